@@ -1,0 +1,58 @@
+"""Run and fine-tune OpenELM, Apple's small open language models, on MLX.
+
+    from mlx_openelm import load, stream, Sampling
+
+    model, tokenizer = load("demo")
+    for piece in stream(model, tokenizer, "Once upon a time", Sampling(max_tokens=100)):
+        print(piece.text, end="")
+
+Names are imported when they are first used, so that `import mlx_openelm` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mlx_openelm import openblas as openblas  # must come before mlx.core
+
+if TYPE_CHECKING:
+    from converters.conversion import convert
+    from mlx_openelm.config import OpenELMConfig
+    from mlx_openelm.errors import OpenELMError
+    from mlx_openelm.evaluation import evaluate
+    from mlx_openelm.generation import generate, stream
+    from mlx_openelm.loading import load
+    from mlx_openelm.sampling import Sampling
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "OpenELMConfig": "mlx_openelm.config",
+    "OpenELMError": "mlx_openelm.errors",
+    "Sampling": "mlx_openelm.sampling",
+    "convert": "converters.conversion",
+    "evaluate": "mlx_openelm.evaluation",
+    "generate": "mlx_openelm.generation",
+    "load": "mlx_openelm.loading",
+    "stream": "mlx_openelm.generation",
+}
+
+__all__ = [
+    "OpenELMConfig",
+    "OpenELMError",
+    "Sampling",
+    "convert",
+    "evaluate",
+    "generate",
+    "load",
+    "stream",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,123 @@
+"""A name becomes a model and a tokenizer, ready to run on this machine."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_openelm.checkpoint import DTYPES, ModelFolder, open_folder
+from mlx_openelm.device import compute_dtype
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.hub import DEMO, find_model
+from mlx_openelm.model import OpenELM
+from mlx_openelm.names import to_folder
+from mlx_openelm.quantize import Packing
+from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.tokenizer_finder import read_tokenizer
+
+
+def load(
+    name: str = DEMO, adapter_path: str | Path | None = None, *, offline: bool = False
+) -> tuple[OpenELM, Tokenizer]:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: "demo", a model folder, or a Hub id.
+        adapter_path: not supported by this version.
+
+    Raises:
+        OpenELMError: the model or its tokenizer is missing or damaged.
+    """
+    if adapter_path is not None:
+        raise OpenELMError(
+            "This version does not load adapters; fuse the adapter into its model with "
+            "mlx_lm.fuse and load that folder."
+        )
+    folder = open_folder(find_model(name, offline=offline))
+    tokenizer = load_tokenizer(folder)
+    return load_model(folder), tokenizer
+
+
+def load_tokenizer(folder: ModelFolder) -> Tokenizer:
+    """Load the folder's tokenizer, with the prompt template that is stored there.
+
+    Raises:
+        OpenELMError: there is none, or it has more pieces than the embedding has rows.
+    """
+    tokenizer = read_tokenizer(folder.path, template=folder.template)
+    if tokenizer.vocab_size > folder.config.vocab_size:
+        raise OpenELMError(
+            f"The tokenizer in {folder.path} has {tokenizer.vocab_size} pieces, the "
+            f"model {folder.config.vocab_size} rows; they do not belong together."
+        )
+    return tokenizer
+
+
+def load_model(folder: ModelFolder, dtype: mx.Dtype | None = None) -> OpenELM:
+    """Load the weights, in the dtype that this machine is quick in.
+
+    Quantized weights stay packed where they are quick, and are unpacked where that
+    dtype is not the stored one (the Linux CPU).
+
+    Args:
+        dtype: compute in this one instead; unpacks quantized weights.
+    """
+    stored = stored_dtype(folder)
+    chosen = dtype or compute_dtype(stored)
+    arrays = folder.read()
+    packings: Mapping[str, Packing] = folder.packings
+    if packings and (dtype is not None or chosen != stored):
+        arrays = _unpacked(arrays, packings, chosen)
+        packings = {}
+    model = OpenELM(folder.config)
+    if packings:
+        _make_quantized(model, packings)
+    floating = {name: _cast(array, chosen) for name, array in arrays.items()}
+    model.load_weights(list(floating.items()))
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def stored_dtype(folder: ModelFolder) -> mx.Dtype:
+    """Return the dtype of what is not packed: the norms have it in every folder."""
+    return DTYPES[folder.tensors[to_folder("norm.weight")].dtype]
+
+
+def _unpacked(
+    arrays: dict[str, mx.array], packings: Mapping[str, Packing], dtype: mx.Dtype
+) -> dict[str, mx.array]:
+    arrays = dict(arrays)
+    for name, packing in packings.items():
+        module = to_folder(name).removesuffix(".weight")
+        parts = {
+            suffix: arrays.pop(f"{module}.{suffix}")
+            for suffix in ("weight", "scales", "biases")
+            if f"{module}.{suffix}" in arrays
+        }
+        arrays[f"{module}.weight"] = packing.unpack(parts, dtype)
+    return arrays
+
+
+def _make_quantized(model: OpenELM, packings: Mapping[str, Packing]) -> None:
+    by_module = {
+        to_folder(name).removesuffix(".weight"): packing
+        for name, packing in packings.items()
+    }
+
+    def choose(path: str, module: nn.Module) -> bool | dict[str, int | str]:
+        packing = by_module.get(path)
+        if packing is None:
+            return False
+        return {
+            "bits": packing.bits,
+            "group_size": packing.group_size,
+            "mode": packing.mode,
+        }
+
+    nn.quantize(model, class_predicate=choose)
+
+
+def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array

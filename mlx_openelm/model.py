@@ -1,0 +1,158 @@
+"""OpenELM in MLX, top to bottom.
+
+What makes it OpenELM (Mehta et al., arXiv 2404.14619): layers differ in width, the
+first ones narrow and the last ones wide; queries share keys and values in groups;
+queries and keys are RMS-normalised per head before RoPE; the FFN is a SwiGLU; the
+embedding is read backwards as output head; nothing has a bias. Letters:
+
+    B  sequences in the batch         D  model_dim
+    T  tokens given to this call      H  head_dim
+    S  tokens attended to, S >= T     Q  query heads of this layer
+    V  rows of the embedding          K  key-value heads of this layer
+                                      F  FFN width of this layer
+
+Module names and the calling contract are mlx-lm's, whose caches are taken as well.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_openelm.config import OpenELMConfig
+
+
+class LayerCache(Protocol):
+    """What the model asks of a cache; mlx-lm's caches and ours have it."""
+
+    offset: int
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]: ...
+
+
+Mask = mx.array | str | None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised, rotated queries and keys."""
+
+    def __init__(self, config: OpenELMConfig, layer: int) -> None:
+        super().__init__()
+        D, H = config.model_dim, config.head_dim
+        Q, K = config.num_query_heads[layer], config.num_kv_heads[layer]
+        self.num_query_heads, self.num_kv_heads, self.head_dim = Q, K, H
+        self.qkv_proj = nn.Linear(D, (Q + 2 * K) * H, bias=False)
+        self.q_norm = nn.RMSNorm(H, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(H, eps=config.rms_norm_eps)
+        self.rope = nn.RoPE(H, traditional=False, base=config.rope_freq_constant)
+        self.out_proj = nn.Linear(Q * H, D, bias=False)
+
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
+        B, T, _ = x.shape
+        Q, K, H = self.num_query_heads, self.num_kv_heads, self.head_dim
+        qkv = self.qkv_proj(x).reshape(B, T, Q + 2 * K, H).transpose(0, 2, 1, 3)
+        queries, keys, values = mx.split(qkv, [Q, Q + K], axis=1)  # (B, heads, T, H)
+        offset = 0 if cache is None else cache.offset
+        queries = self.rope(self.q_norm(queries), offset=offset)
+        keys = self.rope(self.k_norm(keys), offset=offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)  # (B, K, S, H)
+        attended = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=H**-0.5, mask=mask
+        )  # (B, Q, T, H)
+        return self.out_proj(attended.transpose(0, 2, 1, 3).reshape(B, T, Q * H))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: proj_2(silu(gate) * up), gate and up stacked in proj_1."""
+
+    def __init__(self, config: OpenELMConfig, layer: int) -> None:
+        super().__init__()
+        F = config.ffn_dims[layer]
+        self.proj_1 = nn.Linear(config.model_dim, 2 * F, bias=False)
+        self.proj_2 = nn.Linear(F, config.model_dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = mx.split(self.proj_1(x), 2, axis=-1)  # each (B, T, F)
+        return self.proj_2(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention and FFN, each on a normalised copy and added to the stream."""
+
+    def __init__(self, config: OpenELMConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.ffn = FeedForward(config, layer)
+        self.attn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
+        x = x + self.attn(self.attn_norm(x), mask, cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm."""
+
+    def __init__(self, config: OpenELMConfig) -> None:
+        super().__init__()
+        self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
+        self.layers = [Block(config, i) for i in range(config.num_transformer_layers)]
+        self.norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+
+    def __call__(
+        self, tokens: mx.array, cache: Sequence[LayerCache] | None = None
+    ) -> mx.array:
+        x = self.token_embeddings(tokens)  # (B, T, D)
+        mask = _causal_mask(tokens.shape[1], cache)
+        caches = cache if cache is not None else [None] * len(self.layers)
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            x = layer(x, mask, layer_cache)
+        return self.norm(x)
+
+
+class OpenELM(nn.Module):
+    """The language model: tokens in, logits out.
+
+    Attributes:
+        config: its sizes.
+    """
+
+    def __init__(self, config: OpenELMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        if not config.share_input_output_layers:
+            self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+
+    def __call__(
+        self, inputs: mx.array, cache: Sequence[LayerCache] | None = None
+    ) -> mx.array:
+        """Return logits (B, T, V) for token ids (B, T).
+
+        Args:
+            cache: one for each layer; the new keys and values are added to it.
+        """
+        return self.head(self.transformer(inputs, cache))
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Return logits (..., V) for normed hidden states (..., D)."""
+        if self.config.share_input_output_layers:
+            return self.transformer.token_embeddings.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    @property
+    def layers(self) -> list[Block]:
+        return self.transformer.layers
+
+
+def _causal_mask(num_tokens: int, cache: Sequence[LayerCache] | None) -> Mask:
+    """A query sees what stands before it; one token at the end sees everything."""
+    if cache and hasattr(cache[0], "make_mask"):  # mlx-lm's caches may slide
+        mask: Mask = cache[0].make_mask(num_tokens, return_array=False, window_size=None)
+        return mask
+    return "causal" if num_tokens > 1 else None

@@ -1,0 +1,221 @@
+"""SentencePiece: encoding with one BOS, decoding as a stream, prompt templates.
+
+OpenELM's tokenizer is Llama's: 32000 BPE pieces, `<s>` = 1, `</s>` = 2, one dummy
+space in front of a text, a byte piece for what the vocabulary lacks. Reading
+tokenizer.json is the business of `tokenizer_finder`.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Self
+
+import sentencepiece
+
+from mlx_openelm.errors import OpenELMError
+
+SPACE = "\u2581"  # how SentencePiece spells a space inside a piece
+EOS_TEXT = "</s>"
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        processor: the SentencePieceProcessor underneath.
+        template: the prompt template stored with the model, or None.
+    """
+
+    def __init__(self, model_proto: bytes, *, template: str | None = None) -> None:
+        self.processor = sentencepiece.SentencePieceProcessor()
+        try:
+            loaded = self.processor.LoadFromSerializedProto(model_proto)
+        except (RuntimeError, OSError) as error:
+            raise OpenELMError(
+                f"This is not a SentencePiece model: {error}. Say another --tokenizer."
+            ) from error
+        if not loaded or self.processor.bos_id() < 0 or self.processor.eos_id() < 0:
+            raise OpenELMError(
+                "The tokenizer has no BOS or no EOS piece, so OpenELM cannot use it; "
+                "say another --tokenizer."
+            )
+        self.model_proto = model_proto
+        self.template = template
+
+    @classmethod
+    def from_file(cls, path: Path, *, template: str | None = None) -> Self:
+        """Read a tokenizer.model.
+
+        Raises:
+            OpenELMError: the file is missing or is no SentencePiece model.
+        """
+        try:
+            return cls(path.read_bytes(), template=template)
+        except OSError as error:
+            raise OpenELMError(f"Cannot read the tokenizer {path}: {error}.") from error
+        except OpenELMError as error:
+            raise OpenELMError(f"{path}: {error}") from error
+
+    @property
+    def bos_id(self) -> int:
+        return int(self.processor.bos_id())
+
+    @property
+    def eos_id(self) -> int:
+        return int(self.processor.eos_id())
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of pieces, which may be less than the model's embedding rows."""
+        return int(self.processor.vocab_size())
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Return the ids of `text`, with exactly one BOS in front unless `bos` is off."""
+        ids: list[int] = self.processor.encode(text)
+        return [self.bos_id, *ids] if bos else ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Encode a rendered template: one BOS, and each `</s>` as the EOS token."""
+        ids = [self.bos_id]
+        for i, segment in enumerate(text.split(EOS_TEXT)):
+            if i:
+                ids.append(self.eos_id)
+            if segment:
+                ids += self.encode(segment, bos=False)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`; BOS and EOS have none.
+
+        Raises:
+            OpenELMError: an id is not in the vocabulary.
+        """
+        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
+        if wrong:
+            raise OpenELMError(
+                f"Token ids {wrong[:5]} are outside the vocabulary of "
+                f"{self.vocab_size} pieces."
+            )
+        text: str = self.processor.decode(list(ids))
+        return text
+
+    def stream_decoder(self) -> "StreamDecoder":
+        return StreamDecoder(self)
+
+
+class StreamDecoder:
+    """Decodes id by id: the parts joined are exactly `Tokenizer.decode` of all ids.
+
+    Bytes of a character that is not yet whole are held back; so is nothing else.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._processor = tokenizer.processor
+        self._held = b""  # byte pieces that may still become a character
+        self._at_start = True  # the dummy space is dropped once, at the start
+
+    def add(self, token: int) -> str:
+        """Return the text that is certain once `token` is known; often one piece."""
+        processor = self._processor
+        if processor.IsByte(token):
+            self._held += bytes([int(processor.IdToPiece(token)[3:5], 16)])
+            text, self._held = _decode_bytes(self._held)
+            self._at_start = self._at_start and not text
+            return text
+        text = self.finish()
+        if processor.IsControl(token):
+            return text
+        piece = " \u2047 " if processor.IsUnknown(token) else processor.IdToPiece(token)
+        if self._at_start and piece.startswith(SPACE):
+            piece = piece[1:]
+        self._at_start = False
+        return text + piece.replace(SPACE, " ")
+
+    def finish(self) -> str:
+        """Return what was held back, a replacement character for each lone byte."""
+        text = "\ufffd" * len(self._held)
+        self._held = b""
+        self._at_start = self._at_start and not text
+        return text
+
+
+def _decode_bytes(data: bytes) -> tuple[str, bytes]:
+    """Split bytes into text and a rest that may yet become a character.
+
+    As SentencePiece does, a byte that cannot start or continue a character becomes one
+    replacement character and the next byte is looked at afresh.
+    """
+    text = ""
+    while data:
+        try:
+            return text + data.decode(), b""
+        except UnicodeDecodeError as error:
+            text += data[: error.start].decode()
+            data = data[error.start :]
+            if error.reason == "unexpected end of data":
+                return text, data
+            text, data = text + "\ufffd", data[1:]
+    return text, data
+
+
+# Prompt templates ----------------------------------------------------------------
+
+_INDENT = " " * 16  # stands in Apple's template, from its source layout
+_ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
+
+
+def _instruct(prompt: str, system: str) -> str:
+    # Zephyr's turns, with the empty system turn that OpenELM-Instruct was trained with.
+    return (
+        f"<|system|>\n{system}{EOS_TEXT}\n<|user|>\n{prompt}{EOS_TEXT}\n<|assistant|>\n"
+    )
+
+
+def _alpaca(prompt: str, system: str) -> str:
+    return f"{system or _ALPACA}\n\n### Instruction:\n{prompt}\n\n### Response:\n"
+
+
+def _openelm_peft(prompt: str, system: str) -> str:
+    # Byte for byte Apple's PEFT template without input, up to the answer.
+    return (
+        f"{system or _ALPACA}  \n\n{_INDENT}### Instruction:\n{_INDENT}{prompt}\n"
+        f"{_INDENT}\n{_INDENT}### Response:\n{_INDENT}"
+    )
+
+
+_TEMPLATES = {"instruct": _instruct, "alpaca": _alpaca, "openelm-peft": _openelm_peft}
+TEMPLATE_NAMES = ("auto", "raw", *_TEMPLATES)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str, *, template: str = "auto", system: str = ""
+) -> list[int]:
+    """Render `prompt` and return its ids, one BOS in front and no EOS at the end.
+
+    Args:
+        template: one of `TEMPLATE_NAMES`; "auto" is the one stored with the model, and
+            raw where there is none.
+
+    Raises:
+        OpenELMError: no such template, or a system text where none has a place.
+    """
+    name = (tokenizer.template or "raw") if template == "auto" else template
+    if name == "raw":
+        if system:
+            raise OpenELMError(
+                "A raw prompt has no place for --system; "
+                f"choose --template {_either(_TEMPLATES)}."
+            )
+        return tokenizer.encode(prompt)
+    if name not in _TEMPLATES:
+        raise OpenELMError(
+            f"No template is called {name!r}; there are {_either(TEMPLATE_NAMES)}."
+        )
+    return tokenizer.encode_rendered(_TEMPLATES[name](prompt, system))
+
+
+def _either(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
