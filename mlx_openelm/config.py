@@ -249,7 +249,7 @@ class OpenELMConfig:
             num_layers = next((len(x) for x in lists if isinstance(x, list)), None)
         if num_layers is None:
             raise OpenELMError("The config lacks num_transformer_layers.")
-        groups = found.get("num_gqa_groups", 4)
+        groups = found.get("num_gqa_groups") or 4
         config = cls.scaled(
             num_layers=num_layers,
             model_dim=found["model_dim"],

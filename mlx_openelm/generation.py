@@ -134,11 +134,12 @@ class StopTexts:
         if self.found:
             return ""
         self._held += text
-        places = [self._held.find(stop) for stop in self._stops]
-        hits = [place for place in places if place >= 0]
-        if hits:
+        hits = [(self._held.find(stop), len(stop)) for stop in self._stops]
+        # The stop text that is complete first counts, as if letters came one by one.
+        ends = [(place + length, place) for place, length in hits if place >= 0]
+        if ends:
             self.found = True
-            return self._release(min(hits))
+            return self._release(min(ends)[1])
         return self._release(len(self._held) - self._possible_start())
 
     def finish(self) -> str:

@@ -1,0 +1,133 @@
+# make demo       a story from the built-in model (installs into .venv first)
+# make install    the package in .venv
+# make test       the test suite, at most 5 minutes on two cores
+# make proof      the tests that take longer
+# make check      style, types and the floors
+# make clean      remove what building and testing left (.venv stays)
+#
+# Variables: PYTHON     the Python to use; without it, the first below that fits
+#            TORCH      what the tests install as torch. On Linux it brings CUDA along
+#                       (gigabytes), unless pip is set up for PyTorch's CPU builds.
+#                       TORCH= installs none; the tests that need it then skip.
+#            DEMO_SEED  another number, another story
+#
+# Works with GNU make 3.81, which macOS has.
+
+TORCH ?= torch==2.13.0
+DEMO_SEED ?= 7
+DEMO_PROMPT ?= Once upon a time there was a king who
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEVELOP := $(VENV)/.develop$(if $(TORCH),,-without-torch)
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
+.PHONY: demo install test proof check clean which-python
+.DEFAULT_GOAL := demo
+
+demo: $(INSTALLED)
+	@$(BIN)/mlx-openelm generate --prompt "$(DEMO_PROMPT)" --seed $(DEMO_SEED)
+
+install: $(INSTALLED)
+
+test: $(DEVELOP)
+	$(BIN)/python -m pytest -m "not proof"
+
+proof: $(DEVELOP)
+	$(BIN)/python -m pytest -m proof
+
+check: $(DEVELOP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+clean:
+	rm -rf build dist *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installing ------------------------------------------------------------------------
+
+$(INSTALLED): $(BIN)/python pyproject.toml
+	@echo "Installing mlx-openelm into $(VENV); the first time takes a few minutes." >&2
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(DEVELOP): $(BIN)/python pyproject.toml
+	@echo "Installing mlx-openelm and the tools into $(VENV)." >&2
+	@$(PIP_INSTALL) --upgrade "pip>=25.1"
+	@$(PIP_INSTALL) $(if $(TORCH),"$(TORCH)" -e ".[torch]",-e .) --group dev
+	@touch $(INSTALLED) $@
+
+# A link to a Python that is gone counts as missing: make the environment anew around it.
+$(BIN)/python:
+	@python=`sh -c "$$FIND_PYTHON"` || exit 1; \
+	rm -f $(BIN)/python* $(VENV)/.installed $(VENV)/.develop*; \
+	echo "Making $(VENV) with $$python." >&2; \
+	"$$python" -m venv $(VENV)
+
+which-python:
+	@sh -c "$$FIND_PYTHON"
+
+# Prints the first Python that fits, or says on stderr what was found and what to do.
+define FIND_PYTHON
+if [ "$$(uname -s)" = Darwin ] && [ "$$(sysctl -n hw.optional.arm64 2>/dev/null)" != 1 ]
+then
+    echo "This Mac has an Intel processor; MLX needs one with Apple silicon." >&2
+    exit 1
+fi
+names="python3.13 python3.12 python3.11 python3"
+found=
+for python in $${PYTHON:-$$names /opt/homebrew/bin/python3}
+do
+    command -v "$$python" >/dev/null 2>&1 || continue
+    if said=$$("$$python" -c "$$JUDGE_PYTHON" 2>/dev/null)
+    then
+        command -v "$$python"
+        exit 0
+    fi
+    [ -z "$$said" ] || found="$$found  $$(command -v "$$python") $$said
+"
+done
+{
+    echo "mlx-openelm needs Python 3.11 or newer; none that fits was found."
+    [ -z "$$found" ] || printf 'Found:\n%s' "$$found"
+    echo "Get one with:"
+    case "$$(uname -s)" in
+    Darwin)
+        echo "  brew install python@3.13        (or the installer from python.org)"
+        echo "in a terminal that does not run under Rosetta (\`uname -m\` says arm64)."
+        ;;
+    *)
+        echo "  apt install python3.11 python3.11-venv        (Debian 12)"
+        echo "  apt install python3 python3-venv              (Ubuntu 24.04 or newer)"
+        echo "  dnf install python3.12                        (Fedora, RHEL)"
+        ;;
+    esac
+    echo "or name one that you have: make PYTHON=/path/to/python3"
+} >&2
+exit 1
+endef
+
+# Says nothing if this Python fits, else why it does not.
+define JUDGE_PYTHON
+import platform, sys
+machine = platform.machine()
+def refuse(reason):
+    sys.stdout.write(reason)
+    sys.exit(1)
+if sys.version_info < (3, 11):
+    refuse("is Python %d.%d" % sys.version_info[:2])
+if sys.platform == "darwin" and machine != "arm64":
+    refuse("is built for Intel and runs under Rosetta; MLX needs an arm64 Python")
+if machine not in ("arm64", "aarch64", "x86_64") or sys.maxsize < 2**32:
+    refuse("is for %s; MLX has no build for it" % machine)
+try:
+    import ensurepip, venv
+except ImportError:
+    refuse("lacks venv (Debian: apt install python%d.%d-venv)" % sys.version_info[:2])
+endef
+
+export FIND_PYTHON JUDGE_PYTHON PYTHON

@@ -1,0 +1,519 @@
+"""The command line: options in, one verb, its report out."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from mlx_openelm import __version__
+from mlx_openelm.console import Console, close_broken_pipe
+from mlx_openelm.errors import OpenELMError
+
+if TYPE_CHECKING:
+    from converters.pretrain import Event
+
+
+class _Face(TyperGroup):
+    """Turns what escapes a verb into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OpenELMError as error:
+            if os.environ.get("MLX_OPENELM_DEBUG") == "1":
+                raise
+            Console().error(str(error))
+            raise typer.Exit(1) from error
+        except BrokenPipeError:
+            close_broken_pipe()
+            raise typer.Exit(0) from None
+        except KeyboardInterrupt:
+            Console().note("\nInterrupted.")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Face,
+    name="mlx-openelm",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="List, show or copy the bundled recipes.")
+app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="demo, a model folder, or a Hub id.", envvar="MLX_OPENELM_MODEL"
+    ),
+]
+Adapter = Annotated[
+    str | None, typer.Option("--adapter-path", help="An adapter folder to use.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Nothing but the answer.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the random numbers.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a model that is there.")]
+
+
+def main() -> None:
+    """Run the command line; SIGTERM unwinds as Ctrl-C does, so nothing half stays."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        parts = (f"{name} {version(name)}" for name in ("mlx", "mlx-lm"))
+        Console().answer(f"mlx-openelm {__version__} ({', '.join(parts)})")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Versions."),
+    ] = False,
+) -> None:
+    """Run, convert and train OpenELM, Apple's small open language models, on MLX."""
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help='The prompt; "-" or a pipe: from stdin.')
+    ] = None,
+    prompt_option: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="The same, as an option.")
+    ] = None,
+    model: Model = "demo",
+    adapter_path: Adapter = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("-m", "--max-tokens", help="Default 256.")
+    ] = None,
+    temp: Annotated[
+        float | None, typer.Option(help="Temperature; 0 is greedy.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest of this mass.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the N likeliest.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Keep what is this likely beside the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: repeat less.")
+    ] = None,
+    repetition_context: Annotated[
+        int | None, typer.Option(help="Tokens that it looks back; default 256.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends the answer; repeatable.")
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help="auto, raw, instruct, alpaca or openelm-peft.")
+    ] = "auto",
+    system: Annotated[str, typer.Option(help="System text of the template.")] = "",
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Print the answer when it is whole.")
+    ] = False,
+    seed: Seed = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    offline: Offline = False,
+) -> None:
+    """Continue a prompt. What is not said comes from the model's own defaults."""
+    console = Console(quiet=quiet)
+    text = _read_prompt(prompt, prompt_option)
+    from mlx_openelm.sampling import Sampling
+
+    said: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temp": temp,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "repetition_context": repetition_context,
+        "stop": tuple(stop) if stop else None,
+        "seed": seed,
+    }
+    Sampling.from_defaults({}, said)  # a wrong flag is named before anything is loaded
+    from mlx_openelm.generation import stream
+
+    folder, loaded, tokenizer = _load(console, model, adapter_path, offline)
+    sampling = Sampling.from_defaults(folder.generation_defaults, said)
+    pieces = stream(
+        loaded, tokenizer, text, sampling, template=template, system=system
+    )
+    parts: list[str] = []
+    tokens: list[int] = []
+    last = None
+    for last in pieces:  # noqa: B007 - the last one is reported
+        parts.append(last.text)
+        if last.token != tokenizer.eos_id:
+            tokens.append(last.token)
+        if last.text and not (as_json or no_stream):
+            console.answer(last.text, end="")
+    assert last is not None
+    from mlx_openelm.report import generated_json, note_generated
+
+    if as_json:
+        console.answer_json(generated_json("".join(parts), tokens, last))
+        return
+    if no_stream:
+        console.answer("".join(parts), end="")
+    if sys.stdout.isatty():
+        console.answer("")
+    if last.prompt_tokens + last.generation_tokens == folder.config.max_context_length:
+        console.note(f"[the context of {folder.config.max_context_length} is full]")
+    note_generated(console, last)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str | None,
+        typer.Argument(help="A CoreNet .pt, a Hugging Face folder, a Hub id or demo."),
+    ] = None,
+    hf_path: Annotated[
+        str | None, typer.Option("--hf-path", "--model", help="The same, as an option.")
+    ] = None,
+    mlx_path: Annotated[
+        Path | None, typer.Option(help="Where to; default ./<source name>-mlx[-4bit].")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float16, bfloat16 or float32; default: float32 -> bfloat16."),
+    ] = None,
+    allow_overflow: Annotated[
+        bool, typer.Option("--allow-overflow", help="float16 even for the 3B.")
+    ] = False,
+    quantize: Annotated[
+        bool, typer.Option("-q", "--quantize", help="Quantize to --q-bits.")
+    ] = False,
+    q_bits: Annotated[
+        int | None, typer.Option(help="Bits of the linears, default 4; implies -q.")
+    ] = None,
+    q_group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
+    q_embed_bits: Annotated[int, typer.Option(help="Bits of the embedding.")] = 8,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A file, a folder, a Hub id, or none.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    offline: Offline = False,
+) -> None:
+    """Make a model folder, which mlx-openelm and mlx-lm read. Prints its path."""
+    console = Console(quiet=quiet)
+    named = source or hf_path
+    if named is None:
+        raise typer.BadParameter("say what to convert", param_hint="SOURCE")
+    from converters.conversion import convert as run
+
+    with console.progress("Converting") as progress:
+        report = run(
+            named,
+            mlx_path,
+            dtype=dtype,
+            bits=(q_bits or 4) if quantize or q_bits is not None else None,
+            group_size=q_group_size,
+            embed_bits=q_embed_bits,
+            tokenizer=tokenizer,
+            allow_overflow=allow_overflow,
+            force=force,
+            offline=offline,
+            revision=revision,
+            on_progress=lambda p: progress.update(p.done, p.total, "tensors"),
+        )
+    from mlx_openelm.report import as_json as fields
+    from mlx_openelm.report import note_converted
+
+    if as_json:
+        console.answer_json(fields(report))
+        return
+    note_converted(console, report)
+    console.answer(str(report.path))
+    if report.tokenizer:
+        console.note(f"Try it: mlx-openelm generate --model {report.path} --prompt ...")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="demo, a model folder, or a Hub id.")],
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to reckon the memory for.")
+    ] = None,
+    as_json: Json = False,
+    offline: Offline = False,
+) -> None:
+    """Show sizes, bits, tokenizer, origin and memory, without loading weights."""
+    from mlx_openelm.hub import find_model
+    from mlx_openelm.inspection import inspect as run
+    from mlx_openelm.report import as_json as fields
+    from mlx_openelm.report import show_inspection
+
+    console = Console()
+    found = run(find_model(model, offline=offline), context=context)
+    if as_json:
+        console.answer_json(fields(found))
+    else:
+        show_inspection(console, found)
+
+
+@app.command()
+def evaluate(
+    text: Annotated[
+        list[Path], typer.Option(help="A text file to score; repeatable.")
+    ],
+    model: Model = "demo",
+    adapter_path: Adapter = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens in a window; default the context length.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    offline: Offline = False,
+) -> None:
+    """Score how well a model predicts text files: bits per byte, perplexity."""
+    console = Console(quiet=quiet)
+    from mlx_openelm.evaluation import evaluate as run
+    from mlx_openelm.report import as_json as fields
+    from mlx_openelm.report import show_score
+
+    _, loaded, tokenizer = _load(console, model, adapter_path, offline)
+    with console.progress("Scoring") as progress:
+        score = run(
+            loaded,
+            tokenizer,
+            text=text,
+            window=window,
+            on_progress=lambda done, total: progress.update(done, total, "windows"),
+        )
+    if as_json:
+        console.answer_json(fields(score))
+    else:
+        show_score(console, score)
+
+
+@app.command()
+def selfcheck(as_json: Json = False, quiet: Quiet = False) -> None:
+    """Check that this machine computes OpenELM rightly; prints a report to send."""
+    console = Console(quiet=quiet)
+    from mlx_openelm.benchmark import check_machine
+    from mlx_openelm.report import as_json as fields
+    from mlx_openelm.report import show_selfcheck
+
+    report = check_machine(on_check=lambda name: console.note(f"checking {name} ..."))
+    if as_json:
+        console.answer_json(fields(report))
+    else:
+        show_selfcheck(console, report)
+    if not report.passed:
+        raise OpenELMError(
+            "This machine does not compute OpenELM rightly; please send the report above "
+            "to the project."
+        )
+
+
+@app.command()
+def parity(
+    source: Annotated[str, typer.Argument(help="Anything that convert takes.")],
+    num_tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare PyTorch and MLX, layer by layer, on the same tokens (needs PyTorch)."""
+    _need_torch()
+    from converters.parity import compare
+    from mlx_openelm.report import as_json as fields
+    from mlx_openelm.report import show_parity
+
+    console = Console()
+    report = compare(source, num_tokens=num_tokens, seed=seed)
+    if as_json:
+        console.answer_json(fields(report))
+    else:
+        show_parity(console, report)
+    if not report.equal:
+        raise OpenELMError(
+            f"PyTorch and MLX differ on {source} by more than {report.limit:.0e}."
+        )
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Option("-c", "--recipe", help="A recipe: name or file.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Text file pattern; repeatable.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    seed: Seed = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an OpenELM from nothing, in PyTorch (needs PyTorch). Prints the weights."""
+    _need_torch()
+    rank = int(os.environ.get("RANK", "0"))  # set by torchrun; the first alone speaks
+    console = Console(quiet=quiet or rank > 0)
+    from converters.pretrain import pretrain as run
+    from mlx_openelm.recipe import PretrainRecipe, load_recipe
+
+    said = {"data.train": data, "output": output, "steps": steps, "seed": seed}
+    chosen = load_recipe(PretrainRecipe, recipe, said)
+    with console.progress("Training") as progress:
+        try:
+            path = run(chosen, resume=resume, on_event=_pretraining(console, progress))
+        except KeyboardInterrupt:
+            console.note(f"\nSaved. Go on with: pretrain -c {recipe} --resume")
+            raise
+    if rank == 0 and as_json:
+        console.answer_json({"path": str(path)})
+    elif rank == 0:
+        console.answer(str(path))
+
+
+def _pretraining(console: Console, progress: Any) -> "Callable[[Event], None]":
+    from converters.pretrain import Evaluated, Saved, Started, Trained
+
+    steps = 0
+
+    def show(event: "Event") -> None:
+        nonlocal steps
+        if isinstance(event, Started):
+            steps = event.steps
+            console.note(
+                f"{event.num_parameters:,} parameters, {event.num_documents:,} documents, "
+                f"{event.num_tokens:,} tokens in {event.num_sequences:,} sequences; "
+                f"dropped {event.dropped or 'nothing'}; step {event.first_step} of "
+                f"{event.steps}"
+            )
+        elif isinstance(event, Trained):
+            progress.update(event.step, steps, f"loss {event.loss:.3f}")
+        elif isinstance(event, Evaluated):
+            console.note(
+                f"step {event.step}: held-out {event.nats_per_token:.4f} nats per token, "
+                f"{event.bits_per_byte:.4f} bits per byte"
+            )
+        elif isinstance(event, Saved):
+            console.note(f"step {event.step}: saved {event.path}")
+
+    return show
+
+
+@recipes_app.callback()
+def _list_recipes(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        list_recipes()
+
+
+@recipes_app.command("list")
+def list_recipes(as_json: Json = False) -> None:
+    """List the bundled recipes, each with its first line."""
+    from mlx_openelm.recipe import bundled_recipes
+
+    console = Console()
+    found = {
+        name: path.read_text().splitlines()[0].lstrip("# ")
+        for name, path in bundled_recipes().items()
+    }
+    if as_json:
+        console.answer_json(found)
+        return
+    for name, line in found.items():
+        console.answer(f"{name:<20}  {line}")
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="A recipe's name.")]) -> None:
+    """Print a recipe."""
+    from mlx_openelm.recipe import find_recipe
+
+    Console().answer(find_recipe(name).read_text(), end="")
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="A recipe's name.")],
+    to: Annotated[
+        Path | None, typer.Argument(help="Where to; default its own file name here.")
+    ] = None,
+) -> None:
+    """Copy a recipe, to be edited. Prints the path."""
+    from mlx_openelm.recipe import find_recipe
+
+    path = find_recipe(name)
+    target = to or Path(path.name)
+    if target.is_dir():
+        target = target / path.name
+    try:
+        with target.open("x") as opened:
+            opened.write(path.read_text())
+    except FileExistsError as error:
+        raise OpenELMError(f"{target} exists already; say another place.") from error
+    except OSError as error:
+        raise OpenELMError(f"Cannot write {target}: {error}.") from error
+    Console().answer(str(target))
+
+
+def _read_prompt(positional: str | None, option: str | None) -> str:
+    if positional is not None and option is not None:
+        raise typer.BadParameter("say the prompt once", param_hint="PROMPT")
+    said = positional if positional is not None else option
+    if said is not None and said != "-":
+        return said
+    if said is None and sys.stdin.isatty():
+        raise typer.BadParameter(
+            "say a prompt, or pipe one in", param_hint="PROMPT"
+        )
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise OpenELMError(f"The prompt on stdin is not UTF-8 text: {error}.") from error
+
+
+def _load(console: Console, name: str, adapter_path: str | None, offline: bool) -> Any:
+    """Open and load a model; say which where it was not said, and what is slow here."""
+    from mlx_openelm.checkpoint import open_folder
+    from mlx_openelm.device import describe_slowness
+    from mlx_openelm.hub import find_model
+    from mlx_openelm.loading import load_model, load_tokenizer, stored_dtype
+
+    folder = open_folder(find_model(name, offline=offline))
+    if name == "demo":
+        console.note("[the built-in demo model; --model NAME runs another]")
+    stored, quantized = stored_dtype(folder), bool(folder.packings)
+    for slowness in describe_slowness(stored, quantized=quantized):
+        console.note(f"[{slowness}]")
+    return folder, load_model(folder), load_tokenizer(folder)
+
+
+def _need_torch() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise OpenELMError(
+            "This command needs PyTorch, which is not installed; "
+            "pip install 'mlx-openelm[torch]'."
+        )

@@ -1,0 +1,114 @@
+"""The only room that prints.
+
+stdout carries the answer; notes, progress, statistics and errors go to stderr. rich is
+imported when a bar or a table is drawn, and not before.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
+
+
+class Console:
+    """Where a verb's words go. `quiet` leaves the answer and the errors."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+
+    def answer(self, text: str, *, end: str = "\n") -> None:
+        """Write to stdout, at once."""
+        sys.stdout.write(text + end)
+        sys.stdout.flush()
+
+    def answer_json(self, value: Mapping[str, Any]) -> None:
+        self.answer(json.dumps(value, ensure_ascii=False, default=str))
+
+    def answer_table(self, table: "RenderableType") -> None:
+        """Draw a rich table on stdout, wide enough for its cells in a pipe."""
+        from rich.console import Console as RichConsole
+
+        width = None if sys.stdout.isatty() else 120
+        RichConsole(file=sys.stdout, width=width, highlight=False).print(table)
+
+    def note(self, text: str) -> None:
+        """Write a line to stderr."""
+        if not self.quiet:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    def error(self, text: str) -> None:
+        sys.stderr.write(f"error: {text}\n")
+        sys.stderr.flush()
+
+    @contextlib.contextmanager
+    def progress(self, what: str) -> Iterator["Progress"]:
+        """Show how far a long work is: a bar on a terminal, now and then a line."""
+        shown = Progress(what, self)
+        try:
+            yield shown
+        finally:
+            shown.close()
+
+
+class Progress:
+    """A bar with rate and time left; it appears after a second of work."""
+
+    def __init__(self, what: str, console: Console) -> None:
+        self._what, self._console = what, console
+        self._started = self._said = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def update(self, done: int, total: int, unit: str = "") -> None:
+        now = time.monotonic()
+        if self._console.quiet or now - self._started < 1.0:
+            return
+        if sys.stderr.isatty():
+            self._draw(done, total, unit)
+        elif now - self._said > LOG_SECONDS:
+            self._said = now
+            self._console.note(f"{self._what}: {done} of {total} {unit}".rstrip())
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _draw(self, done: int, total: int, unit: str) -> None:
+        if self._bar is None:
+            from rich.console import Console as RichConsole
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+            from rich.progress import Progress as RichProgress
+
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TimeRemainingColumn(),
+                console=RichConsole(stderr=True),
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._what, total=total)
+        self._bar.update(self._task, completed=done, total=total)
+
+
+def close_broken_pipe() -> None:
+    """Let the interpreter's last flush of a closed stdout go nowhere."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())

@@ -1,0 +1,108 @@
+"""Text becomes scores."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.likelihood import log_likelihoods
+from mlx_openelm.model import OpenELM
+from mlx_openelm.tokenizer import Tokenizer
+
+BATCH_TOKENS = 4096  # tokens to a forward pass
+
+
+@dataclass(frozen=True, slots=True)
+class TextScore:
+    """How well a model predicts a text; logarithms are natural, bytes are UTF-8's."""
+
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+
+def evaluate(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    *,
+    text: str | Path | Sequence[str | Path],
+    window: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TextScore:
+    """Score text files, raw, in windows that are each begun with BOS.
+
+    Every token is predicted once, the first of a window from BOS alone; the last window
+    of a file may be shorter.
+
+    Args:
+        text: one file or several, scored together.
+        window: tokens predicted in a window; default and most, the context length.
+        on_progress: called with windows done and windows in all.
+
+    Raises:
+        OpenELMError: a file is missing, empty or not UTF-8, or the window does not fit.
+    """
+    context = model.config.max_context_length
+    window = context if window is None else window
+    if not 1 <= window <= context:
+        raise OpenELMError(
+            f"--window is {window}; it must be between 1 and the model's context, "
+            f"{context}."
+        )
+    paths = [text] if isinstance(text, str | Path) else list(text)
+    windows: list[list[int]] = []
+    num_bytes = 0
+    for path in paths:
+        content = _read_text(Path(path))
+        num_bytes += len(content.encode())
+        ids = tokenizer.encode(content, bos=False)
+        windows += [ids[i : i + window] for i in range(0, len(ids), window)]
+    nats = 0.0
+    done = 0
+    for batch in _batches(windows):
+        nats += _score(model, tokenizer.bos_id, batch)
+        done += len(batch)
+        on_progress(done, len(windows))
+    tokens = sum(map(len, windows))
+    mean = nats / tokens
+    return TextScore(
+        nats_per_token=mean,
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        bits_per_byte=nats / math.log(2) / num_bytes,
+        tokens=tokens,
+        bytes=num_bytes,
+    )
+
+
+def _batches(windows: list[list[int]]) -> Iterator[list[list[int]]]:
+    """Group windows of one length, so that nothing is padded."""
+    by_length: dict[int, list[list[int]]] = {}
+    for ids in windows:
+        by_length.setdefault(len(ids), []).append(ids)
+    for length, group in by_length.items():
+        size = max(1, BATCH_TOKENS // length)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _score(model: OpenELM, bos_id: int, batch: list[list[int]]) -> float:
+    """Return minus the log-likelihood of all tokens, in nats."""
+    targets = mx.array(batch)  # (B, T)
+    bos = mx.full((len(batch), 1), bos_id, dtype=targets.dtype)
+    inputs = mx.concatenate([bos, targets[:, :-1]], axis=1)
+    return -float(log_likelihoods(model, inputs, targets).sum().item())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OpenELMError(f"Cannot read {path} as UTF-8 text: {error}.") from error
+    if not content:
+        raise OpenELMError(f"{path} is empty; there is nothing to score.")
+    return content

@@ -1,0 +1,189 @@
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import GOLDEN, UNEVEN
+
+from mlx_openelm.config import (
+    OpenELMConfig,
+    interpolate_multipliers,
+    make_divisible,
+)
+from mlx_openelm.errors import OpenELMError
+
+ARCH = json.loads((GOLDEN / "openelm-arch.json").read_text())
+RELEASED = ("270M", "450M", "1.1B", "3B")
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_released_sizes_are_apples(size):
+    known, config = ARCH[size], OpenELMConfig.preset(size)
+    assert config.num_query_heads == tuple(known["num_query_heads"])
+    assert config.num_kv_heads == tuple(known["num_kv_heads"])
+    assert config.ffn_dims == tuple(known["ffn_dims"])
+    assert config.num_parameters == known["params_hf_32000"]
+    padded = OpenELMConfig.preset(size, vocab_size=32128)
+    assert padded.num_parameters == known["params_corenet_32128"]
+    assert len(padded.tensor_shapes()) == known["tensors"]
+    assert config.max_context_length == known["max_context_length"]
+    assert config.rope_freq_constant == known["rope_freq_constant"]
+    assert config.rms_norm_eps == known["rms_norm_eps"]
+    published = interpolate_multipliers((0.5, 4.0), config.num_transformer_layers)
+    assert published == known["ffn_multipliers"]
+
+
+def test_gpt_test_is_corenets():
+    config = OpenELMConfig.preset("gpt-test", vocab_size=32128)
+    assert config.num_parameters == ARCH["gpt-test"]["params_corenet_32128"]
+    assert config.ffn_dims == tuple(ARCH["gpt-test"]["ffn_dims"])
+
+
+@pytest.mark.parametrize("size", ["gpt-test", *RELEASED])
+@pytest.mark.parametrize("rows", [32000, 32128])
+def test_shapes_give_the_config_back(size, rows):
+    config = OpenELMConfig.preset(size, vocab_size=rows)
+    assert OpenELMConfig.from_shapes(config.tensor_shapes()) == config
+
+
+def test_uneven_shapes_give_the_config_back():
+    inferred = OpenELMConfig.from_shapes(UNEVEN.tensor_shapes())
+    assert replace(inferred, max_context_length=64) == UNEVEN
+    untied = replace(UNEVEN, share_input_output_layers=False)
+    assert not OpenELMConfig.from_shapes(untied.tensor_shapes()).share_input_output_layers
+
+
+@pytest.mark.parametrize("size", ["gpt-test", *RELEASED])
+def test_the_written_config_reads_back(size):
+    config = OpenELMConfig.preset(size)
+    assert OpenELMConfig.from_dict(config.to_dict()) == config
+    if size in RELEASED:
+        assert config.to_dict()["ffn_multipliers"] == ARCH[size]["ffn_multipliers"]
+
+
+sizes = st.lists(
+    st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 700)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(sizes, st.sampled_from([32, 64, 96, 250]), st.booleans())
+def test_any_lists_survive_writing_for_us_and_for_mlx_lm(layers, model_dim, tied):
+    config = OpenELMConfig(
+        model_dim=model_dim,
+        head_dim=16,
+        num_query_heads=tuple(k * g for k, g, _ in layers),
+        num_kv_heads=tuple(k for k, _, _ in layers),
+        ffn_dims=tuple(f for *_, f in layers),
+        share_input_output_layers=tied,
+    )
+    written = config.to_dict()
+    assert OpenELMConfig.from_dict(json.loads(json.dumps(written))) == config
+    del written["ffn_dims"]  # mlx-lm and Hugging Face know multipliers alone
+    assert OpenELMConfig.from_dict(written) == config
+    for multiplier, width in zip(
+        written["ffn_multipliers"], config.ffn_dims, strict=True
+    ):
+        assert make_divisible(multiplier * model_dim, written["ffn_dim_divisor"]) == width
+
+
+@given(st.floats(1, 1e5), st.sampled_from([1, 8, 64, 256]))
+def test_make_divisible_never_loses_a_tenth(value, divisor):
+    rounded = make_divisible(value, divisor)
+    assert rounded % divisor == 0
+    assert rounded >= 0.9 * value
+    assert abs(rounded - value) <= max(divisor, 0.1 * value)
+
+
+def test_hugging_faces_published_config_is_read():
+    known = ARCH["270M"]
+    published = {
+        "model_type": "openelm",
+        "activation_fn_name": "swish",
+        "ffn_dim_divisor": 256,
+        "ffn_multipliers": known["ffn_multipliers"],
+        "ffn_with_glu": True,
+        "head_dim": 64,
+        "max_context_length": 2048,
+        "model_dim": 1280,
+        "normalization_layer_name": "rms_norm",
+        "normalize_qk_projections": True,
+        "num_gqa_groups": 4,
+        "num_kv_heads": known["num_kv_heads"],
+        "num_query_heads": known["num_query_heads"],
+        "num_transformer_layers": 16,
+        "qkv_multipliers": [0.5, 1.0],
+        "rope_freq_constant": 10000,
+        "share_input_output_layers": True,
+        "vocab_size": 32000,
+    }
+    assert OpenELMConfig.from_dict(published) == OpenELMConfig.preset("270M")
+
+
+def test_apples_mlx_config_is_read():
+    found = OpenELMConfig.from_dict(
+        {"model_name": "OpenELM-1_1B", "vocab_size": 32128, "max_context_length": 2048}
+    )
+    assert found == OpenELMConfig.preset("1.1B", vocab_size=32128)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_corenet_config_is_read(nested):
+    flat = {
+        "model.language_modeling.name": "general_gpt",
+        "model.language_modeling.general_gpt.model_name": "OpenELM-450M",
+        "model.language_modeling.general_gpt.vocab_size": 32000,
+        "model.language_modeling.general_gpt.padding_index": 32000,
+        "model.language_modeling.general_gpt.max_context_length": 1024,
+    }
+    given_config: dict = {}
+    for key, value in flat.items():
+        *groups, leaf = key.split(".")
+        place = given_config
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[leaf] = value
+    found = OpenELMConfig.from_dict(given_config if nested else flat)
+    expected = OpenELMConfig.preset("450M", vocab_size=32128)
+    assert found == replace(expected, max_context_length=1024)
+
+
+def test_explicit_lists_win_over_the_formula():
+    written = OpenELMConfig.preset("270M").to_dict()
+    written |= {"num_query_heads": [4] * 16, "num_kv_heads": [2] * 16}
+    config = OpenELMConfig.from_dict(written)
+    assert config.num_query_heads == (4,) * 16
+    assert config.num_kv_heads == (2,) * 16
+    assert config.ffn_dims == OpenELMConfig.preset("270M").ffn_dims
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "llama"}, "llama"),
+        ({"ffn_with_glu": False}, "ffn_with_glu"),
+        ({"num_query_heads": [12] * 15}, "num_query_heads"),
+        ({"num_query_heads": [13] * 16}, "query heads"),
+        ({"head_dim": 63}, "63"),
+        ({"vocab_size": -1}, "vocab_size"),
+        ({"model_dim": "wide"}, "config"),
+        ({"num_transformer_layers": 3}, "found 16"),
+    ],
+)
+def test_a_config_that_is_no_openelms_is_refused_in_words(change, named):
+    with pytest.raises(OpenELMError, match=named):
+        OpenELMConfig.from_dict(OpenELMConfig.preset("270M").to_dict() | change)
+
+
+def test_foreign_shapes_are_refused_with_their_names():
+    with pytest.raises(OpenELMError, match=r"model\.embed_tokens"):
+        OpenELMConfig.from_shapes({"model.embed_tokens.weight": (10, 4)})
+
+
+def test_size_names():
+    assert OpenELMConfig.preset("apple/OpenELM-1_1B-Instruct").size_name == "OpenELM-1_1B"
+    assert UNEVEN.size_name == "OpenELM"
+    with pytest.raises(OpenELMError, match="270M, 450M"):
+        OpenELMConfig.preset("7B")

@@ -1,0 +1,849 @@
+"""torch.save's files: read as torch reads them, and nothing in them ever runs."""
+
+import builtins
+import io
+import mmap
+import os
+import pickle
+import struct
+import time
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from converters.pt_file import PtTensor, read_pt, read_state_dict
+from mlx_openelm.errors import OpenELMError
+
+# Files made by hand, opcode by opcode -------------------------------------------------
+
+MARK, TUPLE, REDUCE, BUILD, STOP = b"(", b"t", b"R", b"b", b"."
+EMPTY_DICT, EMPTY_LIST, EMPTY_TUPLE, SETITEM, APPENDS = b"}", b"]", b")", b"s", b"e"
+ORDERED_DICT = b"ccollections\nOrderedDict\n"
+
+
+def plain(value: object) -> bytes:
+    """Return the opcodes that leave a plain value on the stack."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def storage(key: str = "0", kind: str = "FloatStorage", length: int = 6) -> bytes:
+    facts = plain(key) + plain("cpu") + plain(length)
+    return (
+        MARK + plain("storage") + b"ctorch\n%b\n" % kind.encode() + facts + TUPLE + b"Q"
+    )
+
+
+def tensor(
+    offset: object = 0,
+    shape: object = (2, 3),
+    strides: object = (3, 1),
+    extra: bytes = b"",
+    **of_storage: Any,
+) -> bytes:
+    args = storage(**of_storage) + plain(offset) + plain(shape) + plain(strides)
+    hooks = plain(False) + ORDERED_DICT + EMPTY_TUPLE + REDUCE
+    call = b"ctorch._utils\n_rebuild_tensor_v2\n" + MARK + args + hooks + extra
+    return call + TUPLE + REDUCE
+
+
+def mapping(**items: bytes) -> bytes:
+    pairs = (plain(name) + value + SETITEM for name, value in items.items())
+    return b"\x80\x02" + EMPTY_DICT + b"".join(pairs) + STOP
+
+
+NUMBERS = np.arange(6, dtype="<f4")
+GOOD = mapping(w=tensor())
+
+
+def zipped(
+    data: bytes = GOOD,
+    records: dict[str, bytes] | None = None,
+    compression: int = zipfile.ZIP_STORED,
+) -> bytes:
+    records = {"data/0": NUMBERS.tobytes()} if records is None else records
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        for name, content in {"data.pkl": data, **records}.items():
+            file.writestr(f"archive/{name}", content)
+    return buffer.getvalue()
+
+
+@pytest.fixture(name="file")
+def _file(tmp_path: Path) -> Callable[..., Path]:
+    def write(data: bytes = GOOD, *args: Any, **options: Any) -> Path:
+        path = tmp_path / "model.pt"
+        path.write_bytes(zipped(data, *args, **options))
+        return path
+
+    return write
+
+
+@contextmanager
+def refused(path: Path, *words: str) -> Iterator[None]:
+    """Expect an error that is one sentence or two, names the file, and says `words`."""
+    with pytest.raises(OpenELMError) as caught:
+        yield
+    message = str(caught.value)
+    assert str(path) in message
+    assert len(message) < 2000
+    assert message.endswith(".")
+    for word in words:
+        assert word in message
+
+
+def test_a_file_made_by_hand_is_read(file: Callable[..., Path]) -> None:
+    found = read_state_dict(file())
+    assert list(found) == ["w"]
+    assert (found["w"].dtype, found["w"].shape) == ("float32", (2, 3))
+    np.testing.assert_array_equal(found["w"].array, NUMBERS.reshape(2, 3))
+
+
+# As torch reads ----------------------------------------------------------------------
+
+
+def assert_same(ours: PtTensor, theirs: Any) -> None:
+    torch = pytest.importorskip("torch")
+    assert f"torch.{ours.dtype}" == str(theirs.dtype)
+    assert ours.shape == ours.array.shape == tuple(theirs.shape)
+    assert not ours.array.flags.writeable
+    if theirs.dtype == torch.bfloat16:
+        theirs = theirs.view(torch.uint16)
+    assert ours.array.dtype == theirs.numpy().dtype
+    assert ours.array.tobytes() == theirs.numpy().tobytes()
+
+
+def assert_read_as_torch_reads(value: Any, path: Path, **options: Any) -> None:
+    """Save a mapping of tensors with torch and compare the two readings."""
+    torch = pytest.importorskip("torch")
+    torch.save(value, path, **options)
+    ours, theirs = read_pt(path), torch.load(path, weights_only=True)
+    assert list(ours) == list(theirs)
+    for name in theirs:
+        assert_same(ours[name], theirs[name].detach())
+
+
+DTYPES = [
+    *("float64", "float32", "float16", "bfloat16"),
+    *("int64", "int32", "int16", "int8", "uint8", "bool"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_equals_torchs_reading(tmp_path: Path, dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    values = torch.randn(3, 5, generator=torch.manual_seed(0)) * 50
+    saved = {"x": values.to(getattr(torch, dtype)), "y": values}
+    assert_read_as_torch_reads(saved, tmp_path / "x.pt")
+
+
+def test_every_view_equals_torchs_reading(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    base = torch.arange(24.0).reshape(4, 6)
+    views = {
+        "whole": base,
+        "transposed": base.T,
+        "rows": base[1:3],
+        "column": base[:, 2],
+        "every other": base[::2, ::3],
+        "one number": base[3, 5],
+        "permuted": base.reshape(2, 3, 4).permute(2, 0, 1),
+        "repeated": base[:1].expand(5, 6),
+        "windows": base.flatten().unfold(0, 4, 2),
+        "no rows": base[4:],
+        "no columns": torch.zeros(3, 0),
+        "scalar": torch.tensor(7.5),
+        "tall": base.as_strided((3, 1), (2, 10**9)),
+    }
+    assert_read_as_torch_reads(views, tmp_path / "x.pt")
+    ours = read_pt(tmp_path / "x.pt")
+    assert np.shares_memory(ours["whole"].array, ours["transposed"].array)
+
+
+@given(data=st.data())
+@settings(max_examples=40)
+def test_any_strided_view_equals_torchs_reading(
+    folder: Path, data: st.DataObject
+) -> None:
+    torch = pytest.importorskip("torch")
+    sizes = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=4)
+    drawn = data.draw(sizes)
+    shape, strides = [n for n, _ in drawn], [step for _, step in drawn]
+    offset = data.draw(st.integers(0, 9))
+    needed = offset + 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    base = torch.arange(max(needed, 1), dtype=torch.int16)
+    view = base.as_strided(shape, strides, offset)
+    assert_read_as_torch_reads({"view": view}, folder / "view.pt")
+
+
+def test_parameters_equal_torchs_reading(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    noted = torch.nn.Parameter(torch.ones(2))
+    noted.note = "a parameter with a state"
+    saved = {"p": torch.nn.Parameter(torch.randn(2, 3)), "q": noted}
+    assert_read_as_torch_reads(saved, tmp_path / "x.pt")
+
+
+def test_a_modules_state_dict_equals_torchs_reading(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    assert_read_as_torch_reads(module.state_dict(), tmp_path / "x.pt")
+    names = list(read_state_dict(tmp_path / "x.pt"))
+    assert names == list(module.state_dict())
+
+
+def test_a_training_state_is_read_whole(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    saved = {
+        "iterations": 7,
+        "epoch": 0,
+        "model_state_dict": module.state_dict(),
+        "optim_state_dict": optimizer.state_dict(),
+        "best_metric": float("inf"),
+        "is_interval_ckpt": False,
+        "gradient_scaler_state_dict": {},
+        "ema_state_dict": {"weight": torch.zeros(1)},
+        "others": [None, -1, 2**70, "é\ud800", (), torch.Size([2, 3]), [True, [1.5]]],
+    }
+    torch.save(saved, tmp_path / "x.pt")
+    ours = read_pt(tmp_path / "x.pt")
+    theirs = torch.load(tmp_path / "x.pt", weights_only=True)
+
+    def compare(ours: Any, theirs: Any) -> None:
+        if isinstance(theirs, torch.Tensor):
+            assert_same(ours, theirs)
+        elif isinstance(theirs, dict):
+            assert list(ours) == list(theirs)
+            for key in theirs:
+                compare(ours[key], theirs[key])
+        else:
+            assert ours == theirs
+            assert isinstance(theirs, type(ours))
+
+    compare(ours, theirs)
+    assert list(read_state_dict(tmp_path / "x.pt")) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_pickle_protocols_that_torch_reads_are_read(
+    tmp_path: Path, protocol: int
+) -> None:
+    torch = pytest.importorskip("torch")
+    saved = {"x": torch.ones(3)}
+    path = tmp_path / "x.pt"
+    torch.save(saved, path, pickle_protocol=protocol)
+    assert_same(read_pt(path)["x"], saved["x"])
+
+
+@pytest.mark.parametrize("name", ["conj", "complex", "uint16", "sparse"])
+def test_tensors_of_other_kinds_are_refused_not_misread(
+    tmp_path: Path, name: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    make = {
+        "conj": lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
+        "complex": lambda: torch.ones(3, dtype=torch.complex64),
+        "uint16": lambda: torch.ones(3, dtype=torch.uint16),
+        "sparse": lambda: torch.eye(3).to_sparse(),
+    }
+    path = tmp_path / "x.pt"
+    torch.save({"x": make[name]()}, path)
+    with refused(path):
+        read_pt(path)
+
+
+def test_negated_numbers_are_refused_not_misread(file: Callable[..., Path]) -> None:
+    path = file(mapping(w=tensor(extra=plain({"neg": True}))))
+    with refused(path, "call"):
+        read_pt(path)
+    assert read_pt(file(mapping(w=tensor(extra=plain({})))))["w"].shape == (2, 3)
+
+
+# Nothing is copied -------------------------------------------------------------------
+
+
+def test_tensors_are_views_of_the_mapped_file(file: Callable[..., Path]) -> None:
+    path = file(mapping(w=tensor(), v=tensor(offset=3, shape=(3,), strides=(1,))))
+    found = read_pt(path)
+    base: Any = found["w"].array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    assert isinstance(base, memoryview)
+    assert isinstance(base.obj, mmap.mmap)
+    assert np.shares_memory(found["w"].array, found["v"].array)
+    changed = path.read_bytes().replace(NUMBERS.tobytes(), (NUMBERS + 1).tobytes())
+    with path.open("r+b") as same_file:
+        same_file.write(changed)
+    np.testing.assert_array_equal(found["v"].array, NUMBERS[3:] + 1)
+
+
+def test_reading_takes_no_memory_for_the_numbers(file: Callable[..., Path]) -> None:
+    count = 2**22
+    description = tensor(shape=(count,), strides=(1,), length=count)
+    path = file(mapping(w=description), {"data/0": bytes(4 * count)})
+    with bounded(seconds=5, megabytes=1):
+        assert read_pt(path)["w"].array.nbytes == 2**24
+
+
+def test_zip64_is_read(
+    file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("ZIP64_LIMIT", "ZIP_FILECOUNT_LIMIT"):
+        monkeypatch.setattr(zipfile, limit, 1)
+    path = file()
+    assert b"PK\x06\x06" in path.read_bytes()
+    np.testing.assert_array_equal(read_pt(path)["w"].array, NUMBERS.reshape(2, 3))
+
+
+# The state dict ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key", ["model_state_dict", "ema_state_dict", "state_dict", "model"]
+)
+def test_a_wrapped_state_dict_is_found(file: Callable[..., Path], key: str) -> None:
+    inner = mapping(**{"module.w": tensor()})[2:-1]
+    found = read_state_dict(file(mapping(**{key: inner, "loss": tensor()})))
+    assert list(found) == ["module.w"]
+
+
+def test_the_models_tensors_go_before_their_average(file: Callable[..., Path]) -> None:
+    ema, model = (mapping(**{name: tensor()})[2:-1] for name in ("ema", "model"))
+    path = file(mapping(ema_state_dict=ema, model_state_dict=model))
+    assert list(read_state_dict(path)) == ["model"]
+
+
+def test_torchs_metadata_is_left_out(file: Callable[..., Path]) -> None:
+    state = ORDERED_DICT + EMPTY_TUPLE + REDUCE
+    state += plain("w") + tensor() + SETITEM + plain({"_metadata": {"": 1}}) + BUILD
+    assert list(read_pt(file(b"\x80\x02" + state + STOP))) == ["w"]
+    path = file(mapping(w=tensor(), _metadata=plain({"": {"version": 1}})))
+    assert list(read_state_dict(path)) == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (mapping(), "nothing"),
+        (mapping(w=tensor(), lr=plain(0.1), notes=plain([1])), "'lr', 'notes'"),
+        (mapping(model_state_dict=plain({1: 2})), "1"),
+        (mapping(model_state_dict=plain({})), "nothing"),
+        (mapping(**{f"n{i}": plain(i) for i in range(99)}), "and 93 more"),
+    ],
+)
+def test_a_state_dict_of_other_things_is_refused(
+    file: Callable[..., Path], data: bytes, word: str
+) -> None:
+    path = file(data)
+    read_pt(path)
+    with refused(path, word, "state_dict()"):
+        read_state_dict(path)
+
+
+# Pickles that want to run code -------------------------------------------------------
+
+
+class Bait:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, trap: Path, function: Callable[..., Any] = os.mkdir) -> None:
+        self.trap, self.function = trap, function
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.function is os.mkdir:
+            return os.mkdir, (str(self.trap),)
+        if self.function is os.system:
+            return os.system, (f"mkdir '{self.trap}'",)
+        return self.function, (f"__import__('os').mkdir({str(self.trap)!r})",)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (os.mkdir, "posix.mkdir"),
+        (os.system, "posix.system"),
+        (builtins.eval, "eval"),
+        (builtins.exec, "exec"),
+    ],
+)
+def test_code_is_named_and_not_run(
+    file: Callable[..., Path],
+    tmp_path: Path,
+    protocol: int,
+    function: Callable[..., Any],
+    name: str,
+) -> None:
+    trap = tmp_path / "trap"
+    data = pickle.dumps({"w": Bait(trap, function)}, protocol)
+    pickle.loads(data)
+    assert trap.exists(), "the bait is dead, so the test would prove nothing"
+    trap.rmdir()
+    path = file(data)
+    with refused(path, name, "nothing was run"):
+        read_pt(path)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch.load",
+        "torch.hub.load",
+        "torch.storage.UntypedStorage",
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_device_tensor_from_numpy",
+        "torch.Tensor",
+        "torch._tensor._rebuild_from_type_v2",
+        "numpy._core.multiarray._reconstruct",
+        "_codecs.encode",
+        "collections.OrderedDict.fromkeys",
+        "collections.Counter",
+        "builtins.getattr",
+        "builtins.dict",
+        "copyreg._reconstructor",
+        "converters.pt_file.read_pt",
+    ],
+)
+def test_globals_that_tensors_do_not_need_are_refused(
+    file: Callable[..., Path], name: str
+) -> None:
+    module, _, attribute = name.rpartition(".")
+    path = file(mapping(w=f"c{module}\n{attribute}\n".encode() + EMPTY_TUPLE + REDUCE))
+    with refused(path, name, "nothing was run"):
+        read_pt(path)
+
+
+def test_every_foreign_global_is_named_at_once(file: Callable[..., Path]) -> None:
+    path = file(mapping(a=b"cos\nsystem\n", b=b"cbuiltins\neval\n"))
+    with refused(path, "os.system", "builtins.eval"):
+        read_pt(path)
+
+
+def test_stack_global_is_refused_and_named(file: Callable[..., Path]) -> None:
+    name = b"\x8c\x05posix\x94\x8c\x06system\x94\x93"
+    path = file(b"\x80\x04}\x94\x8c\x01w\x94" + name + b"\x8c\x02id\x94\x85\x94R\x94s.")
+    with refused(path, "posix.system", "nothing was run"):
+        read_pt(path)
+
+
+def test_stack_global_is_refused_even_of_an_allowed_name(
+    file: Callable[..., Path],
+) -> None:
+    path = file(b"\x80\x04\x8c\x05torch\x94\x8c\x04Size\x94\x93.")
+    with refused(path, "SHORT_BINUNICODE", "pickle_protocol"):
+        read_pt(path)
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        ORDERED_DICT,
+        b"ctorch\nFloatStorage\n",
+        b"ctorch._utils\n_rebuild_tensor_v2\n",
+        b"ctorch\nSize\n",
+        tensor(),
+        storage(),
+        plain("text"),
+        plain(1),
+        EMPTY_TUPLE,
+        EMPTY_LIST,
+    ],
+)
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"array": 1, "name": "os system", "__code__": 1},
+        (None, {"array": 1, "dtype": "x", "name": "os system", "__defaults__": ()}),
+        ["float32", (1000,), None],
+    ],
+)
+def test_build_sets_no_attributes(
+    file: Callable[..., Path], owner: bytes, state: object
+) -> None:
+    path = file(mapping(w=owner + plain(state) + BUILD))
+    with refused(path, "dict"):
+        read_pt(path)
+
+
+@pytest.mark.parametrize("state", [{"items": 1}, (None, {"items": 1, "get": 2}), None])
+def test_build_on_a_dict_changes_nothing(
+    file: Callable[..., Path], state: object
+) -> None:
+    owner = mapping(w=tensor())[2:-1]
+    found = read_pt(file(b"\x80\x02" + owner + plain(state) + BUILD + STOP))
+    assert type(found) is dict
+    assert list(found.items()) == [("w", found["w"])]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ORDERED_DICT + plain(([("a", 1)],)),
+        ORDERED_DICT + plain(5),
+        b"ctorch\nSize\n" + plain((10**9,)),
+        b"ctorch\nFloatStorage\n" + plain((10**9,)),
+        b"ctorch._utils\n_rebuild_parameter\n" + plain((1, True, None)),
+        b"ctorch._utils\n_rebuild_tensor_v2\n" + plain((1, 2, (3,), (4,), False, None)),
+        plain("os.system") + plain(("id",)),
+        tensor() + EMPTY_TUPLE,
+        EMPTY_DICT + EMPTY_TUPLE,
+    ],
+)
+def test_calls_with_other_arguments_are_refused(
+    file: Callable[..., Path], call: bytes
+) -> None:
+    path = file(mapping(w=call + REDUCE))
+    with refused(path, "call"):
+        read_pt(path)
+
+
+def test_only_storages_are_loaded_by_persistent_id(file: Callable[..., Path]) -> None:
+    for persistent_id in ("os.system", ("module", "os", "0", "cpu", 6), (), 0):
+        path = file(mapping(w=plain(persistent_id) + b"Q"))
+        with refused(path, "storage"):
+            read_pt(path)
+
+
+def test_a_bare_storage_or_class_is_refused(file: Callable[..., Path]) -> None:
+    for value in (storage(), ORDERED_DICT, b"ctorch\nSize\n"):
+        path = file(mapping(w=value))
+        with refused(path, "bare"):
+            read_pt(path)
+
+
+# Bombs -------------------------------------------------------------------------------
+
+
+@contextmanager
+def bounded(seconds: float, megabytes: float) -> Iterator[None]:
+    """Hold what is done to a bound of time and of memory allocated by Python."""
+    begin = time.process_time()
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < megabytes * 1e6
+    assert time.process_time() - begin < seconds
+
+
+def test_a_memo_index_makes_no_room_for_those_below_it(
+    file: Callable[..., Path],
+) -> None:
+    put = b"r\xff\xff\xff\x7f"
+    path = file(mapping(w=plain(5) + put, v=b"j\xff\xff\xff\x7f"))
+    with bounded(seconds=5, megabytes=1):
+        assert read_pt(path) == {"w": 5, "v": 5}
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        b"X\xff\xff\xff\xff",  # BINUNICODE
+        b"B\xff\xff\xff\xff",  # BINBYTES
+        b"\x8e" + b"\xff" * 7 + b"\x0f",  # BINBYTES8
+        b"\x96" + b"\xff" * 7 + b"\x0f",  # BYTEARRAY8
+        b"\x8b\xff\xff\xff\x7f",  # LONG4
+        b"\x95" + b"\xff" * 7 + b"\x0f",  # FRAME
+        b"L" + b"9" * 100_000 + b"L\n",  # LONG, in decimal
+    ],
+)
+def test_declared_sizes_are_not_believed(
+    file: Callable[..., Path], declared: bytes
+) -> None:
+    path = file(mapping(w=declared + b"abc"))
+    with bounded(seconds=5, megabytes=2), refused(path):
+        read_pt(path)
+
+
+def doubled(once: bytes, times: int) -> bytes:
+    """Return the opcodes of (x, x), (then (y, y) of that, and so on)."""
+    return once + b"".join(
+        b"r%b" % struct.pack("<I", i) + b"j%b" % struct.pack("<I", i) + b"\x86"
+        for i in range(times)
+    )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        doubled(plain("x"), 60),
+        EMPTY_LIST + b"q\x07" + b"h\x07a",  # a list in itself
+        EMPTY_LIST + b"q\x07" + MARK + b"h\x07" * 3_000 + APPENDS,
+        EMPTY_DICT + b"q\x07" + plain("k") + b"h\x07s",
+        EMPTY_TUPLE + b"\x85" * 9_000,
+        EMPTY_LIST * 4_000 + b"a" * 3_999,
+        MARK * 4_000 + TUPLE * 4_000,
+    ],
+    ids=["doubling", "cycle", "wide cycle", "dict", "tuples", "lists", "marks"],
+)
+def test_values_that_nobody_could_walk_through_are_refused(
+    file: Callable[..., Path], value: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("converters.pt_file.MAX_VALUES", 10_000)
+    path = file(mapping(w=value))
+    with bounded(seconds=5, megabytes=5), refused(path, "levels"):
+        read_pt(path)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [EMPTY_TUPLE + b"\x85" * 20_000, doubled(plain("x"), 60), plain(2**900), tensor()],
+    ids=["deep", "doubling", "long", "tensor"],
+)
+def test_keys_that_take_long_to_hash_are_refused(
+    file: Callable[..., Path], key: bytes
+) -> None:
+    path = file(mapping(w=EMPTY_DICT + key + plain(1) + SETITEM))
+    with bounded(seconds=5, megabytes=20), refused(path, "key"):
+        read_pt(path)
+
+
+def test_a_pickle_of_too_many_opcodes_is_refused(
+    file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("converters.pt_file.MAX_VALUES", 1000)
+    path = file(mapping(w=MARK + b"N" * 1000 + TUPLE))
+    with refused(path, "1,000"):
+        read_pt(path)
+    assert len(read_pt(file(mapping(w=MARK + b"N" * 900 + TUPLE)))["w"]) == 900
+    monkeypatch.setattr("converters.pt_file.MAX_PICKLE_BYTES", 900)
+    with refused(path):
+        read_pt(path)
+
+
+# Damaged files -----------------------------------------------------------------------
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("", "missing.pt", "pipe", "missing/model.pt", "x" * 500):
+        path = tmp_path / name
+        with refused(path):
+            read_pt(path)
+    with pytest.raises(OpenELMError):
+        read_pt(tmp_path / "\0")
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before torch 1.6"),
+        (pickle.dumps({"w": 1}), "not torch.save's"),
+        (b"GGUF" * 100, "GGUF"),
+        (zipped()[:-1], "end"),
+        (b"PK\x05\x06" + bytes(18), "data.pkl"),
+    ],
+)
+def test_other_files_are_told_apart(tmp_path: Path, content: bytes, word: str) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with refused(path, word):
+        read_pt(path)
+
+
+def test_torchs_old_form_is_refused(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "old.pt"
+    torch.save({"x": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
+    with refused(path, "current torch"):
+        read_pt(path)
+
+
+def test_zips_of_other_kinds_are_refused(
+    file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = file(compression=zipfile.ZIP_DEFLATED)
+    with refused(path, "compressed"):
+        read_pt(path)
+    path = file(records={"data/0": NUMBERS.tobytes(), "byteorder": b"big"})
+    with refused(path, "big-endian"):
+        read_pt(path)
+    read_pt(file(records={"data/0": NUMBERS.tobytes(), "byteorder": b"little"}))
+    np.savez(tmp_path / "x.npz", w=NUMBERS)
+    with refused(tmp_path / "x.npz", "data.pkl", "w.npy"):
+        read_pt(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("name", ["archive/data.pkl", "archive/data/0", "other/data/0"])
+def test_records_twice_or_astray_are_refused(
+    file: Callable[..., Path], name: str
+) -> None:
+    path = file()
+    with zipfile.ZipFile(path, "a") as more:
+        if name in more.namelist():
+            with pytest.warns(UserWarning, match="Duplicate name"):
+                more.writestr(name, b"")
+        else:
+            more.writestr(name, b"")
+    with refused(path, name):
+        read_pt(path)
+
+
+def test_two_tensors_of_one_name_are_refused(file: Callable[..., Path]) -> None:
+    path = file(mapping(a=tensor(), b=tensor()).replace(plain("b"), plain("a")))
+    with refused(path, "'a'"):
+        read_pt(path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({"key": "1"}, "data/1"),
+        ({"key": "../data.pkl"}, "data.pkl"),
+        ({"length": 7}, "7 numbers"),
+        ({"length": 10**30}, "too short"),
+        ({"length": -1}, "storage"),
+        ({"length": 5}, "5 numbers"),
+        ({"length": True}, "1 numbers"),
+        ({"kind": "DoubleStorage"}, "float64"),
+        ({"kind": "Size"}, "storage"),
+        ({"offset": 1}, "beyond"),
+        ({"offset": -1}, "tensor"),
+        ({"offset": 10**30}, "tensor"),
+        ({"offset": "0"}, "tensor"),
+        ({"shape": (2, 4)}, "beyond"),
+        ({"shape": (3, 3)}, "beyond"),
+        ({"shape": (2,)}, "tensor"),
+        ({"shape": (2, -3)}, "tensor"),
+        ({"shape": (2, 3.0)}, "tensor"),
+        ({"shape": [2, 3]}, "call"),
+        ({"shape": (2**40, 2**40), "strides": (0, 0)}, "larger"),
+        ({"shape": (0, 2**49)}, "larger"),
+        ({"shape": (1,) * 70, "strides": (1,) * 70}, "tensor"),
+        ({"strides": (-3, 1)}, "tensor"),
+        ({"strides": (4, 1)}, "beyond"),
+        ({"strides": (2**49, 2**49)}, "beyond"),
+        ({"strides": (2**63, 1)}, "tensor"),
+    ],
+)
+def test_a_tensor_never_reaches_beyond_its_storage(
+    file: Callable[..., Path], wrong: dict[str, Any], word: str
+) -> None:
+    path = file(
+        mapping(w=tensor(**wrong)), {"data/0": NUMBERS.tobytes(), "z": b"z" * 99}
+    )
+    with refused(path, word):
+        read_pt(path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b".",
+        b"\x80\x02.",
+        b"\x80\x02}",
+        b"\x80\x02t.",
+        b"\x80\x02u.",
+        b"\x80\x02(u.",
+        b"\x80\x02}(Nu.",
+        b"\x80\x02N\x86.",
+        b"\x80\x02h\x00.",
+        b"\x80\x02q\x00.",
+        b"\x80\x02]Na.",
+        b"\x80\x02Q.",
+        b"\x80\x02R.",
+        b"\x80\x02b.",
+        b"\x80\x02N(s.",
+        b"\x80\x02\xff.",
+        b"\x80\x02X\x01\x00\x00\x00\xff.",
+        b"\x80\x02ctorch\n",
+        b"\x80\x02K\x01.",
+        b"\x80\x02" + plain({1: 2}) + b".",
+        b"\x80\x02" + tensor() + b".",
+        b"(I1\n.",
+    ],
+)
+def test_pickles_that_make_no_sense_are_refused(
+    file: Callable[..., Path], data: bytes
+) -> None:
+    path = file(data)
+    with refused(path):
+        read_pt(path)
+
+
+@pytest.fixture(name="folder", scope="module")
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pt")
+
+
+@pytest.fixture(name="written", scope="module", params=["by hand", "by torch"])
+def _written(request: pytest.FixtureRequest) -> bytes:
+    if request.param == "by hand":
+        return zipped()
+    torch = pytest.importorskip("torch")
+    buffer = io.BytesIO()
+    torch.save(torch.nn.Linear(2, 3).state_dict(), buffer)
+    return buffer.getvalue()
+
+
+def test_a_file_cut_short_anywhere_is_refused(folder: Path, written: bytes) -> None:
+    path = folder / "short.pt"
+    step = max(1, len(written) // 100)
+    for length in {
+        *range(0, len(written), step),
+        *range(len(written) - 99, len(written)),
+    }:
+        path.write_bytes(written[:length])
+        with refused(path):
+            read_pt(path)
+
+
+def read_or_refuse(path: Path) -> None:
+    """Read a file all through; only an OpenELMError may stop it."""
+    with suppress(OpenELMError):
+        repr(read_pt(path))
+
+
+@given(data=st.data())
+@settings(max_examples=120)
+def test_flipped_bits_give_a_result_or_an_error(
+    folder: Path, written: bytes, data: st.DataObject
+) -> None:
+    ends = st.one_of(
+        st.integers(0, min(1023, len(written) - 1)),
+        st.integers(max(0, len(written) - 1024), len(written) - 1),
+    )
+    flipped = bytearray(written)
+    for at in data.draw(st.lists(ends, min_size=1, max_size=3)):
+        flipped[at] ^= data.draw(st.integers(1, 255))
+    path = folder / "flipped.pt"
+    path.write_bytes(flipped)
+    read_or_refuse(path)
+
+
+OPCODES = [
+    *(MARK, TUPLE, REDUCE, BUILD, EMPTY_DICT, EMPTY_LIST, EMPTY_TUPLE, SETITEM),
+    *(b"u", b"a", APPENDS, b"\x85", b"\x86", b"\x87", b"N", b"\x88", b"K\x03", b"Q"),
+    *(b"q\x00", b"q\x01", b"h\x00", b"h\x01", plain("w"), plain(0.5), storage()),
+    *(ORDERED_DICT, b"ctorch\nSize\n", b"ctorch._utils\n_rebuild_parameter\n"),
+    *(b"ctorch._utils\n_rebuild_tensor_v2\n", tensor(), plain((2, 3)), b"0", b"2"),
+]
+
+
+@given(st.lists(st.sampled_from(OPCODES), max_size=30), st.booleans())
+@settings(max_examples=250)
+def test_any_sequence_of_opcodes_gives_a_result_or_an_error(
+    folder: Path, opcodes: list[bytes], in_mapping: bool
+) -> None:
+    body = b"".join(opcodes)
+    path = folder / "any.pt"
+    data = mapping(w=body) if in_mapping else b"\x80\x02" + body + STOP
+    path.write_bytes(zipped(data))
+    read_or_refuse(path)
