@@ -1,0 +1,1 @@
+"""The converter path: foreign files in, PyTorch reference training, proof of equality."""

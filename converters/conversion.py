@@ -12,7 +12,6 @@ from typing import Any
 import mlx.core as mx
 
 from converters.sources import Source, open_source
-from mlx_openelm import __version__
 from mlx_openelm.checkpoint import (
     METADATA_KEY,
     ShardWriter,
@@ -26,6 +25,7 @@ from mlx_openelm.names import EMBEDDING, HEAD, to_folder
 from mlx_openelm.quantize import Packing, Quantization
 from mlx_openelm.staging import refuse_existing, staged_folder
 from mlx_openelm.tokenizer_finder import FoundTokenizer, find_tokenizer, write_tokenizer
+from mlx_openelm.version import __version__
 
 CORENET_ROWS, LLAMA_PIECES = 32128, 32000
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

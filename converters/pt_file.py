@@ -183,7 +183,7 @@ def _open(path: Path) -> _Archive:
             )
         archive.records[name] = _locate(archive, entry)
     start, length = archive.records.get("byteorder", (0, 0))
-    if archive.data[start : start + length].tobytes() == b"big":
+    if archive.data[start : start + min(length, 8)].tobytes() == b"big":
         raise OpenELMError(
             f"{path} was saved on a big-endian machine, whose numbers are not read "
             "here; load it with torch there and save it as safetensors."

@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mlx_openelm import openblas as openblas  # must come before mlx.core
+from mlx_openelm.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from converters.conversion import convert
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from mlx_openelm.generation import generate, stream
     from mlx_openelm.loading import load
     from mlx_openelm.sampling import Sampling
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "OpenELMConfig": "mlx_openelm.config",

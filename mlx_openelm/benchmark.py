@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from mlx_openelm import __version__
 from mlx_openelm.cache import KVCache
 from mlx_openelm.checkpoint import ModelFolder, open_folder
 from mlx_openelm.config import OpenELMConfig
@@ -27,6 +26,7 @@ from mlx_openelm.loading import load_model, load_tokenizer
 from mlx_openelm.model import OpenELM
 from mlx_openelm.names import to_folder
 from mlx_openelm.sampling import Sampling
+from mlx_openelm.version import __version__
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPT = "Once upon a time there was a king who"

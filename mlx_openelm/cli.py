@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from mlx_openelm import __version__
 from mlx_openelm.console import Console, close_broken_pipe
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.version import __version__
 
 if TYPE_CHECKING:
     from converters.pretrain import Event

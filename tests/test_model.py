@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import UNEVEN, build, read_golden
 
+from mlx_openelm import model as openelm
 from mlx_openelm.benchmark import made_weight
 from mlx_openelm.cache import KVCache
 from mlx_openelm.config import OpenELMConfig
@@ -66,7 +67,8 @@ def forget_rope(monkeypatch):
 
 
 def swap_gate_and_up(monkeypatch):
-    monkeypatch.setattr(nn, "silu", lambda x: x)
+    original = openelm.swiglu
+    monkeypatch.setattr(openelm, "swiglu", lambda gate, up: original(up, gate))
 
 
 @pytest.mark.parametrize(

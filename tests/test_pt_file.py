@@ -695,6 +695,19 @@ def test_records_twice_or_astray_are_refused(
         read_pt(path)
 
 
+@pytest.mark.parametrize(("at", "wrong"), [(0, b"QK"), (28, b"\xff\xff")])
+def test_a_record_that_is_not_where_the_zip_says_is_refused(
+    file: Callable[..., Path], at: int, wrong: bytes
+) -> None:
+    path = file()
+    content = bytearray(path.read_bytes())
+    header = content.rindex(b"PK\x03\x04")  # of data/0
+    content[header + at : header + at + 2] = wrong
+    path.write_bytes(content)
+    with refused(path, "data/0", "not where"):
+        read_pt(path)
+
+
 def test_two_tensors_of_one_name_are_refused(file: Callable[..., Path]) -> None:
     path = file(mapping(a=tensor(), b=tensor()).replace(plain("b"), plain("a")))
     with refused(path, "'a'"):

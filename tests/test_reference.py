@@ -19,6 +19,7 @@ from converters.reference import (  # noqa: E402
     summed_loss,
 )
 from converters.sources import open_source  # noqa: E402
+from mlx_openelm import model as openelm  # noqa: E402
 from mlx_openelm.benchmark import made_weight  # noqa: E402
 from mlx_openelm.config import OpenELMConfig  # noqa: E402
 from mlx_openelm.likelihood import log_likelihoods  # noqa: E402
@@ -99,7 +100,7 @@ def test_every_layer_agrees_through_the_converter(tmp_path, tied):
 
 def test_a_difference_is_reported(tmp_path, monkeypatch):
     path = write_pt(tmp_path / "uneven.pt", weights_of(UNEVEN))
-    monkeypatch.setattr(nn, "silu", lambda x: x)
+    monkeypatch.setattr(openelm, "swiglu", lambda gate, up: up)
     report = compare(str(path))
     assert not report.equal
     assert report.places[0].difference == 0

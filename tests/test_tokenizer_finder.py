@@ -186,7 +186,8 @@ def test_rebuilt_model_says_what_the_original_says(
     ]
     for spec, names in {
         "trainer_spec": "model_type vocab_size byte_fallback "
-        "unk_id bos_id eos_id pad_id unk_piece bos_piece eos_piece treat_whitespace_as_suffix",
+        "unk_id bos_id eos_id pad_id unk_piece bos_piece eos_piece "
+        "treat_whitespace_as_suffix",
         "normalizer_spec": "precompiled_charsmap add_dummy_prefix "
         "remove_extra_whitespaces escape_whitespaces",
     }.items():
@@ -206,7 +207,7 @@ def test_llamas_published_vectors_hold(llama: Tokenizer) -> None:
     for text, ids in LLAMA_VECTORS.items():
         assert llama.encode(text) == ids
     more = {
-        "Once upon a time in a land far away": "9038 2501 263 931 297 263 2982 2215 3448",
+        "Once upon a time in a land": "9038 2501 263 931 297 263 2982",
         "<|system|>\n": "529 29989 5205 29989 29958 13",
         "<|assistant|>\n": "529 29989 465 22137 29989 29958 13",
     }
@@ -222,7 +223,12 @@ def test_transformers_and_mlx_lm_give_the_same_ids(
     from mlx_lm.utils import load_tokenizer
     from transformers import AutoTokenizer
 
-    for theirs in (AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)):
+    loaders: list[Callable[[Path], Any]] = [
+        AutoTokenizer.from_pretrained,
+        load_tokenizer,
+    ]
+    for load in loaders:
+        theirs = load(folder)
         assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
         for text in PROBES:
             ids = tokenizer.encode(text)
@@ -284,11 +290,6 @@ def test_other_spellings_of_tokenizer_json_are_read(
     prove_tokenizer(found, SIZE)
     for text in PROBES:
         assert found.encode(text) == small.encode(text)
-
-
-def _swap_first_merges(found: dict[str, Any]) -> None:
-    merges = found["model"]["merges"]
-    merges[0], merges[-1] = merges[-1], merges[0]
 
 
 @pytest.mark.parametrize(
@@ -412,7 +413,7 @@ def test_llamas_pieces_in_another_order_are_refused(llama: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"model_type": "unigram", "vocab_size": 400}, "not BPE"),
+        ({"model_type": "unigram", "vocab_size": 380}, "not BPE"),
         ({"byte_fallback": False, "vocab_size": 300}, "byte fallback"),
         ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text .nmt_nfkc"),
         ({"add_dummy_prefix": False}, "no dummy space"),

@@ -1,0 +1,69 @@
+import math
+
+import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
+import mlx.core as mx
+import numpy as np
+import pytest
+from models import TEXT, UNEVEN, build, small_tokenizer
+
+from mlx_openelm.evaluation import evaluate
+from mlx_openelm.likelihood import log_likelihoods
+
+tokenizer = small_tokenizer()
+model = build(UNEVEN)
+STORY = "\n  " + TEXT[:700] + "日本 \U0001f600\r\n"  # raw: white space counts
+
+
+@pytest.fixture
+def story(tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_bytes(STORY.encode())
+    return path
+
+
+def scored_token_by_token(text, window):
+    """The definition, word for word: each window alone, each token from what precedes."""
+    ids = tokenizer.encode(text, bos=False)
+    nats = 0.0
+    for start in range(0, len(ids), window):
+        part = ids[start : start + window]
+        logits = np.array(model(mx.array([[1, *part[:-1]]])), np.float64)[0]
+        shifted = logits - logits.max(-1, keepdims=True)
+        log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        nats -= sum(log_probs[i, token] for i, token in enumerate(part))
+    return nats, len(ids)
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 64, None])
+def test_every_token_is_scored_once_from_what_precedes_it(story, window):
+    score = evaluate(model, tokenizer, text=story, window=window)
+    nats, tokens = scored_token_by_token(STORY, window or UNEVEN.max_context_length)
+    assert score.tokens == tokens
+    assert score.bytes == len(STORY.encode())
+    assert score.nats_per_token == pytest.approx(nats / tokens, rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert score.bits_per_byte == pytest.approx(
+        nats / math.log(2) / len(STORY.encode()), rel=1e-5
+    )
+
+
+def test_several_files_are_scored_together(story, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Another tale.")
+    both = evaluate(model, tokenizer, text=[story, other])
+    one, two = (evaluate(model, tokenizer, text=path) for path in (story, other))
+    assert both.tokens == one.tokens + two.tokens
+    assert both.bytes == one.bytes + two.bytes
+    nats = one.nats_per_token * one.tokens + two.nats_per_token * two.tokens
+    assert both.nats_per_token * both.tokens == pytest.approx(nats, rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 24, 1000])
+def test_chunks_do_not_change_a_likelihood(chunk):
+    rng = np.random.default_rng(0)
+    inputs, targets = (mx.array(rng.integers(0, 300, (2, 12))) for _ in range(2))
+    logits = model(inputs)
+    picked = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    expected = picked - mx.logsumexp(logits, axis=-1)
+    found = log_likelihoods(model, inputs, targets, chunk=chunk)
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-4)

@@ -1,0 +1,140 @@
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from models import small_tokenizer
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.tokenizer import SPACE, Tokenizer, encode_prompt
+
+tokenizer = small_tokenizer()
+texts = st.text(st.characters(exclude_characters=SPACE, exclude_categories=["Cs"]))
+
+
+def streamed(ids):
+    decoder = tokenizer.stream_decoder()
+    return "".join(decoder.add(i) for i in ids) + decoder.finish()
+
+
+def byte_ids(data: bytes) -> list[int]:
+    return [tokenizer.processor.PieceToId(f"<0x{b:02X}>") for b in data]
+
+
+@given(texts)
+@example("  two leading spaces, and three   inside ")
+@example("日本語 \U0001f469‍\U0001f680 café\n\n\tend\n")
+@example("")
+def test_decoding_undoes_encoding(text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+@example(byte_ids("\U0001f600".encode()))
+@example([*byte_ids("\U0001f600".encode()[:3]), 2, *byte_ids(b"\x80A")])
+@example([1, 2, *tokenizer.encode("a b", bos=False), 2, 2, 1])
+@example([0, 1, 0])
+@example([*byte_ids(b"\xe2\xe2\x82\xac"), 1])
+def test_the_stream_joined_is_the_tokenizers_decode(ids):
+    assert streamed(ids) == tokenizer.decode(ids)
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(
+        st.sampled_from([0, 1, 2, *byte_ids(bytes(range(0x7E, 0x100))), 260, 270, 280]),
+        max_size=12,
+    )
+)
+def test_any_bytes_come_out_as_sentencepiece_decodes_them(ids):
+    assert streamed(ids) == tokenizer.decode(ids)
+
+
+@given(texts)
+def test_a_stream_never_shows_half_a_character(text):
+    decoder = tokenizer.stream_decoder()
+    shown = ""
+    for token in tokenizer.encode(text):
+        shown += decoder.add(token)
+        assert text.startswith(shown)
+    assert shown == text
+
+
+def test_a_held_byte_is_shown_at_the_end():
+    decoder = tokenizer.stream_decoder()
+    assert decoder.add(byte_ids(b"\xe2")[0]) == ""
+    assert decoder.finish() == "\ufffd"
+
+
+@given(texts)
+def test_exactly_one_bos(text):
+    ids = tokenizer.encode(text)
+    assert ids[0] == 1
+    assert ids.count(1) == 1
+    assert tokenizer.encode(text, bos=False) == ids[1:]
+
+
+def test_ids_outside_the_vocabulary_are_named():
+    with pytest.raises(OpenELMError, match="9999"):
+        tokenizer.decode([5, 9999])
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"not a model")
+    with pytest.raises(OpenELMError, match=r"tokenizer\.model.*SentencePiece"):
+        Tokenizer.from_file(path)
+    with pytest.raises(OpenELMError, match="Cannot read"):
+        Tokenizer.from_file(tmp_path / "missing.model")
+
+
+# Templates: the functional strings of OpenELM's training --------------------------
+
+INDENT = " " * 16
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that "
+    "appropriately completes the request."
+)
+
+
+def decoded_prompt(name, prompt, system=""):
+    ids = encode_prompt(tokenizer, prompt, template=name, system=system)
+    assert ids[0] == 1
+    assert ids.count(1) == 1
+    return ids
+
+
+def test_the_peft_template_is_apples_byte_for_byte():
+    ids = decoded_prompt("openelm-peft", "Do it.")
+    assert tokenizer.decode(ids) == (
+        f"{ALPACA}  \n\n{INDENT}### Instruction:\n{INDENT}Do it.\n{INDENT}\n"
+        f"{INDENT}### Response:\n{INDENT}"
+    )
+
+
+def test_the_instruct_template_has_real_eos_tokens_and_an_empty_system_turn():
+    ids = decoded_prompt("instruct", "Hi")
+    assert ids.count(2) == 2
+    segments = [
+        "<|system|>\n",
+        "\n<|user|>\nHi",
+        "\n<|assistant|>\n",
+    ]
+    expected = [1]
+    for i, segment in enumerate(segments):
+        expected += ([2] if i else []) + tokenizer.encode(segment, bos=False)
+    assert ids == expected
+    assert "Be brief" in tokenizer.decode(decoded_prompt("instruct", "Hi", "Be brief"))
+
+
+def test_auto_is_the_stored_template_and_else_raw():
+    assert encode_prompt(tokenizer, "Hi") == tokenizer.encode("Hi")
+    stored = Tokenizer(tokenizer.model_proto, template="alpaca")
+    assert encode_prompt(stored, "Hi") == encode_prompt(
+        tokenizer, "Hi", template="alpaca"
+    )
+
+
+def test_wrong_templates_are_refused_in_words():
+    with pytest.raises(OpenELMError, match="instruct"):
+        encode_prompt(tokenizer, "Hi", template="zephyr")
+    with pytest.raises(OpenELMError, match="--system"):
+        encode_prompt(tokenizer, "Hi", template="raw", system="x")
