@@ -1,1 +1,1 @@
-"""The converter path: foreign files in, PyTorch reference training, proof of equality."""
+"""Foreign files in, PyTorch reference training, proof of equality."""

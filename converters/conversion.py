@@ -1,4 +1,4 @@
-"""A source becomes a model folder: read, cast, quantized, written, one tensor at a time."""
+"""A source becomes a model folder, one tensor at a time."""
 
 import hashlib
 import math
@@ -19,7 +19,7 @@ from mlx_openelm.checkpoint import (
     open_folder,
     write_json,
 )
-from mlx_openelm.config import BOS_ID, EOS_ID, OpenELMConfig
+from mlx_openelm.config import BOS_ID, EOS_ID, OpenELMConfig, read_mapping
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.names import EMBEDDING, HEAD, to_folder
 from mlx_openelm.quantize import Packing, Quantization
@@ -84,7 +84,7 @@ def convert(
     Args:
         source: a CoreNet .pt file, a folder in Hugging Face's layout, a Hub id or demo.
         mlx_path: default ./<source name>-mlx, with -4bit (say) where quantized.
-        dtype: float32, float16 or bfloat16; default bfloat16 for float32, else as it is.
+        dtype: float32, float16 or bfloat16; default bfloat16 for float32, else as is.
         bits: quantize the linears to this many bits (affine); `embed_bits` is for the
             embedding and `group_size` weights share a scale.
         tokenizer: a file, a folder or a Hub id; "none" converts without one.
@@ -180,8 +180,8 @@ def _default_name(source: Source, bits: int | None) -> str:
 
 def _refuse_losing_the_source(source: Source, target: Path) -> None:
     resolved = target.resolve()
-    for file in source.files:
-        if file.resolve().is_relative_to(resolved):
+    for path in (*source.files, source.folder):  # a Hub cache's files are links
+        if path.resolve().is_relative_to(resolved):
             raise OpenELMError(
                 f"{target} holds the source itself, and replacing it would lose it; "
                 "choose another --mlx-path."
@@ -189,7 +189,9 @@ def _refuse_losing_the_source(source: Source, target: Path) -> None:
 
 
 def _refuse_small_disk(target: Path, num_bytes: int) -> None:
-    place = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
+    place = next(
+        p for p in (target.absolute(), *target.absolute().parents) if p.exists()
+    )
     free = shutil.disk_usage(place).free
     if free < num_bytes:
         raise OpenELMError(
@@ -202,9 +204,7 @@ def _count_bytes(
     config: OpenELMConfig, packings: Mapping[str, Packing], dtype: mx.Dtype
 ) -> int:
     """Return the bytes of the result's tensors."""
-    packed = {
-        f"{to_folder(name).removesuffix('.weight')}.weight" for name in packings
-    }
+    packed = {f"{to_folder(name).removesuffix('.weight')}.weight" for name in packings}
     return sum(
         math.prod(shape) * (4 if name in packed else dtype.size)
         for name, shape in expected_shapes(config, packings).items()
@@ -253,8 +253,8 @@ def _read_checked(
                 "bfloat16."
             )
         raise OpenELMError(
-            f"{name} holds NaN or infinity, so the checkpoint is damaged or its training "
-            "failed; get it again."
+            f"{name} holds NaN or infinity, so the checkpoint is damaged or its "
+            "training failed; get it again."
         )
     return cast
 
@@ -282,6 +282,7 @@ def _write_config(
     write_json(staging / "config.json", raw | {METADATA_KEY: metadata})
     defaults = source.folder / "generation_config.json"
     if defaults.is_file():
+        read_mapping(defaults)  # what is damaged is not handed on
         shutil.copyfile(defaults, staging / defaults.name)
     else:
         ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
@@ -312,7 +313,9 @@ are in `config.json`. The licence is the source's.
 
     mlx-openelm generate --model PATH --prompt "Once upon a time"
     mlx_lm.generate --model PATH --prompt "Once upon a time" --ignore-chat-template
-"""
+""",
+        encoding="utf-8",
+        errors="replace",  # a file's name may be no UTF-8
     )
 
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import ftfy
 import numpy as np
@@ -131,7 +132,7 @@ def train_tokenizer(documents: Sequence[str], recipe: TokenizerRecipe) -> Tokeni
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Inputs and next-token targets, int64 (sequences, length); IGNORED is no target."""
+    """Inputs and next-token targets, int64 (B, T); IGNORED is no target."""
 
     inputs: npt.NDArray[np.int64]
     targets: npt.NDArray[np.int64]
@@ -202,7 +203,7 @@ class PackedSequences:
     of `evaluate --text`: N tokens to predict, the first from BOS alone.
     """
 
-    dropped: Counter[str] = Counter()
+    dropped: ClassVar[Counter[str]] = Counter()  # nothing is
 
     def __init__(
         self, documents: Sequence[str], tokenizer: Tokenizer, length: int
@@ -230,9 +231,9 @@ class PackedSequences:
         offset = int(rng.integers(self.length)) if epoch else 0
         order = rng.permutation(len(self))
         starts = offset + order[np.asarray(indices)] * self.length
-        targets = np.stack(
-            [self._stream[s : s + self.length] for s in starts]
-        ).astype(np.int64)
+        targets = np.stack([self._stream[s : s + self.length] for s in starts]).astype(
+            np.int64
+        )
         bos = np.full((len(indices), 1), self._bos_id, np.int64)
         return Batch(np.concatenate([bos, targets[:, :-1]], axis=1), targets)
 
@@ -241,7 +242,13 @@ Sequences = PaddedSequences | PackedSequences
 
 
 def step_batch(
-    sequences: Sequences, *, step: int, batch_size: int, seed: int, rank: int, ranks: int
+    sequences: Sequences,
+    *,
+    step: int,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    ranks: int,
 ) -> Batch:
     """Return this process's share of a step's batch: a function of its arguments.
 

@@ -18,7 +18,7 @@ LIMIT = 1e-4  # largest logit difference that is still rounding
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Largest absolute difference at a place in the model, and the values' size there."""
+    """Largest absolute difference and largest value at a place in the model."""
 
     place: str
     difference: float
@@ -27,7 +27,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """`equal`: logits differ by at most `limit` and the top token is always the same."""
+    """`equal`: logits within `limit`, and always the same top token."""
 
     source: str
     size: str

@@ -36,7 +36,7 @@ from converters.corpus import (
     train_tokenizer,
 )
 from converters.reference import ReferenceOpenELM, summed_loss
-from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.config import BOS_ID, EOS_ID
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.recipe import OptimizerRecipe, PretrainRecipe
 from mlx_openelm.tokenizer import Tokenizer
@@ -168,6 +168,7 @@ class _Run:
         if processes.first:
             self._write_json("config.json", self.config.to_dict())
             self._write_json("recipe.json", dataclasses.asdict(recipe))
+            self._write_json("generation_config.json", generation_config(recipe))
         self._emit(
             Started(
                 num_parameters=self.config.num_parameters,
@@ -390,6 +391,14 @@ class _HeldOut:
         return Evaluated(step, nats, nats / math.log(2) / self.bytes_per_token)
 
 
+def generation_config(recipe: PretrainRecipe) -> dict[str, Any]:
+    """Return Hugging Face's generation_config.json: sampled if the recipe says how."""
+    said = dataclasses.asdict(recipe.generation).items()
+    chosen = {key: value for key, value in said if value is not None}
+    ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+    return ids | ({"do_sample": True, **chosen} if chosen else {})
+
+
 def learning_rate(recipe: OptimizerRecipe, step: int, steps: int) -> float:
     """Return the rate of a step: linear warm-up, then a cosine to the final rate."""
     if step < recipe.warmup_steps:
@@ -435,7 +444,7 @@ def build_optimizers(
 
 
 def average_checkpoints(paths: list[Path]) -> dict[str, Tensor]:
-    """Return the element-wise mean, accumulated in float64, in the first one's dtypes."""
+    """Return the mean, accumulated in float64, in the first one's dtypes."""
     total: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
     for path in paths:
@@ -443,7 +452,9 @@ def average_checkpoints(paths: list[Path]) -> dict[str, Tensor]:
         for name, value in weights.items():
             dtypes.setdefault(name, value.dtype)
             total[name] = total.get(name, 0) + value.double()
-    return {name: (value / len(paths)).to(dtypes[name]) for name, value in total.items()}
+    return {
+        name: (value / len(paths)).to(dtypes[name]) for name, value in total.items()
+    }
 
 
 def _check(recipe: PretrainRecipe, processes: Processes, resume: bool) -> None:
@@ -458,7 +469,9 @@ def _check(recipe: PretrainRecipe, processes: Processes, resume: bool) -> None:
         raise OpenELMError("The recipe names no text: set data.train, or say --data.")
     if resume:
         if not (output / LAST).exists():
-            raise OpenELMError(f"There is nothing to resume: {output / LAST} is missing.")
+            raise OpenELMError(
+                f"There is nothing to resume: {output / LAST} is missing."
+            )
         saved = json.loads((output / "recipe.json").read_text())
         now = json.loads(json.dumps(dataclasses.asdict(recipe)))
         changed = sorted(k for k in now if now[k] != saved.get(k) and k in _DECISIVE)

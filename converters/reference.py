@@ -90,7 +90,9 @@ class Attention(nn.Module):
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         attended = F_.scaled_dot_product_attention(
             queries,
-            keys.repeat_interleave(Q // K, dim=1),  # query head j reads kv head j // (Q/K)
+            keys.repeat_interleave(
+                Q // K, dim=1
+            ),  # query head j reads kv head j // (Q/K)
             values.repeat_interleave(Q // K, dim=1),
             attn_mask=mask,
             is_causal=T == S and T > 1,
@@ -110,7 +112,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.proj_1(x).chunk(2, dim=-1)  # each (B, T, F)
-        return self.proj_2(F_.silu(gate) * up)
+        out: Tensor = self.proj_2(F_.silu(gate) * up)
+        return out
 
 
 class Block(nn.Module):
@@ -162,7 +165,7 @@ class ReferenceOpenELM(nn.Module):
             if isinstance(module, nn.Embedding):
                 module.weight.normal_(std=D**-0.5)
             elif name.endswith((".out_proj", ".proj_2")):
-                module.weight.normal_(std=D**-0.5 * (2 * L) ** -0.5)  # type: ignore[operator, union-attr]
+                module.weight.normal_(std=D**-0.5 * (2 * L) ** -0.5)
             elif isinstance(module, nn.Linear):
                 module.weight.normal_(std=module.in_features**-0.5)
             elif isinstance(module, RMSNorm):

@@ -1,5 +1,6 @@
 """What lies at a path: an OpenELM's config and its tensors, to be read one by one."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,11 +73,11 @@ def open_source(
     Raises:
         OpenELMError: nothing is there, it is no OpenELM, or it contradicts its config.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         if path.suffix == ".safetensors":
             raise OpenELMError(
-                f"{path} is one file of a model folder; convert the folder {path.parent}."
+                f"{path} is one file of a model folder; convert all of {path.parent}."
             )
         return _open_pt(path)
     if path.suffix in (".pt", ".pth", ".bin"):
@@ -89,18 +90,17 @@ def _open_pt(path: Path) -> Source:
     mapped = map_to_corenet(stored)
     _refuse_adapters(mapped, path)
     shapes = {ours: stored[theirs].shape for ours, theirs in mapped.items()}
-    inferred = OpenELMConfig.from_shapes(shapes)
     given = _config_beside(path)
     if given is None:
-        config = inferred
+        config = OpenELMConfig.from_shapes(shapes)
         notes = (
             "No config beside the file: context length 2048, RoPE base 10000 and eps "
             "1e-6 are OpenELM's own.",
         )
     else:
-        config = replace(
-            OpenELMConfig.from_file(given), vocab_size=inferred.vocab_size
-        )
+        config = OpenELMConfig.from_file(given)
+        rows, *_ = shapes.get(EMBEDDING) or (config.vocab_size,)
+        config = replace(config, vocab_size=rows)  # often padded
         notes = (f"Sizes from {given.name}.",)
     where = path.name if given is None else f"{path.name}, read with {given.name},"
     check_shapes(config.tensor_shapes(), shapes, where=where)
@@ -197,8 +197,9 @@ def _refuse_other_head(
     second = _reader(headers[table].file, table)()
     if not mx.array_equal(first, second):
         raise OpenELMError(
-            f"{files[0].parent} says that the output head is tied to the embedding, but "
-            f"{head} differs from it; correct share_input_output_layers in config.json."
+            f"{files[0].parent} says that the output head is tied to the embedding, "
+            f"but {head} differs from it; correct share_input_output_layers in "
+            "config.json."
         )
 
 
@@ -209,7 +210,10 @@ def _from_pt(stored: PtTensor, name: str, path: Path) -> SourceTensor:
         view = stored.array
         if stored.dtype == "bfloat16":
             return mx.array(view).view(mx.bfloat16)
-        return mx.array(view.astype(np.float32) if stored.dtype == "float64" else view)
+        with np.errstate(over="ignore"):  # infinity is found and said later
+            return mx.array(
+                view.astype(np.float32) if stored.dtype == "float64" else view
+            )
 
     return SourceTensor(stored.shape, dtype, read)
 
@@ -218,8 +222,7 @@ def _reader(file: Path, name: str) -> Callable[[], mx.array]:
     def read() -> mx.array:
         loaded = mx.load(str(file))  # lazy: the header alone is read here
         assert isinstance(loaded, dict)
-        array = loaded[name]
-        return array
+        return loaded[name]
 
     return read
 
@@ -234,7 +237,7 @@ def _float_dtype(dtype: str, name: str, path: Path) -> mx.Dtype:
 
 
 def _hub_name(path: Path) -> str:
-    """The folder's name, or the repository's where it is a snapshot in the Hub cache."""
+    """The folder's name, or the repository's if it lies in the Hub cache."""
     if path.parent.name == "snapshots":
         return path.parent.parent.name.rsplit("--", 1)[-1]
     return path.resolve().name

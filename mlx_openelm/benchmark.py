@@ -153,8 +153,8 @@ def made_weight(
 ) -> npt.NDArray[np.float32]:
     """Make again the weight that Apple's golden answers were computed with.
 
-    Standard normals from PCG64, seeded with (seed, crc32 of the CoreNet name); a norm is
-    1 + 0.1 z, a matrix z / sqrt(inputs).
+    Standard normals z from PCG64, seeded with (seed, crc32 of the CoreNet name); a norm
+    is 1 + 0.1 z, a matrix z / sqrt(inputs).
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     normal = rng.standard_normal(shape, dtype=np.float32)
@@ -198,7 +198,7 @@ def _divergence(logits: mx.array, trusted: mx.array) -> float:
 
 
 def _largest(difference: mx.array) -> float:
-    return float(mx.abs(difference).max().item())
+    return float(mx.abs(difference).max().item())  # type: ignore[arg-type] # it is real
 
 
 @contextmanager

@@ -4,8 +4,10 @@ Its metadata lives under "mlx_openelm" in config.json: where the weights came fr
 which prompt template belongs to them.
 """
 
+import errno
 import json
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +109,13 @@ def open_folder(path: Path) -> ModelFolder:
         {name: tensor.shape for name, tensor in tensors.items()},
         where=str(path),
     )
+    unpacked = (to_folder(name) for name in config.tensor_shapes().keys() - packings)
+    whole = sorted(name for name in unpacked if tensors[name].dtype in ("U32", "U8"))
+    if whole:
+        raise OpenELMError(
+            f"{path}: {whole[0]} is stored as {tensors[whole[0]].dtype}, as if it were "
+            "packed, but has no scales; download or convert it again."
+        )
     return ModelFolder(path, config, raw, tensors, packings)
 
 
@@ -117,8 +126,12 @@ def find_weight_files(path: Path) -> list[Path]:
     if index.is_file():
         weight_map = read_mapping(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise OpenELMError(f"{index} has no weight_map; download or convert it again.")
-        missing = sorted({str(name) for name in weight_map.values()} - {f.name for f in files})
+            raise OpenELMError(
+                f"{index} has no weight_map; download or convert it again."
+            )
+        missing = sorted(
+            {str(name) for name in weight_map.values()} - {f.name for f in files}
+        )
         if missing:
             raise OpenELMError(
                 f"{path} is incomplete: {', '.join(missing)} of its index is missing; "
@@ -145,6 +158,11 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
             with safetensors.safe_open(file, framework="numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no dict
                     part = opened.get_slice(name)
+                    if name in tensors:
+                        raise OpenELMError(
+                            f"{name} is in {tensors[name].file} and in {file.name}; "
+                            "remove one of them."
+                        )
                     tensors[name] = StoredTensor(
                         file, part.get_dtype(), tuple(part.get_shape())
                     )
@@ -210,7 +228,8 @@ def check_shapes(
     ]
     if problems:
         raise OpenELMError(
-            f"The tensors of {where} are not those of its config; {'; '.join(problems)}."
+            f"The tensors of {where} are not those of its config; "
+            f"{'; '.join(problems)}."
         )
 
 
@@ -235,7 +254,7 @@ class ShardWriter:
         """Write the rest, give the files their final names, and the index."""
         self._write_shard()
         count = len(self._shards)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, names in enumerate(self._shards, start=1):
             final = (
                 "model.safetensors"
@@ -261,7 +280,10 @@ class ShardWriter:
         try:
             mx.save_safetensors(str(path), self._pending, metadata={"format": "mlx"})
         except RuntimeError as error:
-            raise OSError(f"{path.name}: {error}") from error
+            free = shutil.disk_usage(self.folder).free
+            full = free < sum(array.nbytes for array in self._pending.values())
+            reason = f"{path.name}: {str(error).rstrip('.')}"
+            raise OSError(errno.ENOSPC if full else errno.EIO, reason) from error
         self._pending = {}
 
     def _part(self, number: int) -> Path:

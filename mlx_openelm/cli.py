@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from mlx_openelm.console import Console, close_broken_pipe
+from mlx_openelm.console import Console, close_broken_pipe, prepare_streams
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.version import __version__
 
@@ -22,20 +23,34 @@ if TYPE_CHECKING:
 class _Face(TyperGroup):
     """Turns what escapes a verb into one line and an exit code."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:  # prints --help, --version
+        with _in_one_line():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _in_one_line():
             return super().invoke(ctx)
-        except OpenELMError as error:
-            if os.environ.get("MLX_OPENELM_DEBUG") == "1":
-                raise
-            Console().error(str(error))
-            raise typer.Exit(1) from error
-        except BrokenPipeError:
-            close_broken_pipe()
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        close_broken_pipe()
+        raise typer.Exit(0) from None
+    except (OpenELMError, OSError) as error:  # OSError: a full disk behind stdout, say
+        if os.environ.get("MLX_OPENELM_DEBUG") == "1":
+            raise
+        Console().error(str(error) if isinstance(error, OpenELMError) else f"{error}.")
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        Console().note("\nInterrupted.")
+        raise typer.Exit(130) from None
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich's own way out
             raise typer.Exit(0) from None
-        except KeyboardInterrupt:
-            Console().note("\nInterrupted.")
-            raise typer.Exit(130) from None
+        raise
 
 
 app = typer.Typer(
@@ -50,9 +65,7 @@ app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
 
 Model = Annotated[
     str,
-    typer.Option(
-        help="demo, a model folder, or a Hub id.", envvar="MLX_OPENELM_MODEL"
-    ),
+    typer.Option(help="demo, a model folder, or a Hub id.", envvar="MLX_OPENELM_MODEL"),
 ]
 Adapter = Annotated[
     str | None, typer.Option("--adapter-path", help="An adapter folder to use.")
@@ -67,6 +80,9 @@ Force = Annotated[bool, typer.Option("--force", help="Replace a model that is th
 def main() -> None:
     """Run the command line; SIGTERM unwinds as Ctrl-C does, so nothing half stays."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see __main__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    prepare_streams()
     app()
 
 
@@ -87,7 +103,9 @@ def _show_version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Versions."),
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Versions."
+        ),
     ] = False,
 ) -> None:
     """Run, convert and train OpenELM, Apple's small open language models, on MLX."""
@@ -114,7 +132,8 @@ def generate(
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the N likeliest.")] = None,
     min_p: Annotated[
-        float | None, typer.Option(help="Keep what is this likely beside the likeliest.")
+        float | None,
+        typer.Option(help="Keep what is this likely beside the likeliest."),
     ] = None,
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1: repeat less.")
@@ -153,18 +172,17 @@ def generate(
         "stop": tuple(stop) if stop else None,
         "seed": seed,
     }
+    _check_utf8(text, system, *(stop or ()))
     Sampling.from_defaults({}, said)  # a wrong flag is named before anything is loaded
     from mlx_openelm.generation import stream
 
     folder, loaded, tokenizer = _load(console, model, adapter_path, offline)
     sampling = Sampling.from_defaults(folder.generation_defaults, said)
-    pieces = stream(
-        loaded, tokenizer, text, sampling, template=template, system=system
-    )
+    pieces = stream(loaded, tokenizer, text, sampling, template=template, system=system)
     parts: list[str] = []
     tokens: list[int] = []
     last = None
-    for last in pieces:  # noqa: B007 - the last one is reported
+    for last in pieces:
         parts.append(last.text)
         if last.token != tokenizer.eos_id:
             tokens.append(last.token)
@@ -199,7 +217,9 @@ def convert(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float16, bfloat16 or float32; default: float32 -> bfloat16."),
+        typer.Option(
+            help="float16, bfloat16 or float32; default: float32 -> bfloat16."
+        ),
     ] = None,
     allow_overflow: Annotated[
         bool, typer.Option("--allow-overflow", help="float16 even for the 3B.")
@@ -233,7 +253,7 @@ def convert(
             named,
             mlx_path,
             dtype=dtype,
-            bits=(q_bits or 4) if quantize or q_bits is not None else None,
+            bits=4 if quantize and q_bits is None else q_bits,
             group_size=q_group_size,
             embed_bits=q_embed_bits,
             tokenizer=tokenizer,
@@ -280,9 +300,7 @@ def inspect(
 
 @app.command()
 def evaluate(
-    text: Annotated[
-        list[Path], typer.Option(help="A text file to score; repeatable.")
-    ],
+    text: Annotated[list[Path], typer.Option(help="A text file to score; repeatable.")],
     model: Model = "demo",
     adapter_path: Adapter = None,
     window: Annotated[
@@ -328,8 +346,8 @@ def selfcheck(as_json: Json = False, quiet: Quiet = False) -> None:
         show_selfcheck(console, report)
     if not report.passed:
         raise OpenELMError(
-            "This machine does not compute OpenELM rightly; please send the report above "
-            "to the project."
+            "This machine does not compute OpenELM rightly; please send the report "
+            "above to the project."
         )
 
 
@@ -360,7 +378,9 @@ def parity(
 
 @app.command()
 def pretrain(
-    recipe: Annotated[str, typer.Option("-c", "--recipe", help="A recipe: name or file.")],
+    recipe: Annotated[
+        str, typer.Option("-c", "--recipe", help="A recipe: name or file.")
+    ],
     data: Annotated[
         list[str] | None, typer.Option(help="Text file pattern; repeatable.")
     ] = None,
@@ -404,8 +424,8 @@ def _pretraining(console: Console, progress: Any) -> "Callable[[Event], None]":
         if isinstance(event, Started):
             steps = event.steps
             console.note(
-                f"{event.num_parameters:,} parameters, {event.num_documents:,} documents, "
-                f"{event.num_tokens:,} tokens in {event.num_sequences:,} sequences; "
+                f"{event.num_parameters:,} parameters, {event.num_documents:,} "
+                f"documents, {event.num_tokens:,} tokens in {event.num_sequences:,} sequences; "
                 f"dropped {event.dropped or 'nothing'}; step {event.first_step} of "
                 f"{event.steps}"
             )
@@ -413,8 +433,8 @@ def _pretraining(console: Console, progress: Any) -> "Callable[[Event], None]":
             progress.update(event.step, steps, f"loss {event.loss:.3f}")
         elif isinstance(event, Evaluated):
             console.note(
-                f"step {event.step}: held-out {event.nats_per_token:.4f} nats per token, "
-                f"{event.bits_per_byte:.4f} bits per byte"
+                f"step {event.step}: held-out {event.nats_per_token:.4f} nats per "
+                f"token, {event.bits_per_byte:.4f} bits per byte"
             )
         elif isinstance(event, Saved):
             console.note(f"step {event.step}: saved {event.path}")
@@ -448,9 +468,9 @@ def list_recipes(as_json: Json = False) -> None:
 @recipes_app.command("show")
 def show_recipe(name: Annotated[str, typer.Argument(help="A recipe's name.")]) -> None:
     """Print a recipe."""
-    from mlx_openelm.recipe import find_recipe
+    from mlx_openelm.recipe import read_recipe
 
-    Console().answer(find_recipe(name).read_text(), end="")
+    Console().answer(read_recipe(name), end="")
 
 
 @recipes_app.command("copy")
@@ -461,15 +481,15 @@ def copy_recipe(
     ] = None,
 ) -> None:
     """Copy a recipe, to be edited. Prints the path."""
-    from mlx_openelm.recipe import find_recipe
+    from mlx_openelm.recipe import find_recipe, read_recipe
 
-    path = find_recipe(name)
+    path, text = find_recipe(name), read_recipe(name)
     target = to or Path(path.name)
     if target.is_dir():
         target = target / path.name
     try:
-        with target.open("x") as opened:
-            opened.write(path.read_text())
+        with target.open("x", encoding="utf-8") as opened:
+            opened.write(text)
     except FileExistsError as error:
         raise OpenELMError(f"{target} exists already; say another place.") from error
     except OSError as error:
@@ -483,14 +503,24 @@ def _read_prompt(positional: str | None, option: str | None) -> str:
     said = positional if positional is not None else option
     if said is not None and said != "-":
         return said
-    if said is None and sys.stdin.isatty():
-        raise typer.BadParameter(
-            "say a prompt, or pipe one in", param_hint="PROMPT"
-        )
+    if sys.stdin is None or (said is None and sys.stdin.isatty()):
+        raise typer.BadParameter("say a prompt, or pipe one in", param_hint="PROMPT")
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise OpenELMError(f"The prompt on stdin is not UTF-8 text: {error}.") from error
+        raise OpenELMError(
+            f"The prompt on stdin is not UTF-8 text: {error}."
+        ) from error
+
+
+def _check_utf8(*texts: str) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # a terminal of another encoding
+            raise OpenELMError(
+                f"{text!a} is not UTF-8 text: {error.reason}."
+            ) from error
 
 
 def _load(console: Console, name: str, adapter_path: str | None, offline: bool) -> Any:
@@ -501,12 +531,18 @@ def _load(console: Console, name: str, adapter_path: str | None, offline: bool) 
     from mlx_openelm.loading import load_model, load_tokenizer, stored_dtype
 
     folder = open_folder(find_model(name, offline=offline))
+    tokenizer = load_tokenizer(folder)  # what is missing is said before the long work
     if name == "demo":
         console.note("[the built-in demo model; --model NAME runs another]")
     stored, quantized = stored_dtype(folder), bool(folder.packings)
     for slowness in describe_slowness(stored, quantized=quantized):
         console.note(f"[{slowness}]")
-    return folder, load_model(folder), load_tokenizer(folder)
+    model = load_model(folder)
+    if adapter_path is not None:
+        from mlx_openelm.adapters import attach
+
+        attach(model, Path(adapter_path))
+    return folder, model, tokenizer
 
 
 def _need_torch() -> None:

@@ -17,6 +17,7 @@ from mlx_openelm.errors import OpenELMError
 QKV_MULTIPLIERS = (0.5, 1.0)  # first and last layer, all released sizes
 FFN_MULTIPLIERS = (0.5, 4.0)
 FFN_DIM_DIVISOR = 256
+MAX_LAYERS = 10_000  # more are a mistake, and their lists would fill the memory
 BOS_ID, EOS_ID = 1, 2
 
 
@@ -68,13 +69,17 @@ class OpenELMConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} is {value!r}, not a positive number"
-            for name in (
-                *("model_dim", "head_dim", "vocab_size", "max_context_length"),
-                *("rope_freq_constant", "rms_norm_eps"),
-            )
-            if not isinstance(value := getattr(self, name), int | float) or value <= 0
+            f"{name} is {value!r}, not a positive whole number"
+            for name in ("model_dim", "head_dim", "vocab_size", "max_context_length")
+            if not _is_size(value := getattr(self, name))
         ]
+        problems += [
+            f"{name} is {value!r}, not a positive number"
+            for name in ("rope_freq_constant", "rms_norm_eps")
+            if not 0 < (value := getattr(self, name)) < math.inf
+        ]
+        if not isinstance(tied := self.share_input_output_layers, bool):
+            problems.append(f"share_input_output_layers is {tied!r}, not true or false")
         lists = {
             name: getattr(self, name)
             for name in ("num_query_heads", "num_kv_heads", "ffn_dims")
@@ -85,7 +90,7 @@ class OpenELMConfig:
         problems += [
             f"{name} holds {values}, where each must be a positive whole number"
             for name, values in lists.items()
-            if any(not isinstance(v, int) or v <= 0 for v in values)
+            if not all(map(_is_size, values))
         ]
         if not problems:
             problems = [
@@ -126,6 +131,10 @@ class OpenELMConfig:
                 `interpolate_multipliers`.
             ffn_multipliers: FFN width over model_dim.
         """
+        if not 1 <= num_layers <= MAX_LAYERS:
+            raise OpenELMError(
+                f"The config says {num_layers} layers; an OpenELM has 1 to {MAX_LAYERS}."
+            )
         query_heads = tuple(
             make_divisible(model_dim * m, head_dim * num_gqa_groups) // head_dim
             for m in interpolate_multipliers(qkv_multipliers, num_layers)
@@ -164,7 +173,7 @@ class OpenELMConfig:
         return len(self.ffn_dims)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return every tensor's shape (out, in) by its CoreNet name, in CoreNet's order.
+        """Return every tensor's shape (out, in) by CoreNet name, in CoreNet's order.
 
         An untied output head is called `lm_head.weight`, as in the MLX model.
         """
@@ -215,12 +224,12 @@ class OpenELMConfig:
                 return cls._from_apple_mlx(found)
             if "model" in found or any(k.startswith("model.") for k in found):
                 return cls._from_corenet(found)
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise OpenELMError(f"The config cannot be read: {error}.") from error
         raise OpenELMError(
             "The config is not an OpenELM's: found none of model_dim (Hugging Face), "
-            "model_name (Apple's MLX), model.language_modeling (CoreNet) among the keys "
-            f"{sorted(found)[:12]}."
+            "model_name (Apple's MLX), model.language_modeling (CoreNet) among the "
+            f"keys {sorted(found)[:12]}."
         )
 
     @classmethod
@@ -233,16 +242,22 @@ class OpenELMConfig:
         model_type = found.get("model_type", "openelm")
         if model_type != "openelm":
             raise OpenELMError(
-                f'The config says model_type "{model_type}"; only "openelm" is run here.'
+                f'The config says model_type "{model_type}"; only "openelm" runs here.'
             )
         for key, only in _ONLY_FORM.items():
             if found.get(key, only) != only:
                 raise OpenELMError(
-                    f"The config says {key} = {found[key]!r}; every OpenELM has {only!r}."
+                    f"The config says {key} = {found[key]!r}; OpenELM has {only!r}."
                 )
-        missing = [k for k in ("head_dim", "vocab_size") if k not in found]
-        if missing:
-            raise OpenELMError(f"The config lacks {', '.join(missing)}.")
+        wrong = [
+            f"{key} = {found.get(key)!r}"
+            for key in ("model_dim", "head_dim", "vocab_size")
+            if not _is_size(found.get(key))
+        ]
+        if wrong:
+            raise OpenELMError(
+                f"The config says {', '.join(wrong)}; expected positive whole numbers."
+            )
         num_layers = found.get("num_transformer_layers")
         if not isinstance(num_layers, int):
             lists = (found.get("ffn_dims"), found.get("num_query_heads"))
@@ -337,15 +352,26 @@ class OpenELMConfig:
         num_layers = 0
         while any(name.startswith(f"layers.{num_layers}.") for name in shapes):
             num_layers += 1
+        missing = [
+            name
+            for i in range(num_layers)
+            for name in (f"layers.{i}.{part}.weight" for part in _LAYER_PARTS)
+            if name not in shapes
+        ]
+        if missing:
+            raise OpenELMError(
+                "This is not an OpenELM, or not all of one: there is no "
+                f"{', '.join(missing)}; found {_listed(sorted(shapes))}."
+            )
         (H,) = shape("layers.0.attn.q_norm.weight", 1)
         query_heads, kv_heads, ffn_dims = [], [], []
         for i in range(num_layers):
             _, attended = shape(f"layers.{i}.attn.out_proj.weight", 2)
             projected, _ = shape(f"layers.{i}.attn.qkv_proj.weight", 2)
-            if attended % H or (projected - attended) % (2 * H):
+            if H < 1 or attended % H or (projected - attended) % (2 * H):
                 raise OpenELMError(
                     f"Layer {i} is not an OpenELM's: qkv_proj has {projected} rows and "
-                    f"out_proj {attended} columns, which heads of width {H} do not give."
+                    f"out_proj {attended} columns, which no heads of width {H} give."
                 )
             query_heads.append(attended // H)
             kv_heads.append((projected - attended) // (2 * H))
@@ -374,8 +400,7 @@ class OpenELMConfig:
         else:
             ffn_multipliers = [F / self.model_dim for F in self.ffn_dims]
         groups = {
-            q // k
-            for q, k in zip(self.num_query_heads, self.num_kv_heads, strict=True)
+            q // k for q, k in zip(self.num_query_heads, self.num_kv_heads, strict=True)
         }
         return {
             "model_type": "openelm",
@@ -414,6 +439,11 @@ _ONLY_FORM = {  # switches of Hugging Face's config that every OpenELM has set a
     "normalization_layer_name": "rms_norm",
 }
 
+_LAYER_PARTS = (
+    *("attn.qkv_proj", "attn.q_norm", "attn.k_norm", "attn.out_proj", "attn_norm"),
+    *("ffn.proj_1", "ffn.proj_2", "ffn_norm"),
+)
+
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt-test": {
         "num_layers": 1,
@@ -448,10 +478,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
             found = yaml.safe_load(text)
     except Exception as error:  # the parsers' errors have no common base
-        raise OpenELMError(f"{path} cannot be parsed: {error}.") from error
+        reason = " ".join(str(error).split())  # YAML's takes several lines
+        raise OpenELMError(f"{path} cannot be parsed: {reason}.") from error
     if not isinstance(found, dict):
         raise OpenELMError(f"{path} holds a {type(found).__name__}, not a mapping.")
     return found
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0  # a bool is none
 
 
 def _per_layer(name: str, value: object, num_layers: int) -> tuple[int, ...]:

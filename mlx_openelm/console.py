@@ -5,6 +5,7 @@ imported when a bar or a table is drawn, and not before.
 """
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -106,6 +107,18 @@ class Progress:
             self._bar.start()
             self._task = self._bar.add_task(self._what, total=total)
         self._bar.update(self._task, completed=done, total=total)
+
+
+def prepare_streams() -> None:
+    """Let any text be printed, and nothing fail where a stream is closed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # else the next file that is opened gets its place
+            opened = os.open(os.devnull, os.O_RDWR)
+            if number:
+                setattr(sys, name, open(opened, "w"))  # noqa: SIM115 - for good
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path's bytes come out as they were
+        utf8 = sys.stdout.encoding.lower() == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "replace")
 
 
 def close_broken_pipe() -> None:

@@ -3,6 +3,7 @@
 import platform
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import mlx.core as mx
 
@@ -10,7 +11,7 @@ from mlx_openelm import openblas
 
 
 def runs_on_linux_cpu() -> bool:
-    """Whether MLX computes on its Linux CPU back end, which is quick in float32 only."""
+    """Whether MLX computes on its Linux CPU back end, quick in float32 only."""
     return sys.platform == "linux" and mx.default_device().type == mx.DeviceType.cpu
 
 
@@ -32,8 +33,8 @@ def describe_slowness(stored: mx.Dtype, *, quantized: bool) -> list[str]:
         notes.append("weights are widened to float32, which the Linux CPU is quick in")
     if openblas.ACTIVE != openblas.BLAS.OPENBLAS:
         notes.append(
-            f"matrix products go through {openblas.ACTIVE}; prompts are 10 times faster "
-            "with OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread)"
+            f"matrix products go through {openblas.ACTIVE}; prompts are 10 times "
+            "faster with OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread)"
         )
     return notes
 
@@ -51,6 +52,7 @@ class Machine:
 
 
 def describe_machine() -> Machine:
+    """Return what a report of this machine needs."""
     backend = "CPU"
     if mx.default_device().type == mx.DeviceType.gpu:
         backend = "Metal" if sys.platform == "darwin" else "CUDA"
@@ -60,7 +62,7 @@ def describe_machine() -> Machine:
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
-        mlx=mx.__version__,
+        mlx=version("mlx"),
         device=f"{backend} ({name})",
         blas=str(openblas.ACTIVE),
         memory_bytes=int(limit),

@@ -95,7 +95,8 @@ def _score(model: OpenELM, bos_id: int, batch: list[list[int]]) -> float:
     targets = mx.array(batch)  # (B, T)
     bos = mx.full((len(batch), 1), bos_id, dtype=targets.dtype)
     inputs = mx.concatenate([bos, targets[:, :-1]], axis=1)
-    return -float(log_likelihoods(model, inputs, targets).sum().item())
+    total = log_likelihoods(model, inputs, targets).sum()
+    return -float(total.item())  # type: ignore[arg-type] # it is real
 
 
 def _read_text(path: Path) -> str:

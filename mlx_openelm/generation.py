@@ -71,7 +71,7 @@ def stream(
     stops = StopTexts(sampling.stop)
     started = time.perf_counter()
     first = 0.0
-    for count, token in enumerate(_draw_tokens(model, ids, sampling, budget), start=1):
+    for count, token in enumerate(draw_tokens(model, ids, sampling, budget), start=1):
         now = time.perf_counter()
         if count == 1:
             first = now
@@ -166,7 +166,7 @@ def _check_room(ids: Sequence[int], model: OpenELM, sampling: Sampling) -> int:
         raise OpenELMError("The prompt is empty; it needs at least one token.")
     if min(ids) < 0 or max(ids) >= rows:
         raise OpenELMError(
-            f"The prompt holds token ids outside 0 to {rows - 1}, which the model lacks."
+            f"The prompt holds token ids outside 0 to {rows - 1}, the model's rows."
         )
     if len(ids) >= context:
         raise OpenELMError(
@@ -176,13 +176,14 @@ def _check_room(ids: Sequence[int], model: OpenELM, sampling: Sampling) -> int:
     return min(sampling.max_tokens, context - len(ids))
 
 
-def _draw_tokens(
+def draw_tokens(
     model: OpenELM, prompt: Sequence[int], sampling: Sampling, count: int
 ) -> Iterator[int]:
     """Yield `count` tokens; each next step is queued before a token is read."""
     cache = KVCache.for_model(model)
     penalized = sampling.repetition_penalty != 1.0
-    recent = mx.array(prompt[-sampling.repetition_context :])
+    span = min(sampling.repetition_context, model.config.max_context_length)
+    recent = mx.array(prompt[-span:])
 
     def choose(hidden: mx.array) -> mx.array:
         nonlocal recent
@@ -191,7 +192,7 @@ def _draw_tokens(
             logits = penalize_repetition(logits, recent, sampling.repetition_penalty)
         token = choose_token(logits, sampling)  # (1,)
         if penalized:
-            recent = mx.concatenate([recent, token])[-sampling.repetition_context :]
+            recent = mx.concatenate([recent, token])[-span:]
         return token
 
     token = choose(prefill(model, prompt, cache))
@@ -201,7 +202,7 @@ def _draw_tokens(
         if left:
             following = choose(model.transformer(token[None], cache))
             mx.async_eval(following)
-        yield int(token.item())
+        yield int(token.item())  # type: ignore[arg-type] # it is no complex number
         token = following
 
 
@@ -210,7 +211,7 @@ def prefill(
 ) -> mx.array:
     """Put a prompt into the cache, in chunks; return the last one's hidden states."""
     for start in range(0, len(prompt), PREFILL_CHUNK):
-        chunk = mx.array(prompt[start : start + PREFILL_CHUNK])[None]
+        chunk = mx.array(list(prompt[start : start + PREFILL_CHUNK]))[None]  # (1, T)
         hidden = model.transformer(chunk, cache)  # (1, T, D)
         if start + PREFILL_CHUNK < len(prompt):
             mx.eval([layer.state for layer in cache])

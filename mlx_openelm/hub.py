@@ -1,5 +1,6 @@
 """A name becomes a local folder: the demo, a path, or a Hugging Face Hub id."""
 
+import os
 import re
 from pathlib import Path
 
@@ -16,8 +17,8 @@ def demo_folder() -> Path:
     folder = Path(__file__).parent / "demo"
     if not (folder / "config.json").is_file():
         raise OpenELMError(
-            f"The built-in model is missing from {folder}; reinstall mlx-openelm, or say "
-            "--model NAME."
+            f"The built-in model is missing from {folder}; reinstall mlx-openelm, or "
+            "say --model NAME."
         )
     return folder
 
@@ -34,7 +35,7 @@ def find_model(
     Raises:
         OpenELMError: there is no such folder, or the Hub cannot give it.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises on "~nobody"
     if path.is_dir():
         return path
     if name == DEMO:
@@ -85,6 +86,6 @@ def download(
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise OpenELMError(
-            f"The Hub does not give {repo}: {reason.rstrip('.')}. If it is gated, accept "
-            "its terms there and run `hf auth login`."
+            f"The Hub does not give {repo}: {reason.rstrip('.')}. If it is gated, "
+            "accept its terms there and run `hf auth login`."
         ) from error

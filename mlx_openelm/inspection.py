@@ -113,7 +113,9 @@ def _storage(folder: ModelFolder) -> dict[str, str]:
             dtype = _tensor_dtype(folder, name)
             spelled = str(dtype).removeprefix("mlx.core.")
         else:
-            spelled = f"{packing.bits} bits ({packing.mode}, group {packing.group_size})"
+            spelled = (
+                f"{packing.bits} bits ({packing.mode}, group {packing.group_size})"
+            )
         groups.setdefault(group, set()).add(spelled)
     return {group: ", ".join(sorted(found)) for group, found in groups.items()}
 
@@ -123,7 +125,9 @@ def _tensor_dtype(folder: ModelFolder, name: str) -> mx.Dtype:
 
 
 def _count_pieces(folder: ModelFolder) -> int | None:
-    if not any((folder.path / n).is_file() for n in ("tokenizer.model", "tokenizer.json")):
+    if not any(
+        (folder.path / n).is_file() for n in ("tokenizer.model", "tokenizer.json")
+    ):
         return None
     try:
         return read_tokenizer(folder.path).vocab_size

@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_openelm.adapters import attach
 from mlx_openelm.checkpoint import DTYPES, ModelFolder, open_folder
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.errors import OpenELMError
@@ -14,7 +15,7 @@ from mlx_openelm.model import OpenELM
 from mlx_openelm.names import to_folder
 from mlx_openelm.quantize import Packing
 from mlx_openelm.tokenizer import Tokenizer
-from mlx_openelm.tokenizer_finder import read_tokenizer
+from mlx_openelm.tokenizer_finder import JSON_FILE, MODEL_FILE, read_tokenizer
 
 
 def load(
@@ -24,19 +25,17 @@ def load(
 
     Args:
         name: "demo", a model folder, or a Hub id.
-        adapter_path: not supported by this version.
+        adapter_path: an adapter folder, of mlx-lm or ours, for that model.
 
     Raises:
         OpenELMError: the model or its tokenizer is missing or damaged.
     """
-    if adapter_path is not None:
-        raise OpenELMError(
-            "This version does not load adapters; fuse the adapter into its model with "
-            "mlx_lm.fuse and load that folder."
-        )
     folder = open_folder(find_model(name, offline=offline))
     tokenizer = load_tokenizer(folder)
-    return load_model(folder), tokenizer
+    model = load_model(folder)
+    if adapter_path is not None:
+        attach(model, Path(adapter_path))
+    return model, tokenizer
 
 
 def load_tokenizer(folder: ModelFolder) -> Tokenizer:
@@ -45,6 +44,12 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
     Raises:
         OpenELMError: there is none, or it has more pieces than the embedding has rows.
     """
+    if not any((folder.path / n).is_file() for n in (MODEL_FILE, JSON_FILE)):
+        raise OpenELMError(
+            f"{folder.path} holds no {MODEL_FILE} or {JSON_FILE}; convert the model "
+            f"again with --tokenizer, or put Llama 2's {MODEL_FILE} there "
+            "(NousResearch/Llama-2-7b-hf has a copy that is open to all)."
+        )
     tokenizer = read_tokenizer(folder.path, template=folder.template)
     if tokenizer.vocab_size > folder.config.vocab_size:
         raise OpenELMError(

@@ -128,7 +128,8 @@ class Transformer(nn.Module):
         caches = cache if cache is not None else [None] * len(self.layers)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             x = layer(x, mask, layer_cache)
-        return self.norm(x)
+        normed: mx.array = self.norm(x)
+        return normed
 
 
 class OpenELM(nn.Module):
@@ -159,7 +160,8 @@ class OpenELM(nn.Module):
         """Return logits (..., V) for normed hidden states (..., D)."""
         if self.config.share_input_output_layers:
             return self.transformer.token_embeddings.as_linear(hidden)
-        return self.lm_head(hidden)
+        logits: mx.array = self.lm_head(hidden)
+        return logits
 
     @property
     def layers(self) -> list[Block]:
@@ -169,6 +171,8 @@ class OpenELM(nn.Module):
 def _causal_mask(num_tokens: int, cache: Sequence[LayerCache] | None) -> Mask:
     """A query sees what stands before it; one token at the end sees everything."""
     if cache and hasattr(cache[0], "make_mask"):  # mlx-lm's caches may slide
-        mask: Mask = cache[0].make_mask(num_tokens, return_array=False, window_size=None)
+        mask: Mask = cache[0].make_mask(
+            num_tokens, return_array=False, window_size=None
+        )
         return mask
     return "causal" if num_tokens > 1 else None

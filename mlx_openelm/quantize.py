@@ -16,6 +16,7 @@ from mlx_openelm.names import EMBEDDING, HEAD, to_folder
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")  # that a folder may be packed in
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +110,19 @@ class Quantization:
 
 def read_packing(entry: Mapping[str, Any], module_path: str) -> Packing:
     """Return how config.json's "quantization" says that a module is packed."""
-    own = entry.get(module_path)
+    own = entry.get(module_path) if isinstance(entry, Mapping) else None
     chosen = own if isinstance(own, Mapping) else entry
     try:
-        return Packing(
+        packing = Packing(
             bits=int(chosen["bits"]),
             group_size=int(chosen["group_size"]),
             mode=str(chosen.get("mode", entry.get("mode", "affine"))),
         )
+        if packing.bits < 1 or packing.group_size < 1 or packing.mode not in MODES:
+            raise ValueError(packing)
     except (KeyError, TypeError, ValueError) as error:
         raise OpenELMError(
-            f"config.json's quantization of {module_path} lacks bits or group_size: "
-            f"found {dict(chosen)}."
+            f"config.json's quantization of {module_path} is {chosen!r}; expected "
+            f"bits, group_size and a mode ({', '.join(MODES)})."
         ) from error
+    return packing

@@ -45,8 +45,8 @@ class ModelRecipe:
             )
         if self.num_layers is None or self.model_dim is None or self.head_dim is None:
             raise OpenELMError(
-                "The recipe's model needs a name (270M, 450M, 1.1B, 3B), or num_layers, "
-                "model_dim and head_dim."
+                "The recipe's model needs a name (270M, 450M, 1.1B, 3B), or "
+                "num_layers, model_dim and head_dim."
             )
         return OpenELMConfig.scaled(
             num_layers=self.num_layers,
@@ -116,6 +116,17 @@ class OptimizerRecipe:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationRecipe:
+    """How the trained model reads best: its generation_config.json."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PretrainRecipe:
     """Everything that decides a pre-training run.
 
@@ -127,6 +138,7 @@ class PretrainRecipe:
     data: DataRecipe
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    generation: GenerationRecipe = field(default_factory=GenerationRecipe)
     output: str = "pretrained"
     steps: int = 350_000
     batch_size: int = 16
@@ -143,9 +155,15 @@ class PretrainRecipe:
     average_last: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "report_every", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise OpenELMError(f"{name} is {getattr(self, name)}; it must be 1+.")
+        for name in (
+            *("steps", "batch_size", "micro_batch_size", "report_every", "eval_every"),
+            *("eval_window", "eval_sequences", "save_every"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OpenELMError(f"{name} is {value}; it must be at least 1.")
+        if not 0 <= self.seed < 2**63:
+            raise OpenELMError(f"seed is {self.seed}; it must be 0 to 2**63 - 1.")
         if not 1 <= self.average_last <= self.keep_last:
             raise OpenELMError(
                 f"average_last is {self.average_last}, but keep_last keeps "
@@ -190,8 +208,21 @@ def find_recipe(name: str) -> Path:
     )
 
 
+def read_recipe(name: str) -> str:
+    """Return the text of a recipe, by file path or bundled name.
+
+    Raises:
+        OpenELMError: no such recipe, or it is no text.
+    """
+    path = find_recipe(name)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OpenELMError(f"Cannot read the recipe {path}: {error}.") from error
+
+
 def bundled_recipes() -> dict[str, Path]:
-    """Return the recipes that came with the installation: "pretrain/stories" -> path."""
+    """Return the recipes that are installed: "pretrain/stories" -> path."""
     package = Path(__file__).parent
     for root in (package / "recipes", package.parent / "recipes"):
         if root.is_dir():
@@ -229,7 +260,9 @@ def _build(kind: Any, found: Mapping[str, Any], where: str, prefix: str) -> Any:
 def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise OpenELMError(f"{where}: {key} is {value!r}, expected a group of keys.")
+            raise OpenELMError(
+                f"{where}: {key} is {value!r}, expected a group of keys."
+            )
         return _build(hint, value, where, f"{key}.")
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):

@@ -45,14 +45,15 @@ def note_converted(console: Console, report: "ConversionReport") -> None:
     stored = f"{report.bits} bits" if report.bits else report.dtype
     console.note(
         f"{report.size}: {report.num_parameters:,} parameters in {stored} "
-        f"({report.bits_per_weight:.2f} bits a weight, {report.num_bytes / 1e6:.1f} MB), "
-        f"{report.seconds:.1f} s"
+        f"({report.bits_per_weight:.2f} bits a weight, "
+        f"{report.num_bytes / 1e6:.1f} MB), {report.seconds:.1f} s"
     )
     if report.tokenizer:
         console.note(f"Tokenizer from {report.tokenizer}")
 
 
 def show_score(console: Console, score: "TextScore") -> None:
+    """Say a text's score in one line."""
     console.answer(
         f"{score.bits_per_byte:.4f} bits per byte, {score.nats_per_token:.4f} nats per "
         f"token, perplexity {score.perplexity:.2f} ({score.tokens:,} tokens, "
@@ -61,6 +62,7 @@ def show_score(console: Console, score: "TextScore") -> None:
 
 
 def show_inspection(console: Console, found: "Inspection") -> None:
+    """Show a folder's facts, then its layers."""
     from rich.table import Table
 
     facts = Table.grid(padding=(0, 2))
@@ -86,7 +88,10 @@ def show_inspection(console: Console, found: "Inspection") -> None:
             f"{found.memory_bytes / 1e6:,.1f} MB with a full context "
             f"({found.kv_bytes_per_token:,} bytes a token)",
         ),
-        ("made from", f"{found.source.get('name', '?')}, {found.source.get('kind', '?')}"),
+        (
+            "made from",
+            f"{found.source.get('name', '?')}, {found.source.get('kind', '?')}",
+        ),
     ):
         facts.add_row(name, value)
     layers = Table("layer", "query heads", "key-value heads", "FFN", box=None)
@@ -100,6 +105,7 @@ def show_inspection(console: Console, found: "Inspection") -> None:
 
 
 def show_parity(console: Console, report: "ParityReport") -> None:
+    """Show the difference at each place, and the verdict."""
     from rich.table import Table
 
     table = Table("place", "largest difference", "largest value", box=None)
@@ -115,13 +121,16 @@ def show_parity(console: Console, report: "ParityReport") -> None:
 
 
 def show_selfcheck(console: Console, report: "SelfCheck") -> None:
+    """Show the machine, each check, and what the demo wrote."""
     from rich.table import Table
 
     machine = dataclasses.asdict(report.machine)
     facts = Table.grid(padding=(0, 2))
     facts.add_row("mlx-openelm", report.version)
     for name, value in machine.items():
-        facts.add_row(name, f"{value / 1e9:.1f} GB" if name == "memory_bytes" else value)
+        facts.add_row(
+            name, f"{value / 1e9:.1f} GB" if name == "memory_bytes" else value
+        )
     table = Table("check", "found", "at most", "", box=None)
     for check in report.checks:
         table.add_row(

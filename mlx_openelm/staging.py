@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError
@@ -25,12 +25,16 @@ def staged_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
         OpenELMError: the target exists and `force` is off, or the disk refuses.
     """
     refuse_existing(target, force=force)
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+            tempfile.mkdtemp(
+                prefix=f".{target.name}.", suffix=".part", dir=target.parent
+            )
         )
     except OSError as error:
+        _remove_empty(made)
         raise OpenELMError(f"Cannot write beside {target}: {error}.") from error
     try:
         staging.chmod(0o777 & ~_umask())
@@ -39,21 +43,25 @@ def staged_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
             _flush(path)
         _take_name(staging, target, force)
         _flush(target.parent)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except (OSError, OpenELMError) as error:
+        cause = error.__cause__ if isinstance(error, OpenELMError) else error
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OpenELMError(
                 f"The disk of {target} is full; nothing was kept. Make room and repeat."
             ) from error
+        if isinstance(error, OpenELMError):
+            raise
         raise OpenELMError(f"Cannot write {target}: {error}.") from error
     finally:
         _remove(staging)
+        _remove_empty(made)
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
     """Raise if something is at `target` that must not be replaced.
 
-    `force` replaces what looks like a model or an adapter, or is empty, and no more: a
-    slip of the pen must not cost a person's home folder.
+    `force` replaces a folder that holds a model or an adapter and nothing else, or
+    nothing at all: a slip of the pen must not cost what a person has made.
     """
     if not os.path.lexists(target):
         return
@@ -62,12 +70,31 @@ def refuse_existing(target: Path, *, force: bool) -> None:
             f"{target} exists already; choose another place, or say --force to replace "
             "it."
         )
-    ours = any((target / n).exists() for n in ("config.json", "adapter_config.json"))
-    if target.is_symlink() or not target.is_dir() or not (ours or _is_empty(target)):
+    foreign = _describe_foreign(target)
+    if foreign:
         raise OpenELMError(
-            f"{target} is not a model or adapter folder, so --force does not replace it; "
-            "choose another place or remove it yourself."
+            f"{target} {foreign}, so --force does not replace it; choose another place "
+            "or remove it yourself."
         )
+
+
+_MODEL_SUFFIXES = (".json", ".jsonl", ".safetensors", ".model", ".md", ".jinja")
+_CLUTTER = (".DS_Store", ".gitattributes")  # nobody's work
+
+
+def _describe_foreign(target: Path) -> str:
+    """Say why something is more, or other, than a model or an adapter; else nothing."""
+    if target.is_symlink() or not target.is_dir():
+        return "is not a model or adapter folder"
+    found = sorted(path for path in target.iterdir() if path.name not in _CLUTTER)
+    names = {path.name for path in found}
+    described = bool(names & {"config.json", "adapter_config.json"})
+    if found and not (described and any(n.endswith(".safetensors") for n in names)):
+        return "is not a model or adapter folder"
+    for path in found:
+        if path.suffix not in _MODEL_SUFFIXES or not path.is_file():
+            return f"holds {path.name}, which is no part of a model"
+    return ""
 
 
 def _take_name(staging: Path, target: Path, force: bool) -> None:
@@ -80,7 +107,12 @@ def _take_name(staging: Path, target: Path, force: bool) -> None:
     # A file system that cannot exchange names: two steps, the old one kept in between.
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     target.rename(aside / target.name)
-    staging.rename(target)
+    try:
+        staging.rename(target)
+    except BaseException:
+        (aside / target.name).rename(target)
+        aside.rmdir()
+        raise
     _remove(aside)
 
 
@@ -96,7 +128,7 @@ def _exchange(a: Path, b: Path) -> bool:
             failed = libc.renameat2(at_cwd, first, at_cwd, second, exchange)
     except AttributeError:
         return False
-    return failed == 0
+    return bool(failed == 0)
 
 
 def _flush(path: Path) -> None:
@@ -114,11 +146,17 @@ def _flush(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    finally:  # and what a Ctrl-C in the middle of it has left
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_empty(folder: Path) -> bool:
-    return not any(folder.iterdir())
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove the folders, innermost first, as long as nothing is in them."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _umask() -> int:

@@ -69,8 +69,18 @@ class Tokenizer:
         return int(self.processor.vocab_size())
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Return the ids of `text`, with exactly one BOS in front unless `bos` is off."""
-        ids: list[int] = self.processor.encode(text)
+        """Return the ids of `text`, with exactly one BOS in front unless `bos` is off.
+
+        Raises:
+            OpenELMError: the text is no Unicode: it holds half of a surrogate pair.
+        """
+        try:
+            ids: list[int] = self.processor.encode(text)
+        except RuntimeError as error:
+            raise OpenELMError(
+                "The text is not valid UTF-8 or holds half of a character; give it "
+                "as UTF-8."
+            ) from error
         return [self.bos_id, *ids] if bos else ids
 
     def encode_rendered(self, text: str) -> list[int]:

@@ -1,6 +1,7 @@
 """What all tests share: MLX at its quickest on Linux, and the project's data."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,3 +31,21 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data: {folder} is not there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a "source" to convert and the small "model" that it becomes."""
+    from commands import make_source
+
+    folder = tmp_path_factory.mktemp("made")
+    mlx_openelm.convert(make_source(folder / "source"), folder / "model")
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, this test's own, with a copy of what is `made`."""
+    shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"

@@ -5,12 +5,12 @@ import io
 import json
 from pathlib import Path
 
-import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 import mlx.core as mx
 import numpy as np
 import sentencepiece
 from safetensors import safe_open
 
+import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.benchmark import made_weight
 from mlx_openelm.checkpoint import write_json
 from mlx_openelm.config import OpenELMConfig
@@ -69,7 +69,9 @@ def small_tokenizer(vocab_size: int = 300) -> Tokenizer:
     return Tokenizer(written.getvalue())
 
 
-def write_pt(path: Path, weights: dict[str, np.ndarray], wrap: str | None = None) -> Path:
+def write_pt(
+    path: Path, weights: dict[str, np.ndarray], wrap: str | None = None
+) -> Path:
     import torch
 
     state: dict = {name: torch.from_numpy(w) for name, w in weights.items()}
@@ -88,7 +90,7 @@ def write_hugging_face(
 
 
 def read_golden(case: str) -> tuple[dict, dict, np.ndarray, np.ndarray, np.ndarray]:
-    """Return metadata, shapes, tokens, positions and Apple's logits of a golden case."""
+    """Return metadata, shapes, tokens, positions and Apple's logits of a case."""
     with safe_open(GOLDEN / f"corenet-{case}.safetensors", framework="numpy") as stored:
         found = [stored.get_tensor(n) for n in ("tokens", "positions", "logits")]
         metadata = stored.metadata()

@@ -51,7 +51,9 @@ def test_uneven_shapes_give_the_config_back():
     inferred = OpenELMConfig.from_shapes(UNEVEN.tensor_shapes())
     assert replace(inferred, max_context_length=64) == UNEVEN
     untied = replace(UNEVEN, share_input_output_layers=False)
-    assert not OpenELMConfig.from_shapes(untied.tensor_shapes()).share_input_output_layers
+    assert not OpenELMConfig.from_shapes(
+        untied.tensor_shapes()
+    ).share_input_output_layers
 
 
 @pytest.mark.parametrize("size", ["gpt-test", *RELEASED])
@@ -86,7 +88,9 @@ def test_any_lists_survive_writing_for_us_and_for_mlx_lm(layers, model_dim, tied
     for multiplier, width in zip(
         written["ffn_multipliers"], config.ffn_dims, strict=True
     ):
-        assert make_divisible(multiplier * model_dim, written["ffn_dim_divisor"]) == width
+        assert (
+            make_divisible(multiplier * model_dim, written["ffn_dim_divisor"]) == width
+        )
 
 
 @given(st.floats(1, 1e5), st.sampled_from([1, 8, 64, 256]))
@@ -183,7 +187,9 @@ def test_foreign_shapes_are_refused_with_their_names():
 
 
 def test_size_names():
-    assert OpenELMConfig.preset("apple/OpenELM-1_1B-Instruct").size_name == "OpenELM-1_1B"
+    assert (
+        OpenELMConfig.preset("apple/OpenELM-1_1B-Instruct").size_name == "OpenELM-1_1B"
+    )
     assert UNEVEN.size_name == "OpenELM"
     with pytest.raises(OpenELMError, match="270M, 450M"):
         OpenELMConfig.preset("7B")

@@ -4,7 +4,6 @@ import hashlib
 import json
 from dataclasses import replace
 
-import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from models import (
     write_pt,
 )
 
+import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from converters.conversion import convert
 from mlx_openelm.benchmark import made_weight
 from mlx_openelm.checkpoint import ShardWriter, open_folder
@@ -102,9 +102,7 @@ def test_dtypes_are_cast_as_said(tmp_path, stored, dtype, kind, tokenizer_file):
         write_hugging_face(source, EVEN, {})
         named = {to_folder(n): w for n, w in weights.items()}
         save_file(named, source / "model.safetensors", metadata={"format": "pt"})
-    report = convert(
-        source, tmp_path / "out", dtype=dtype, tokenizer=tokenizer_file
-    )
+    report = convert(source, tmp_path / "out", dtype=dtype, tokenizer=tokenizer_file)
     expected = dtype or ("bfloat16" if stored == "float32" else stored)
     assert report.dtype == expected
     written = open_folder(report.path)
@@ -187,7 +185,10 @@ def test_untied_models_and_copies_of_a_tied_head(tmp_path, tokenizer_file):
     )
     assert not open_folder(report.path).config.share_input_output_layers
 
-    copied = {**weights_of(EVEN), "lm_head.weight": weights_of(EVEN)["token_embeddings.weight"]}
+    copied = {
+        **weights_of(EVEN),
+        "lm_head.weight": weights_of(EVEN)["token_embeddings.weight"],
+    }
     source = write_hugging_face(tmp_path / "copied", EVEN, copied)
     report = convert(source, tmp_path / "out2", tokenizer=tokenizer_file)
     assert "lm_head.weight" not in open_folder(report.path).tensors
@@ -241,7 +242,9 @@ def test_a_config_beside_the_checkpoint_is_used_and_must_fit(tmp_path, tokenizer
     assert not (tmp_path / "wrong").exists()
 
 
-def test_converting_a_folder_again_changes_nothing(tmp_path, checkpoint, tokenizer_file):
+def test_converting_a_folder_again_changes_nothing(
+    tmp_path, checkpoint, tokenizer_file
+):
     first = convert(checkpoint, tmp_path / "a", tokenizer=tokenizer_file)
     second = convert(first.path, tmp_path / "b")  # its own tokenizer is found
     one, two = open_folder(first.path), open_folder(second.path)

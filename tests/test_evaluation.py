@@ -1,11 +1,11 @@
 import math
 
-import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 import mlx.core as mx
 import numpy as np
 import pytest
 from models import TEXT, UNEVEN, build, small_tokenizer
 
+import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.evaluation import evaluate
 from mlx_openelm.likelihood import log_likelihoods
 
@@ -22,7 +22,7 @@ def story(tmp_path):
 
 
 def scored_token_by_token(text, window):
-    """The definition, word for word: each window alone, each token from what precedes."""
+    """The definition: each window alone, each token from what precedes it."""
     ids = tokenizer.encode(text, bos=False)
     nats = 0.0
     for start in range(0, len(ids), window):

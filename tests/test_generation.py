@@ -1,12 +1,13 @@
-import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import UNEVEN, build, small_tokenizer
 
+import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm import generation
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation import StopTexts, generate, stream
@@ -91,7 +92,9 @@ def test_eos_ends_the_answer_wherever_it_comes(place):
 
 def test_max_tokens_and_the_context_end_it_with_length():
     assert len(say("a king and a queen", eos=False, max_tokens=3)) == 3
-    assert say("a king and a queen", eos=False, max_tokens=3)[-1].finish_reason == "length"
+    assert (
+        say("a king and a queen", eos=False, max_tokens=3)[-1].finish_reason == "length"
+    )
     prompt = [1, *[7] * 59]
     pieces = list(stream(model, tokenizer, prompt, Sampling(max_tokens=999)))
     assert len(pieces) == 64 - 60
@@ -105,7 +108,7 @@ def test_half_a_character_at_the_end_is_not_swallowed():
 
 
 def test_a_prompt_without_room_is_refused():
-    with pytest.raises(OpenELMError, match="64 tokens.*context is 64"):
+    with pytest.raises(OpenELMError, match=r"64 tokens.*context is 64"):
         list(stream(model, tokenizer, [1] * 64))
     with pytest.raises(OpenELMError, match="empty"):
         list(stream(model, tokenizer, []))

@@ -1,8 +1,7 @@
-"""At home in the MLX ecosystem: stock mlx-lm opens what we write, and we what it does."""
+"""Stock mlx-lm opens what we write, and we open what it writes."""
 
 import json
 
-import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from mlx.utils import tree_map
 from models import small_tokenizer, weights_of, write_hugging_face, write_pt
 from test_conversion import EVEN
 
+import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from converters.conversion import convert
 from mlx_openelm.generation import stream
 from mlx_openelm.loading import load

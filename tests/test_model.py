@@ -1,6 +1,5 @@
 from dataclasses import replace
 
-import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -9,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import UNEVEN, build, read_golden
 
+import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm import model as openelm
 from mlx_openelm.benchmark import made_weight
 from mlx_openelm.cache import KVCache

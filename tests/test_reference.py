@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
-import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from models import UNEVEN, build, read_golden, weights_of, write_pt
+
+import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
@@ -149,6 +150,8 @@ def test_z_loss_and_ignored_targets():
 
 def test_flops_count_each_matrix_six_times():
     config = build(UNEVEN).config
-    matrices = sum(a * b for a, b in (s for s in config.tensor_shapes().values() if len(s) == 2))
+    matrices = sum(
+        a * b for a, b in (s for s in config.tensor_shapes().values() if len(s) == 2)
+    )
     assert count_flops_per_token(config, 0) == 6 * matrices
     assert count_flops_per_token(config, 64) == 6 * matrices + 12 * 12 * 16 * 32

@@ -1,10 +1,10 @@
-import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.sampling import (
     Sampling,
@@ -13,9 +13,7 @@ from mlx_openelm.sampling import (
     penalize_repetition,
 )
 
-logit_lists = st.lists(
-    st.floats(-8, 8, width=32), min_size=3, max_size=12, unique=True
-)
+logit_lists = st.lists(st.floats(-8, 8, width=32), min_size=3, max_size=12, unique=True)
 
 
 def kept(logits, **options):

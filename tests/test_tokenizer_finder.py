@@ -1,19 +1,14 @@
-"""A tokenizer is found, proved, and the same in both of its files."""
+"""A tokenizer is found, proved, and written into files that agree."""
 
-import io
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer as HuggingFaceTokenizer
+from test_tokenizer_json import SIZE, edited, pieces_of, read_llama, train
 
-from mlx_openelm import tokenizer_finder
+from mlx_openelm import tokenizer_finder, tokenizer_json
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tokenizer import Tokenizer
 from mlx_openelm.tokenizer_finder import (
@@ -25,45 +20,6 @@ from mlx_openelm.tokenizer_finder import (
     write_tokenizer,
 )
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-LLAMA = SHARED / "llama-tokenizer" / "tokenizer.model"
-STORIES = SHARED / "stories" / "text"
-SIZE = 600  # pieces of the small tokenizer
-
-Edit = Callable[[dict[str, Any]], object]
-
-
-def train(**options: Any) -> Tokenizer:
-    """Train a small tokenizer on made-up prose; `options` go over Llama's settings."""
-    rng = random.Random(0)
-    parts = ["the", "a", "on", "er", "ing", "st", "ré", "日本", "aba", "bab", "12", "-"]
-    words = ["".join(rng.choices(parts, k=rng.randint(1, 4))) for _ in range(300)]
-    lines = [
-        rng.choice(["", " ", "    ", "        "])
-        + rng.choice([" ", " ", "  "]).join(rng.choices(words, k=8))
-        for _ in range(300)
-    ]
-    written = io.BytesIO()
-    settings_of_llama: dict[str, Any] = {
-        "model_type": "bpe",
-        "vocab_size": SIZE,
-        "character_coverage": 0.9999,
-        "byte_fallback": True,
-        "split_digits": True,
-        "allow_whitespace_only_pieces": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "pad_id": -1,
-        "num_threads": 1,
-        "minloglevel": 2,
-    }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=written,
-        **settings_of_llama | options,
-    )
-    return Tokenizer(written.getvalue())
-
 
 @pytest.fixture(scope="module")
 def small() -> Tokenizer:
@@ -72,9 +28,7 @@ def small() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def llama() -> Tokenizer:
-    if not LLAMA.is_file():
-        pytest.skip(f"needs Llama 2's tokenizer at {LLAMA}")
-    return read_tokenizer(LLAMA)
+    return read_llama()
 
 
 @pytest.fixture(scope="module", params=["small", "llama"])
@@ -89,359 +43,6 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("written")
     write_tokenizer(tokenizer, folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def fast(folder: Path) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-@pytest.fixture(scope="module")
-def rebuilt(folder: Path) -> Tokenizer:
-    return read_tokenizer(folder / "tokenizer.json")
-
-
-def pieces_of(proto: bytes) -> Any:
-    """Parse a model with SentencePiece's own reader, as an oracle beside ours."""
-    pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
-    return pb2.ModelProto.FromString(proto)
-
-
-def edited(tokenizer: Tokenizer, folder: Path, edit: Edit) -> Path:
-    """Write the tokenizer.json, changed by `edit`, alone into a folder."""
-    write_tokenizer(tokenizer, folder)
-    (folder / "tokenizer.model").unlink()
-    file = folder / "tokenizer.json"
-    found = json.loads(file.read_text())
-    edit(found)
-    file.write_text(json.dumps(found))
-    return file
-
-
-_snippets = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")),
-    st.text("ab the\n", max_size=30),
-    st.integers(1, 40).map(" ".__mul__),
-    st.sampled_from(["the", "aba", "bab", "日本", " string", "12", "\t", "<", ">"]),
-)
-texts = (
-    st.lists(_snippets, max_size=8)
-    .map("".join)
-    .filter(lambda text: not any(x in text for x in ("<s>", "</s>", "<unk>")))
-)
-
-
-# One tokenizer, two files --------------------------------------------------------
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@example("")
-@example(" ")
-@example("  x")
-@given(texts)
-def test_any_text_has_the_same_ids_in_both_files(
-    tokenizer: Tokenizer, fast: HuggingFaceTokenizer, rebuilt: Tokenizer, text: str
-) -> None:
-    ids = tokenizer.encode(text)
-    assert fast.encode(text).ids == ids
-    assert rebuilt.encode(text) == ids
-    assert fast.decode(ids) == tokenizer.decode(ids) == rebuilt.decode(ids) == text
-
-
-def test_spaces_in_any_number_have_the_same_ids(
-    tokenizer: Tokenizer, fast: HuggingFaceTokenizer, rebuilt: Tokenizer
-) -> None:
-    # Llama's space pieces all score alike, so the order of ties decides.
-    for before in ("", "x", ".", "\n", "日"):
-        for after in ("", "x", "."):
-            for n in range(70):
-                text = before + " " * n + after
-                ids = tokenizer.encode(text)
-                assert fast.encode(text).ids == ids == rebuilt.encode(text), repr(text)
-
-
-@pytest.mark.skipif(not STORIES.is_dir(), reason=f"needs the stories at {STORIES}")
-def test_stories_have_the_same_ids(
-    tokenizer: Tokenizer, fast: HuggingFaceTokenizer, rebuilt: Tokenizer
-) -> None:
-    for file in sorted(STORIES.glob("*.txt"))[:40:8]:
-        text = file.read_text(encoding="utf-8")[:100_000]
-        ids = tokenizer.encode(text)
-        assert fast.encode(text).ids == ids, file.name
-        assert rebuilt.encode(text) == ids, file.name
-
-
-def test_tokenizer_model_is_written_byte_for_byte(
-    tokenizer: Tokenizer, folder: Path
-) -> None:
-    assert (folder / "tokenizer.model").read_bytes() == tokenizer.model_proto
-
-
-def test_rebuilt_model_says_what_the_original_says(
-    tokenizer: Tokenizer, rebuilt: Tokenizer
-) -> None:
-    ours, theirs = pieces_of(rebuilt.model_proto), pieces_of(tokenizer.model_proto)
-    assert [(p.piece, p.type) for p in ours.pieces] == [
-        (p.piece, p.type) for p in theirs.pieces
-    ]
-    for spec, names in {
-        "trainer_spec": "model_type vocab_size byte_fallback "
-        "unk_id bos_id eos_id pad_id unk_piece bos_piece eos_piece "
-        "treat_whitespace_as_suffix",
-        "normalizer_spec": "precompiled_charsmap add_dummy_prefix "
-        "remove_extra_whitespaces escape_whitespaces",
-    }.items():
-        for name in names.split():
-            values = [getattr(getattr(m, spec), name) for m in (ours, theirs)]
-            assert values[0] == values[1], name
-
-
-def test_literal_special_tokens_are_text_in_a_rebuilt_model(
-    tokenizer: Tokenizer, rebuilt: Tokenizer
-) -> None:
-    for text in ("<s>", "a</s>b", "<unk><0x0A>"):
-        assert rebuilt.encode(text) == tokenizer.encode(text)
-
-
-def test_llamas_published_vectors_hold(llama: Tokenizer) -> None:
-    for text, ids in LLAMA_VECTORS.items():
-        assert llama.encode(text) == ids
-    more = {
-        "Once upon a time in a land": "9038 2501 263 931 297 263 2982",
-        "<|system|>\n": "529 29989 5205 29989 29958 13",
-        "<|assistant|>\n": "529 29989 465 22137 29989 29958 13",
-    }
-    for text, numbers in more.items():
-        assert llama.encode(text) == [1, *map(int, numbers.split())]
-
-
-@pytest.mark.interop
-def test_transformers_and_mlx_lm_give_the_same_ids(
-    tokenizer: Tokenizer, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from mlx_lm.utils import load_tokenizer
-    from transformers import AutoTokenizer
-
-    loaders: list[Callable[[Path], Any]] = [
-        AutoTokenizer.from_pretrained,
-        load_tokenizer,
-    ]
-    for load in loaders:
-        theirs = load(folder)
-        assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
-        for text in PROBES:
-            ids = tokenizer.encode(text)
-            assert theirs.encode(text) == ids, repr(text)
-            assert theirs.decode(ids, skip_special_tokens=True) == text
-
-
-@pytest.mark.interop
-def test_what_transformers_saves_is_read_back(
-    llama: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The way of mlx_lm.convert: a Llama repository's tokenizer.json, saved again.
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from transformers import LlamaTokenizer
-
-    write_tokenizer(llama, tmp_path)
-    LlamaTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved" / "tokenizer.model").exists()
-    found = find_tokenizer(tmp_path / "saved", None, 32000)
-    assert found.path == tmp_path / "saved" / "tokenizer.json"
-    for text in PROBES:
-        assert found.tokenizer.encode(text) == llama.encode(text)
-
-
-# Reading tokenizer.json ----------------------------------------------------------
-
-
-def _join_merges(found: dict[str, Any]) -> None:
-    found["model"]["merges"] = [" ".join(pair) for pair in found["model"]["merges"]]
-
-
-def _use_metaspace(found: dict[str, Any]) -> None:
-    found["normalizer"] = None
-    found["pre_tokenizer"] = {
-        "type": "Metaspace",
-        "replacement": "\u2581",
-        "prepend_scheme": "first",
-        "split": False,
-    }
-
-
-def _add(found: dict[str, Any], text: str) -> None:
-    found["added_tokens"].append({"id": SIZE, "content": text, "special": True})
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        pytest.param(_join_merges, id="merges as older files spell them"),
-        pytest.param(_use_metaspace, id="spaces as transformers 5 handles them"),
-        pytest.param(lambda found: _add(found, "[PAD]"), id="a padding token behind"),
-    ],
-)
-def test_other_spellings_of_tokenizer_json_are_read(
-    small: Tokenizer, tmp_path: Path, edit: Edit
-) -> None:
-    found = read_tokenizer(edited(small, tmp_path, edit), template="instruct")
-    assert found.template == "instruct"
-    prove_tokenizer(found, SIZE)
-    for text in PROBES:
-        assert found.encode(text) == small.encode(text)
-
-
-@pytest.mark.parametrize(
-    ("edit", "said"),
-    [
-        (lambda f: f["model"].update(type="Unigram"), "not BPE"),
-        (lambda f: f["model"].update(byte_fallback=False), "byte fallback"),
-        (lambda f: f["model"]["vocab"].update(x=SIZE + 5), "ids are not 0 to"),
-        (lambda f: f.update(normalizer={"type": "NFC"}), "NFC"),
-        (lambda f: f.update(normalizer=None), "one space in front"),
-        (lambda f: f.update(pre_tokenizer={"type": "ByteLevel"}), "ByteLevel"),
-        (lambda f: _add(f, "<|im_start|>"), "im_start"),
-        (lambda f: f["added_tokens"].pop(), "added tokens"),
-        (lambda f: f["model"]["merges"].pop(), "merges"),
-        (lambda f: f["model"]["merges"].append(["x"]), "laid out|Cannot read"),
-        (lambda f: f["model"].pop("vocab"), "laid out"),
-        (lambda f: f["model"].update(vocab=[["a", 0.0]]), "laid out"),
-        (dict.clear, "laid out"),
-    ],
-)
-def test_a_tokenizer_json_of_another_kind_is_refused(
-    small: Tokenizer, tmp_path: Path, edit: Edit, said: str
-) -> None:
-    file = edited(small, tmp_path, edit)
-    with pytest.raises(OpenELMError, match=said) as refusal:
-        read_tokenizer(file)
-    assert str(file) in str(refusal.value)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"3", b"null"])
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-def test_a_damaged_file_is_a_named_error(
-    tmp_path: Path, name: str, content: bytes
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(OpenELMError, match=name):
-        read_tokenizer(tmp_path)
-
-
-def test_merges_that_cut_words_otherwise_do_not_pass_for_llama(
-    llama: Tokenizer, tmp_path: Path
-) -> None:
-    # What transformers 5 makes of a tokenizer.model alone: merges in the order of ids.
-    def by_id(found: dict[str, Any]) -> None:
-        vocab = found["model"]["vocab"]
-        found["model"]["merges"].sort(key=lambda pair: vocab["".join(pair)])
-
-    file = edited(llama, tmp_path, by_id)
-    with pytest.raises(OpenELMError, match="not Llama's"):
-        prove_tokenizer(read_tokenizer(file), 32000)
-
-
-# Proving -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_rows", [SIZE, 640])
-def test_rows_that_fit_are_accepted(small: Tokenizer, num_rows: int) -> None:
-    prove_tokenizer(small, num_rows)
-
-
-@pytest.mark.parametrize("num_rows", [0, 512, SIZE - 1, SIZE + 1, 639, 641, 768, 32000])
-def test_rows_that_do_not_fit_are_named(small: Tokenizer, num_rows: int) -> None:
-    with pytest.raises(OpenELMError, match=rf"{SIZE} pieces.* {num_rows} rows"):
-        prove_tokenizer(small, num_rows)
-
-
-def test_llama_fits_its_rows_and_corenets_padding(llama: Tokenizer) -> None:
-    prove_tokenizer(llama, 32000)
-    prove_tokenizer(llama, 32128)
-    for num_rows in (31999, 32001, 32127, 32129, 32256):
-        with pytest.raises(OpenELMError, match="32000 pieces"):
-            prove_tokenizer(llama, num_rows)
-
-
-def test_a_full_multiple_of_128_is_padded_by_another_128() -> None:
-    prove_tokenizer(train(vocab_size=512), 640)  # the padding id takes a row of its own
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"pad_id": 0, "unk_id": 3}, "unknown, BOS and EOS"),
-        ({"bos_id": 2, "eos_id": 1}, "unknown, BOS and EOS"),
-        ({"byte_fallback": False, "vocab_size": 300}, "byte pieces"),
-        ({"add_dummy_prefix": False}, "dummy space"),
-        ({"treat_whitespace_as_suffix": True}, "dummy space"),
-        ({"remove_extra_whitespaces": True}, "loses text"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "loses text"),
-    ],
-)
-def test_a_tokenizer_without_llamas_manners_is_refused(
-    options: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(OpenELMError, match=said):
-        prove_tokenizer(train(**options), SIZE)
-
-
-def test_another_vocabulary_of_llamas_size_is_refused(small: Tokenizer) -> None:
-    fake = pieces_of(small.model_proto)
-    for i in range(32000 - SIZE):
-        fake.pieces.add(piece=chr(0x10000 + i), score=-1e6 - i)
-    look_alike = Tokenizer(fake.SerializeToString())
-    assert look_alike.vocab_size == 32000
-    with pytest.raises(OpenELMError, match="32000 pieces but is not Llama's"):
-        prove_tokenizer(look_alike, 32000)
-
-
-def test_llamas_pieces_in_another_order_are_refused(llama: Tokenizer) -> None:
-    fake = pieces_of(llama.model_proto)
-    shuffled = list(fake.pieces)[259:]
-    random.Random(1).shuffle(shuffled)
-    del fake.pieces[259:]
-    fake.pieces.extend(shuffled)
-    with pytest.raises(OpenELMError, match="not Llama's"):
-        prove_tokenizer(Tokenizer(fake.SerializeToString()), 32128)
-
-
-# Writing -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"model_type": "unigram", "vocab_size": 380}, "not BPE"),
-        ({"byte_fallback": False, "vocab_size": 300}, "byte fallback"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text .nmt_nfkc"),
-        ({"add_dummy_prefix": False}, "no dummy space"),
-        ({"remove_extra_whitespaces": True}, "extra white space"),
-        ({"treat_whitespace_as_suffix": True}, "behind words"),
-        ({"user_defined_symbols": ["<tag>"]}, "<tag>"),
-    ],
-)
-def test_what_tokenizer_json_cannot_express_is_not_written(
-    tmp_path: Path, options: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(OpenELMError, match=said):
-        write_tokenizer(train(**options), tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_written_file_that_differs_is_noticed(
-    small: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    merges = tokenizer_finder._merges
-    monkeypatch.setattr(tokenizer_finder, "_merges", lambda p: merges(p)[::-1])
-    with pytest.raises(OpenELMError, match="differs from SentencePiece"):
-        write_tokenizer(small, tmp_path)
-
-
-def test_a_missing_folder_is_a_named_error(small: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(OpenELMError, match="nowhere"):
-        write_tokenizer(small, tmp_path / "nowhere")
 
 
 # Finding -------------------------------------------------------------------------
@@ -554,3 +155,184 @@ def test_a_repository_cached_without_its_tokenizer_is_asked_for_it(
     assert found.path.parent.name == "full"
     with pytest.raises(OpenELMError, match="someone/tokenizer holds neither"):
         find_tokenizer(tmp_path, "someone/tokenizer", SIZE, offline=True)
+
+
+# Reading -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"3", b"null"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_damaged_file_is_a_named_error(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(OpenELMError, match=name):
+        read_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_json_that_gives_other_ids_is_noticed(
+    small: Tokenizer, tmp_path: Path
+) -> None:
+    # Its pieces and merges are ours, but all merges are skipped when it is used.
+    file = edited(small, tmp_path, lambda found: found["model"].update(dropout=1.0))
+    with pytest.raises(OpenELMError, match="differs from SentencePiece"):
+        read_tokenizer(file)
+
+
+# Proving -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_rows", [SIZE, 640])
+def test_rows_that_fit_are_accepted(small: Tokenizer, num_rows: int) -> None:
+    prove_tokenizer(small, num_rows)
+
+
+@pytest.mark.parametrize("num_rows", [0, 512, SIZE - 1, SIZE + 1, 639, 641, 768, 32000])
+def test_rows_that_do_not_fit_are_named(small: Tokenizer, num_rows: int) -> None:
+    with pytest.raises(OpenELMError, match=rf"{SIZE} pieces.* {num_rows} rows"):
+        prove_tokenizer(small, num_rows)
+
+
+def test_llama_fits_its_rows_and_corenets_padding(llama: Tokenizer) -> None:
+    prove_tokenizer(llama, 32000)
+    prove_tokenizer(llama, 32128)
+    for num_rows in (31999, 32001, 32127, 32129, 32256):
+        with pytest.raises(OpenELMError, match="32000 pieces"):
+            prove_tokenizer(llama, num_rows)
+
+
+def test_a_full_multiple_of_128_is_padded_by_another_128() -> None:
+    prove_tokenizer(train(vocab_size=512), 640)  # the padding id takes a row of its own
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"pad_id": 0, "unk_id": 3}, "unknown, BOS and EOS"),
+        ({"bos_id": 2, "eos_id": 1}, "unknown, BOS and EOS"),
+        ({"byte_fallback": False, "vocab_size": 300}, "byte pieces"),
+        ({"add_dummy_prefix": False}, "dummy space"),
+        ({"treat_whitespace_as_suffix": True}, "dummy space"),
+        ({"remove_extra_whitespaces": True}, "loses text"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "loses text"),
+    ],
+)
+def test_a_tokenizer_without_llamas_manners_is_refused(
+    options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(OpenELMError, match=said):
+        prove_tokenizer(train(**options), SIZE)
+
+
+def test_another_vocabulary_of_llamas_size_is_refused(small: Tokenizer) -> None:
+    fake = pieces_of(small.model_proto)
+    for i in range(32000 - SIZE):
+        fake.pieces.add(piece=chr(0x10000 + i), score=-1e6 - i)
+    look_alike = Tokenizer(fake.SerializeToString())
+    assert look_alike.vocab_size == 32000
+    with pytest.raises(OpenELMError, match="32000 pieces but is not Llama's"):
+        prove_tokenizer(look_alike, 32000)
+
+
+def test_llamas_pieces_in_another_order_are_refused(llama: Tokenizer) -> None:
+    fake = pieces_of(llama.model_proto)
+    shuffled = list(fake.pieces)[259:]
+    random.Random(1).shuffle(shuffled)
+    del fake.pieces[259:]
+    fake.pieces.extend(shuffled)
+    with pytest.raises(OpenELMError, match="not Llama's"):
+        prove_tokenizer(Tokenizer(fake.SerializeToString()), 32128)
+
+
+def test_llamas_published_vectors_hold(llama: Tokenizer) -> None:
+    for text, ids in LLAMA_VECTORS.items():
+        assert llama.encode(text) == ids
+    more = {
+        "Once upon a time in a land": "9038 2501 263 931 297 263 2982",
+        "<|system|>\n": "529 29989 5205 29989 29958 13",
+        "<|assistant|>\n": "529 29989 465 22137 29989 29958 13",
+    }
+    for text, numbers in more.items():
+        assert llama.encode(text) == [1, *map(int, numbers.split())]
+
+
+def test_merges_that_cut_words_otherwise_do_not_pass_for_llama(
+    llama: Tokenizer, tmp_path: Path
+) -> None:
+    # What transformers 5 makes of a tokenizer.model alone: merges in the order of ids.
+    def by_id(found: dict[str, Any]) -> None:
+        vocab = found["model"]["vocab"]
+        found["model"]["merges"].sort(key=lambda pair: vocab["".join(pair)])
+
+    file = edited(llama, tmp_path, by_id)
+    with pytest.raises(OpenELMError, match="not Llama's"):
+        prove_tokenizer(read_tokenizer(file), 32000)
+
+
+# Writing -------------------------------------------------------------------------
+
+
+def test_tokenizer_model_is_written_byte_for_byte(
+    tokenizer: Tokenizer, folder: Path
+) -> None:
+    assert (folder / "tokenizer.model").read_bytes() == tokenizer.model_proto
+
+
+def test_nothing_is_written_of_what_tokenizer_json_cannot_express(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(OpenELMError, match="cannot express"):
+        write_tokenizer(train(add_dummy_prefix=False), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_written_file_that_differs_is_noticed(
+    small: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merges = tokenizer_json._merges
+    monkeypatch.setattr(tokenizer_json, "_merges", lambda p: merges(p)[::-1])
+    with pytest.raises(OpenELMError, match="differs from SentencePiece"):
+        write_tokenizer(small, tmp_path)
+
+
+def test_a_missing_folder_is_a_named_error(small: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(OpenELMError, match="nowhere"):
+        write_tokenizer(small, tmp_path / "nowhere")
+
+
+@pytest.mark.interop
+def test_transformers_and_mlx_lm_give_the_same_ids(
+    tokenizer: Tokenizer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from mlx_lm.utils import load_tokenizer
+    from transformers import AutoTokenizer
+
+    loaders: list[Callable[[Path], Any]] = [
+        AutoTokenizer.from_pretrained,
+        load_tokenizer,
+    ]
+    for load in loaders:
+        theirs = load(folder)
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+        for text in PROBES:
+            ids = tokenizer.encode(text)
+            assert theirs.encode(text) == ids, repr(text)
+            assert theirs.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.interop
+def test_what_transformers_saves_is_read_back(
+    llama: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The way of mlx_lm.convert: a Llama repository's tokenizer.json, saved again.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from transformers import LlamaTokenizer
+
+    write_tokenizer(llama, tmp_path)
+    LlamaTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "tokenizer.model").exists()
+    found = find_tokenizer(tmp_path / "saved", None, 32000)
+    assert found.path == tmp_path / "saved" / "tokenizer.json"
+    for text in PROBES:
+        assert found.tokenizer.encode(text) == llama.encode(text)

@@ -1,0 +1,100 @@
+"""An adapter folder, as mlx-lm writes it: read, checked and attached to a model."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_openelm.checkpoint import check_shapes, read_headers
+from mlx_openelm.config import read_mapping
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.lora_layers import DoRALinear, LoRAEmbedding, LoRALinear
+from mlx_openelm.model import OpenELM
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+
+
+def attach(model: OpenELM, path: Path) -> None:
+    """Put a LoRA, DoRA or full adapter onto a model, in place.
+
+    Raises:
+        OpenELMError: the folder is no adapter, or was made for another model (the
+            tensors that do not fit are named).
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise OpenELMError(
+                f"{path} holds no {name}; an adapter folder has {CONFIG} and {WEIGHTS}."
+            )
+    config = read_mapping(path / CONFIG)
+    kind = config.get("fine_tune_type", "lora")
+    headers = read_headers([path / WEIGHTS])
+    arrays = mx.load(str(path / WEIGHTS))
+    assert isinstance(arrays, dict)
+    if kind == "full":
+        shapes = {n: tuple(a.shape) for n, a in tree_flatten(model.parameters())}
+        found = {name: tensor.shape for name, tensor in headers.items()}
+        expected = {name: shapes[name] for name in found if name in shapes}
+        check_shapes(expected, found, where=str(path / WEIGHTS))
+        model.load_weights(list(arrays.items()), strict=False)
+        return
+    if kind not in ("lora", "dora"):
+        raise OpenELMError(
+            f"{path / CONFIG} says fine_tune_type {kind!r}; expected lora, dora or full."
+        )
+    scale = _read_scale(config, path)
+    modules = dict(model.named_modules())
+    by_module: dict[str, dict[str, mx.array]] = {}
+    for name, array in arrays.items():
+        module_path, _, leaf = name.rpartition(".")
+        by_module.setdefault(module_path, {})[leaf] = array
+    wrapped, expected_shapes = [], {}
+    for module_path, parts in by_module.items():
+        module = modules.get(module_path)
+        if module is None or "lora_a" not in parts or "lora_b" not in parts:
+            continue  # reported below, as unexpected
+        rank = parts["lora_a"].shape[-1]
+        expected_shapes |= _adapter_shapes(module, module_path, rank, kind == "dora")
+        wrapped.append((module_path, _wrap(module, parts, scale)))
+    found = {name: tensor.shape for name, tensor in headers.items()}
+    check_shapes(expected_shapes, found, where=str(path / WEIGHTS))
+    model.update_modules(tree_unflatten(wrapped))
+    model.eval()
+
+
+def _read_scale(config: dict[str, Any], path: Path) -> float:
+    parameters = config.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if not isinstance(scale, int | float):
+        raise OpenELMError(
+            f"{path / CONFIG} has no lora_parameters.scale; it was not written by "
+            "mlx-lm 0.32 or mlx-openelm."
+        )
+    return float(scale)
+
+
+def _adapter_shapes(
+    module: nn.Module, path: str, rank: int, dora: bool
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that an adapter of `rank` for this module has, by name."""
+    rows, width = module.weight.shape
+    if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        width = width * 32 // module.bits
+    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+        return {f"{path}.lora_a": (rows, rank), f"{path}.lora_b": (rank, width)}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{path}.lora_a": (width, rank),
+        f"{path}.lora_b": (rank, rows),
+    }
+    return shapes | ({f"{path}.m": (rows,)} if dora else {})
+
+
+def _wrap(module: nn.Module, parts: dict[str, mx.array], scale: float) -> nn.Module:
+    lora_a, lora_b = parts["lora_a"], parts["lora_b"]
+    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+        return LoRAEmbedding(module, lora_a, lora_b, scale)
+    if "m" in parts:
+        return DoRALinear(module, lora_a, lora_b, scale, parts["m"])
+    return LoRALinear(module, lora_a, lora_b, scale)

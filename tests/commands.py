@@ -1,0 +1,55 @@
+"""Running the command line in this process, and what its refusals must look like."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from models import UNEVEN, small_tokenizer, weights_of, write_hugging_face
+from typer.testing import CliRunner, Result
+
+from mlx_openelm.cli import app
+from mlx_openelm.config import OpenELMConfig
+
+
+def call(*args: object, **options) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args], **options)
+
+
+def refuse(here: Path, *args: object, says: str | list[str], **options) -> str:
+    """Run; there must be one sentence with all of `says`, and not a byte of change."""
+    before = snapshot(here)
+    ran = call(*args, **options)
+    assert isinstance(ran.exception, SystemExit), repr(ran.exception)
+    assert (ran.exit_code, ran.stdout) == (1, "")
+    assert re.fullmatch(r"error: \S.*\.\n", ran.stderr), ran.stderr
+    for words in [says] if isinstance(says, str) else says:
+        assert words in ran.stderr, ran.stderr
+    assert snapshot(here) == before
+    return ran.stderr
+
+
+def snapshot(folder: Path) -> dict[Path, bytes | None]:
+    return {
+        path: path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def make_source(
+    folder: Path,
+    changes: dict[str, np.ndarray | None] | None = None,
+    *,
+    config: OpenELMConfig = UNEVEN,
+) -> Path:
+    """Write a folder that can be converted, but for `changes`; None: left out."""
+    weights = weights_of(config) | (changes or {})
+    kept = {name: weight for name, weight in weights.items() if weight is not None}
+    write_hugging_face(folder, config, kept)
+    (folder / "tokenizer.model").write_bytes(small_tokenizer().model_proto)
+    return folder
+
+
+def spoilt(weight: np.ndarray, value: float) -> np.ndarray:
+    weight = weight.copy()
+    weight[-1, -1] = value
+    return weight
