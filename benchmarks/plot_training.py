@@ -1,6 +1,6 @@
 """Draw the loss curve of a pre-training run from its metrics.jsonl.
 
-    python benchmarks/plot_training.py pretrained/stories/metrics.jsonl loss.png
+python benchmarks/plot_training.py metrics.jsonl loss.png
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py [--rounds 5] [--only start,help,prompt,decode,convert]
 
-Everything is measured side by side: the rounds alternate between the programs, each in a
-process of its own, and the ratio of the medians is printed. The 270M has made weights
+Everything is measured side by side: the rounds alternate between the programs, each in
+a process of its own, and the ratio of the medians is printed. The 270M has made weights
 of the right shapes: speed does not depend on their values. float32 everywhere, since
 that is what the Linux CPU is quick in; mlx-lm is measured as it installs and with
 OpenBLAS loaded for it as well. Needs the torch extra.
@@ -102,7 +102,11 @@ def _pytorch(folder: str, prompt: list[int]) -> Callable:
 def timed(command: list[str], **options) -> float:
     started = time.perf_counter()
     subprocess.run(
-        command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options
+        command,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        **options,
     )
     return time.perf_counter() - started
 
@@ -220,7 +224,7 @@ def _peak_anonymous(process: subprocess.Popen) -> int:
 
 
 def make_270m(scratch: Path) -> tuple[Path, Path]:
-    """Write a CoreNet .pt of the 270M with made weights, and the float32 folder of it."""
+    """Write a CoreNet .pt of the 270M with made weights, and its float32 folder."""
     import torch
 
     import mlx_openelm  # noqa: F401 - loads OpenBLAS

@@ -231,6 +231,11 @@ def _write_weights(
             module = path.removesuffix(".weight")
             for suffix, part in packings[name].pack(weight).items():
                 mx.eval(part)
+                if suffix != "weight" and not mx.isfinite(part).all():
+                    raise OpenELMError(
+                        f"{name} has values too far apart to share a scale; convert "
+                        "it without -q."
+                    )
                 writer.add(f"{module}.{suffix}", part)
         else:
             writer.add(path, weight)

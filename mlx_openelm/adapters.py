@@ -34,7 +34,8 @@ def attach(model: OpenELM, path: Path) -> None:
     arrays = mx.load(str(path / WEIGHTS))
     assert isinstance(arrays, dict)
     if kind == "full":
-        shapes = {n: tuple(a.shape) for n, a in tree_flatten(model.parameters())}
+        parameters = dict(tree_flatten(model.parameters()))
+        shapes = {name: tuple(array.shape) for name, array in parameters.items()}
         found = {name: tensor.shape for name, tensor in headers.items()}
         expected = {name: shapes[name] for name in found if name in shapes}
         check_shapes(expected, found, where=str(path / WEIGHTS))
@@ -42,7 +43,8 @@ def attach(model: OpenELM, path: Path) -> None:
         return
     if kind not in ("lora", "dora"):
         raise OpenELMError(
-            f"{path / CONFIG} says fine_tune_type {kind!r}; expected lora, dora or full."
+            f"{path / CONFIG} says fine_tune_type {kind!r}; expected lora, dora or "
+            "full."
         )
     scale = _read_scale(config, path)
     modules = dict(model.named_modules())
@@ -50,7 +52,8 @@ def attach(model: OpenELM, path: Path) -> None:
     for name, array in arrays.items():
         module_path, _, leaf = name.rpartition(".")
         by_module.setdefault(module_path, {})[leaf] = array
-    wrapped, expected_shapes = [], {}
+    wrapped: list[tuple[str, nn.Module]] = []
+    expected_shapes: dict[str, tuple[int, ...]] = {}
     for module_path, parts in by_module.items():
         module = modules.get(module_path)
         if module is None or "lora_a" not in parts or "lora_b" not in parts:

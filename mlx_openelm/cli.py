@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class _Face(TyperGroup):
     """Turns what escapes a verb into one line and an exit code."""
 
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:  # prints --help, --version
-        with _in_one_line():
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _in_one_line():  # --help and --version print here
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
@@ -282,6 +282,7 @@ def inspect(
         int | None, typer.Option(min=1, help="Tokens to reckon the memory for.")
     ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
     """Show sizes, bits, tokenizer, origin and memory, without loading weights."""
@@ -290,7 +291,7 @@ def inspect(
     from mlx_openelm.report import as_json as fields
     from mlx_openelm.report import show_inspection
 
-    console = Console()
+    console = Console(quiet=quiet)
     found = run(find_model(model, offline=offline), context=context)
     if as_json:
         console.answer_json(fields(found))
@@ -357,6 +358,7 @@ def parity(
     num_tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare PyTorch and MLX, layer by layer, on the same tokens (needs PyTorch)."""
     _need_torch()
@@ -364,7 +366,7 @@ def parity(
     from mlx_openelm.report import as_json as fields
     from mlx_openelm.report import show_parity
 
-    console = Console()
+    console = Console(quiet=quiet)
     report = compare(source, num_tokens=num_tokens, seed=seed)
     if as_json:
         console.answer_json(fields(report))
@@ -397,11 +399,12 @@ def pretrain(
     _need_torch()
     rank = int(os.environ.get("RANK", "0"))  # set by torchrun; the first alone speaks
     console = Console(quiet=quiet or rank > 0)
-    from converters.pretrain import pretrain as run
     from mlx_openelm.recipe import PretrainRecipe, load_recipe
 
     said = {"data.train": data, "output": output, "steps": steps, "seed": seed}
     chosen = load_recipe(PretrainRecipe, recipe, said)
+    from converters.pretrain import pretrain as run  # seconds: torch is imported
+
     with console.progress("Training") as progress:
         try:
             path = run(chosen, resume=resume, on_event=_pretraining(console, progress))
@@ -425,7 +428,8 @@ def _pretraining(console: Console, progress: Any) -> "Callable[[Event], None]":
             steps = event.steps
             console.note(
                 f"{event.num_parameters:,} parameters, {event.num_documents:,} "
-                f"documents, {event.num_tokens:,} tokens in {event.num_sequences:,} sequences; "
+                f"documents, {event.num_tokens:,} tokens in "
+                f"{event.num_sequences:,} sequences; "
                 f"dropped {event.dropped or 'nothing'}; step {event.first_step} of "
                 f"{event.steps}"
             )

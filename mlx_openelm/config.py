@@ -133,7 +133,7 @@ class OpenELMConfig:
         """
         if not 1 <= num_layers <= MAX_LAYERS:
             raise OpenELMError(
-                f"The config says {num_layers} layers; an OpenELM has 1 to {MAX_LAYERS}."
+                f"The config has {num_layers} layers; an OpenELM has 1 to {MAX_LAYERS}."
             )
         query_heads = tuple(
             make_divisible(model_dim * m, head_dim * num_gqa_groups) // head_dim

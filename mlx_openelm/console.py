@@ -112,7 +112,8 @@ class Progress:
 def prepare_streams() -> None:
     """Let any text be printed, and nothing fail where a stream is closed."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # else the next file that is opened gets its place
+        if getattr(sys, name) is None:
+            # Left open, its number would be given to the next file, and MLX balks.
             opened = os.open(os.devnull, os.O_RDWR)
             if number:
                 setattr(sys, name, open(opened, "w"))  # noqa: SIM115 - for good

@@ -68,6 +68,11 @@ def evaluate(
         nats += _score(model, tokenizer.bos_id, batch)
         done += len(batch)
         on_progress(done, len(windows))
+    if not math.isfinite(nats):
+        raise OpenELMError(
+            f"The model gives {nats} for this text, so its weights are damaged or "
+            "overflow; `mlx-openelm convert` refuses such weights and says which."
+        )
     tokens = sum(map(len, windows))
     mean = nats / tokens
     return TextScore(

@@ -183,7 +183,7 @@ def draw_tokens(
     cache = KVCache.for_model(model)
     penalized = sampling.repetition_penalty != 1.0
     span = min(sampling.repetition_context, model.config.max_context_length)
-    recent = mx.array(prompt[-span:])
+    recent = mx.array(list(prompt[-span:]))
 
     def choose(hidden: mx.array) -> mx.array:
         nonlocal recent

@@ -159,7 +159,8 @@ class OpenELM(nn.Module):
     def head(self, hidden: mx.array) -> mx.array:
         """Return logits (..., V) for normed hidden states (..., D)."""
         if self.config.share_input_output_layers:
-            return self.transformer.token_embeddings.as_linear(hidden)
+            tied: mx.array = self.transformer.token_embeddings.as_linear(hidden)
+            return tied
         logits: mx.array = self.lm_head(hidden)
         return logits
 

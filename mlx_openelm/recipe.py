@@ -188,8 +188,11 @@ def load_recipe(kind: type[Recipe], name: str, overrides: Mapping[str, Any]) -> 
         if value is None:
             continue
         group, _, leaf = key.rpartition(".")
-        target = found.setdefault(group, {}) if group else found
-        target[leaf] = value
+        target = found
+        if group:  # one that is there without a key is None
+            target = found[group] = found.get(group) or {}
+        if isinstance(target, dict):  # what is none is named below
+            target[leaf] = value
     built: Recipe = _build(kind, found, str(path), "")
     return built
 

@@ -53,8 +53,10 @@ def staged_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
             raise
         raise OpenELMError(f"Cannot write {target}: {error}.") from error
     finally:
-        _remove(staging)
-        _remove_empty(made)
+        try:
+            _remove(staging)
+        finally:
+            _remove_empty(made)
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:

@@ -2,7 +2,7 @@
 
 OpenELM's tokenizer is Llama's: 32000 BPE pieces, `<s>` = 1, `</s>` = 2, one dummy
 space in front of a text, a byte piece for what the vocabulary lacks. Reading
-tokenizer.json is the business of `tokenizer_finder`.
+tokenizer.json is the business of `tokenizer_json`.
 """
 
 from collections.abc import Iterable, Sequence

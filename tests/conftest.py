@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-import mlx_openelm  # noqa: F401 - loads OpenBLAS, which must come before mlx.core
+import mlx_openelm
 
 if sys.platform == "linux":
     # The first mx.compile on the CPU calls the C++ compiler: 13 s or more. A test that

@@ -2,7 +2,6 @@
 
 import json
 
-import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from mlx.utils import tree_flatten
 from models import build, small_tokenizer, weights_of, write_hugging_face
 from test_conversion import EVEN
 
+import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.loading import load
 from mlx_openelm.tokenizer_finder import write_tokenizer

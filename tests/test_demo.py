@@ -3,12 +3,12 @@
 import json
 import re
 
-import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.benchmark import GOLDEN, PROMPT, TEXT_TOKENS
 from mlx_openelm.checkpoint import open_folder
 from mlx_openelm.config import OpenELMConfig

@@ -13,7 +13,12 @@ from mlx_openelm.sampling import (
     penalize_repetition,
 )
 
-logit_lists = st.lists(st.floats(-8, 8, width=32), min_size=3, max_size=12, unique=True)
+logit_lists = st.lists(
+    st.floats(-8, 8, width=32, allow_subnormal=False),
+    min_size=3,
+    max_size=12,
+    unique=True,
+)
 
 
 def kept(logits, **options):

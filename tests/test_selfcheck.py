@@ -1,15 +1,15 @@
-"""The check that a Mac user runs must pass on a right machine and fail on a wrong one."""
+"""A Mac user's check must pass on a right machine and fail on a wrong one."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm import benchmark
 from mlx_openelm import model as openelm
 from mlx_openelm.benchmark import GOLDEN, PROMPT, check_machine
@@ -39,7 +39,9 @@ def test_a_wrong_activation_is_found(monkeypatch):
 
 def test_a_wrong_cache_is_found(monkeypatch):
     original = nn.RoPE.__call__
-    monkeypatch.setattr(nn.RoPE, "__call__", lambda self, x, offset=0: original(self, x))
+    monkeypatch.setattr(
+        nn.RoPE, "__call__", lambda self, x, offset=0: original(self, x)
+    )
     assert "cached against uncached, logits" in failed(check_machine())
 
 

@@ -125,9 +125,13 @@ def test_a_target_that_cannot_be_is_named(here, name, says):
 
 
 def test_a_target_that_comes_while_we_write_is_not_lost(here):
-    with pytest.raises(OpenELMError, match="exists already"), staged_folder(here / "new"):
-        (here / "new").mkdir()
-        (here / "new" / "thesis.txt").write_text("a year's work")
+    def write_and_be_overtaken():
+        with staged_folder(here / "new"):
+            (here / "new").mkdir()
+            (here / "new" / "thesis.txt").write_text("a year's work")
+
+    with pytest.raises(OpenELMError, match="exists already"):
+        write_and_be_overtaken()
     assert (here / "new" / "thesis.txt").read_text() == "a year's work"
     assert sorted(path.name for path in here.iterdir()) == ["model", "new", "source"]
 
@@ -163,10 +167,14 @@ def test_a_second_ctrl_c_does_not_leave_the_hidden_folder(here, monkeypatch):
             raise error
         rmtree(path, **options)
 
+    def write_and_stop(target):
+        with staged_folder(target) as folder:
+            (folder / "config.json").write_text("{}")
+            raise KeyboardInterrupt
+
     monkeypatch.setattr(staging.shutil, "rmtree", interrupted)
-    with pytest.raises(KeyboardInterrupt), staged_folder(here / "a" / "b") as folder:
-        (folder / "config.json").write_text("{}")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_and_stop(here / "a" / "b")
     assert snapshot(here) == before
 
 

@@ -1,0 +1,150 @@
+"""What is no OpenELM is refused with its name, all that is wrong in one sentence."""
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from commands import make_source, refuse
+from models import UNEVEN, weights_of, write_pt
+
+from mlx_openelm.checkpoint import INDEX
+
+WEIGHTS = weights_of(UNEVEN)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("no.pt", None, "There is no file no.pt"),
+        ("nowhere", None, "There is no folder nowhere"),
+        ("~nobody/x", None, "There is no folder ~nobody/x"),
+        ("x" * 3000, None, "name too long"),
+        ("empty.pt", b"", "empty.pt is not torch.save's: it is empty"),
+        ("text.pt", b"To be or not to be", "text.pt is not torch.save's"),
+        ("source/model.safetensors", None, "one file of a model folder"),
+    ],
+)
+def test_a_source_that_is_no_model_is_named(here, name, content, says):
+    if content is not None:
+        (here / name).write_bytes(content)
+    refuse(here, "convert", name, "--mlx-path", "a/b", says=says)
+
+
+def test_a_pickle_that_wants_to_run_code_does_not(here):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("ran",)
+
+    with zipfile.ZipFile("evil.pt", "w") as archive:
+        archive.writestr("evil/data.pkl", pickle.dumps({"a": Evil()}, protocol=2))
+    refuse(here, "convert", "evil.pt", says=["wants to run", "posix.mkdir"])
+
+
+def test_a_checkpoint_cut_short_or_of_another_architecture_is_refused(here):
+    pytest.importorskip("torch", reason="needs PyTorch to write .pt files")
+    whole = write_pt(here / "cut.pt", WEIGHTS).read_bytes()
+    for length in (100, len(whole) // 2, len(whole) - 1):
+        (here / "cut.pt").write_bytes(whole[:length])
+        refuse(here, "convert", "cut.pt", says="cut.pt")
+    llama = dict.fromkeys(["model.norm.weight", "lm_head.bias"], np.ones(9, "f"))
+    write_pt(here / "llama.pt", llama)
+    refuse(here, "convert", "llama.pt", says=["not an OpenELM", *llama])
+    cut = {name: w for name, w in WEIGHTS.items() if name != "norm.weight"}
+    write_pt(here / "cut.pt", {**cut, "layers.0.attn_norm.weight": np.ones(63, "f")})
+    says = ["missing: norm.weight", "attn_norm.weight is [63], expected [64]"]
+    refuse(here, "convert", "cut.pt", says=says)
+
+
+@pytest.mark.parametrize("verb", ["convert", "inspect"])
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("model.safetensors", b"", "model.safetensors is damaged"),
+        ("model.safetensors", -1, "model.safetensors is damaged"),
+        ("model.safetensors", 1000, "model.safetensors is damaged"),
+        ("model.safetensors", b"\xff" * 99, "model.safetensors is damaged"),
+        ("config.json", b"", "config.json cannot be parsed"),
+        ("config.json", 100, "config.json cannot be parsed"),
+        ("config.json", b"[" * 9999, "config.json cannot be parsed"),
+        ("config.json", b"\xff\xfe", "Cannot read"),
+        ("config.json", b"[1, 2]", "config.json holds a list"),
+        ("config.json", b"{}", "not an OpenELM's"),
+        (INDEX, b"{", "index.json cannot be parsed"),
+        (INDEX, b'{"weight_map": [1]}', "has no weight_map"),
+        (INDEX, b'{"weight_map": {"a": "b"}}', "b of its index is missing"),
+        (INDEX, b'{"weight_map": {}}', "missing: "),
+    ],
+)
+def test_damaged_files_of_a_folder_are_named(here, verb, file, content, says):
+    path = here / "source" / file
+    if isinstance(content, int):
+        content = path.read_bytes()[:content]
+    path.write_bytes(content)
+    refuse(here, verb, "source", says=says)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("model_type", "llama", "llama"),
+        ("head_dim", None, "head_dim = None"),
+        ("model_dim", "64", "model_dim = '64'"),
+        ("model_dim", 128, "token_embeddings.weight is [300, 64], expected [300, 128]"),
+        ("vocab_size", 10, "is [300, 64], expected [10, 64]"),
+        ("ffn_dims", [96, 160], "ffn_dims"),
+        ("ffn_dims", [96, 160, 32], "layers.2.ffn.proj_2.weight is [64, 64], expected"),
+        ("ffn_dim_divisor", 0, "cannot be read"),
+        ("num_transformer_layers", 10**9, "1000000000 layers"),
+        ("rope_freq_constant", float("nan"), "rope_freq_constant is nan"),
+        ("max_context_length", 64.5, "max_context_length is 64.5"),
+        ("share_input_output_layers", False, "missing: lm_head.weight"),
+        ("share_input_output_layers", "no", "share_input_output_layers is 'no'"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors_is_refused(here, key, value, says):
+    path = here / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    refuse(here, "convert", "source", says=says)
+    refuse(here, "inspect", "source", says=says)
+
+
+def test_all_tensors_that_do_not_fit_are_named_with_both_shapes(here):
+    changes = {
+        "layers.0.attn.q_norm.weight": None,
+        "layers.2.ffn_norm.weight": None,
+        "norm.weight": np.ones(63, "f"),
+        "layers.1.ffn.proj_2.weight": np.ones((64, 4), "f"),
+        "layers.1.bias": np.ones(3, "f"),
+    }
+    make_source(here / "odd", changes)
+    says = [
+        "missing: layers.0.attn.q_norm.weight, layers.2.ffn_norm.weight;",
+        "unexpected: layers.1.bias;",
+        "norm.weight is [63], expected [64]",
+        "layers.1.ffn.proj_2.weight is [64, 4], expected [64, 160]",
+    ]
+    refuse(here, "convert", "odd", says=says)
+
+
+def test_tensors_that_are_there_twice_or_of_a_strange_dtype_are_named(here):
+    path = here / "source" / "model.safetensors"
+    shutil.copy(path, path.with_name("model-00001-of-00002.safetensors"))
+    refuse(here, "convert", "source", says=["model-00001-of-00002", "remove one"])
+    path.with_name("model-00001-of-00002.safetensors").unlink()
+    content = path.read_bytes()
+    arrays = mx.load(str(path)) | {"module.norm.weight": mx.ones(64)}
+    mx.save_safetensors(str(path), arrays)
+    says = ["module.norm.weight", "both stand for norm.weight"]
+    refuse(here, "convert", "source", says=says)
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    header["transformer.norm.weight"] |= {"dtype": "I64", "shape": [32]}
+    head = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + content[8 + length :])
+    refuse(here, "convert", "source", says="norm.weight is stored as I64")
