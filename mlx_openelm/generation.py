@@ -67,7 +67,7 @@ def stream(
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     mx.reset_peak_memory()
-    decoder = tokenizer.stream_decoder()
+    decoder = tokenizer.stream_decoder(after=ids)
     stops = StopTexts(sampling.stop)
     started = time.perf_counter()
     first = 0.0

@@ -108,20 +108,24 @@ class Tokenizer:
         text: str = self.processor.decode(list(ids))
         return text
 
-    def stream_decoder(self) -> "StreamDecoder":
-        return StreamDecoder(self)
+    def stream_decoder(self, after: Sequence[int] = ()) -> "StreamDecoder":
+        """Return a decoder for what follows the ids `after`, a prompt's, say."""
+        return StreamDecoder(self, after)
 
 
 class StreamDecoder:
     """Decodes id by id: the parts joined are exactly `Tokenizer.decode` of all ids.
 
-    Bytes of a character that is not yet whole are held back; so is nothing else.
+    Behind a prompt they are what `decode` of prompt and ids has behind the prompt's
+    text: the space of a first word is kept there. Bytes of a character that is not yet
+    whole are held back; so is nothing else.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._processor = tokenizer.processor
         self._held = b""  # byte pieces that may still become a character
-        self._at_start = True  # the dummy space is dropped once, at the start
+        # The dummy space is dropped once, at the start of a text.
+        self._at_start = all(map(self._processor.IsControl, after))
 
     def add(self, token: int) -> str:
         """Return the text that is certain once `token` is known; often one piece."""

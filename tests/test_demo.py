@@ -92,7 +92,7 @@ def test_pytorch_writes_the_golden_text_too():
 
 def test_its_score_is_what_its_card_says(shared):
     model, tokenizer = load("demo")
-    texts = shared / "stories" / "text"
+    texts = shared / "data" / "stories" / "text"
     score = evaluate(
         model,
         tokenizer,

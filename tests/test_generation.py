@@ -35,7 +35,7 @@ class Parrot:
 
 def say(text, *, eos=True, **options):
     ids = tokenizer.encode(text, bos=False) + ([tokenizer.eos_id] if eos else [])
-    return list(stream(Parrot(ids, 4096), tokenizer, "Hi", Sampling(**options)))
+    return list(stream(Parrot(ids, 4096), tokenizer, [1], Sampling(**options)))
 
 
 def test_greedy_is_the_argmax_of_the_uncached_model():
@@ -83,7 +83,7 @@ def test_stop_texts_work_wherever_the_borders_fall(text, stops):
 def test_eos_ends_the_answer_wherever_it_comes(place):
     words = tokenizer.encode("a king and a queen", bos=False)[:8]
     ids = [*words[:place], tokenizer.eos_id, *words]
-    pieces = list(stream(Parrot(ids), tokenizer, "Hi", Sampling(max_tokens=30)))
+    pieces = list(stream(Parrot(ids), tokenizer, [1], Sampling(max_tokens=30)))
     assert [p.token for p in pieces] == ids[: place + 1]
     assert "".join(p.text for p in pieces) == tokenizer.decode(words[:place])
     assert pieces[-1].finish_reason == "stop"
@@ -103,7 +103,7 @@ def test_max_tokens_and_the_context_end_it_with_length():
 
 def test_half_a_character_at_the_end_is_not_swallowed():
     bites = [tokenizer.processor.PieceToId(f"<0x{b:02X}>") for b in "日".encode()[:2]]
-    pieces = list(stream(Parrot(bites), tokenizer, "Hi", Sampling(max_tokens=2)))
+    pieces = list(stream(Parrot(bites), tokenizer, [1], Sampling(max_tokens=2)))
     assert "".join(p.text for p in pieces) == tokenizer.decode(bites) == "\ufffd\ufffd"
 
 
@@ -137,10 +137,18 @@ def test_the_penalty_keeps_a_greedy_answer_from_repeating():
 def test_figures_are_those_of_the_run():
     pieces = say("a king", max_tokens=50)
     last = pieces[-1]
-    assert last.prompt_tokens == len(tokenizer.encode("Hi"))
+    assert last.prompt_tokens == 1
     assert last.generation_tokens == len(pieces)
     assert last.time_to_first_token_s > 0
     assert last.prompt_tps == pytest.approx(
         last.prompt_tokens / last.time_to_first_token_s
     )
     assert last.peak_memory_bytes >= 0
+
+
+def test_the_first_words_space_is_kept_behind_a_prompt():
+    ids = tokenizer.encode("king", bos=False)
+    pieces = list(
+        stream(Parrot(ids, 4096), tokenizer, "the", Sampling(max_tokens=len(ids)))
+    )
+    assert "the" + "".join(p.text for p in pieces) == "the king"

@@ -58,6 +58,16 @@ def test_a_stream_never_shows_half_a_character(text):
     assert shown == text
 
 
+@given(texts, st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20))
+def test_a_continuation_loses_no_space(prompt, ids):
+    before = tokenizer.encode(prompt)
+    decoder = tokenizer.stream_decoder(after=before)
+    shown = "".join(decoder.add(i) for i in ids) + decoder.finish()
+    whole = tokenizer.decode([*before, *ids])
+    last = tokenizer.processor.IsByte(before[-1])  # bytes may join across the border
+    assert last or prompt + shown == whole
+
+
 def test_a_held_byte_is_shown_at_the_end():
     decoder = tokenizer.stream_decoder()
     assert decoder.add(byte_ids(b"\xe2")[0]) == ""
