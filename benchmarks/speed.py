@@ -79,10 +79,12 @@ def _pytorch(folder: str, prompt: list[int]) -> Callable:
     from mlx_openelm.config import OpenELMConfig
 
     model = ReferenceOpenELM(OpenELMConfig.from_file(Path(folder) / "config.json"))
-    state = load_file(Path(folder) / "model.safetensors")
-    model.load_state_dict(
-        {k.removeprefix("transformer."): v.float() for k, v in state.items()}
-    )
+    state = {
+        name.removeprefix("transformer."): tensor.float()
+        for file in Path(folder).glob("model*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    model.load_state_dict(state, assign=True)
 
     def run(count: int):
         with torch.inference_mode():

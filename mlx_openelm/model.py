@@ -21,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.kernels import attend, swiglu
 
 
 class LayerCache(Protocol):
@@ -60,9 +61,7 @@ class Attention(nn.Module):
         keys = self.rope(self.k_norm(keys), offset=offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)  # (B, K, S, H)
-        attended = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=H**-0.5, mask=mask
-        )  # (B, Q, T, H)
+        attended = attend(queries, keys, values, mask)  # (B, Q, T, H)
         return self.out_proj(attended.transpose(0, 2, 1, 3).reshape(B, T, Q * H))
 
 
@@ -78,22 +77,6 @@ class FeedForward(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = mx.split(self.proj_1(x), 2, axis=-1)  # each (B, T, F)
         return self.proj_2(swiglu(gate, up))
-
-
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up: one kernel on a GPU, three on the CPU.
-
-    There, mx.compile would call the C++ compiler before the first token.
-    """
-    on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    return _fused_swiglu(gate, up) if on_gpu else _swiglu(gate, up)
-
-
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return gate * mx.sigmoid(gate) * up
-
-
-_fused_swiglu = mx.compile(_swiglu, shapeless=True)
 
 
 class Block(nn.Module):

@@ -90,6 +90,7 @@ def test_pytorch_writes_the_golden_text_too():
     assert tokenizer.decode(ids) == (GOLDEN / "demo.txt").read_text()
 
 
+@pytest.mark.proof
 def test_its_score_is_what_its_card_says(shared):
     model, tokenizer = load("demo")
     texts = shared / "data" / "stories" / "text"
