@@ -27,6 +27,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
+	@printf '%s' "$(DEMO_PROMPT)"
 	@$(BIN)/mlx-openelm generate --prompt "$(DEMO_PROMPT)" --seed $(DEMO_SEED)
 
 install: $(INSTALLED)

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ from converters.corpus import (
     train_tokenizer,
 )
 from converters.reference import ReferenceOpenELM, summed_loss
-from mlx_openelm.config import BOS_ID, EOS_ID
+from mlx_openelm.config import BOS_ID, EOS_ID, read_mapping
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.recipe import OptimizerRecipe, PretrainRecipe
 from mlx_openelm.tokenizer import Tokenizer
@@ -327,7 +328,12 @@ class _Run:
 
     def _load_last(self) -> int:
         path = self.output / LAST
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise OpenELMError(
+                f"{path} is damaged, so the run cannot go on ({_first_line(error)})."
+            ) from error
         self.model.load_state_dict(state["model_state_dict"])
         for optimizer, saved in zip(
             self.optimizers, state["optim_state_dict"], strict=True
@@ -472,7 +478,7 @@ def _check(recipe: PretrainRecipe, processes: Processes, resume: bool) -> None:
             raise OpenELMError(
                 f"There is nothing to resume: {output / LAST} is missing."
             )
-        saved = json.loads((output / "recipe.json").read_text())
+        saved = read_mapping(output / "recipe.json")
         now = json.loads(json.dumps(dataclasses.asdict(recipe)))
         changed = sorted(k for k in now if now[k] != saved.get(k) and k in _DECISIVE)
         if changed:
@@ -488,6 +494,10 @@ def _check(recipe: PretrainRecipe, processes: Processes, resume: bool) -> None:
 
 
 _DECISIVE = ("model", "data", "tokenizer", "optimizer", "steps", "batch_size", "seed")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

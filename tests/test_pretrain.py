@@ -138,6 +138,19 @@ def test_runs_are_not_overwritten_and_recipes_not_mixed_up(recipe):
         pretrain(recipe, resume=True)
 
 
+def test_a_damaged_run_is_not_resumed_and_said(recipe):
+    pretrain(replace(recipe, steps=4))
+    last = Path(recipe.output) / LAST
+    whole = last.read_bytes()
+    last.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OpenELMError, match="damaged"):
+        pretrain(replace(recipe, steps=4), resume=True)
+    last.write_bytes(whole)
+    (Path(recipe.output) / "recipe.json").unlink()
+    with pytest.raises(OpenELMError, match=r"recipe\.json"):
+        pretrain(replace(recipe, steps=4), resume=True)
+
+
 def test_accumulated_parts_equal_the_whole_batch(recipe, tmp_path):
     events: dict = {1: [], 4: []}
     for micro in events:

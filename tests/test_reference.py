@@ -46,8 +46,9 @@ def test_the_state_dict_has_corenets_names_and_order():
     )
 
 
-def test_apples_answers_of_gpt_test():
-    metadata, shapes, tokens, positions, logits = read_golden("gpt-test")
+@pytest.mark.parametrize("case", ["gpt-test", "OpenELM-270M"])
+def test_apples_answers(case):
+    metadata, shapes, tokens, positions, logits = read_golden(case)
     seed = int(metadata["seed"])
     weights = {n: made_weight(n, s, seed) for n, s in shapes.items()}
     model = reference(OpenELMConfig.from_shapes(shapes), weights)
