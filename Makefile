@@ -28,7 +28,8 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 demo: $(INSTALLED)
 	@printf '%s' "$(DEMO_PROMPT)"
-	@$(BIN)/mlx-openelm generate --prompt "$(DEMO_PROMPT)" --seed $(DEMO_SEED)
+	@$(BIN)/mlx-openelm generate --prompt "$(DEMO_PROMPT)" --seed $(DEMO_SEED) --quiet
+	@echo
 
 install: $(INSTALLED)
 

@@ -555,5 +555,5 @@ def _need_torch() -> None:
     if find_spec("torch") is None:
         raise OpenELMError(
             "This command needs PyTorch, which is not installed; "
-            "pip install 'mlx-openelm[torch]'."
+            "in the checkout, pip install -e '.[torch]'."
         )

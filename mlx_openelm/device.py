@@ -1,5 +1,6 @@
 """What this machine computes with: back end, dtype, memory."""
 
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Machine:
     mlx: str
     device: str
     blas: str
-    memory_bytes: int  # what MLX says a process should stay below; 0 if unknown
+    memory_bytes: int  # what a process should stay below, by Metal; else all there is
 
 
 def describe_machine() -> Machine:
@@ -58,7 +59,8 @@ def describe_machine() -> Machine:
         backend = "Metal" if sys.platform == "darwin" else "CUDA"
     info = mx.device_info()
     name = str(info.get("device_name", platform.processor() or platform.machine()))
-    limit = info.get("max_recommended_working_set_size", info.get("memory_size", 0))
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = info.get("max_recommended_working_set_size", physical)
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
