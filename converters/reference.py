@@ -88,11 +88,10 @@ class Attention(nn.Module):
         mask = None  # a query at the end of S keys sees all; a square is causal
         if 1 < T < S:
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        # Query head j reads key-value head j // (Q / K).
         attended = F_.scaled_dot_product_attention(
             queries,
-            keys.repeat_interleave(
-                Q // K, dim=1
-            ),  # query head j reads kv head j // (Q/K)
+            keys.repeat_interleave(Q // K, dim=1),
             values.repeat_interleave(Q // K, dim=1),
             attn_mask=mask,
             is_causal=T == S and T > 1,
