@@ -46,7 +46,7 @@ class KVCache:
     @property
     def state(self) -> tuple[mx.array, ...]:
         """The arrays to evaluate."""
-        return () if self._keys is None else (self._keys, self._values)  # type: ignore[return-value]
+        return tuple(a for a in (self._keys, self._values) if a is not None)
 
     def _grow(self, keys: mx.array, values: mx.array, end: int) -> None:
         B, K, _, H = keys.shape
