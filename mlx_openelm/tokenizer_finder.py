@@ -8,17 +8,19 @@ they agree is proved here.
 """
 
 import contextlib
+import fnmatch
 import json
-import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm.config import BOS_ID, EOS_ID
+from mlx_openelm.config import BOS_ID, EOS_ID, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.hub import download
+from mlx_openelm.hub import TOKENIZER, TOKENIZER_FILES, cached_snapshots, download
 from mlx_openelm.tokenizer import SPACE, Tokenizer
 from mlx_openelm.tokenizer_json import (
     BYTE_PIECES,
@@ -29,9 +31,7 @@ from mlx_openelm.tokenizer_json import (
     refuse,
 )
 
-MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-TOKENIZER_FILES = (MODEL_FILE, JSON_FILE, CONFIG_FILE)
+MODEL_FILE, JSON_FILE, CONFIG_FILE = TOKENIZER_FILES
 
 PROBES = (  # what tokenizers differ in; none holds U+2581, which decodes to a space
     *("", " ", "a", " a", "  two spaces", "trailing  ", "a b  c   d    e     f"),
@@ -62,14 +62,29 @@ LLAMA_VECTORS = {
     "x  x": [1, 921, 29871, 921],
     " " * 40: [1, 462, 462, 3986],
 }
+LLAMA_BYTES = 499_723  # of Llama's tokenizer.model
+
+OPEN_COPIES = (  # of Llama's tokenizer, open to all; the first is what is downloaded
+    "NousResearch/Llama-2-7b-hf",
+    "NousResearch/Llama-2-7b-chat-hf",
+    "mlx-community/OpenELM-*",
+    "PrunaAI/apple-OpenELM-*",
+)
+MOST_FOLDERS, MOST_TOKENIZERS, MOST_BYTES = 2000, 20, 20_000_000  # looked at unasked
 
 
 @dataclass(frozen=True, slots=True)
 class FoundTokenizer:
-    """A proved tokenizer, and the file that it came from."""
+    """A proved tokenizer, and the file that it came from.
+
+    Attributes:
+        notes: where it was looked for, and what was passed over and why; nothing where
+            it was given or lies in the source's folder.
+    """
 
     tokenizer: Tokenizer
     path: Path
+    notes: tuple[str, ...] = ()
 
 
 def find_tokenizer(
@@ -77,8 +92,12 @@ def find_tokenizer(
 ) -> FoundTokenizer:
     """Find the tokenizer of a model and prove it.
 
+    It is looked for in the source's folder, in folders in and beside that, and, if it
+    may be Llama's, in the Hub cache and on the Hub. What claims to belong, because it
+    was given or lies in the source's folder, must; what does not is passed over.
+
     Args:
-        source: the model's folder or file; looked beside unless a tokenizer is given.
+        source: the model's folder or file.
         given: what --tokenizer says: a file, a folder, or a repository on the Hub.
         num_rows: rows of the model's embedding.
         offline: of the Hub, use only what is on this machine already.
@@ -86,24 +105,135 @@ def find_tokenizer(
     Raises:
         OpenELMError: none was found, or the one found is not this model's.
     """
+    folder = source if source.is_dir() else source.parent
     if given is not None:
         file = _tokenizer_file(_locate(given, offline=offline))
         if file is None:
             refuse(f"{given} holds neither {MODEL_FILE} nor {JSON_FILE}")
-    else:
-        file = _tokenizer_file(source if source.is_dir() else source.parent)
-        if file is None:
-            raise OpenELMError(
-                f"No tokenizer was found beside {source}, and OpenELM's own "
-                f"repositories carry none. {GET_ONE}, or --tokenizer none to convert "
-                "without one."
-            )
+        return FoundTokenizer(_read_and_prove(file, num_rows), file)
+    if own := _tokenizer_file(folder):
+        return FoundTokenizer(_read_and_prove(own, num_rows), own)
+    notes = [f"There is no tokenizer in {folder}."]
+    found = _search_beside(folder, num_rows, notes)
+    if found is None and num_rows in (LLAMA_SIZE, pad_vocabulary(LLAMA_SIZE)):
+        found = _search_hub(num_rows, notes, offline=offline)
+    if found is None:
+        tried = f" ({' '.join(notes[1:][-4:])})" if notes[1:] else ""
+        raise OpenELMError(
+            f"No tokenizer was found beside {source}{tried}, and OpenELM's own "
+            f"repositories carry none. {GET_ONE}, or --tokenizer none to convert "
+            "without one."
+        )
+    return found
+
+
+def _read_and_prove(file: Path, num_rows: int) -> Tokenizer:
     tokenizer = read_tokenizer(file)
     try:
         prove_tokenizer(tokenizer, num_rows)
     except OpenELMError as error:
         raise OpenELMError(f"{file}: {error}") from error
-    return FoundTokenizer(tokenizer, file)
+    return tokenizer
+
+
+def _search_beside(
+    folder: Path, num_rows: int, notes: list[str]
+) -> FoundTokenizer | None:
+    """Return the fitting tokenizer of a folder in or beside the source's.
+
+    Llama's is known by its ids. Any other is known by its size alone, so two that
+    differ are a question for a person.
+    """
+    files = islice(_files_beside(folder), MOST_TOKENIZERS)
+    tried = (
+        _try(file, num_rows, "a folder beside the source", notes) for file in files
+    )
+    fitting = filter(None, tried)
+    first = next(fitting, None)
+    if first is None or first.tokenizer.vocab_size == LLAMA_SIZE:
+        return first
+    for other in fitting:
+        if _describe(other.tokenizer) != _describe(first.tokenizer):
+            raise OpenELMError(
+                f"{first.path} and {other.path} both fit the model and differ; say "
+                "which is its own with --tokenizer."
+            )
+    return first
+
+
+def _files_beside(folder: Path) -> Iterator[Path]:
+    here = Path(os.path.abspath(folder))
+    for parent in (here, here.parent):
+        found: list[Path] = []
+        with contextlib.suppress(OSError):  # not ours to read
+            found = sorted(islice(parent.iterdir(), MOST_FOLDERS))
+        for path in found:
+            file = None
+            with contextlib.suppress(OSError):
+                file = _tokenizer_file(path) if path.is_dir() else None
+            if file is not None:
+                yield file
+
+
+def _search_hub(
+    num_rows: int, notes: list[str], *, offline: bool
+) -> FoundTokenizer | None:
+    """Return Llama's tokenizer from the Hub cache, or from the Hub."""
+    for repo, file in islice(_files_in_cache(), MOST_TOKENIZERS):
+        if found := _try(file, num_rows, f"{repo} in the Hub cache", notes):
+            return found
+    notes.append("The Hub cache has no copy of Llama's.")
+    repo = OPEN_COPIES[0]
+    if offline:
+        notes.append(f"Offline, so {repo} was not asked for its copy.")
+        return None
+    try:
+        copy = _tokenizer_file(download(repo, TOKENIZER))
+    except OpenELMError as error:
+        reason, *_ = str(error).split("; ")
+        notes.append(f"The download of a copy failed: {reason.rstrip('.')}.")
+        return None
+    return _try(copy, num_rows, f"downloaded from {repo}", notes) if copy else None
+
+
+def _files_in_cache() -> Iterator[tuple[str, Path]]:
+    """Give the cached repositories with what may be Llama's, open copies first."""
+    snapshots = cached_snapshots()
+    for pattern in OPEN_COPIES:
+        for repo, folder in snapshots:
+            if fnmatch.fnmatchcase(repo, pattern) and (file := _tokenizer_file(folder)):
+                yield repo, file
+    for repo, folder in snapshots:
+        copy = folder / MODEL_FILE
+        is_open = any(fnmatch.fnmatchcase(repo, pattern) for pattern in OPEN_COPIES)
+        if not is_open and copy.is_file() and copy.stat().st_size == LLAMA_BYTES:
+            yield repo, copy
+
+
+def _try(
+    file: Path, num_rows: int, where: str, notes: list[str]
+) -> FoundTokenizer | None:
+    """Prove a tokenizer that nobody named, and say what became of it."""
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise OpenELMError(f"{file} is too large for Llama's.")
+        tokenizer = _read_and_prove(file, num_rows)
+    except (OpenELMError, OSError) as error:
+        reason, *_ = str(error).split(". ")  # what to do is no news here
+        notes.append(f"Passed over {reason.rstrip('.')}.")
+        return None
+    said = (
+        "it gives Llama's ids for every probe"
+        if tokenizer.vocab_size == LLAMA_SIZE
+        else f"it fits {num_rows} rows; if the model has another, say --tokenizer"
+    )
+    taken = f"The tokenizer is {file}, {where}: {said}."
+    return FoundTokenizer(tokenizer, file, (*notes, taken))
+
+
+def _describe(tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:
+    pieces = [tokenizer.processor.IdToPiece(i) for i in range(tokenizer.vocab_size)]
+    return pieces, [tokenizer.encode(text) for text in PROBES]
 
 
 def _locate(given: str, *, offline: bool) -> Path:
@@ -114,11 +244,7 @@ def _locate(given: str, *, offline: bool) -> Path:
     is_repo = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given)
     if not is_repo or path.suffix in {".model", ".json"}:
         refuse(f"There is no file or folder {given}")
-    with contextlib.suppress(OpenELMError):  # what is here is not asked for again
-        cached = download(given, TOKENIZER_FILES, offline=True)
-        if _tokenizer_file(cached):
-            return cached
-    return download(given, TOKENIZER_FILES, offline=offline)
+    return download(given, TOKENIZER, offline=offline)
 
 
 def _tokenizer_file(path: Path) -> Path | None:
@@ -186,7 +312,7 @@ def prove_tokenizer(tokenizer: Tokenizer, num_rows: int) -> None:
         if (back := tokenizer.decode(tokenizer.encode(text))) != text:
             refuse(f"The tokenizer loses text: {text!r} comes back as {back!r}")
     size = tokenizer.vocab_size
-    padded = math.ceil((size + 1) / 128) * 128  # CoreNet's: a padding id, then 128s
+    padded = pad_vocabulary(size)
     if num_rows not in (size, padded):
         raise OpenELMError(
             f"The tokenizer has {size} pieces and the model's embedding {num_rows} "

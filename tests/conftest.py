@@ -15,6 +15,8 @@ if sys.platform == "linux":
     # needs mx.compile runs in a process of its own, without this variable.
     os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests of the Hub have one of their own
+
 settings.register_profile("no-deadline", settings(), deadline=None)  # busy machines
 settings.load_profile("no-deadline")
 

@@ -1,12 +1,14 @@
 """A tokenizer is found, proved, and written into files that agree."""
 
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tokenizer_json import SIZE, edited, pieces_of, read_llama, train
+from hub_server import Hub, connect, serve
+from test_tokenizer_json import LLAMA, SIZE, edited, pieces_of, read_llama, train
 
 from mlx_openelm import tokenizer_finder, tokenizer_json
 from mlx_openelm.errors import OpenELMError
@@ -19,6 +21,29 @@ from mlx_openelm.tokenizer_finder import (
     read_tokenizer,
     write_tokenizer,
 )
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Hub cache; the Hub itself is away."""
+    nowhere = Hub(endpoint="http://127.0.0.1:9")
+    return connect(nowhere, tmp_path / "hugging-face", monkeypatch)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    hub = Hub()
+    with serve(hub):
+        connect(hub, cache.parent, monkeypatch)
+        yield hub
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A model's folder that holds no tokenizer, alone in its own."""
+    folder = tmp_path / "models" / "source"
+    folder.mkdir(parents=True)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +98,15 @@ def test_a_given_tokenizer_goes_before_one_beside_the_source(
     assert found.tokenizer.vocab_size == SIZE
 
 
-def test_no_tokenizer_says_where_to_get_one(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    for source in (tmp_path, tmp_path / "openelm.pt"):
-        with pytest.raises(OpenELMError) as refusal:
-            find_tokenizer(source, None, 32000)
-        for part in (str(source), "NousResearch/Llama-2-7b-hf", "--tokenizer none"):
-            assert part in str(refusal.value)
+def test_no_tokenizer_says_where_to_get_one(source: Path) -> None:
+    for path in (source, source / "openelm.pt"):
+        for num_rows in (32000, 300):
+            with pytest.raises(OpenELMError) as refusal:
+                find_tokenizer(path, None, num_rows)
+            for part in (str(path), "NousResearch/Llama-2-7b-hf", "--tokenizer none"):
+                assert part in str(refusal.value)
+            asked = "asking the Hub failed" in str(refusal.value)
+            assert asked == (num_rows == 32000)  # another's is not on the Hub
 
 
 def test_a_wrong_tokenizer_is_named_by_its_file(
@@ -104,57 +131,169 @@ def test_a_given_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         find_tokenizer(tmp_path, str(tmp_path), 32000)
 
 
-@pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("offline", [True, False])
-def test_the_hub_is_asked_only_for_what_is_not_cached(
-    small: Tokenizer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    cached: bool,
-    offline: bool,
+def test_a_repository_that_is_given_is_fetched_once(
+    small: Tokenizer, source: Path, hub: Hub, offline: bool
 ) -> None:
-    write_tokenizer(small, tmp_path)
-    asked = []
-
-    def snapshot_download(
-        repo: str, *, allow_patterns: list[str], local_files_only: bool, **_: object
-    ) -> str:
-        assert repo == "someone/tokenizer"
-        assert set(allow_patterns) == {
-            *("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
-        }
-        asked.append(local_files_only)
-        if local_files_only and not cached:
-            raise OSError("not cached")
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    source = tmp_path / "x.pt"
-    if offline and not cached:
-        with pytest.raises(OpenELMError, match="someone/tokenizer"):
-            find_tokenizer(source, "someone/tokenizer", SIZE, offline=offline)
-    else:
-        found = find_tokenizer(source, "someone/tokenizer", SIZE, offline=offline)
-        assert found.path == tmp_path / "tokenizer.model"
-    assert asked.count(False) == (not cached and not offline)
+    more = {"config.json": b"{}", "model.safetensors": b"not needed"}
+    hub.add("someone/tokenizer", {"tokenizer.model": small.model_proto} | more)
+    if offline:
+        with pytest.raises(OpenELMError, match="no tokenizer of that name in the loc"):
+            find_tokenizer(source, "someone/tokenizer", SIZE, offline=True)
+        assert not hub.requests
+    found = find_tokenizer(source, "someone/tokenizer", SIZE)
+    assert found.tokenizer.model_proto == small.model_proto
+    assert hub.sent == {"tokenizer.model": len(small.model_proto)}
+    hub.down = True
+    again = find_tokenizer(source, "someone/tokenizer", SIZE, offline=offline)
+    assert again.path == found.path
 
 
-def test_a_repository_cached_without_its_tokenizer_is_asked_for_it(
-    small: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_repository_without_a_tokenizer_is_named(source: Path, hub: Hub) -> None:
+    hub.add("someone/model", {"config.json": b"{}", "model.safetensors": b""})
+    with pytest.raises(OpenELMError, match="someone/model holds no tokenizer"):
+        find_tokenizer(source, "someone/model", SIZE)
+
+
+# Searching -----------------------------------------------------------------------
+
+
+def put(folder: Path, tokenizer: Tokenizer | bytes) -> Path:
+    folder.mkdir(parents=True)
+    content = tokenizer if isinstance(tokenizer, bytes) else tokenizer.model_proto
+    (folder / "tokenizer.model").write_bytes(content)
+    return folder / "tokenizer.model"
+
+
+def put_into_cache(cache: Path, repo: str, tokenizer: Tokenizer | bytes) -> Path:
+    folder = f"models--{repo.replace('/', '--')}/snapshots/{'0123456789' * 4}"
+    return put(cache / folder, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def mistral(llama: Tokenizer) -> bytes:
+    """A file of Llama's size, ids and manners, with its pieces in another order."""
+    fake = pieces_of(llama.model_proto)
+    for i in range(300, 31000, 2):
+        one, other = fake.pieces[i], fake.pieces[i + 1]
+        one.piece, other.piece = other.piece, one.piece
+    content: bytes = fake.SerializeToString()
+    assert len(content) == len(llama.model_proto) == LLAMA.stat().st_size
+    return content
+
+
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("rows", [32000, 32128])
+def test_it_is_sought_nearby_then_in_the_cache_then_on_the_hub(
+    llama: Tokenizer, source: Path, cache: Path, hub: Hub, rows: int, offline: bool
 ) -> None:
-    for name in ("empty", "full"):
-        (tmp_path / name).mkdir()
-    write_tokenizer(small, tmp_path / "full")
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download",
-        lambda *_, local_files_only, **__: str(
-            tmp_path / ("empty" if local_files_only else "full")
+    name = "NousResearch/Llama-2-7b-hf"
+    hub.add(name, {"tokenizer.model": llama.model_proto, "config.json": b"{}"})
+    places = {
+        "source": source,
+        "inside": put(source / "inside", llama),
+        "beside": put(source.parent / "beside", llama),
+        name: put_into_cache(cache, name, llama),
+        "mlx-community/OpenELM-3B": put_into_cache(
+            cache, "mlx-community/OpenELM-3B", llama
         ),
-    )
-    found = find_tokenizer(tmp_path, "someone/tokenizer", SIZE)
-    assert found.path.parent.name == "full"
-    with pytest.raises(OpenELMError, match="someone/tokenizer holds neither"):
-        find_tokenizer(tmp_path, "someone/tokenizer", SIZE, offline=True)
+        "a/llama": put_into_cache(cache, "a/llama", llama),
+        "meta-llama/Llama-2-7b": put_into_cache(cache, "meta-llama/Llama-2-7b", llama),
+    }
+    (source / "tokenizer.model").write_bytes(llama.model_proto)
+    places["source"] = source / "tokenizer.model"
+    for where, file in places.items():
+        found = find_tokenizer(source, None, rows, offline=offline)
+        assert found.path == file
+        assert found.tokenizer.model_proto == llama.model_proto
+        if where == "source":
+            assert found.notes == ()
+        else:
+            assert f"There is no tokenizer in {source}." in found.notes
+            assert str(file) in found.notes[-1]
+            assert "gives Llama's ids for every probe" in found.notes[-1]
+            assert "/" not in where or f"{where} in the Hub cache" in found.notes[-1]
+        assert not hub.requests
+        file.unlink()
+        if "snapshots" in file.parts:
+            shutil.rmtree(file.parents[2])
+    if offline:
+        with pytest.raises(OpenELMError, match="Offline, so NousResearch"):
+            find_tokenizer(source, None, rows, offline=True)
+        assert not hub.requests
+        return
+    found = find_tokenizer(source, None, rows)
+    assert f"downloaded from {name}" in found.notes[-1]
+    assert found.tokenizer.model_proto == llama.model_proto
+    assert hub.sent == {"tokenizer.model": len(llama.model_proto)}
+
+
+def test_a_look_alike_of_llamas_is_passed_over_wherever_it_lies(
+    llama: Tokenizer, mistral: bytes, source: Path, cache: Path, hub: Hub
+) -> None:
+    wrong = [
+        put(source.parent / "mistral", mistral),
+        put_into_cache(cache, "NousResearch/Llama-2-7b-hf", mistral),
+        put_into_cache(cache, "mistralai/Mistral-7B-v0.1", mistral),
+        put(source.parent / "rubbish", b"rubbish"),
+        put(source.parent / "small", train()),
+    ]
+    right = put_into_cache(cache, "meta-llama/Llama-2-7b", llama)
+    found = find_tokenizer(source, None, 32128)
+    assert found.path == right
+    said = "\n".join(found.notes)
+    for file in (wrong[0], wrong[1], wrong[3], wrong[4]):  # [2] comes after `right`
+        assert f"Passed over {file}: " in said
+    assert said.count("has 32000 pieces but is not Llama's") == 2
+    shutil.rmtree(right.parents[2])
+    hub.add("NousResearch/Llama-2-7b-hf", {"tokenizer.model": mistral})
+    with pytest.raises(OpenELMError, match="is not Llama's"):
+        find_tokenizer(source, None, 32128)
+
+
+def test_what_lies_in_the_sources_own_folder_must_fit(
+    llama: Tokenizer, mistral: bytes, source: Path
+) -> None:
+    put(source.parent / "beside", llama)
+    (source / "tokenizer.model").write_bytes(mistral)
+    with pytest.raises(OpenELMError, match=r"source/tokenizer.model: .* is not Llama"):
+        find_tokenizer(source, None, 32000)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_sought_nearby_only(
+    small: Tokenizer, source: Path, cache: Path, hub: Hub
+) -> None:
+    put_into_cache(cache, "NousResearch/Llama-2-7b-hf", small)
+    with pytest.raises(OpenELMError, match="No tokenizer was found"):
+        find_tokenizer(source, None, SIZE)
+    put(source.parent / "copy", small)
+    write_tokenizer(small, put(source.parent / "same", small).parent)
+    (source.parent / "same" / "tokenizer.model").unlink()  # its tokenizer.json stays
+    found = find_tokenizer(source, None, SIZE)
+    assert found.path == source.parent / "copy" / "tokenizer.model"
+    assert f"it fits {SIZE} rows; if the model has another" in found.notes[-1]
+    assert not hub.requests
+
+
+def test_two_that_fit_and_differ_are_a_question(small: Tokenizer, source: Path) -> None:
+    put(source.parent / "one", small)
+    put(source.parent / "two", train(split_digits=False))
+    with pytest.raises(OpenELMError, match=r"one.*two.* both fit the model and differ"):
+        find_tokenizer(source, None, SIZE)
+
+
+def test_only_so_much_is_looked_at(
+    small: Tokenizer, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(source.parent / "large", small)
+    monkeypatch.setattr(tokenizer_finder, "MOST_BYTES", 1000)
+    with pytest.raises(OpenELMError, match=r"large/tokenizer.model is too large"):
+        find_tokenizer(source, None, SIZE)
+    monkeypatch.setattr(tokenizer_finder, "MOST_BYTES", 20_000_000)
+    put(source.parent / "another", train(vocab_size=500))
+    monkeypatch.setattr(tokenizer_finder, "MOST_TOKENIZERS", 1)
+    with pytest.raises(OpenELMError, match=r"another/tokenizer.model: .* 500 pieces"):
+        find_tokenizer(source, None, SIZE)
 
 
 # Reading -------------------------------------------------------------------------
