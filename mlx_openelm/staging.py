@@ -1,62 +1,84 @@
-"""A folder is written whole or not at all.
+"""A result is written whole or not at all.
 
 It grows in a hidden sibling, is flushed to the disk and takes its name at the end, so a
-reader never sees half of it and a crash leaves the old one or the new one.
+reader never sees half of it and a crash leaves the old one or the new one. The
+sibling's name stands for the target and the job, so what a killed run has left is found
+again, and continued or removed:
+
+    .NAME.0123456789ab.lock   held by who works at it; made first and removed last
+    .NAME.0123456789ab.part   the folder that grows
+    .NAME.0123456789ab.done   the same while names are exchanged; never continued,
+                              since after that it is the old one
 """
 
 import contextlib
 import ctypes
 import errno
+import fcntl
+import hashlib
+import json
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
+from typing import Any, Literal
 
 from mlx_openelm.errors import OpenELMError
 
+SHARD_FILES = "model*.safetensors"  # what has such a name is whole
+
+_MARK = b"mlx-openelm writes here, or was killed while it did.\n"
+
 
 @contextlib.contextmanager
-def staged_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give an empty folder to write in; it becomes `target` if the block succeeds.
+def staged_folder(
+    target: Path, *, force: bool = False, job: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
+    """Give a folder to write in; it becomes `target` if the block succeeds.
+
+    Args:
+        force: replace what is there, if `refuse_existing` agrees.
+        job: all that decides what will be written, as JSON has it. With it, the folder
+            holds the whole shards (and nothing else) that a stopped run of the same job
+            has left; Ctrl-C and SIGTERM leave them too, and their exception says so in
+            a note. Without it, the folder is empty.
 
     Raises:
-        OpenELMError: the target exists and `force` is off, or the disk refuses.
+        OpenELMError: the target exists and `force` is off, another process is writing
+            it, or the disk refuses; nothing is kept.
     """
     refuse_existing(target, force=force)
-    made = [folder for folder in target.parents if not folder.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(
-            tempfile.mkdtemp(
-                prefix=f".{target.name}.", suffix=".part", dir=target.parent
-            )
-        )
-    except OSError as error:
-        _remove_empty(made)
-        raise OpenELMError(f"Cannot write beside {target}: {error}.") from error
-    try:
-        staging.chmod(0o777 & ~_umask())
+    with _in_one_sentence(target), _parents(target), _workplace(target, job) as staging:
         yield staging
         for path in (*staging.rglob("*"), staging):
-            _flush(path)
-        _take_name(staging, target, force)
-        _flush(target.parent)
-    except (OSError, OpenELMError) as error:
-        cause = error.__cause__ if isinstance(error, OpenELMError) else error
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OpenELMError(
-                f"The disk of {target} is full; nothing was kept. Make room and repeat."
-            ) from error
-        if isinstance(error, OpenELMError):
-            raise
-        raise OpenELMError(f"Cannot write {target}: {error}.") from error
-    finally:
-        try:
-            _remove(staging)
-        finally:
-            _remove_empty(made)
+            flush(path)
+        done = staging.rename(staging.with_suffix(".done"))
+        _take_name(done, target, force)
+        flush(target.parent)
+
+
+@contextlib.contextmanager
+def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a path to write one file at; it becomes `target` if the block succeeds.
+
+    Raises:
+        OpenELMError: as `staged_folder`.
+    """
+    refuse_existing_file(target, force=force)
+    with _in_one_sentence(target), _parents(target), _workplace(target) as staging:
+        path = staging / target.name
+        yield path
+        flush(path)
+        refuse_existing_file(target, force=force)  # it may have come meanwhile
+        path.replace(target)
+        flush(target.parent)
+
+
+# What may be replaced ------------------------------------------------------------
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
@@ -65,6 +87,18 @@ def refuse_existing(target: Path, *, force: bool) -> None:
     `force` replaces a folder that holds a model or an adapter and nothing else, or
     nothing at all: a slip of the pen must not cost what a person has made.
     """
+    _refuse(target, force, _describe_foreign)
+
+
+def refuse_existing_file(target: Path, *, force: bool) -> None:
+    """Raise if something is at `target` that must not be replaced by a file.
+
+    `force` replaces a file that its name and its first bytes call a .pt or a .gguf.
+    """
+    _refuse(target, force, _describe_foreign_file)
+
+
+def _refuse(target: Path, force: bool, describe: Callable[[Path], str]) -> None:
     if not os.path.lexists(target):
         return
     if not force:
@@ -72,7 +106,7 @@ def refuse_existing(target: Path, *, force: bool) -> None:
             f"{target} exists already; choose another place, or say --force to replace "
             "it."
         )
-    foreign = _describe_foreign(target)
+    foreign = describe(target)
     if foreign:
         raise OpenELMError(
             f"{target} {foreign}, so --force does not replace it; choose another place "
@@ -97,6 +131,134 @@ def _describe_foreign(target: Path) -> str:
         if path.suffix not in _MODEL_SUFFIXES or not path.is_file():
             return f"holds {path.name}, which is no part of a model"
     return ""
+
+
+_FIRST_BYTES = {".pt": b"PK\x03\x04", ".gguf": b"GGUF"}
+
+
+def _describe_foreign_file(target: Path) -> str:
+    """Say why something is no .pt or .gguf file, whichever its name says; else none."""
+    first = _FIRST_BYTES.get(target.suffix)
+    if target.is_symlink() or not target.is_file() or first is None:
+        return f"is not a {' or '.join(_FIRST_BYTES)} file"
+    with target.open("rb") as opened:
+        return "" if opened.read(4) == first else f"is not a {target.suffix} file"
+
+
+# The hidden sibling --------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _workplace(target: Path, job: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """Give the hidden folder, locked; it is removed afterwards unless shards stay."""
+    digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+    lock = target.parent / f".{target.name}.{digest[:12]}.lock"
+    part = lock.with_suffix(".part")
+    try:
+        locked = _lock(lock, "a+b")
+    except BlockingIOError as error:
+        raise OpenELMError(
+            f"{target} is being written by another process; wait for it, or choose "
+            "another place."
+        ) from error
+    kept = False
+    with locked:
+        try:
+            if locked.tell() == 0:
+                locked.write(_MARK)
+                flush(lock)
+            _remove_leftovers(target, lock)
+            _remove(lock.with_suffix(".done"))
+            if part.is_symlink():
+                part.unlink()
+            part.mkdir(exist_ok=True)
+            for path in set(part.iterdir()) - _whole_shards(part, job):
+                _remove(path)
+            yield part
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            count = len(_whole_shards(part, job))
+            kept = count > 0
+            if kept:
+                shards = f"{count} whole shard{'s' if count > 1 else ''}"
+                stopped.add_note(f"The same command goes on from {shards}.")
+            raise
+        finally:
+            if not kept:
+                _remove_with_lock(lock)
+
+
+def _whole_shards(part: Path, job: Mapping[str, Any] | None) -> set[Path]:
+    """Return what may be continued: without a job nothing."""
+    return set() if job is None else set(part.glob(SHARD_FILES))
+
+
+def _lock(path: Path, mode: Literal["a+b", "r+b"]) -> FileIO:
+    """Open a file and lock it until it is closed, by whatever death of the process.
+
+    Raises:
+        BlockingIOError: another process has it, or has just finished and removed it.
+    """
+    opened = path.open(mode, buffering=0)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(opened.fileno()).st_nlink == 0:
+            raise BlockingIOError(errno.EWOULDBLOCK, "removed", str(path))
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
+def _remove_leftovers(target: Path, own: Path) -> None:
+    """Remove what killed runs of other jobs have left beside the same target."""
+    pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{12}\.lock")
+    for lock in sorted(target.parent.iterdir()):
+        if pattern.fullmatch(lock.name) and lock != own and lock.is_file():
+            with contextlib.suppress(OSError), _lock(lock, "r+b") as locked:
+                if locked.read() == _MARK:
+                    _remove_with_lock(lock)
+
+
+def _remove_with_lock(lock: Path) -> None:
+    """Remove a workplace; the lock goes last, for without it nothing finds the rest."""
+    try:
+        _remove(lock.with_suffix(".part"))
+    finally:
+        try:
+            _remove(lock.with_suffix(".done"))
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _parents(target: Path) -> Iterator[None]:
+    """Make the folders above the target; those that stay empty are removed."""
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _in_one_sentence(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, OpenELMError) as error:
+        cause = error.__cause__ if isinstance(error, OpenELMError) else error
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OpenELMError(
+                f"The disk of {target} is full; nothing was kept. Make room and repeat."
+            ) from error
+        if isinstance(error, OpenELMError):
+            raise
+        raise OpenELMError(f"Cannot write {target}: {error}.") from error
+
+
+# The disk ------------------------------------------------------------------------
 
 
 def _take_name(staging: Path, target: Path, force: bool) -> None:
@@ -133,13 +295,11 @@ def _exchange(a: Path, b: Path) -> bool:
     return bool(failed == 0)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Bring a file or a folder's entries onto the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if sys.platform == "darwin" and path.is_file():
-            import fcntl
-
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
         else:
             os.fsync(descriptor)
@@ -148,20 +308,10 @@ def _flush(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
+    """Remove a folder or a file, if it is there and can be."""
     try:
         shutil.rmtree(path, ignore_errors=True)
     finally:  # and what a Ctrl-C in the middle of it has left
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _remove_empty(folders: Iterable[Path]) -> None:
-    """Remove the folders, innermost first, as long as nothing is in them."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
