@@ -1,17 +1,22 @@
-"""An adapter folder, as mlx-lm writes it: read, checked and attached to a model."""
+"""An adapter folder, as mlx-lm writes it: read and attached to a model, and written."""
 
+import errno
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_openelm.checkpoint import check_shapes, read_headers
+from mlx_openelm.checkpoint import METADATA_KEY, check_shapes, read_headers
 from mlx_openelm.config import read_mapping
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.lora_layers import DoRALinear, LoRAEmbedding, LoRALinear
 from mlx_openelm.model import OpenELM
+from mlx_openelm.shards import write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 
@@ -46,7 +51,7 @@ def attach(model: OpenELM, path: Path) -> None:
             f"{path / CONFIG} says fine_tune_type {kind!r}; expected lora, dora or "
             "full."
         )
-    scale = _read_scale(config, path)
+    scale = read_scale(config, path)
     modules = dict(model.named_modules())
     by_module: dict[str, dict[str, mx.array]] = {}
     for name, array in arrays.items():
@@ -67,15 +72,35 @@ def attach(model: OpenELM, path: Path) -> None:
     model.eval()
 
 
-def _read_scale(config: dict[str, Any], path: Path) -> float:
+def read_scale(config: Mapping[str, Any], path: Path) -> float:
+    """Return the multiplier of A B that the adapter_config.json in `path` says."""
     parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if not isinstance(scale, int | float):
+    if not is_number(scale):
         raise OpenELMError(
             f"{path / CONFIG} has no lora_parameters.scale; it was not written by "
             "mlx-lm 0.32 or mlx-openelm."
         )
     return float(scale)
+
+
+def read_dropout(found: Mapping[str, Any], key: str, path: Path) -> float:
+    """Return the dropout that a config at `path` says, 0 where it says none."""
+    value = found.get(key, 0.0)
+    if not is_number(value) or not 0 <= value < 1:
+        raise OpenELMError(
+            f"{path} says {key} {value!a:.80}; expected a number from 0 to below 1."
+        )
+    return float(value)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a config's value is a number that can be computed with."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) < 1e9
+    )
 
 
 def _adapter_shapes(
@@ -101,3 +126,75 @@ def _wrap(module: nn.Module, parts: dict[str, mx.array], scale: float) -> nn.Mod
     if "m" in parts:
         return DoRALinear(module, lora_a, lora_b, scale, parts["m"])
     return LoRALinear(module, lora_a, lora_b, scale)
+
+
+# Writing -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """What mlx-lm's loader must know of an adapter, and what we say besides.
+
+    Attributes:
+        keys: the adapted modules, by their path in the model or in a block; the latter
+            are looked for in the last `num_layers` blocks.
+        scale: the multiplier of A B.
+        base: the model that it was made for, a folder or a Hub id.
+        metadata: our own entry: prompt template, source, hashes.
+    """
+
+    method: Literal["lora", "dora"]
+    num_layers: int
+    keys: tuple[str, ...]
+    rank: int
+    scale: float
+    dropout: float = 0.0
+    base: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_adapter(
+    folder: Path, config: AdapterConfig, tensors: Mapping[str, mx.array]
+) -> None:
+    """Write an adapter folder that mlx-lm reads, into an empty folder.
+
+    Args:
+        tensors: float32, by mlx-lm's names: `PATH.lora_a`, `PATH.lora_b` and, of DoRA,
+            `PATH.m` of every module in `config.keys`.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    write_json(
+        folder / CONFIG,
+        {
+            "fine_tune_type": config.method,
+            "num_layers": config.num_layers,
+            "lora_parameters": {
+                "keys": list(config.keys),
+                "rank": config.rank,
+                "scale": config.scale,
+                "dropout": config.dropout,
+            },
+            **({"model": config.base} if config.base else {}),
+            METADATA_KEY: dict(config.metadata),
+        },
+    )
+    save_tensors(folder / WEIGHTS, tensors, format="mlx")
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, mx.array], *, format: Literal["mlx", "pt"]
+) -> None:
+    """Write a safetensors file; `format` is what its readers ask for.
+
+    Raises:
+        OSError: the disk refuses, for want of room (ENOSPC) or otherwise.
+    """
+    try:
+        mx.save_safetensors(str(path), dict(tensors), metadata={"format": format})
+    except RuntimeError as error:
+        num_bytes = sum(array.nbytes for array in tensors.values())
+        full = shutil.disk_usage(path.parent).free < num_bytes
+        code = errno.ENOSPC if full else errno.EIO
+        raise OSError(code, f"{path.name}: {str(error).rstrip('.')}") from error
