@@ -1,6 +1,6 @@
 """How fast, beside mlx-lm and PyTorch, on this machine, in one run.
 
-    python benchmarks/speed.py [--rounds 5] [--only start,help,prompt,decode,convert]
+    python benchmarks/speed.py [--rounds 5] [--only start,help,prompt,decode]
 
 Everything is measured side by side: the rounds alternate between the programs, each in
 a process of its own, and the ratio of the medians is printed. The 270M has made weights
@@ -16,13 +16,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 32
-STEPS = ("start", "help", "prompt", "decode", "convert")
+STEPS = ("start", "help", "prompt", "decode")
 PROMPT = "Once upon a time there was a king who"
 
 
@@ -180,55 +179,8 @@ def compare_decoding(rounds: int, name: str, folder: Path, engines: tuple) -> No
         report(f"decoding, {name}", found["ours"], found[engine], engine, "tokens/s")
 
 
-def compare_conversion(rounds: int, source: Path, scratch: Path) -> None:
-    ours, theirs, peaks = [], [], []
-    out = scratch / "converted"
-    command = [_script("mlx-openelm"), "convert", str(source), "--mlx-path", str(out)]
-    command += ["--tokenizer", "none", "--force"]
-    for _ in range(rounds):
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        peaks.append(_peak_anonymous(process))
-        assert process.returncode == 0
-        ours.append(time.perf_counter() - started)
-        copy = scratch / "copy.pt"
-        steps = f"cp {source} {copy} && sync {copy} && sha256sum {source}"
-        theirs.append(timed(["sh", "-c", steps]))
-        copy.unlink()
-    report("convert, 270M .pt to bfloat16", ours, theirs, "cp + sync + sha256sum", "s")
-    if max(peaks):
-        print(f"{'  anonymous memory at most':<34} {max(peaks) / 1e9:9.3f} GB")
-
-
-def _peak_anonymous(process: subprocess.Popen) -> int:
-    """Return the peak of RssAnon in bytes (Linux), and wait for the end."""
-    peak = 0
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        status = Path(f"/proc/{process.pid}/status")
-        while not done.wait(0.005):
-            try:
-                lines = status.read_text().splitlines()
-            except OSError:
-                return
-            for line in lines:
-                if line.startswith("RssAnon"):
-                    peak = max(peak, int(line.split()[1]) * 1024)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    process.wait()
-    done.set()
-    watcher.join()
-    return peak
-
-
-def make_270m(scratch: Path) -> tuple[Path, Path]:
-    """Write a CoreNet .pt of the 270M with made weights, and its float32 folder."""
+def make_270m(scratch: Path) -> Path:
+    """Write a model folder of the 270M in float32, with made weights."""
     import torch
 
     import mlx_openelm  # noqa: F401 - loads OpenBLAS
@@ -244,7 +196,7 @@ def make_270m(scratch: Path) -> tuple[Path, Path]:
     source = scratch / "OpenELM-270M.pt"
     torch.save(state, source)
     convert(source, scratch / "270m", dtype="float32", tokenizer="none")
-    return source, scratch / "270m"
+    return scratch / "270m"
 
 
 def _script(name: str) -> str:
@@ -268,17 +220,15 @@ def main() -> None:
             compare_starts(options.rounds, demo)
         if "help" in chosen:
             compare_help(options.rounds)
-        if not {"prompt", "decode", "convert"} & set(chosen):
+        if not {"prompt", "decode"} & set(chosen):
             return
-        source, folder = make_270m(scratch)
+        folder = make_270m(scratch)
         if "prompt" in chosen:
             compare_prompts(options.rounds, folder)
         if "decode" in chosen:
             others = ("mlx-lm+OpenBLAS", "PyTorch")
             compare_decoding(options.rounds, "270M", folder, others)
             compare_decoding(options.rounds, "demo", demo, others[:1])
-        if "convert" in chosen:
-            compare_conversion(options.rounds, source, scratch)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,34 @@
-"""A source becomes a model folder, one tensor at a time."""
+"""A source becomes a model folder, or one file, one tensor at a time."""
 
-import hashlib
-import math
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
-from converters.sources import Source, open_source
-from mlx_openelm.checkpoint import (
-    METADATA_KEY,
-    ShardWriter,
-    expected_shapes,
-    open_folder,
-    write_json,
+from converters.adapter_conversion import (
+    AdapterReport,
+    convert_adapter,
 )
-from mlx_openelm.config import BOS_ID, EOS_ID, OpenELMConfig, read_mapping
+from converters.exports import corenet_tensors, write_gguf_file
+from converters.folder_writing import Job, refuse_small_disk, write_folder
+from converters.merging import open_model
+from converters.options import DTYPES, Options, Progress
+from converters.plan import Plan
+from converters.pt_writer import write_pt
+from converters.receipt import Receipt
+from converters.sources import Source, is_adapter, locate, refuse_replacing
+from mlx_openelm.checkpoint import spell_dtype
+from mlx_openelm.config import (
+    CORENET_ROWS,
+    LLAMA_PIECES,
+    OpenELMConfig,
+)
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.names import EMBEDDING, HEAD, to_folder
-from mlx_openelm.quantize import Packing, Quantization
-from mlx_openelm.staging import refuse_existing, staged_folder
-from mlx_openelm.tokenizer_finder import FoundTokenizer, find_tokenizer, write_tokenizer
-from mlx_openelm.version import __version__
-
-CORENET_ROWS, LLAMA_PIECES = 32128, 32000
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Tensors written so far, and the one that was written last."""
-
-    done: int
-    total: int
-    name: str
+from mlx_openelm.quantize import Packing
+from mlx_openelm.staging import refuse_existing, refuse_existing_file, staged_file
+from mlx_openelm.tokenizer_finder import FoundTokenizer, find_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,48 +36,80 @@ class ConversionReport:
     """What was written, and from what.
 
     Attributes:
-        bits: of the linears, or None where nothing was quantized.
+        to: mlx, hf, corenet or gguf.
+        bits: of the linears as asked for, or None where nothing was quantized.
         bits_per_weight: bytes of all tensors x 8 over the number of parameters.
         tokenizer: where it came from, or None.
+        adapter_path: the adapter's folder, where it was taken apart.
+        receipt: what the quantization cost.
     """
 
     path: Path
+    to: str
     source: str
     kind: str
     size: str
     num_parameters: int
     dtype: str
-    bits: int | None
+    bits: float | None
     bits_per_weight: float
     num_bytes: int
     tokenizer: str | None
+    adapter_path: Path | None
+    receipt: Receipt | None
     notes: tuple[str, ...]
     seconds: float
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     mlx_path: str | Path | None = None,
     *,
+    to: str = "mlx",
     dtype: str | None = None,
-    bits: int | None = None,
-    group_size: int = 64,
-    embed_bits: int = 8,
+    bits: int | str | None = None,
+    group_size: int | None = None,
+    embed_bits: int | None = None,
+    mode: str = "affine",
+    keep: str | None = None,
+    dequantize: bool = False,
+    calibration: str | Path | None = None,
+    receipt: bool = True,
+    merge: bool = False,
+    adapter_out: str | Path | None = None,
+    base: str | None = None,
+    average: bool = False,
     tokenizer: str | None = None,
     allow_overflow: bool = False,
     force: bool = False,
     offline: bool = False,
     revision: str | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> ConversionReport:
-    """Write a model folder that mlx-openelm and mlx-lm read.
+) -> ConversionReport | AdapterReport:
+    """Write an OpenELM as mlx-lm, Hugging Face, CoreNet or llama.cpp has it.
 
     Args:
-        source: a CoreNet .pt file, a folder in Hugging Face's layout, a Hub id or demo.
-        mlx_path: default ./<source name>-mlx, with -4bit (say) where quantized.
-        dtype: float32, float16 or bfloat16; default bfloat16 for float32, else as is.
-        bits: quantize the linears to this many bits (affine); `embed_bits` is for the
-            embedding and `group_size` weights share a scale.
+        source: a CoreNet .pt file, a model folder (Hugging Face's, mlx-lm's, Apple's
+            MLX), an adapter folder (mlx-lm's, PEFT's), a Hub id or demo; several .pt
+            files to `average`.
+        mlx_path: where to; default ./<source name>-mlx, with -4bit (say) where
+            quantized.
+        to: mlx or hf (a folder), corenet or gguf (a file), peft (an adapter folder).
+        dtype: float32, float16 or bfloat16; default as stored, but float32 becomes
+            bfloat16 in a folder for MLX.
+        bits: quantize the linears to so many bits; "auto:4.5" chooses each tensor's
+            by its price, so that the folder has 4.5 bits a weight.
+        group_size: weights that share a scale; default 64, or what the mode has.
+        embed_bits: of the embedding; default 8, and with auto priced as the others.
+        mode: affine, mxfp4, mxfp8 or nvfp4.
+        keep: a regular expression of modules that are not quantized.
+        dequantize: unpack what is quantized.
+        calibration: a text for prices and receipt; default a sample that comes along.
+        receipt: measure what the quantization costs.
+        merge: put the adapter that the source is, or carries, into the weights.
+        adapter_out: write the adapter that the source carries here, apart.
+        base: the base model of a source that is an adapter.
+        average: of several sources, in float64.
         tokenizer: a file, a folder or a Hub id; "none" converts without one.
         allow_overflow: float16 even for the 3B, whose activations overflow in it.
 
@@ -94,57 +117,152 @@ def convert(
         OpenELMError: whatever is wrong; nothing was written then.
     """
     started = time.perf_counter()
-    if dtype is not None and dtype not in DTYPES:
-        raise OpenELMError(f"--dtype is {dtype}; it must be {', '.join(DTYPES)}.")
-    quantization = None if bits is None else Quantization(bits, group_size, embed_bits)
-    opened = open_source(str(source), offline=offline, revision=revision)
-    target = Path(mlx_path) if mlx_path else Path(_default_name(opened, bits))
-    refuse_existing(target, force=force)
-    _refuse_losing_the_source(opened, target)
-    found = None
-    if tokenizer != "none":
-        found = find_tokenizer(
-            opened.folder, tokenizer, opened.config.vocab_size, offline=offline
+    names = [source] if isinstance(source, str | Path) else list(source)
+    options = Options(
+        to=to,
+        dtype=dtype,
+        bits=None if bits is None else str(bits),
+        group_size=group_size,
+        embed_bits=embed_bits,
+        mode=mode,
+        keep=keep,
+        dequantize=dequantize,
+        calibration=None if calibration is None else str(calibration),
+        receipt=receipt,
+        merge=merge,
+        apart=adapter_out is not None,
+        average=average,
+        base=base,
+        tokenizer=tokenizer,
+        allow_overflow=allow_overflow,
+    )
+    if len(names) != 1 and not average:
+        raise OpenELMError(
+            f"{len(names)} sources were given; one is converted, or several are made "
+            "one with --average."
         )
-    config = _cut_vocabulary(opened.config, found)
-    chosen = _choose_dtype(opened, config, dtype, allow_overflow)
-    packings = quantization.packings(config) if quantization else {}
-    num_bytes = _count_bytes(config, packings, chosen)
-    _refuse_small_disk(target, num_bytes)
-    notes = list(opened.notes)
-    if config.vocab_size < opened.config.vocab_size:
-        notes.append(
-            f"Cut the embedding from {opened.config.vocab_size} to "
-            f"{config.vocab_size} rows: the rest is padding."
+    paths = [locate(str(n), offline=offline, revision=revision) for n in names]
+    target = None if mlx_path is None else Path(mlx_path)
+    if average and any(map(is_adapter, paths)):
+        raise OpenELMError("--average is for models; an adapter is among the sources.")
+    if is_adapter(paths[0]) and not merge:
+        return convert_adapter(
+            paths[0],
+            target,
+            options,
+            force=force,
+            offline=offline,
+            on_progress=on_progress,
         )
-    if found is None:
-        notes.append("No tokenizer was written: generate needs one in the folder.")
-    with staged_folder(target, force=force) as staging:
-        _write_weights(staging, opened, config, chosen, packings, on_progress)
-        entry = quantization.to_dict(packings) if quantization else None
-        _write_config(staging, opened, config, chosen, entry)
-        if found is not None:
-            write_tokenizer(found.tokenizer, staging)
-        _write_card(staging, opened, config, entry)
-        written = open_folder(staging)
-    total = sum(tensor.num_bytes for tensor in written.tensors.values())
-    return ConversionReport(
-        path=target,
-        source=str(source),
-        kind=opened.kind,
-        size=config.size_name,
-        num_parameters=config.num_parameters,
-        dtype=_spell(chosen),
-        bits=bits,
-        bits_per_weight=8 * total / config.num_parameters,
-        num_bytes=total,
-        tokenizer=None if found is None else str(found.path),
-        notes=tuple(notes),
+    opened, adapter = open_model(paths, options, offline=offline)
+    if to == "peft":
+        raise OpenELMError(
+            f"{names[0]} is a model, and --to peft writes an adapter; give an adapter "
+            "folder, or take the adapter apart with --adapter-out first."
+        )
+    target = target or Path(_default_name(opened, options))
+    job = Job(
+        options=options,
+        source=opened,
+        adapter=adapter,
+        target=target,
+        adapter_out=None if adapter_out is None else Path(adapter_out),
+        force=force,
+        offline=offline,
+        on_progress=on_progress,
+    )
+    return replace(
+        _convert_model(job),
+        source=" ".join(map(str, names)),
         seconds=time.perf_counter() - started,
     )
 
 
+def _convert_model(job: Job) -> ConversionReport:
+    options, source, target = job.options, job.source, job.target
+    _check_targets(job)
+    found = None
+    if options.tokenizer != "none" and options.to != "corenet":
+        found = find_tokenizer(
+            source.folder,
+            options.tokenizer,
+            source.config.vocab_size,
+            offline=job.offline,
+        )
+    if found is None and (options.to == "gguf" or options.auto_bits):
+        raise OpenELMError(
+            f"{'--to gguf' if options.to == 'gguf' else '--q-bits auto'} needs the "
+            "tokenizer; say --tokenizer PATH or REPO."
+        )
+    config = source.config
+    if options.to != "corenet":
+        config = _cut_vocabulary(config, found)
+    plan = Plan(
+        source,
+        config,
+        _choose_dtype(source, config, options),
+        _choose_packings(source, config, options),
+    )
+    notes = [*source.notes, *(found.notes if found else ())]
+    if options.idle():
+        notes.append(
+            f"Not quantized: {', '.join(options.idle())} needs -q or --q-bits."
+        )
+    if config.vocab_size < source.config.vocab_size:
+        notes.append(
+            f"Cut the embedding from {source.config.vocab_size} to {config.vocab_size} "
+            "rows: the rest is padding."
+        )
+    if any(t.packing for n, t in source.tensors.items() if n not in plan.packings):
+        notes.append("Unpacked the quantized weights.")
+    receipt = None
+    if options.to in ("corenet", "gguf"):
+        notes += _write_file(job, plan, found)
+        num_bytes = target.stat().st_size
+    else:
+        plan, receipt = write_folder(job, plan, found)
+        num_bytes = plan.num_bytes
+        if found is None:
+            notes.append("No tokenizer was written: generate needs one in the folder.")
+            if options.quantization is not None and options.receipt:
+                notes.append("No receipt: without a tokenizer no text can be scored.")
+    return ConversionReport(
+        path=target,
+        to=options.to,
+        source=source.name,
+        kind=source.kind,
+        size=config.size_name,
+        num_parameters=config.num_parameters,
+        dtype=spell_dtype(plan.dtype),
+        bits=options.asked_bits,
+        bits_per_weight=8 * num_bytes / config.num_parameters,
+        num_bytes=num_bytes,
+        tokenizer=None if found is None else str(found.path),
+        adapter_path=job.adapter_out,
+        receipt=receipt,
+        notes=tuple(notes),
+        seconds=0.0,
+    )
+
+
 # Decisions -----------------------------------------------------------------------
+
+
+def _check_targets(job: Job) -> None:
+    if job.options.to in ("mlx", "hf"):
+        refuse_existing(job.target, force=job.force)
+    else:
+        refuse_existing_file(job.target, force=job.force)
+    refuse_replacing(job.target, job.source.files)
+    if job.adapter_out is not None:
+        refuse_existing(job.adapter_out, force=job.force)
+        refuse_replacing(job.adapter_out, job.source.files)
+        one, other = job.target.resolve(), job.adapter_out.resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise OpenELMError(
+                f"{job.target} is for the model and {job.adapter_out} for the adapter; "
+                "they need two folders, neither in the other."
+            )
 
 
 def _cut_vocabulary(
@@ -159,13 +277,12 @@ def _cut_vocabulary(
     return replace(config, vocab_size=pieces)
 
 
-def _choose_dtype(
-    source: Source, config: OpenELMConfig, said: str | None, allow_overflow: bool
-) -> mx.Dtype:
-    default = mx.bfloat16 if source.dtype == mx.float32 else source.dtype
-    chosen = DTYPES[said] if said else default
+def _choose_dtype(source: Source, config: OpenELMConfig, options: Options) -> mx.Dtype:
+    chosen = DTYPES[options.dtype] if options.dtype else source.dtype
+    if not options.dtype and options.to == "mlx" and chosen == mx.float32:
+        chosen = mx.bfloat16
     shaped_like_3b = config.model_dim >= OpenELMConfig.preset("3B").model_dim
-    if chosen == mx.float16 and shaped_like_3b and not allow_overflow:
+    if chosen == mx.float16 and shaped_like_3b and not options.allow_overflow:
         raise OpenELMError(
             f"A model of the 3B's shape (model_dim {config.model_dim}) overflows in "
             "float16 and prints rubbish; choose --dtype bfloat16, or say "
@@ -174,160 +291,49 @@ def _choose_dtype(
     return chosen
 
 
-def _default_name(source: Source, bits: int | None) -> str:
-    return f"{source.name}-mlx" + (f"-{bits}bit" if bits else "")
+def _choose_packings(
+    source: Source, config: OpenELMConfig, options: Options
+) -> dict[str, Packing]:
+    """Return how tensors are packed: as asked for, else as the source has them."""
+    if options.dequantize or options.to not in ("mlx", "hf"):
+        return {}
+    packed = {n: t.packing for n, t in source.tensors.items() if t.packing is not None}
+    asked = options.quantization
+    if asked is None:
+        return packed if options.to == "mlx" else {}
+    kept = {name: packing for name, packing in packed.items() if asked.keeps(name)}
+    return asked.packings(config) | kept
 
 
-def _refuse_losing_the_source(source: Source, target: Path) -> None:
-    resolved = target.resolve()
-    for path in (*source.files, source.folder):  # a Hub cache's files are links
-        if path.resolve().is_relative_to(resolved):
-            raise OpenELMError(
-                f"{target} holds the source itself, and replacing it would lose it; "
-                "choose another --mlx-path."
-            )
-
-
-def _refuse_small_disk(target: Path, num_bytes: int) -> None:
-    place = next(
-        p for p in (target.absolute(), *target.absolute().parents) if p.exists()
-    )
-    free = shutil.disk_usage(place).free
-    if free < num_bytes:
-        raise OpenELMError(
-            f"{target} needs {num_bytes / 1e6:.0f} MB and its disk has "
-            f"{free / 1e6:.0f} MB left; make room or choose another place."
-        )
-
-
-def _count_bytes(
-    config: OpenELMConfig, packings: Mapping[str, Packing], dtype: mx.Dtype
-) -> int:
-    """Return the bytes of the result's tensors."""
-    packed = {f"{to_folder(name).removesuffix('.weight')}.weight" for name in packings}
-    return sum(
-        math.prod(shape) * (4 if name in packed else dtype.size)
-        for name, shape in expected_shapes(config, packings).items()
-    )
+def _default_name(source: Source, options: Options) -> str:
+    match options.to:
+        case "corenet":
+            return f"{source.name}-corenet.pt"
+        case "gguf":
+            return f"{source.name}{options.suffix}.gguf"
+    return f"{source.name}-{options.to}{options.suffix}"
 
 
 # Writing -------------------------------------------------------------------------
 
 
-def _write_weights(
-    staging: Path,
-    source: Source,
-    config: OpenELMConfig,
-    dtype: mx.Dtype,
-    packings: Mapping[str, Packing],
-    on_progress: Callable[[Progress], None],
-) -> None:
-    writer = ShardWriter(staging)
-    shapes = config.tensor_shapes()
-    for done, name in enumerate(shapes, start=1):
-        weight = _read_checked(source, name, shapes[name], dtype)
-        path = to_folder(name)
-        if name in packings:
-            module = path.removesuffix(".weight")
-            for suffix, part in packings[name].pack(weight).items():
-                mx.eval(part)
-                if suffix != "weight" and not mx.isfinite(part).all():
-                    raise OpenELMError(
-                        f"{name} has values too far apart to share a scale; convert "
-                        "it without -q."
-                    )
-                writer.add(f"{module}.{suffix}", part)
-        else:
-            writer.add(path, weight)
-        on_progress(Progress(done, len(shapes), name))
-    writer.close(config.num_parameters)
+def _write_file(job: Job, plan: Plan, found: FoundTokenizer | None) -> tuple[str, ...]:
+    """Write a .pt or GGUF file; return what a person should know."""
+    total = len(plan.config.tensor_shapes())
+    done = 0
 
+    def count(name: str) -> None:
+        nonlocal done
+        done += 1
+        job.on_progress(Progress(done, total, "tensors"))
 
-def _read_checked(
-    source: Source, name: str, shape: tuple[int, ...], dtype: mx.Dtype
-) -> mx.array:
-    weight = source.tensors[name].read()
-    if name in (EMBEDDING, HEAD):
-        weight = weight[: shape[0]]
-    cast = weight.astype(dtype)
-    mx.eval(cast)
-    if not mx.isfinite(cast).all():
-        if mx.isfinite(weight).all():
-            raise OpenELMError(
-                f"{name} has values beyond {_spell(dtype)}'s range; choose --dtype "
-                "bfloat16."
-            )
-        raise OpenELMError(
-            f"{name} holds NaN or infinity, so the checkpoint is damaged or its "
-            "training failed; get it again."
-        )
-    return cast
-
-
-def _write_config(
-    staging: Path,
-    source: Source,
-    config: OpenELMConfig,
-    dtype: mx.Dtype,
-    quantization: Mapping[str, Any] | None,
-) -> None:
-    raw = config.to_dict() | {"torch_dtype": _spell(dtype)}
-    if quantization is not None:
-        raw |= {"quantization": quantization, "quantization_config": quantization}
-    metadata: dict[str, Any] = {
-        "version": __version__,
-        "source": {
-            "name": source.name,
-            "kind": source.kind,
-            "files": {file.name: _hash_file(file) for file in source.files},
-        },
-    }
-    if "instruct" in source.name.lower():
-        metadata["template"] = "instruct"
-    write_json(staging / "config.json", raw | {METADATA_KEY: metadata})
-    defaults = source.folder / "generation_config.json"
-    if defaults.is_file():
-        read_mapping(defaults)  # what is damaged is not handed on
-        shutil.copyfile(defaults, staging / defaults.name)
-    else:
-        ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
-        write_json(staging / defaults.name, ids)
-
-
-def _write_card(
-    staging: Path,
-    source: Source,
-    config: OpenELMConfig,
-    quantization: Mapping[str, Any] | None,
-) -> None:
-    stored = f"{quantization['bits']} bits a weight" if quantization else "unquantized"
-    (staging / "README.md").write_text(
-        f"""---
-library_name: mlx
-tags:
-- mlx
-- openelm
-pipeline_tag: text-generation
----
-
-# {source.name}
-
-{config.size_name}, {config.num_parameters:,} parameters, {stored}. Converted by
-mlx-openelm {__version__} from {source.name} ({source.kind}); hashes of the source files
-are in `config.json`. The licence is the source's.
-
-    mlx-openelm generate --model PATH --prompt "Once upon a time"
-    mlx_lm.generate --model PATH --prompt "Once upon a time" --ignore-chat-template
-""",
-        encoding="utf-8",
-        errors="replace",  # a file's name may be no UTF-8
-    )
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as opened:
-        return f"sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
-
-
-def _spell(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")
+    with staged_file(job.target, force=job.force) as staging:
+        refuse_small_disk(job.target, plan.num_bytes)
+        if job.options.to == "corenet":
+            tensors, notes = corenet_tensors(plan)
+            write_pt(staging, tensors, on_written=count)
+            return notes
+        assert found is not None
+        bits = job.options.asked_bits
+        write_gguf_file(staging, plan, found.tokenizer, bits=bits, on_written=count)
+        return ()

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from converters.merging import merge_adapter
 from converters.reference import ReferenceOpenELM
 from converters.sources import Source, open_source
 from mlx_openelm.model import OpenELM
@@ -49,6 +50,8 @@ def compare(name: str, *, num_tokens: int = 64, seed: int = 0) -> ParityReport:
         OpenELMError: the source cannot be read.
     """
     source = open_source(name)
+    if source.adapter is not None:
+        source = merge_adapter(source, source.adapter)
     config = source.config
     rng = np.random.default_rng(seed)
     length = min(num_tokens, config.max_context_length)

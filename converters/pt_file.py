@@ -15,6 +15,7 @@ import math
 import mmap
 import pickletools
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -76,9 +77,10 @@ def read_state_dict(path: Path) -> dict[str, PtTensor]:
     They are the file's mapping, or the one under the first of `STATE_DICT_KEYS` in it.
 
     Raises:
-        OpenELMError: as `read_pt`, or there are no tensors, or other things among them.
+        OpenELMError: as `read_pt`, or there are no tensors, or other things among them,
+            numbers of no tensor, or a tensor that has some number twice.
     """
-    found = read_pt(path)
+    machine, found = _read(path)
     inner = (found[key] for key in STATE_DICT_KEYS if isinstance(found.get(key), dict))
     found = next(inner, found)
     found.pop("_metadata", None)  # torch's module versions; no tensor depends on them
@@ -93,6 +95,15 @@ def read_state_dict(path: Path) -> dict[str, PtTensor]:
             f"{' or '.join(STATE_DICT_KEYS)}; found {_listed(others)}; save the "
             "model's state_dict() by itself."
         )
+    if machine.unused:  # so some tensor points to the numbers of another
+        raise machine.archive.damaged(
+            f"record {_listed(sorted(machine.unused))} belongs to no tensor"
+        )
+    folded = [name for name, tensor in found.items() if _is_folded(tensor.array)]
+    if folded:
+        raise machine.archive.damaged(
+            f"{_listed(folded)} would have one number in several places"
+        )
     return found
 
 
@@ -105,11 +116,17 @@ def read_pt(path: Path) -> dict[str, Any]:
         OpenELMError: the file cannot be read, is not torch.save's, is damaged, or wants
             something run.
     """
+    _, found = _read(path)
+    return found
+
+
+def _read(path: Path) -> tuple["_Machine", dict[str, Any]]:
     archive = _open(path)
     opcodes = _read_opcodes(archive)
     _check_globals(path, opcodes)
+    machine = _Machine(archive)
     try:
-        found = _Machine(archive).run(opcodes)
+        found = machine.run(opcodes)
     except (IndexError, KeyError) as error:  # from its stack or its memo
         raise archive.damaged("the pickle uses a value before it is there") from error
     _check_tree(archive, found)
@@ -118,7 +135,7 @@ def read_pt(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(found).__name__}, expected a mapping from names; "
             "save the model's state_dict()."
         )
-    return found
+    return machine, found
 
 
 # The zip -----------------------------------------------------------------------------
@@ -197,10 +214,34 @@ def _locate(archive: _Archive, entry: zipfile.ZipInfo) -> tuple[int, int]:
     if 0 <= at <= size - 30:
         # Its own header alone tells its name's length and how much torch has padded.
         header = archive.data[at : at + 30].tobytes()
-        start = at + 30 + sum(struct.unpack("<HH", header[26:]))
-        if header.startswith(b"PK\x03\x04") and start + entry.file_size <= size:
+        name_length, extra_length = struct.unpack("<HH", header[26:])
+        start = at + 30 + name_length + extra_length
+        name = archive.data[at + 30 : at + 30 + name_length].tobytes()
+        extra = archive.data[start - extra_length : start].tobytes()
+        proper = (
+            header.startswith(b"PK\x03\x04")
+            and name == entry.orig_filename.encode(_encoding(entry), "replace")
+            and _is_extra(extra)
+            and start + entry.file_size <= size
+        )
+        if proper:
             return start, entry.file_size
     raise archive.damaged(f"{_listed([entry.filename])} is not where the zip says")
+
+
+def _encoding(entry: zipfile.ZipInfo) -> str:
+    """Return how a record's name is spelled in the file."""
+    return "utf-8" if entry.flag_bits & 0x800 else "cp437"
+
+
+def _is_extra(extra: bytes) -> bool:
+    """Whether a record's extra field is fields: each a kind, a length, and so much."""
+    while len(extra) >= 4:
+        kind, length = struct.unpack("<HH", extra[:4])
+        if kind == 0 or length > len(extra) - 4:
+            return False
+        extra = extra[4 + length :]
+    return not extra
 
 
 # The pickle --------------------------------------------------------------------------
@@ -214,7 +255,8 @@ def _read_opcodes(archive: _Archive) -> _Opcodes:
         raise archive.too_large()
     decoded = pickletools.genops(archive.data[start : start + length].tobytes())
     try:
-        opcodes = [(op.name, arg) for op, arg, _ in islice(decoded, MAX_VALUES + 1)]
+        with warnings.catch_warnings(action="ignore"):  # of odd escapes in old texts
+            opcodes = [(op.name, arg) for op, arg, _ in islice(decoded, MAX_VALUES + 1)]
     except ValueError as error:
         raise archive.damaged(f"the pickle makes no sense ({error!a})") from error
     if len(opcodes) > MAX_VALUES:
@@ -262,6 +304,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []  # what lay on the stack before each MARK
         self.memo: dict[int, Any] = {}
+        self.unused = {n for n in archive.records if n.startswith("data/")}
 
     def run(self, opcodes: _Opcodes) -> object:
         for name, arg in opcodes:
@@ -360,11 +403,12 @@ class _Machine:
                 raise self.strange("describes a storage otherwise")
         start, num_bytes = self.archive.records.get(f"data/{key}", (0, -1))
         size = length * np.dtype(numpy_dtype).itemsize
-        if size > num_bytes:
+        if size != num_bytes:
             raise self.archive.damaged(
-                f"record {_listed([f'data/{key}'])} is missing, or too short for "
-                f"{length} numbers of {dtype}"
+                f"record {_listed([f'data/{key}'])} is missing, too short or too long "
+                f"for {length} numbers of {dtype}"
             )
+        self.unused.discard(f"data/{key}")
         return _Storage(
             dtype, self.archive.data[start : start + size].view(numpy_dtype)
         )
@@ -409,6 +453,19 @@ class _Machine:
             [step * numbers.itemsize for step in strides],
         )
         return PtTensor(storage.dtype, shape, array)
+
+
+def _is_folded(array: Array) -> bool:
+    """Whether several places of an array share a number; a weight's never do."""
+    if array.size == 0:
+        return False
+    dims = zip(array.strides, array.shape, strict=True)
+    reached = 0  # from the first number, in bytes
+    for step, size in sorted((step, size) for step, size in dims if size > 1):
+        if step <= reached:
+            return True
+        reached += step * (size - 1)
+    return False
 
 
 def _check_tree(archive: _Archive, root: object) -> None:

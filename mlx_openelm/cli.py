@@ -44,13 +44,19 @@ def _in_one_line() -> Iterator[None]:
             raise
         Console().error(str(error) if isinstance(error, OpenELMError) else f"{error}.")
         raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        Console().note("\nInterrupted.")
+    except KeyboardInterrupt as stopped:
+        Console().note(" ".join(("\nInterrupted.", *_notes(stopped))))
         raise typer.Exit(130) from None
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # rich's own way out
             raise typer.Exit(0) from None
+        for note in _notes(error):  # of SIGTERM: what was kept
+            Console().note(note)
         raise
+
+
+def _notes(stopped: BaseException) -> list[str]:
+    return list(getattr(stopped, "__notes__", ()))
 
 
 app = typer.Typer(
@@ -206,19 +212,29 @@ def generate(
 @app.command()
 def convert(
     source: Annotated[
-        str | None,
-        typer.Argument(help="A CoreNet .pt, a Hugging Face folder, a Hub id or demo."),
+        list[str] | None,
+        typer.Argument(
+            help="A CoreNet .pt, a model or adapter folder, a Hub id or demo; several "
+            ".pt with --average."
+        ),
     ] = None,
     hf_path: Annotated[
-        str | None, typer.Option("--hf-path", "--model", help="The same, as an option.")
+        str | None,
+        typer.Option(
+            "--hf-path", "--model", help="The same; or the base of an adapter folder."
+        ),
     ] = None,
     mlx_path: Annotated[
         Path | None, typer.Option(help="Where to; default ./<source name>-mlx[-4bit].")
     ] = None,
+    to: Annotated[
+        str, typer.Option(help="mlx, hf, corenet, gguf; of an adapter peft, corenet.")
+    ] = "mlx",
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float16, bfloat16 or float32; default: float32 -> bfloat16."
+            help="float16, bfloat16 or float32; default as stored, and for --to mlx "
+            "float32 -> bfloat16."
         ),
     ] = None,
     allow_overflow: Annotated[
@@ -228,10 +244,40 @@ def convert(
         bool, typer.Option("-q", "--quantize", help="Quantize to --q-bits.")
     ] = False,
     q_bits: Annotated[
-        int | None, typer.Option(help="Bits of the linears, default 4; implies -q.")
+        str | None,
+        typer.Option(help="Bits of the linears, default 4; auto:X: X on average."),
     ] = None,
-    q_group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
-    q_embed_bits: Annotated[int, typer.Option(help="Bits of the embedding.")] = 8,
+    q_group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale, default 64.")
+    ] = None,
+    q_mode: Annotated[
+        str | None, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4.")
+    ] = None,
+    q_embed_bits: Annotated[
+        int | None, typer.Option(help="Bits of the embedding, default 8.")
+    ] = None,
+    q_keep: Annotated[
+        str | None,
+        typer.Option(help="Leave modules that this regex finds as they are."),
+    ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Unpack what is quantized.")
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text for prices and receipt.")
+    ] = None,
+    no_receipt: Annotated[
+        bool, typer.Option("--no-receipt", help="Do not measure what bits cost.")
+    ] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Put an adapter into the weights.")
+    ] = False,
+    adapter_out: Annotated[
+        Path | None, typer.Option(help="Write the source's adapter here, apart.")
+    ] = None,
+    average: Annotated[
+        bool, typer.Option("--average", help="The mean of several sources.")
+    ] = False,
     tokenizer: Annotated[
         str | None, typer.Option(help="A file, a folder, a Hub id, or none.")
     ] = None,
@@ -243,36 +289,92 @@ def convert(
 ) -> None:
     """Make a model folder, which mlx-openelm and mlx-lm read. Prints its path."""
     console = Console(quiet=quiet)
-    named = source or hf_path
-    if named is None:
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported
+    named = list(source or ())
+    base = hf_path if named else None
+    if not named and hf_path is not None:
+        named = [hf_path]
+    if not named:
         raise typer.BadParameter("say what to convert", param_hint="SOURCE")
+    bits = q_bits
+    if bits is None and (quantize or q_mode) and q_mode in (None, "affine"):
+        bits = "4"  # the other modes have their own
     from converters.conversion import convert as run
 
     with console.progress("Converting") as progress:
         report = run(
             named,
             mlx_path,
+            to=to,
             dtype=dtype,
-            bits=4 if quantize and q_bits is None else q_bits,
+            bits=bits,
             group_size=q_group_size,
             embed_bits=q_embed_bits,
+            mode=q_mode or "affine",
+            keep=q_keep,
+            dequantize=dequantize,
+            calibration=calibration,
+            receipt=not no_receipt,
+            merge=merge,
+            adapter_out=adapter_out,
+            base=base,
+            average=average,
             tokenizer=tokenizer,
             allow_overflow=allow_overflow,
             force=force,
             offline=offline,
             revision=revision,
-            on_progress=lambda p: progress.update(p.done, p.total, "tensors"),
+            on_progress=lambda p: progress.update(p.done, p.total, p.units),
         )
+    from converters.adapter_conversion import AdapterReport
     from mlx_openelm.report import as_json as fields
-    from mlx_openelm.report import note_converted
+    from mlx_openelm.report import note_adapter, note_converted
 
     if as_json:
         console.answer_json(fields(report))
         return
-    note_converted(console, report)
+    if isinstance(report, AdapterReport):
+        note_adapter(console, report)
+    else:
+        note_converted(console, report)
     console.answer(str(report.path))
-    if report.tokenizer:
-        console.note(f"Try it: mlx-openelm generate --model {report.path} --prompt ...")
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="demo, a model folder, or a Hub id.")],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="What it was made from; repeatable, if it was averaged."),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    offline: Offline = False,
+) -> None:
+    """Check that a folder is whole, and what it says it is."""
+    from converters.verification import verify as run
+    from mlx_openelm.hub import find_model
+    from mlx_openelm.report import as_json as fields
+    from mlx_openelm.report import show_verification
+
+    console = Console(quiet=quiet)
+    with console.progress("Verifying") as progress:
+        found = run(
+            find_model(model, offline=offline),
+            against=against or (),
+            offline=offline,
+            on_progress=lambda p: progress.update(p.done, p.total, p.units),
+        )
+    if as_json:
+        console.answer_json(fields(found))
+    else:
+        show_verification(console, found)
+    if not found.passed:
+        raise OpenELMError(
+            f"{model} is not what it should be: {found.describe_problems()}; convert "
+            "or download it again."
+        )
 
 
 @app.command()

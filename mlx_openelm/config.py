@@ -19,12 +19,18 @@ FFN_MULTIPLIERS = (0.5, 4.0)
 FFN_DIM_DIVISOR = 256
 MAX_LAYERS = 10_000  # more are a mistake, and their lists would fill the memory
 BOS_ID, EOS_ID = 1, 2
+LLAMA_PIECES, CORENET_ROWS = 32000, 32128  # the second has rows for padding
 
 
 def make_divisible(value: float, divisor: int) -> int:
     """Return the multiple of `divisor` nearest to `value`, never below 90 % of it."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+def pad_vocabulary(rows: int) -> int:
+    """Return CoreNet's rows for a vocabulary: one more to pad with, then whole 128s."""
+    return rows if rows == CORENET_ROWS else math.ceil((rows + 1) / 128) * 128
 
 
 def interpolate_multipliers(
@@ -69,7 +75,7 @@ class OpenELMConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} is {value!r}, not a positive whole number"
+            f"{name} is {value!r}, not a positive whole number below 2**31"
             for name in ("model_dim", "head_dim", "vocab_size", "max_context_length")
             if not _is_size(value := getattr(self, name))
         ]
@@ -88,7 +94,8 @@ class OpenELMConfig:
         if len(set(lengths.values())) != 1 or not self.ffn_dims:
             problems.append(f"the per-layer lists differ in length: {lengths}")
         problems += [
-            f"{name} holds {values}, where each must be a positive whole number"
+            f"{name} holds {values}, where each must be a positive whole number "
+            "below 2**31"
             for name, values in lists.items()
             if not all(map(_is_size, values))
         ]
@@ -256,7 +263,8 @@ class OpenELMConfig:
         ]
         if wrong:
             raise OpenELMError(
-                f"The config says {', '.join(wrong)}; expected positive whole numbers."
+                f"The config says {', '.join(wrong)}; expected positive whole numbers "
+                "below 2**31."
             )
         num_layers = found.get("num_transformer_layers")
         if not isinstance(num_layers, int):
@@ -349,8 +357,10 @@ class OpenELMConfig:
             return shapes[name]
 
         V, D = shape("token_embeddings.weight", 2)
+        parts = (name.split(".", 2) for name in shapes)
+        numbers = {part[1] for part in parts if len(part) == 3 and part[0] == "layers"}
         num_layers = 0
-        while any(name.startswith(f"layers.{num_layers}.") for name in shapes):
+        while str(num_layers) in numbers:
             num_layers += 1
         missing = [
             name
@@ -361,7 +371,7 @@ class OpenELMConfig:
         if missing:
             raise OpenELMError(
                 "This is not an OpenELM, or not all of one: there is no "
-                f"{', '.join(missing)}; found {_listed(sorted(shapes))}."
+                f"{_listed(missing, 50)}; found {_listed(sorted(shapes))}."
             )
         (H,) = shape("layers.0.attn.q_norm.weight", 1)
         query_heads, kv_heads, ffn_dims = [], [], []
@@ -486,7 +496,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0  # a bool is none
+    return type(value) is int and 0 < value < 2**31  # a bool is none
 
 
 def _per_layer(name: str, value: object, num_layers: int) -> tuple[int, ...]:
@@ -499,11 +509,15 @@ def _per_layer(name: str, value: object, num_layers: int) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _flatten(found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(
+    found: Mapping[str, Any], prefix: str = "", depth: int = 0
+) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in found.items():
+        if depth > 50 or len(flat) > 10_000:  # YAML may repeat parts, without end even
+            raise ValueError("it is nested too deeply, or far too long")
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.", depth + 1)
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -47,7 +47,9 @@ class Console:
             sys.stderr.flush()
 
     def error(self, text: str) -> None:
-        sys.stderr.write(f"error: {text}\n")
+        """Write one line; a damaged file's names may hold what would break it."""
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        sys.stderr.write(f"error: {line}\n")
         sys.stderr.flush()
 
     @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What a model folder holds, told without loading a weight."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_openelm.checkpoint import DTYPES, ModelFolder, open_folder
+from mlx_openelm.checkpoint import DTYPES, ModelFolder, open_folder, spell_dtype
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.loading import stored_dtype
@@ -29,11 +30,14 @@ class Inspection:
     """A model folder's facts.
 
     Attributes:
-        storage: dtype or bits, by tensor group (embedding, linears, norms).
+        storage: dtype or bits, by tensor group (embedding, linears, norms), with
+            the number of tensors where a group is stored in several.
         weight_bytes: as stored; `memory_bytes` is at work here, at `context_length`
             tokens, weights and key-value cache in the dtype that this machine uses.
         tokenizer: pieces of it, or None.
-        source: where the weights came from, as the converter noted it.
+        source: where the weights came from, as the converter noted it; `options` are
+            those of the conversion that differ from the defaults.
+        receipt: what the quantization cost, as it was measured.
     """
 
     path: Path
@@ -53,6 +57,8 @@ class Inspection:
     tokenizer: int | None
     template: str
     source: Mapping[str, Any]
+    options: Mapping[str, Any]
+    receipt: Mapping[str, Any] | None
 
 
 def inspect(path: Path, *, context: int | None = None) -> Inspection:
@@ -97,12 +103,19 @@ def inspect(path: Path, *, context: int | None = None) -> Inspection:
         memory_bytes=working_bytes + tokens * kv_bytes,
         tokenizer=_count_pieces(folder),
         template=folder.template or "raw",
-        source=folder.metadata.get("source", {}),
+        source=_noted(folder, "source") or {},
+        options=_noted(folder, "options") or {},
+        receipt=_noted(folder, "receipt"),
     )
 
 
+def _noted(folder: ModelFolder, key: str) -> Mapping[str, Any] | None:
+    found = folder.metadata.get(key)
+    return found if isinstance(found, dict) else None
+
+
 def _storage(folder: ModelFolder) -> dict[str, str]:
-    groups: dict[str, set[str]] = {}
+    groups: dict[str, Counter[str]] = {}
     for name, shape in folder.config.tensor_shapes().items():
         if name in (EMBEDDING, HEAD):
             group = "embedding"
@@ -110,14 +123,19 @@ def _storage(folder: ModelFolder) -> dict[str, str]:
             group = "linears" if len(shape) == 2 else "norms"
         packing = folder.packings.get(name)
         if packing is None:
-            dtype = _tensor_dtype(folder, name)
-            spelled = str(dtype).removeprefix("mlx.core.")
+            spelled = spell_dtype(_tensor_dtype(folder, name))
         else:
             spelled = (
                 f"{packing.bits} bits ({packing.mode}, group {packing.group_size})"
             )
-        groups.setdefault(group, set()).add(spelled)
-    return {group: ", ".join(sorted(found)) for group, found in groups.items()}
+        groups.setdefault(group, Counter())[spelled] += 1
+    return {
+        group: ", ".join(
+            f"{count} x {spelled}" if len(counts) > 1 else spelled
+            for spelled, count in sorted(counts.items())
+        )
+        for group, counts in groups.items()
+    }
 
 
 def _tensor_dtype(folder: ModelFolder, name: str) -> mx.Dtype:

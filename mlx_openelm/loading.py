@@ -12,7 +12,7 @@ from mlx_openelm.device import compute_dtype
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.hub import DEMO, find_model
 from mlx_openelm.model import OpenELM
-from mlx_openelm.names import to_folder
+from mlx_openelm.names import to_folder, to_module
 from mlx_openelm.quantize import Packing
 from mlx_openelm.tokenizer import Tokenizer
 from mlx_openelm.tokenizer_finder import JSON_FILE, MODEL_FILE, read_tokenizer
@@ -95,7 +95,7 @@ def _unpacked(
 ) -> dict[str, mx.array]:
     arrays = dict(arrays)
     for name, packing in packings.items():
-        module = to_folder(name).removesuffix(".weight")
+        module = to_module(name)
         parts = {
             suffix: arrays.pop(f"{module}.{suffix}")
             for suffix in ("weight", "scales", "biases")
@@ -106,10 +106,7 @@ def _unpacked(
 
 
 def _make_quantized(model: OpenELM, packings: Mapping[str, Packing]) -> None:
-    by_module = {
-        to_folder(name).removesuffix(".weight"): packing
-        for name, packing in packings.items()
-    }
+    by_module = {to_module(name): packing for name, packing in packings.items()}
 
     def choose(path: str, module: nn.Module) -> bool | dict[str, int | str]:
         packing = by_module.get(path)

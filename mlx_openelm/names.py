@@ -17,7 +17,13 @@ _OTHER_HEADS = ("classifier.weight", f"{PREFIX}classifier.weight")  # CoreNet, H
 
 def to_folder(corenet_name: str) -> str:
     """Return the name in a model folder of a tensor that CoreNet calls so."""
-    return corenet_name if corenet_name == HEAD else PREFIX + corenet_name
+    untied = corenet_name.startswith("lm_head.")  # its weight, or a part of it
+    return corenet_name if untied else PREFIX + corenet_name
+
+
+def to_module(corenet_name: str) -> str:
+    """Return the path in the model of the module that has this weight."""
+    return to_folder(corenet_name).removesuffix(".weight")
 
 
 def to_corenet(name: str) -> str:

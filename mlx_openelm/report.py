@@ -1,14 +1,16 @@
 """Reports for a person; `--json` shows the same values as they are."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlx_openelm.console import Console
 
 if TYPE_CHECKING:
+    from converters.adapter_conversion import AdapterReport
     from converters.conversion import ConversionReport
     from converters.parity import ParityReport
+    from converters.verification import Verification
     from mlx_openelm.benchmark import SelfCheck
     from mlx_openelm.evaluation import TextScore
     from mlx_openelm.generation import Piece
@@ -38,18 +40,69 @@ def note_generated(console: Console, last: "Piece") -> None:
     )
 
 
+def note_adapter(console: Console, report: "AdapterReport") -> None:
+    """Say which adapter was converted; the path itself is the answer."""
+    for note in report.notes:
+        console.note(note)
+    console.note(
+        f"{report.kind}: {report.method} of rank {report.rank} on "
+        f"{report.num_modules} modules, {report.num_parameters:,} parameters, "
+        f"{report.seconds:.1f} s"
+    )
+
+
 def note_converted(console: Console, report: "ConversionReport") -> None:
     """Say what was converted; the path itself is the answer."""
     for note in report.notes:
         console.note(note)
-    stored = f"{report.bits} bits" if report.bits else report.dtype
+    stored = f"{report.bits:g} bits" if report.bits else report.dtype
     console.note(
         f"{report.size}: {report.num_parameters:,} parameters in {stored} "
         f"({report.bits_per_weight:.2f} bits a weight, "
         f"{report.num_bytes / 1e6:.1f} MB), {report.seconds:.1f} s"
     )
+    if report.receipt is not None:
+        console.note(f"Receipt: {describe_receipt(dataclasses.asdict(report.receipt))}")
     if report.tokenizer:
         console.note(f"Tokenizer from {report.tokenizer}")
+    if report.adapter_path:
+        console.note(f"Adapter: {report.adapter_path}")
+    if report.tokenizer and report.to in ("mlx", "hf"):
+        adapter = (
+            f" --adapter-path {report.adapter_path}" if report.adapter_path else ""
+        )
+        console.note(
+            f"Try it: mlx-openelm generate --model {report.path}{adapter} --prompt ..."
+        )
+
+
+_FIGURES = (
+    *("mean_kl", "p99_kl", "top1_agreement", "tokens"),
+    *("perplexity_before", "perplexity_after"),
+)
+
+
+def describe_receipt(receipt: Mapping[str, Any]) -> str:
+    """Say in one line what a quantization cost."""
+    if not all(isinstance(receipt.get(key), int | float) for key in _FIGURES):
+        return "damaged"
+    return (
+        f"mean KL {receipt['mean_kl']:.4f} nats (99 % of tokens below "
+        f"{receipt['p99_kl']:.3f}), same first choice {receipt['top1_agreement']:.1%}, "
+        f"perplexity {receipt['perplexity_before']:.2f} -> "
+        f"{receipt['perplexity_after']:.2f}, on {receipt['tokens']} tokens of "
+        f"{receipt.get('text')}"
+    )
+
+
+def show_verification(console: Console, found: "Verification") -> None:
+    """Show each check and what is wrong."""
+    from rich.table import Table
+
+    table = Table("check", "", box=None)
+    for check in found.checks:
+        table.add_row(check.name, "ok" if check.passed else "\n".join(check.problems))
+    console.answer_table(table)
 
 
 def show_score(console: Console, score: "TextScore") -> None:
@@ -92,6 +145,9 @@ def show_inspection(console: Console, found: "Inspection") -> None:
             "made from",
             f"{found.source.get('name', '?')}, {found.source.get('kind', '?')}",
         ),
+        *((n, str(found.source[n])) for n in ("repo", "revision") if n in found.source),
+        ("options", ", ".join(f"{k} {v}" for k, v in found.options.items()) or "none"),
+        ("receipt", describe_receipt(found.receipt) if found.receipt else "none"),
     ):
         facts.add_row(name, value)
     layers = Table("layer", "query heads", "key-value heads", "FFN", box=None)

@@ -12,14 +12,14 @@ import pytest
 from commands import call, refuse, snapshot
 from conftest import ROOT
 
-from converters import conversion
+from converters import folder_writing
 from mlx_openelm.errors import OpenELMError
 
 MAIN = "from mlx_openelm.cli import main; main()"
 WAIT = """
 import importlib, sys, time
 module, name = sys.argv[1:3]
-def wait(*args):
+def wait(*args, **options):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
 setattr(importlib.import_module(module), name, wait)
@@ -27,10 +27,11 @@ sys.argv[1:] = sys.argv[3:]
 """
 CONVERT = ("convert", "source", "--mlx-path", "a/b", "--quiet")
 GENERATE = ("generate", "Once", "--model", "model", "--quiet")
-BUSY = {  # where each verb is stopped: all weights written; the first token drawn
-    CONVERT: ("converters.conversion", "write_tokenizer"),
+BUSY = {  # where each verb is stopped: before the first weight; the first token drawn
+    CONVERT: ("converters.folder_writing", "ShardWriter"),
     GENERATE: ("mlx_openelm.generation", "choose_token"),
 }
+WRITTEN = ("converters.folder_writing", "write_tokenizer")  # all weights are
 
 
 def start(*args, code=MAIN, **options):
@@ -41,9 +42,9 @@ def start(*args, code=MAIN, **options):
     )
 
 
-def start_and_wait(args):
-    """Start a verb and return the process once it stands at its busy place."""
-    process = start(*BUSY[args], *args, code=WAIT + MAIN)
+def start_and_wait(args, busy):
+    """Start a verb and return the process once it stands at a busy place."""
+    process = start(*busy, *args, code=WAIT + MAIN)
     assert process.stderr.readline() == b"ready\n"
     return process
 
@@ -58,7 +59,7 @@ def start_and_wait(args):
 )
 def test_a_stopped_verb_leaves_nothing_behind(here, args, number, code, says):
     before = snapshot(here)
-    process = start_and_wait(args)
+    process = start_and_wait(args, BUSY[args])
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, b"")
@@ -67,23 +68,47 @@ def test_a_stopped_verb_leaves_nothing_behind(here, args, number, code, says):
     assert snapshot(here) == before
 
 
-def test_a_killed_convert_leaves_no_target(here):
-    process = start_and_wait(CONVERT)
+def check_it_goes_on(here):
+    """The target is not there; the next run takes over the shard that is whole."""
+    assert not (here / "a" / "b").exists()
+    (shard,) = (here / "a").glob(".b.*.part/model.safetensors")
+    inode = shard.stat().st_ino
+    assert call(*CONVERT).exit_code == 0
+    assert (here / "a" / "b" / "model.safetensors").stat().st_ino == inode
+    assert [path.name for path in (here / "a").iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_a_stopped_convert_keeps_whole_shards_and_says_so(here, number, code):
+    process = start_and_wait(CONVERT, WRITTEN)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, b"")
+    assert err.endswith(b"The same command goes on from 1 whole shard.\n")
+    assert len(err.splitlines()) <= 2
+    check_it_goes_on(here)
+
+
+def test_a_killed_convert_leaves_no_target_and_goes_on(here):
+    process = start_and_wait(CONVERT, WRITTEN)
     process.kill()
     process.communicate(timeout=60)
-    assert not (here / "a" / "b").exists()  # a hidden .part may be left
-    assert call(*CONVERT).exit_code == 0
+    check_it_goes_on(here)
 
 
 def test_a_killed_replacement_leaves_the_old_model(here):
     args = ("convert", "source", "--mlx-path", "model", "--force")
     old = snapshot(here / "model")
-    process = start(*BUSY[CONVERT], *args, code=WAIT + MAIN)
+    process = start(*WRITTEN, *args, code=WAIT + MAIN)
     while process.stderr.readline() != b"ready\n":
         assert process.poll() is None
     process.kill()
     process.communicate(timeout=60)
     assert snapshot(here / "model") == old
+    assert call(*args).exit_code == 0
+    assert {path.name for path in here.iterdir()} == {"model", "source"}
 
 
 @pytest.mark.parametrize(
@@ -136,14 +161,14 @@ def test_a_full_disk_is_called_so(here, monkeypatch, step, wrapped):
                 raise OpenELMError("Cannot write.") from error
             raise
 
-    monkeypatch.setattr(conversion, step, fail)
+    monkeypatch.setattr(folder_writing, step, fail)
     refuse(here, *CONVERT, says="The disk of a/b is full; nothing was kept.")
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_written(here, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(conversion, "staged_folder", None)
+    monkeypatch.setattr(folder_writing.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(folder_writing, "ShardWriter", None)
     refuse(here, *CONVERT, says=["a/b needs", "make room"])
 
 

@@ -30,12 +30,15 @@ def tokenizer_file(tmp_path_factory):
 
 
 def in_float32(model):
-    """Unpack and widen, so that mlx-lm computes as we do on the Linux CPU."""
+    """Widen and unpack, so that mlx-lm computes as we do on the Linux CPU."""
     from mlx_lm.utils import dequantize_model
 
-    model = dequantize_model(model)
-    model.update(tree_map(lambda a: a.astype(mx.float32), model.parameters()))
-    return model
+    def widen(array):
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(mx.float32) if floating else array
+
+    model.update(tree_map(widen, model.parameters()))
+    return dequantize_model(model)
 
 
 @pytest.mark.parametrize(

@@ -723,7 +723,7 @@ def test_two_tensors_of_one_name_are_refused(file: Callable[..., Path]) -> None:
         ({"length": 10**30}, "too short"),
         ({"length": -1}, "storage"),
         ({"length": 5}, "5 numbers"),
-        ({"length": True}, "1 numbers"),
+        ({"length": True}, "True numbers"),
         ({"kind": "DoubleStorage"}, "float64"),
         ({"kind": "Size"}, "storage"),
         ({"offset": 1}, "beyond"),

@@ -1,6 +1,7 @@
 """Bad input: one sentence, exit code 1, nothing written and nothing lost."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import mlx.core as mx
@@ -13,13 +14,14 @@ from mlx_openelm.checkpoint import open_folder
 
 FFN = "layers.1.ffn.proj_1.weight"
 WEIGHTS = weights_of(UNEVEN)
+PACK = ("-q", "--q-group-size", "32", "--no-receipt")
 
 
 # Weights -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("packed", [(), ("-q", "--q-group-size", "32")])
+@pytest.mark.parametrize("packed", [(), PACK])
 def test_weights_that_are_no_numbers_are_refused(here, value, packed):
     make_source(here / "nan", {FFN: spoilt(WEIGHTS[FFN], value)})
     says = [FFN, "NaN or infinity"]
@@ -34,7 +36,7 @@ def test_numbers_beyond_the_range_of_a_dtype_are_refused(here):
     far[0, :2] = 3e38, -3e38
     make_source(here / "far", {FFN: far})
     says = [FFN, "too far apart to share a scale"]
-    refuse(here, "convert", "far", "-q", "--q-group-size", "32", says=says)
+    refuse(here, "convert", "far", *PACK, says=says)
 
 
 def test_float16_for_the_3bs_shape_needs_a_word(here):
@@ -66,6 +68,7 @@ def test_wrong_options_of_convert_are_named(here, args, says):
 
 def test_no_tokenizer_says_where_to_get_one_or_none_is_said(here):
     (here / "source" / "tokenizer.model").unlink()
+    shutil.rmtree(here / "model")  # whose tokenizer would be found
     says = ["--tokenizer NousResearch/Llama-2-7b-hf", "--tokenizer none"]
     refuse(here, "convert", "source", says=says)
     assert call("convert", "source", "--tokenizer", "none").exit_code == 0
@@ -236,11 +239,12 @@ def test_what_cannot_be_scored_is_named(here, content, args, says):
     [
         *([1], 5, {}, {"bits": 4}, {"bits": "four", "group_size": 32}),
         *({"bits": 0, "group_size": 32}, {"bits": 4, "group_size": 0}),
+        {"bits": float("inf"), "group_size": 32},
         {"bits": 4, "group_size": 32, "mode": "morse"},
     ],
 )
 def test_a_damaged_quantization_is_named(here, entry):
-    assert call("convert", "source", "-q", "--q-group-size", "32").exit_code == 0
+    assert call("convert", "source", *PACK).exit_code == 0
     path = here / "source-mlx-4bit" / "config.json"
     found = json.loads(path.read_text()) | {"quantization": entry}
     del found["quantization_config"]
@@ -248,12 +252,35 @@ def test_a_damaged_quantization_is_named(here, entry):
     refuse(here, "inspect", path.parent, says="quantization of transformer.")
 
 
+@pytest.mark.parametrize(
+    ("args", "part", "value"),
+    [
+        (PACK, "biases", float("nan")),
+        ((*PACK, "--dtype", "float16"), "scales", 60000.0),  # x 15 is beyond float16
+        (("--q-mode", "mxfp4"), "scales", 255),  # NaN, as the scales are spelled
+        (("--q-mode", "mxfp8"), "weight", 0x7F7F7F7F),
+        (("--q-mode", "nvfp4"), "scales", 127),
+    ],
+)
+def test_packed_weights_that_stand_for_no_numbers_are_refused(here, args, part, value):
+    out = ("--mlx-path", "packed", "--no-receipt")
+    assert call("convert", "source", *args, *out).exit_code == 0
+    path, name = here / "packed/model.safetensors", FFN.removesuffix(".weight")
+    arrays = mx.load(str(path))
+    mx.eval(arrays)
+    arrays[f"transformer.{name}.{part}"][3, 1] = value
+    mx.save_safetensors(str(path), arrays)
+    refuse(here, "convert", "packed", says=f"{FFN} holds NaN or infinity")
+    ran = call("verify", "packed")
+    assert (ran.exit_code, f"{FFN} holds NaN" in ran.stdout) == (1, True)
+
+
 def test_whole_numbers_without_scales_are_no_weights(here):
     path = here / "model" / "model.safetensors"
     arrays = mx.load(str(path))
     name = f"transformer.{FFN}"
     mx.save_safetensors(str(path), arrays | {name: arrays[name].astype(mx.uint32)})
-    says = [f"{name} is stored as U32", "has no scales"]
+    says = [f"{name} is stored as uint32", "without scales"]
     refuse(here, "generate", "Hi", "--model", "model", says=says)
 
 

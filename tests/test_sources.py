@@ -5,13 +5,15 @@ import os
 import pickle
 import shutil
 import struct
+import time
 import zipfile
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from commands import make_source, refuse
-from models import UNEVEN, weights_of, write_pt
+from models import UNEVEN, make_factors, weights_of, write_mlx_lm_adapter, write_pt
+from test_pt_file import mapping, tensor, zipped
 
 from mlx_openelm.checkpoint import INDEX
 
@@ -25,6 +27,7 @@ WEIGHTS = weights_of(UNEVEN)
         ("nowhere", None, "There is no folder nowhere"),
         ("~nobody/x", None, "There is no folder ~nobody/x"),
         ("x" * 3000, None, "name too long"),
+        ("~\0", None, "is no file or folder: embedded null byte"),
         ("empty.pt", b"", "empty.pt is not torch.save's: it is empty"),
         ("text.pt", b"To be or not to be", "text.pt is not torch.save's"),
         ("source/model.safetensors", None, "one file of a model folder"),
@@ -34,6 +37,28 @@ def test_a_source_that_is_no_model_is_named(here, name, content, says):
     if content is not None:
         (here / name).write_bytes(content)
     refuse(here, "convert", name, "--mlx-path", "a/b", says=says)
+
+
+@pytest.mark.parametrize("base", ["~\0", "~\ud800", "a\nb", "x" * 5000])
+def test_an_adapter_whose_base_can_be_no_name_is_refused(here, base):
+    factors = make_factors(WEIGHTS, ("layers.0.attn.out_proj",))
+    config = write_mlx_lm_adapter(here / "adapter", factors) / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model": base}))
+    says = ["The base that adapter names", "say --model BASE"]
+    refuse(here, "convert", "adapter", "--merge", "--offline", says=says)
+
+
+def test_a_checkpoint_of_countless_tensors_is_refused_at_once(here):
+    names = [f"layers.{i}.attn_norm.weight" for i in range(20_000)]
+    one = tensor(shape=(6,), strides=(1,))
+    content = mapping(
+        **{"token_embeddings.weight": tensor()} | dict.fromkeys(names, one)
+    )
+    (here / "many.pt").write_bytes(zipped(content))
+    started = time.perf_counter()
+    said = refuse(here, "convert", "many.pt", says="there is no layers.0.attn.qkv_proj")
+    assert time.perf_counter() - started < 10
+    assert len(said) < 10_000
 
 
 def test_a_pickle_that_wants_to_run_code_does_not(here):
@@ -78,7 +103,8 @@ def test_a_checkpoint_cut_short_or_of_another_architecture_is_refused(here):
         (INDEX, b"{", "index.json cannot be parsed"),
         (INDEX, b'{"weight_map": [1]}', "has no weight_map"),
         (INDEX, b'{"weight_map": {"a": "b"}}', "b of its index is missing"),
-        (INDEX, b'{"weight_map": {}}', "missing: "),
+        (INDEX, b'{"weight_map": {}}', "no weight_map, or nothing in it"),
+        (INDEX, b'{"weight_map": {"a": "../b\\n\\u0000"}}', r"../b\n\x00 of its index"),
     ],
 )
 def test_damaged_files_of_a_folder_are_named(here, verb, file, content, says):
