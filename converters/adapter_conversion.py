@@ -13,12 +13,12 @@ from converters.adapter_writing import (
     write_peft_adapter,
 )
 from converters.exports import corenet_tensors
-from converters.merging import fit_rows, locate_base
+from converters.merging import fit_rows, open_base
 from converters.options import DTYPES, Options, Progress
 from converters.plan import Plan
 from converters.provenance import describe_source, hashing
 from converters.pt_writer import write_pt
-from converters.sources import Source, name_folder, open_path, refuse_replacing
+from converters.sources import Source, name_folder, refuse_replacing
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.staging import (
@@ -76,7 +76,7 @@ def convert_adapter(
         )
     base = None
     if options.base is not None or options.to == "corenet":
-        base = open_path(locate_base(adapter, options.base, offline=offline))
+        base = open_base(adapter, options.base, offline=offline)
         adapter = fit_rows(adapter, base.config)
         check_fits(adapter, base.config)
     ending = "-corenet.pt" if options.to == "corenet" else f"-{options.to}"
@@ -100,9 +100,16 @@ def convert_adapter(
         num_modules=len(adapter.modules),
         num_parameters=sum(m.num_parameters for m in adapter.modules.values()),
         base=name,
-        notes=(*adapter.notes, *notes),
+        notes=(*adapter.notes, *notes, *_say_idle(options)),
         seconds=time.perf_counter() - started,
     )
+
+
+def _say_idle(options: Options) -> list[str]:
+    said = options.idle()
+    if options.dtype and options.to != "corenet":
+        said.append("--dtype")
+    return [f"Of no use for an adapter: {', '.join(said)}."] if said else []
 
 
 def stage_adapter(

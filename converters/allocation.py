@@ -61,7 +61,7 @@ def list_choices(
         fixed = embed_bits if name in (EMBEDDING, HEAD) else None
         choices[name] = [
             Packing(bits, size)
-            for bits in ((fixed,) if fixed else AFFINE_BITS)
+            for bits in (AFFINE_BITS if fixed is None else (fixed,))
             for size in sizes
             if width % size == 0
         ]
@@ -96,16 +96,23 @@ def allocate(
     Raises:
         OpenELMError: so many bits cannot be reached with these choices.
     """
-    shapes = config.tensor_shapes()
-    costs = {
-        name: [_count_bytes(p, shapes[name], dtype) for p in packings]
-        for name, packings in choices.items()
-    }
-    unpacked = sum(
-        math.prod(shape) * dtype.size for n, shape in shapes.items() if n not in choices
+    _refuse_unreachable(config, bits_per_weight, choices, dtype)
+    losses = price_choices(
+        config, read, windows, choices, dtype=dtype, on_progress=on_progress
     )
-    budget = int(bits_per_weight * config.num_parameters / 8) - unpacked
-    _refuse_unreachable(config, costs, unpacked, budget, bits_per_weight)
+    return choose(config, bits_per_weight, choices, losses, dtype=dtype)
+
+
+def price_choices(
+    config: OpenELMConfig,
+    read: Read,
+    windows: mx.array,
+    choices: Choices,
+    *,
+    dtype: mx.Dtype = mx.bfloat16,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, list[float]]:
+    """Return what each choice of each tensor costs, in KL; arguments as `allocate`."""
     probes = {
         name: min(packings, key=lambda p: abs(p.bits - PROBE_BITS))
         for name, packings in choices.items()
@@ -123,6 +130,20 @@ def allocate(
         errors = _measure_errors(stored, [probes[name], *packings])
         unit = prices[name] / max(errors[0], 1e-30)
         losses[name] = [unit * error for error in errors[1:]]
+    return losses
+
+
+def choose(
+    config: OpenELMConfig,
+    bits_per_weight: float,
+    choices: Choices,
+    losses: Mapping[str, Sequence[float]],
+    *,
+    dtype: mx.Dtype = mx.bfloat16,
+) -> dict[str, Packing]:
+    """Return the choices of the least loss that have at most so many bits a weight."""
+    costs, unpacked = _count_costs(config, choices, dtype)
+    budget = int(bits_per_weight * config.num_parameters / 8) - unpacked
     names = list(choices)
     picked = share_out([costs[n] for n in names], [losses[n] for n in names], budget)
     return {n: choices[n][i] for n, i in zip(names, picked, strict=True)}
@@ -181,7 +202,6 @@ def _compare(
 ) -> dict[str, float]:
     """Return each variant's mean KL from the original, from hidden states (N, T, D)."""
     before = final_norm(config, read, original)  # (N T, D)
-    after = {name: final_norm(config, read, x) for name, x in variants.items()}
     head = read_head(config, read)
     table = EMBEDDING if config.share_input_output_layers else HEAD
     heads = {table: read_head(config, pack)} if table in variants else {}
@@ -190,8 +210,9 @@ def _compare(
         rows = slice(start, start + CHUNK)
         p = nn.log_softmax(before[rows] @ head.T)
         weights = mx.exp(p)
-        for name, hidden in after.items():
-            q = nn.log_softmax(hidden[rows] @ heads.get(name, head).T)
+        for name, hidden in variants.items():
+            after = final_norm(config, read, hidden.reshape(before.shape)[rows])
+            q = nn.log_softmax(after @ heads.get(name, head).T)
             sums[name] += _add_up(weights * (p - q))
     return {name: max(0.0, kl / before.shape[0]) for name, kl in sums.items()}
 
@@ -258,18 +279,28 @@ def _count_bytes(packing: Packing, shape: tuple[int, ...], dtype: mx.Dtype) -> i
     )
 
 
+def _count_costs(
+    config: OpenELMConfig, choices: Choices, dtype: mx.Dtype
+) -> tuple[dict[str, list[int]], int]:
+    """Return the bytes of each choice, and those of all that is not packed."""
+    shapes = config.tensor_shapes()
+    costs = {
+        name: [_count_bytes(packing, shapes[name], dtype) for packing in packings]
+        for name, packings in choices.items()
+    }
+    unpacked = (math.prod(s) * dtype.size for n, s in shapes.items() if n not in costs)
+    return costs, sum(unpacked)
+
+
 def _refuse_unreachable(
-    config: OpenELMConfig,
-    costs: Mapping[str, Sequence[int]],
-    unpacked: int,
-    budget: int,
-    bits_per_weight: float,
+    config: OpenELMConfig, bits_per_weight: float, choices: Choices, dtype: mx.Dtype
 ) -> None:
+    costs, unpacked = _count_costs(config, choices, dtype)
     least, most = (
         8 * (unpacked + sum(map(bound, costs.values()))) / config.num_parameters
         for bound in (min, max)
     )
-    if sum(map(min, costs.values())) > budget or bits_per_weight > most:
+    if not least <= bits_per_weight <= most:
         raise OpenELMError(
             f"--q-bits auto:{bits_per_weight:g} cannot be reached: this model takes "
             f"{math.ceil(1000 * least) / 1000:g} to {math.floor(1000 * most) / 1000:g} "

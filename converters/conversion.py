@@ -26,7 +26,7 @@ from mlx_openelm.config import (
     OpenELMConfig,
 )
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.quantize import Packing
+from mlx_openelm.quantize import Packing, describe_packings
 from mlx_openelm.staging import refuse_existing, refuse_existing_file, staged_file
 from mlx_openelm.tokenizer_finder import FoundTokenizer, find_tokenizer
 
@@ -213,8 +213,10 @@ def _convert_model(job: Job) -> ConversionReport:
             f"Cut the embedding from {source.config.vocab_size} to {config.vocab_size} "
             "rows: the rest is padding."
         )
-    if any(t.packing for n, t in source.tensors.items() if n not in plan.packings):
-        notes.append("Unpacked the quantized weights.")
+    packed = {**source.tensors, **source.before_merging}.items()
+    unpacked = [n for n, tensor in packed if tensor.packing and n not in plan.packings]
+    if unpacked:
+        notes.append(f"Unpacked {len(unpacked)} quantized tensors; -q packs again.")
     receipt = None
     if options.to in ("corenet", "gguf"):
         notes += _write_file(job, plan, found)
@@ -234,7 +236,7 @@ def _convert_model(job: Job) -> ConversionReport:
         size=config.size_name,
         num_parameters=config.num_parameters,
         dtype=spell_dtype(plan.dtype),
-        bits=options.asked_bits,
+        bits=_count_bits(plan, options),
         bits_per_weight=8 * num_bytes / config.num_parameters,
         num_bytes=num_bytes,
         tokenizer=None if found is None else str(found.path),
@@ -252,6 +254,12 @@ def _check_targets(job: Job) -> None:
     if job.options.to in ("mlx", "hf"):
         refuse_existing(job.target, force=job.force)
     else:
+        suffix = {"corenet": ".pt", "gguf": ".gguf"}[job.options.to]
+        if job.target.suffix != suffix:
+            raise OpenELMError(
+                f"--to {job.options.to} writes a file, and {job.target} does not end "
+                f"in {suffix}; choose another --mlx-path."
+            )
         refuse_existing_file(job.target, force=job.force)
     refuse_replacing(job.target, job.source.files)
     if job.adapter_out is not None:
@@ -279,7 +287,11 @@ def _cut_vocabulary(
 
 def _choose_dtype(source: Source, config: OpenELMConfig, options: Options) -> mx.Dtype:
     chosen = DTYPES[options.dtype] if options.dtype else source.dtype
-    if not options.dtype and options.to == "mlx" and chosen == mx.float32:
+    taken_over = any(t.packing for t in source.tensors.values()) and not (
+        options.quantizes or options.dequantize
+    )
+    narrow = options.to == "mlx" and not taken_over
+    if not options.dtype and narrow and chosen == mx.float32:
         chosen = mx.bfloat16
     shaped_like_3b = config.model_dim >= OpenELMConfig.preset("3B").model_dim
     if chosen == mx.float16 and shaped_like_3b and not options.allow_overflow:
@@ -303,6 +315,13 @@ def _choose_packings(
         return packed if options.to == "mlx" else {}
     kept = {name: packing for name, packing in packed.items() if asked.keeps(name)}
     return asked.packings(config) | kept
+
+
+def _count_bits(plan: Plan, options: Options) -> float | None:
+    """Return the bits that were asked for, or what the source's linears have."""
+    if options.quantizes or not plan.packings:
+        return options.asked_bits
+    return float(describe_packings(plan.packings, plan.config)["bits"])
 
 
 def _default_name(source: Source, options: Options) -> str:

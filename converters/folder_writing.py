@@ -96,7 +96,9 @@ def write_folder(
         _write_generation_defaults(source.folder, staging)
         if found is not None:
             write_tokenizer(found.tokenizer, staging)
-        write_card(staging, source.name, source.kind, _tell(plan, receipt))
+        library = "transformers" if options.to == "hf" else "mlx"
+        facts = _tell(plan, receipt)
+        write_card(staging, source.name, source.kind, facts, library=library)
         metadata = _describe(job, receipt, source_hashes())
         tokenizer_files = staging.glob("tokenizer*")
         metadata["files"] = written.hashes | {
@@ -105,7 +107,11 @@ def write_folder(
         write_json(staging / "config.json", raw | {METADATA_KEY: metadata})
         if job.adapter is not None and job.adapter_out is not None:
             stage_adapter(
-                job.adapter, job.adapter_out, job.target, plan.config, force=job.force
+                job.adapter,
+                job.adapter_out,
+                job.target.absolute(),
+                plan.config,
+                force=job.force,
             )
     return plan, receipt
 
@@ -187,6 +193,7 @@ def _write_weights(
 def _price(job: Job, plan: Plan, calibration: _Calibration) -> dict[str, Packing]:
     options = job.options
     assert options.auto_bits is not None
+    options.check_keep(plan.config)
     choices = list_choices(
         plan.config,
         keeps=options.keeps,
@@ -252,8 +259,10 @@ def _tell(plan: Plan, receipt: Receipt | None) -> list[str]:
     else:
         facts.append(f"Unquantized, {spell_dtype(plan.dtype)}.")
     if receipt is not None:
+        packed = any(tensor.packing for tensor in plan.source.tensors.values())
+        before = "the source, itself quantized," if packed else "the unquantized model"
         facts.append(
-            f"Against the unquantized model on {receipt.tokens} tokens "
+            f"Against {before} on {receipt.tokens} tokens "
             f"({receipt.text}): mean KL {receipt.mean_kl:.4f} nats, same first choice "
             f"at {receipt.top1_agreement:.1%}, perplexity "
             f"{receipt.perplexity_after:.2f} instead of "

@@ -32,6 +32,8 @@ from mlx_openelm.config import OpenELMConfig, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.names import EMBEDDING, HEAD
 
+_ROWS = 4096  # of a tensor that are compared at a time
+
 
 def open_model(
     paths: Sequence[Path], options: Options, *, offline: bool = False
@@ -44,7 +46,7 @@ def open_model(
     if is_adapter(paths[0]):
         adapter = open_adapter(paths[0])
         adapter = replace(adapter, name=name_folder(paths[0]))
-        base = open_path(locate_base(adapter, options.base, offline=offline))
+        base = open_base(adapter, options.base, offline=offline)
         return replace(merge_adapter(base, adapter), name=adapter.name), None
     if options.base is not None:
         raise OpenELMError(
@@ -68,8 +70,22 @@ def open_model(
     )
 
 
-def locate_base(adapter: Adapter, said: str | None, *, offline: bool) -> Path:
-    """Return where an adapter's base lies: as said, else as the adapter's files say."""
+def open_base(adapter: Adapter, said: str | None, *, offline: bool) -> Source:
+    """Return an adapter's base: what was said, else what the adapter's files say.
+
+    Raises:
+        OpenELMError: it is nowhere, is no OpenELM, or carries an adapter itself.
+    """
+    path = _locate_base(adapter, said, offline=offline)
+    base = open_path(path)
+    if base.adapter is not None:
+        raise OpenELMError(
+            f"The base {path} carries an adapter itself; convert it with --merge first."
+        )
+    return base
+
+
+def _locate_base(adapter: Adapter, said: str | None, *, offline: bool) -> Path:
     name = said or adapter.base
     if name is None:
         raise OpenELMError(
@@ -216,11 +232,14 @@ def refuse_losing(plan: Plan) -> None:
         packing = plan.packings.get(name)
         if packing is None:
             continue
-        merged = plan.read(name).astype(mx.float32)
-        base = before.read()[: merged.shape[0]].astype(mx.float32)
-        kept = packing.unpack(packing.pack(plan.read(name)), mx.float32)
-        moved += _square(merged - base)
-        rounded += _square(kept - merged)
+        merged, base = plan.read(name), before.read()
+        packed = packing.pack(merged)
+        for start in range(0, merged.shape[0], _ROWS):  # all at once: four copies
+            rows = slice(start, start + _ROWS)
+            exact = merged[rows].astype(mx.float32)
+            parts = {suffix: part[rows] for suffix, part in packed.items()}
+            moved += _square(exact - base[rows].astype(mx.float32))
+            rounded += _square(packing.unpack(parts, mx.float32) - exact)
     if rounded > moved > 0:
         raise OpenELMError(
             f"Quantizing would lose the adapter: it moves the weights by "

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.quantize import EMBED_BITS, Quantization
 
@@ -58,6 +59,10 @@ class Options:
                 f"--to {self.to} holds unquantized weights; leave out -q, or write "
                 "--to mlx or gguf."
             )
+        if self.to == "gguf" and self.mode != "affine":
+            raise OpenELMError("--to gguf has no --q-mode; --q-bits 8 makes it Q8_0.")
+        if self.auto_bits is not None:
+            self._quantization(None)  # its group size, embedding's bits and keep
         if self.auto_bits is not None and self.to != "mlx":
             raise OpenELMError("--q-bits auto is for --to mlx; say a number of bits.")
         if self.auto_bits is not None and self.mode != "affine":
@@ -105,9 +110,11 @@ class Options:
             raise OpenELMError(
                 f"--q-bits is {self.bits}; say a number of bits, or auto:X."
             ) from None
-        return Quantization(
-            bits, self.group_size, self.embed_bits or EMBED_BITS, self.mode, self.keep
-        )
+        return self._quantization(bits)
+
+    def _quantization(self, bits: int | None) -> Quantization:
+        embed_bits = EMBED_BITS if self.embed_bits is None else self.embed_bits
+        return Quantization(bits, self.group_size, embed_bits, self.mode, self.keep)
 
     @property
     def quantizes(self) -> bool:
@@ -130,15 +137,20 @@ class Options:
         """Whether a tensor (CoreNet name) is left as it is."""
         return Quantization(keep=self.keep).keeps(name)
 
+    def check_keep(self, config: OpenELMConfig) -> None:
+        """Raise OpenELMError if --q-keep finds no module."""
+        Quantization(keep=self.keep).check_keep(config)
+
     def idle(self) -> list[str]:
-        """Return the options that do nothing because nothing is quantized."""
+        """Return the options that do nothing, because nothing is packed for MLX."""
         said = {
             "--q-group-size": self.group_size,
             "--q-embed-bits": self.embed_bits,
             "--q-keep": self.keep,
             "--calibration": self.calibration,
         }
-        return [] if self.quantizes else [name for name in said if said[name]]
+        packs = self.quantizes and self.to == "mlx"
+        return [] if packs else [name for name in said if said[name] is not None]
 
     def said(self) -> Mapping[str, Any]:
         """Return what differs from the defaults."""

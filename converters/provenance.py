@@ -49,14 +49,20 @@ def describe_source(
     return described
 
 
-def write_card(folder: Path, name: str, kind: str, facts: Sequence[str]) -> None:
-    """Write README.md, the model card, from sentences about the model."""
+def write_card(
+    folder: Path, name: str, kind: str, facts: Sequence[str], *, library: str
+) -> None:
+    """Write README.md, the model card, from sentences about the model.
+
+    Args:
+        library: whose layout the folder has, mlx or transformers.
+    """
     told = "\n".join(f"- {fact}" for fact in facts)
     (folder / "README.md").write_text(
         f"""---
-library_name: mlx
+library_name: {library}
 tags:
-- mlx
+- {library}
 - openelm
 pipeline_tag: text-generation
 ---

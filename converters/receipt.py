@@ -127,7 +127,7 @@ def _compare(
 
 def _perplexity(nats: npt.NDArray[np.float64]) -> float:
     mean = float(nats.mean())
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.exp(min(mean, 700.0))  # JSON has no infinity
 
 
 # The model in pieces ---------------------------------------------------------------

@@ -107,12 +107,12 @@ def locate(name: str, *, offline: bool = False, revision: str | None = None) -> 
     """Return the file or folder that a person means; a Hub id is downloaded."""
     try:
         path = Path(os.path.expanduser(name))
-        if path.is_file():
+        if path.is_file() and revision is None:
             return path
     except (OSError, ValueError) as error:  # too long, or no name that can be
         reason = error.strerror if isinstance(error, OSError) else error
         raise OpenELMError(f"{name!a:.100} is no file or folder: {reason}.") from error
-    if path.suffix in PT_SUFFIXES:
+    if path.suffix in PT_SUFFIXES and not path.exists():
         raise OpenELMError(f"There is no file {path}.")
     return find_model(name, offline=offline, revision=revision)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -18,11 +19,16 @@ from mlx_openelm.checkpoint import (
     open_folder,
     unpacks_to_finite,
 )
-from mlx_openelm.config import read_mapping
+from mlx_openelm.config import pad_vocabulary, read_mapping
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.loading import load_tokenizer, stored_dtype
 from mlx_openelm.names import to_folder, to_module
-from mlx_openelm.tokenizer_finder import prove_tokenizer
+from mlx_openelm.tokenizer_finder import (
+    JSON_FILE,
+    MODEL_FILE,
+    prove_same,
+    prove_tokenizer,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +157,17 @@ def _check_hashes(folder: ModelFolder) -> list[str]:
 
 
 def _check_tokenizer(folder: ModelFolder) -> list[str]:
+    files = [folder.path / name for name in (MODEL_FILE, JSON_FILE)]
+    if _noted_options(folder).get("tokenizer") == "none" and not any(
+        file.exists() for file in files
+    ):
+        return []
     try:
-        prove_tokenizer(load_tokenizer(folder), folder.config.vocab_size)
-    except OpenELMError as error:
+        tokenizer = load_tokenizer(folder)
+        prove_tokenizer(tokenizer, folder.config.vocab_size)
+        if files[1].is_file():  # what mlx-lm reads
+            prove_same(files[1].read_text(encoding="utf-8"), tokenizer)
+    except (OpenELMError, OSError, UnicodeDecodeError) as error:
         return [str(error).rstrip(".")]
     return []
 
@@ -181,10 +195,14 @@ def _compare(
     return problems
 
 
+def _noted_options(folder: ModelFolder) -> dict[str, Any]:
+    noted = folder.metadata.get("options")
+    return noted if isinstance(noted, dict) else {}
+
+
 def _options(folder: ModelFolder) -> Options:
     """How the folder says that it was made of its source."""
-    noted = folder.metadata.get("options")
-    noted = noted if isinstance(noted, dict) else {}
+    noted = _noted_options(folder)
     base = noted.get("base")
     return Options(
         merge=noted.get("merge") is True,
@@ -196,7 +214,7 @@ def _options(folder: ModelFolder) -> Options:
 
 def _compare_configs(source: Source, folder: ModelFolder) -> list[str]:
     expected, found = asdict(source.config), asdict(folder.config)
-    if found["vocab_size"] < expected["vocab_size"]:
+    if pad_vocabulary(found["vocab_size"]) == expected["vocab_size"]:
         expected["vocab_size"] = found["vocab_size"]  # rows for padding were cut
     return [
         f"{key} is {found[key]}, the source's {expected[key]}"

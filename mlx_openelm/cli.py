@@ -291,6 +291,8 @@ def convert(
     console = Console(quiet=quiet)
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported
+    if source and hf_path and average:
+        raise typer.BadParameter("say the sources once", param_hint="--model")
     named = list(source or ())
     base = hf_path if named else None
     if not named and hf_path is not None:
@@ -305,7 +307,7 @@ def convert(
     with console.progress("Converting") as progress:
         report = run(
             named,
-            mlx_path,
+            _expand(mlx_path),
             to=to,
             dtype=dtype,
             bits=bits,
@@ -314,10 +316,10 @@ def convert(
             mode=q_mode or "affine",
             keep=q_keep,
             dequantize=dequantize,
-            calibration=calibration,
+            calibration=_expand(calibration),
             receipt=not no_receipt,
             merge=merge,
-            adapter_out=adapter_out,
+            adapter_out=_expand(adapter_out),
             base=base,
             average=average,
             tokenizer=tokenizer,
@@ -601,6 +603,11 @@ def copy_recipe(
     except OSError as error:
         raise OpenELMError(f"Cannot write {target}: {error}.") from error
     Console().answer(str(target))
+
+
+def _expand(path: Path | None) -> Path | None:
+    """Return a path whose "~" the shell left, as it does behind "--option="."""
+    return None if path is None else Path(os.path.expanduser(path))
 
 
 def _read_prompt(positional: str | None, option: str | None) -> str:

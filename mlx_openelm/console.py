@@ -38,7 +38,10 @@ class Console:
         from rich.console import Console as RichConsole
 
         width = None if sys.stdout.isatty() else 120
-        RichConsole(file=sys.stdout, width=width, highlight=False).print(table)
+        drawn = RichConsole(
+            file=sys.stdout, width=width, highlight=False, markup=False, emoji=False
+        )
+        drawn.print(table)
 
     def note(self, text: str) -> None:
         """Write a line to stderr."""

@@ -69,6 +69,10 @@ def find_model(
         OpenELMError: there is no such folder, or the Hub cannot give it.
     """
     path = Path(os.path.expanduser(name))  # Path.expanduser raises on "~nobody"
+    if revision is not None and (path.exists() or name == DEMO):
+        raise OpenELMError(
+            f"--revision is of a Hub id, and {name} is here already; leave it out."
+        )
     if path.is_dir():
         return path
     if name == DEMO:

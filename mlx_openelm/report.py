@@ -82,9 +82,13 @@ _FIGURES = (
 )
 
 
+def _is_figure(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e305
+
+
 def describe_receipt(receipt: Mapping[str, Any]) -> str:
     """Say in one line what a quantization cost."""
-    if not all(isinstance(receipt.get(key), int | float) for key in _FIGURES):
+    if not all(_is_figure(receipt.get(key)) for key in _FIGURES):
         return "damaged"
     return (
         f"mean KL {receipt['mean_kl']:.4f} nats (99 % of tokens below "

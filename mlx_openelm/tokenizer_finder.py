@@ -283,7 +283,7 @@ def _from_json(found: Mapping[str, Any], template: str | None) -> Tokenizer:
     tokenizer = rebuild(found, template=template)
     with contextlib.suppress(ImportError):  # then the comparison of merges has to do
         described = {**describe(tokenizer), "model": found["model"]}
-        _prove_same(json.dumps(described), tokenizer)
+        prove_same(json.dumps(described), tokenizer)
     return tokenizer
 
 
@@ -352,14 +352,14 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         (folder / MODEL_FILE).write_bytes(tokenizer.model_proto)
         (folder / JSON_FILE).write_bytes(described.encode())
         (folder / CONFIG_FILE).write_bytes(json.dumps(config, indent=2).encode())
-        _prove_same((folder / JSON_FILE).read_text(encoding="utf-8"), tokenizer)
+        prove_same((folder / JSON_FILE).read_text(encoding="utf-8"), tokenizer)
     except (OSError, ImportError) as error:
         raise OpenELMError(
             f"Cannot write the tokenizer into {folder}: {error}."
         ) from error
 
 
-def _prove_same(described: str, tokenizer: Tokenizer) -> None:
+def prove_same(described: str, tokenizer: Tokenizer) -> None:
     """Raise OpenELMError unless a tokenizer.json gives the same ids and text."""
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 

@@ -143,7 +143,9 @@ def test_the_demo_loses_less_than_at_uniform_bits(shared, bits):
     config, tokenizer = folder.config, load_tokenizer(folder)
     weights = folder.read()
     _, sample = read_calibration(None)
-    texts = sorted((shared / "stories" / "text").glob("*princess-and-curdie.txt"))
+    texts = sorted(
+        (shared / "data" / "stories" / "text").glob("*princess-and-curdie.txt")
+    )
     held_out = texts[0].read_text()[50_000:150_000]
     unseen = calibration_windows(tokenizer, held_out, config, num_tokens=4096)
     windows = calibration_windows(tokenizer, sample, config, num_tokens=4096)

@@ -270,3 +270,35 @@ def test_a_warning_of_another_library_is_no_part_of_the_answer(here):
     ran = run("generate", "Once", *MODEL, "-m", "3", "--quiet", "--json")
     assert ran.stderr == ""
     assert json.loads(ran.stdout)["generation_tokens"] == 3
+
+
+def test_convert_writes_the_receipt_and_inspect_shows_it(here):
+    flags = ("--q-bits", "4", "--q-group-size", "32")
+    (here / "mine.txt").write_text(TEXT)
+    ran = call("convert", "source", *flags, "--calibration", "mine.txt")
+    assert (ran.exit_code, ran.stdout) == (0, "source-mlx-4bit\n")
+    assert "Receipt: mean KL" in ran.stderr
+    assert "mine.txt" in ran.stderr
+    receipt = open_folder(here / "source-mlx-4bit").metadata["receipt"]
+    assert 0 < receipt["mean_kl"] < receipt["p99_kl"]
+    assert "mean KL" in call("inspect", "source-mlx-4bit").stdout
+    ran = call("convert", "source", *flags, "--no-receipt", "--mlx-path", "bare")
+    assert "Receipt" not in ran.stderr
+    assert "receipt" not in open_folder(here / "bare").metadata
+    ran = call("convert", "source", *flags, "--tokenizer", "none", "--mlx-path", "mute")
+    assert "No receipt: without a tokenizer" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "Cannot read mine.txt"),
+        (b"\xff\xfe", "as UTF-8 text"),
+        (b"short", "calibration text has"),
+    ],
+)
+def test_a_text_that_cannot_be_scored_is_refused_before_the_work(here, content, says):
+    if content is not None:
+        (here / "mine.txt").write_bytes(content)
+    flags = ("--q-bits", "4", "--q-group-size", "32", "--calibration", "mine.txt")
+    refuse(here, "convert", "source", *flags, says=says)

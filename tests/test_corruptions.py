@@ -10,6 +10,7 @@ justifies. Not drawn is what no reader can see:
   base, eps and context length may change unseen, too; the tensors stay as they were.)
 """
 
+import faulthandler
 import json
 import os
 import random
@@ -57,7 +58,7 @@ from mlx_openelm.shards import INDEX, write_json
 
 torch = pytest.importorskip("torch", reason="needs PyTorch to write .pt files")
 
-SECONDS = 20  # for one conversion of some 100 kB: more is a hang
+SECONDS = 30  # for one conversion of some 100 kB: more is a hang
 MEGABYTES = 64  # and for what Python, numpy and MLX take
 
 TINY = OpenELMConfig.preset("gpt-test", vocab_size=384)
@@ -405,13 +406,12 @@ def change_header(draw: random.Random, folder: Path) -> None:
     name, other = draw.sample(names, 2)
     entry = header[name]
     shape, (start, end) = entry["shape"], entry["data_offsets"]
-    floats = ("F16", "BF16")
     match draw.randrange(9):
         case 0:
-            kinds = ["F32", "F64", "I8", "I32", "I64", "U8", "U32", "BOOL", "F8_E4M3"]
-            kinds += [*floats, "C64", "F4", "f32", "", None, 5]
-            same = floats if entry["dtype"] in floats else (entry["dtype"],)
-            entry["dtype"] = draw.choice([kind for kind in kinds if kind not in same])
+            alike = {"F32": ["I32", "U32"], "U32": ["I32", "F32"], "U8": ["I8", "BOOL"]}
+            kinds = ["F64", "I64", "C64", "F4", "f32", "", None, 5]
+            same_size = alike.get(entry["dtype"], ["I16", "U16"])
+            entry["dtype"] = draw.choice([*kinds, *same_size * 4])
         case 1:
             entry["shape"] = draw.choice(
                 [
@@ -602,6 +602,10 @@ def change_pickle(draw: random.Random, folder: Path) -> None:
     records = {f"data/{i}": v.numpy().tobytes() for i, v in enumerate(state.values())}
     name, other = draw.sample(sorted(state), 2)
     one = described[name]
+    alike = [
+        n for n, d in described.items() if d["shape"] == one["shape"] and n != name
+    ]
+    another = described[draw.choice(alike or [other])]
     rows, *rest = one["shape"]
     changed: dict[str, list[Any]] = {
         "shape": [
@@ -616,7 +620,7 @@ def change_pickle(draw: random.Random, folder: Path) -> None:
         "length": [0, 1, 2**40, 2**62, -1, one["length"] - 1, one["length"] + 1, None],
         "offset": [1, -1, 2**40, 2**62, one["length"], None, 1.5],
         "kind": ["LongStorage", "HalfStorage", "ByteStorage", "DoubleStorage", "X"],
-        "key": ["", "99", "../0", "\0", described[other]["key"], f"{one['key']}\n"],
+        "key": ["", "99", "../0", "\0", *[another["key"]] * 3, f"{one['key']}\n"],
     }
     part = draw.choice(sorted(changed))
     one[part] = draw.choice(changed[part])
@@ -656,6 +660,20 @@ def change_records(draw: random.Random, folder: Path) -> None:
     with zipfile.ZipFile(file, "w", compression) as archive:
         for key, content in records.items():
             archive.writestr(key, content)
+
+
+def point_elsewhere(draw: random.Random, folder: Path) -> None:
+    """Let the zip's directory say of a record that it is where another is."""
+    file = torch_file(draw, folder)
+    content, places = bytearray(file.read_bytes()), []
+    with zipfile.ZipFile(file) as archive:
+        at = archive.start_dir
+        for _ in archive.infolist():
+            places.append(at + 42)  # where the record's own place is said
+            at += 46 + sum(struct.unpack("<HHH", content[at + 28 : at + 34]))
+    one, other = draw.sample(places, 2)
+    content[one : one + 4] = content[other : other + 4]
+    file.write_bytes(content)
 
 
 def run_code(draw: random.Random, folder: Path) -> None:
@@ -698,7 +716,7 @@ SAFETENSORS: tuple[Damage, ...] = (
 )
 TORCH: tuple[Damage, ...] = (
     *(flip_zip, flip_zip, flip_zip, change_state, change_state),
-    *(change_pickle, change_pickle, change_records, run_code),
+    *(change_pickle, change_pickle, change_records, point_elsewhere, run_code),
 )
 
 
@@ -731,11 +749,13 @@ def watched(said: str = "") -> Iterator[None]:
     before = mx.get_active_memory()
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
+    faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # no signal gets there
     tracemalloc.start()
     try:
         yield
     finally:
         signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert max(peak, mx.get_peak_memory() - before) < MEGABYTES * 2**20, said
