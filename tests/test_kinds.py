@@ -277,10 +277,17 @@ def test_apples_mlx_folder_is_taken_over_as_it_is(tmp_path, bits):
         assert_answers(unpacked.path, reference(TINY, meant))
     else:
         assert entry is None
-        rewritten = convert(source, tmp_path / "a.pt", to="corenet").path
-        found = torch.load(rewritten, weights_only=True)
-        for name, weight in meant.items():  # with all rows that pad the vocabulary
-            assert np.array_equal(found[name].float().numpy(), weight), name
+
+
+def test_apples_mlx_folder_keeps_its_rows_as_a_checkpoint(tmp_path):
+    meant = write_apple_folder(
+        tmp_path / "source", weights_of(replace(TINY, vocab_size=384))
+    )
+    report = convert(tmp_path / "source", tmp_path / "a.pt", to="corenet")
+    found = torch.load(report.path, weights_only=True)
+    assert found.keys() == meant.keys()
+    for name, weight in meant.items():
+        assert np.array_equal(found[name].float().numpy(), weight), name
 
 
 # mlx-lm --------------------------------------------------------------------------

@@ -695,7 +695,13 @@ def test_records_twice_or_astray_are_refused(
         read_pt(path)
 
 
-@pytest.mark.parametrize(("at", "wrong"), [(0, b"QK"), (28, b"\xff\xff")])
+@pytest.mark.parametrize(
+    ("at", "wrong"),
+    [
+        *((0, b"QK"), (26, b"\x0d\0"), (26, b"\x0f\0"), (38, b"do")),
+        *((28, b"\xff\xff"), (28, b"\4\0"), (28, b"\x18\0")),
+    ],
+)
 def test_a_record_that_is_not_where_the_zip_says_is_refused(
     file: Callable[..., Path], at: int, wrong: bytes
 ) -> None:
@@ -753,6 +759,23 @@ def test_a_tensor_never_reaches_beyond_its_storage(
     )
     with refused(path, word):
         read_pt(path)
+
+
+def test_numbers_of_no_tensor_are_a_sign_of_damage(file: Callable[..., Path]) -> None:
+    path = file(GOOD, {"data/0": NUMBERS.tobytes(), "data/1": NUMBERS.tobytes()})
+    with refused(path, "'data/1' belongs to no tensor"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("strides", [(0, 1), (1, 1), (3, 0), (2, 1), (1, 0)])
+def test_no_weight_has_a_number_twice(
+    file: Callable[..., Path], strides: tuple[int, int]
+) -> None:
+    path = file(mapping(w=tensor(strides=strides)))
+    with refused(path, "'w'", "one number in several places"):
+        read_state_dict(path)
+    turned = read_state_dict(file(mapping(w=tensor(strides=(1, 2)))))["w"].array
+    np.testing.assert_array_equal(turned, NUMBERS.reshape(3, 2).T)
 
 
 @pytest.mark.parametrize(

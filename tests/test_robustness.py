@@ -284,6 +284,15 @@ def test_whole_numbers_without_scales_are_no_weights(here):
     refuse(here, "generate", "Hi", "--model", "model", says=says)
 
 
+def test_floats_with_scales_are_no_packed_weights(here):
+    assert call("convert", "source", *PACK, "--mlx-path", "packed").exit_code == 0
+    path, name = here / "packed/model.safetensors", f"transformer.{FFN}"
+    arrays = mx.load(str(path))
+    mx.save_safetensors(str(path), arrays | {name: arrays[name].view(mx.float32)})
+    says = [f"{name} is stored as float32", "expected uint32 as packed"]
+    refuse(here, "convert", "packed", says=says)
+
+
 def test_all_that_a_bare_checkpoint_lacks_is_named(here):
     pytest.importorskip("torch", reason="needs PyTorch to write .pt files")
     lost = ["layers.1.attn.out_proj.weight", "layers.2.ffn.proj_2.weight"]
