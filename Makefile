@@ -60,7 +60,7 @@ $(INSTALLED): $(BIN)/python pyproject.toml
 $(DEVELOP): $(BIN)/python pyproject.toml
 	@echo "Installing mlx-openelm and the tools into $(VENV)." >&2
 	@$(PIP_INSTALL) --upgrade "pip>=25.1"
-	@$(PIP_INSTALL) $(if $(TORCH),"$(TORCH)" -e ".[torch]",-e .) --group dev
+	@$(PIP_INSTALL) $(if $(TORCH),"$(TORCH)" -e ".[torch]" --group with-torch,-e .) --group dev
 	@touch $(INSTALLED) $@
 
 # A link to a Python that is gone counts as missing: make the environment anew around it.

@@ -9,9 +9,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 from models import UNEVEN, build, weights_of, write_hugging_face
-from torch import nn
 
 from converters.adapter_files import (
     check_fits,
@@ -28,12 +26,18 @@ from converters.adapter_writing import (
 )
 from converters.pt_file import PtTensor, read_state_dict
 from converters.pt_writer import TensorToWrite, write_pt
-from converters.reference import ReferenceOpenELM
 from mlx_openelm.adapters import attach
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model import OpenELM
 from mlx_openelm.names import EMBEDDING, HEAD, map_to_corenet, to_folder
+
+torch = pytest.importorskip("torch", reason="PyTorch is one of the judges")
+pytest.importorskip("peft", reason="PEFT is another")
+
+from converters.reference import ReferenceOpenELM  # noqa: E402
+
+nn = torch.nn
 
 TOKENS = np.array([[1, 5, 9, 200, 7, 299], [1, 250, 3, 3, 8, 77]])
 TABLE = "token_embeddings"
@@ -44,7 +48,6 @@ LINEARS = [
 ]
 UNTIED = replace(UNEVEN, share_input_output_layers=False)
 WEIGHTS = weights_of(UNEVEN)
-
 
 # An adapter made with numpy, and what it does, said in torch -------------------------
 
