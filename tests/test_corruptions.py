@@ -25,7 +25,7 @@ import tracemalloc
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -761,6 +761,23 @@ def watched(said: str = "") -> Iterator[None]:
     assert max(peak, mx.get_peak_memory() - before) < MEGABYTES * 2**20, said
 
 
+@contextmanager
+def limited_memory() -> Iterator[None]:
+    """Lend this process little more address space than it has now.
+
+    What MLX cannot allocate ends the process, so the limit must not outlive the runs
+    that it is meant for: a process that goes on grows a little with each of them.
+    """
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    most = pages * resource.getpagesize() + 4 * MEGABYTES * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def convert(*args: str) -> Any:
     out = ("--mlx-path", "out", "--tokenizer", "tokenizer.model", "--offline")
     return call("convert", *args, *out)
@@ -772,7 +789,8 @@ def corrupt(
     """Damage a source `count` times; return how often it was refused, or read.
 
     Args:
-        limited: let this process have no more memory than it has now and a little.
+        limited: let this process have no more memory than it has now and a little,
+            until the function returns.
     """
     made = KINDS[kind]
     folder.mkdir(parents=True)
@@ -786,29 +804,26 @@ def corrupt(
     meant = raw_tensors(Path("out"))
     shutil.rmtree("out")
     Path("source").rename("whole")
-    if limited:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + 4 * MEGABYTES * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     outcomes: Counter[str] = Counter()
-    for i in range(count):
-        damage = made.damages[i % len(made.damages)]
-        said = f"{kind}, seed {seed}, number {i}: {damage.__name__}"
-        shutil.copytree("whole", "source")
-        damage(random.Random(f"{kind} {seed} {i}"), Path("source"))
-        before = snapshot(folder)
-        with watched(said):
-            ran = convert(*args)
-        if ran.exit_code == 0:
-            assert raw_tensors(Path("out")) == meant, said
-            shutil.rmtree("out")
-        else:
-            assert isinstance(ran.exception, SystemExit), (said, ran.exception)
-            assert (ran.exit_code, ran.stdout) == (1, ""), said
-            assert re.fullmatch(r"error: \S.*\.\n", ran.stderr), (said, ran.stderr)
-        assert snapshot(folder) == before, said
-        outcomes["read" if ran.exit_code == 0 else "refused"] += 1
-        shutil.rmtree("source")
+    with limited_memory() if limited else nullcontext():
+        for i in range(count):
+            damage = made.damages[i % len(made.damages)]
+            said = f"{kind}, seed {seed}, number {i}: {damage.__name__}"
+            shutil.copytree("whole", "source")
+            damage(random.Random(f"{kind} {seed} {i}"), Path("source"))
+            before = snapshot(folder)
+            with watched(said):
+                ran = convert(*args)
+            if ran.exit_code == 0:
+                assert raw_tensors(Path("out")) == meant, said
+                shutil.rmtree("out")
+            else:
+                assert isinstance(ran.exception, SystemExit), (said, ran.exception)
+                assert (ran.exit_code, ran.stdout) == (1, ""), said
+                assert re.fullmatch(r"error: \S.*\.\n", ran.stderr), (said, ran.stderr)
+            assert snapshot(folder) == before, said
+            outcomes["read" if ran.exit_code == 0 else "refused"] += 1
+            shutil.rmtree("source")
     return outcomes
 
 
