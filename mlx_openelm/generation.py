@@ -61,11 +61,18 @@ def stream(
         OpenELMError: the prompt is empty or leaves no room in the model's context.
     """
     sampling = sampling or Sampling()
-    ids = (
-        encode_prompt(tokenizer, prompt, template=template, system=system)
-        if isinstance(prompt, str)
-        else list(prompt)
-    )
+    if isinstance(prompt, str):
+        # What a raw prompt ends in was typed by a person, and stays.
+        chosen = tokenizer.template if template == "auto" else template
+        ids = encode_prompt(
+            tokenizer,
+            prompt,
+            template=template,
+            system=system,
+            as_trained=chosen not in (None, "raw"),
+        )
+    else:
+        ids = list(prompt)
     budget = _check_room(ids, model, sampling)
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)

@@ -6,6 +6,7 @@ tokenizer.json is the business of `tokenizer_json`.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +16,10 @@ from mlx_openelm.errors import OpenELMError
 
 SPACE = "\u2581"  # how SentencePiece spells a space inside a piece
 EOS_TEXT = "</s>"
+
+_NO_UNICODE = (
+    "The text is not valid UTF-8 or holds half of a character; give it as UTF-8."
+)
 
 
 class Tokenizer:
@@ -77,21 +82,36 @@ class Tokenizer:
         try:
             ids: list[int] = self.processor.encode(text)
         except RuntimeError as error:
-            raise OpenELMError(
-                "The text is not valid UTF-8 or holds half of a character; give it "
-                "as UTF-8."
-            ) from error
+            raise OpenELMError(_NO_UNICODE) from error
         return [self.bos_id, *ids] if bos else ids
 
     def encode_rendered(self, text: str) -> list[int]:
         """Encode a rendered template: one BOS, and each `</s>` as the EOS token."""
-        ids = [self.bos_id]
-        for i, segment in enumerate(text.split(EOS_TEXT)):
-            if i:
-                ids.append(self.eos_id)
-            if segment:
-                ids += self.encode(segment, bos=False)
-        return ids
+        return [self.bos_id, *self.encode_many([text], rendered=True)[0]]
+
+    def encode_many(
+        self, texts: Sequence[str], *, rendered: bool = False
+    ) -> list[list[int]]:
+        """Return the ids of many texts, without BOS, on all cores.
+
+        Args:
+            rendered: each `</s>` is the EOS token, and not five characters.
+
+        Raises:
+            OpenELMError: a text is no Unicode.
+        """
+        split = [text.split(EOS_TEXT) if rendered else [text] for text in texts]
+        try:
+            encoded = iter(self.processor.encode([s for parts in split for s in parts]))
+        except RuntimeError as error:
+            raise OpenELMError(_NO_UNICODE) from error
+        many = []
+        for parts in split:
+            ids: list[int] = next(encoded)
+            for _ in parts[1:]:
+                ids += [self.eos_id, *next(encoded)]
+            many.append(ids)
+        return many
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; BOS and EOS have none.
@@ -173,44 +193,145 @@ def _decode_bytes(data: bytes) -> tuple[str, bytes]:
 
 # Prompt templates ----------------------------------------------------------------
 
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side of a conversation says.
+
+    Attributes:
+        role: "system" (the first turn alone), "user" or "assistant".
+        input: what an Alpaca instruction works on; mostly nothing.
+    """
+
+    role: str
+    text: str
+    input: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A rendered answer, which an EOS follows, and all that stands before it.
+
+    The context begins where the previous exchange's EOS ends.
+    """
+
+    context: str
+    answer: str
+
+
 _INDENT = " " * 16  # stands in Apple's template, from its source layout
-_ALPACA = (
-    "Below is an instruction that describes a task. "
+_TASK = "Below is an instruction that describes a task"
+_ALPACA = f"{_TASK}. Write a response that appropriately completes the request."
+_ALPACA_INPUT = (
+    f"{_TASK}, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
 
 
-def _instruct(prompt: str, system: str) -> str:
+def _raw(turns: Sequence[Turn]) -> list[Exchange]:
+    roles = [turn.role for turn in turns]
+    if roles == ["assistant"]:
+        return [Exchange("", turns[0].text)]
+    if roles != ["user", "assistant"]:
+        raise OpenELMError(
+            "The raw template has no place for a conversation's turns "
+            f"({', '.join(roles)}); choose --template {_either(_TEMPLATES)}."
+        )
+    prompt, answer = _with_input(turns[0]), turns[1].text
+    joined = not prompt or prompt[-1].isspace() or answer[:1].isspace()
+    return [Exchange(prompt, answer if joined else f" {answer}")]
+
+
+def _instruct(turns: Sequence[Turn]) -> list[Exchange]:
     # Zephyr's turns, with the empty system turn that OpenELM-Instruct was trained with.
-    return (
-        f"<|system|>\n{system}{EOS_TEXT}\n<|user|>\n{prompt}{EOS_TEXT}\n<|assistant|>\n"
-    )
+    if turns[0].role != "system":
+        turns = [Turn("system", ""), *turns]
+    exchanges, context = [], ""
+    for turn in turns:
+        context += f"<|{turn.role}|>\n"
+        if turn.role == "assistant":
+            exchanges.append(Exchange(context, turn.text))
+            context = "\n"
+        else:
+            context += f"{_with_input(turn)}{EOS_TEXT}\n"
+    return exchanges
 
 
-def _alpaca(prompt: str, system: str) -> str:
-    return f"{system or _ALPACA}\n\n### Instruction:\n{prompt}\n\n### Response:\n"
+def _alpaca(turns: Sequence[Turn]) -> list[Exchange]:
+    return _sections(turns, indent="", header_ends=("", ""))
 
 
-def _openelm_peft(prompt: str, system: str) -> str:
-    # Byte for byte Apple's PEFT template without input, up to the answer.
-    return (
-        f"{system or _ALPACA}  \n\n{_INDENT}### Instruction:\n{_INDENT}{prompt}\n"
-        f"{_INDENT}\n{_INDENT}### Response:\n{_INDENT}"
-    )
+def _openelm_peft(turns: Sequence[Turn]) -> list[Exchange]:
+    # Byte for byte Apple's PEFT template, without input and with.
+    return _sections(turns, indent=_INDENT, header_ends=("  ", " "))
+
+
+def _sections(
+    turns: Sequence[Turn], *, indent: str, header_ends: tuple[str, str]
+) -> list[Exchange]:
+    """Render Alpaca's headed sections; further exchanges follow without the header."""
+    with_input = any(turn.input for turn in turns)
+    header = _ALPACA_INPUT if with_input else _ALPACA
+    if turns[0].role == "system":
+        header, turns = turns[0].text or header, turns[1:]
+    start, gap = f"\n\n{indent}", f"\n{indent}\n{indent}"
+    exchanges, context, before = [], header + header_ends[with_input], start
+    for turn in turns:
+        title = "Response" if turn.role == "assistant" else "Instruction"
+        context += f"{before}### {title}:\n{indent}"
+        if turn.role == "assistant":
+            exchanges.append(Exchange(context, turn.text))
+            context, before = "", start
+        else:
+            context += turn.text
+            if turn.input:
+                context += f"{gap}### Input:\n{indent}{turn.input}"
+            before = gap
+    return exchanges
+
+
+def _with_input(turn: Turn) -> str:
+    """Return the text, and the input behind it where a template has no place for it."""
+    return f"{turn.text}\n\n{turn.input}" if turn.input else turn.text
 
 
 _TEMPLATES = {"instruct": _instruct, "alpaca": _alpaca, "openelm-peft": _openelm_peft}
 TEMPLATE_NAMES = ("auto", "raw", *_TEMPLATES)
 
 
+def render(turns: Sequence[Turn], template: str) -> list[Exchange]:
+    """Return the text of a conversation, an exchange for every assistant's turn.
+
+    What stands behind the last answer is left out. `</s>` in a text is the EOS token,
+    but in a raw one.
+
+    Raises:
+        OpenELMError: no such template, or these turns have no place in it.
+    """
+    if template == "raw":
+        return _raw(turns)
+    if template not in _TEMPLATES:
+        raise OpenELMError(
+            f"No template is called {template!r}; there are {_either(TEMPLATE_NAMES)}."
+        )
+    return _TEMPLATES[template](turns)
+
+
 def encode_prompt(
-    tokenizer: Tokenizer, prompt: str, *, template: str = "auto", system: str = ""
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    template: str = "auto",
+    system: str = "",
+    as_trained: bool = False,
 ) -> list[int]:
     """Render `prompt` and return its ids, one BOS in front and no EOS at the end.
 
     Args:
         template: one of `TEMPLATE_NAMES`; "auto" is the one stored with the model, and
             raw where there is none.
+        as_trained: leave a last space to the answer's first word, whose piece begins
+            with it in a text that was tokenized as a whole.
 
     Raises:
         OpenELMError: no such template, or a system text where none has a place.
@@ -222,12 +343,11 @@ def encode_prompt(
                 "A raw prompt has no place for --system; "
                 f"choose --template {_either(_TEMPLATES)}."
             )
-        return tokenizer.encode(prompt)
-    if name not in _TEMPLATES:
-        raise OpenELMError(
-            f"No template is called {name!r}; there are {_either(TEMPLATE_NAMES)}."
-        )
-    return tokenizer.encode_rendered(_TEMPLATES[name](prompt, system))
+        return tokenizer.encode(prompt.removesuffix(" ") if as_trained else prompt)
+    turns = [Turn("user", prompt), Turn("assistant", "")]
+    exchanges = render([Turn("system", system), *turns] if system else turns, name)
+    text = exchanges[-1].context
+    return tokenizer.encode_rendered(text.removesuffix(" ") if as_trained else text)
 
 
 def _either(names: Iterable[str]) -> str:
