@@ -104,14 +104,14 @@ class Progress:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn(unit),
+                TextColumn("{task.fields[unit]}", markup=False),
                 TimeRemainingColumn(),
                 console=RichConsole(stderr=True),
                 transient=True,
             )
             self._bar.start()
-            self._task = self._bar.add_task(self._what, total=total)
-        self._bar.update(self._task, completed=done, total=total)
+            self._task = self._bar.add_task(self._what, total=total, unit=unit)
+        self._bar.update(self._task, completed=done, total=total, unit=unit)
 
 
 def prepare_streams() -> None:

@@ -1,0 +1,172 @@
+"""A headless Chromium, if one is here, spoken to over its DevTools pipe."""
+
+import base64
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NAMES = (
+    *("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome"),
+    *("google-chrome-stable", "chrome", "microsoft-edge"),
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+)
+COMPLAINTS = (
+    *("Log.entryAdded", "Runtime.consoleAPICalled"),
+    *("Runtime.exceptionThrown", "Network.loadingFailed"),
+)
+
+
+def find_browser() -> str | None:
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+@dataclass
+class Page:
+    """One tab, and what it complained about and asked for since it was opened."""
+
+    browser: "Browser"
+    session: str
+    complaints: list[Any] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def open(self, path: Path, *, width: int = 1200, scheme: str = "light") -> None:
+        """Show a file in a window of this width and colour scheme."""
+        self.complaints.clear()
+        self.requests.clear()
+        window = {"width": width, "height": 900, "deviceScaleFactor": 1}
+        self.call("Emulation.setDeviceMetricsOverride", **window, mobile=width < 600)
+        wish = {"name": "prefers-color-scheme", "value": scheme}
+        self.call("Emulation.setEmulatedMedia", features=[wish])
+        self.call("Page.navigate", url=path.as_uri())
+        self.browser.wait_for("Page.loadEventFired")
+
+    def evaluate(self, script: str) -> Any:
+        """Return the value of a JavaScript expression."""
+        said = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in said, said
+        return said["result"].get("value")
+
+    def move_pointer(self, x: float, y: float) -> None:
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def picture(self, path: Path) -> None:
+        """Write a PNG of the whole page."""
+        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+    def print(self, path: Path) -> None:
+        """Write a PDF."""
+        path.write_bytes(base64.b64decode(self.call("Page.printToPDF")["data"]))
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        return self.browser.call(method, params, self.session)
+
+
+class Browser:
+    def __init__(self, path: str, profile: Path) -> None:
+        ours_in, its_out = _pipe()
+        its_in, ours_out = _pipe()
+        flags = ["--headless", "--remote-debugging-pipe", "--disable-gpu"]
+        flags += ["--no-first-run", "--disable-dev-shm-usage", "--hide-scrollbars"]
+        flags += [f"--user-data-dir={profile}"]
+        flags += ["--no-sandbox"] if os.geteuid() == 0 else []
+        self.process = os.posix_spawn(
+            path,
+            [path, *flags],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, its_in, 3),  # the numbers that Chromium reads
+                (os.POSIX_SPAWN_DUP2, its_out, 4),  # and writes
+            ],
+            setpgroup=0,
+        )
+        os.close(its_in)
+        os.close(its_out)
+        self._from, self._to = os.fdopen(ours_in, "rb"), os.fdopen(ours_out, "wb")
+        self._count, self._rest = 0, b""
+        self._seen: list[str] = []
+        self.pages: dict[str, Page] = {}
+
+    def new_page(self) -> Page:
+        target = self.call("Target.createTarget", {"url": "about:blank"})
+        attach = {"targetId": target["targetId"], "flatten": True}
+        session = self.call("Target.attachToTarget", attach)["sessionId"]
+        page = self.pages[session] = Page(self, session)
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            page.call(f"{domain}.enable")
+        return page
+
+    def call(
+        self, method: str, params: dict[str, Any], session: str | None = None
+    ) -> dict[str, Any]:
+        self._count += 1
+        said: dict[str, Any] = {"id": self._count, "method": method, "params": params}
+        self._seen.clear()
+        self._to.write(
+            json.dumps(said | ({"sessionId": session} if session else {})).encode()
+            + b"\0"
+        )
+        self._to.flush()
+        while True:
+            heard = self._hear()
+            if heard.get("id") == self._count:
+                assert "error" not in heard, (method, heard["error"])
+                return heard["result"]
+
+    def wait_for(self, event: str) -> None:
+        """Wait for an event since the last call."""
+        while event not in self._seen:
+            self._hear()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(self.process, signal.SIGKILL)
+        os.waitpid(self.process, 0)
+        self._from.close()
+        with contextlib.suppress(OSError):
+            self._to.close()
+
+    def _hear(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            more = self._from.read1(1 << 20)
+            if not more:
+                raise EOFError("the browser has ended")
+            self._rest += more
+        line, _, self._rest = self._rest.partition(b"\0")
+        heard = json.loads(line)
+        method, params = heard.get("method", ""), heard.get("params", {})
+        self._seen.append(method)
+        page = self.pages.get(heard.get("sessionId", ""))
+        if page is not None:
+            if method in COMPLAINTS:
+                page.complaints.append(params)
+            elif method == "Network.requestWillBeSent":
+                page.requests.append(params["request"]["url"])
+        return heard
+
+
+@contextlib.contextmanager
+def started(path: str, profile: Path) -> Iterator[Browser]:
+    browser = Browser(path, profile)
+    try:
+        yield browser
+    finally:
+        browser.close()
+
+
+def _pipe() -> tuple[int, int]:
+    """Make a pipe whose ends have numbers that are not among those of a child."""
+    ends = os.pipe()
+    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
+    for end in ends:
+        os.close(end)
+    return high[0], high[1]
