@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -16,6 +16,7 @@ from converters.adapter_parts import (
     AdapterModule,
     AdapterParts,
     Method,
+    StoredPart,
     parse_mlx_name,
     parse_torch_name,
     read_parts,
@@ -23,11 +24,18 @@ from converters.adapter_parts import (
 )
 from converters.peft_config import read_peft_config
 from converters.pt_file import PtTensor
-from mlx_openelm.adapters import CONFIG, WEIGHTS, read_dropout, read_scale
+from mlx_openelm.adapters import (
+    CONFIG,
+    WEIGHTS,
+    find_weights,
+    read_base,
+    read_dropout,
+    read_scale,
+)
 from mlx_openelm.checkpoint import METADATA_KEY
 from mlx_openelm.config import OpenELMConfig, read_mapping
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.names import to_corenet
+from mlx_openelm.names import map_to_corenet, to_corenet
 
 PEFT_WEIGHTS, PEFT_BIN = "adapter_model.safetensors", "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
@@ -47,6 +55,8 @@ class Adapter:
         metadata: our own entry of adapter_config.json.
         adapts_tied_head: an adapter of the embedding acts on the logits of a tied base
             as well. mlx-lm's does; CoreNet's and PEFT's act on inputs alone.
+        weights: a full fine-tune's, by CoreNet name; they take the place of the base's,
+            and there are no modules then.
     """
 
     name: str
@@ -58,10 +68,13 @@ class Adapter:
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     adapts_tied_head: bool = False
+    weights: Mapping[str, StoredPart] = field(default_factory=dict)
 
     @property
-    def method(self) -> Method:
+    def method(self) -> Method | Literal["full"]:
         """DoRA where any module is; CoreNet's embedding beside it is always LoRA."""
+        if self.weights:
+            return "full"
         dora = any(module.method == "dora" for module in self.modules.values())
         return "dora" if dora else "lora"
 
@@ -88,11 +101,13 @@ def check_fits(adapter: Adapter, config: OpenELMConfig) -> None:
             it is named.
     """
     shapes = config.tensor_shapes()
+    adapted = {name: module.shape for name, module in adapter.modules.items()}
+    whole = {n.removesuffix(".weight"): w.shape for n, w in adapter.weights.items()}
     problems = [
-        f"{name} adapts {list(module.shape)}, the base has "
+        f"{name} adapts {list(found)}, the base has "
         + (str(list(shape)) if shape else "no such weight")
-        for name, module in adapter.modules.items()
-        if (shape := shapes.get(f"{name}.weight")) != module.shape
+        for name, found in {**adapted, **whole}.items()
+        if (shape := shapes.get(f"{name}.weight")) != found
     ]
     if problems:
         base = f"; give its own base, {adapter.base!a}" if adapter.base else ""
@@ -224,6 +239,34 @@ def open_adapter(path: Path) -> Adapter:
     return _open_peft(path, raw) if "peft_type" in raw else _open_mlx(path, raw)
 
 
+def open_full(path: Path) -> Adapter | None:
+    """Open a full fine-tune of mlx-lm's or ours; None: the folder is none.
+
+    Raises:
+        OpenELMError: its file is missing or damaged.
+    """
+    raw = read_mapping(path / CONFIG) if (path / CONFIG).is_file() else {}
+    if raw.get("fine_tune_type") != "full" or "peft_type" in raw:
+        return None
+    stored = read_parts(find_weights(path))
+    if not stored:
+        raise OpenELMError(
+            f"{path / WEIGHTS} holds no weights; copy it again from where it was "
+            "trained."
+        )
+    metadata = raw.get(METADATA_KEY)
+    return Adapter(
+        name=path.resolve().name,
+        kind="full fine-tune",
+        modules={},
+        dropout=0.0,
+        base=read_base(raw, path),
+        files=(path / CONFIG, path / WEIGHTS),
+        metadata=metadata if isinstance(metadata, dict) else {},
+        weights={ours: stored[name] for ours, name in map_to_corenet(stored).items()},
+    )
+
+
 def _open_mlx(path: Path, raw: dict[str, Any]) -> Adapter:
     """Open mlx-lm's folder; the tensors say what is adapted.
 
@@ -242,7 +285,7 @@ def _open_mlx(path: Path, raw: dict[str, Any]) -> Adapter:
         )
     scale = read_scale(raw, path)
     parts = AdapterParts()
-    for name, stored in read_parts(_existing(path / WEIGHTS)).items():
+    for name, stored in read_parts(find_weights(path)).items():
         if found := parse_mlx_name(name):
             parts.add(found, stored)
         else:
@@ -251,13 +294,13 @@ def _open_mlx(path: Path, raw: dict[str, Any]) -> Adapter:
     _compare_methods(parts, modules, method)
     parts.refuse_problems(path / WEIGHTS)
     parameters = raw["lora_parameters"]
-    base, metadata = raw.get("model"), raw.get(METADATA_KEY)
+    metadata = raw.get(METADATA_KEY)
     return Adapter(
         name=path.resolve().name,
         kind="mlx-lm adapter",
         modules=modules,
         dropout=read_dropout(parameters, "dropout", path / CONFIG),
-        base=base if isinstance(base, str) and base else None,
+        base=read_base(raw, path),
         files=(path / CONFIG, path / WEIGHTS),
         notes=("Its alpha is left out, as mlx-lm does: scale is the multiplier.",)
         if "alpha" in parameters

@@ -172,13 +172,18 @@ def convert(
         on_progress=on_progress,
     )
     return replace(
-        _convert_model(job),
+        convert_model(job),
         source=" ".join(map(str, names)),
         seconds=time.perf_counter() - started,
     )
 
 
-def _convert_model(job: Job) -> ConversionReport:
+def convert_model(job: Job) -> ConversionReport:
+    """Write the model of a job; how it was named and how long it took is not told.
+
+    Raises:
+        OpenELMError: whatever is wrong; nothing was written then.
+    """
     options, source, target = job.options, job.source, job.target
     _check_targets(job)
     found = None
@@ -290,7 +295,7 @@ def _choose_dtype(source: Source, config: OpenELMConfig, options: Options) -> mx
     taken_over = any(t.packing for t in source.tensors.values()) and not (
         options.quantizes or options.dequantize
     )
-    narrow = options.to == "mlx" and not taken_over
+    narrow = options.to == "mlx" and not taken_over and not options.repack
     if not options.dtype and narrow and chosen == mx.float32:
         chosen = mx.bfloat16
     shaped_like_3b = config.model_dim >= OpenELMConfig.preset("3B").model_dim
@@ -309,7 +314,10 @@ def _choose_packings(
     """Return how tensors are packed: as asked for, else as the source has them."""
     if options.dequantize or options.to not in ("mlx", "hf"):
         return {}
-    packed = {n: t.packing for n, t in source.tensors.items() if t.packing is not None}
+    tensors = dict(source.tensors)
+    if options.repack:
+        tensors |= source.before_merging
+    packed = {n: t.packing for n, t in tensors.items() if t.packing is not None}
     asked = options.quantization
     if asked is None:
         return packed if options.to == "mlx" else {}

@@ -1,7 +1,7 @@
 """A plan becomes a model folder: weights, receipt, tokenizer, where it came from."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,13 @@ from mlx_openelm.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class Job:
+    """A model folder to be written.
+
+    Attributes:
+        prove: looks at the folder before it takes its name and returns what config.json
+            shall say of that, by key; it raises if the folder is not to be.
+    """
+
     options: Options
     source: Source
     adapter: Adapter | None
@@ -46,6 +53,7 @@ class Job:
     force: bool
     offline: bool
     on_progress: Callable[[Progress], None]
+    prove: Callable[[Path], Mapping[str, Any]] | None = None
 
     def identity(self) -> dict[str, Any]:
         """What a run must have in common with one that was killed to go on from it."""
@@ -71,7 +79,7 @@ def write_folder(
     if options.auto_bits and calibration:
         refuse_small_disk(job.target, plan.estimate_bytes(options.auto_bits))
         plan = replace(plan, packings=_price(job, plan, calibration))
-    if source.before_merging and plan.packings:
+    if source.before_merging and plan.packings and job.prove is None:
         refuse_losing(plan)
     with (
         staged_folder(job.target, force=job.force, job=job.identity()) as staging,
@@ -96,10 +104,11 @@ def write_folder(
         _write_generation_defaults(source.folder, staging)
         if found is not None:
             write_tokenizer(found.tokenizer, staging)
+        proved = job.prove(staging) if job.prove else {}
         library = "transformers" if options.to == "hf" else "mlx"
         facts = _tell(plan, receipt)
         write_card(staging, source.name, source.kind, facts, library=library)
-        metadata = _describe(job, receipt, source_hashes())
+        metadata = _describe(job, receipt, source_hashes()) | dict(proved)
         tokenizer_files = staging.glob("tokenizer*")
         metadata["files"] = written.hashes | {
             file.name: hash_file(file) for file in tokenizer_files

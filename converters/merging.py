@@ -13,6 +13,7 @@ from converters.adapter_files import (
     check_fits,
     merge,
     open_adapter,
+    open_full,
     with_rows,
     without_embedding,
 )
@@ -27,10 +28,12 @@ from converters.sources import (
     name_folder,
     open_path,
 )
+from mlx_openelm.adapters import read_sketch
+from mlx_openelm.base_sketch import BaseWeight, check_base
 from mlx_openelm.checkpoint import check_shapes
 from mlx_openelm.config import OpenELMConfig, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.names import EMBEDDING, HEAD
+from mlx_openelm.names import EMBEDDING, HEAD, to_module
 
 _ROWS = 4096  # of a tensor that are compared at a time
 
@@ -44,9 +47,7 @@ def open_model(
         OpenELMError: what lies there is no OpenELM, or the options do not fit it.
     """
     if is_adapter(paths[0]):
-        adapter = open_adapter(paths[0])
-        adapter = replace(adapter, name=name_folder(paths[0]))
-        base = open_base(adapter, options.base, offline=offline)
+        base, adapter = open_pair(paths[0], options.base, offline=offline)
         return replace(merge_adapter(base, adapter), name=adapter.name), None
     if options.base is not None:
         raise OpenELMError(
@@ -68,6 +69,38 @@ def open_model(
         f"{paths[0]} carries an adapter ({source.adapter.method}); say --merge to put "
         "it into the weights, or --adapter-out DIR to write it apart."
     )
+
+
+def open_pair(
+    path: Path, said: str | None, *, offline: bool = False
+) -> tuple[Source, Adapter]:
+    """Return the base and the adapter that an adapter folder stands for.
+
+    Args:
+        said: the base; None: what the adapter's files say.
+
+    Raises:
+        OpenELMError: either is damaged or nowhere, or it is another base.
+    """
+    adapter = open_full(path) or open_adapter(path)
+    adapter = replace(adapter, name=name_folder(path))
+    base = open_base(adapter, said, offline=offline)
+    notes: tuple[str, ...] = ()
+    if sketch := read_sketch(adapter.metadata):
+        check_fits(fit_rows(adapter, base.config), base.config)  # says more
+        weights = {
+            to_module(name): BaseWeight(
+                (rows, width[0]), _row_reader(base.tensors[name])
+            )
+            for name, (rows, *width) in base.config.tensor_shapes().items()
+            if width
+        }
+        notes = check_base(sketch, weights, path, adapter.base)
+    return replace(base, notes=(*base.notes, *notes)), adapter
+
+
+def _row_reader(tensor: SourceTensor) -> Callable[[mx.array], mx.array]:
+    return lambda rows: tensor.read()[rows].astype(mx.float32)
 
 
 def open_base(adapter: Adapter, said: str | None, *, offline: bool) -> Source:
@@ -154,8 +187,9 @@ def average(sources: Sequence[Source]) -> Source:
 def merge_adapter(base: Source, adapter: Adapter) -> Source:
     """Return the model that base and adapter are together.
 
-    An adapter of the embedding acts on inputs alone (CoreNet's and PEFT's meaning): the
-    output head keeps the base's table, so the model is untied.
+    It has the prompt template that the adapter was trained with. An adapter of the
+    embedding acts on inputs alone (CoreNet's and PEFT's meaning): the output head keeps
+    the base's table, so the model is untied. mlx-lm's acts on a tied head as well.
 
     Raises:
         OpenELMError: the adapter is not for this base.
@@ -171,6 +205,10 @@ def merge_adapter(base: Source, adapter: Adapter) -> Source:
     for module, part in adapter.modules.items():
         name = f"{module}.weight"
         tensors[name] = _merged(tensors[name], part)
+    for name, weight in adapter.weights.items():
+        tensors[name] = SourceTensor(weight.shape, tensors[name].dtype, weight.read)
+    changed = [*(f"{module}.weight" for module in adapter.modules), *adapter.weights]
+    template = adapter.metadata.get("template")
     new_files = (file for file in adapter.files if file not in base.files)
     return replace(
         base,
@@ -178,11 +216,9 @@ def merge_adapter(base: Source, adapter: Adapter) -> Source:
         config=config,
         tensors={name: tensors[name] for name in config.tensor_shapes()},
         files=(*base.files, *new_files),
+        metadata={**base.metadata, **({"template": template} if template else {})},
         adapter=None,
-        before_merging={
-            name: base.tensors[name]
-            for name in (f"{module}.weight" for module in adapter.modules)
-        },
+        before_merging={name: base.tensors[name] for name in changed},
     )
 
 

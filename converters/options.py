@@ -26,7 +26,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of `convert`, as they are said; see there."""
+    """The options of `convert`, as they are said; see there.
+
+    Attributes:
+        repack: pack merged tensors as the base has them, in its dtype (`fuse`).
+    """
 
     to: str = "mlx"
     dtype: str | None = None
@@ -44,6 +48,7 @@ class Options:
     base: str | None = None
     tokenizer: str | None = None
     allow_overflow: bool = False
+    repack: bool = False
 
     def __post_init__(self) -> None:
         if self.to not in FORMATS:

@@ -137,7 +137,7 @@ def refuse_replacing(target: Path, files: Iterable[Path]) -> None:
         if any(path.is_relative_to(resolved) for path in (link, file.resolve())):
             raise OpenELMError(
                 f"{target} holds the source itself, and replacing it would lose it; "
-                "choose another --mlx-path."
+                "choose another place."
             )
 
 

@@ -20,27 +20,33 @@ if TYPE_CHECKING:
     from mlx_openelm.config import OpenELMConfig
     from mlx_openelm.errors import OpenELMError
     from mlx_openelm.evaluation import evaluate
+    from mlx_openelm.finetune_recipe import FinetuneRecipe
+    from mlx_openelm.finetuning import finetune
     from mlx_openelm.generation import generate, stream
     from mlx_openelm.loading import load
     from mlx_openelm.sampling import Sampling
 
 _HOMES = {
+    "FinetuneRecipe": "mlx_openelm.finetune_recipe",
     "OpenELMConfig": "mlx_openelm.config",
     "OpenELMError": "mlx_openelm.errors",
     "Sampling": "mlx_openelm.sampling",
     "convert": "converters.conversion",
     "evaluate": "mlx_openelm.evaluation",
+    "finetune": "mlx_openelm.finetuning",
     "generate": "mlx_openelm.generation",
     "load": "mlx_openelm.loading",
     "stream": "mlx_openelm.generation",
 }
 
 __all__ = [
+    "FinetuneRecipe",
     "OpenELMConfig",
     "OpenELMError",
     "Sampling",
     "convert",
     "evaluate",
+    "finetune",
     "generate",
     "load",
     "stream",

@@ -11,47 +11,142 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_openelm.base_sketch import BaseWeight, base_weights, check_base
 from mlx_openelm.checkpoint import METADATA_KEY, check_shapes, read_headers
 from mlx_openelm.config import read_mapping
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.hub import find_model
 from mlx_openelm.lora_layers import DoRALinear, LoRAEmbedding, LoRALinear
 from mlx_openelm.model import OpenELM
 from mlx_openelm.shards import write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+BEST = "best"  # in a training run's folder, the adapter of the least loss
+RECIPE = "recipe.yaml"  # what a training run writes first
+
+Method = Literal["lora", "dora", "full"]
 
 
-def attach(model: OpenELM, path: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """An adapter on disk whose config was read and whose tensors were not.
+
+    Attributes:
+        raw: adapter_config.json.
+    """
+
+    path: Path
+    method: Method
+    raw: Mapping[str, Any]
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        found = self.raw.get(METADATA_KEY)
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def template(self) -> str | None:
+        """The prompt template that it was trained with."""
+        found = self.metadata.get("template")
+        return found if isinstance(found, str) else None
+
+    @property
+    def base(self) -> str | None:
+        """The base that it was trained on: demo, a folder, or a Hub id."""
+        return read_base(self.raw, self.path)
+
+    def find_base(self, *, offline: bool = False) -> Path:
+        """Return the folder of its base; a Hub id may be downloaded.
+
+        Raises:
+            OpenELMError: it does not say its base, or that is not to be had.
+        """
+        if self.base is None:
+            raise OpenELMError(f"{self.path} does not say its base; say --model BASE.")
+        try:
+            return find_model(self.base, offline=offline)
+        except OpenELMError as error:
+            raise OpenELMError(
+                f"The base that {self.path} names is not to be had: "
+                f"{str(error).rstrip('.')}; say --model BASE."
+            ) from error
+
+    def check_base(self, weights: Mapping[str, BaseWeight]) -> tuple[str, ...]:
+        """Compare a base with the sketch of its own, if it has one; see there."""
+        sketch = read_sketch(self.metadata)
+        return check_base(sketch, weights, self.path, self.base) if sketch else ()
+
+
+def open_adapter_folder(path: Path) -> AdapterFolder:
+    """Open an adapter folder of mlx-lm's or ours.
+
+    Raises:
+        OpenELMError: it is none, is PEFT's, or holds no weights yet.
+    """
+    if (path / RECIPE).is_file():
+        find_weights(path)  # else it says more than that the config is not there
+    if not (path / CONFIG).is_file():
+        raise OpenELMError(
+            f"{path} holds no {CONFIG}; an adapter folder has {CONFIG} and {WEIGHTS}."
+        )
+    raw = read_mapping(path / CONFIG)
+    if "peft_type" in raw:
+        raise OpenELMError(
+            f"{path} is PEFT's; `mlx-openelm convert {path}` makes an adapter of it "
+            "that can be used here."
+        )
+    find_weights(path)
+    method = raw.get("fine_tune_type", "lora")
+    if method not in ("lora", "dora", "full"):
+        raise OpenELMError(
+            f"{path / CONFIG} says fine_tune_type {method!a}; expected lora, dora or "
+            "full."
+        )
+    return AdapterFolder(path, method, raw)
+
+
+def find_weights(path: Path) -> Path:
+    """Return the weight file of an adapter's or a training run's folder.
+
+    Raises:
+        OpenELMError: there is none, or none yet.
+    """
+    if (path / WEIGHTS).is_file():
+        return path / WEIGHTS
+    best = path / BEST
+    instead = f"use {best}" if (best / WEIGHTS).is_file() else "wait until it has"
+    raise OpenELMError(
+        f"{path} holds no {WEIGHTS}: its training has not saved yet, or "
+        f"it was not copied whole; {instead}."
+    )
+
+
+def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
     """Put a LoRA, DoRA or full adapter onto a model, in place.
+
+    Returns:
+        What a person should know of it: that it was trained on another version of this
+        base, say.
 
     Raises:
         OpenELMError: the folder is no adapter, or was made for another model (the
             tensors that do not fit are named).
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            raise OpenELMError(
-                f"{path} holds no {name}; an adapter folder has {CONFIG} and {WEIGHTS}."
-            )
-    config = read_mapping(path / CONFIG)
-    kind = config.get("fine_tune_type", "lora")
+    adapter = open_adapter_folder(path)
     headers = read_headers([path / WEIGHTS])
     arrays = mx.load(str(path / WEIGHTS))
     assert isinstance(arrays, dict)
-    if kind == "full":
+    found = {name: tensor.shape for name, tensor in headers.items()}
+    if adapter.method == "full":
         parameters = dict(tree_flatten(model.parameters()))
         shapes = {name: tuple(array.shape) for name, array in parameters.items()}
-        found = {name: tensor.shape for name, tensor in headers.items()}
         expected = {name: shapes[name] for name in found if name in shapes}
         check_shapes(expected, found, where=str(path / WEIGHTS))
-        model.load_weights(list(arrays.items()), strict=False)
-        return
-    if kind not in ("lora", "dora"):
-        raise OpenELMError(
-            f"{path / CONFIG} says fine_tune_type {kind!r}; expected lora, dora or "
-            "full."
-        )
-    scale = read_scale(config, path)
+        notes = adapter.check_base(base_weights(model))
+        cast = {n: array.astype(parameters[n].dtype) for n, array in arrays.items()}
+        model.load_weights(list(cast.items()), strict=False)
+        return notes
+    scale = read_scale(adapter.raw, path)
     modules = dict(model.named_modules())
     by_module: dict[str, dict[str, mx.array]] = {}
     for name, array in arrays.items():
@@ -63,13 +158,37 @@ def attach(model: OpenELM, path: Path) -> None:
         module = modules.get(module_path)
         if module is None or "lora_a" not in parts or "lora_b" not in parts:
             continue  # reported below, as unexpected
-        rank = parts["lora_a"].shape[-1]
-        expected_shapes |= _adapter_shapes(module, module_path, rank, kind == "dora")
-        wrapped.append((module_path, _wrap(module, parts, scale)))
-    found = {name: tensor.shape for name, tensor in headers.items()}
+        rank, dora = parts["lora_a"].shape[-1], adapter.method == "dora"
+        expected_shapes |= _adapter_shapes(module, module_path, rank, dora)
+        wrapped.append((module_path, wrap(module, parts, scale)))
     check_shapes(expected_shapes, found, where=str(path / WEIGHTS))
+    notes = adapter.check_base(base_weights(model))
     model.update_modules(tree_unflatten(wrapped))
+    for _, module in wrapped:
+        if isinstance(module, DoRALinear):
+            module.fix_lengths()
     model.eval()
+    return notes
+
+
+def read_base(raw: Mapping[str, Any], path: Path) -> str | None:
+    """Return what the adapter_config.json in `path` calls its base, or None.
+
+    A relative path starts in the working directory, as for mlx-lm; what is no folder
+    there, but is one from the adapter's own, is meant from there.
+    """
+    name = raw.get("model")
+    if not isinstance(name, str) or not name:
+        return None
+    inside = path / name
+    return str(inside) if inside.is_dir() and not Path(name).is_dir() else name
+
+
+def read_sketch(metadata: Mapping[str, Any]) -> str | None:
+    """Return the sketch of its base that an adapter's own entry holds, or None."""
+    base = metadata.get("base")
+    sketch = base.get("sketch") if isinstance(base, dict) else None
+    return sketch if isinstance(sketch, str) else None
 
 
 def read_scale(config: Mapping[str, Any], path: Path) -> float:
@@ -119,7 +238,10 @@ def _adapter_shapes(
     return shapes | ({f"{path}.m": (rows,)} if dora else {})
 
 
-def _wrap(module: nn.Module, parts: dict[str, mx.array], scale: float) -> nn.Module:
+def wrap(
+    module: nn.Module, parts: Mapping[str, mx.array], scale: float
+) -> LoRALinear | LoRAEmbedding:
+    """Return a linear or an embedding with its adapter's lora_a, lora_b and m."""
     lora_a, lora_b = parts["lora_a"], parts["lora_b"]
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
         return LoRAEmbedding(module, lora_a, lora_b, scale)
@@ -135,19 +257,21 @@ def _wrap(module: nn.Module, parts: dict[str, mx.array], scale: float) -> nn.Mod
 class AdapterConfig:
     """What mlx-lm's loader must know of an adapter, and what we say besides.
 
+    Of a full fine-tune `keys`, `rank` and `scale` say nothing, and are not written.
+
     Attributes:
         keys: the adapted modules, by their path in the model or in a block; the latter
             are looked for in the last `num_layers` blocks.
         scale: the multiplier of A B.
         base: the model that it was made for, a folder or a Hub id.
-        metadata: our own entry: prompt template, source, hashes.
+        metadata: our own entry: "template", "base" {"name", "sketch"}, source, hashes.
     """
 
-    method: Literal["lora", "dora"]
+    method: Method
     num_layers: int
-    keys: tuple[str, ...]
-    rank: int
-    scale: float
+    keys: tuple[str, ...] = ()
+    rank: int = 0
+    scale: float = 0.0
     dropout: float = 0.0
     base: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -160,31 +284,40 @@ def write_adapter(
 
     Args:
         tensors: float32, by mlx-lm's names: `PATH.lora_a`, `PATH.lora_b` and, of DoRA,
-            `PATH.m` of every module in `config.keys`.
+            `PATH.m` of every module in `config.keys`; of a full fine-tune the weights.
 
     Raises:
         OSError: the disk refuses.
     """
-    write_json(
-        folder / CONFIG,
-        {
-            "fine_tune_type": config.method,
-            "num_layers": config.num_layers,
-            "lora_parameters": {
-                "keys": list(config.keys),
-                "rank": config.rank,
-                "scale": config.scale,
-                "dropout": config.dropout,
-            },
-            **({"model": config.base} if config.base else {}),
-            METADATA_KEY: dict(config.metadata),
-        },
-    )
+    write_config(folder, config)
     save_tensors(folder / WEIGHTS, tensors, format="mlx")
 
 
+def write_config(folder: Path, config: AdapterConfig) -> None:
+    """Write an adapter folder's config alone; errors as `write_adapter`."""
+    described: dict[str, Any] = {
+        "fine_tune_type": config.method,
+        "num_layers": config.num_layers,
+        METADATA_KEY: dict(config.metadata),
+    }
+    if config.method != "full":
+        described["lora_parameters"] = {
+            "keys": list(config.keys),
+            "rank": config.rank,
+            "scale": config.scale,
+            "dropout": config.dropout,
+        }
+    if config.base:
+        described["model"] = config.base
+    write_json(folder / CONFIG, described)
+
+
 def save_tensors(
-    path: Path, tensors: Mapping[str, mx.array], *, format: Literal["mlx", "pt"]
+    path: Path,
+    tensors: Mapping[str, mx.array],
+    *,
+    format: Literal["mlx", "pt"],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file; `format` is what its readers ask for.
 
@@ -192,7 +325,8 @@ def save_tensors(
         OSError: the disk refuses, for want of room (ENOSPC) or otherwise.
     """
     try:
-        mx.save_safetensors(str(path), dict(tensors), metadata={"format": format})
+        said = {"format": format, **(metadata or {})}
+        mx.save_safetensors(str(path), dict(tensors), metadata=said)
     except RuntimeError as error:
         num_bytes = sum(array.nbytes for array in tensors.values())
         full = shutil.disk_usage(path.parent).free < num_bytes

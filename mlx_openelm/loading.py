@@ -1,12 +1,13 @@
 """A name becomes a model and a tokenizer, ready to run on this machine."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_openelm.adapters import attach
+from mlx_openelm.adapters import attach, open_adapter_folder
 from mlx_openelm.checkpoint import DTYPES, ModelFolder, open_folder
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.errors import OpenELMError
@@ -19,22 +20,36 @@ from mlx_openelm.tokenizer_finder import JSON_FILE, MODEL_FILE, read_tokenizer
 
 
 def load(
-    name: str = DEMO, adapter_path: str | Path | None = None, *, offline: bool = False
+    name: str | None = None,
+    adapter_path: str | Path | None = None,
+    *,
+    offline: bool = False,
 ) -> tuple[OpenELM, Tokenizer]:
     """Load a model and its tokenizer.
 
     Args:
-        name: "demo", a model folder, or a Hub id.
-        adapter_path: an adapter folder, of mlx-lm or ours, for that model.
+        name: "demo", a model folder, or a Hub id; None is the adapter's own base, and
+            the demo where there is no adapter.
+        adapter_path: an adapter folder, of mlx-lm or ours, for that model; the prompt
+            template that it was trained with becomes the tokenizer's.
 
     Raises:
         OpenELMError: the model or its tokenizer is missing or damaged.
     """
-    folder = open_folder(find_model(name, offline=offline))
+    adapter = None
+    if adapter_path is not None:
+        adapter = open_adapter_folder(Path(adapter_path))
+    if adapter is not None and name is None:
+        path = adapter.find_base(offline=offline)
+    else:
+        path = find_model(name or DEMO, offline=offline)
+    folder = open_folder(path)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder)
-    if adapter_path is not None:
-        attach(model, Path(adapter_path))
+    if adapter is not None:
+        tokenizer.template = adapter.template or tokenizer.template
+        for note in attach(model, adapter.path):
+            warnings.warn(note, stacklevel=2)
     return model, tokenizer
 
 
@@ -77,7 +92,7 @@ def load_model(folder: ModelFolder, dtype: mx.Dtype | None = None) -> OpenELM:
         packings = {}
     model = OpenELM(folder.config)
     if packings:
-        _make_quantized(model, packings)
+        make_quantized(model, packings)
     floating = {name: _cast(array, chosen) for name, array in arrays.items()}
     model.load_weights(list(floating.items()))
     model.eval()
@@ -105,7 +120,8 @@ def _unpacked(
     return arrays
 
 
-def _make_quantized(model: OpenELM, packings: Mapping[str, Packing]) -> None:
+def make_quantized(model: OpenELM, packings: Mapping[str, Packing]) -> None:
+    """Give packed modules to the tensors (CoreNet names) that are packed, in place."""
     by_module = {to_module(name): packing for name, packing in packings.items()}
 
     def choose(path: str, module: nn.Module) -> bool | dict[str, int | str]:

@@ -9,12 +9,14 @@ embedding is read backwards as output head; nothing has a bias. Letters:
     T  tokens given to this call      H  head_dim
     S  tokens attended to, S >= T     Q  query heads of this layer
     V  rows of the embedding          K  key-value heads of this layer
-                                      F  FFN width of this layer
+    N  tokens of all sequences        F  FFN width of this layer
 
 Module names and the calling contract are mlx-lm's, whose caches are taken as well.
 """
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
@@ -34,7 +36,22 @@ class LayerCache(Protocol):
     ) -> tuple[mx.array, mx.array]: ...
 
 
-Mask = mx.array | str | None
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Sequences that stand end to end in one row of N tokens; none sees another.
+
+    So sequences of any lengths are computed together without padding.
+    """
+
+    lengths: tuple[int, ...]
+
+    def split(self, x: mx.array) -> list[mx.array]:
+        """Return each sequence's part of (1, heads, N, H)."""
+        ends = list(itertools.accumulate(self.lengths))
+        return list(mx.split(x, ends[:-1], axis=2))
+
+
+Mask = mx.array | str | Sequences | None
 
 
 class Attention(nn.Module):
@@ -56,12 +73,20 @@ class Attention(nn.Module):
         Q, K, H = self.num_query_heads, self.num_kv_heads, self.head_dim
         qkv = self.qkv_proj(x).reshape(B, T, Q + 2 * K, H).transpose(0, 2, 1, 3)
         queries, keys, values = mx.split(qkv, [Q, Q + K], axis=1)  # (B, heads, T, H)
-        offset = 0 if cache is None else cache.offset
-        queries = self.rope(self.q_norm(queries), offset=offset)
-        keys = self.rope(self.k_norm(keys), offset=offset)
-        if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)  # (B, K, S, H)
-        attended = attend(queries, keys, values, mask)  # (B, Q, T, H)
+        queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if isinstance(mask, Sequences):
+            split = zip(*map(mask.split, (queries, keys, values)), strict=True)
+            attended = mx.concatenate(
+                [attend(self.rope(q), self.rope(k), v, "causal") for q, k, v in split],
+                axis=2,
+            )  # (1, Q, N, H)
+        else:
+            offset = 0 if cache is None else cache.offset
+            queries = self.rope(queries, offset=offset)
+            keys = self.rope(keys, offset=offset)
+            if cache is not None:
+                keys, values = cache.update_and_fetch(keys, values)  # (B, K, S, H)
+            attended = attend(queries, keys, values, mask)  # (B, Q, T, H)
         return self.out_proj(attended.transpose(0, 2, 1, 3).reshape(B, T, Q * H))
 
 
@@ -95,22 +120,38 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, final norm."""
+    """Embedding, blocks, final norm.
+
+    Attributes:
+        checkpointed: in training, keep only what goes into each block and compute the
+            block again for its gradient: less memory for a third more work.
+    """
 
     def __init__(self, config: OpenELMConfig) -> None:
         super().__init__()
         self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = [Block(config, i) for i in range(config.num_transformer_layers)]
         self.norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+        self.checkpointed = False
 
     def __call__(
-        self, tokens: mx.array, cache: Sequence[LayerCache] | None = None
+        self,
+        tokens: mx.array,
+        cache: Sequence[LayerCache] | None = None,
+        *,
+        lengths: tuple[int, ...] | None = None,
     ) -> mx.array:
+        """Return normed hidden states (B, T, D) for token ids (B, T).
+
+        Args:
+            lengths: the tokens are one row, (1, N), of sequences that are so long.
+        """
         x = self.token_embeddings(tokens)  # (B, T, D)
-        mask = _causal_mask(tokens.shape[1], cache)
+        mask = Sequences(lengths) if lengths else _causal_mask(tokens.shape[1], cache)
         caches = cache if cache is not None else [None] * len(self.layers)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
-            x = layer(x, mask, layer_cache)
+            step = nn.utils.checkpoint(layer) if self.checkpointed else layer
+            x = step(x, mask, layer_cache)
         normed: mx.array = self.norm(x)
         return normed
 
@@ -146,6 +187,13 @@ class OpenELM(nn.Module):
             return tied
         logits: mx.array = self.lm_head(hidden)
         return logits
+
+    @property
+    def head_module(self) -> nn.Module:
+        """What is read backwards as output head: the embedding, if it is tied."""
+        tied = self.config.share_input_output_layers
+        module: nn.Module = self.transformer.token_embeddings if tied else self.lm_head
+        return module
 
     @property
     def layers(self) -> list[Block]:

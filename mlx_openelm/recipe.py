@@ -197,6 +197,17 @@ def load_recipe(kind: type[Recipe], name: str, overrides: Mapping[str, Any]) -> 
     return built
 
 
+def make_recipe(kind: type[Recipe], values: Mapping[str, Any], where: str) -> Recipe:
+    """Make a recipe of flags alone; None means "not given". Errors as `load_recipe`.
+
+    Args:
+        where: how errors call what was said.
+    """
+    found = {key: value for key, value in values.items() if value is not None}
+    built: Recipe = _build(kind, found, where, "")
+    return built
+
+
 def find_recipe(name: str) -> Path:
     """Return the path of a recipe file, or of the bundled recipe of that name."""
     path = Path(name)

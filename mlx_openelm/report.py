@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_openelm.console import Console
@@ -9,10 +10,12 @@ from mlx_openelm.console import Console
 if TYPE_CHECKING:
     from converters.adapter_conversion import AdapterReport
     from converters.conversion import ConversionReport
+    from converters.fusing import FusionReport
     from converters.parity import ParityReport
     from converters.verification import Verification
     from mlx_openelm.benchmark import SelfCheck
     from mlx_openelm.evaluation import TextScore
+    from mlx_openelm.finetuning import FinetuneReport, Prepared
     from mlx_openelm.generation import Piece
     from mlx_openelm.inspection import Inspection
 
@@ -49,6 +52,25 @@ def note_adapter(console: Console, report: "AdapterReport") -> None:
         f"{report.num_modules} modules, {report.num_parameters:,} parameters, "
         f"{report.seconds:.1f} s"
     )
+
+
+def note_fused(console: Console, report: "FusionReport") -> None:
+    """Say what was fused and that it is still there; the path itself is the answer."""
+    for note in report.notes:
+        console.note(note)
+    proof, stored = report.proof, f"{report.bits:g} bits" if report.bits else None
+    console.note(
+        f"{report.method} adapter in {report.size}: {report.num_parameters:,} "
+        f"parameters in {stored or report.dtype} ({report.num_bytes / 1e6:.1f} MB), "
+        f"{report.seconds:.1f} s"
+    )
+    console.note(
+        f"The adapter is still there: from base with adapter the fused model is "
+        f"{proof.kl_fused:.2g} nats away (mean KL), the base alone "
+        f"{proof.kl_adapter:.2g}; same first choice {proof.top1_agreement:.1%}, on "
+        f"{proof.tokens} tokens of {proof.text}"
+    )
+    console.note(f"Try it: mlx-openelm generate --model {report.path} --prompt ...")
 
 
 def note_converted(console: Console, report: "ConversionReport") -> None:
@@ -204,3 +226,87 @@ def show_selfcheck(console: Console, report: "SelfCheck") -> None:
     console.answer_table(table)
     console.answer("")
     console.answer(report.text)
+
+
+# Fine-tuning ---------------------------------------------------------------------
+
+
+def plan_json(prepared: "Prepared") -> dict[str, Any]:
+    """Return a run before its start as JSON has it."""
+    plan = prepared.plan
+    return {
+        "path": str(prepared.path),
+        "plan": {
+            **dataclasses.asdict(plan),
+            "memory_bytes": plan.memory.total,
+            "fits": plan.fits,
+        },
+        "data": dataclasses.asdict(prepared.table),
+        "recipe": dataclasses.asdict(prepared.recipe),
+    }
+
+
+def note_plan(console: Console, prepared: "Prepared") -> None:
+    """Say what was found in the data, and what the run will take."""
+    table, plan, recipe = prepared.table, prepared.plan, prepared.recipe
+    for name, split in (
+        ("train", table.train),
+        ("valid", table.valid),
+        ("test", table.test),
+    ):
+        if split is None:
+            continue
+        console.note(
+            f"{name}: {Path(split.file).name} ({split.format}), {split.records:,} "
+            f"records, {split.samples:,} samples of {split.shortest} to "
+            f"{split.longest} tokens (median {split.median}); {split.targets:,} of "
+            f"{split.tokens:,} tokens count"
+        )
+    if len(table.train.lengths) > 1:
+        bars = ", ".join(
+            f"{count:,} up to {edge}"
+            for edge, count in zip(
+                table.train.edges[1:], table.train.lengths, strict=True
+            )
+            if count
+        )
+        console.note(f"lengths in train: {bars} tokens")
+    console.note(f"template: {table.template} ({table.reason})")
+    for warning in table.warnings:
+        console.note(f"note: {warning}")
+    memory = plan.memory
+    console.note(
+        f"{plan.trainable:,} of {plan.parameters:,} weights are trained "
+        f"({plan.trainable / plan.parameters:.2%}), {plan.steps:,} steps of "
+        f"{recipe.step_size} {'rows' if recipe.pack else 'samples'} "
+        f"({plan.epochs:.2f} epochs), {plan.targets:,} tokens to learn, no padding"
+    )
+    console.note(
+        f"memory: about {memory.total / 1e9:.2f} GB of {plan.limit / 1e9:.1f} GB "
+        f"(weights {memory.weights / 1e9:.2f}, adapter and optimizer "
+        f"{(memory.adapter + memory.gradients + memory.optimizer) / 1e9:.2f}, "
+        f"activations {memory.activations / 1e9:.2f}, loss {memory.loss / 1e9:.2f})"
+    )
+    if not plan.fits or plan.memory.total > plan.limit / 2:
+        for flags, total in plan.smaller[:4]:
+            console.note(f"  {total / 1e9:.2f} GB with {flags}")
+
+
+def note_trained(console: Console, report: "FinetuneReport") -> None:
+    """Say what came of a run, and how to use it."""
+    if report.first_loss is not None and report.last_loss is not None:
+        best = ""
+        if report.best_step not in (None, 0, report.steps):
+            best = f" (best {report.best_loss:.4f} at step {report.best_step})"
+        console.note(
+            f"validation loss {report.first_loss:.4f} -> {report.last_loss:.4f} nats "
+            f"per token{best}"
+        )
+    if report.test_loss is not None:
+        console.note(f"test loss {report.test_loss:.4f} nats per token")
+    console.note(
+        f"{report.steps:,} steps, {report.tokens:,} tokens in {report.seconds:,.0f} s "
+        f"({report.tokens_per_second:,.0f} tokens/s), "
+        f"{report.peak_memory_bytes / 1e9:.2f} GB at most; "
+        f"look at {report.path / 'report.html'}"
+    )

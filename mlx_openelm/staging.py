@@ -78,6 +78,28 @@ def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
         flush(target.parent)
 
 
+@contextlib.contextmanager
+def replaced_file(target: Path) -> Iterator[Path]:
+    """Give a path to write at; it takes the place of `target` if the block succeeds.
+
+    For a file of our own that is written again and again: until the new one is whole
+    and on the disk, the old one stays.
+
+    Raises:
+        OSError: the disk refuses; the old file is as it was.
+    """
+    part = target.with_name(f".{target.name}.part{target.suffix}")
+    try:
+        yield part
+        flush(part)
+        part.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    flush(target.parent)
+
+
 # What may be replaced ------------------------------------------------------------
 
 
@@ -114,7 +136,11 @@ def _refuse(target: Path, force: bool, describe: Callable[[Path], str]) -> None:
         )
 
 
-_MODEL_SUFFIXES = (".json", ".jsonl", ".safetensors", ".model", ".md", ".jinja")
+_MODEL_SUFFIXES = (
+    *(".json", ".jsonl", ".safetensors", ".model", ".md", ".jinja"),
+    *(".yaml", ".html"),  # of a training run
+)
+_ADAPTER_FOLDERS = ("best", "average")  # in a training run's folder
 _CLUTTER = (".DS_Store", ".gitattributes")  # nobody's work
 
 
@@ -128,6 +154,8 @@ def _describe_foreign(target: Path) -> str:
     if found and not (described and any(n.endswith(".safetensors") for n in names)):
         return "is not a model or adapter folder"
     for path in found:
+        if path.name in _ADAPTER_FOLDERS and not _describe_foreign(path):
+            continue
         if path.suffix not in _MODEL_SUFFIXES or not path.is_file():
             return f"holds {path.name}, which is no part of a model"
     return ""

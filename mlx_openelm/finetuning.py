@@ -1,0 +1,680 @@
+"""Samples become an adapter: checked, planned, and trained by the loop in `training`.
+
+A run is a folder, an adapter folder from the first save on:
+
+    adapter_config.json, adapters.safetensors    the adapter, as mlx-lm reads it
+    best/, average/       the same of the least validation loss; of the last N saves
+    recipe.yaml           every option, resolved; runs the same again
+    data.json             what was found in the data
+    metrics.jsonl         an event a line
+    state.safetensors     all that --resume needs
+    report.html           the run as a page, at the end
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_openelm.adaptation import (
+    Method,
+    adapt,
+    choose_modules,
+    choose_ranks,
+    trained_tensors,
+    unfreeze,
+)
+from mlx_openelm.adapters import (
+    BEST,
+    CONFIG,
+    WEIGHTS,
+    AdapterConfig,
+    read_sketch,
+    write_config,
+)
+from mlx_openelm.base_sketch import base_weights, check_base, sketch_base
+from mlx_openelm.checkpoint import METADATA_KEY, ModelFolder, open_folder
+from mlx_openelm.config import read_mapping
+from mlx_openelm.device import compute_dtype, describe_machine
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.finetune_recipe import FinetuneRecipe, differences
+from mlx_openelm.hub import DEMO, find_model
+from mlx_openelm.loading import load_model, load_tokenizer, make_quantized, stored_dtype
+from mlx_openelm.model import OpenELM
+from mlx_openelm.recipe import load_recipe
+from mlx_openelm.records import Data, read_data
+from mlx_openelm.samples import (
+    DataTable,
+    Pair,
+    Sample,
+    SplitTable,
+    choose_template,
+    make_pairs,
+    make_samples,
+    tabulate,
+)
+from mlx_openelm.sampling import Sampling
+from mlx_openelm.shards import write_json
+from mlx_openelm.staging import refuse_existing, replaced_file, staged_folder
+from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.training import Event, Training, Validation, World, lengths_of
+from mlx_openelm.training_page import TrainingRun, render_page
+from mlx_openelm.training_plan import (
+    Order,
+    TrainingPlan,
+    heaviest_load,
+    plan_memory,
+    propose_smaller,
+)
+from mlx_openelm.training_state import (
+    RUNNING,
+    STATE,
+    describe_arithmetic,
+    drop_events_after,
+    is_running,
+    load_state,
+    read_events,
+    running,
+)
+from mlx_openelm.version import __version__
+
+RECIPE, TABLE, PAGE = "recipe.yaml", "data.json", "report.html"
+FOLDERS = Path("adapters")  # where a run goes that is told no folder
+
+Samples = tuple[Sample, ...] | tuple[Pair, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneReport:
+    """A run that came to its end. Losses are nats per token that counts.
+
+    Attributes:
+        reason: why it ended: "done" or "patience".
+        first_loss, last_loss, best_loss: of the validation; None where there was none.
+        tokens: trained, of preferences pairs.
+        seconds: of training, without validation.
+    """
+
+    path: Path
+    reason: str
+    steps: int
+    epochs: float
+    trainable: int
+    parameters: int
+    first_loss: float | None
+    last_loss: float | None
+    best_loss: float | None
+    best_step: int | None
+    test_loss: float | None
+    tokens: int
+    skipped: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run whose every record was read and whose memory was reckoned."""
+
+    recipe: FinetuneRecipe
+    path: Path
+    folder: ModelFolder
+    tokenizer: Tokenizer
+    table: DataTable
+    train: Samples
+    valid: Samples
+    test: Samples
+    order: Order
+    plan: TrainingPlan
+
+
+def prepare(
+    recipe: FinetuneRecipe,
+    *,
+    world: World | None = None,
+    fit: bool = False,
+    offline: bool = False,
+) -> Prepared:
+    """Read all data and plan the run; no weight is loaded.
+
+    Args:
+        fit: take the mildest of the smaller settings that fits this machine.
+
+    Raises:
+        OpenELMError: the model, the data (every problem of it) or an option is wrong.
+    """
+    world = world or World.join()
+    data = read_data(
+        Path(recipe.data).expanduser(),
+        objective=recipe.objective,
+        prompt_key=recipe.prompt_key,
+        completion_key=recipe.completion_key,
+    )
+    model_path = find_model(recipe.model, offline=offline)
+    folder = open_folder(model_path)
+    tokenizer = load_tokenizer(folder)
+    choice = choose_template(recipe.template, tokenizer.template, data.train.format)
+    resolved = recipe.resolve(
+        context_length=folder.config.max_context_length,
+        template=choice.name,
+        model=_spell_model(recipe.model),
+        data=str(Path(recipe.data).expanduser().absolute()),
+    )
+    path = _run_folder(recipe)
+    resolved = dataclasses.replace(resolved, adapter_path=str(path))
+    candidates = [resolved, *(smaller for _, smaller in propose_smaller(resolved))]
+    for candidate in candidates if fit else candidates[:1]:
+        prepared = _prepare(candidate, path, folder, tokenizer, data, choice, world)
+        if prepared.plan.fits:
+            break
+    return prepared
+
+
+def _prepare(
+    recipe: FinetuneRecipe,
+    path: Path,
+    folder: ModelFolder,
+    tokenizer: Tokenizer,
+    data: Data,
+    choice: Any,
+    world: World,
+) -> Prepared:
+    splits: dict[str, Samples] = {}
+    tables: dict[str, SplitTable] = {}
+    for split, dataset in (
+        ("train", data.train),
+        ("valid", data.valid),
+        ("test", data.test),
+    ):
+        if dataset is None:
+            splits[split] = ()
+        elif recipe.objective == "dpo":
+            splits[split], tables[split] = make_pairs(
+                dataset,
+                tokenizer,
+                template=choice.name,
+                max_length=recipe.max_seq_length or 0,
+                max_prompt_length=recipe.max_prompt_length or 0,
+            )
+        else:
+            splits[split], tables[split] = make_samples(
+                dataset,
+                tokenizer,
+                template=choice.name,
+                mask_prompt=recipe.mask_prompt,
+                last_turn_only=recipe.turns == "last",
+                max_length=recipe.max_seq_length or 0,
+            )
+    table = tabulate(
+        data,
+        choice,
+        train=tables["train"],
+        valid=tables.get("valid"),
+        test=tables.get("test"),
+    )
+    if recipe.test and not splits["test"]:
+        raise OpenELMError(
+            f"--test needs a test file; {recipe.data} has none. Give a folder with a "
+            "test.jsonl, or leave out --test."
+        )
+    order = Order(lengths_of(splits["train"]), recipe)
+    plan = _plan(recipe, folder, splits["train"], order, world)
+    return Prepared(
+        recipe,
+        path,
+        folder,
+        tokenizer,
+        table,
+        train=splits["train"],
+        valid=splits["valid"],
+        test=splits["test"],
+        order=order,
+        plan=plan,
+    )
+
+
+def _plan(
+    recipe: FinetuneRecipe,
+    folder: ModelFolder,
+    train: Samples,
+    order: Order,
+    world: World,
+) -> TrainingPlan:
+    lengths = lengths_of(train)
+    counted = [
+        int(s.counts.sum())
+        if isinstance(s, Sample)
+        else int(s.chosen.counts.sum() + s.rejected.counts.sum())
+        for s in train
+    ]
+    if world.size > recipe.step_size:
+        raise OpenELMError(
+            f"{world.size} processes share a step of {recipe.step_size} samples; raise "
+            "--batch-size to give each of them one."
+        )
+    model = _outline(folder, recipe)  # lazy: nothing is computed
+    _make_trainable(model, recipe)
+    limit = describe_machine().memory_bytes
+    if recipe.memory_limit is not None:
+        limit = int(recipe.memory_limit * 1e9)
+
+    def reckon(recipe: FinetuneRecipe) -> Any:
+        longest = recipe.max_seq_length or 0
+        short = [min(length, longest) for length in lengths]
+        parts = recipe.grad_accumulation_steps * world.size
+        load = heaviest_load(order, short, counted, parts)
+        return plan_memory(model, recipe, load)
+
+    trainable = sum(array.size for array in trained_tensors(model).values())
+    samples = [i for step in range(order.steps) for i in order.batch(step)]
+    return TrainingPlan(
+        steps=order.steps,
+        epochs=order.epoch_after(order.steps),
+        samples=len(samples),
+        trainable=trainable,
+        parameters=folder.config.num_parameters,
+        tokens=sum(lengths[i] for i in samples),
+        targets=sum(counted[i] for i in samples),
+        memory=reckon(recipe),
+        limit=limit,
+        smaller=tuple(
+            (flags, reckon(smaller).total) for flags, smaller in propose_smaller(recipe)
+        ),
+    )
+
+
+def _outline(folder: ModelFolder, recipe: FinetuneRecipe) -> OpenELM:
+    """Return a model of the folder's shapes and dtypes, whose weights are not made."""
+    stored = stored_dtype(folder)
+    chosen = _training_dtype(folder, recipe)
+    model = OpenELM(folder.config)
+    model.set_dtype(chosen)
+    if folder.packings and chosen == stored:
+        make_quantized(model, folder.packings)
+    return model
+
+
+def _training_dtype(folder: ModelFolder, recipe: FinetuneRecipe) -> mx.Dtype:
+    """Full fine-tuning is done in float32: small updates would be rounded away."""
+    stored = stored_dtype(folder)
+    return mx.float32 if recipe.fine_tune_type == "full" else compute_dtype(stored)
+
+
+def _make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
+    model.transformer.checkpointed = recipe.grad_checkpoint
+    if recipe.fine_tune_type == "full":
+        unfreeze(model, num_layers=recipe.num_layers)
+        return
+    method: Method = "dora" if recipe.fine_tune_type == "dora" else "lora"
+    modules = choose_modules(model, num_layers=recipe.num_layers, keys=recipe.keys)
+    ranks = choose_ranks(modules, recipe.mean_rank, by_width=recipe.rank_by_width)
+    adapt(
+        model,
+        method,
+        ranks,
+        scale=recipe.scale,
+        dropout=recipe.dropout,
+        seed=recipe.seed,
+    )
+
+
+# The run -------------------------------------------------------------------------
+
+
+def finetune(
+    recipe: FinetuneRecipe | str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    fit: bool = False,
+    offline: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+    on_prepared: Callable[[Prepared], None] = lambda prepared: None,
+) -> FinetuneReport:
+    """Train an adapter into the recipe's `adapter_path`.
+
+    Args:
+        recipe: the value, a recipe's file, or the name of one that is bundled.
+        resume: go on from the state that is saved there, exactly.
+        force: replace a run that is there.
+        fit: see `prepare`.
+        on_event: gets what is written to metrics.jsonl, and notes.
+        on_prepared: gets the plan, before anything is trained.
+
+    Raises:
+        OpenELMError: what is wrong with data, options or folder, all that can be known
+            before the start; later, that the run went wrong.
+        KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; the run is saved, and a note
+            of the exception tells how to go on.
+    """
+    if not isinstance(recipe, FinetuneRecipe):
+        recipe = load_recipe(FinetuneRecipe, str(recipe), {})
+    world = World.join()
+    told = _first_only(on_event, world)
+    if world.rank == 0 and not resume:
+        _refuse_present_run(_run_folder(recipe), force)
+    prepared = prepare(recipe, world=world, fit=fit, offline=offline)
+    if world.tell(prepared.table.digest) != prepared.table.digest:
+        raise OpenELMError(
+            f"{prepared.recipe.data} on process {world.rank} holds other data than on "
+            "process 0; copy the same files to every machine."
+        )
+    recipe, path, plan = prepared.recipe, prepared.path, prepared.plan
+    _refuse_too_large(plan)
+    run = {"data": prepared.table.digest, "arithmetic": describe_arithmetic()}
+    if world.rank == 0:
+        if resume:
+            _refuse_other_run(prepared, run, told)
+        on_prepared(prepared)
+    with _limited_memory(plan.limit, plan.memory.total):
+        training = _load(prepared, run, world, told)
+        if resume:
+            if world.rank == 0:
+                _refuse_other_base(path, training.model)
+            training.restore()
+        elif world.rank == 0:
+            with staged_folder(path, force=force) as staging:
+                _write_start(staging, prepared, training.model)
+                training.save_start(staging)
+        if world.rank > 0:
+            return _finish(prepared, training, training.run())
+        with running(path) as died:
+            if resume:
+                drop_events_after(path, training.progress)
+                _write_text(path / RECIPE, recipe.to_yaml())
+                training.emit({"event": "resume", "step": training.progress.step})
+                if died:
+                    step = training.progress.step
+                    training.note(_describe_death(step, recipe))
+            reason = training.run()
+            return _finish(prepared, training, reason)
+
+
+def _load(
+    prepared: Prepared,
+    run: Mapping[str, Any],
+    world: World,
+    on_event: Callable[[Event], None],
+) -> Training:
+    recipe, folder = prepared.recipe, prepared.folder
+    full = recipe.fine_tune_type == "full"
+    model = load_model(folder, mx.float32 if full else None)
+    _make_trainable(model, recipe)
+    said = {"max_tokens": recipe.sample_tokens, "seed": recipe.seed}
+    prepared.tokenizer.template = recipe.template
+    return Training(
+        model,
+        prepared.tokenizer,
+        recipe,
+        prepared.order,
+        prepared.train,
+        prepared.valid,
+        prepared.path,
+        run,
+        world=world,
+        sampling=Sampling.from_defaults(folder.generation_defaults, said),
+        on_event=on_event,
+    )
+
+
+def _finish(prepared: Prepared, training: Training, reason: str) -> FinetuneReport:
+    """Score the test set, draw the page, and sum the run up."""
+    test: Validation | None = None
+    progress, plan = training.progress, prepared.plan
+    if prepared.recipe.test:
+        test = training.evaluate(prepared.test)
+        training.emit({"event": "test", "step": progress.step, "loss": test.loss})
+    evals = [e for e in read_events(prepared.path) if e["event"] == "eval"]
+    losses = [e["loss"] for e in evals]
+    found = math.isfinite(progress.best_loss)
+    report = FinetuneReport(
+        path=prepared.path,
+        reason=reason,
+        steps=progress.step,
+        epochs=round(prepared.order.epoch_after(progress.step), 4),
+        trainable=plan.trainable,
+        parameters=plan.parameters,
+        first_loss=losses[0] if losses else None,
+        last_loss=losses[-1] if losses else None,
+        best_loss=progress.best_loss if found else None,
+        best_step=progress.best_step if found else None,
+        test_loss=test.loss if test else None,
+        tokens=progress.tokens,
+        skipped=progress.skipped,
+        seconds=round(progress.seconds, 3),
+        tokens_per_second=round(progress.tokens / max(progress.seconds, 1e-9), 2),
+        peak_memory_bytes=progress.peak_memory,
+    )
+    if training.world.rank == 0:
+        try:
+            _write_text(prepared.path / PAGE, _draw(prepared, report))
+        except OSError as error:
+            training.note(f"The report could not be written: {error}.")
+    return report
+
+
+# What is refused -----------------------------------------------------------------
+
+
+def _refuse_too_large(plan: TrainingPlan) -> None:
+    if plan.fits:
+        return
+    fitting = [flags for flags, total in plan.smaller if total <= plan.limit]
+    advice = (
+        f"say {fitting[0]}, or --fit to take that"
+        if fitting
+        else "no smaller setting fits either; choose a smaller model"
+    )
+    raise OpenELMError(
+        f"The run needs about {plan.memory.total / 1e9:.2f} GB, and the limit is "
+        f"{plan.limit / 1e9:.2f} GB: {advice}, or raise --memory-limit."
+    )
+
+
+def _refuse_present_run(path: Path, force: bool) -> None:
+    if is_running(path):
+        raise OpenELMError(
+            f"{path} is being trained by another process; wait for it, or choose "
+            "another --adapter-path."
+        )
+    if not force and (path / STATE).is_file():
+        step = load_state(path).progress.step
+        died = ""
+        if (path / RUNNING).exists():
+            recipe = load_recipe(FinetuneRecipe, str(path / RECIPE), {})
+            died = f" {_describe_death(step, recipe)}"
+        raise OpenELMError(
+            f"{path} holds a run, up to step {step}; go on with --resume, replace it "
+            f"with --force, or choose another --adapter-path.{died}"
+        )
+    refuse_existing(path, force=force)
+
+
+def _refuse_other_run(
+    prepared: Prepared, run: Mapping[str, Any], on_event: Callable[[Event], None]
+) -> None:
+    """Raise if the run in the folder is not the one that would go on."""
+    path = prepared.path
+    state = load_state(path)
+    old = load_recipe(FinetuneRecipe, str(path / RECIPE), {})
+    found = differences(old, prepared.recipe)
+    if state.run.get("data") != run["data"]:
+        found.append("the data is not the same")
+    if found:
+        raise OpenELMError(
+            f"The run in {path} cannot go on with other settings: {'; '.join(found)}. "
+            "Say what was said then, or begin anew with --force."
+        )
+    ends = [event for event in read_events(path) if event["event"] == "end"]
+    if (
+        ends
+        and ends[-1].get("reason") in ("done", "patience")
+        and (path / PAGE).exists()
+    ):
+        raise OpenELMError(
+            f"The run in {path} is at its end, step {state.progress.step}; begin anew "
+            "with --force, or choose another --adapter-path."
+        )
+    then, now = state.run.get("arithmetic", {}), run["arithmetic"]
+    for name, value in now.items():
+        if then.get(name) != value:
+            text = (
+                f"The run was begun with {name} {then.get(name)} and goes on with "
+                f"{value}: last bits may differ from an uninterrupted run."
+            )
+            on_event({"event": "note", "step": state.progress.step, "text": text})
+
+
+def _refuse_other_base(path: Path, model: OpenELM) -> None:
+    """Raise if the model is not the one that the run was begun with."""
+    described = read_mapping(path / CONFIG).get(METADATA_KEY)
+    sketch = read_sketch(described) if isinstance(described, dict) else None
+    notes = check_base(sketch, base_weights(model), path, None) if sketch else ()
+    if notes:
+        raise OpenELMError(
+            f"The run in {path} cannot go on: {notes[0]} Say the same --model."
+        )
+
+
+def _describe_death(step: int, recipe: FinetuneRecipe) -> str:
+    text = (
+        f"The last run here was killed without a word, after step {step} was saved: by "
+        "a kill, or because the memory ran out."
+    )
+    if recipe.batch_size > 1:
+        text += (
+            f" If it was memory, half the batch needs half: --batch-size "
+            f"{recipe.batch_size // 2} --grad-accumulation-steps "
+            f"{recipe.grad_accumulation_steps * 2} goes on with the same steps."
+        )
+    return text
+
+
+# What is written -----------------------------------------------------------------
+
+
+def _write_start(staging: Path, prepared: Prepared, model: OpenELM) -> None:
+    """Write what does not change in the run."""
+    recipe = prepared.recipe
+    ranks = {
+        name.removesuffix(".lora_a"): array.shape[-1]
+        for name, array in trained_tensors(model).items()
+        if name.endswith(".lora_a")
+    }
+    L = len(model.layers)
+    write_config(
+        staging,
+        AdapterConfig(
+            method=recipe.fine_tune_type,  # type: ignore[arg-type] # the recipe checked it
+            num_layers=L if recipe.num_layers == -1 else recipe.num_layers,
+            keys=_spell_keys(ranks),
+            rank=max(ranks.values(), default=0),
+            scale=recipe.scale,
+            dropout=recipe.dropout,
+            base=recipe.model,
+            metadata={
+                "version": __version__,
+                "template": recipe.template,
+                "base": {"name": recipe.model, "sketch": sketch_base(model)},
+                "data": {"digest": prepared.table.digest},
+            },
+        ),
+    )
+    _write_text(staging / RECIPE, recipe.to_yaml())
+    write_json(staging / TABLE, dataclasses.asdict(prepared.table))
+
+
+def _spell_keys(paths: Iterable[str]) -> tuple[str, ...]:
+    """Return mlx-lm's keys: paths in a block where the last blocks all have them."""
+    keys: dict[str, None] = {}
+    for path in paths:
+        parts = path.split(".")
+        inside = ".".join(parts[3:]) if ".layers." in path else path
+        keys[inside] = None
+    return tuple(keys)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replaced_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _draw(prepared: Prepared, report: FinetuneReport) -> str:
+    recipe, plan, path = prepared.recipe, prepared.plan, prepared.path
+    method = recipe.fine_tune_type.replace("lora", "LoRA").replace("dora", "DoRA")
+    if recipe.fine_tune_type != "full":
+        method += f", rank {recipe.rank}, scale {recipe.scale:g}"
+    facts = {
+        "method": method
+        + (f", {recipe.objective}" if recipe.objective != "sft" else ""),
+        "trainable": f"{plan.trainable:,} of {plan.parameters:,} weights "
+        f"({plan.trainable / plan.parameters:.2%})",
+        "steps": f"{report.steps:,} of {plan.steps:,} ({report.epochs:.2f} epochs)",
+        "trained tokens": f"{report.tokens:,}",
+        "time": f"{report.seconds:,.0f} s, {report.tokens_per_second:,.0f} tokens/s",
+        "peak memory": f"{report.peak_memory_bytes / 1e9:.2f} GB, planned "
+        f"{plan.memory.total / 1e9:.2f} GB",
+        "ended": "out of patience" if report.reason == "patience" else "as planned",
+    }
+    if report.test_loss is not None:
+        facts["test loss"] = f"{report.test_loss:.4f} nats per token"
+    best = path / BEST
+    use = best if (best / WEIGHTS).is_file() else path
+    return render_page(
+        TrainingRun(
+            name=_stem(Path(recipe.data)),
+            model=recipe.model,
+            facts=facts,
+            events=read_events(path),
+            data=dataclasses.asdict(prepared.table),
+            recipe=recipe.to_yaml(),
+            commands=[
+                ("Write with it", f'mlx-openelm generate --adapter-path {use} "..."'),
+                (
+                    "Make it part of the model",
+                    f"mlx-openelm fuse --adapter-path {use} --save-path {path}-fused",
+                ),
+                ("Run the same again", f"mlx-openelm lora -c {path / RECIPE} --force"),
+            ],
+        )
+    )
+
+
+def _run_folder(recipe: FinetuneRecipe) -> Path:
+    """Return where the run goes: by default a folder with the data's name."""
+    return Path(recipe.adapter_path or FOLDERS / _stem(Path(recipe.data))).expanduser()
+
+
+def _stem(path: Path) -> str:
+    """Return a file's or a folder's name without .jsonl, .json and .gz."""
+    return path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+
+
+def _spell_model(name: str) -> str:
+    """Return a name that means the same model from another working folder."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name != DEMO and path.is_dir() else name
+
+
+@contextlib.contextmanager
+def _limited_memory(limit: int, needed: int) -> Iterator[None]:
+    """Tell MLX what to stay below, and to keep no more freed memory than is needed."""
+    before = mx.set_memory_limit(limit), mx.set_cache_limit(needed)
+    mx.reset_peak_memory()
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before[0])
+        mx.set_cache_limit(before[1])
+
+
+def _first_only(
+    on_event: Callable[[Event], None], world: World
+) -> Callable[[Event], None]:
+    return on_event if world.rank == 0 else lambda event: None

@@ -1,0 +1,246 @@
+"""What a run will take, before it starts: steps, trained weights, memory.
+
+The memory is reckoned from the real lengths of the batches and the widths of the
+layers. Letters as in `model`; N tokens of one batch, M of them counted in the loss.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_openelm.adaptation import trained_tensors
+from mlx_openelm.batches import plan_epoch, share_out
+from mlx_openelm.finetune_recipe import FinetuneRecipe
+from mlx_openelm.kernels import QUERIES
+from mlx_openelm.likelihood import chunk_rows
+from mlx_openelm.model import OpenELM
+
+# Copies of the trained weights, in float32, that an optimizer keeps.
+_OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}
+_OVERHEAD = 1.1  # for what is freed a moment later than it could be
+
+
+class Order:
+    """Which samples each step takes: the same for the same recipe and data.
+
+    Attributes:
+        steps: updates in the run.
+    """
+
+    def __init__(self, lengths: Sequence[int], recipe: FinetuneRecipe) -> None:
+        self._lengths, self._recipe = lengths, recipe
+        self._epochs: list[list[tuple[int, ...]]] = []
+        self._starts = [0]  # the first step of each epoch
+        epochs = math.ceil(recipe.epochs or 0)
+        for epoch in range(epochs):
+            self._plan(epoch)
+        self.steps = recipe.iters or 0
+        if epochs:
+            whole = math.floor(recipe.epochs or 0)
+            part = (recipe.epochs or 0) - whole
+            rest = round(part * len(self._epochs[whole])) if part else 0
+            self.steps = max(1, self._starts[whole] + rest)
+
+    def batch(self, step: int) -> tuple[int, ...]:
+        """Return the samples of the update after `step` others."""
+        while step >= self._starts[-1]:
+            self._plan(len(self._epochs))
+        epoch = int(np.searchsorted(self._starts, step, side="right")) - 1
+        return self._epochs[epoch][step - self._starts[epoch]]
+
+    def epoch_after(self, step: int) -> float:
+        """Return how often all samples were taken after `step` updates."""
+        if step >= self._starts[-1]:
+            self.batch(step)
+        epoch = int(np.searchsorted(self._starts, step, side="right")) - 1
+        return epoch + (step - self._starts[epoch]) / len(self._epochs[epoch])
+
+    def _plan(self, epoch: int) -> None:
+        recipe = self._recipe
+        batches = plan_epoch(
+            self._lengths,
+            recipe.step_size,
+            seed=recipe.seed,
+            epoch=epoch,
+            pack_length=recipe.max_seq_length if recipe.pack else None,
+        )
+        self._epochs.append(batches)
+        self._starts.append(self._starts[-1] + len(batches))
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The heaviest work that is in memory at a time: one share of a step's samples.
+
+    Attributes:
+        tokens: N, of all its sequences.
+        counted: M, tokens that count.
+        longest: tokens of its longest sequence.
+    """
+
+    tokens: int
+    counted: int
+    longest: int
+
+
+def heaviest_load(
+    order: Order, lengths: Sequence[int], counted: Sequence[int], parts: int
+) -> Load:
+    """Return the heaviest share of the run, or of its first 1000 steps."""
+    most = Load(1, 1, 1)
+    for step in range(min(order.steps, 1000)):
+        for share in share_out(order.batch(step), lengths, parts):
+            tokens = sum(lengths[i] for i in share)
+            if tokens > most.tokens:
+                longest = max(lengths[i] for i in share)
+                most = Load(tokens, sum(counted[i] for i in share), longest)
+    return most
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes at the moment when most are in use, by what they are for."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.asdict(self).values())
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """A run before its start.
+
+    Attributes:
+        trainable, parameters: numbers of weights.
+        tokens: that the run reads; `targets` of them count in the loss.
+        limit: bytes that this machine should stay below.
+        smaller: settings that take less memory, each with the bytes that it takes.
+    """
+
+    steps: int
+    epochs: float
+    samples: int
+    trainable: int
+    parameters: int
+    tokens: int
+    targets: int
+    memory: MemoryPlan
+    limit: int
+    smaller: tuple[tuple[str, int], ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.limit
+
+
+def plan_memory(model: OpenELM, recipe: FinetuneRecipe, load: Load) -> MemoryPlan:
+    """Reckon the memory of a run.
+
+    Args:
+        model: as it will be trained, adapter included; nothing of it is computed.
+    """
+    adapter = 4 * sum(array.size for array in trained_tensors(model).values())
+    full = recipe.fine_tune_type == "full"
+    weights = count_bytes(model) - adapter
+    # Gradients of a step, their sum over shares, and the clipped copy.
+    copies = 2 + (recipe.grad_accumulation_steps > 1)
+    kept = _OPTIMIZER_COPIES.get(recipe.optimizer, 0.1)
+    return MemoryPlan(
+        weights=weights,
+        adapter=adapter,
+        gradients=copies * adapter,
+        # The update makes the new ones beside the old ones.
+        optimizer=int(2 * kept * adapter) if full else int((kept + 1) * adapter),
+        activations=int(_OVERHEAD * _activation_bytes(model, recipe, load)),
+        loss=_loss_bytes(model, recipe, load),
+    )
+
+
+def count_bytes(model: OpenELM) -> int:
+    """Return the bytes of all weights, adapter included."""
+    flat: list[tuple[str, Any]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    return sum(array.nbytes for _, array in flat)
+
+
+def _activation_bytes(model: OpenELM, recipe: FinetuneRecipe, load: Load) -> int:
+    """What the blocks keep for their gradients, and the widest block's own work."""
+    config = model.config
+    D, H, N = config.model_dim, config.head_dim, load.tokens
+    size = _compute_size(model)
+    kept, widest = 0, 0
+    dropout = recipe.dropout > 0
+    for i in range(config.num_transformer_layers):
+        Q, K = config.num_query_heads[i], config.num_kv_heads[i]
+        F = config.ffn_dims[i]
+        heads = (Q + 2 * K) * H
+        # stream, normed copies; q, k, v as projected, normed, rotated; attended twice;
+        # gate and up; their product.
+        row = 4 * D + 3 * heads + 2 * Q * H + 3 * F
+        row += dropout * (2 * D + Q * H + F)  # what the adapters see
+        kept += N * row * size
+        T = load.longest
+        scores = 3 * Q * min(QUERIES, T) * T * 4
+        widest = max(widest, N * (2 * heads + 5 * F) * size + scores)
+    L = config.num_transformer_layers
+    if recipe.grad_checkpoint:
+        return L * N * D * size + kept // L * 2 + widest
+    return kept + widest
+
+
+def _loss_bytes(model: OpenELM, recipe: FinetuneRecipe, load: Load) -> int:
+    """A chunk's logits and their powers, and each counted row with its gradient."""
+    V, D, M = model.config.vocab_size, model.config.model_dim, load.counted
+    rows = min(chunk_rows(V), M)
+    head = V * D * 4 * (_compute_size(model) != 4)  # widened to float32
+    if recipe.fine_tune_type == "full":
+        head += 2 * V * D * 4
+    return 2 * rows * V * 4 + 3 * M * D * 4 + head
+
+
+def _compute_size(model: OpenELM) -> int:
+    """Bytes of an activation: the norms have the dtype that is computed in."""
+    return model.transformer.norm.weight.dtype.size
+
+
+def propose_smaller(
+    recipe: FinetuneRecipe, shortest_useful: int = 128
+) -> list[tuple[str, FinetuneRecipe]]:
+    """Return recipes that need less memory, the mildest first, each with its flags."""
+    found: list[tuple[str, FinetuneRecipe]] = []
+    flags: list[str] = []
+    if not recipe.grad_checkpoint:
+        recipe = dataclasses.replace(recipe, grad_checkpoint=True)
+        flags.append("--grad-checkpoint")
+        found.append((" ".join(flags), recipe))
+    while recipe.batch_size % 2 == 0:
+        recipe = dataclasses.replace(
+            recipe,
+            batch_size=recipe.batch_size // 2,
+            grad_accumulation_steps=recipe.grad_accumulation_steps * 2,
+        )
+        spelt = (
+            f"--batch-size {recipe.batch_size} "
+            f"--grad-accumulation-steps {recipe.grad_accumulation_steps}"
+        )
+        found.append((" ".join([*flags, spelt]), recipe))
+    if found and recipe.batch_size == 1:
+        flags.append(found[-1][0].removeprefix(" ".join(flags)).strip())
+    while (recipe.max_seq_length or 0) // 2 >= shortest_useful:
+        longest = (recipe.max_seq_length or 0) // 2
+        recipe = dataclasses.replace(recipe, max_seq_length=longest)
+        found.append(
+            (" ".join([*filter(None, flags), f"--max-seq-length {longest}"]), recipe)
+        )
+    return found
