@@ -1,6 +1,7 @@
 """An adapter folder, as mlx-lm writes it: read and attached to a model, and written."""
 
 import errno
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -180,8 +181,8 @@ def read_base(raw: Mapping[str, Any], path: Path) -> str | None:
     name = raw.get("model")
     if not isinstance(name, str) or not name:
         return None
-    inside = path / name
-    return str(inside) if inside.is_dir() and not Path(name).is_dir() else name
+    inside = os.path.join(path, name)  # os.path, for a name may be no path at all
+    return inside if os.path.isdir(inside) and not os.path.isdir(name) else name
 
 
 def read_sketch(metadata: Mapping[str, Any]) -> str | None:

@@ -599,6 +599,9 @@ def lora(
     max_seq_length: Annotated[
         int | None, typer.Option(help="Tokens; default 2048 or the context.")
     ] = None,
+    max_prompt_length: Annotated[
+        int | None, typer.Option(help="Of a preference; default half of that.")
+    ] = None,
     pack: Annotated[
         bool | None,
         typer.Option("--pack", help="Fill rows of that length with samples."),
@@ -688,6 +691,7 @@ def lora(
         "mask_prompt": mask_prompt,
         "turns": turns,
         "max_seq_length": max_seq_length,
+        "max_prompt_length": max_prompt_length,
         "pack": pack,
         "batch_size": batch_size,
         "grad_accumulation_steps": grad_accumulation_steps,

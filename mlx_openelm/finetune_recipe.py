@@ -160,6 +160,12 @@ class FinetuneRecipe:
                 f"--max-seq-length is {longest}, but the model's context is "
                 f"{context_length}; say at most that."
             )
+        prompt = self.max_prompt_length or longest // 2
+        if self.objective == "dpo" and not 2 <= prompt < longest:
+            raise OpenELMError(
+                f"--max-prompt-length is {prompt} and --max-seq-length {longest}; a "
+                "pair needs 2 tokens or more of a prompt, and room for an answer."
+            )
         rate = self.learning_rate
         if rate is None:
             rate = _DPO_RATE if self.objective == "dpo" else 3e-4
@@ -169,7 +175,7 @@ class FinetuneRecipe:
             data=data,
             template=template,
             max_seq_length=longest,
-            max_prompt_length=self.max_prompt_length or longest // 2,
+            max_prompt_length=prompt,
             learning_rate=rate,
             final_learning_rate=(
                 rate / 10

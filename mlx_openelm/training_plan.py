@@ -239,7 +239,10 @@ def propose_smaller(
         flags.append(found[-1][0].removeprefix(" ".join(flags)).strip())
     while (recipe.max_seq_length or 0) // 2 >= shortest_useful:
         longest = (recipe.max_seq_length or 0) // 2
-        recipe = dataclasses.replace(recipe, max_seq_length=longest)
+        prompt = min(recipe.max_prompt_length or longest, longest // 2)
+        recipe = dataclasses.replace(
+            recipe, max_seq_length=longest, max_prompt_length=prompt
+        )
         found.append(
             (" ".join([*filter(None, flags), f"--max-seq-length {longest}"]), recipe)
         )

@@ -24,7 +24,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetune_recipe import FinetuneRecipe
 from mlx_openelm.finetuning import finetune, prepare
 from mlx_openelm.loading import load
-from mlx_openelm.recipe import load_recipe
+from mlx_openelm.recipe import bundled_recipes, load_recipe
 from mlx_openelm.training import Training
 from mlx_openelm.training_state import load_state, read_events
 
@@ -202,6 +202,47 @@ def test_preferences_are_learnt(base, tmp_path):
     assert report.last_loss < 0.5
     evals = [e for e in read_events(report.path) if e["event"] == "eval"]
     assert evals[-1]["accuracy"] == 1
+
+
+RECORDS = {
+    "lora/openelm-peft": {"instruction": "Is gold?", "input": "", "output": "true"},
+    "lora/instruct": {"prompt": "Who?", "chosen": "the king", "rejected": "a wolf"},
+    "lora/oz": {"text": "the king had three daughters. " * 20},
+    "lora/small-mac": {"prompt": "Who?", "completion": "the king"},
+    "lora/qlora": {"messages": [{"role": "user", "content": "Who?"}]},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in bundled_recipes() if name.startswith("lora/")]
+)
+def test_every_bundled_recipe_runs(base, tmp_path, name):
+    record = RECORDS[name]
+    if "messages" in record:
+        answer = {"role": "assistant", "content": "the king"}
+        record = {"messages": [*record["messages"], answer]}
+    lines = (json.dumps(record | {"id": i}) + "\n" for i in range(12))
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    model = base
+    if name == "lora/qlora":
+        model = tmp_path / "packed"
+        ran = call("convert", base, "-q", "--q-group-size", 32, "--mlx-path", model)
+        assert ran.exit_code == 0, ran.stderr
+    changes = ("--iters", 2, "--max-seq-length", 64, "--rank", 4)
+    if name == "lora/instruct":
+        changes = ("--iters", 2, "--max-seq-length", 64, "--max-prompt-length", 32)
+        changes = (*changes, "--warmup-steps", 0)
+    elif name == "lora/openelm-peft":
+        changes = (*changes, "--warmup-steps", 0)
+    ran = call(
+        *("lora", "-c", name, "--model", model, "--data", tmp_path / "train.jsonl"),
+        *("--adapter-path", tmp_path / "run", *changes),
+    )
+    assert ran.exit_code == 0, ran.stderr
+    resolved = load_recipe(FinetuneRecipe, str(tmp_path / "run" / "recipe.yaml"), {})
+    bundled = load_recipe(FinetuneRecipe, name, {})
+    assert resolved.learning_rate == bundled.learning_rate
+    assert resolved.step_size == bundled.step_size
 
 
 # Never lost ----------------------------------------------------------------------
@@ -608,6 +649,11 @@ GOOD = b'{"prompt": "the king", "completion": "gold"}\n'
         (GOOD, ("--optimizer", "adamx"), "choose adamw"),
         (GOOD, ("--template", "chat"), "chat"),
         (GOOD, ("--test",), "needs a test file"),
+        (
+            b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+            ("--objective", "dpo", "--max-prompt-length", 64),
+            "--max-prompt-length is 64",
+        ),
         (GOOD, ("--resume",), "nothing to go on from"),
         (GOOD, ("--learning-rate", "nan"), "--learning-rate is nan"),
         (GOOD, ("--model", "nowhere"), "nowhere"),
