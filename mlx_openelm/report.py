@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from converters.verification import Verification
     from mlx_openelm.benchmark import SelfCheck
     from mlx_openelm.evaluation import TextScore
-    from mlx_openelm.finetuning import FinetuneReport, Prepared
+    from mlx_openelm.finetuning import FinetuneReport
     from mlx_openelm.generation import Piece
     from mlx_openelm.inspection import Inspection
+    from mlx_openelm.preparation import Prepared
 
 
 def as_json(report: Any) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from models import UNEVEN, weights_of
 from mlx_openelm import training, training_state
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetune_recipe import FinetuneRecipe
-from mlx_openelm.finetuning import finetune, prepare
+from mlx_openelm.finetuning import finetune
 from mlx_openelm.loading import load
+from mlx_openelm.preparation import prepare
 from mlx_openelm.recipe import bundled_recipes, load_recipe
 from mlx_openelm.training import Training
 from mlx_openelm.training_state import load_state, read_events

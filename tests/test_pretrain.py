@@ -249,10 +249,11 @@ def test_averaging_is_done_in_float64(tmp_path):
     )
 
 
-def test_every_bundled_recipe_is_whole():
+def test_every_bundled_recipe_of_ours_is_whole():
     found = bundled_recipes()
-    assert "pretrain/stories" in found
-    for name in found:
+    names = [name for name in found if name.startswith("pretrain/")]
+    assert "pretrain/stories" in names
+    for name in names:
         built = load_recipe(PretrainRecipe, name, {"steps": 7, "data.train": ["x"]})
         assert built.steps == 7
         assert built.data.train == ("x",)

@@ -10,9 +10,9 @@ import numpy as np
 from models import UNEVEN, build, small_tokenizer
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.finetuning import _make_trainable
 from mlx_openelm.finetune_recipe import FinetuneRecipe
 from mlx_openelm.model import OpenELM
+from mlx_openelm.preparation import make_trainable
 from mlx_openelm.samples import Pair, Sample
 from mlx_openelm.sampling import Sampling
 from mlx_openelm.training import Training, World, _Stop, lengths_of
@@ -73,7 +73,7 @@ def make_model(
 ) -> OpenELM:
     """A model with an adapter; with `stir`, one that has learnt something already."""
     model = build(config)
-    _make_trainable(model, recipe)
+    make_trainable(model, recipe)
     if stir and recipe.fine_tune_type != "full":
         rng = np.random.default_rng(1)
         for module in model.modules():
