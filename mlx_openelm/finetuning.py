@@ -48,7 +48,13 @@ from mlx_openelm.recipe import load_recipe
 from mlx_openelm.sampling import Sampling
 from mlx_openelm.shards import write_json
 from mlx_openelm.staging import refuse_existing, replaced_file, staged_folder
-from mlx_openelm.training import Event, Training, Validation, World
+from mlx_openelm.training import (
+    Event,
+    Training,
+    Validation,
+    World,
+    advise_half_a_batch,
+)
 from mlx_openelm.training_page import TrainingRun, render_page
 from mlx_openelm.training_plan import TrainingPlan
 from mlx_openelm.training_state import (
@@ -314,17 +320,10 @@ def _refuse_other_base(path: Path, model: OpenELM) -> None:
 
 
 def _describe_death(step: int, recipe: FinetuneRecipe) -> str:
-    text = (
+    return (
         f"The last run here was killed without a word, after step {step} was saved: by "
-        "a kill, or because the memory ran out."
+        f"a kill, or because the memory ran out. {advise_half_a_batch(recipe)}"
     )
-    if recipe.batch_size > 1:
-        text += (
-            f" If it was memory, half the batch needs half: --batch-size "
-            f"{recipe.batch_size // 2} --grad-accumulation-steps "
-            f"{recipe.grad_accumulation_steps * 2} goes on with the same steps."
-        )
-    return text
 
 
 # What is written -----------------------------------------------------------------

@@ -279,7 +279,8 @@ def note_plan(console: Console, prepared: "Prepared") -> None:
     console.note(
         f"{plan.trainable:,} of {plan.parameters:,} weights are trained "
         f"({plan.trainable / plan.parameters:.2%}), {plan.steps:,} steps of "
-        f"{recipe.step_size} {'rows' if recipe.pack else 'samples'} "
+        f"{recipe.step_size} {'row' if recipe.pack else 'sample'}"
+        f"{'s' * (recipe.step_size > 1)} "
         f"({plan.epochs:.2f} epochs), {plan.targets:,} tokens to learn, no padding"
     )
     console.note(

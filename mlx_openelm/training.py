@@ -234,7 +234,8 @@ class Training:
                     reason = "done" if last else "patience"
                     break
                 if world.size > 1 or stop.number is None:
-                    stopping = self._update(stop)
+                    with self._out_of_memory_in_one_sentence():
+                        stopping = self._update(stop)
                     done = progress.step == steps
                     if progress.step % recipe.steps_per_report == 0 or done:
                         self._report()
@@ -245,6 +246,19 @@ class Training:
         self._write_average()
         self.emit({"event": "end", "step": progress.step, "reason": reason})
         return reason
+
+    @contextlib.contextmanager
+    def _out_of_memory_in_one_sentence(self) -> Iterator[None]:
+        """Where MLX raises, that is; most back ends end the process."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "alloc" not in str(error) and "emory" not in str(error):
+                raise
+            raise OpenELMError(
+                f"The memory ran out in step {self.progress.step + 1}; "
+                f"{self._describe_kept()} {advise_half_a_batch(self.recipe)}"
+            ) from error
 
     def emit(self, event: Event) -> None:
         """Write an event into the metrics, and show it."""
@@ -591,6 +605,17 @@ class Training:
                 means[name] = means[name] + part if name in means else part
         tensors = {n: mx.array(mean.astype(np.float32)) for n, mean in means.items()}
         self._write_adapter(self.folder / AVERAGE, tensors)
+
+
+def advise_half_a_batch(recipe: FinetuneRecipe) -> str:
+    """Return a sentence on what to say where the memory ran out."""
+    if recipe.batch_size == 1:
+        return "Say --grad-checkpoint, or a smaller --max-seq-length."
+    return (
+        f"Half the batch needs half the memory: --resume --batch-size "
+        f"{recipe.batch_size // 2} --grad-accumulation-steps "
+        f"{recipe.grad_accumulation_steps * 2} goes on with the same steps."
+    )
 
 
 def lengths_of(samples: Samples) -> list[int]:

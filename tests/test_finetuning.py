@@ -621,6 +621,15 @@ def test_what_does_not_fit_is_refused_and_fit_takes_smaller_settings(base, tmp_p
     assert taken.grad_checkpoint or taken.batch_size < 16
 
 
+def test_memory_that_runs_out_is_one_sentence(recipe, monkeypatch):
+    def run_out(self, share):
+        raise RuntimeError("[metal::malloc] Attempting to allocate 1 bytes")
+
+    monkeypatch.setattr(Training, "_differentiate", run_out)
+    with pytest.raises(OpenELMError, match="--batch-size 2 --grad-accumulation-steps"):
+        finetune(recipe)
+
+
 # Bad input -----------------------------------------------------------------------
 
 
