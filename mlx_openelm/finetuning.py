@@ -52,7 +52,6 @@ from mlx_openelm.training import (
     Event,
     Training,
     Validation,
-    World,
     advise_half_a_batch,
 )
 from mlx_openelm.training_page import TrainingRun, render_page
@@ -68,6 +67,7 @@ from mlx_openelm.training_state import (
     running,
 )
 from mlx_openelm.version import __version__
+from mlx_openelm.world import World
 
 RECIPE, TABLE, PAGE = "recipe.yaml", "data.json", "report.html"
 

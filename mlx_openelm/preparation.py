@@ -34,7 +34,7 @@ from mlx_openelm.samples import (
     tabulate,
 )
 from mlx_openelm.tokenizer import Tokenizer
-from mlx_openelm.training import World, lengths_of
+from mlx_openelm.training import lengths_of
 from mlx_openelm.training_plan import (
     MemoryPlan,
     Order,
@@ -43,6 +43,7 @@ from mlx_openelm.training_plan import (
     plan_memory,
     propose_smaller,
 )
+from mlx_openelm.world import World
 
 FOLDERS = Path("adapters")  # where a run goes that is told no folder
 

@@ -11,26 +11,31 @@ import json
 import math
 import shlex
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_openelm.adaptation import adapter_tensors, trained_tensors, use_dropout
-from mlx_openelm.adapters import BEST, CONFIG, WEIGHTS, save_tensors
+from mlx_openelm.adapters import BEST
 from mlx_openelm.batches import Batch, collate, collate_pairs, share_out
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetune_recipe import FinetuneRecipe
 from mlx_openelm.generation import generate
+from mlx_openelm.interruption import Stop, deferred_signals
+from mlx_openelm.kept_adapters import (
+    AVERAGE,
+    keep,
+    replace_copy,
+    replace_weights,
+    write_average,
+)
 from mlx_openelm.model import OpenELM
 from mlx_openelm.objective import (
     batch_losses,
@@ -39,9 +44,9 @@ from mlx_openelm.objective import (
     sequence_likelihoods,
     total_norm,
 )
+from mlx_openelm.optimizer import make_optimizer
 from mlx_openelm.samples import Pair, Sample
 from mlx_openelm.sampling import Sampling
-from mlx_openelm.staging import replaced_file
 from mlx_openelm.tokenizer import Tokenizer
 from mlx_openelm.training_plan import Order
 from mlx_openelm.training_state import (
@@ -51,42 +56,12 @@ from mlx_openelm.training_state import (
     load_state,
     save_state,
 )
+from mlx_openelm.world import World
 
-AVERAGE = "average"
 MOST_IN_A_ROW = 3  # batches that are not finite
 
 Event = Mapping[str, Any]
 Samples = Sequence[Sample] | Sequence[Pair]
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """The processes that train together, by `mx.distributed`; often just this one."""
-
-    rank: int
-    size: int
-
-    @classmethod
-    def join(cls) -> "World":
-        group = mx.distributed.init()
-        return cls(group.rank(), group.size())
-
-    def sum(self, array: mx.array) -> mx.array:
-        """Return the sum of every process's array."""
-        return mx.distributed.all_sum(array) if self.size > 1 else array
-
-    def from_first(self, array: mx.array) -> mx.array:
-        """Return the first process's array; the others' may hold anything."""
-        return self.sum(array if self.rank == 0 else mx.zeros_like(array))
-
-    def tell(self, text: str) -> str:
-        """Return the first process's text."""
-        if self.size == 1:
-            return text
-        encoded = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-        length = int(np.array(self.from_first(mx.array(len(encoded)))))
-        heard = self.from_first(mx.array(np.resize(encoded, length)))
-        return np.array(heard).astype(np.uint8).tobytes().decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +164,8 @@ class Training:
         self._window = _Sums(self.progress.window_loss, self.progress.window_tokens)
         self._saved_step = self.progress.step
         self._reported = self.progress.seconds
+        if self.world.rank == 0 and self.progress.step:
+            self._save_adapter()  # the kill may have come between state and adapter
 
     def save_start(self, folder: Path) -> None:
         """Save the state before the first step, into a folder that will be ours.
@@ -216,7 +193,7 @@ class Training:
         recipe, progress, world = self.recipe, self.progress, self.world
         steps = self.order.steps
         reason = ""
-        with _deferred_signals() as stop:
+        with deferred_signals() as stop:
             stopping = False
             while True:
                 if stopping and progress.step < steps:
@@ -243,7 +220,9 @@ class Training:
                     stopping = True
         self._refuse_unchanged()
         self.save(last=True)
-        self._write_average()
+        if recipe.average_last > 1 and world.rank == 0:
+            with self._noting(AVERAGE):
+                write_average(self.folder)
         self.emit({"event": "end", "step": progress.step, "reason": reason})
         return reason
 
@@ -270,7 +249,7 @@ class Training:
         """Write a sentence into the metrics, and show it."""
         self.emit({"event": "note", "step": self.progress.step, "text": text})
 
-    def _update(self, stop: "_Stop") -> bool:
+    def _update(self, stop: Stop) -> bool:
         """Make one update; return whether any process was asked to stop."""
         progress, recipe, world = self.progress, self.recipe, self.world
         started = time.perf_counter()
@@ -425,8 +404,9 @@ class Training:
             if best:
                 progress.best_loss, progress.best_step = found.loss, progress.step
                 progress.evals_since_best = 0
-                if progress.step:
-                    self._write_adapter(self.folder / BEST)
+                if progress.step and self.world.rank == 0:
+                    with self._noting(BEST):
+                        replace_copy(self.folder, BEST, adapter_tensors(self.model))
             else:
                 progress.evals_since_best += 1
             accuracy = {} if found.accuracy is None else {"accuracy": found.accuracy}
@@ -522,9 +502,7 @@ class Training:
         try:
             save_state(self.folder, State(progress, trained, optimizer, self._run))
             if progress.step:
-                with replaced_file(self.folder / WEIGHTS) as path:
-                    save_tensors(path, adapter_tensors(self.model), format="mlx")
-                self._keep_for_average()
+                self._save_adapter()
         except OSError as error:
             if last:
                 raise OpenELMError(
@@ -541,6 +519,22 @@ class Training:
         if progress.step:
             self.emit({"event": "save", "step": progress.step})
         return True
+
+    def _save_adapter(self) -> None:
+        recipe, step = self.recipe, self.progress.step
+        tensors = adapter_tensors(self.model)
+        replace_weights(self.folder, tensors)
+        due = step % recipe.save_every == 0 or step == self.order.steps
+        if recipe.average_last > 1 and due:
+            keep(self.folder, step, tensors, most=recipe.average_last)
+
+    @contextlib.contextmanager
+    def _noting(self, name: str) -> Iterator[None]:
+        """A full disk costs what is beside the run, not the run."""
+        try:
+            yield
+        except OSError as error:
+            self.note(f"{self.folder / name} could not be written: {error}.")
 
     def _leave(self, number: int) -> None:
         kept = self._saved_step == self.progress.step or self.save()
@@ -564,48 +558,6 @@ class Training:
                 f"{self.progress.skipped} batches were skipped."
             )
 
-    def _write_adapter(
-        self, folder: Path, tensors: Mapping[str, mx.array] | None = None
-    ) -> None:
-        """Write, or replace, an adapter folder in ours."""
-        if self.world.rank > 0:
-            return
-        try:
-            folder.mkdir(exist_ok=True)
-            with replaced_file(folder / CONFIG) as path:
-                path.write_bytes((self.folder / CONFIG).read_bytes())
-            with replaced_file(folder / WEIGHTS) as path:
-                save_tensors(path, tensors or adapter_tensors(self.model), format="mlx")
-        except OSError as error:
-            self.note(f"{folder} could not be written ({error}); the run goes on.")
-
-    def _kept_files(self) -> list[Path]:
-        return sorted(self.folder.glob(f"[0-9]*_{WEIGHTS}"))
-
-    def _keep_for_average(self) -> None:
-        """Keep the adapter under the name of its step, and the last N of them."""
-        if self.recipe.average_last < 2:
-            return
-        name = f"{self.progress.step:07d}_{WEIGHTS}"
-        with replaced_file(self.folder / name) as path:
-            save_tensors(path, adapter_tensors(self.model), format="mlx")
-        for old in self._kept_files()[: -self.recipe.average_last]:
-            old.unlink()
-
-    def _write_average(self) -> None:
-        files = self._kept_files()
-        if self.world.rank > 0 or self.recipe.average_last < 2 or not files:
-            return
-        means: dict[str, Any] = {}
-        for path in files:
-            arrays = mx.load(str(path))
-            assert isinstance(arrays, dict)
-            for name, array in arrays.items():
-                part = np.array(array.astype(mx.float32), np.float64) / len(files)
-                means[name] = means[name] + part if name in means else part
-        tensors = {n: mx.array(mean.astype(np.float32)) for n, mean in means.items()}
-        self._write_adapter(self.folder / AVERAGE, tensors)
-
 
 def advise_half_a_batch(recipe: FinetuneRecipe) -> str:
     """Return a sentence on what to say where the memory ran out."""
@@ -628,40 +580,6 @@ def lengths_of(samples: Samples) -> list[int]:
     ]
 
 
-def make_optimizer(model: OpenELM, recipe: FinetuneRecipe) -> optim.Optimizer:
-    """Return the recipe's optimizer, ready for the model's trainable weights.
-
-    Vectors (norms, magnitudes) have no weight decay, as in OpenELM's pre-training.
-    """
-    betas, eps, decay = list(recipe.betas), recipe.eps, recipe.weight_decay
-
-    def build(decay: float) -> optim.Optimizer:
-        match recipe.optimizer:
-            case "adamw":
-                return optim.AdamW(0.0, betas, eps, decay, bias_correction=True)
-            case "adam":
-                return optim.Adam(0.0, betas, eps, bias_correction=True)
-            case "sgd":
-                return optim.SGD(0.0, momentum=betas[0], weight_decay=decay)
-            case "lion":
-                return optim.Lion(0.0, betas, weight_decay=decay)
-            case "muon":
-                return optim.Muon(0.0, momentum=betas[1], weight_decay=decay)
-            case _:
-                return optim.Adafactor(
-                    0.0, scale_parameter=False, relative_step=False, weight_decay=decay
-                )
-
-    optimizer = build(decay)
-    if decay and any(array.ndim < 2 for array in trained_tensors(model).values()):
-        optimizer = optim.MultiOptimizer(
-            [optimizer, build(0.0)], [lambda _, weight: weight.ndim >= 2]
-        )
-    optimizer.init(model.trainable_parameters())
-    mx.eval(optimizer.state)
-    return optimizer
-
-
 def flatten(tree: Any) -> dict[str, mx.array]:
     """Return the arrays of a tree by their path."""
     return dict(tree_flatten(tree))
@@ -676,31 +594,3 @@ def _digest(arrays: Mapping[str, mx.array]) -> str:
     for name in sorted(arrays):
         digest.update(np.array(arrays[name].astype(mx.float32)).tobytes())
     return digest.hexdigest()
-
-
-@dataclass(slots=True)
-class _Stop:
-    number: int | None = None
-    handlers: dict[int, Any] = field(default_factory=dict)
-
-
-@contextlib.contextmanager
-def _deferred_signals() -> Iterator[_Stop]:
-    """Remember Ctrl-C and SIGTERM until the step is done; the second one is at once."""
-    stop = _Stop()
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        stop.number = number
-        signal.signal(number, stop.handlers[number])
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    for number in map(int, (signal.SIGINT, signal.SIGTERM)):
-        stop.handlers[number] = signal.getsignal(number)
-        signal.signal(number, remember)
-    try:
-        yield stop
-    finally:
-        for number, handler in stop.handlers.items():
-            signal.signal(number, handler)

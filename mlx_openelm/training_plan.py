@@ -22,6 +22,7 @@ from mlx_openelm.model import OpenELM
 
 # Copies of the trained weights, in float32, that an optimizer keeps.
 _OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}
+_SCORES = 6  # copies of a block of attention's scores, in the gradient
 _OVERHEAD = 1.1  # for what is freed a moment later than it could be
 
 
@@ -104,7 +105,11 @@ def heaviest_load(
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes at the moment when most are in use, by what they are for."""
+    """Bytes at the moment when most are in use, by what they are for.
+
+    Attributes:
+        loss: what its logits take beyond the room of a block's work.
+    """
 
     weights: int
     adapter: int
@@ -152,19 +157,17 @@ def plan_memory(model: OpenELM, recipe: FinetuneRecipe, load: Load) -> MemoryPla
         model: as it will be trained, adapter included; nothing of it is computed.
     """
     adapter = 4 * sum(array.size for array in trained_tensors(model).values())
-    full = recipe.fine_tune_type == "full"
-    weights = count_bytes(model) - adapter
-    # Gradients of a step, their sum over shares, and the clipped copy.
-    copies = 2 + (recipe.grad_accumulation_steps > 1)
-    kept = _OPTIMIZER_COPIES.get(recipe.optimizer, 0.1)
+    kept, work = _activation_bytes(model, recipe, load)
     return MemoryPlan(
-        weights=weights,
+        weights=count_bytes(model) - adapter,
         adapter=adapter,
-        gradients=copies * adapter,
-        # The update makes the new ones beside the old ones.
-        optimizer=int(2 * kept * adapter) if full else int((kept + 1) * adapter),
-        activations=int(_OVERHEAD * _activation_bytes(model, recipe, load)),
-        loss=_loss_bytes(model, recipe, load),
+        # Those of a share, and their sum over shares. The update itself comes when the
+        # activations are gone.
+        gradients=adapter * (1 + (recipe.grad_accumulation_steps > 1)),
+        optimizer=int(_OPTIMIZER_COPIES.get(recipe.optimizer, 0.1) * adapter),
+        activations=int(_OVERHEAD * (kept + work)),
+        # Its own work is done when that of the blocks begins.
+        loss=max(0, _loss_bytes(model, recipe, load) - work),
     )
 
 
@@ -174,14 +177,17 @@ def count_bytes(model: OpenELM) -> int:
     return sum(array.nbytes for _, array in flat)
 
 
-def _activation_bytes(model: OpenELM, recipe: FinetuneRecipe, load: Load) -> int:
+def _activation_bytes(
+    model: OpenELM, recipe: FinetuneRecipe, load: Load
+) -> tuple[int, int]:
     """What the blocks keep for their gradients, and the widest block's own work."""
     config = model.config
-    D, H, N = config.model_dim, config.head_dim, load.tokens
+    D, H, N, T = config.model_dim, config.head_dim, load.tokens, load.longest
     size = _compute_size(model)
-    kept, widest = 0, 0
-    dropout = recipe.dropout > 0
-    for i in range(config.num_transformer_layers):
+    dropout, dora = recipe.dropout > 0, recipe.fine_tune_type == "dora"
+    kept, widest = [0], 0
+    L = config.num_transformer_layers
+    for i in range(_first_trained_block(model), L):
         Q, K = config.num_query_heads[i], config.num_kv_heads[i]
         F = config.ffn_dims[i]
         heads = (Q + 2 * K) * H
@@ -189,24 +195,37 @@ def _activation_bytes(model: OpenELM, recipe: FinetuneRecipe, load: Load) -> int
         # gate and up; their product.
         row = 4 * D + 3 * heads + 2 * Q * H + 3 * F
         row += dropout * (2 * D + Q * H + F)  # what the adapters see
-        kept += N * row * size
-        T = load.longest
-        scores = 3 * Q * min(QUERIES, T) * T * 4
+        row += dora * (2 * D + heads + 2 * F)  # before m
+        kept.append(N * row * size)
+        scores = _SCORES * Q * min(QUERIES, T) * T * 4
         widest = max(widest, N * (2 * heads + 5 * F) * size + scores)
-    L = config.num_transformer_layers
-    if recipe.grad_checkpoint:
-        return L * N * D * size + kept // L * 2 + widest
-    return kept + widest
+    if recipe.grad_checkpoint:  # a block is computed again while the last one's goes
+        return len(kept) * N * D * size, 2 * max(kept) + widest
+    return sum(kept), widest
+
+
+def _first_trained_block(model: OpenELM) -> int:
+    """Return the block where gradients end; what stands below it keeps nothing."""
+    L = model.config.num_transformer_layers
+    blocks = [L]
+    for name in trained_tensors(model):
+        path = name.split(".")
+        if "layers" in path:
+            blocks.append(int(path[path.index("layers") + 1]))
+        elif "token_embeddings" in path:
+            blocks.append(0)
+    return min(blocks)
 
 
 def _loss_bytes(model: OpenELM, recipe: FinetuneRecipe, load: Load) -> int:
-    """A chunk's logits and their powers, and each counted row with its gradient."""
+    """Logits and their powers, and each counted row with its gradient."""
     V, D, M = model.config.vocab_size, model.config.model_dim, load.counted
-    rows = min(chunk_rows(V), M)
+    # Three chunks, for MLX begins the next ones while one is computed.
+    logits = min(3 * chunk_rows(V), M) * V * 4
     head = V * D * 4 * (_compute_size(model) != 4)  # widened to float32
-    if recipe.fine_tune_type == "full":
-        head += 2 * V * D * 4
-    return 2 * rows * V * 4 + 3 * M * D * 4 + head
+    if recipe.fine_tune_type == "full":  # the head's gradient, from the logits' own
+        head += V * D * 4 + logits
+    return 2 * logits + 3 * M * D * 4 + head
 
 
 def _compute_size(model: OpenELM) -> int:

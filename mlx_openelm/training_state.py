@@ -82,6 +82,7 @@ def describe_arithmetic() -> dict[str, Any]:
     return {
         "device": str(mx.default_device().type).rpartition(".")[2],
         "blas": str(openblas.ACTIVE),
+        "kernels": openblas.KERNELS,
         "threads": _count_threads(),
         "mlx": version("mlx"),
     }

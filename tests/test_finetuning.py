@@ -191,6 +191,30 @@ def test_the_mean_of_the_last_saves_is_written_on_request(base, tmp_path):
     load(None, report.path / "average")
 
 
+def test_the_mean_is_the_same_after_interruptions(base, tmp_path, monkeypatch):
+    recipe = make_recipe(base, tmp_path, average_last=3)
+    whole = dataclasses.replace(recipe, adapter_path=str(tmp_path / "whole"))
+    keep = training.keep
+
+    def die_before_keeping(run, step, tensors, *, most):
+        if step == 6:
+            raise Killed
+        keep(run, step, tensors, most=most)
+
+    def stop(event):
+        if event["event"] == "step" and event["step"] == 8:
+            os.kill(os.getpid(), signal.SIGINT)  # 8 is no step to save at
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "keep", die_before_keeping)
+        with pytest.raises(Killed):
+            finetune(recipe)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe, resume=True, on_event=stop)
+    path = finetune(recipe, resume=True).path
+    assert weights(path / "average") == weights(finetune(whole).path / "average")
+
+
 def test_preferences_are_learnt(base, tmp_path):
     data = tmp_path / "train.jsonl"
     with data.open("w") as opened:

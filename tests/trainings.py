@@ -11,12 +11,14 @@ from models import UNEVEN, build, small_tokenizer
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.finetune_recipe import FinetuneRecipe
+from mlx_openelm.interruption import Stop
 from mlx_openelm.model import OpenELM
 from mlx_openelm.preparation import make_trainable
 from mlx_openelm.samples import Pair, Sample
 from mlx_openelm.sampling import Sampling
-from mlx_openelm.training import Training, World, _Stop, lengths_of
+from mlx_openelm.training import Training, lengths_of
 from mlx_openelm.training_plan import Order
+from mlx_openelm.world import World
 
 UNTIED = replace(UNEVEN, share_input_output_layers=False)
 LENGTHS = (5, 33, 12, 20, 9, 41, 17, 28, 3, 50, 11, 24)
@@ -118,7 +120,7 @@ def step(training: Training) -> dict[str, np.ndarray]:
 
     training.optimizer.update = watch
     try:
-        training._update(_Stop())
+        training._update(Stop())
     finally:
         training.optimizer.update = update
     return caught

@@ -1,0 +1,37 @@
+"""Ctrl-C and SIGTERM, put off until a step is done."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+
+@dataclass(slots=True)
+class Stop:
+    number: int | None = None
+    handlers: dict[int, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[Stop]:
+    """Remember Ctrl-C and SIGTERM until the step is done; the second one is at once."""
+    stop = Stop()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        stop.number = number
+        signal.signal(number, stop.handlers[number])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    for number in map(int, (signal.SIGINT, signal.SIGTERM)):
+        stop.handlers[number] = signal.getsignal(number)
+        signal.signal(number, remember)
+    try:
+        yield stop
+    finally:
+        for number, handler in stop.handlers.items():
+            signal.signal(number, handler)
