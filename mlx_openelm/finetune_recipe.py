@@ -185,12 +185,6 @@ class FinetuneRecipe:
             epochs=3.0 if self.epochs is None and self.iters is None else self.epochs,
         )
 
-    def count_steps(self, steps_per_epoch: int) -> int:
-        """Return how many updates the run makes, at least one."""
-        if self.iters is not None:
-            return self.iters
-        return max(1, round((self.epochs or 3.0) * steps_per_epoch))
-
     def rate_at(self, step: int, steps: int) -> float:
         """Return the learning rate of update number `step`, counted from 0."""
         peak, final = self.learning_rate or 0.0, self.final_learning_rate or 0.0

@@ -1,7 +1,5 @@
 """Log-likelihoods and the loss, in chunks: the full logits never exist."""
 
-from collections.abc import Callable
-
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -33,8 +31,8 @@ def log_likelihoods(
 
 
 def chunk_rows(vocab_size: int) -> int:
-    """Return how many positions' logits exist at a time in training: about 65 MB."""
-    return max(CHUNK * 32000 // vocab_size, 64)
+    """Return how many positions' logits exist at a time in training: about 16 MB."""
+    return max(CHUNK * 8000 // vocab_size, 64)
 
 
 def token_losses(
@@ -57,37 +55,27 @@ def token_losses(
         targets: (M,), the token that stands next.
         gradient: off, nothing is computed for it.
     """
-    M, V = rows.shape[0], head.shape[0]
-    chunk = chunk_rows(V)
-    head = head.astype(mx.float32)
-    parts: list[mx.array] = []
-    for start in range(0, M, chunk):
-        part = rows[start : start + chunk].astype(mx.float32)
-        if parts:
-            part = mx.depends(part, parts[-1])
-        wanted = targets[start : start + chunk]
-        if gradient:
-            parts.append(_differentiable_losses(wanted, z_loss)(part, head))
-        else:
-            _, _, log_total, logits = _weigh(part, head, wanted)
-            parts.append(log_total - logits + z_loss * mx.square(log_total))
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
-
-
-_Losses = Callable[[mx.array, mx.array], mx.array]
-
-
-def _differentiable_losses(targets: mx.array, z_loss: float) -> _Losses:
-    """Return the function (rows, head) -> losses (M,) with a gradient of its own."""
+    chunk = chunk_rows(head.shape[0])
+    starts = range(0, rows.shape[0], chunk)
+    parts = [slice(start, start + chunk) for start in starts]
+    rows, head = rows.astype(mx.float32), head.astype(mx.float32)
 
     @mx.custom_function
     def losses(rows: mx.array, head: mx.array) -> tuple[mx.array, mx.array]:
-        powers, total, log_total, wanted = _weigh(rows, head, targets)
-        loss = log_total - wanted + z_loss * mx.square(log_total)
-        # d loss / d row: what the softmax expects of the head, less the target's row
-        expected = (powers @ head) / total
-        pull = (1 + 2 * z_loss * log_total)[:, None]
-        return loss, pull * expected - head[targets]
+        found, pulls = list[mx.array](), list[mx.array]()
+        for part in parts:
+            own = rows[part]
+            if found:  # a chunk waits for the one before
+                own = mx.depends(own, (pulls if gradient else found)[-1])
+            powers, total, log_total = _weigh(own, head)
+            wanted = head[targets[part]]
+            loss = log_total - (own * wanted).sum(axis=-1)
+            found.append(loss + z_loss * mx.square(log_total))
+            if gradient:
+                # What the softmax expects of the head, less the target's row
+                expected = (powers @ head) / total
+                pulls.append((1 + 2 * z_loss * log_total)[:, None] * expected - wanted)
+        return mx.concatenate(found), mx.concatenate(pulls or found)
 
     @losses.vjp
     def losses_vjp(
@@ -96,21 +84,22 @@ def _differentiable_losses(targets: mx.array, z_loss: float) -> _Losses:
         outputs: tuple[mx.array, mx.array],
     ) -> tuple[mx.array, mx.array]:
         rows, head = primals
-        weight = cotangents[0][:, None]  # (M, 1)
+        weights = cotangents[0][:, None]  # (M, 1)
         # The head's own gradient, if it is trained: lazily, so else it costs nothing.
-        powers, total, log_total, _ = _weigh(rows, head, targets)
-        pull = weight * (1 + 2 * z_loss * log_total)[:, None] / total
-        for_head = (powers * pull).T @ rows
-        for_head = for_head.at[targets].add(-weight * rows)
-        return weight * outputs[1], for_head
+        for_head = mx.zeros_like(head)
+        for part in parts:
+            own = mx.depends(rows[part], for_head)
+            powers, total, log_total = _weigh(own, head)
+            pull = weights[part] * (1 + 2 * z_loss * log_total)[:, None] / total
+            for_head = for_head + powers.T @ (pull * own)
+        return weights * outputs[1], for_head.at[targets].add(-weights * rows)
 
-    return lambda rows, head: losses(rows, head)[0]  # type: ignore[index]
+    found: mx.array = losses(rows, head)[0]  # type: ignore[index]
+    return found
 
 
-def _weigh(
-    rows: mx.array, head: mx.array, targets: mx.array
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Return exp(logit - largest) (M, V), its sum (M, 1), log Z (M,), target logit.
+def _weigh(rows: mx.array, head: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Return exp(logit - largest) (M, V), its sum (M, 1), and log Z (M,).
 
     In powers of two: exp costs three times as much on the CPU.
     """
@@ -119,5 +108,4 @@ def _weigh(
     powers = mx.power(2.0, logits - largest)
     total = powers.sum(axis=-1, keepdims=True)
     log_total = (largest + mx.log2(total))[:, 0] / LOG2_E
-    wanted = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] / LOG2_E
-    return powers, total, log_total, wanted
+    return powers, total, log_total

@@ -204,15 +204,13 @@ def _plan(
         return plan_memory(model, recipe, load)
 
     trainable = sum(array.size for array in trained_tensors(model).values())
-    samples = [i for step in range(order.steps) for i in order.batch(step)]
     return TrainingPlan(
         steps=order.steps,
-        epochs=order.epoch_after(order.steps),
-        samples=len(samples),
+        epochs=order.epochs,
         trainable=trainable,
         parameters=folder.config.num_parameters,
-        tokens=sum(lengths[i] for i in samples),
-        targets=sum(counted[i] for i in samples),
+        tokens=round(sum(lengths) * order.epochs),
+        targets=round(sum(counted) * order.epochs),
         memory=reckon(recipe),
         limit=limit,
         smaller=tuple(

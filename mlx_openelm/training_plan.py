@@ -4,13 +4,13 @@ The memory is reckoned from the real lengths of the batches and the widths of th
 layers. Letters as in `model`; N tokens of one batch, M of them counted in the loss.
 """
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_openelm.adaptation import trained_tensors
@@ -31,47 +31,61 @@ class Order:
 
     Attributes:
         steps: updates in the run.
+        epochs: how often they take all samples; for packed rows about.
     """
 
     def __init__(self, lengths: Sequence[int], recipe: FinetuneRecipe) -> None:
         self._lengths, self._recipe = lengths, recipe
-        self._epochs: list[list[tuple[int, ...]]] = []
-        self._starts = [0]  # the first step of each epoch
-        epochs = math.ceil(recipe.epochs or 0)
-        for epoch in range(epochs):
-            self._plan(epoch)
-        self.steps = recipe.iters or 0
-        if epochs:
-            whole = math.floor(recipe.epochs or 0)
-            part = (recipe.epochs or 0) - whole
-            rest = round(part * len(self._epochs[whole])) if part else 0
-            self.steps = max(1, self._starts[whole] + rest)
+        self._starts = [0]  # the first step of each epoch that is known
+        self._planned = -1, list[tuple[int, ...]]()
+        if recipe.iters is not None:
+            self.steps = recipe.iters
+            self.epochs = recipe.iters / len(self._plan(0))
+        else:
+            self.epochs = recipe.epochs or 0.0
+            whole = math.floor(self.epochs)
+            part = self.epochs - whole
+            rest = round(part * len(self._plan(whole))) if part else 0
+            self.steps = max(1, self._start(whole) + rest)
 
     def batch(self, step: int) -> tuple[int, ...]:
         """Return the samples of the update after `step` others."""
-        while step >= self._starts[-1]:
-            self._plan(len(self._epochs))
-        epoch = int(np.searchsorted(self._starts, step, side="right")) - 1
-        return self._epochs[epoch][step - self._starts[epoch]]
+        epoch = self._epoch(step)
+        return self._plan(epoch)[step - self._start(epoch)]
 
     def epoch_after(self, step: int) -> float:
         """Return how often all samples were taken after `step` updates."""
-        if step >= self._starts[-1]:
-            self.batch(step)
-        epoch = int(np.searchsorted(self._starts, step, side="right")) - 1
-        return epoch + (step - self._starts[epoch]) / len(self._epochs[epoch])
+        epoch = self._epoch(step)
+        start = self._start(epoch)
+        return epoch + (step - start) / (self._start(epoch + 1) - start)
 
-    def _plan(self, epoch: int) -> None:
-        recipe = self._recipe
-        batches = plan_epoch(
-            self._lengths,
-            recipe.step_size,
-            seed=recipe.seed,
-            epoch=epoch,
-            pack_length=recipe.max_seq_length if recipe.pack else None,
-        )
-        self._epochs.append(batches)
-        self._starts.append(self._starts[-1] + len(batches))
+    def _epoch(self, step: int) -> int:
+        while self._starts[-1] <= step:
+            self._start(len(self._starts))
+        return bisect.bisect_right(self._starts, step) - 1
+
+    def _start(self, epoch: int) -> int:
+        """Return the first step of an epoch."""
+        while len(self._starts) <= epoch:
+            count = math.ceil(len(self._lengths) / self._recipe.step_size)
+            if self._recipe.pack:  # how many rows are filled is seen when they are
+                count = len(self._plan(len(self._starts) - 1))
+            self._starts.append(self._starts[-1] + count)
+        return self._starts[epoch]
+
+    def _plan(self, epoch: int) -> list[tuple[int, ...]]:
+        """Return an epoch's batches; the last one that was asked for is kept."""
+        if self._planned[0] != epoch:
+            recipe = self._recipe
+            batches = plan_epoch(
+                self._lengths,
+                recipe.step_size,
+                seed=recipe.seed,
+                epoch=epoch,
+                pack_length=recipe.max_seq_length if recipe.pack else None,
+            )
+            self._planned = epoch, batches
+        return self._planned[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +143,13 @@ class TrainingPlan:
 
     Attributes:
         trainable, parameters: numbers of weights.
-        tokens: that the run reads; `targets` of them count in the loss.
+        tokens: that the run reads, about; `targets` of them count in the loss.
         limit: bytes that this machine should stay below.
         smaller: settings that take less memory, each with the bytes that it takes.
     """
 
     steps: int
     epochs: float
-    samples: int
     trainable: int
     parameters: int
     tokens: int

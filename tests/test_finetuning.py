@@ -167,12 +167,17 @@ def test_patience_ends_a_run_that_gains_nothing_more(base, tmp_path):
     assert report.steps < 100
 
 
-def test_the_best_adapter_stays_beside_the_last(base, tmp_path):
-    recipe = make_recipe(
-        base, tmp_path, learning_rate=0.3, iters=40, schedule="constant"
-    )
+def test_the_best_adapter_stays_beside_the_last(base, tmp_path, monkeypatch):
+    evaluate = Training.evaluate
+
+    def worsen(self, samples):
+        late = self.progress.step > 8
+        return training.Validation(99.0, 1) if late else evaluate(self, samples)
+
+    monkeypatch.setattr(Training, "evaluate", worsen)
+    recipe = make_recipe(base, tmp_path)
     report = finetune(recipe)
-    assert 0 < report.best_step < 40, report
+    assert (report.best_step, report.last_loss) == (8, 99.0)
     prepared = prepare(recipe)
     model, _ = load(None, report.path / "best")
     assert mean_loss(model, prepared.valid) == pytest.approx(report.best_loss, abs=1e-5)
