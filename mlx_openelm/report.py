@@ -287,7 +287,7 @@ def note_plan(console: Console, prepared: "Prepared") -> None:
         f"memory: about {memory.total / 1e9:.2f} GB of {plan.limit / 1e9:.1f} GB "
         f"(weights {memory.weights / 1e9:.2f}, adapter and optimizer "
         f"{(memory.adapter + memory.gradients + memory.optimizer) / 1e9:.2f}, "
-        f"activations {memory.activations / 1e9:.2f}, loss {memory.loss / 1e9:.2f})"
+        f"one batch {(memory.activations + memory.loss) / 1e9:.2f})"
     )
     if not plan.fits or plan.memory.total > plan.limit / 2:
         for flags, total in plan.smaller[:4]:
