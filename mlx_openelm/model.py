@@ -41,9 +41,27 @@ class Sequences:
     """Sequences that stand end to end in one row of N tokens; none sees another.
 
     So sequences of any lengths are computed together without padding.
+
+    Attributes:
+        cos, sin: of RoPE's angles, (N, H / 2); each sequence is counted from its start.
     """
 
     lengths: tuple[int, ...]
+    cos: mx.array
+    sin: mx.array
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], config: OpenELMConfig) -> "Sequences":
+        H, base = config.head_dim, config.rope_freq_constant
+        places = mx.concatenate([mx.arange(length) for length in lengths])
+        angles = places[:, None] * mx.power(base, mx.arange(0, H, 2) / -H)
+        return cls(lengths, mx.cos(angles), mx.sin(angles))
+
+    def rotate(self, x: mx.array) -> mx.array:
+        """Return what `nn.RoPE` makes of each sequence's part of (1, heads, N, H)."""
+        a, b = mx.split(x, 2, axis=-1)
+        cos, sin = self.cos.astype(x.dtype), self.sin.astype(x.dtype)
+        return mx.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
     def split(self, x: mx.array) -> list[mx.array]:
         """Return each sequence's part of (1, heads, N, H)."""
@@ -75,10 +93,10 @@ class Attention(nn.Module):
         queries, keys, values = mx.split(qkv, [Q, Q + K], axis=1)  # (B, heads, T, H)
         queries, keys = self.q_norm(queries), self.k_norm(keys)
         if isinstance(mask, Sequences):
+            queries, keys = mask.rotate(queries), mask.rotate(keys)
             split = zip(*map(mask.split, (queries, keys, values)), strict=True)
             attended = mx.concatenate(
-                [attend(self.rope(q), self.rope(k), v, "causal") for q, k, v in split],
-                axis=2,
+                [attend(q, k, v, "causal") for q, k, v in split], axis=2
             )  # (1, Q, N, H)
         else:
             offset = 0 if cache is None else cache.offset
@@ -132,6 +150,7 @@ class Transformer(nn.Module):
         self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = [Block(config, i) for i in range(config.num_transformer_layers)]
         self.norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+        self.config = config
         self.checkpointed = False
 
     def __call__(
@@ -147,7 +166,9 @@ class Transformer(nn.Module):
             lengths: the tokens are one row, (1, N), of sequences that are so long.
         """
         x = self.token_embeddings(tokens)  # (B, T, D)
-        mask = Sequences(lengths) if lengths else _causal_mask(tokens.shape[1], cache)
+        mask = _causal_mask(tokens.shape[1], cache)
+        if lengths:
+            mask = Sequences.of(lengths, self.config)
         caches = cache if cache is not None else [None] * len(self.layers)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             step = nn.utils.checkpoint(layer) if self.checkpointed else layer

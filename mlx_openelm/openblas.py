@@ -10,6 +10,7 @@ vectors are 4 floats long (0.3.21, Debian 12, on a Xeon of 2023: 20 GFLOP/s; tol
 take SkylakeX's, 95). Then it is loaded again and told what the CPU can do.
 """
 
+import _ctypes
 import contextlib
 import ctypes
 import os
@@ -17,8 +18,6 @@ import sys
 from collections.abc import Set
 from enum import StrEnum
 from pathlib import Path
-
-import _ctypes
 
 LIBRARY = "libopenblas.so.0"
 CORE_TYPE = "OPENBLAS_CORETYPE"  # read by OpenBLAS while it is loaded
