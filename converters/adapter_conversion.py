@@ -18,12 +18,13 @@ from converters.options import DTYPES, Options, Progress
 from converters.plan import Plan
 from converters.provenance import describe_source, hashing
 from converters.pt_writer import write_pt
-from converters.sources import Source, name_folder, refuse_replacing
+from converters.sources import Source, name_folder
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.staging import (
     refuse_existing,
     refuse_existing_file,
+    refuse_replacing,
     staged_file,
     staged_folder,
 )

@@ -18,7 +18,7 @@ from converters.options import DTYPES, Options, Progress
 from converters.plan import Plan
 from converters.pt_writer import write_pt
 from converters.receipt import Receipt
-from converters.sources import Source, is_adapter, locate, refuse_replacing
+from converters.sources import Source, is_adapter, locate
 from mlx_openelm.checkpoint import spell_dtype
 from mlx_openelm.config import (
     CORENET_ROWS,
@@ -27,7 +27,12 @@ from mlx_openelm.config import (
 )
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.quantize import Packing, describe_packings
-from mlx_openelm.staging import refuse_existing, refuse_existing_file, staged_file
+from mlx_openelm.staging import (
+    refuse_existing,
+    refuse_existing_file,
+    refuse_replacing,
+    staged_file,
+)
 from mlx_openelm.tokenizer_finder import FoundTokenizer, find_tokenizer
 
 

@@ -127,6 +127,10 @@ def fuse(
     """
     started = time.perf_counter()
     path, target = locate(str(adapter_path), offline=offline), Path(save_path)
+    if target.resolve().is_relative_to(path.resolve()):
+        raise OpenELMError(
+            f"{target} is in the adapter's own folder; choose another --save-path."
+        )
     options = Options(
         bits=None if bits is None else str(bits),
         group_size=group_size,

@@ -1,7 +1,7 @@
 """What lies at a path: an OpenELM's config and its tensors, to be read one by one."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -127,18 +127,6 @@ def name_folder(path: Path) -> str:
 def is_adapter(path: Path) -> bool:
     """Whether a folder is an adapter's and no model's."""
     return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
-
-
-def refuse_replacing(target: Path, files: Iterable[Path]) -> None:
-    """Raise OpenELMError if writing the target would replace one of these files."""
-    resolved = target.resolve()
-    for file in files:
-        link = file.parent.resolve() / file.name  # a file in the Hub cache is one
-        if any(path.is_relative_to(resolved) for path in (link, file.resolve())):
-            raise OpenELMError(
-                f"{target} holds the source itself, and replacing it would lose it; "
-                "choose another place."
-            )
 
 
 def open_path(path: Path) -> Source:

@@ -137,6 +137,8 @@ def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
     headers = read_headers([path / WEIGHTS])
     arrays = mx.load(str(path / WEIGHTS))
     assert isinstance(arrays, dict)
+    if not headers:
+        raise OpenELMError(f"{path / WEIGHTS} is empty; use another adapter.")
     found = {name: tensor.shape for name, tensor in headers.items()}
     if adapter.method == "full":
         parameters = dict(tree_flatten(model.parameters()))

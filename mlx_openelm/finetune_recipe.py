@@ -31,6 +31,7 @@ class FinetuneRecipe:
     Attributes:
         rank: a number, or "auto:N": mean N, each module's in proportion to its width.
         scale: the multiplier of A B, not alpha / rank.
+        betas: of AdamW, Adam and Lion; SGD's momentum is the first, Muon's the second.
         mask_prompt: no loss on prompts; None: wherever there is a prompt.
         turns: of a conversation learn "all" answers, or the "last".
         template: how prompts are rendered; None: what is stored with the model, else
@@ -107,8 +108,10 @@ class FinetuneRecipe:
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
-                limit = f"at least {least:g}" if value < least else f"at most {most:g}"
-                raise OpenELMError(f"{_flag(name)} is {value:g}; it must be {limit}.")
+                raise OpenELMError(
+                    f"{_flag(name)} is {value}; it must be a number from {least:g} to "
+                    f"{most:g}."
+                )
         if self.num_layers != -1 and self.num_layers < 1:
             raise OpenELMError(
                 f"--num-layers is {self.num_layers}; say how many of the last layers "
@@ -116,8 +119,13 @@ class FinetuneRecipe:
             )
         if self.epochs is not None and self.iters is not None:
             raise OpenELMError("Both --epochs and --iters were said; say one of them.")
-        if self.epochs is not None and self.epochs <= 0:
-            raise OpenELMError(f"--epochs is {self.epochs:g}; it must be above 0.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise OpenELMError(
+                f"betas are {self.betas[0]} and {self.betas[1]}; they must be from 0 "
+                "to below 1."
+            )
+        if not self.data:
+            raise OpenELMError("--data is empty; say a file or a folder of records.")
         _ = self.mean_rank
 
     @property
@@ -128,7 +136,7 @@ class FinetuneRecipe:
             OpenELMError: it is neither a number from 1 on nor "auto:N".
         """
         text = str(self.rank).removeprefix(_AUTO)
-        if not text.isascii() or not text.isdigit() or int(text) < 1:
+        if not (text.isascii() and text.isdigit() and len(text) < 9 and int(text)):
             raise OpenELMError(
                 f"--rank is {self.rank!r}; say a number from 1 on, or auto:16 for "
                 "ranks in proportion to each layer's width."
@@ -229,6 +237,11 @@ def differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
         if field.name not in MAY_CHANGE
         and getattr(old, field.name) != getattr(new, field.name)
     ]
+    if old.dropout and old.batch_size != new.batch_size:
+        found.append(
+            f"--batch-size was {old.batch_size} and is now {new.batch_size}, which "
+            "changes what dropout drops"
+        )
     if old.step_size != new.step_size:
         found.append(
             f"--batch-size times --grad-accumulation-steps was {old.step_size} and is "
@@ -244,14 +257,15 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_seq_length": (2, _BIG),
     "max_prompt_length": (1, _BIG),
     "iters": (1, _BIG),
-    "batch_size": (1, _BIG),
-    "grad_accumulation_steps": (1, _BIG),
+    "epochs": (1e-6, 1e5),
+    "batch_size": (1, 2**16),
+    "grad_accumulation_steps": (1, 2**16),
     "learning_rate": (0.0, 1e3),
     "final_learning_rate": (0.0, 1e3),
     "warmup_steps": (0, _BIG),
-    "eps": (0.0, 1.0),
+    "eps": (1e-30, 1.0),
     "weight_decay": (0.0, 1e3),
-    "clip_norm": (0.0, math.inf),
+    "clip_norm": (0.0, 1e9),
     "z_loss": (0.0, 1e3),
     "dpo_beta": (1e-9, 1e3),
     "seed": (0, 2**31 - 1),

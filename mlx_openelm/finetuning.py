@@ -14,6 +14,7 @@ A run is a folder, an adapter folder from the first save on:
 import contextlib
 import dataclasses
 import math
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +45,16 @@ from mlx_openelm.preparation import (
     run_folder,
     stem,
 )
-from mlx_openelm.recipe import load_recipe
+from mlx_openelm.recipe import find_recipe, load_recipe
 from mlx_openelm.sampling import Sampling
 from mlx_openelm.shards import write_json
-from mlx_openelm.staging import refuse_existing, replaced_file, staged_folder
+from mlx_openelm.staging import (
+    held,
+    refuse_existing,
+    refuse_replacing,
+    replaced_file,
+    staged_folder,
+)
 from mlx_openelm.training import (
     Event,
     Training,
@@ -61,7 +68,6 @@ from mlx_openelm.training_state import (
     STATE,
     describe_arithmetic,
     drop_events_after,
-    is_running,
     load_state,
     read_events,
     running,
@@ -74,17 +80,19 @@ RECIPE, TABLE, PAGE = "recipe.yaml", "data.json", "report.html"
 
 @dataclass(frozen=True, slots=True)
 class FinetuneReport:
-    """A run that came to its end. Losses are nats per token that counts.
+    """A run that came to its end. Losses are nats per token that counts, or per pair.
 
     Attributes:
+        unit: what losses are of, and `tokens` counts: "token", of preferences "pair".
         reason: why it ended: "done" or "patience".
         first_loss, last_loss, best_loss: of the validation; None where there was none.
-        tokens: trained, of preferences pairs.
+        tokens: trained.
         seconds: of training, without validation.
     """
 
     path: Path
     reason: str
+    unit: str
     steps: int
     epochs: float
     trainable: int
@@ -130,47 +138,57 @@ def finetune(
         KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; the run is saved, and a note
             of the exception tells how to go on.
     """
+    sources = []
     if not isinstance(recipe, FinetuneRecipe):
+        sources.append(find_recipe(str(recipe)))
         recipe = load_recipe(FinetuneRecipe, str(recipe), {})
     world = World.join()
-    told = _first_only(on_event, world)
-    if world.rank == 0 and not resume:
-        _refuse_present_run(run_folder(recipe), force)
-    prepared = prepare(recipe, world=world, fit=fit, offline=offline)
-    if world.tell(prepared.table.digest) != prepared.table.digest:
-        raise OpenELMError(
-            f"{prepared.recipe.data} on process {world.rank} holds other data than on "
-            "process 0; copy the same files to every machine."
-        )
-    recipe, path, plan = prepared.recipe, prepared.path, prepared.plan
-    _refuse_too_large(plan)
-    run = {"data": prepared.table.digest, "arithmetic": describe_arithmetic()}
-    if world.rank == 0:
-        if resume:
-            _refuse_other_run(prepared, run, told)
-        on_prepared(prepared)
-    with _limited_memory(plan.limit, plan.memory.total):
-        training = _load(prepared, run, world, told)
-        if resume:
+    path = run_folder(recipe)
+    with _one_sentence_for_all(world):
+        if world.rank == 0 and not resume:
+            _refuse_present_run(path, force)
+    holding = held(path) if world.rank == 0 else contextlib.nullcontext()
+    with holding:
+        prepared = prepare(recipe, world=world, fit=fit, offline=offline)
+        _refuse_other_settings(prepared, world)
+        _refuse_too_large(prepared.plan)
+        sources += [*prepared.data_files, prepared.folder.path / "config.json"]
+        run = {"data": prepared.table.digest, "arithmetic": describe_arithmetic()}
+        told = _first_only(on_event, world)
+        with _one_sentence_for_all(world):
             if world.rank == 0:
-                _refuse_other_base(path, training.model)
-            training.restore()
-        elif world.rank == 0:
-            with staged_folder(path, force=force) as staging:
-                _write_start(staging, prepared, training.model)
-                training.save_start(staging)
-        if world.rank > 0:
-            return _finish(prepared, training, training.run())
-        with running(path) as died:
+                if resume:
+                    _refuse_other_run(prepared, run, told)
+                else:
+                    refuse_replacing(path, sources)
+        if world.rank == 0:
+            on_prepared(prepared)
+        with _limited_memory(prepared.plan.limit, prepared.plan.memory.total):
+            training = _load(prepared, run, world, told)
+            with _one_sentence_for_all(world):
+                if world.rank == 0 and resume:
+                    _refuse_other_base(path, training.model)
+                elif world.rank == 0:
+                    with staged_folder(path, force=force) as staging:
+                        _write_start(staging, prepared, training.model)
+                        training.save_start(staging)
             if resume:
-                drop_events_after(path, training.progress)
-                _write_text(path / RECIPE, recipe.to_yaml())
-                training.emit({"event": "resume", "step": training.progress.step})
-                if died:
-                    step = training.progress.step
-                    training.note(_describe_death(step, recipe))
-            reason = training.run()
-            return _finish(prepared, training, reason)
+                training.restore()
+            if world.rank > 0:
+                return _finish(prepared, training, training.run())
+            with running(path) as died:
+                if resume:
+                    _note_resume(prepared, training, died=died)
+                return _finish(prepared, training, training.run())
+
+
+def _note_resume(prepared: Prepared, training: Training, *, died: bool) -> None:
+    path, step = prepared.path, training.progress.step
+    drop_events_after(path, training.progress)
+    _write_text(path / RECIPE, prepared.recipe.to_yaml())
+    training.emit({"event": "resume", "step": step})
+    if died:
+        training.note(_describe_death(step, prepared.recipe))
 
 
 def _load(
@@ -192,6 +210,7 @@ def _load(
         prepared.order,
         prepared.train,
         prepared.valid,
+        prepared.test if recipe.test else (),
         prepared.path,
         run,
         world=world,
@@ -208,11 +227,12 @@ def _finish(prepared: Prepared, training: Training, reason: str) -> FinetuneRepo
         test = training.evaluate(prepared.test)
         training.emit({"event": "test", "step": progress.step, "loss": test.loss})
     evals = [e for e in read_events(prepared.path) if e["event"] == "eval"]
-    losses = [e["loss"] for e in evals]
+    losses = [event.get("loss") for event in evals]
     found = math.isfinite(progress.best_loss)
     report = FinetuneReport(
         path=prepared.path,
         reason=reason,
+        unit="pair" if prepared.recipe.objective == "dpo" else "token",
         steps=progress.step,
         epochs=round(prepared.order.epoch_after(progress.step), 4),
         trainable=plan.trainable,
@@ -239,6 +259,35 @@ def _finish(prepared: Prepared, training: Training, reason: str) -> FinetuneRepo
 # What is refused -----------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _one_sentence_for_all(world: World) -> Iterator[None]:
+    """What the first process refuses ends all of them, and it alone says why."""
+    refused = None
+    try:
+        yield
+    except OpenELMError as error:
+        refused = error
+    if world.tell("refused" if refused else "going on") == "refused":
+        raise refused or SystemExit(1)
+
+
+def _refuse_other_settings(prepared: Prepared, world: World) -> None:
+    """Raise if this process would not train what the first one does."""
+    recipe = dataclasses.replace(
+        prepared.recipe, data="any", model="any", adapter_path=None, memory_limit=None
+    )
+    for what, ours in (
+        ("data", prepared.table.digest),
+        ("options", recipe.to_yaml()),
+        ("model", str(prepared.folder.config)),
+    ):
+        if world.tell(ours) != ours:
+            raise OpenELMError(
+                f"Process {world.rank} has other {what} than process 0; give every "
+                "machine the same files and the same command."
+            )
+
+
 def _refuse_too_large(plan: TrainingPlan) -> None:
     if plan.fits:
         return
@@ -255,11 +304,6 @@ def _refuse_too_large(plan: TrainingPlan) -> None:
 
 
 def _refuse_present_run(path: Path, force: bool) -> None:
-    if is_running(path):
-        raise OpenELMError(
-            f"{path} is being trained by another process; wait for it, or choose "
-            "another --adapter-path."
-        )
     if not force and (path / STATE).is_file():
         step = load_state(path).progress.step
         died = ""
@@ -279,6 +323,11 @@ def _refuse_other_run(
     """Raise if the run in the folder is not the one that would go on."""
     path = prepared.path
     state = load_state(path)
+    if not (path / RECIPE).is_file():
+        raise OpenELMError(
+            f"{path} holds no {RECIPE}, so nobody knows how its run was begun; begin "
+            "anew with --force."
+        )
     old = load_recipe(FinetuneRecipe, str(path / RECIPE), {})
     found = differences(old, prepared.recipe)
     if state.run.get("data") != run["data"]:
@@ -386,16 +435,19 @@ def _draw(prepared: Prepared, report: FinetuneReport) -> str:
         "trainable": f"{plan.trainable:,} of {plan.parameters:,} weights "
         f"({plan.trainable / plan.parameters:.2%})",
         "steps": f"{report.steps:,} of {plan.steps:,} ({report.epochs:.2f} epochs)",
-        "trained tokens": f"{report.tokens:,}",
-        "time": f"{report.seconds:,.0f} s, {report.tokens_per_second:,.0f} tokens/s",
+        f"trained {report.unit}s": f"{report.tokens:,}",
+        "time": f"{report.seconds:,.0f} s, {report.tokens_per_second:,.0f} "
+        f"{report.unit}s/s",
         "peak memory": f"{report.peak_memory_bytes / 1e9:.2f} GB, planned "
         f"{plan.memory.total / 1e9:.2f} GB",
         "ended": "out of patience" if report.reason == "patience" else "as planned",
     }
     if report.test_loss is not None:
-        facts["test loss"] = f"{report.test_loss:.4f} nats per token"
+        facts["test loss"] = f"{report.test_loss:.4f} nats per {report.unit}"
     best = path / BEST
-    use = best if (best / WEIGHTS).is_file() else path
+    use = shlex.quote(str(best if (best / WEIGHTS).is_file() else path))
+    fused = shlex.quote(f"{path}-fused")
+    again = shlex.quote(str(path / RECIPE))
     return render_page(
         TrainingRun(
             name=stem(Path(recipe.data)),
@@ -408,9 +460,9 @@ def _draw(prepared: Prepared, report: FinetuneReport) -> str:
                 ("Write with it", f'mlx-openelm generate --adapter-path {use} "..."'),
                 (
                     "Make it part of the model",
-                    f"mlx-openelm fuse --adapter-path {use} --save-path {path}-fused",
+                    f"mlx-openelm fuse --adapter-path {use} --save-path {fused}",
                 ),
-                ("Run the same again", f"mlx-openelm lora -c {path / RECIPE} --force"),
+                ("Run the same again", f"mlx-openelm lora -c {again} --force"),
             ],
         )
     )

@@ -55,6 +55,8 @@ def write_average(run: Path) -> None:
     """Write the mean of the kept adapters; errors as `replace_weights`."""
     means: dict[str, Any] = {}
     files = _kept(run)
+    if not files:
+        return
     for path in files:
         arrays = mx.load(str(path))
         assert isinstance(arrays, dict)

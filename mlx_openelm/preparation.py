@@ -33,7 +33,7 @@ from mlx_openelm.samples import (
     make_samples,
     tabulate,
 )
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.tokenizer import Tokenizer, encode_prompt
 from mlx_openelm.training import lengths_of
 from mlx_openelm.training_plan import (
     MemoryPlan,
@@ -59,6 +59,7 @@ class Prepared:
     folder: ModelFolder
     tokenizer: Tokenizer
     table: DataTable
+    data_files: tuple[Path, ...]
     train: Samples
     valid: Samples
     test: Samples
@@ -150,6 +151,8 @@ def _prepare(
         valid=tables.get("valid"),
         test=tables.get("test"),
     )
+    for prompt in recipe.sample_prompt:
+        encode_prompt(tokenizer, prompt, template=choice.name)  # names a wrong one
     if recipe.test and not splits["test"]:
         raise OpenELMError(
             f"--test needs a test file; {recipe.data} has none. Give a folder with a "
@@ -163,6 +166,7 @@ def _prepare(
         folder,
         tokenizer,
         table,
+        data_files=tuple(d.path for d in (data.train, data.valid, data.test) if d),
         train=splits["train"],
         valid=splits["valid"],
         test=splits["test"],
@@ -261,12 +265,14 @@ def make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
 
 def run_folder(recipe: FinetuneRecipe) -> Path:
     """Return where the run goes: by default a folder with the data's name."""
-    return Path(recipe.adapter_path or FOLDERS / stem(Path(recipe.data))).expanduser()
+    path = Path(recipe.adapter_path or FOLDERS / stem(Path(recipe.data))).expanduser()
+    return path if path.name not in ("", "..") else path.resolve()
 
 
 def stem(path: Path) -> str:
     """Return a file's or a folder's name without .jsonl, .json and .gz."""
-    return path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+    name = path.expanduser().absolute().resolve().name
+    return name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
 
 
 def _spell_model(name: str) -> str:

@@ -302,13 +302,13 @@ def note_trained(console: Console, report: "FinetuneReport") -> None:
             best = f" (best {report.best_loss:.4f} at step {report.best_step})"
         console.note(
             f"validation loss {report.first_loss:.4f} -> {report.last_loss:.4f} nats "
-            f"per token{best}"
+            f"per {report.unit}{best}"
         )
     if report.test_loss is not None:
-        console.note(f"test loss {report.test_loss:.4f} nats per token")
+        console.note(f"test loss {report.test_loss:.4f} nats per {report.unit}")
     console.note(
-        f"{report.steps:,} steps, {report.tokens:,} tokens in {report.seconds:,.0f} s "
-        f"({report.tokens_per_second:,.0f} tokens/s), "
+        f"{report.steps:,} steps, {report.tokens:,} {report.unit}s in "
+        f"{report.seconds:,.0f} s ({report.tokens_per_second:,.0f} {report.unit}s/s), "
         f"{report.peak_memory_bytes / 1e9:.2f} GB at most; "
         f"look at {report.path / 'report.html'}"
     )

@@ -427,7 +427,7 @@ def _warn(split: str, table: SplitTable) -> Iterator[str]:
             + (
                 " into pieces: nothing is lost"
                 if table.format == TEXT
-                else " at its end"
+                else " at their end"
             ),
         ),
         (table.prompt_cut, "so long that the beginning of the prompt is dropped"),

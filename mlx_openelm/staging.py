@@ -22,7 +22,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
@@ -79,6 +79,29 @@ def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def held(target: Path) -> Iterator[None]:
+    """Keep out whoever else would hold `target`, which need not be there yet.
+
+    Raises:
+        OpenELMError: another process holds it.
+    """
+    lock = target.parent / f".{target.name}.held"
+    with _parents(target):
+        try:
+            locked = _lock(lock, "a+b")
+        except BlockingIOError as error:
+            raise OpenELMError(
+                f"{target} is in use by another process; wait for it, or choose "
+                "another place."
+            ) from error
+        with locked:
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def replaced_file(target: Path) -> Iterator[Path]:
     """Give a path to write at; it takes the place of `target` if the block succeeds.
 
@@ -101,6 +124,18 @@ def replaced_file(target: Path) -> Iterator[Path]:
 
 
 # What may be replaced ------------------------------------------------------------
+
+
+def refuse_replacing(target: Path, files: Iterable[Path]) -> None:
+    """Raise OpenELMError if writing the target would replace one of these files."""
+    resolved = target.resolve()
+    for file in files:
+        link = file.parent.resolve() / file.name  # a file in the Hub cache is one
+        if any(path.is_relative_to(resolved) for path in (link, file.resolve())):
+            raise OpenELMError(
+                f"{target} holds the source itself, and replacing it would lose it; "
+                "choose another place."
+            )
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
@@ -136,10 +171,8 @@ def _refuse(target: Path, force: bool, describe: Callable[[Path], str]) -> None:
         )
 
 
-_MODEL_SUFFIXES = (
-    *(".json", ".jsonl", ".safetensors", ".model", ".md", ".jinja"),
-    *(".yaml", ".html"),  # of a training run
-)
+_MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja")
+_MODEL_FILES = ("README.md", "metrics.jsonl", "recipe.yaml", "report.html")
 _ADAPTER_FOLDERS = ("best", "average")  # in a training run's folder
 _CLUTTER = (".DS_Store", ".gitattributes")  # nobody's work
 
@@ -156,7 +189,8 @@ def _describe_foreign(target: Path) -> str:
     for path in found:
         if path.name in _ADAPTER_FOLDERS and not _describe_foreign(path):
             continue
-        if path.suffix not in _MODEL_SUFFIXES or not path.is_file():
+        known = path.suffix in _MODEL_SUFFIXES or path.name in _MODEL_FILES
+        if not known or not path.is_file():
             return f"holds {path.name}, which is no part of a model"
     return ""
 

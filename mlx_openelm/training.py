@@ -94,7 +94,7 @@ class Training:
 
     Args:
         folder: where it is saved; exists, with its config.
-        train, valid: samples, or pairs for the objective "dpo".
+        train, valid, test: samples, or pairs for the objective "dpo".
         run: what must be the same when the run goes on, stored with its state.
     """
 
@@ -106,6 +106,7 @@ class Training:
         order: Order,
         train: Samples,
         valid: Samples,
+        test: Samples,
         folder: Path,
         run: Mapping[str, Any],
         *,
@@ -123,13 +124,12 @@ class Training:
         self._gradient = nn.value_and_grad(model, self._lose)
         self._window = _Sums()
         self._last: dict[str, float] = {}
-        self._reported = 0.0  # seconds of training at the last report
         self._saved_step = -1
         self._begun = _digest(trained_tensors(self.model))
         # What the model thinks of each answer before training is the policy's anchor.
         self._references: dict[str, tuple[float, float]] = {}
         if recipe.objective == "dpo":
-            self._refer([*train, *valid])
+            self._refer([*train, *valid, *test])
 
     # Going on ------------------------------------------------------------------
 
@@ -161,9 +161,14 @@ class Training:
             lambda path, _: self.world.from_first(state.optimizer[path]),
             self.optimizer.state,
         )
-        self._window = _Sums(self.progress.window_loss, self.progress.window_tokens)
-        self._saved_step = self.progress.step
-        self._reported = self.progress.seconds
+        saved = self.progress
+        self._window = _Sums(
+            saved.window_loss,
+            saved.window_tokens,
+            saved.window_wins,
+            saved.window_margin,
+        )
+        self._saved_step = saved.step
         if self.world.rank == 0 and self.progress.step:
             self._save_adapter()  # the kill may have come between state and adapter
 
@@ -190,41 +195,45 @@ class Training:
             KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM came; all is saved, and a
                 note says how to go on.
         """
-        recipe, progress, world = self.recipe, self.progress, self.world
-        steps = self.order.steps
-        reason = ""
-        with deferred_signals() as stop:
-            stopping = False
-            while True:
-                if stopping and progress.step < steps:
-                    self._leave(stop.number or signal.SIGTERM)
-                last = progress.step == steps
-                if progress.step % recipe.steps_per_eval == 0 or last:
-                    self._evaluate_and_sample()
-                if (
-                    progress.step % recipe.save_every == 0
-                    and progress.step
-                    and not last
-                ):
-                    self.save()
-                if last or self._ran_out_of_patience():
-                    reason = "done" if last else "patience"
-                    break
-                if world.size > 1 or stop.number is None:
-                    with self._out_of_memory_in_one_sentence():
-                        stopping = self._update(stop)
-                    done = progress.step == steps
-                    if progress.step % recipe.steps_per_report == 0 or done:
-                        self._report()
-                else:
-                    stopping = True
+        recipe, progress = self.recipe, self.progress
+        try:
+            with deferred_signals() as stop:
+                reason = self._loop(stop)
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            if not getattr(stopped, "__notes__", ()):  # the second one, at once
+                kept = self._describe_kept().capitalize()
+                stopped.add_note(f"{kept} {self._describe_way_on()}")
+            raise
         self._refuse_unchanged()
         self.save(last=True)
-        if recipe.average_last > 1 and world.rank == 0:
+        if recipe.average_last > 1 and self.world.rank == 0:
             with self._noting(AVERAGE):
                 write_average(self.folder)
         self.emit({"event": "end", "step": progress.step, "reason": reason})
         return reason
+
+    def _loop(self, stop: Stop) -> str:
+        recipe, progress, world = self.recipe, self.progress, self.world
+        steps = self.order.steps
+        stopping = False
+        while True:
+            if stopping and progress.step < steps:
+                self._leave(stop.number or signal.SIGTERM)
+            last = progress.step == steps
+            if progress.step % recipe.steps_per_eval == 0 or last:
+                self._evaluate_and_sample()
+            if progress.step % recipe.save_every == 0 and progress.step and not last:
+                self.save()
+            if last or self._ran_out_of_patience():
+                return "done" if last else "patience"
+            if world.size > 1 or stop.number is None:
+                with self._out_of_memory_in_one_sentence():
+                    stopping = self._update(stop)
+                done = progress.step == steps
+                if progress.step % recipe.steps_per_report == 0 or done:
+                    self._report()
+            else:
+                stopping = True
 
     @contextlib.contextmanager
     def _out_of_memory_in_one_sentence(self) -> Iterator[None]:
@@ -359,7 +368,7 @@ class Training:
 
     def _describe_kept(self) -> str:
         if self._saved_step <= 0:
-            return "nothing was saved yet."
+            return "nothing was saved yet but the start."
         return f"the state of step {self._saved_step} is in {self.folder}."
 
     # What is shown -------------------------------------------------------------
@@ -367,8 +376,8 @@ class Training:
     def _report(self) -> None:
         progress, window = self.progress, self._window
         count = max(1, window.count)
-        seconds = max(progress.seconds - self._reported, 1e-9)
-        self._reported = progress.seconds
+        seconds = max(progress.seconds - progress.reported, 1e-9)
+        progress.reported = progress.seconds
         pairs = self.recipe.objective == "dpo"
         self.emit(
             {
@@ -496,15 +505,18 @@ class Training:
             )
         if self.world.rank > 0:
             return True
-        progress.window_loss = self._window.loss
-        progress.window_tokens = self._window.count
+        window = self._window
+        progress.window_loss, progress.window_tokens = window.loss, window.count
+        progress.window_wins, progress.window_margin = window.wins, window.margin
         optimizer = flatten(self.optimizer.state)
         try:
             save_state(self.folder, State(progress, trained, optimizer, self._run))
             if progress.step:
-                self._save_adapter()
+                self._save_adapter(last=last)
         except OSError as error:
             if last:
+                with contextlib.suppress(OSError):  # it is smaller than the state
+                    self._save_adapter(last=True)
                 raise OpenELMError(
                     f"The end of the run could not be saved ({error}); make room, and "
                     f"go on with --resume: {self._describe_kept()}"
@@ -520,11 +532,11 @@ class Training:
             self.emit({"event": "save", "step": progress.step})
         return True
 
-    def _save_adapter(self) -> None:
+    def _save_adapter(self, *, last: bool = False) -> None:
         recipe, step = self.recipe, self.progress.step
         tensors = adapter_tensors(self.model)
         replace_weights(self.folder, tensors)
-        due = step % recipe.save_every == 0 or step == self.order.steps
+        due = step % recipe.save_every == 0 or last
         if recipe.average_last > 1 and due:
             keep(self.folder, step, tensors, most=recipe.average_last)
 
@@ -544,11 +556,12 @@ class Training:
             KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
         )
         said = f"Saved at step {step}." if kept else self._describe_kept().capitalize()
-        leaving.add_note(
-            f"{said} Go on with: mlx-openelm lora --resume --adapter-path "
-            f"{shlex.quote(str(self.folder))}"
-        )
+        leaving.add_note(f"{said} {self._describe_way_on()}")
         raise leaving
+
+    def _describe_way_on(self) -> str:
+        path = shlex.quote(str(self.folder))
+        return f"Go on with: mlx-openelm lora --resume --adapter-path {path}"
 
     def _refuse_unchanged(self) -> None:
         if _digest(trained_tensors(self.model)) == self._begun:
@@ -561,8 +574,10 @@ class Training:
 
 def advise_half_a_batch(recipe: FinetuneRecipe) -> str:
     """Return a sentence on what to say where the memory ran out."""
-    if recipe.batch_size == 1:
-        return "Say --grad-checkpoint, or a smaller --max-seq-length."
+    if recipe.dropout and not recipe.grad_checkpoint:
+        return "--resume --grad-checkpoint needs much less, and goes on the same."
+    if recipe.batch_size == 1 or recipe.dropout:
+        return "Begin anew with a smaller --max-seq-length or --batch-size."
     return (
         f"Half the batch needs half the memory: --resume --batch-size "
         f"{recipe.batch_size // 2} --grad-accumulation-steps "

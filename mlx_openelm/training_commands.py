@@ -155,7 +155,7 @@ def lora(
         "fine_tune_type": fine_tune_type,
         "objective": objective,
         "num_layers": num_layers,
-        "rank": int(rank) if rank is not None and rank.isdecimal() else rank,
+        "rank": int(rank) if rank and rank.isdecimal() and len(rank) < 9 else rank,
         "scale": scale,
         "dropout": dropout,
         "keys": tuple(keys) if keys else None,
@@ -190,6 +190,8 @@ def lora(
         "memory_limit": memory_limit,
         "test": test,
     }
+    if resume and force:
+        raise typer.BadParameter("goes on; --force begins anew", param_hint="--resume")
     length = {"epochs": epochs, "iters": iters}
     if resume and recipe is None and adapter_path is not None:
         then = Path(adapter_path).expanduser() / "recipe.yaml"

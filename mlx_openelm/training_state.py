@@ -5,12 +5,11 @@ takes its name when it is whole:
 
     state.safetensors   trained weights, optimizer, and how far the run is
     metrics.jsonl       an event a line; what is newer than the state is dropped later
-    running.json        held by the process that trains; left behind only by a death
+    running.json        there while a process trains; left behind only by a death
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -40,7 +39,8 @@ class Progress:
         step: updates made.
         tokens: trained tokens (of preferences: pairs) so far.
         seconds: spent on training, without validation.
-        window_loss, window_tokens: sums since the last report.
+        window_loss, window_tokens, window_wins, window_margin: since the last report.
+        reported: seconds at that report.
         best_loss, best_step: of the validation; infinity where there was none.
         evals_since_best: for early stopping.
         evaluated_step: when the validation was computed last.
@@ -54,6 +54,9 @@ class Progress:
     seconds: float = 0.0
     window_loss: float = 0.0
     window_tokens: int = 0
+    window_wins: float = 0.0
+    window_margin: float = 0.0
+    reported: float = 0.0
     best_loss: float = math.inf
     best_step: int = 0
     evals_since_best: int = 0
@@ -176,7 +179,10 @@ def append_event(folder: Path, event: Mapping[str, Any]) -> None:
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in event.items()
     }
-    with contextlib.suppress(OSError), (folder / METRICS).open("a") as opened:
+    with (
+        contextlib.suppress(OSError),
+        (folder / METRICS).open("a", encoding="utf-8") as opened,
+    ):
         opened.write(json.dumps(finite, ensure_ascii=False) + "\n")
 
 
@@ -185,12 +191,16 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     events: list[dict[str, Any]] = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             with contextlib.suppress(ValueError):
                 event = json.loads(line)
-                if isinstance(event, dict) and isinstance(event.get("step"), int):
+                if isinstance(event, dict) and _is_event(event):
                     events.append(event)
     return events
+
+
+def _is_event(found: Mapping[str, Any]) -> bool:
+    return isinstance(found.get("step"), int) and isinstance(found.get("event"), str)
 
 
 def drop_events_after(folder: Path, progress: Progress) -> None:
@@ -209,40 +219,18 @@ def drop_events_after(folder: Path, progress: Progress) -> None:
         path.write_text("".join(lines), encoding="utf-8")
 
 
-# One process at a time -----------------------------------------------------------
+# Deaths --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[bool]:
-    """Hold the folder while training; tells whether the last run in it has died.
-
-    Raises:
-        OpenELMError: another process trains there.
-    """
+    """Mark the folder while training; tells whether the last run in it has died."""
     path = folder / RUNNING
     died = path.exists()
-    with path.open("a+b", buffering=0) as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OpenELMError(
-                f"{folder} is being trained by another process; wait for it, or choose "
-                "another --adapter-path."
-            ) from error
-        opened.truncate(0)
-        opened.write(json.dumps({"pid": os.getpid()}).encode() + b"\n")
+    with contextlib.suppress(OSError):  # a full disk
+        path.write_text(json.dumps({"pid": os.getpid()}) + "\n")
         flush(path)
-        try:
-            yield died
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def is_running(folder: Path) -> bool:
-    """Whether a process trains in the folder now."""
-    with contextlib.suppress(OSError), (folder / RUNNING).open("rb") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    try:
+        yield died
+    finally:
+        path.unlink(missing_ok=True)

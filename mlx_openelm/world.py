@@ -30,7 +30,7 @@ class World:
         """Return the first process's text."""
         if self.size == 1:
             return text
-        encoded = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        encoded = np.frombuffer(f"{text}\n".encode(), np.uint8).astype(np.int32)
         length = int(np.array(self.from_first(mx.array(len(encoded)))))
         heard = self.from_first(mx.array(np.resize(encoded, length)))
-        return np.array(heard).astype(np.uint8).tobytes().decode()
+        return np.array(heard).astype(np.uint8).tobytes().decode()[:-1]

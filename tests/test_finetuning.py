@@ -158,23 +158,29 @@ def test_every_sample_is_trained_in_every_epoch(base, tmp_path, monkeypatch):
     assert sorted(seen) == sorted(2 * [sample.place for sample in prepared.train])
 
 
-def test_patience_ends_a_run_that_gains_nothing_more(base, tmp_path):
-    recipe = make_recipe(
-        base, tmp_path, learning_rate=1.0, patience=2, iters=100, clip_norm=0.0
-    )
-    report = finetune(recipe)
-    assert report.reason == "patience"
-    assert report.steps < 100
-
-
-def test_the_best_adapter_stays_beside_the_last(base, tmp_path, monkeypatch):
+def worsen_after(monkeypatch, step: int) -> None:
+    """Let the validation find a loss of 99 after this step."""
     evaluate = Training.evaluate
 
     def worsen(self, samples):
-        late = self.progress.step > 8
+        late = self.progress.step > step
         return training.Validation(99.0, 1) if late else evaluate(self, samples)
 
     monkeypatch.setattr(Training, "evaluate", worsen)
+
+
+def test_patience_ends_a_run_that_gains_nothing_more(base, tmp_path, monkeypatch):
+    worsen_after(monkeypatch, 8)
+    recipe = make_recipe(base, tmp_path, patience=2, iters=100, average_last=2)
+    report = finetune(recipe)
+    assert (report.reason, report.steps, report.best_step) == ("patience", 16, 8)
+    # The last step was no one to save at, but is the last.
+    kept = sorted(report.path.glob("0*_adapters.safetensors"))
+    assert [path.name[:7] for path in kept] == ["0000015", "0000016"]
+
+
+def test_the_best_adapter_stays_beside_the_last(base, tmp_path, monkeypatch):
+    worsen_after(monkeypatch, 8)
     recipe = make_recipe(base, tmp_path)
     report = finetune(recipe)
     assert (report.best_step, report.last_loss) == (8, 99.0)
@@ -440,7 +446,8 @@ def last_step(folder: Path) -> int:
     return max((e["step"] for e in read_events(folder)), default=0)
 
 
-def test_a_death_is_told_and_half_the_batch_goes_on(recipe):
+def test_a_death_is_told_and_half_the_batch_goes_on(base, tmp_path):
+    recipe = make_recipe(base, tmp_path, dropout=0.0)
     path = Path(recipe.adapter_path)
 
     def die(event):
@@ -538,7 +545,7 @@ def test_only_one_process_trains_a_folder(recipe):
     def start_another(event):
         if event["event"] == "save" and event["step"] == 3:
             for options in ({"force": True}, {"resume": True}):
-                with pytest.raises(OpenELMError, match="by another process"):
+                with pytest.raises(OpenELMError, match="in use by another process"):
                     finetune(recipe, **options)
                 said.append(event)
 
@@ -650,7 +657,9 @@ def test_what_does_not_fit_is_refused_and_fit_takes_smaller_settings(base, tmp_p
     assert taken.grad_checkpoint or taken.batch_size < 16
 
 
-def test_memory_that_runs_out_is_one_sentence(recipe, monkeypatch):
+def test_memory_that_runs_out_is_one_sentence(base, tmp_path, monkeypatch):
+    recipe = make_recipe(base, tmp_path, dropout=0.0)
+
     def run_out(self, share):
         raise RuntimeError("[metal::malloc] Attempting to allocate 1 bytes")
 
@@ -795,6 +804,86 @@ def test_it_trains_outside_the_main_thread(recipe):
     thread.start()
     thread.join(60)
     assert reports[0].steps == STEPS
+
+
+@pytest.mark.parametrize("data", ["model", "run", "inside"])
+def test_force_replaces_neither_the_base_nor_the_data(tmp_path, data):
+    model = make_source(tmp_path / "model")
+    write_data(tmp_path / "train.jsonl")
+    run = tmp_path / "run"
+    args = ["--model", model, "--iters", 2, "--adapter-path", run]
+    assert call("lora", "--data", tmp_path / "train.jsonl", *args).exit_code == 0
+    if data == "model":
+        args, says = ["--model", model, "--adapter-path", model], "the source itself"
+        args += ["--data", tmp_path / "train.jsonl"]
+    else:
+        write_data(run / "train.jsonl")
+        chosen = run if data == "run" else run / "train.jsonl"
+        args, says = [*args, "--data", chosen], "--force does not replace it"
+    refuse(tmp_path, "lora", *args, "--force", says=says)
+
+
+def test_preferences_are_tested_at_the_end(base, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train", "test"):
+        records = (
+            {"prompt": f"the {i}", "chosen": "gold", "rejected": "wolf"}
+            for i in range(8)
+        )
+        lines = (json.dumps(record) + "\n" for record in records)
+        (data / f"{name}.jsonl").write_text("".join(lines))
+    recipe = make_recipe(
+        base, tmp_path, data=str(data), objective="dpo", test=True, iters=2
+    )
+    report = finetune(recipe)
+    assert report.unit == "pair"
+    assert 0 < report.test_loss < 1
+
+
+def test_preferences_report_the_same_after_an_interruption(base, tmp_path):
+    data = tmp_path / "train.jsonl"
+    records = (
+        {"prompt": f"the {i}", "chosen": "gold", "rejected": "wolf"} for i in range(30)
+    )
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    recipe = make_recipe(base, tmp_path, objective="dpo", steps_per_report=4)
+    whole = dataclasses.replace(recipe, adapter_path=str(tmp_path / "whole"))
+    interrupt_after(recipe, 6)
+    shown = [
+        [
+            {k: e[k] for k in ("step", "loss", "accuracy", "margin", "tokens")}
+            for e in read_events(run.path)
+            if e["event"] == "step"
+        ]
+        for run in (finetune(recipe, resume=True), finetune(whole))
+    ]
+    assert shown[0] == shown[1]
+
+
+def test_events_survive_odd_samples_and_damaged_lines(tmp_path):
+    append = training_state.append_event
+    append(tmp_path, {"event": "sample", "step": 1, "text": "a\u2028b\u0085c"})
+    with (tmp_path / "metrics.jsonl").open("a") as opened:
+        opened.write('{"step": 3}\n{"event": 5, "step": 3}\n[1]\n{"ev')
+    assert [e["text"] for e in read_events(tmp_path)] == ["a\u2028b\u0085c"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"epochs": float("nan"), "iters": None}, "--epochs is nan"),
+        ({"epochs": 1e9, "iters": None}, "--epochs is 1000000000.0"),
+        ({"betas": (1.0, 1.0)}, "betas are 1.0 and 1.0"),
+        ({"eps": 0.0}, "--eps is 0.0"),
+        ({"rank": "auto:" + "9" * 5000}, "--rank is"),
+        ({"batch_size": 2**30}, "--batch-size is 1073741824"),
+        ({"data": ""}, "--data is empty"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_named(base, tmp_path, changes, says):
+    with pytest.raises(OpenELMError, match=says):
+        make_recipe(base, tmp_path, **changes)
 
 
 # Several processes ---------------------------------------------------------------

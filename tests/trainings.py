@@ -99,6 +99,7 @@ def make_training(
         Order(lengths_of(samples), recipe),
         samples,
         [],
+        [],
         folder,
         {},
         world=World(0, 1),
