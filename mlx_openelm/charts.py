@@ -292,7 +292,7 @@ def thin_out(points: Sequence[Point], most: int = MOST_POINTS) -> Sequence[Point
     """
     if len(points) <= most:
         return points
-    size = math.ceil(2 * len(points) / (most - 2))
+    size = math.ceil((len(points) - 2) / ((most - 2) // 2))  # two of each stretch
     kept: list[Point] = [points[0]]
     for start in range(1, len(points) - 1, size):
         stretch = points[start : min(start + size, len(points) - 1)]

@@ -7,6 +7,7 @@ import pytest
 from commands import refuse
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.finetune_recipe import FinetuneRecipe
 from mlx_openelm.recipe import PretrainRecipe, bundled_recipes, load_recipe
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs PyTorch")
@@ -82,6 +83,11 @@ def test_a_flag_into_a_group_that_is_none_is_named(tmp_path, text):
 
 @pytest.mark.parametrize("name", sorted(bundled_recipes()))
 def test_bundled_recipes_are_right(name):
+    if name.startswith("lora/"):
+        lora = load_recipe(FinetuneRecipe, name, {})
+        assert load_recipe(FinetuneRecipe, name, {"seed": 7}).seed == 7
+        assert lora.step_size > 1
+        return
     assert name.startswith("pretrain/")
     recipe = load_recipe(PretrainRecipe, name, {})
     assert recipe.model.build(4096).num_parameters > 0
