@@ -22,7 +22,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
         return _fused_swiglu(gate, up)
     if gate.shape[-2] == 1:  # one token: fewer operations count for more
         return gate * mx.sigmoid(gate) * up
-    out: mx.array = _plain_swiglu(gate, up)  # type: ignore[assignment]
+    out: mx.array = _plain_swiglu(gate, up)  # type: ignore[assignment] # untyped
     return out
 
 

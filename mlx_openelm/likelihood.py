@@ -94,7 +94,7 @@ def token_losses(
             for_head = for_head + powers.T @ (pull * own)
         return weights * outputs[1], for_head.at[targets].add(-weights * rows)
 
-    found: mx.array = losses(rows, head)[0]  # type: ignore[index]
+    found: mx.array = losses(rows, head)[0]  # type: ignore[index] # untyped
     return found
 
 

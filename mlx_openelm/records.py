@@ -452,7 +452,7 @@ def _list_problems(problems: list[str]) -> str:
 
 def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
-        return gzip.open(path)  # type: ignore[return-value]
+        return gzip.open(path)  # type: ignore[return-value] # it reads bytes
     return path.open("rb")
 
 
