@@ -12,7 +12,17 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from mlx_openelm.command_options import Force, Json, Offline, Quiet, Seed, need_torch
+from mlx_openelm.command_options import (
+    Adapter,
+    Force,
+    Json,
+    Model,
+    Offline,
+    Quiet,
+    Seed,
+    need_torch,
+    open_model,
+)
 from mlx_openelm.console import Console, close_broken_pipe, prepare_streams
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.training_commands import lora, pretrain
@@ -67,18 +77,6 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List, show or copy the bundled recipes.")
 app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="demo, a model folder, or a Hub id.",
-        envvar="MLX_OPENELM_MODEL",
-        show_default="demo, or the adapter's base",
-    ),
-]
-Adapter = Annotated[
-    str | None, typer.Option("--adapter-path", help="An adapter folder to use.")
-]
 
 
 def main() -> None:
@@ -180,7 +178,7 @@ def generate(
     Sampling.from_defaults({}, said)  # a wrong flag is named before anything is loaded
     from mlx_openelm.generation import stream
 
-    folder, loaded, tokenizer = _load(console, model, adapter_path, offline)
+    folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
     sampling = Sampling.from_defaults(folder.generation_defaults, said)
     pieces = stream(loaded, tokenizer, text, sampling, template=template, system=system)
     parts: list[str] = []
@@ -474,7 +472,7 @@ def evaluate(
     from mlx_openelm.report import as_json as fields
     from mlx_openelm.report import show_score
 
-    _, loaded, tokenizer = _load(console, model, adapter_path, offline)
+    _, loaded, tokenizer = open_model(console, model, adapter_path, offline)
     with console.progress("Scoring") as progress:
         score = run(
             loaded,
@@ -623,36 +621,3 @@ def _check_utf8(*texts: str) -> None:
             raise OpenELMError(
                 f"{text!a} is not UTF-8 text: {error.reason}."
             ) from error
-
-
-def _load(
-    console: Console, name: str | None, adapter_path: str | None, offline: bool
-) -> Any:
-    """Open and load a model; say which where it was not said, and what is slow here."""
-    from mlx_openelm.adapters import attach, open_adapter_folder
-    from mlx_openelm.checkpoint import open_folder
-    from mlx_openelm.device import describe_slowness
-    from mlx_openelm.hub import DEMO, find_model
-    from mlx_openelm.loading import load_model, load_tokenizer, stored_dtype
-
-    adapter = None
-    if adapter_path is not None:
-        adapter = open_adapter_folder(Path(os.path.expanduser(adapter_path)))
-    if adapter is not None and name is None:
-        path = adapter.find_base(offline=offline)
-        console.note(f"[the adapter's base, {adapter.base}; --model NAME says another]")
-    else:
-        path = find_model(name or DEMO, offline=offline)
-    folder = open_folder(path)
-    tokenizer = load_tokenizer(folder)  # what is missing is said before the long work
-    if adapter is None and name in (None, DEMO):
-        console.note("[the built-in demo model; --model NAME runs another]")
-    stored, quantized = stored_dtype(folder), bool(folder.packings)
-    for slowness in describe_slowness(stored, quantized=quantized):
-        console.note(f"[{slowness}]")
-    model = load_model(folder)
-    if adapter is not None:
-        tokenizer.template = adapter.template or tokenizer.template
-        for note in attach(model, adapter.path):
-            console.note(note)
-    return folder, model, tokenizer
