@@ -17,6 +17,7 @@ import numpy as np
 from converters.receipt import CHUNK, Read, embed, final_norm, read_block, read_head
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model import from_start
 from mlx_openelm.names import EMBEDDING, HEAD
 from mlx_openelm.quantize import AFFINE_BITS, GROUP_SIZES, Packing
 
@@ -170,22 +171,23 @@ def measure_prices(
 
     inputs = windows[:, :-1]
     original = embed(read, inputs)  # (N, T, D)
+    rotate, mask = from_start(config, inputs.shape[1])
     variants = {}
     if EMBEDDING in packings:
         variants[EMBEDDING] = embed(pack, inputs)
     for layer in range(config.num_transformer_layers):
         block = read_block(config, layer, read)
         for name, hidden in variants.items():
-            variants[name] = block(hidden, "causal", None)
+            variants[name] = block(hidden, rotate, mask)
             mx.eval(variants[name])
         prefix = f"layers.{layer}."
         for name in (n for n in packings if n.startswith(prefix)):
             own = name.removeprefix(prefix)
             block.load_weights([(own, pack(name))], strict=False)
-            variants[name] = block(original, "causal", None)
+            variants[name] = block(original, rotate, mask)
             mx.eval(variants[name])
             block.load_weights([(own, read(name).astype(mx.float32))], strict=False)
-        original = block(original, "causal", None)
+        original = block(original, rotate, mask)
         mx.eval(original)
         on_progress(layer + 1, config.num_transformer_layers)
     if HEAD in packings:

@@ -37,7 +37,7 @@ from mlx_openelm.checkpoint import open_folder, spell_dtype
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.loading import load_tokenizer
-from mlx_openelm.model import Block
+from mlx_openelm.model import Block, from_start
 from mlx_openelm.names import EMBEDDING, HEAD
 
 NUM_TOKENS, WINDOW = 256, 64  # of text in the proof; the 270M takes 10 s on two cores
@@ -237,9 +237,10 @@ def prove_fused(
         _Model(config, read),
     )
     hidden = [model.embed(windows) for model in models]
+    rotate, mask = from_start(config, windows.shape[1])
     for layer in range(config.num_transformer_layers):
         for i, model in enumerate(models):
-            hidden[i] = model.block(layer)(hidden[i], "causal", None)
+            hidden[i] = model.block(layer)(hidden[i], rotate, mask)
             mx.eval(hidden[i])
         on_progress(
             Progress(layer + 1, config.num_transformer_layers, "layers of the proof")

@@ -10,7 +10,7 @@ import torch
 from converters.merging import merge_adapter
 from converters.reference import ReferenceOpenELM
 from converters.sources import Source, open_source
-from mlx_openelm.model import OpenELM
+from mlx_openelm.model import OpenELM, from_start
 from mlx_openelm.names import to_folder
 
 Array = npt.NDArray[np.float32]
@@ -117,8 +117,9 @@ def _run_mlx(source: Source, tokens: npt.NDArray[np.int64]) -> dict[str, Array]:
     )
     x = model.transformer.token_embeddings(mx.array(tokens))
     outputs = {"embedding": x}
+    rotate, mask = from_start(source.config, tokens.shape[1])
     for i, layer in enumerate(model.layers):
-        x = layer(x, "causal" if tokens.shape[1] > 1 else None, None)
+        x = layer(x, rotate, mask)
         outputs[f"layer {i}"] = x
     outputs["final norm"] = model.transformer.norm(x)
     outputs["logits"] = model(mx.array(tokens))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model import Block
+from mlx_openelm.model import Block, from_start
 from mlx_openelm.names import EMBEDDING, HEAD
 
 NUM_TOKENS = 1024  # for these the 270M takes half a minute on two cores
@@ -75,9 +75,10 @@ def measure(
     reads = (reference, quantized)
     inputs, targets = windows[:, :-1], windows[:, 1:].reshape(-1)
     hidden = [embed(read, inputs) for read in reads]  # (N, T, D) each
+    rotate, mask = from_start(config, inputs.shape[1])
     for layer in range(config.num_transformer_layers):
         for i, read in enumerate(reads):
-            hidden[i] = read_block(config, layer, read)(hidden[i], "causal", None)
+            hidden[i] = read_block(config, layer, read)(hidden[i], rotate, mask)
             mx.eval(hidden[i])
         on_progress(layer + 1, config.num_transformer_layers)
     before, after = (

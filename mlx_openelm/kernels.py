@@ -7,13 +7,89 @@ its gradient is written out: it keeps less in memory and passes fewer times over
 """
 
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import mlx.core as mx
 
 LOG2_E = math.log2(math.e)
+FEW = 32  # tokens: as many are rotated by a matrix
+SMALL = 2**15  # numbers: of so few, the operations cost more than the arithmetic
 QUERIES = 256  # at a time: the scores of more would not stay in the CPU's cache
+
+
+def normalize(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """Return x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
+    if _on_gpu() or x.dtype != mx.float32 or x.size > SMALL:
+        return mx.fast.rms_norm(x, weight, eps)
+    return x * mx.rsqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+# RoPE (Su et al., 2104.09864) ----------------------------------------------------
+
+# Turns queries or keys (B, T, heads, H) to where they stand: (B, heads, T, H).
+Rotation = Callable[[mx.array], mx.array]
+
+
+def rotation_after(
+    offset: int | mx.array, num_tokens: int, H: int, base: float, dtype: mx.Dtype
+) -> Rotation:
+    """Return the rotation of `num_tokens` behind `offset` others, for all layers.
+
+    Args:
+        offset: of all sequences, or of each one, (B,).
+    """
+    if _on_gpu() or dtype != mx.float32:
+        return partial(_rotate_fused, H=H, base=base, offset=offset)
+    if isinstance(offset, mx.array) and offset.ndim == 1:
+        offset = offset[:, None]
+    return rotation_at(offset + mx.arange(num_tokens), H, base)
+
+
+def rotation_at(positions: mx.array, H: int, base: float) -> Rotation:
+    """Return the rotation of tokens at positions (T,) or (B, T)."""
+    if positions.size <= FEW:
+        return partial(_rotate_by_matrix, matrix=_rotation_matrix(positions, H, base))
+    speeds = mx.power(base, mx.arange(0, H, 2) / -H)
+    angles = positions[..., None, None] * speeds
+    return partial(_rotate_pairs, cos=mx.cos(angles), sin=mx.sin(angles))
+
+
+def _rotate_fused(x: mx.array, H: int, base: float, offset: int | mx.array) -> mx.array:
+    return mx.fast.rope(
+        x.swapaxes(1, 2), H, traditional=False, base=base, scale=1.0, offset=offset
+    )
+
+
+def _rotate_pairs(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    a, b = mx.split(x, 2, axis=-1)
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    turned = mx.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return turned.swapaxes(1, 2)
+
+
+def _rotate_by_matrix(x: mx.array, matrix: mx.array) -> mx.array:
+    return (x @ matrix).swapaxes(1, 2)
+
+
+def _rotation_matrix(positions: mx.array, H: int, base: float) -> mx.array:
+    """Return (T, H, H) or (B, T, H, H), so that a rotation is one product."""
+    speeds, same, crossed = _rotation_constants(H, base)
+    angles = positions[..., None, None] * speeds  # (T, 1, H)
+    matrix = mx.cos(angles) * same + mx.sin(angles) * crossed
+    return matrix.reshape(H, H) if positions.size == 1 else matrix
+
+
+@cache
+def _rotation_constants(H: int, base: float) -> tuple[mx.array, mx.array, mx.array]:
+    speeds = mx.power(base, mx.arange(0, H, 2) / -H)
+    one, none = mx.eye(H // 2), mx.zeros((H // 2, H // 2))
+    crossed = mx.concatenate(
+        [mx.concatenate([none, one], axis=1), mx.concatenate([-one, none], axis=1)]
+    )
+    constants = mx.concatenate([speeds, speeds]), mx.eye(H), crossed
+    mx.eval(constants)
+    return constants
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -55,8 +131,19 @@ def attend(
         queries: (B, Q, T, H); keys and values are (B, K, S, H), shared by Q / K heads.
         mask: "causal" (the last query sees all keys), None, or what MLX takes.
     """
-    H = queries.shape[-1]
-    if _on_gpu() or mask != "causal" or queries.dtype != mx.float32:
+    B, Q, T, H = queries.shape
+    if _on_gpu() or queries.dtype != mx.float32:
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=H**-0.5, mask=mask
+        )
+    if T == 1 and not isinstance(mask, str):
+        K = keys.shape[1]
+        grouped = (queries * H**-0.5).reshape(B, K, Q // K, H)
+        scores = grouped @ keys.swapaxes(-1, -2)  # (B, K, Q / K, S)
+        if mask is not None:
+            scores = mx.where(mask, scores, -mx.inf)
+        return (mx.softmax(scores, axis=-1) @ values).reshape(B, Q, 1, H)
+    if mask != "causal":
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=H**-0.5, mask=mask
         )

@@ -23,13 +23,21 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.kernels import attend, swiglu
+from mlx_openelm.kernels import (
+    Rotation,
+    attend,
+    normalize,
+    rotation_after,
+    rotation_at,
+    swiglu,
+)
 
 
 class LayerCache(Protocol):
     """What the model asks of a cache; mlx-lm's caches and ours have it."""
 
-    offset: int
+    @property
+    def offset(self) -> int | mx.array: ...  # tokens held: of all, or of each, (B,)
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
@@ -41,27 +49,14 @@ class Sequences:
     """Sequences that stand end to end in one row of N tokens; none sees another.
 
     So sequences of any lengths are computed together without padding.
-
-    Attributes:
-        cos, sin: of RoPE's angles, (N, H / 2); each sequence is counted from its start.
     """
 
     lengths: tuple[int, ...]
-    cos: mx.array
-    sin: mx.array
 
-    @classmethod
-    def of(cls, lengths: tuple[int, ...], config: OpenELMConfig) -> "Sequences":
-        H, base = config.head_dim, config.rope_freq_constant
-        places = mx.concatenate([mx.arange(length) for length in lengths])
-        angles = places[:, None] * mx.power(base, mx.arange(0, H, 2) / -H)
-        return cls(lengths, mx.cos(angles), mx.sin(angles))
-
-    def rotate(self, x: mx.array) -> mx.array:
-        """Return what `nn.RoPE` makes of each sequence's part of (1, heads, N, H)."""
-        a, b = mx.split(x, 2, axis=-1)
-        cos, sin = self.cos.astype(x.dtype), self.sin.astype(x.dtype)
-        return mx.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    @property
+    def positions(self) -> mx.array:
+        """The place of each token in its own sequence, (N,)."""
+        return mx.concatenate([mx.arange(length) for length in self.lengths])
 
     def split(self, x: mx.array) -> list[mx.array]:
         """Return each sequence's part of (1, heads, N, H)."""
@@ -70,6 +65,13 @@ class Sequences:
 
 
 Mask = mx.array | str | Sequences | None
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis (1910.07467)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return normalize(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -81,31 +83,30 @@ class Attention(nn.Module):
         Q, K = config.num_query_heads[layer], config.num_kv_heads[layer]
         self.num_query_heads, self.num_kv_heads, self.head_dim = Q, K, H
         self.qkv_proj = nn.Linear(D, (Q + 2 * K) * H, bias=False)
-        self.q_norm = nn.RMSNorm(H, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(H, eps=config.rms_norm_eps)
-        self.rope = nn.RoPE(H, traditional=False, base=config.rope_freq_constant)
+        self.q_norm = RMSNorm(H, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(H, eps=config.rms_norm_eps)
         self.out_proj = nn.Linear(Q * H, D, bias=False)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
+    def __call__(
+        self, x: mx.array, rotate: Rotation, mask: Mask, cache: LayerCache | None
+    ) -> mx.array:
         B, T, _ = x.shape
         Q, K, H = self.num_query_heads, self.num_kv_heads, self.head_dim
-        qkv = self.qkv_proj(x).reshape(B, T, Q + 2 * K, H).transpose(0, 2, 1, 3)
-        queries, keys, values = mx.split(qkv, [Q, Q + K], axis=1)  # (B, heads, T, H)
-        queries, keys = self.q_norm(queries), self.k_norm(keys)
+        qkv = self.qkv_proj(x).reshape(B, T, Q + 2 * K, H)
+        queries, keys, values = mx.split(qkv, [Q, Q + K], axis=2)  # (B, T, heads, H)
+        queries = rotate(self.q_norm(queries))  # (B, Q, T, H)
+        keys = rotate(self.k_norm(keys))  # (B, K, T, H)
+        values = values.swapaxes(1, 2)  # (B, K, T, H)
         if isinstance(mask, Sequences):
-            queries, keys = mask.rotate(queries), mask.rotate(keys)
             split = zip(*map(mask.split, (queries, keys, values)), strict=True)
             attended = mx.concatenate(
                 [attend(q, k, v, "causal") for q, k, v in split], axis=2
             )  # (1, Q, N, H)
         else:
-            offset = 0 if cache is None else cache.offset
-            queries = self.rope(queries, offset=offset)
-            keys = self.rope(keys, offset=offset)
             if cache is not None:
                 keys, values = cache.update_and_fetch(keys, values)  # (B, K, S, H)
             attended = attend(queries, keys, values, mask)  # (B, Q, T, H)
-        return self.out_proj(attended.transpose(0, 2, 1, 3).reshape(B, T, Q * H))
+        return self.out_proj(attended.swapaxes(1, 2).reshape(B, T, Q * H))
 
 
 class FeedForward(nn.Module):
@@ -129,11 +130,17 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(config, layer)
         self.ffn = FeedForward(config, layer)
-        self.attn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
-        self.ffn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+        self.attn_norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
-        x = x + self.attn(self.attn_norm(x), mask, cache)
+    def __call__(
+        self,
+        x: mx.array,
+        rotate: Rotation,
+        mask: Mask = None,
+        cache: LayerCache | None = None,
+    ) -> mx.array:
+        x = x + self.attn(self.attn_norm(x), rotate, mask, cache)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -149,7 +156,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = [Block(config, i) for i in range(config.num_transformer_layers)]
-        self.norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
         self.config = config
         self.checkpointed = False
 
@@ -166,13 +173,19 @@ class Transformer(nn.Module):
             lengths: the tokens are one row, (1, N), of sequences that are so long.
         """
         x = self.token_embeddings(tokens)  # (B, T, D)
-        mask = _causal_mask(tokens.shape[1], cache)
+        H, base = self.config.head_dim, self.config.rope_freq_constant
         if lengths:
-            mask = Sequences.of(lengths, self.config)
+            sequences = Sequences(lengths)
+            mask: Mask = sequences
+            rotate = rotation_at(sequences.positions, H, base)
+        else:
+            mask = _causal_mask(tokens.shape[1], cache)
+            offset = cache[0].offset if cache else 0
+            rotate = rotation_after(offset, tokens.shape[1], H, base, x.dtype)
         caches = cache if cache is not None else [None] * len(self.layers)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             step = nn.utils.checkpoint(layer) if self.checkpointed else layer
-            x = step(x, mask, layer_cache)
+            x = step(x, rotate, mask, layer_cache)
         normed: mx.array = self.norm(x)
         return normed
 
@@ -219,6 +232,14 @@ class OpenELM(nn.Module):
     @property
     def layers(self) -> list[Block]:
         return self.transformer.layers
+
+
+def from_start(
+    config: OpenELMConfig, num_tokens: int, dtype: mx.Dtype = mx.float32
+) -> tuple[Rotation, Mask]:
+    """Return what a block needs for tokens that nothing stands before."""
+    H, base = config.head_dim, config.rope_freq_constant
+    return rotation_after(0, num_tokens, H, base, dtype), _causal_mask(num_tokens, None)
 
 
 def _causal_mask(num_tokens: int, cache: Sequence[LayerCache] | None) -> Mask:

@@ -45,25 +45,25 @@ def swap_queries_and_keys(monkeypatch):
 
 
 def drop_the_qk_norm(monkeypatch):
-    original = nn.RMSNorm.__call__
+    original = openelm.normalize
 
-    def only_wide(self, x):
-        return x if self.weight.shape == (64,) else original(self, x)
+    def only_wide(x, weight, eps):
+        return x if weight.shape == (64,) else original(x, weight, eps)
 
-    monkeypatch.setattr(nn.RMSNorm, "__call__", only_wide)
+    monkeypatch.setattr(openelm, "normalize", only_wide)
 
 
 def interleave_rope(monkeypatch):
-    original = nn.RoPE.__init__
+    def interleaved(offset, num_tokens, H, base, dtype):
+        rope = nn.RoPE(H, traditional=True, base=base)
+        return lambda x: rope(x.swapaxes(1, 2), offset=offset)
 
-    def interleaved(self, dims, traditional=False, base=10000, scale=1.0):
-        original(self, dims, traditional=True, base=base, scale=scale)
-
-    monkeypatch.setattr(nn.RoPE, "__init__", interleaved)
+    monkeypatch.setattr(openelm, "rotation_after", interleaved)
 
 
 def forget_rope(monkeypatch):
-    monkeypatch.setattr(nn.RoPE, "__call__", lambda self, x, offset=0: x)
+    plain = lambda *given: lambda x: x.swapaxes(1, 2)  # noqa: E731
+    monkeypatch.setattr(openelm, "rotation_after", plain)
 
 
 def swap_gate_and_up(monkeypatch):
@@ -94,7 +94,7 @@ sequences = st.lists(st.integers(0, UNEVEN.vocab_size - 1), min_size=1, max_size
 @given(sequences, st.data())
 def test_any_split_through_the_cache_gives_the_uncached_logits(tokens, data):
     whole = np.array(model(mx.array([tokens])))
-    cache = KVCache.for_model(model)
+    cache = [KVCache() for _ in model.layers]
     parts, start = [], 0
     while start < len(tokens):
         end = data.draw(st.integers(start + 1, len(tokens)))
@@ -107,7 +107,7 @@ def test_the_caches_room_grows_and_shrinks_without_a_trace(monkeypatch):
     monkeypatch.setattr(KVCache, "step", 3)
     tokens = list(range(30))
     whole = np.array(model(mx.array([tokens])))
-    cache = KVCache.for_model(model)
+    cache = [KVCache() for _ in model.layers]
     model(mx.array([tokens[:10]]), cache)
     model(mx.array([[7, 7, 7]]), cache)  # a wrong turn, taken back
     for layer in cache:

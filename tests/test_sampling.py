@@ -8,9 +8,11 @@ import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.sampling import (
     Sampling,
-    choose_token,
+    choose_tokens,
+    distribution,
     keep_likely,
-    penalize_repetition,
+    shape_logits,
+    top_logprobs,
 )
 
 logit_lists = st.lists(
@@ -22,7 +24,7 @@ logit_lists = st.lists(
 
 
 def kept(logits, **options):
-    filtered = keep_likely(mx.array([logits]), Sampling(temp=1.0, **options))
+    filtered = keep_likely(mx.array(logits)[None], Sampling(temp=1.0, **options))
     return {i for i, x in enumerate(np.array(filtered)[0]) if x > -np.inf}
 
 
@@ -63,30 +65,150 @@ def test_filters_that_are_off_keep_everything():
     assert kept([3.0, -50.0, 0.0], top_p=1.0, top_k=0, min_p=0.0) == {0, 1, 2}
 
 
-def test_sampling_follows_the_tempered_distribution():
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_p": 0.8}, {"top_k": 3}, {"min_p": 0.3}, {"top_p": 0.9, "top_k": 3}],
+)
+def test_draws_follow_the_distribution(options):
     mx.random.seed(0)
-    logits = mx.array([[1.0, 0.0, -1.0, 0.5]])
-    sampling = Sampling(temp=0.7)
-    draws = [int(choose_token(logits, sampling).item()) for _ in range(4000)]
-    found = np.bincount(draws, minlength=4) / len(draws)
-    expected = softmax(np.array(logits)[0] / 0.7)
-    assert np.abs(found - expected).max() < 4 * 0.5 / np.sqrt(len(draws))
+    logits = mx.array([[1.0, 0.0, -1.0, 0.5, -2.0], [-3.0, 2.0, 0.0, 1.0, 1.5]])
+    sampling = Sampling(temp=0.7, **options)
+    probs = np.exp(np.array(distribution(logits, sampling)))
+    count = 4000
+    draws = choose_tokens(mx.repeat(logits, count, axis=0), sampling)
+    assert (draws.shape, draws.dtype) == ((2 * count,), mx.int32)
+    for row, drawn in enumerate(np.array(draws).reshape(2, count)):
+        likely = sorted(kept(logits[row].tolist(), **options))
+        expected = np.zeros(5)
+        expected[likely] = softmax(np.array(logits)[row, likely] / 0.7)
+        np.testing.assert_allclose(probs[row], expected, rtol=1e-5)
+        found = np.bincount(drawn, minlength=5)
+        assert not found[expected == 0].any()
+        parts = (found - count * expected)[likely] ** 2 / (count * expected[likely])
+        assert parts.sum() < 25  # chi-square, at most 4 degrees of freedom: p < 1e-4
 
 
 def test_temperature_zero_is_the_argmax():
-    assert int(choose_token(mx.array([[0.1, 0.3, 0.2]]), Sampling()).item()) == 1
+    logits = mx.array([[0.1, 0.3, 0.2], [0.5, 0.5, 0.0]])
+    tokens = choose_tokens(logits, Sampling())
+    assert (tokens.tolist(), tokens.dtype) == ([1, 0], mx.int32)
+    certain = np.exp(np.array(distribution(logits, Sampling())))
+    np.testing.assert_array_equal(certain, [[0, 1, 0], [1, 0, 0]])
+
+
+filters = st.fixed_dictionaries(
+    {},
+    optional={
+        "top_p": st.floats(0.05, 0.99),
+        "top_k": st.integers(1, 14),
+        "min_p": st.floats(0.01, 0.9),
+    },
+)
+
+
+@given(st.integers(0, 999), filters)
+def test_together_the_filters_keep_what_each_one_keeps(seed, options):
+    logits = np.random.default_rng(seed).normal(0, 2, 12).astype(np.float32)
+    each = [kept(logits, **{name: value}) for name, value in options.items()]
+    assert kept(logits, **options) == set(range(12)).intersection(*each)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 40}])
+def test_half_precision_is_filtered_and_drawn_in_full(dtype, options):
+    mx.random.seed(3)
+    logits = mx.random.normal((2, 32000)).astype(dtype)
+    sampling = Sampling(temp=1.0, **options)
+    for function in (keep_likely, distribution):
+        found = function(logits, sampling)
+        expected = function(logits.astype(mx.float32), sampling)
+        assert found.dtype == mx.float32
+        assert mx.array_equal(found, expected)
+    if "top_p" in options:
+        mass = mx.softmax(logits.astype(mx.float32), axis=-1)
+        mass = mx.where(keep_likely(logits, sampling) > -mx.inf, mass, 0).sum(axis=-1)
+        np.testing.assert_allclose(np.array(mass), 0.9, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temp": 1e-30},
+        {"temp": 1.0, "top_p": 1e-30},
+        {"temp": 1.0, "min_p": 1.0},
+        {"temp": 1.0, "top_k": 1},
+    ],
+)
+def test_the_extremes_leave_the_likeliest(options):
+    logits = mx.array([[0.0, 60000.0, 1.0]]).astype(mx.float16)
+    assert choose_tokens(logits, Sampling(**options)).tolist() == [1]
+    probs = np.exp(np.array(distribution(logits, Sampling(**options))))
+    np.testing.assert_array_equal(probs, [[0, 1, 0]])
+
+
+@given(st.integers(0, 999), st.integers(0, 14))
+def test_logprobs_are_the_models_own(seed, count):
+    logits = np.random.default_rng(seed).normal(0, 3, (3, 12)).astype(np.float32)
+    tokens = np.array([0, 11, 5], np.int32)
+    chosen, ids, values = map(
+        np.array, top_logprobs(mx.array(logits), mx.array(tokens), count)
+    )
+    logprobs = np.log([softmax(row) for row in logits])
+    order = np.argsort(-logits, axis=-1)[:, :count]
+    np.testing.assert_allclose(chosen, logprobs[np.arange(3), tokens], atol=1e-5)
+    np.testing.assert_array_equal(ids, order)
+    expected = np.take_along_axis(logprobs, order, axis=-1)
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+
+
+def test_no_value_is_read_back_while_a_step_is_built(tmp_path):
+    sampling = Sampling(
+        min_tokens=3,
+        temp=0.8,
+        top_p=0.9,
+        top_k=4,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        no_repeat_ngram=2,
+        logit_bias=((1, 2.0),),
+    )
+
+    def step(logits, history, written):
+        shaped = shape_logits(logits, history, sampling, written=written, eos_id=2)
+        tokens = choose_tokens(shaped, sampling)
+        return (distribution(shaped, sampling), *top_logprobs(logits, tokens, 3))
+
+    # Exporting traces the function, in which reading a value is an error.
+    mx.export_function(
+        str(tmp_path / "step"),
+        step,
+        mx.zeros((2, 8)),
+        mx.zeros((2, 5), mx.int32),
+        mx.array([0, 1]),
+    )
 
 
 @pytest.mark.interop
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.floats(1.01, 3))
-def test_the_penalty_is_mlx_lms(recent, penalty):
-    from mlx_lm.sample_utils import make_repetition_penalty
+@given(st.integers(0, 999), filters)
+def test_the_filters_are_transformers(seed, options):
+    torch = pytest.importorskip("torch")
+    from transformers import generation as hf
 
-    logits = mx.array([[1.0, -1.0, 2.0, -2.0, 0.5, 0.0]])
-    theirs = make_repetition_penalty(penalty, len(recent))
-    expected = np.array(theirs(mx.array(recent), mx.array(logits)))
-    found = penalize_repetition(logits, mx.array(recent), penalty)
-    np.testing.assert_allclose(np.array(found), expected, rtol=1e-6)
+    logits = np.random.default_rng(seed).normal(0, 2, (3, 14)).astype(np.float32)
+    theirs = hf.LogitsProcessorList()
+    if "top_p" in options:
+        mass = np.cumsum([np.sort(softmax(row))[::-1] for row in logits], axis=-1)
+        if np.abs(mass - options["top_p"]).min() < 1e-5:
+            return  # a border that float32 cannot see
+        theirs.append(hf.TopPLogitsWarper(options["top_p"]))
+    if "min_p" in options:
+        theirs.append(hf.MinPLogitsWarper(options["min_p"]))
+    if "top_k" in options:
+        theirs.append(hf.TopKLogitsWarper(options["top_k"]))
+    # Scores come with a history, which these do not read.
+    expected = theirs(torch.zeros((3, 1), dtype=torch.long), torch.tensor(logits))
+    found = keep_likely(mx.array(logits), Sampling(temp=1.0, **options))
+    np.testing.assert_array_equal(np.array(found), expected.numpy())
 
 
 def test_what_a_person_said_wins_over_the_models_defaults():
@@ -102,6 +224,9 @@ def test_what_a_person_said_wins_over_the_models_defaults():
     greedy = Sampling.from_defaults({"temperature": 0.8, "repetition_penalty": 1.2})
     assert (greedy.temp, greedy.repetition_penalty) == (0.0, 1.2)
     assert Sampling.from_defaults({"do_sample": True}).temp == 1.0
+    lengths = {"max_new_tokens": 9, "min_new_tokens": 3, "no_repeat_ngram_size": 4}
+    found = Sampling.from_defaults(lengths, {"min_tokens": 2})
+    assert (found.max_tokens, found.min_tokens, found.no_repeat_ngram) == (9, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +241,19 @@ def test_what_a_person_said_wins_over_the_models_defaults():
         ("min_p", 2.0),
         ("repetition_penalty", 0.0),
         ("stop", ("",)),
+        ("stop", (5,)),
+        ("min_tokens", -1),
+        ("no_repeat_ngram", -2),
+        ("no_repeat_ngram", 1.5),
+        ("stop_loops", 1),
+        ("logprobs", 21),
+        ("seed", "one"),
+        ("logit_bias", ((5, float("nan")),)),
+        ("logit_bias", ((5, float("inf")),)),
+        ("logit_bias", ((-1, 1.0),)),
+        ("logit_bias", (("king", 1.0),)),
+        ("logit_bias", ((True, 1.0),)),
+        ("logit_bias", (5, 1.0)),
     ],
 )
 def test_values_without_sense_are_refused_by_their_flag(option, value):
