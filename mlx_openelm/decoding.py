@@ -16,6 +16,7 @@ from mlx_openelm.sampling import (
     shape_logits,
     top_logprobs,
 )
+from mlx_openelm.steps import Step, choose_step
 
 # Prompt tokens to a forward pass. Small ones save half of the masked scores, which cost
 # most on the CPU.
@@ -167,14 +168,17 @@ def draw_tokens(
     *,
     eos_id: int = 2,
     context: Context | None = None,
+    step: Step | None = None,
 ) -> Iterator[Token]:
     """Yield `count` tokens; each next step is queued before a token is read.
 
     Args:
+        step: what takes a token through the model; by default this device's own.
         context: what it has in common with the prompt is not computed again; it holds
             all that went through the model in the end.
     """
     context = Context(model) if context is None else context
+    step = step or choose_step(model)
     drawing = Drawing(sampling, prompt, model.config.max_context_length, eos_id)
     known = context.reuse(prompt)
     hidden = context.read(model, prompt[known:])
@@ -183,8 +187,7 @@ def draw_tokens(
     for left in range(count - 1, -1, -1):
         following = drawn
         if left:
-            hidden = model.transformer(drawn.tokens[None], context.cache)  # (1, 1, D)
-            following = drawing.draw(model.head(hidden[:, -1]))
+            following = drawing.draw(step(drawn.tokens, context.cache))
             following.queue()
         (token,) = drawn.read()
         if left:

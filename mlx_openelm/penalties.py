@@ -65,8 +65,8 @@ def forbid_ngrams(
     repeats = followers >= 0
     for place in range(size - 1):
         newest = history[:, starts + place, None]  # of the last size - 1 tokens
-        # A run that is not whole begins with -1, and repeats nothing.
-        repeats &= (history[:, place : place + starts] == newest) & (newest >= 0)
+        # Where the newest run has empty places, every earlier one has more.
+        repeats &= history[:, place : place + starts] == newest
     # What is not banned is put into a column of its own, which is cut off.
     places = mx.where(repeats & (followers != eos_id), followers, vocabulary)
     banned = mx.put_along_axis(

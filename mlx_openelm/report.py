@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlx_openelm.generation import Piece
     from mlx_openelm.inspection import Inspection
     from mlx_openelm.preparation import Prepared
+    from mlx_openelm.tokenizer import Tokenizer
 
 
 def as_json(report: Any) -> dict[str, Any]:
@@ -26,18 +27,37 @@ def as_json(report: Any) -> dict[str, Any]:
     return dataclasses.asdict(report)
 
 
-def generated_json(text: str, tokens: Sequence[int], last: "Piece") -> dict[str, Any]:
-    """Return a finished generation for `--json`: the text, its tokens, the figures."""
-    figures = dataclasses.asdict(last)
-    for part in ("text", "token"):
+def generated_json(pieces: Sequence["Piece"], tokenizer: "Tokenizer") -> dict[str, Any]:
+    """Return a generation for `--json`: the text, its tokens, the figures."""
+    figures = dataclasses.asdict(pieces[-1])
+    for part in ("text", "token", "logprob", "top_logprobs"):
         del figures[part]
-    return {"text": text, "tokens": list(tokens), **figures}
+    said = [piece for piece in pieces if piece.token != tokenizer.eos_id]
+    if pieces[-1].logprob is not None:
+        figures["logprobs"] = [
+            {
+                "token": piece.token,
+                "piece": tokenizer.piece(piece.token),
+                "logprob": piece.logprob,
+                "top": [
+                    {"token": token, "piece": tokenizer.piece(token), "logprob": value}
+                    for token, value in piece.top_logprobs
+                ],
+            }
+            for piece in pieces
+        ]
+    return {
+        "text": "".join(piece.text for piece in pieces),
+        "tokens": [piece.token for piece in said],
+        **figures,
+    }
 
 
 def note_generated(console: Console, last: "Piece") -> None:
     """Say the figures of a generation in one line."""
+    cached = f" ({last.cached_tokens} of them cached)" if last.cached_tokens else ""
     console.note(
-        f"[{last.prompt_tokens} prompt tokens at {last.prompt_tps:.0f}/s, "
+        f"[{last.prompt_tokens} prompt tokens{cached} at {last.prompt_tps:.0f}/s, "
         f"{last.generation_tokens} new at {last.generation_tps:.0f}/s, first after "
         f"{last.time_to_first_token_s:.2f} s, peak memory "
         f"{last.peak_memory_bytes / 1e6:.0f} MB, ended by {last.finish_reason}]"

@@ -103,7 +103,7 @@ class Tokenizer:
         split = [text.split(EOS_TEXT) if rendered else [text] for text in texts]
         try:
             encoded = iter(self.processor.encode([s for parts in split for s in parts]))
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise OpenELMError(_NO_UNICODE) from error
         many = []
         for parts in split:
@@ -127,6 +127,11 @@ class Tokenizer:
             )
         text: str = self.processor.decode(list(ids))
         return text
+
+    def piece(self, token: int) -> str:
+        """Return how the vocabulary spells a token, "\u2581king" say."""
+        known = 0 <= token < self.vocab_size
+        return self.processor.IdToPiece(token) if known else ""
 
     def stream_decoder(self, after: Sequence[int] = ()) -> "StreamDecoder":
         """Return a decoder for what follows the ids `after`, a prompt's, say."""

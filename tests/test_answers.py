@@ -47,6 +47,12 @@ def test_eos_as_the_last_token_of_the_budget_is_a_stop():
     assert answer.finish_reason == "stop"
 
 
+def test_the_first_words_space_is_kept_behind_a_prompt():
+    king = tokenizer.encode("king", bos=False)
+    assert hear(king, after=[1])[1] == "king"
+    assert hear(king, after=[1, *WORDS])[1] == " king"
+
+
 def test_nothing_is_heard_once_it_has_ended():
     answer, _, _ = hear(WORDS, budget=3)
     assert answer.add(WORDS[3]) == ""
@@ -105,9 +111,8 @@ def test_a_stop_text_in_what_is_released_last_still_counts():
 
 
 def test_a_stop_text_wins_over_a_loop_that_ends_with_it():
-    answer, text, _ = hear(
-        bites(b"ab" * 7 + b"ab"), stop_loops=2, stop=("b" + "ab" * 7,)
-    )
+    stop = "b" + "ab" * 7
+    answer, text, _ = hear(bites(b"ab" * 8), stop_loops=2, stop=(stop,))
     assert (answer.finish_reason, text) == ("stop", "a")
 
 

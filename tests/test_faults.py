@@ -29,7 +29,7 @@ CONVERT = ("convert", "source", "--mlx-path", "a/b", "--quiet")
 GENERATE = ("generate", "Once", "--model", "model", "--quiet")
 BUSY = {  # where each verb is stopped: before the first weight; the first token drawn
     CONVERT: ("converters.folder_writing", "ShardWriter"),
-    GENERATE: ("mlx_openelm.generation", "choose_token"),
+    GENERATE: ("mlx_openelm.decoding", "choose_tokens"),
 }
 WRITTEN = ("converters.folder_writing", "write_tokenizer")  # all weights are
 

@@ -133,8 +133,8 @@ def test_half_precision_is_filtered_and_drawn_in_full(dtype, options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"temp": 1e-30},
-        {"temp": 1.0, "top_p": 1e-30},
+        {"temp": 1e-300},
+        {"temp": 1.0, "top_p": 1e-300},
         {"temp": 1.0, "min_p": 1.0},
         {"temp": 1.0, "top_k": 1},
     ],
@@ -225,8 +225,8 @@ def test_what_a_person_said_wins_over_the_models_defaults():
     assert (greedy.temp, greedy.repetition_penalty) == (0.0, 1.2)
     assert Sampling.from_defaults({"do_sample": True}).temp == 1.0
     lengths = {"max_new_tokens": 9, "min_new_tokens": 3, "no_repeat_ngram_size": 4}
-    found = Sampling.from_defaults(lengths, {"min_tokens": 2})
-    assert (found.max_tokens, found.min_tokens, found.no_repeat_ngram) == (9, 2, 4)
+    found = Sampling.from_defaults(lengths, {"max_tokens": 8})
+    assert (found.max_tokens, found.min_tokens, found.no_repeat_ngram) == (8, 3, 4)
 
 
 @pytest.mark.parametrize(

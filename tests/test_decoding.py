@@ -1,0 +1,133 @@
+"""The decode loop: the same tokens by whatever way they come."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import UNEVEN, build
+
+from mlx_openelm import decoding, steps
+from mlx_openelm.cache import KVCache
+from mlx_openelm.decoding import Context, draw_tokens
+from mlx_openelm.sampling import Sampling
+from mlx_openelm.steps import compiled_step, plain_step
+
+model = build(UNEVEN)
+prompts = st.lists(st.integers(3, UNEVEN.vocab_size - 1), min_size=1, max_size=40)
+
+
+def draw(prompt, count=12, sampling=None, **options):
+    drawn = draw_tokens(model, prompt, sampling or Sampling(), count, **options)
+    return [token.id for token in drawn]
+
+
+def uncached(prompt, count):
+    """What stands in no cache is the argmax of the whole text, again and again."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(np.array(model(mx.array([tokens])))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@settings(max_examples=60)
+@given(prompts, st.integers(1, 8), st.data())
+def test_greedy_tokens_do_not_depend_on_chunks_or_what_was_read_before(
+    prompt, chunk, data
+):
+    expected = uncached(prompt, 6)
+    before = prompt[: data.draw(st.integers(0, len(prompt)))] + data.draw(prompts)
+    context = Context(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "PREFILL_CHUNK", chunk)
+        assert draw(prompt, 6) == expected
+        draw(before[:50], 5, context=context)
+        assert draw(prompt, 6, context=context) == expected
+
+
+def test_a_context_reads_only_what_is_new(monkeypatch):
+    read = []
+    original = type(model.transformer).__call__
+
+    def count(self, tokens, cache=None, **options):
+        read.append(tokens.size)
+        return original(self, tokens, cache, **options)
+
+    monkeypatch.setattr(type(model.transformer), "__call__", count)
+    context = Context(model)
+    first = list(range(3, 23))
+    said = draw(first, 4, context=context)
+    assert read == [20, 1, 1, 1]
+    assert context.tokens == first + said[:-1]
+    read.clear()
+    draw([*first, *said, 7, 8], 2, context=context)
+    assert read == [3, 1]  # the last word, which was drawn and not read, and the two
+    read.clear()
+    draw(first[:10], 1, context=context)  # its last one is read again
+    assert read == [1]
+    assert context.tokens == first[:10]
+
+
+def test_a_stream_that_is_left_leaves_a_right_context():
+    context = Context(model)
+    prompt = list(range(3, 13))
+    drawn = draw_tokens(model, prompt, Sampling(), 20, context=context)
+    said = [next(drawn).id for _ in range(3)]
+    drawn.close()
+    longer = [*prompt, *said, 9]
+    assert draw(longer, 5, context=context) == uncached(longer, 5)
+
+
+@pytest.mark.parametrize("offset", [3, 5])  # the room is full inside, or at the end
+def test_the_compiled_step_draws_what_the_plain_one_does(monkeypatch, offset):
+    monkeypatch.setattr(KVCache, "step", 8)
+    prompt = list(range(3, 3 + offset))
+    compiled = draw(prompt, 30, step=compiled_step(model))
+    assert compiled == draw(prompt, 30, step=plain_step(model)) == uncached(prompt, 30)
+
+
+def test_on_a_gpu_the_step_is_compiled(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(steps, "compiled_step", lambda m: chosen.append(m))
+    steps.choose_step(model)
+    assert not chosen  # this is a CPU, or the assertion below holds twice
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    device = type("Gpu", (), {"type": mx.DeviceType.gpu})
+    monkeypatch.setattr(mx, "default_device", device)
+    steps.choose_step(model)
+    assert chosen == [model]
+
+
+@pytest.mark.interop
+def test_it_draws_what_stock_mlx_lm_draws():
+    from mlx_lm.generate import generate_step
+
+    prompt = list(range(3, 30))
+    theirs = [t for t, _ in generate_step(mx.array(prompt), model, max_tokens=20)]
+    assert draw(prompt, 20) == theirs
+
+
+def test_logprobs_are_the_models_own():
+    prompt = list(range(3, 13))
+    sampling = Sampling(logprobs=3, temp=1.0, seed=1)
+    tokens = list(draw_tokens(model, prompt, sampling, 5))
+    text = list(prompt)
+    for token in tokens:
+        logits = np.array(model(mx.array([text])))[0, -1].astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum())
+        assert token.logprob == pytest.approx(logprobs[token.id], abs=1e-4)
+        likeliest = np.argsort(-logprobs)[:3]
+        assert [i for i, _ in token.alternatives] == likeliest.tolist()
+        values = [value for _, value in token.alternatives]
+        np.testing.assert_allclose(values, logprobs[likeliest], atol=1e-4)
+        text.append(token.id)
+
+
+def test_controls_see_the_prompt_and_what_was_said():
+    prompt = [7, 8, 9]
+    said = draw(prompt, 40, Sampling(no_repeat_ngram=1))
+    assert len({*prompt, *said}) == 43
+    early = Sampling(min_tokens=10, logit_bias=((2, 100.0),))
+    assert [token == 2 for token in draw(prompt, 12, early)] == [False] * 10 + [
+        True
+    ] * 2
