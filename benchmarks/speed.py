@@ -51,7 +51,7 @@ def measure(engine: str, folder: str, prompt_tokens: int, new_tokens: int) -> No
 
 def _ours(folder: str) -> Callable:
     from mlx_openelm.checkpoint import open_folder
-    from mlx_openelm.generation import draw_tokens
+    from mlx_openelm.decoding import draw_tokens
     from mlx_openelm.loading import load_model
     from mlx_openelm.sampling import Sampling
 

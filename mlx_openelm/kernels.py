@@ -19,9 +19,15 @@ QUERIES = 256  # at a time: the scores of more would not stay in the CPU's cache
 
 
 def normalize(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """Return x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
+    """Return x / sqrt(mean(x^2) + eps) * weight, over the last axis.
+
+    Args:
+        x: (..., D), or (..., heads, H) with a weight (heads, H).
+    """
     if _on_gpu() or x.dtype != mx.float32 or x.size > SMALL:
-        return mx.fast.rms_norm(x, weight, eps)
+        if weight.ndim == 1:
+            return mx.fast.rms_norm(x, weight, eps)
+        return mx.fast.rms_norm(x, None, eps) * weight
     return x * mx.rsqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
 
 

@@ -15,6 +15,7 @@ Module names and the calling contract are mlx-lm's, whose caches are taken as we
 """
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -74,8 +75,22 @@ class RMSNorm(nn.RMSNorm):
         return normalize(x, self.weight, self.eps)
 
 
+@dataclass(frozen=True, slots=True)
+class _HeadScales:
+    """The norms' weights, joined once: a step has few operations to spare."""
+
+    norms: tuple[mx.array, mx.array]
+    joined: mx.array
+
+    def are_of(self, norms: tuple[mx.array, mx.array]) -> bool:
+        return all(map(operator.is_, self.norms, norms))
+
+
 class Attention(nn.Module):
-    """Grouped-query attention with normalised, rotated queries and keys."""
+    """Grouped-query attention with normalised, rotated queries and keys.
+
+    Queries and keys ask alike: they are normalised and rotated together.
+    """
 
     def __init__(self, config: OpenELMConfig, layer: int) -> None:
         super().__init__()
@@ -86,6 +101,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(H, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(H, eps=config.rms_norm_eps)
         self.out_proj = nn.Linear(Q * H, D, bias=False)
+        self._scales: _HeadScales | None = None
 
     def __call__(
         self, x: mx.array, rotate: Rotation, mask: Mask, cache: LayerCache | None
@@ -93,9 +109,9 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         Q, K, H = self.num_query_heads, self.num_kv_heads, self.head_dim
         qkv = self.qkv_proj(x).reshape(B, T, Q + 2 * K, H)
-        queries, keys, values = mx.split(qkv, [Q, Q + K], axis=2)  # (B, T, heads, H)
-        queries = rotate(self.q_norm(queries))  # (B, Q, T, H)
-        keys = rotate(self.k_norm(keys))  # (B, K, T, H)
+        asking, values = mx.split(qkv, [Q + K], axis=2)  # (B, T, heads, H)
+        asking = normalize(asking, self.head_scales(), self.q_norm.eps)
+        queries, keys = mx.split(rotate(asking), [Q], axis=1)  # (B, heads, T, H)
         values = values.swapaxes(1, 2)  # (B, K, T, H)
         if isinstance(mask, Sequences):
             split = zip(*map(mask.split, (queries, keys, values)), strict=True)
@@ -107,6 +123,18 @@ class Attention(nn.Module):
                 keys, values = cache.update_and_fetch(keys, values)  # (B, K, S, H)
             attended = attend(queries, keys, values, mask)  # (B, Q, T, H)
         return self.out_proj(attended.swapaxes(1, 2).reshape(B, T, Q * H))
+
+    def head_scales(self) -> mx.array:
+        """Return the weights of q_norm and k_norm, a row for each head, (Q + K, H)."""
+        norms = self.q_norm.weight, self.k_norm.weight
+        if self._scales is None or not self._scales.are_of(norms):
+            counts = self.num_query_heads, self.num_kv_heads
+            rows = zip(norms, counts, strict=True)
+            joined = mx.concatenate([mx.tile(w, (count, 1)) for w, count in rows])
+            if self.training:
+                return joined
+            self._scales = _HeadScales(norms, joined)
+        return self._scales.joined
 
 
 class FeedForward(nn.Module):

@@ -35,20 +35,21 @@ def test_apples_answers_of_gpt_test():
 
 
 def swap_queries_and_keys(monkeypatch):
-    original = mx.split
+    original = openelm.attend
 
-    def swapped(x, places, axis=0):
-        parts = original(x, places, axis=axis)
-        return [parts[1], parts[0], *parts[2:]] if len(parts) == 3 else parts
+    def swapped(queries, keys, values, mask):
+        groups = queries.shape[1] // keys.shape[1]
+        asked = mx.repeat(keys, groups, axis=1)
+        return original(asked, queries, mx.repeat(values, groups, axis=1), mask)
 
-    monkeypatch.setattr(mx, "split", swapped)
+    monkeypatch.setattr(openelm, "attend", swapped)
 
 
 def drop_the_qk_norm(monkeypatch):
     original = openelm.normalize
 
     def only_wide(x, weight, eps):
-        return x if weight.shape == (64,) else original(x, weight, eps)
+        return x if weight.ndim == 2 else original(x, weight, eps)
 
     monkeypatch.setattr(openelm, "normalize", only_wide)
 
@@ -153,3 +154,12 @@ def test_mlx_lms_caches_are_taken():
             for a, b in ((0, 9), (9, 10), (10, 24))
         ]
         np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
+
+
+def test_new_norms_are_noticed():
+    changed = build(UNEVEN)
+    tokens = mx.array([[1, 2, 3]])
+    before = np.array(changed(tokens))
+    norm = changed.layers[0].attn.k_norm
+    norm.weight = norm.weight * 2
+    assert np.abs(np.array(changed(tokens)) - before).max() > 1e-3
