@@ -11,13 +11,16 @@ them queued at once. The 270M has made weights: speed does not depend on their v
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 
-SIDES = ("ours", "ours, compiled", "mlx-lm")
+# The decode loop takes one thread of OpenBLAS for small models; so mlx-lm gets a side
+# with one thread, too.
+SIDES = ("ours", "ours, compiled", "mlx-lm", "mlx-lm, 1 thread")
 PROMPT_TOKENS = 16
 NEW_TOKENS = {"demo": 128, "270M": 24}
 
@@ -31,7 +34,7 @@ def serve(side: str, name: str) -> None:
 
     model = make_model(name)
     products = multiply_alone(model)
-    run = {"ours": ours, "ours, compiled": ours_compiled, "mlx-lm": mlx_lm}[side](model)
+    run = {"ours": ours, "ours, compiled": ours_compiled}.get(side, mlx_lm)(model)
     tokens = list(run(8))  # warm-up, and compilation
     for _ in sys.stdin:
         multiplying = min(products() for _ in range(5))
@@ -134,6 +137,7 @@ def compare(name: str, rounds: int) -> None:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | ({"OPENBLAS_NUM_THREADS": "1"} if "1" in side else {}),
         )
         for side in SIDES
     }
@@ -152,15 +156,15 @@ def compare(name: str, rounds: int) -> None:
         worker.wait()
     same = all(tokens == said["ours"] for tokens in said.values())
     alone = statistics.median(products)
-    theirs = statistics.median(steps["mlx-lm"])
+    theirs = min(statistics.median(steps[side]) for side in SIDES[2:])
     print(f"\n{name}; matrix products {alone * 1e3:.2f} ms; same tokens: {same}")
     for side in SIDES:
         step = statistics.median(steps[side])
         beside = (theirs - alone) / max(step - alone, 1e-9)
         print(
-            f"{side:<15} {1 / step:7.1f} tokens/s ({1 / max(steps[side]):.0f} to "
-            f"{1 / min(steps[side]):.0f}), {theirs / step:5.2f} times mlx-lm; beside "
-            f"the products {(step - alone) * 1e3:6.2f} ms, {beside:5.2f} times less"
+            f"{side:<17} {1 / step:7.1f} tokens/s ({1 / max(steps[side]):.0f} to "
+            f"{1 / min(steps[side]):.0f}), {theirs / step:5.2f} times the better mlx-lm; "
+            f"beside the products {(step - alone) * 1e3:6.2f} ms, {beside:5.2f} times less"
         )
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from mlx_openelm.bench_commands import bench
 from mlx_openelm.command_options import (
     Adapter,
     Force,
@@ -19,12 +19,13 @@ from mlx_openelm.command_options import (
     Model,
     Offline,
     Quiet,
-    Seed,
     need_torch,
     open_model,
 )
 from mlx_openelm.console import Console, close_broken_pipe, prepare_streams
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation_commands import chat, generate
+from mlx_openelm.serving_commands import serve
 from mlx_openelm.training_commands import lora, pretrain
 from mlx_openelm.version import __version__
 
@@ -113,96 +114,8 @@ def _root(
     """Run, convert and train OpenELM, Apple's small open language models, on MLX."""
 
 
-@app.command()
-def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(help='The prompt; "-" or a pipe: from stdin.')
-    ] = None,
-    prompt_option: Annotated[
-        str | None, typer.Option("-p", "--prompt", help="The same, as an option.")
-    ] = None,
-    model: Model = None,
-    adapter_path: Adapter = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("-m", "--max-tokens", help="Default 256.")
-    ] = None,
-    temp: Annotated[
-        float | None, typer.Option(help="Temperature; 0 is greedy.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Keep the likeliest of this mass.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the N likeliest.")] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Keep what is this likely beside the likeliest."),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: repeat less.")
-    ] = None,
-    repetition_context: Annotated[
-        int | None, typer.Option(help="Tokens that it looks back; default 256.")
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="A text that ends the answer; repeatable.")
-    ] = None,
-    template: Annotated[
-        str, typer.Option(help="auto, raw, instruct, alpaca or openelm-peft.")
-    ] = "auto",
-    system: Annotated[str, typer.Option(help="System text of the template.")] = "",
-    no_stream: Annotated[
-        bool, typer.Option("--no-stream", help="Print the answer when it is whole.")
-    ] = False,
-    seed: Seed = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    offline: Offline = False,
-) -> None:
-    """Continue a prompt. What is not said comes from the model's own defaults."""
-    console = Console(quiet=quiet)
-    text = _read_prompt(prompt, prompt_option)
-    from mlx_openelm.sampling import Sampling
-
-    said: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temp": temp,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "repetition_context": repetition_context,
-        "stop": tuple(stop) if stop else None,
-        "seed": seed,
-    }
-    _check_utf8(text, system, *(stop or ()))
-    Sampling.from_defaults({}, said)  # a wrong flag is named before anything is loaded
-    from mlx_openelm.generation import stream
-
-    folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
-    sampling = Sampling.from_defaults(folder.generation_defaults, said)
-    pieces = stream(loaded, tokenizer, text, sampling, template=template, system=system)
-    parts: list[str] = []
-    tokens: list[int] = []
-    last = None
-    for last in pieces:
-        parts.append(last.text)
-        if last.token != tokenizer.eos_id:
-            tokens.append(last.token)
-        if last.text and not (as_json or no_stream):
-            console.answer(last.text, end="")
-    assert last is not None
-    from mlx_openelm.report import generated_json, note_generated
-
-    if as_json:
-        console.answer_json(generated_json("".join(parts), tokens, last))
-        return
-    if no_stream:
-        console.answer("".join(parts), end="")
-    if sys.stdout.isatty():
-        console.answer("")
-    if last.prompt_tokens + last.generation_tokens == folder.config.max_context_length:
-        console.note(f"[the context of {folder.config.max_context_length} is full]")
-    note_generated(console, last)
+app.command()(generate)
+app.command()(chat)
 
 
 @app.command()
@@ -533,8 +446,10 @@ def parity(
         )
 
 
+app.command()(bench)
 app.command()(lora)
 app.command()(pretrain)
+app.command()(serve)
 
 
 @recipes_app.callback()
@@ -595,29 +510,3 @@ def copy_recipe(
 def _expand(path: Path | None) -> Path | None:
     """Return a path whose "~" the shell left, as it does behind "--option="."""
     return None if path is None else Path(os.path.expanduser(path))
-
-
-def _read_prompt(positional: str | None, option: str | None) -> str:
-    if positional is not None and option is not None:
-        raise typer.BadParameter("say the prompt once", param_hint="PROMPT")
-    said = positional if positional is not None else option
-    if said is not None and said != "-":
-        return said
-    if sys.stdin is None or (said is None and sys.stdin.isatty()):
-        raise typer.BadParameter("say a prompt, or pipe one in", param_hint="PROMPT")
-    try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise OpenELMError(
-            f"The prompt on stdin is not UTF-8 text: {error}."
-        ) from error
-
-
-def _check_utf8(*texts: str) -> None:
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # a terminal of another encoding
-            raise OpenELMError(
-                f"{text!a} is not UTF-8 text: {error.reason}."
-            ) from error

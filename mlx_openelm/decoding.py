@@ -6,7 +6,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_openelm import openblas
 from mlx_openelm.cache import KVCache, ModelCache
+from mlx_openelm.cache_kinds import SlidingKVCache
 from mlx_openelm.device import runs_on_linux_cpu
 from mlx_openelm.model import OpenELM
 from mlx_openelm.sampling import (
@@ -54,6 +56,11 @@ class Context:
         self.cache: list[ModelCache] = [make_cache() for _ in model.layers]
         self._make_cache = make_cache
 
+    @property
+    def slides(self) -> bool:
+        """Whether it forgets what is old, and so never ends."""
+        return isinstance(self.cache[0], SlidingKVCache)
+
     def reuse(self, ids: Sequence[int]) -> int:
         """Keep what begins as these ids do, and return how many tokens that is.
 
@@ -80,12 +87,13 @@ class Context:
         Returns:
             (1, T, D), of the last chunk's T tokens.
         """
+        openblas.use_threads(None)
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = list(ids[start : start + PREFILL_CHUNK])
             hidden = model.transformer(mx.array([chunk]), self.cache)  # (1, T, D)
             self.tokens += chunk
-            if start + PREFILL_CHUNK < len(ids):
-                mx.eval([layer.state for layer in self.cache])
+            # The last one, too: what follows may want fewer threads of the CPU.
+            mx.eval(hidden, [layer.state for layer in self.cache])
         return hidden
 
 
@@ -109,16 +117,28 @@ class Drawing:
 
     def draw(self, logits: mx.array) -> "Drawn":
         """Draw the next token from logits (1, V), and remember it."""
-        shaped = shape_logits(
-            logits,
-            self.history,
-            self.sampling,
-            written=self.written,
-            eos_id=self.eos_id,
-        )
-        tokens = choose_tokens(shaped, self.sampling)  # (1,)
+        tokens = choose_tokens(self.shape(logits), self.sampling)  # (1,)
         self.remember(tokens)
         return Drawn.of(tokens, logits, self.sampling.logprobs)
+
+    def shape(self, logits: mx.array, guesses: mx.array | None = None) -> mx.array:
+        """Apply the controls to logits (1, V) of the next token.
+
+        Args:
+            guesses: (k,), what may come next: the logits are (k + 1, V), of the next
+                token and of what follows each of these.
+        """
+        history, written = self.history, self.written
+        if guesses is not None:
+            places = mx.arange(guesses.size + 1)
+            if self.keeps_history:
+                line = mx.concatenate([history[0], guesses])
+                history = line[places[:, None] + mx.arange(history.shape[1])]
+            if written < self.sampling.min_tokens:
+                written = written + places
+        return shape_logits(
+            logits, history, self.sampling, written=written, eos_id=self.eos_id
+        )
 
     def remember(self, tokens: mx.array) -> None:
         """Take tokens (N,) that were said into the history."""

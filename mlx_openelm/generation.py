@@ -8,9 +8,11 @@ import mlx.core as mx
 
 from mlx_openelm.answers import Answer
 from mlx_openelm.decoding import Context, draw_tokens
+from mlx_openelm.drafters import Drafter
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model import OpenELM
 from mlx_openelm.sampling import Sampling
+from mlx_openelm.speculation import draw_speculatively
 from mlx_openelm.tokenizer import Tokenizer, encode_prompt
 
 
@@ -28,6 +30,7 @@ class Piece:
         prompt_tps: other prompt tokens per second, up to the first token.
         generation_tps: tokens per second after the first one.
         peak_memory_bytes: MLX's peak of active memory since the stream began.
+        drafted_tokens, accepted_tokens: tokens guessed by the drafter; right ones.
     """
 
     text: str
@@ -42,6 +45,8 @@ class Piece:
     generation_tps: float
     time_to_first_token_s: float
     peak_memory_bytes: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 def stream(
@@ -53,6 +58,7 @@ def stream(
     template: str = "auto",
     system: str = "",
     context: Context | None = None,
+    drafter: Drafter | None = None,
 ) -> Iterator[Piece]:
     """Continue a prompt, token by token.
 
@@ -60,24 +66,31 @@ def stream(
         prompt: a text, which gets the template and one BOS; ids are taken as they are.
         context: tokens that the model has read; those that the prompt begins with are
             not read again. In the end it holds prompt and answer.
+        drafter: guesses tokens, which the model verifies many at a time; the answer is
+            the same, or of the same distribution where it is sampled.
 
     Raises:
         OpenELMError: the prompt is empty or leaves no room in the model's context.
     """
     sampling = sampling or Sampling()
     ids = prepare_prompt(tokenizer, prompt, template=template, system=system)
-    budget = check_room(ids, model, sampling)
+    context = Context(model) if context is None else context
+    budget = check_room(ids, model, sampling, slides=context.slides)
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     mx.reset_peak_memory()
     answer = Answer(tokenizer, ids, sampling, budget)
-    context = Context(model) if context is None else context
     started = time.perf_counter()
     cached = context.reuse(ids)
     first = 0.0
-    drawn = draw_tokens(
-        model, ids, sampling, budget, eos_id=tokenizer.eos_id, context=context
-    )
+    eos = tokenizer.eos_id
+    if drafter is None:
+        drawn = draw_tokens(model, ids, sampling, budget, eos_id=eos, context=context)
+    else:
+        drawn = draw_speculatively(
+            model, ids, sampling, budget, drafter, eos_id=eos, context=context
+        )
+        drafted, accepted = drafter.drafted, drafter.accepted
     for count, token in enumerate(drawn, start=1):
         now = time.perf_counter()
         if count == 1:
@@ -95,6 +108,8 @@ def stream(
             generation_tps=(count - 1) / (now - first) if count > 1 else 0.0,
             time_to_first_token_s=first - started,
             peak_memory_bytes=mx.get_peak_memory(),
+            drafted_tokens=drafter.drafted - drafted if drafter else 0,
+            accepted_tokens=drafter.accepted - accepted if drafter else 0,
         )
         if answer.finish_reason:
             return
@@ -138,8 +153,13 @@ def generate(
     return "".join(piece.text for piece in pieces)
 
 
-def check_room(ids: Sequence[int], model: OpenELM, sampling: Sampling) -> int:
+def check_room(
+    ids: Sequence[int], model: OpenELM, sampling: Sampling, *, slides: bool = False
+) -> int:
     """Return how many tokens may be written.
+
+    Args:
+        slides: the cache forgets old tokens, so a text may be longer than the context.
 
     Raises:
         OpenELMError: the prompt is empty, too long, or holds ids that there are not.
@@ -151,6 +171,8 @@ def check_room(ids: Sequence[int], model: OpenELM, sampling: Sampling) -> int:
         raise OpenELMError(
             f"The prompt holds token ids outside 0 to {rows - 1}, the model's rows."
         )
+    if slides:
+        return sampling.max_tokens
     if len(ids) >= context:
         raise OpenELMError(
             f"The prompt has {len(ids)} tokens, and the model's context is {context}; "

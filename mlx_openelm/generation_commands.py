@@ -1,6 +1,8 @@
 """generate and chat: a prompt, or a conversation, and its answers."""
 
+import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +21,11 @@ from mlx_openelm.console import Console
 from mlx_openelm.errors import OpenELMError
 
 if TYPE_CHECKING:
+    from mlx_openelm.checkpoint import ModelFolder
+    from mlx_openelm.drafters import Drafter
     from mlx_openelm.generation import Piece
+    from mlx_openelm.model import OpenELM
+    from mlx_openelm.tokenizer import Tokenizer
 
 MaxTokens = Annotated[
     int | None, typer.Option("-m", "--max-tokens", help="Default 256.")
@@ -61,6 +67,24 @@ Template = Annotated[
     str, typer.Option(help="auto, raw, instruct, alpaca or openelm-peft.")
 ]
 System = Annotated[str, typer.Option(help="System text of the template.")]
+Lookup = Annotated[
+    int | None,
+    typer.Option(help="Guess up to N tokens from an earlier place in the text."),
+]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(help="Let this smaller model guess; the same names as --model."),
+]
+KvBits = Annotated[
+    int | None, typer.Option(help="Keep keys and values in 4 or 8 bits.")
+]
+KvGroupSize = Annotated[
+    int, typer.Option(help="Numbers that share a scale then; 32, 64 or 128.")
+]
+MaxKvSize = Annotated[
+    int | None,
+    typer.Option(help="Keep the first 4 and the newest tokens, N in all."),
+]
 
 
 def generate(
@@ -87,6 +111,28 @@ def generate(
     logprobs: Logprobs = None,
     template: Template = "auto",
     system: System = "",
+    lookup: Lookup = None,
+    draft_model: DraftModel = None,
+    prompt_cache: Annotated[
+        Path | None, typer.Option(help="A file that keeps the prompt as it was read.")
+    ] = None,
+    kv_bits: KvBits = None,
+    kv_group_size: KvGroupSize = 64,
+    max_kv_size: MaxKvSize = None,
+    prompts_file: Annotated[
+        str | None,
+        typer.Option(help='Prompts, JSON lines or one a line; "-": from stdin.'),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where --prompts-file's answers go; begun, it goes on."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Prompts answered together.")
+    ] = 16,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an --output of other prompts.")
+    ] = False,
     no_stream: Annotated[
         bool, typer.Option("--no-stream", help="Print the answer when it is whole.")
     ] = False,
@@ -113,34 +159,87 @@ def generate(
         logprobs=logprobs,
         seed=seed,
     )
+    single = {
+        "PROMPT": prompt if prompt is not None else prompt_option,
+        "--lookup": lookup,
+        "--draft-model": draft_model,
+        "--prompt-cache": prompt_cache,
+        "--kv-bits": kv_bits,
+        "--max-kv-size": max_kv_size,
+    }
+    if prompts_file is not None:
+        for flag in (flag for flag, value in single.items() if value is not None):
+            raise typer.BadParameter("does not go with --prompts-file", param_hint=flag)
+        _check_utf8(system, *(stop or ()))
+        _answer_file(
+            console,
+            open_model(console, model, adapter_path, offline),
+            prompts_file,
+            said,
+            template=template,
+            system=system,
+            batch_size=batch_size,
+            output=_expand(output),
+            force=force,
+        )
+        return
+    if output is not None:
+        raise typer.BadParameter("is for --prompts-file", param_hint="--output")
     if logprobs and not as_json:
         raise typer.BadParameter("is shown with --json", param_hint="--logprobs")
     text = _read_prompt(prompt, prompt_option)
     _check_utf8(text, system, *(stop or ()))
-    from mlx_openelm.generation import stream
+    from mlx_openelm.cache_kinds import cache_maker
+    from mlx_openelm.decoding import Context
+    from mlx_openelm.generation import prepare_prompt, stream
+    from mlx_openelm.report import generated_json, note_drafts, note_generated
     from mlx_openelm.sampling import Sampling
 
     folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
     sampling = Sampling.from_defaults(folder.generation_defaults, said)
-    pieces = stream(loaded, tokenizer, text, sampling, template=template, system=system)
+    make_cache = cache_maker(
+        folder.config,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        max_kv_size=max_kv_size,
+    )
+    drafter = _make_drafter(lookup, draft_model, loaded, tokenizer, offline)
+    ids = prepare_prompt(tokenizer, text, template=template, system=system)
     shown: list[Piece] = []
-    for piece in pieces:
-        shown.append(piece)
-        if piece.text and not (as_json or no_stream):
-            console.answer(piece.text, end="")
-    from mlx_openelm.report import generated_json, note_generated
+    with ExitStack() as opened:
+        if prompt_cache is None:
+            cache, context = None, Context(loaded, make_cache)
+        else:
+            name = (tokenizer.template or "raw") if template == "auto" else template
+            place = Path(os.path.expanduser(prompt_cache))
+            from mlx_openelm.prompt_cache import open_prompt_cache
 
-    if as_json:
-        console.answer_json(generated_json(shown, tokenizer))
-        return
-    if no_stream:
-        console.answer("".join(piece.text for piece in shown), end="")
-    if sys.stdout.isatty():
-        console.answer("")
+            cache = opened.enter_context(
+                open_prompt_cache(place, loaded, name, console.note, make_cache)
+            )
+            context = cache.context
+        for piece in stream(
+            loaded, tokenizer, ids, sampling, context=context, drafter=drafter
+        ):
+            if cache is not None and not shown:
+                cache.keep(ids)
+            shown.append(piece)
+            if piece.text and not (as_json or no_stream):
+                console.answer(piece.text, end="")
+        if as_json:
+            console.answer_json(generated_json(shown, tokenizer))
+            return
+        if no_stream:
+            console.answer("".join(piece.text for piece in shown), end="")
+        if sys.stdout.isatty():
+            console.answer("")
     last = shown[-1]
-    if last.prompt_tokens + last.generation_tokens == folder.config.max_context_length:
-        console.note(f"[the context of {folder.config.max_context_length} is full]")
+    length = folder.config.max_context_length
+    if last.prompt_tokens + last.generation_tokens == length and not context.slides:
+        console.note(f"[the context of {length} is full]")
     note_generated(console, last)
+    if drafter is not None:
+        note_drafts(console, drafter)
 
 
 def chat(
@@ -200,6 +299,73 @@ def chat(
     )
 
 
+def _answer_file(
+    console: Console,
+    opened: "tuple[ModelFolder, OpenELM, Tokenizer]",
+    prompts_file: str,
+    said: dict[str, Any],
+    *,
+    template: str,
+    system: str,
+    batch_size: int,
+    output: Path | None,
+    force: bool,
+) -> None:
+    from mlx_openelm.prompts_file import answer_prompts, read_prompts
+    from mlx_openelm.report import note_prompts
+    from mlx_openelm.sampling import Sampling
+
+    folder, model, tokenizer = opened
+    prompts = read_prompts(os.path.expanduser(prompts_file))
+    console.note(f"[{prompts.name}: {len(prompts.prompts)} prompts, {prompts.format}]")
+    with console.progress("Answering") as progress:
+        report = answer_prompts(
+            model,
+            tokenizer,
+            prompts,
+            Sampling.from_defaults(folder.generation_defaults, said),
+            template=template,
+            system=system,
+            batch_size=batch_size,
+            output=output,
+            force=force,
+            on_answer=console.answer_json,
+            on_problem=console.note,
+            on_progress=lambda done, total, _: progress.update(done, total, "prompts"),
+        )
+    note_prompts(console, report)
+    if report.problems:
+        raise OpenELMError(
+            f"{len(report.problems)} of {report.prompts} prompts of {prompts.name} have"
+            " no answer; the lines above say why."
+        )
+
+
+def _make_drafter(
+    lookup: int | None,
+    draft_model: str | None,
+    model: "OpenELM",
+    tokenizer: "Tokenizer",
+    offline: bool,
+) -> "Drafter | None":
+    if lookup is None and draft_model is None:
+        return None
+    if lookup is not None and draft_model is not None:
+        raise typer.BadParameter(
+            "does not go with --draft-model", param_hint="--lookup"
+        )
+    from mlx_openelm.drafters import LookupDrafter, ModelDrafter, check_draft
+
+    if draft_model is None:
+        assert lookup is not None
+        return LookupDrafter(lookup)
+    from mlx_openelm.loading import load
+
+    smaller, its_tokenizer = load(draft_model, offline=offline)
+    check_draft(model, tokenizer, smaller, its_tokenizer)
+    return ModelDrafter(smaller)
+
+
 def _decoding(
     *, logit_bias: list[str] | None, stop: list[str] | None, **said: float | None
 ) -> dict[str, Any]:
@@ -244,6 +410,11 @@ def _read_prompt(positional: str | None, option: str | None) -> str:
         raise OpenELMError(
             f"The prompt on stdin is not UTF-8 text: {error}."
         ) from error
+
+
+def _expand(path: Path | None) -> Path | None:
+    """Return a path whose "~" the shell left, as it does behind "--option="."""
+    return None if path is None else Path(os.path.expanduser(path))
 
 
 def _check_utf8(*texts: str) -> None:

@@ -37,16 +37,16 @@ class BLAS(StrEnum):
     TOO_LATE = "the reference BLAS (mlx.core was imported before mlx_openelm)"
 
 
-def load_openblas() -> tuple[BLAS, str]:
+def load_openblas() -> tuple[BLAS, ctypes.CDLL | None]:
     """Load OpenBLAS with global symbols, if it is there and there is still time.
 
     Returns:
-        What is used, and the name of OpenBLAS's kernels, empty where it is not used.
+        What is used, and OpenBLAS if it is that.
     """
     if sys.platform != "linux":
-        return BLAS.OWN, ""
+        return BLAS.OWN, None
     if "mlx.core" in sys.modules:
-        return BLAS.TOO_LATE, ""
+        return BLAS.TOO_LATE, None
     try:
         library = ctypes.CDLL(LIBRARY, mode=ctypes.RTLD_GLOBAL)
         better = choose_kernels(_kernels(library), _cpu_flags())
@@ -56,8 +56,8 @@ def load_openblas() -> tuple[BLAS, str]:
             library = ctypes.CDLL(LIBRARY, mode=ctypes.RTLD_GLOBAL)
             del os.environ[CORE_TYPE]  # it is for no other library or process
     except OSError:
-        return BLAS.MISSING, ""
-    return BLAS.OPENBLAS, _kernels(library)
+        return BLAS.MISSING, None
+    return BLAS.OPENBLAS, library
 
 
 def choose_kernels(found: str, flags: Set[str]) -> str | None:
@@ -86,4 +86,16 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
-ACTIVE, KERNELS = load_openblas()
+def use_threads(most: int | None) -> None:
+    """Let the following products run on `most` threads, or on all that there are.
+
+    To share a small product costs more than it brings: threads wait for each other
+    between two of them, at the expense of what feeds them.
+    """
+    if _LIBRARY is not None:
+        _LIBRARY.openblas_set_num_threads(min(most or THREADS, THREADS))
+
+
+ACTIVE, _LIBRARY = load_openblas()
+KERNELS = _kernels(_LIBRARY) if _LIBRARY else ""  # their name
+THREADS = int(_LIBRARY.openblas_get_num_threads()) if _LIBRARY else 0

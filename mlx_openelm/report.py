@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from converters.parity import ParityReport
     from converters.verification import Verification
     from mlx_openelm.benchmark import SelfCheck
+    from mlx_openelm.drafters import Drafter
     from mlx_openelm.evaluation import TextScore
     from mlx_openelm.finetuning import FinetuneReport
     from mlx_openelm.generation import Piece
     from mlx_openelm.inspection import Inspection
     from mlx_openelm.preparation import Prepared
+    from mlx_openelm.prompts_file import PromptsReport
     from mlx_openelm.tokenizer import Tokenizer
 
 
@@ -61,6 +63,26 @@ def note_generated(console: Console, last: "Piece") -> None:
         f"{last.generation_tokens} new at {last.generation_tps:.0f}/s, first after "
         f"{last.time_to_first_token_s:.2f} s, peak memory "
         f"{last.peak_memory_bytes / 1e6:.0f} MB, ended by {last.finish_reason}]"
+    )
+
+
+def note_drafts(console: Console, drafter: "Drafter") -> None:
+    """Say how many tokens were guessed, and how many of them were right."""
+    said = f"{drafter.accepted} of {drafter.drafted} guessed tokens were right"
+    if drafter.equal_ties:
+        said += f"; {drafter.equal_ties} tokens shared their logit with another one"
+    if drafter.note:
+        said += f"; {drafter.note}"
+    console.note(f"[{said}]")
+
+
+def note_prompts(console: Console, report: "PromptsReport") -> None:
+    """Say what came of a file of prompts."""
+    kept = f", {report.kept} of them by a former run" if report.kept else ""
+    answered = report.prompts - len(report.problems)
+    console.note(
+        f"[{answered} of {report.prompts} prompts answered{kept}; "
+        f"{report.tokens} tokens drawn]"
     )
 
 
