@@ -163,8 +163,9 @@ def compare(name: str, rounds: int) -> None:
         beside = (theirs - alone) / max(step - alone, 1e-9)
         print(
             f"{side:<17} {1 / step:7.1f} tokens/s ({1 / max(steps[side]):.0f} to "
-            f"{1 / min(steps[side]):.0f}), {theirs / step:5.2f} times the better mlx-lm; "
-            f"beside the products {(step - alone) * 1e3:6.2f} ms, {beside:5.2f} times less"
+            f"{1 / min(steps[side]):.0f}), {theirs / step:5.2f} times the better "
+            f"mlx-lm; beside the products {(step - alone) * 1e3:6.2f} ms, "
+            f"{beside:5.2f} times less"
         )
 
 

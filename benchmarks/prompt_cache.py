@@ -14,7 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import mlx_openelm  # noqa: F401, I001 - loads OpenBLAS before mlx.core
+import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
+
+# isort: split
 import mlx.core as mx
 from mlx.utils import tree_map
 

@@ -78,7 +78,7 @@ def run_chat(
         name=DEMO if is_demo else str(folder.path.resolve()),
         adapter=None if adapter is None else str(adapter.resolve()),
     )
-    _Chat(console, conversation, tokenizer.eos_id, as_json).run()
+    _Chat(console, conversation, tokenizer, as_json).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +91,16 @@ class _Command:
 
 class _Chat:
     def __init__(
-        self, console: Console, conversation: "Conversation", eos: int, as_json: bool
+        self,
+        console: Console,
+        conversation: "Conversation",
+        tokenizer: "Tokenizer",
+        as_json: bool,
     ) -> None:
         self._console, self._talk = console, conversation
         self._reply = Console()  # what was asked for is said, be it quiet or not
         self._lines = _Lines()
-        self._eos, self._as_json = eos, as_json
+        self._tokenizer, self._as_json = tokenizer, as_json
         self._refused = 0  # lines
         self._told = 0  # of the messages that left the context
 
@@ -227,27 +231,22 @@ class _Chat:
     def _show(self, pieces: "Generator[Piece]") -> None:
         """Print an answer as it comes; Ctrl-C on a terminal ends it."""
         self._note_forgotten()
-        before = self._talk.turns
-        texts: list[str] = []
-        tokens: list[int] = []
-        last, stop = None, Stop()
+        before, shown, stop = self._talk.turns, [], Stop()
         with contextlib.closing(pieces):
             try:
                 first = next(pieces)  # until here Ctrl-C is at once
                 with deferred_signals() as stop:
-                    for last in chain([first], pieces):
-                        texts.append(last.text)
-                        if last.token != self._eos:
-                            tokens.append(last.token)
-                        if last.text and not self._as_json:
-                            self._console.answer(last.text, end="")
+                    for piece in chain([first], pieces):
+                        shown.append(piece)
+                        if piece.text and not self._as_json:
+                            self._console.answer(piece.text, end="")
                         if stop.number is not None:
                             break
             except KeyboardInterrupt:  # before the first word, or the second Ctrl-C
                 stop.number = signal.SIGINT
-        if last is not None and self._as_json:
-            self._console.answer_json(generated_json("".join(texts), tokens, last))
-        elif last is not None:
+        if shown and self._as_json:
+            self._console.answer_json(generated_json(shown, self._tokenizer))
+        elif shown:
             self._console.answer("")
         if stop.number == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
@@ -255,8 +254,8 @@ class _Chat:
             raise KeyboardInterrupt
         if self._talk.turns is before:
             self._console.note("[stopped before the first word; nothing was kept]")
-        elif last is not None:
-            self._note_end(last, stopped=stop.number is not None)
+        elif shown:
+            self._note_end(shown[-1], stopped=stop.number is not None)
 
     def _note_forgotten(self) -> None:
         """Say it once when the oldest messages have left the context."""
@@ -329,9 +328,9 @@ class _Lines:
             if self.from_terminal:  # the answers go elsewhere, so the sign must not
                 sys.stderr.write(sign)
                 sys.stderr.flush()
-            line = b"" if sys.stdin is None else sys.stdin.buffer.readline()
-            if not line:
+            read = b"" if sys.stdin is None else sys.stdin.buffer.readline()
+            if not read:
                 raise EOFError
-            return line.decode().removesuffix("\n").removesuffix("\r")
+            return read.decode().removesuffix("\n").removesuffix("\r")
         except UnicodeError as error:
             raise OpenELMError(f"This line is not UTF-8 text: {error}.") from error

@@ -217,8 +217,8 @@ def test_answers_are_those_of_a_model_that_reads_everything_afresh(monkeypatch):
         return stream(model, tokenizer, ids, sampling)
 
     def held(*, template: str) -> tuple[Turn, ...]:
-        talk = begin(template, max_tokens=20)
-        for n in range(9):
+        talk = begin(template, max_tokens=12)
+        for n in range(6):
             say(talk, f"{n} said the wolf")
             with closing(talk.reply("And then?")) as pieces:
                 for _ in zip(range(n), pieces, strict=False):
@@ -363,10 +363,10 @@ def test_it_slides_by_whole_turns_and_no_further_than_it_must(
 
 def test_the_whole_of_a_long_talk_with_a_real_model_stays_in_the_context(prompts):
     talk = begin("alpaca", max_tokens=32, system="Tell.")
-    for n in range(24):
+    for n in range(16):
         say(talk, f"Then {n}, said the old woman, the wolf wept")
     assert talk.forgotten > 5
-    assert len(talk.turns) == 48
+    assert len(talk.turns) == 32
     assert all(len(ids) + 32 <= 512 for ids in prompts)
     first = encode_turns(small_tokenizer(), messages("Hi"), "alpaca", "Tell.")[0][:5]
     assert all(ids[:5] == first for ids in prompts)  # the system turn stays
