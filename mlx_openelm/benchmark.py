@@ -176,7 +176,7 @@ def _cached(model: OpenELM, tokens: mx.array) -> mx.array:
 
 
 def _stepped(model: OpenELM, tokens: mx.array) -> mx.array:
-    """Return the logits behind all tokens (1, T) but the first, one compiled step each."""
+    """Return the logits behind the tokens (1, T), but the first; a step for each."""
     cache, step = [KVCache() for _ in model.layers], compiled_step(model)
     mx.eval(model(tokens[:, :1], cache))
     return mx.stack(
