@@ -2,12 +2,12 @@
 
     python benchmarks/speculation.py [--tokens 128] [--rounds 3] [--text FILE]
 
-A fixed text is replayed: the real step of the 270M runs (made weights, float32), but its
-logits are pushed to the text's own next token. A drafter guesses just these tokens, each
-one wrong with a given probability, four at a time. Plain decoding pushes its logits as
-well. The runs alternate, and each one is compared with the plain run beside it: the
-median of these ratios is printed. How many tokens are guessed, and whether at all, is
-decided by the clock, as always.
+A fixed text is replayed: the real step of the 270M runs (made weights, float32), but
+its logits are pushed to the text's own next token. A drafter guesses just these tokens,
+each one wrong with a given probability, four at a time. Plain decoding pushes its
+logits as well. The runs alternate, and each one is compared with the plain run beside
+it: the median of these ratios is printed. How many tokens are guessed, and whether at
+all, is decided by the clock, as always.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
+
 import mlx.core as mx  # isort: skip
 
 from mlx_openelm.benchmark import made_weight
@@ -136,7 +137,7 @@ def main() -> None:
     )
     for rate, found in ratios.items():
         print(
-            f"{rate:16.0%} | {statistics.median(shares[rate]):24.0%} | "
+            f"{rate:13.0%} | {statistics.median(shares[rate]):23.0%} | "
             f"{statistics.median(found):.2f} ({min(found):.2f}, {max(found):.2f})"
         )
 

@@ -129,9 +129,8 @@ class _Chat:
     def _greet(self) -> None:
         if self._talk.is_raw:
             self._console.note(
-                "[no prompt template is stored with the model: it goes on with the "
-                "text that you type, as one text; --template instruct makes turns of "
-                "it]"
+                "[without a template the model goes on with what you type, as one "
+                "text; --template instruct makes turns of it]"
             )
         if self._lines.from_terminal:
             self._console.note("[/help shows the commands, Ctrl-D leaves]")
@@ -281,9 +280,11 @@ class _Chat:
             case "loop":
                 end = "cut, for it went round in a loop; "
             case _:
-                end = "" if self._talk.turns[-1].text else "it said nothing; "
+                end = ""
         if end and self._talk.is_raw:
             end += "an empty line goes on; "
+        if not self._talk.turns[-1].text:
+            end = "it has nothing to say; "
         self._console.note(
             f"[{end}{last.generation_tokens} tokens at {last.generation_tps:.0f}/s, "
             f"{used} of {length} in the context]"

@@ -1,6 +1,7 @@
 """Who guesses the next tokens: an earlier place in the text, or a smaller model."""
 
 import copy
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class Draft:
     tokens: mx.array
     logprobs: mx.array | None = None
 
+    @property
+    def ids(self) -> list[int]:
+        found: list[int] = self.tokens.tolist()  # type: ignore[assignment] # it has an axis
+        return found
+
 
 class Drafter(ABC):
     """Guesses what a text goes on with.
@@ -36,6 +42,7 @@ class Drafter(ABC):
     Attributes:
         length: tokens to a draft, at most.
         is_free: a guess costs nothing, so it may be made to be compared only.
+        context_length: tokens of a text behind which it guesses nothing.
         pace: whether it pays.
         drafted, accepted: tokens that were guessed and verified; that were right.
         equal_ties: in 16 bits, verified tokens whose logit another token shared: plain
@@ -44,6 +51,7 @@ class Drafter(ABC):
     """
 
     is_free: bool
+    context_length = sys.maxsize
 
     def __init__(self, length: int, flag: str) -> None:
         """Guess up to `length` tokens at once.
@@ -72,7 +80,7 @@ class Drafter(ABC):
         """Return the next token, if a free guess is at hand."""
         return None
 
-    def settle(self, draft: Sequence[int]) -> None:
+    def settle(self, draft: Sequence[int]) -> None:  # noqa: B027 - not all have to
         """Hear what the last draft was, once it has been computed."""
 
 
@@ -137,25 +145,24 @@ class ModelDrafter(Drafter):
             OpenELMError: that is none or too many.
         """
         super().__init__(length, "The draft's length")
+        self.context_length = model.config.max_context_length
         self._model = model
         self._context = Context(model)
 
     def begin(self, prompt: Sequence[int]) -> None:
         known = self._context.reuse(prompt)
-        if len(prompt) <= self._model.config.max_context_length:
+        if len(prompt) < self.context_length:
             self._context.read(self._model, prompt[known:])
             mx.async_eval([layer.state for layer in self._context.cache])
 
     def propose(
         self, text: Sequence[int], count: int, drawing: Drawing
     ) -> Draft | None:
-        count = min(count, self._model.config.max_context_length - len(text))
-        if count < 1:
-            return None
         drawing = copy.copy(drawing)  # the draft's history is its own
         known = self._context.reuse(text)
         hidden = self._context.read(self._model, text[known:])
-        tokens, logprobs = [], []
+        tokens: list[mx.array] = []  # (1,) each
+        logprobs: list[mx.array] = []  # (1, V) each
         for place in range(count):
             if place:
                 hidden = self._model.transformer(tokens[-1][None], self._context.cache)

@@ -27,41 +27,82 @@ if TYPE_CHECKING:
     from mlx_openelm.model import OpenELM
     from mlx_openelm.tokenizer import Tokenizer
 
+_SAMPLING = "What is drawn"
+_SHORT_CUTS = "Speed and memory"
+_MANY = "Many prompts"
+
 MaxTokens = Annotated[
     int | None, typer.Option("-m", "--max-tokens", help="Default 256.")
 ]
 MinTokens = Annotated[
-    int | None, typer.Option(help="The model may not end it before so many.")
+    int | None,
+    typer.Option(
+        help="The model may not end it before so many.", rich_help_panel=_SAMPLING
+    ),
 ]
-Temp = Annotated[float | None, typer.Option(help="Temperature; 0 is greedy.")]
-TopP = Annotated[float | None, typer.Option(help="Keep the likeliest of this mass.")]
-TopK = Annotated[int | None, typer.Option(help="Keep the N likeliest.")]
+Temp = Annotated[
+    float | None,
+    typer.Option(help="Temperature; 0 is greedy.", rich_help_panel=_SAMPLING),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Keep the likeliest of this mass.", rich_help_panel=_SAMPLING),
+]
+TopK = Annotated[
+    int | None, typer.Option(help="Keep the N likeliest.", rich_help_panel=_SAMPLING)
+]
 MinP = Annotated[
-    float | None, typer.Option(help="Keep what is this likely beside the likeliest.")
+    float | None,
+    typer.Option(
+        help="Keep what is this likely beside the likeliest.", rich_help_panel=_SAMPLING
+    ),
 ]
-Penalty = Annotated[float | None, typer.Option(help="Above 1: repeat less.")]
+Penalty = Annotated[
+    float | None, typer.Option(help="Above 1: repeat less.", rich_help_panel=_SAMPLING)
+]
 PenaltyContext = Annotated[
-    int | None, typer.Option(help="Tokens that it looks back; default 256.")
+    int | None,
+    typer.Option(
+        help="Tokens that it looks back; default 256.", rich_help_panel=_SAMPLING
+    ),
 ]
 NoRepeat = Annotated[
     int | None,
-    typer.Option("--no-repeat-ngram", help="No N tokens in a row come twice."),
+    typer.Option(
+        "--no-repeat-ngram",
+        help="No N tokens in a row come twice.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 Bias = Annotated[
     list[str] | None,
-    typer.Option("--logit-bias", help="ID=BIAS, added to a token's logit; repeatable."),
+    typer.Option(
+        "--logit-bias",
+        help="ID=BIAS, added to a token's logit; repeatable.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 StopText = Annotated[
     list[str] | None,
-    typer.Option("--stop", help="A text that ends the answer; repeatable."),
+    typer.Option(
+        "--stop",
+        help="A text that ends the answer; repeatable.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 StopLoops = Annotated[
     int | None,
-    typer.Option(help="End where the answer says one thing N times in a row."),
+    typer.Option(
+        help="End where the answer says one thing N times in a row.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 Logprobs = Annotated[
     int | None,
-    typer.Option(help="With --json: each token's log-probability, the N likeliest."),
+    typer.Option(
+        help="With --json: each token's log-probability, the N likeliest.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 Template = Annotated[
     str, typer.Option(help="auto, raw, instruct, alpaca or openelm-peft.")
@@ -69,21 +110,37 @@ Template = Annotated[
 System = Annotated[str, typer.Option(help="System text of the template.")]
 Lookup = Annotated[
     int | None,
-    typer.Option(help="Guess up to N tokens from an earlier place in the text."),
+    typer.Option(
+        help="Guess up to N tokens from an earlier place in the text.",
+        rich_help_panel=_SHORT_CUTS,
+    ),
 ]
 DraftModel = Annotated[
     str | None,
-    typer.Option(help="Let this smaller model guess; the same names as --model."),
+    typer.Option(
+        help="Let this smaller model guess; the same names as --model.",
+        rich_help_panel=_SHORT_CUTS,
+    ),
 ]
 KvBits = Annotated[
-    int | None, typer.Option(help="Keep keys and values in 4 or 8 bits.")
+    int | None,
+    typer.Option(
+        help="Keep keys and values in 4 or 8 bits.", rich_help_panel=_SHORT_CUTS
+    ),
 ]
 KvGroupSize = Annotated[
-    int, typer.Option(help="Numbers that share a scale then; 32, 64 or 128.")
+    int,
+    typer.Option(
+        help="Numbers that share a scale then; 32, 64 or 128.",
+        rich_help_panel=_SHORT_CUTS,
+    ),
 ]
 MaxKvSize = Annotated[
     int | None,
-    typer.Option(help="Keep the first 4 and the newest tokens, N in all."),
+    typer.Option(
+        help="Keep the first 4 and the newest tokens, N in all.",
+        rich_help_panel=_SHORT_CUTS,
+    ),
 ]
 
 
@@ -114,24 +171,40 @@ def generate(
     lookup: Lookup = None,
     draft_model: DraftModel = None,
     prompt_cache: Annotated[
-        Path | None, typer.Option(help="A file that keeps the prompt as it was read.")
+        Path | None,
+        typer.Option(
+            help="A file that keeps the prompt as it was read.",
+            rich_help_panel=_SHORT_CUTS,
+        ),
     ] = None,
     kv_bits: KvBits = None,
     kv_group_size: KvGroupSize = 64,
     max_kv_size: MaxKvSize = None,
     prompts_file: Annotated[
         str | None,
-        typer.Option(help='Prompts, JSON lines or one a line; "-": from stdin.'),
+        typer.Option(
+            help='Prompts, JSON lines or one a line; "-": from stdin.',
+            rich_help_panel=_MANY,
+        ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Where --prompts-file's answers go; begun, it goes on."),
+        typer.Option(
+            help="Where --prompts-file's answers go; begun, it goes on.",
+            rich_help_panel=_MANY,
+        ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Prompts answered together.")
+        int,
+        typer.Option(min=1, help="Prompts answered together.", rich_help_panel=_MANY),
     ] = 16,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an --output of other prompts.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace an --output of other prompts.",
+            rich_help_panel=_MANY,
+        ),
     ] = False,
     no_stream: Annotated[
         bool, typer.Option("--no-stream", help="Print the answer when it is whole.")
@@ -221,11 +294,11 @@ def generate(
         for piece in stream(
             loaded, tokenizer, ids, sampling, context=context, drafter=drafter
         ):
-            if cache is not None and not shown:
-                cache.keep(ids)
             shown.append(piece)
             if piece.text and not (as_json or no_stream):
                 console.answer(piece.text, end="")
+            if cache is not None and len(shown) == 1:
+                cache.keep(ids)  # the disk works while more is drawn
         if as_json:
             console.answer_json(generated_json(shown, tokenizer))
             return

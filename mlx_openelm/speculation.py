@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
+from mlx_openelm.cache_kinds import SlidingKVCache
 from mlx_openelm.decoding import Context, Drawing, Drawn, Token
 from mlx_openelm.drafters import Draft, Drafter
 from mlx_openelm.model import OpenELM
@@ -118,12 +119,15 @@ class _Text:
     def _affordable(self, ahead: int = 0) -> int:
         """How many tokens to guess, when `ahead` more are known; 0: none."""
         known = len(self.tokens) + ahead
-        room = self._model.config.max_context_length - known
+        room = min(self._model.config.max_context_length, self._drafter.context_length)
+        for layer in self._context.cache:
+            if isinstance(layer, SlidingKVCache):
+                room = min(room, layer.max_size)  # what has slid is not taken back
+            if not layer.can_trim(1):
+                self._drafter.note = "Nothing is guessed with a cache that has slid."
+                return 0
         # The last token of a round is no guess.
-        most = min(self.left - ahead - 1, room)
-        if not all(layer.can_trim(1) for layer in self._context.cache):
-            self._drafter.note = "this kind of cache forgets nothing"
-            return 0
+        most = min(self.left - ahead - 1, room - known)
         return self._drafter.pace.choose(most)
 
     def verify(self, draft: Draft) -> Iterator[Token]:
@@ -139,24 +143,21 @@ class _Text:
         drawn = Drawn.of(tokens, logits, sampling.logprobs)
         ties = _count_ties(shaped, right) if _may_tie(logits, sampling) else mx.array(0)
         mx.eval(right, ties, draft.tokens, tokens, *drawn.told)
-        held = int(right.item())
+        held, tied = int(right), int(ties)
         found = drawn.read(held)[: held + 1]
         self._drafter.pace.read_round(count, held)
-        self._drafter.settle(draft.tokens.tolist())
+        self._drafter.settle(draft.ids)
         self._drafter.drafted += count
         self._drafter.accepted += held
-        self._drafter.equal_ties += int(ties.item())
+        self._drafter.equal_ties += tied
         self._drawing.remember(mx.array([token.id for token in found]))
-        self._forget(count - held)
+        for layer in self._context.cache:
+            layer.trim(count - held)
         for token in found:
             self._context.tokens.append(self.tokens[-1])
             self.tokens.append(token.id)
             self.left -= 1
             yield token
-
-    def _forget(self, count: int) -> None:
-        for layer in self._context.cache:
-            layer.trim(count)
 
 
 def accept(

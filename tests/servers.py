@@ -43,7 +43,9 @@ def serving(
             server.run(served, model, Load(), on_ready=lambda url: ready.set())
         except Exception as error:  # for the test to see
             failed.append(error)
-        ready.set()
+        finally:
+            server.server_close()
+            ready.set()
 
     thread = threading.Thread(target=run)
     thread.start()

@@ -139,6 +139,7 @@ def test_a_packed_number_is_half_a_step_off_at_most(bits, group):
     cache, given = QuantizedKVCache(bits, group), random_kv(300, width=64)
     for start, end in ((0, 7), (7, 8), (8, 290), (290, 300)):
         found = cache.update_and_fetch(*(x[..., start:end, :] for x in given))
+    assert {part.shape[2] for part in cache.state} == {512}  # steps of 256
     for mine, exact in zip(found, given, strict=True):
         groups = np.array(exact).reshape(-1, group)
         step = np.ptp(groups, axis=1, keepdims=True) / (2**bits - 1)

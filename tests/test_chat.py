@@ -1,9 +1,11 @@
 """The chat command, through a pipe and on a terminal."""
 
 import contextlib
+import io
 import json
 import os
 import pty
+import readline
 import select
 import signal
 import subprocess
@@ -13,16 +15,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import make_source
+from commands import call, make_source
 from models import UNEVEN, small_tokenizer
+from typer.testing import Result
 
 import mlx_openelm
-from mlx_openelm import Sampling, generate, load
+from mlx_openelm import Sampling, conversation, generate, load
+from mlx_openelm.chat import run_chat
+from mlx_openelm.command_options import open_model
+from mlx_openelm.console import Console
 
 PROGRAM = (sys.executable, "-m", "mlx_openelm", "chat", "--model", "model")
 ENDLESS = "50000"  # tokens: some half a minute
 
 SIGN, CTRL_C, CTRL_D = b">>> ", "\x03", "\x04"
+
+PASTES = "libedit" not in (readline.__doc__ or "")
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +133,9 @@ class Terminal:
         return self.process.wait(60)
 
 
-def piped(here: Path, text: str | bytes, *options: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*PROGRAM, *options],
-        cwd=here,
-        input=text if isinstance(text, bytes) else text.encode(),
-        capture_output=True,
-        timeout=60,
-    )
+def piped(here: Path, text: str | bytes, *options: str) -> Result:
+    with contextlib.chdir(here):
+        return call("chat", "--model", "model", *options, input=text)
 
 
 def saved(path: Path) -> list[str]:
@@ -147,24 +150,24 @@ def saved(path: Path) -> list[str]:
 def test_a_pipe_gives_the_answers_and_nothing_else_on_stdout(here):
     lines = 'Hi\n\n"""\ntwo\n lines\n"""\nand \\\r\nmore\n/save talk.json\n// x'
     ran = piped(here, lines, "-m", "4", "--system", "Be kind.")
-    assert ran.returncode == 0, ran.stderr
+    assert ran.exit_code == 0, ran.stderr_bytes
     system, *texts = saved(here / "talk.json")
     assert (system, texts[::2]) == ("Be kind.", ["Hi", "two\n lines", "and \nmore"])
     model, tokenizer = load(here / "model")
     first = generate(model, tokenizer, "Hi", Sampling(max_tokens=4), system="Be kind.")
     assert texts[1] == first
     answers = "".join(f"{text}\n" for text in texts[1::2]).encode()
-    assert ran.stdout.startswith(answers)
-    assert ran.stdout.count(b"\n") > answers.count(b"\n")  # of the last, unsaved
-    assert SIGN not in ran.stdout + ran.stderr
-    assert ran.stderr.count(b"[cut by --max-tokens; 4 tokens at ") == 4
+    assert ran.stdout_bytes.startswith(answers)
+    assert ran.stdout_bytes.count(b"\n") > answers.count(b"\n")  # of the last, unsaved
+    assert SIGN not in ran.stdout_bytes + ran.stderr_bytes
+    assert ran.stderr_bytes.count(b"[cut by --max-tokens; 4 tokens at ") == 4
     quiet = piped(here, lines.replace("talk", "quiet"), "-m", "4", "--quiet")
-    assert quiet.stderr == b""
+    assert quiet.stderr_bytes == b""
 
 
 def test_json_is_one_object_for_each_answer(here):
     ran = piped(here, "Hi\nWho?\n/save talk.json\n", "-m", "4", "--json")
-    told = [json.loads(line) for line in ran.stdout.splitlines()]
+    told = [json.loads(line) for line in ran.stdout_bytes.splitlines()]
     assert [t["text"] for t in told] == saved(here / "talk.json")[1::2]
     assert [t["generation_tokens"] for t in told] == [4, 4]
     assert told[1]["cached_tokens"] >= told[0]["prompt_tokens"] - 1
@@ -176,9 +179,11 @@ def test_a_wrong_line_is_named_and_the_rest_is_done(here):
     (here / "diary").write_text("mine")
     wrong = b"Hi\n/sav x\n\xff\n/save diary\n/load none\n/undo 3\n/load\n/save\n"
     ran = piped(here, wrong + b"/save talk.json\nWho?\n", "-m", "4")
-    assert ran.returncode == 1
+    assert ran.exit_code == 1
     assert len(saved(here / "talk.json")) == 2
-    errors = [line for line in ran.stderr.splitlines() if line.startswith(b"error: ")]
+    errors = [
+        line for line in ran.stderr_bytes.splitlines() if line.startswith(b"error: ")
+    ]
     for error, said in zip(
         errors,
         (
@@ -195,8 +200,8 @@ def test_a_wrong_line_is_named_and_the_rest_is_done(here):
     ):
         assert said in error
     assert (here / "diary").read_text() == "mine"
-    assert len(ran.stdout.splitlines()) >= 2
-    assert b"Traceback" not in ran.stderr
+    assert len(ran.stdout_bytes.splitlines()) >= 2
+    assert b"Traceback" not in ran.stderr_bytes
 
 
 def test_wrong_options_are_refused_before_anything_is_asked(here):
@@ -205,8 +210,8 @@ def test_wrong_options_are_refused_before_anything_is_asked(here):
         (("--template", "raw", "--system", "x"), b"no place for a system text"),
     ):
         ran = piped(here, "Hi\n", *options)
-        assert (ran.returncode, ran.stdout) == (1, b"")
-        assert says in ran.stderr
+        assert (ran.exit_code, ran.stdout_bytes) == (1, b"")
+        assert says in ran.stderr_bytes
 
 
 def test_a_closed_pipe_is_quiet_and_a_full_disk_is_said(here):
@@ -266,8 +271,8 @@ def test_a_model_without_a_template_goes_on_with_a_text(here):
     assert second == generate(
         model, tokenizer, f"Once{first}", going_on, template="raw"
     )
-    assert b"no prompt template" in ran.stderr
-    assert ran.stderr.count(b"an empty line goes on") == 2
+    assert b"without a template" in ran.stderr_bytes
+    assert ran.stderr_bytes.count(b"an empty line goes on") == 2
 
 
 # On a terminal -------------------------------------------------------------------
@@ -275,7 +280,8 @@ def test_a_model_without_a_template_goes_on_with_a_text(here):
 
 def test_a_conversation_on_a_terminal(here):
     with Terminal(here, "-m", "4") as terminal:
-        assert "/help shows the commands" in terminal.see(SIGN)
+        greeting = terminal.see(SIGN)
+        assert "/help shows the commands" in greeting
         assert "cut by --max-tokens; 4 tokens" in terminal.ask("Hi")
         terminal.type('"""\r')
         terminal.see("... ")
@@ -285,7 +291,9 @@ def test_a_conversation_on_a_terminal(here):
         terminal.type("and \\\r")
         terminal.see("... ")
         terminal.ask("more")
-        terminal.ask(b"\x1b[200~pasted\nlines\x1b[201~")
+        if PASTES:  # the terminal is asked to mark what is pasted: it is one message
+            assert "\x1b[?2004h" in greeting
+        terminal.ask(b"\x1b[200~pasted\nlines\x1b[201~" if PASTES else "pasted")
         assert "/retry " in terminal.ask("/help")
         assert "no command /sav;" in terminal.ask("/sav")
         assert "not UTF-8" in terminal.ask(b"\xff")
@@ -327,6 +335,26 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(here):
         assert "/retry" in terminal.ask("/help")
         terminal.type("/quit\r")
         assert terminal.ends() == 0
+
+
+def test_ctrl_c_before_the_first_word_takes_the_message_back(here, monkeypatch, capsys):
+    class Typed(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    def breaks(*args, **options):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(conversation, "stream", breaks)
+    monkeypatch.setattr(sys, "stdin", Typed(io.BytesIO(b"Hi\n/save talk.json\n")))
+    folder, model, tokenizer = open_model(Console(), "model", None, True)
+    run_chat(Console(), folder, model, tokenizer, Sampling())
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "[stopped before the first word; nothing was kept]" in told.err
+    assert saved(here / "talk.json") == []
 
 
 def test_the_second_ctrl_c_is_at_once_and_the_talk_goes_on(here):

@@ -315,7 +315,7 @@ lengths = st.lists(st.tuples(st.integers(0, 150), st.integers(0, 60)), max_size=
 
 
 @given(lengths, st.sampled_from(["", "Be kind."]), st.integers(1, 300))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_it_slides_by_whole_turns_and_no_further_than_it_must(
     monkeypatch, lengths, system, max_tokens
 ):
@@ -359,6 +359,17 @@ def test_it_slides_by_whole_turns_and_no_further_than_it_must(
         rest = turns[2 * expected :]
         assert seen[-1] == encode_turns(small_tokenizer(), rest, "instruct", system)[0]
         assert talk.turns == (*turns, Turn("assistant", answer))  # nothing is lost
+
+
+@pytest.mark.parametrize(("more", "forgotten"), [(0, 0), (1, 1)])
+def test_a_prompt_may_fill_the_context_to_the_last_token(more, forgotten):
+    turns = messages("wolf " * 40, "gold " * 20, "Who?")
+    ids, _ = encode_turns(small_tokenizer(), turns, "instruct")
+    assert 256 <= len(ids) < 512
+    talk = begin(max_tokens=512 - len(ids) + more)
+    talk.turns = turns[:2]
+    talk.reply("Who?").close()
+    assert talk.forgotten == forgotten
 
 
 def test_the_whole_of_a_long_talk_with_a_real_model_stays_in_the_context(prompts):
@@ -472,6 +483,10 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
+def saved_answer() -> dict:
+    return {"role": "assistant", "content": "Yes?"}
+
+
 def saved(**changes) -> dict:
     return {
         "format": "mlx-openelm chat",
@@ -481,7 +496,7 @@ def saved(**changes) -> dict:
         "template": "instruct",
         "messages": [
             {"role": "user", "content": "Hi"},
-            {"role": "assistant", "content": "Yes?"},
+            saved_answer(),
         ],
     } | changes
 
@@ -501,10 +516,10 @@ def saved(**changes) -> dict:
         saved(messages=["Hi"]),
         saved(messages=[{"role": "user", "content": "Hi"}]),
         saved(messages=[{"role": "user"}, {"role": "assistant", "content": ""}]),
-        saved(messages=[{"role": "user", "content": 7}] * 2),
+        saved(messages=[{"role": "user", "content": 7}, saved_answer()]),
         saved(messages=[{"role": "assistant", "content": "Hi"}] * 2),
         saved(messages=[*saved()["messages"], {"role": "system", "content": ""}]),
-        saved(messages=[{"role": "user", "content": "\ud800"}] * 2),
+        saved(messages=[{"role": "user", "content": "\ud800"}, saved_answer()]),
     ],
 )
 def test_what_is_no_conversation_is_refused_and_nothing_changes(tmp_path, found):

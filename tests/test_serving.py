@@ -18,7 +18,6 @@ import pytest
 from commands import refuse
 from conftest import ROOT
 from models import (
-    LINEARS,
     UNEVEN,
     build,
     make_factors,
@@ -38,12 +37,14 @@ from servers import (
     serving,
 )
 
+from mlx_openelm.checkpoint import open_folder
 from mlx_openelm.conversation import Conversation
 from mlx_openelm.generation import generate, stream
+from mlx_openelm.hub import demo_folder
 from mlx_openelm.loading import load
 from mlx_openelm.model import OpenELM
 from mlx_openelm.sampling import Sampling
-from mlx_openelm.serving_requests import MOST_BYTES
+from mlx_openelm.serving_requests import MOST_BYTES, Served, read_completion
 
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.interop
@@ -247,6 +248,14 @@ def test_a_model_without_a_template_goes_on_with_one_text(small):
         )
         expected = generate(*small, "The king", GREEDY, template="raw")
         assert answer.choices[0].message.content == expected
+
+
+def test_an_answer_that_spells_the_end_ends(small):
+    served = Served("tiny", small[1], GREEDY, "instruct", CONTEXT, 300)
+    body = {"messages": [USER], "stop": "x"}
+    found = read_completion(body, served, chat=True).sampling.stop
+    assert found == ("x", "</s>")
+    assert read_completion({"prompt": "a"}, served, chat=False).sampling.stop == ()
 
 
 # Log-probabilities ----------------------------------------------------------------
@@ -694,7 +703,9 @@ def test_a_server_whose_model_has_failed_ends(small, caplog):
         def __call__(self, inputs, cache=None):
             raise MemoryError("no room")
 
-    with serving(Failing(small[0].config), small[1]) as server:
+    model = Failing(small[0].config)
+    mx.eval(model.parameters())
+    with serving(model, small[1]) as server:
         assert post(server.url, {"prompt": "a"})[0] == 503
         for _ in range(50):
             if server.failed:
@@ -746,7 +757,7 @@ def serve(*args, **options):
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_ends_it_at_once_and_says_so_to_clients(tmp_path, number, code):
-    args, adapter = ["--quiet", "--temp", "0", "--repetition-penalty", "1"], None
+    args, adapter = ["--quiet", "--temp", "0.7"], None
     if number == "SIGTERM":
         linears = ("layers.0.attn.qkv_proj", "layers.1.ffn.proj_2")
         factors = make_factors(weights_of(load("demo")[0].config), linears)
@@ -756,8 +767,11 @@ def test_a_signal_ends_it_at_once_and_says_so_to_clients(tmp_path, number, code)
     try:
         url = process.stdout.readline().strip()
         assert url.startswith("http://127.0.0.1:")
-        status, answer = post(url, {"prompt": "The king", "max_tokens": 9})
-        expected = generate(*load("demo", adapter), "The king", Sampling(max_tokens=9))
+        status, answer = post(url, {"prompt": "The king", "max_tokens": 9, "seed": 5})
+        defaults = open_folder(demo_folder()).generation_defaults
+        said = {"max_tokens": 9, "seed": 5, "temp": 0.7}
+        asked = Sampling.from_defaults(defaults, said)
+        expected = generate(*load("demo", adapter), "The king", asked)
         assert (status, answer["choices"][0]["text"]) == (200, expected)
         endless = {"prompt": "a", "max_tokens": 500, "logit_bias": {"2": -99}}
         with ThreadPoolExecutor(12) as pool:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import UNEVEN, build, small_tokenizer
 
 from mlx_openelm import pacing, speculation
-from mlx_openelm.cache import KVCache
+from mlx_openelm.cache_kinds import SlidingKVCache
 from mlx_openelm.decoding import Context, draw_tokens
 from mlx_openelm.drafters import (
     Draft,
@@ -27,7 +27,6 @@ from mlx_openelm.pacing import Pace
 from mlx_openelm.sampling import (
     Sampling,
     distribution,
-    history_length,
     shape_logits,
 )
 from mlx_openelm.speculation import draw_speculatively
@@ -210,19 +209,16 @@ def test_a_draft_model_may_have_a_smaller_context():
         assert (drafter.drafted > 0) == (length < 15)
 
 
-class Unforgetting(KVCache):
-    def can_trim(self, count):
-        return count == 0
+@pytest.mark.parametrize("size", [8, 12, 16, 20])
+def test_a_cache_that_slides_is_guessed_for_until_it_does(size):
+    def slide():
+        return Context(model, lambda: SlidingKVCache(size, keep=2))
 
-
-def test_a_cache_that_forgets_nothing_is_used_without_guesses():
+    plain = ids(write(None, [1, 7, 9], 30, context=slide()))
     drafter = keen(ModelDrafter(model))
-    context = Context(model, Unforgetting)
-    assert ids(write(drafter, [1, 7], 12, context=context)) == ids(
-        write(None, [1, 7], 12)
-    )
-    assert drafter.drafted == 0
-    assert "cache" in drafter.note
+    assert ids(write(drafter, [1, 7, 9], 30, context=slide())) == plain
+    assert 0 < drafter.drafted <= size
+    assert "slid" in drafter.note
 
 
 def test_equal_logits_are_counted_in_16_bits():

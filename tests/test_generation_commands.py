@@ -1,0 +1,119 @@
+"""generate's ways to the same answer, and what it refuses."""
+
+import json
+
+import pytest
+from commands import call, refuse
+
+MODEL = ("--model", "model", "--quiet")
+PROMPT = "the king said the king said"
+
+
+def answer(*args, **options):
+    """Return what a command says on stdout; it must succeed."""
+    ran = call(*args, **options)
+    assert ran.exit_code == 0, ran.output
+    return ran.stdout
+
+
+def ask(*args):
+    return json.loads(answer("generate", PROMPT, *MODEL, "-m", 24, "--json", *args))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        ("--lookup", 4),
+        ("--draft-model", "model"),
+        ("--prompt-cache", "kept"),
+        ("--max-kv-size", 60),
+    ],
+)
+def test_every_way_gives_the_plain_answer(here, way):
+    plain = ask()
+    for _ in range(2):  # the second time from what was kept
+        assert ask(*way)["tokens"] == plain["tokens"]
+
+
+def test_a_kept_prompt_is_not_read_again_and_a_stale_one_is_said(here):
+    first = ask("--prompt-cache", "kept")
+    again = ask("--prompt-cache", "kept")
+    assert first["cached_tokens"] == 0
+    assert again["cached_tokens"] == again["prompt_tokens"] - 1
+    args = ("generate", PROMPT, "--model", "model", "--prompt-cache", "kept")
+    stale = call(*args, "-m", 2, "--template", "alpaca")
+    assert "kept is of another template" in stale.stderr.replace("\n", " ") or (
+        "template" in stale.stderr
+    )
+
+
+def test_guesses_are_counted_on_stderr(here):
+    ran = call("generate", PROMPT, *MODEL[:2], "-m", 40, "--lookup", 4)
+    assert "guessed tokens were right]" in ran.stderr
+
+
+def test_a_file_of_prompts_is_answered_as_one_by_one(here):
+    prompts = ["the king", "a queen who", "once upon a time there"]
+    (here / "prompts.txt").write_text("\n".join(prompts))
+    args = ("generate", "--prompts-file", "prompts.txt", *MODEL, "-m", 9)
+    lines = [json.loads(line) for line in answer(*args).splitlines()]
+    single = [
+        json.loads(answer("generate", prompt, *MODEL, "-m", 9, "--json"))
+        for prompt in prompts
+    ]
+    assert [line["tokens"] for line in lines] == [one["tokens"] for one in single]
+    assert [line["text"] for line in lines] == [one["text"] for one in single]
+
+
+def test_a_bad_line_is_named_and_the_rest_is_done(here):
+    (here / "prompts.jsonl").write_text('{"prompt": "a king"}\n{"promt": 1}\n"Hi"\n')
+    ran = call("generate", "--prompts-file", "prompts.jsonl", *MODEL[:2], "-m", 4)
+    assert ran.exit_code == 1
+    assert "prompts.jsonl:2:" in ran.stderr
+    assert "1 of 3 prompts of prompts.jsonl have no answer" in ran.stderr
+    assert len(ran.stdout.splitlines()) == 3
+
+
+def test_logprobs_come_with_json(here):
+    found = ask("--logprobs", 2)
+    assert len(found["logprobs"]) == found["generation_tokens"]
+    for told, token in zip(found["logprobs"], found["tokens"], strict=False):
+        assert told["token"] == token
+        assert told["logprob"] == pytest.approx(told["top"][0]["logprob"])  # greedy
+        assert told["top"][0]["token"] == token
+        assert len(told["top"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--lookup", 0), "--lookup is 0"),
+        (("--kv-bits", 3), "--kv-bits is 4 or 8"),
+        (("--max-kv-size", 2), "--max-kv-size 2 is too small"),
+        (("--logit-bias", "five=1"), "it must be ID=BIAS"),
+        (("--logit-bias", "100000=1"), "--logit-bias names the token 100000"),
+        (("--stop-loops", 1), "--stop-loops is 1"),
+        (("--draft-model", "demo"), "vocabulary of 4096 rows"),
+        (("--prompt-cache", "model/config.json"), "config.json"),
+        (("--max-kv-size", 40, "--prompt-cache", "x"), "leave one of them out"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(here, args, says):
+    refuse(here, "generate", PROMPT, *MODEL, "-m", 4, *args, says=says)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("Hi", "--prompts-file", "x"),
+        ("--prompts-file", "x", "--lookup", "3"),
+        ("--prompts-file", "x", "--draft-model", "demo"),
+        ("Hi", "--output", "x"),
+        ("Hi", "--logprobs", "3"),
+        ("Hi", "--lookup", "3", "--draft-model", "demo"),
+    ],
+)
+def test_what_does_not_go_together_is_wrong_usage(here, args):
+    ran = call("generate", *args, *MODEL)
+    assert ran.exit_code == 2
+    assert "Traceback" not in ran.output
