@@ -294,7 +294,7 @@ def _group_by_length(rows: Sequence[int], lengths: Sequence[int]) -> list[list[i
     groups: list[list[int]] = []
     for length, row in sorted(zip(lengths, rows, strict=True)):
         if groups and length * (len(groups[-1]) + 1) <= PREFILL_CHUNK:
-            groups[-1].insert(0, row)
+            groups[-1].append(row)
         elif length:
             groups.append([row])
     return groups

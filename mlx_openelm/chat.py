@@ -20,8 +20,12 @@ from mlx_openelm.interruption import Stop, deferred_signals
 from mlx_openelm.report import generated_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mlx_openelm.cache import ModelCache
     from mlx_openelm.checkpoint import ModelFolder
     from mlx_openelm.conversation import Conversation
+    from mlx_openelm.drafters import Drafter
     from mlx_openelm.generation import Piece
     from mlx_openelm.model import OpenELM
     from mlx_openelm.sampling import Sampling
@@ -53,18 +57,22 @@ def run_chat(
     template: str = "auto",
     system: str = "",
     adapter: Path | None = None,
+    drafter: "Drafter | None" = None,
+    make_cache: "Callable[[], ModelCache] | None" = None,
     as_json: bool = False,
 ) -> None:
     """Hold a conversation until the input ends.
 
     Args:
         adapter: the folder of what is attached to the model, for /save and /load.
+        drafter, make_cache: see `Conversation`.
         as_json: one object for each answer, as `generate --json` has it.
 
     Raises:
         OpenELMError: no such template, or the system text has no place; through a pipe
             also, at the end, that messages were refused.
     """
+    from mlx_openelm.cache import KVCache
     from mlx_openelm.conversation import Conversation
     from mlx_openelm.hub import DEMO, find_model
 
@@ -77,6 +85,8 @@ def run_chat(
         system=system,
         name=DEMO if is_demo else str(folder.path.resolve()),
         adapter=None if adapter is None else str(adapter.resolve()),
+        drafter=drafter,
+        make_cache=make_cache or KVCache,
     )
     _Chat(console, conversation, tokenizer, as_json).run()
 
@@ -281,13 +291,16 @@ class _Chat:
                 end = "cut, for it went round in a loop; "
             case _:
                 end = ""
+        guesses = ""
+        if last.drafted_tokens:
+            guesses = f", {last.accepted_tokens} of {last.drafted_tokens} guesses right"
         if end and self._talk.is_raw:
             end += "an empty line goes on; "
         if not self._talk.turns[-1].text:
             end = "it has nothing to say; "
         self._console.note(
-            f"[{end}{last.generation_tokens} tokens at {last.generation_tps:.0f}/s, "
-            f"{used} of {length} in the context]"
+            f"[{end}{last.generation_tokens} tokens at {last.generation_tps:.0f}/s"
+            f"{guesses}, {used} of {length} in the context]"
         )
 
 

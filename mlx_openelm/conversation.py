@@ -8,14 +8,16 @@ without a template has no turns: it goes on with one text, to which both sides a
 import json
 import os
 from bisect import bisect_left
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_openelm.cache import KVCache, ModelCache
 from mlx_openelm.decoding import Context
+from mlx_openelm.drafters import Drafter
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation import Piece, stream
 from mlx_openelm.model import OpenELM
@@ -48,12 +50,16 @@ class Conversation:
         system: str = "",
         name: str = "",
         adapter: str | None = None,
+        drafter: Drafter | None = None,
+        make_cache: Callable[[], ModelCache] = KVCache,
     ) -> None:
         """Begin with no turns.
 
         Args:
             template: "auto" is the one stored with the model, raw where there is none.
             name, adapter: what the file says of the model.
+            drafter: guesses tokens; see `stream`.
+            make_cache: of one layer; see `cache_maker`.
 
         Raises:
             OpenELMError: no such template, or the system text has no place.
@@ -66,7 +72,8 @@ class Conversation:
         self.context_length = model.config.max_context_length
         self.room = min(self.sampling.max_tokens, self.context_length // 2)
         self._model, self._tokenizer = model, tokenizer
-        self._context = Context(model)
+        self._drafter, self._make_cache = drafter, make_cache
+        self._context = Context(model, make_cache)
         self._name, self._adapter = name, adapter
         self.file: Path | None = None
         if self.sampling.seed is not None:  # once: a second try is to be another one
@@ -145,7 +152,14 @@ class Conversation:
         """Yield an answer, and keep of it what was yielded."""
         said, whole = "", False
         model, tokenizer, sampling = self._model, self._tokenizer, self._sampling
-        pieces = stream(model, tokenizer, ids, sampling, context=self._context)
+        pieces = stream(
+            model,
+            tokenizer,
+            ids,
+            sampling,
+            context=self._context,
+            drafter=self._drafter,
+        )
         try:
             for piece in pieces:
                 if left_space and piece.text:  # it belongs to the template
@@ -157,7 +171,7 @@ class Conversation:
         except GeneratorExit:
             raise
         except BaseException:  # in the middle of a step: nobody knows what it holds
-            self._context = Context(model)
+            self._context = Context(model, self._make_cache)
             raise
         finally:
             if said or whole:

@@ -128,7 +128,8 @@ class Drawing:
             guesses: (k,), what may come next: the logits are (k + 1, V), of the next
                 token and of what follows each of these.
         """
-        history, written = self.history, self.written
+        history = self.history
+        written: int | mx.array = self.written
         if guesses is not None:
             places = mx.arange(guesses.size + 1)
             if self.keeps_history:

