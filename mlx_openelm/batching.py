@@ -15,6 +15,7 @@ from itertools import islice
 
 import mlx.core as mx
 
+from mlx_openelm import openblas
 from mlx_openelm.answers import Answer
 from mlx_openelm.cache import KVCache, SlotCache
 from mlx_openelm.decoding import PREFILL_CHUNK, Drawn, Token
@@ -27,6 +28,7 @@ from mlx_openelm.sampling import (
     keep_likely,
     shape_logits,
 )
+from mlx_openelm.steps import suit_threads
 from mlx_openelm.tokenizer import Tokenizer
 
 BATCH_SIZE = 16
@@ -196,6 +198,7 @@ class _Rows:
         longest = max(seat.offset for seat in self.seats) + 1
         for layer in self._cache:
             layer.offset, layer.reach = offsets, -(-longest // REACH) * REACH
+        suit_threads(self._model.config)
         hidden = self._model.transformer(self._tokens[:, None], self._cache)
         logits = self._model.head(hidden[:, -1])  # (R, V)
         self._tokens = self._draw(logits)
@@ -273,12 +276,13 @@ class _Rows:
 
         No token sees what stands behind it, so none sees the padding.
         """
+        openblas.use_threads(None)
         longest = max(len(ids) for _, ids in prompts)
         tokens = mx.array([[*ids, *[0] * (longest - len(ids))] for _, ids in prompts])
         cache = [KVCache() for _ in self._cache]
         for start in range(0, longest, PREFILL_CHUNK):
             self._model.transformer(tokens[:, start : start + PREFILL_CHUNK], cache)
-            mx.async_eval([layer.state for layer in cache])
+            mx.eval([layer.state for layer in cache])
         for slots, layer in zip(self._cache, cache, strict=True):
             keys, values = layer.state
             for i, (row, ids) in enumerate(prompts):

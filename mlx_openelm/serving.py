@@ -81,10 +81,6 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-class ShuttingDownError(Exception):
-    """The server ends while somebody waits."""
-
-
 class Handler(theirs.APIHandler):
     """One connection: a request is checked, answered, and the connection closed."""
 
@@ -337,8 +333,6 @@ class Handler(theirs.APIHandler):
 
     def _check_client(self) -> None:
         """Raise ClientGoneError where the connection was closed at the other end."""
-        if self.server.stopping:
-            raise ShuttingDownError
         poll = select.poll()
         poll.register(self.connection, select.POLLIN)
         if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
@@ -480,7 +474,7 @@ class Server(ThreadingHTTPServer):
         address: Any
         self.address_family, _, _, _, address = found[0]
         self.is_loopback = ipaddress.ip_address(str(address[0])).is_loopback
-        if False:
+        if not self.is_loopback and not access.api_key:
             raise OpenELMError(
                 f"Other machines would reach {access.host}, and anybody could ask; set "
                 "a key with --api-key, or listen at 127.0.0.1."

@@ -136,6 +136,21 @@ def test_it_is_the_same_whatever_the_clock_makes_of_it():
         assert ids(write(ModelDrafter(other), prompt, 40)) == plain
 
 
+@pytest.mark.parametrize("least", range(9))
+def test_eos_is_drawn_from_min_tokens_on_and_not_before(least):
+    sampling = Sampling(min_tokens=least, logit_bias=((2, 1e3),))
+    drafter = keen(ModelDrafter(model), 3)
+    found = ids(write(drafter, [1, 7], 14, sampling))
+    assert found == ids(write(None, [1, 7], 14, sampling))
+    assert [token == 2 for token in found] == [i >= least for i in range(14)]
+
+
+def test_a_model_agrees_with_itself():
+    drafter = keen(ModelDrafter(model), 4, 1, 3)
+    write(drafter, [1, 7, 9], 50)
+    assert drafter.accepted == drafter.drafted > 30
+
+
 @pytest.mark.parametrize("right", range(6))
 def test_every_number_of_right_guesses_is_found(right):
     plain = ids(write(None, [1, 7], 20))
@@ -215,10 +230,10 @@ def test_a_cache_that_slides_is_guessed_for_until_it_does(size):
         return Context(model, lambda: SlidingKVCache(size, keep=2))
 
     plain = ids(write(None, [1, 7, 9], 30, context=slide()))
-    drafter = keen(ModelDrafter(model))
-    assert ids(write(drafter, [1, 7, 9], 30, context=slide())) == plain
-    assert 0 < drafter.drafted <= size
-    assert "slid" in drafter.note
+    for drafter in (ModelDrafter(model), ModelDrafter(other)):
+        assert ids(write(keen(drafter), [1, 7, 9], 30, context=slide())) == plain
+        assert drafter.drafted > 0
+        assert "slid" in drafter.note
 
 
 def test_equal_logits_are_counted_in_16_bits():
@@ -436,7 +451,7 @@ def test_guesses_in_vain_cost_less_than_a_twentieth(count, draft):
             free=draft == 0,
             seed=seed,
         )
-        assert speed > 0.95
+        assert speed > (0.985 if count == 1000 else 0.95)
 
 
 def test_guesses_that_hold_pay():
