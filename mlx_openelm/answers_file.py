@@ -18,6 +18,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.staging import held
 
 Json = dict[str, Any]
+_BEGINNING = b'{"line": '  # of every answer's line
 
 
 class Answers:
@@ -101,6 +102,7 @@ class AnswersFile(Answers):
                 opened.enter_context(held(self._path))
                 self._file = opened.enter_context(self._path.open("a+b"))
                 self._waiting = opened.enter_context(waiting.open("a+b"))
+                opened.callback(_remove_empty, waiting)
                 self._find_answers()
             self.give_on()  # what waited for its turn, and has it now
             self._opened = opened.pop_all()
@@ -187,6 +189,12 @@ class _Stale(Exception):
     """The answers are others than would be written now."""
 
 
+def _remove_empty(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.stat().st_size == 0:
+            path.unlink()
+
+
 def _append(file: IO[bytes], answer: Json) -> None:
     file.write(to_line(answer).encode() + b"\n")
     file.flush()
@@ -210,13 +218,14 @@ def _read_answers(file: IO[bytes], path: Path) -> Iterator[tuple[int, Json]]:
     file.seek(0)
     end = 0
     for number, line in enumerate(file, 1):
-        if not line.endswith(b"\n"):
+        torn = not line.endswith(b"\n")
+        if torn and (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
             return
         try:
             found = json.loads(line.decode())
         except (ValueError, RecursionError):
             found = None
-        if not _is_answer(found):
+        if torn or not _is_answer(found):
             raise OpenELMError(
                 f"{path}:{number} is no answer to a prompt, so it is left as it is; "
                 "choose another file."

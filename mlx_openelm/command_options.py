@@ -27,6 +27,31 @@ Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the random numbers.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a model that is there.")]
 
+SAMPLING = "What is drawn"  # the heading of these in --help
+MaxTokens = Annotated[
+    int | None, typer.Option("-m", "--max-tokens", help="Default 256.")
+]
+Temp = Annotated[
+    float | None,
+    typer.Option(help="Temperature; 0 is greedy.", rich_help_panel=SAMPLING),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Keep the likeliest of this mass.", rich_help_panel=SAMPLING),
+]
+TopK = Annotated[
+    int | None, typer.Option(help="Keep the N likeliest.", rich_help_panel=SAMPLING)
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Keep what is this likely beside the likeliest.", rich_help_panel=SAMPLING
+    ),
+]
+Penalty = Annotated[
+    float | None, typer.Option(help="Above 1: repeat less.", rich_help_panel=SAMPLING)
+]
+
 
 def need_torch() -> None:
     """Raise OpenELMError where PyTorch is not installed."""

@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_openelm.command_options import (
+    SAMPLING,
     Adapter,
     Json,
+    MaxTokens,
+    MinP,
     Model,
     Offline,
+    Penalty,
     Quiet,
     Seed,
+    Temp,
+    TopK,
+    TopP,
     open_model,
 )
 from mlx_openelm.console import Console
@@ -27,43 +34,19 @@ if TYPE_CHECKING:
     from mlx_openelm.model import OpenELM
     from mlx_openelm.tokenizer import Tokenizer
 
-_SAMPLING = "What is drawn"
 _SHORT_CUTS = "Speed and memory"
 _MANY = "Many prompts"
 
-MaxTokens = Annotated[
-    int | None, typer.Option("-m", "--max-tokens", help="Default 256.")
-]
 MinTokens = Annotated[
     int | None,
     typer.Option(
-        help="The model may not end it before so many.", rich_help_panel=_SAMPLING
+        help="The model may not end it before so many.", rich_help_panel=SAMPLING
     ),
-]
-Temp = Annotated[
-    float | None,
-    typer.Option(help="Temperature; 0 is greedy.", rich_help_panel=_SAMPLING),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(help="Keep the likeliest of this mass.", rich_help_panel=_SAMPLING),
-]
-TopK = Annotated[
-    int | None, typer.Option(help="Keep the N likeliest.", rich_help_panel=_SAMPLING)
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        help="Keep what is this likely beside the likeliest.", rich_help_panel=_SAMPLING
-    ),
-]
-Penalty = Annotated[
-    float | None, typer.Option(help="Above 1: repeat less.", rich_help_panel=_SAMPLING)
 ]
 PenaltyContext = Annotated[
     int | None,
     typer.Option(
-        help="Tokens that it looks back; default 256.", rich_help_panel=_SAMPLING
+        help="Tokens that it looks back; default 256.", rich_help_panel=SAMPLING
     ),
 ]
 NoRepeat = Annotated[
@@ -71,7 +54,7 @@ NoRepeat = Annotated[
     typer.Option(
         "--no-repeat-ngram",
         help="No N tokens in a row come twice.",
-        rich_help_panel=_SAMPLING,
+        rich_help_panel=SAMPLING,
     ),
 ]
 Bias = Annotated[
@@ -79,7 +62,7 @@ Bias = Annotated[
     typer.Option(
         "--logit-bias",
         help="ID=BIAS, added to a token's logit; repeatable.",
-        rich_help_panel=_SAMPLING,
+        rich_help_panel=SAMPLING,
     ),
 ]
 StopText = Annotated[
@@ -87,21 +70,21 @@ StopText = Annotated[
     typer.Option(
         "--stop",
         help="A text that ends the answer; repeatable.",
-        rich_help_panel=_SAMPLING,
+        rich_help_panel=SAMPLING,
     ),
 ]
 StopLoops = Annotated[
     int | None,
     typer.Option(
         help="End where the answer says one thing N times in a row.",
-        rich_help_panel=_SAMPLING,
+        rich_help_panel=SAMPLING,
     ),
 ]
 Logprobs = Annotated[
     int | None,
     typer.Option(
         help="With --json: each token's log-probability, the N likeliest.",
-        rich_help_panel=_SAMPLING,
+        rich_help_panel=SAMPLING,
     ),
 ]
 Template = Annotated[
@@ -196,7 +179,9 @@ def generate(
     ] = None,
     batch_size: Annotated[
         int,
-        typer.Option(min=1, help="Prompts answered together.", rich_help_panel=_MANY),
+        typer.Option(
+            min=1, max=1024, help="Prompts answered together.", rich_help_panel=_MANY
+        ),
     ] = 16,
     force: Annotated[
         bool,
@@ -400,7 +385,12 @@ def _answer_file(
     from mlx_openelm.sampling import Sampling
 
     folder, model, tokenizer = opened
-    prompts = read_prompts(os.path.expanduser(prompts_file))
+    source = os.path.expanduser(prompts_file)
+    prompts = read_prompts(source)
+    if output is not None and _are_one_file(Path(source), output):
+        raise OpenELMError(
+            f"--output {output} is the file of prompts itself; choose another file."
+        )
     console.note(f"[{prompts.name}: {len(prompts.prompts)} prompts, {prompts.format}]")
     with console.progress("Answering") as progress:
         report = answer_prompts(
@@ -423,6 +413,10 @@ def _answer_file(
             f"{len(report.problems)} of {report.prompts} prompts of {prompts.name} have"
             " no answer; the lines above say why."
         )
+
+
+def _are_one_file(a: Path, b: Path) -> bool:
+    return a.exists() and b.exists() and a.samefile(b)
 
 
 def _make_drafter(

@@ -56,9 +56,12 @@ def read_prompts(path: str | Path) -> Prompts:
     Raises:
         OpenELMError: the file cannot be read, or holds nothing but blank lines.
     """
-    name = "stdin" if str(path) == STDIN else str(path)
+    from_stdin = str(path) == STDIN
+    name = "stdin" if from_stdin else str(path)
+    if from_stdin and sys.stdin is None:
+        raise OpenELMError("stdin is closed; say a file of prompts.")
     try:
-        data = sys.stdin.buffer.read() if name == "stdin" else Path(path).read_bytes()
+        data = sys.stdin.buffer.read() if from_stdin else Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise OpenELMError(f"Cannot read the prompts of {name}: {error}.") from error
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")

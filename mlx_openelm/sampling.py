@@ -67,7 +67,7 @@ class Sampling:
         limits = (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("min_tokens", self.min_tokens >= 0, "0 (off) or more"),
-            ("temp", 0 <= self.temp < float("inf"), "0 or more"),
+            ("temp", 0 <= self.temp <= 1e6, "0 to 1e6"),
             ("top_p", 0 <= self.top_p <= 1, "between 0 and 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
@@ -86,7 +86,9 @@ class Sampling:
             ("logprobs", 0 <= self.logprobs <= 20, "between 0 and 20"),
             ("seed", 0 <= (self.seed or 0) < 2**64, "between 0 and 2**64 - 1"),
         )
-        for name, holds, expected in limits:
+        sizes = ((n, getattr(self, n)) for n in _WHOLE if n != "seed")
+        huge = ((n, size < 2**31, "below 2**31") for n, size in sizes)
+        for name, holds, expected in (*limits, *huge):
             if not holds:
                 raise OpenELMError(
                     f"{_flag(name)} is {getattr(self, name)}; it must be {expected}."

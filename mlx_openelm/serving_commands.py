@@ -6,7 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_openelm.command_options import Adapter, Model, Offline, Quiet, Seed, open_model
+from mlx_openelm.command_options import (
+    Adapter,
+    MaxTokens,
+    MinP,
+    Model,
+    Offline,
+    Penalty,
+    Quiet,
+    Seed,
+    Temp,
+    TopK,
+    TopP,
+    open_model,
+)
 from mlx_openelm.console import Console
 from mlx_openelm.errors import OpenELMError
 
@@ -28,23 +41,12 @@ def serve(
     template: Annotated[
         str, typer.Option(help="Of chats: auto, raw, instruct, alpaca, openelm-peft.")
     ] = "auto",
-    max_tokens: Annotated[
-        int | None, typer.Option("-m", "--max-tokens", help="Default 256.")
-    ] = None,
-    temp: Annotated[
-        float | None, typer.Option(help="Temperature; 0 is greedy.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Keep the likeliest of this mass.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the N likeliest.")] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Keep what is this likely beside the likeliest."),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: repeat less.")
-    ] = None,
+    max_tokens: MaxTokens = None,
+    temp: Temp = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
     seed: Seed = None,
     decode_concurrency: Annotated[
         int, typer.Option(min=1, help="Answers written at a time, in one batch.")

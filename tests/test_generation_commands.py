@@ -117,3 +117,25 @@ def test_what_does_not_go_together_is_wrong_usage(here, args):
     ran = call("generate", *args, *MODEL)
     assert ran.exit_code == 2
     assert "Traceback" not in ran.output
+
+
+@pytest.mark.parametrize("foreign", ["my notes", '{"a": 1}', "one prompt\nanother"])
+def test_a_foreign_file_is_no_output(here, foreign):
+    (here / "prompts.txt").write_text("the king\n")
+    (here / "notes").write_text(foreign)
+    args = ("generate", "--prompts-file", "prompts.txt", *MODEL, "-m", 4)
+    refuse(here, *args, "--output", "notes", says="notes:1 is no answer to a prompt")
+
+
+def test_the_prompts_are_no_output(here):
+    (here / "prompts").write_text("one prompt")
+    args = ("generate", "--prompts-file", "prompts", *MODEL, "-m", 4)
+    refuse(here, *args, "--output", "prompts", says="is the file of prompts itself")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("--min-tokens", 2**31), ("--repetition-context", 10**24), ("--temp", 1e39)],
+)
+def test_numbers_that_no_array_holds_are_refused(here, args):
+    refuse(here, "generate", PROMPT, *MODEL, *args, says=f"{args[0]} is")
