@@ -18,6 +18,8 @@ from mlx_openelm.version import __version__ as __version__
 if TYPE_CHECKING:
     from converters.conversion import convert
     from mlx_openelm.config import OpenELMConfig
+    from mlx_openelm.decoding import Context
+    from mlx_openelm.drafters import LookupDrafter, ModelDrafter
     from mlx_openelm.errors import OpenELMError
     from mlx_openelm.evaluation import evaluate
     from mlx_openelm.finetune_recipe import FinetuneRecipe
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
     from mlx_openelm.sampling import Sampling
 
 _HOMES = {
+    "Context": "mlx_openelm.decoding",
     "FinetuneRecipe": "mlx_openelm.finetune_recipe",
+    "LookupDrafter": "mlx_openelm.drafters",
+    "ModelDrafter": "mlx_openelm.drafters",
     "OpenELMConfig": "mlx_openelm.config",
     "OpenELMError": "mlx_openelm.errors",
     "Sampling": "mlx_openelm.sampling",
@@ -40,7 +45,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "Context",
     "FinetuneRecipe",
+    "LookupDrafter",
+    "ModelDrafter",
     "OpenELMConfig",
     "OpenELMError",
     "Sampling",
