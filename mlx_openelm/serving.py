@@ -120,8 +120,14 @@ class Handler(theirs.APIHandler):
                 message = f"The server failed at this request: {error}."
             self._refuse(RequestError(message, status=503, code=code))
 
+    def _asked_path(self) -> str:
+        try:
+            return urlsplit(self.path).path
+        except ValueError as error:
+            raise RequestError(f"This is no address: {error}.") from error
+
     def _get(self) -> None:
-        path = urlsplit(self.path).path
+        path = self._asked_path()
         if path == "/":
             self._send(200, read_page(), page_headers())
         elif path == "/health":
@@ -133,7 +139,7 @@ class Handler(theirs.APIHandler):
             raise _no_such(path)
 
     def _post(self) -> None:
-        path = urlsplit(self.path).path
+        path = self._asked_path()
         if path not in _COMPLETIONS:
             raise _no_such(path)
         self._check_key()
@@ -406,7 +412,8 @@ class Handler(theirs.APIHandler):
             pass
 
     def log_message(self, format: str, *args: Any) -> None:
-        log.info(format, *args)
+        line = format % args  # a client's: it may hold what a terminal obeys
+        log.info("%s", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
 _COMPLETIONS = {  # path -> whether it is chat

@@ -518,6 +518,7 @@ CHUNKS = b"5\r\nhello\r\nzz\r\nnonsense"
         ("GET /serving.html HTTP/1.1", b"", 404),
         ("GET /v1/completions HTTP/1.1", b"", 404),
         ("GET //[ HTTP/1.1", b"", 404),
+        ("GET http://[bad/ HTTP/1.1", b"", 400),
         ("DELETE /v1/models HTTP/1.1", b"", 501),
         ("GET / HTTP/9.9", b"", 505),
         ("\x00\x01\x02", b"", 400),
