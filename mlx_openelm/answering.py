@@ -20,6 +20,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.fingerprint import fingerprint_model
 from mlx_openelm.generation import check_room, prepare_prompt
 from mlx_openelm.model import OpenELM
+from mlx_openelm.penalties import check_bias
 from mlx_openelm.prompts_file import Prompt, Prompts
 from mlx_openelm.sampling import Sampling
 from mlx_openelm.tokenizer import Tokenizer, Turn, render
@@ -136,9 +137,11 @@ class _Job:
         """Check the settings.
 
         Raises:
-            OpenELMError: no such template, or it has no place for a system text.
+            OpenELMError: no such template, or it has no place for a system text; a
+                bias names no token of the model.
         """
         prepare_prompt(tokenizer, "", template=template, system=system)
+        check_bias(sampling.logit_bias, model.config.vocab_size)
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._template = (tokenizer.template or RAW) if template == "auto" else template
         self._system = system

@@ -80,7 +80,7 @@ class AnswersFile(Answers):
             force: replace answers that would not.
         """
         super().__init__(give)
-        self._path = path
+        self._path = Path(os.path.realpath(path))  # the lock is for the file itself
         self._find_place, self._force = find_place, force
         self._opened = contextlib.ExitStack()
 
@@ -100,8 +100,8 @@ class AnswersFile(Answers):
         with contextlib.ExitStack() as opened:
             with self._in_one_sentence():
                 opened.enter_context(held(self._path))
-                self._file = opened.enter_context(self._path.open("a+b"))
-                self._waiting = opened.enter_context(waiting.open("a+b"))
+                self._file = opened.enter_context(self._path.open("a+b", buffering=0))
+                self._waiting = opened.enter_context(waiting.open("a+b", buffering=0))
                 opened.callback(_remove_empty, waiting)
                 self._find_answers()
             self.give_on()  # what waited for its turn, and has it now
@@ -196,8 +196,9 @@ def _remove_empty(path: Path) -> None:
 
 
 def _append(file: IO[bytes], answer: Json) -> None:
-    file.write(to_line(answer).encode() + b"\n")
-    file.flush()
+    rest = to_line(answer).encode() + b"\n"
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _cut(file: IO[bytes], size: int) -> None:

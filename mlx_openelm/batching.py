@@ -94,14 +94,17 @@ def answer_together(
     waiting = iter(questions)
     rows = _Rows(model, tokenizer, sampling, islice(waiting, batch_size))
     queued = None
-    while rows.seats:
-        following = rows.queue_step()  # in vain where an answer ends before it
-        if queued is not None:
-            grown = queued.read()
-            on_step(len(grown))
-            rows.replace_ended(waiting)
-            yield from (s.conclude() for s in grown if s.answer.finish_reason)
-        queued = following
+    try:
+        while rows.seats:
+            following = rows.queue_step()  # in vain where an answer ends before it
+            if queued is not None:
+                grown = queued.read()
+                on_step(len(grown))
+                rows.replace_ended(waiting)
+                yield from (s.conclude() for s in grown if s.answer.finish_reason)
+            queued = following
+    finally:
+        openblas.use_threads(None)
 
 
 class _Seat:

@@ -205,13 +205,16 @@ def draw_tokens(
     hidden = context.read(model, prompt[known:])
     drawn = drawing.draw(model.head(hidden[:, -1]))
     drawn.queue()
-    for left in range(count - 1, -1, -1):
-        following = drawn
-        if left:
-            following = drawing.draw(step(drawn.tokens, context.cache))
-            following.queue()
-        (token,) = drawn.read()
-        if left:
-            context.tokens.append(token.id)
-        yield token
-        drawn = following
+    try:
+        for left in range(count - 1, -1, -1):
+            following = drawn
+            if left:
+                following = drawing.draw(step(drawn.tokens, context.cache))
+                following.queue()
+            (token,) = drawn.read()
+            if left:
+                context.tokens.append(token.id)
+            yield token
+            drawn = following
+    finally:
+        openblas.use_threads(None)

@@ -11,6 +11,7 @@ from mlx_openelm.decoding import Context, draw_tokens
 from mlx_openelm.drafters import Drafter
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model import OpenELM
+from mlx_openelm.penalties import check_bias
 from mlx_openelm.sampling import Sampling
 from mlx_openelm.speculation import draw_speculatively
 from mlx_openelm.tokenizer import Tokenizer, encode_prompt
@@ -171,6 +172,7 @@ def check_room(
         raise OpenELMError(
             f"The prompt holds token ids outside 0 to {rows - 1}, the model's rows."
         )
+    check_bias(sampling.logit_bias, rows)
     if slides:
         return sampling.max_tokens
     if len(ids) >= context:

@@ -75,7 +75,7 @@ def _rotate_pairs(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 
 
 def _rotate_by_matrix(x: mx.array, matrix: mx.array) -> mx.array:
-    return (x @ matrix).swapaxes(1, 2)
+    return (x @ matrix.astype(x.dtype)).swapaxes(1, 2)
 
 
 def _rotation_matrix(positions: mx.array, H: int, base: float) -> mx.array:

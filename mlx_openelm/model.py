@@ -110,7 +110,8 @@ class Attention(nn.Module):
         Q, K, H = self.num_query_heads, self.num_kv_heads, self.head_dim
         qkv = self.qkv_proj(x).reshape(B, T, Q + 2 * K, H)
         asking, values = mx.split(qkv, [Q + K], axis=2)  # (B, T, heads, H)
-        asking = normalize(asking, self.head_scales(), self.q_norm.eps)
+        longer = cache is None or T > 1
+        asking = normalize(asking, self.head_scales(fresh=longer), self.q_norm.eps)
         queries, keys = mx.split(rotate(asking), [Q], axis=1)  # (B, heads, T, H)
         values = values.swapaxes(1, 2)  # (B, K, T, H)
         if isinstance(mask, Sequences):
@@ -124,10 +125,14 @@ class Attention(nn.Module):
             attended = attend(queries, keys, values, mask)  # (B, Q, T, H)
         return self.out_proj(attended.swapaxes(1, 2).reshape(B, T, Q * H))
 
-    def head_scales(self) -> mx.array:
-        """Return the weights of q_norm and k_norm, a row for each head, (Q + K, H)."""
+    def head_scales(self, *, fresh: bool) -> mx.array:
+        """Return the weights of q_norm and k_norm, a row for each head, (Q + K, H).
+
+        Args:
+            fresh: join them anew, for they may have been changed in place.
+        """
         norms = self.q_norm.weight, self.k_norm.weight
-        if self._scales is None or not self._scales.are_of(norms):
+        if fresh or self._scales is None or not self._scales.are_of(norms):
             counts = self.num_query_heads, self.num_kv_heads
             rows = zip(norms, counts, strict=True)
             joined = mx.concatenate([mx.tile(w, (count, 1)) for w, count in rows])

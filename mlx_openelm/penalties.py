@@ -12,18 +12,24 @@ import mlx.core as mx
 from mlx_openelm.errors import OpenELMError
 
 
-def add_bias(logits: mx.array, bias: Sequence[tuple[int, float]]) -> mx.array:
-    """Add to the logits of single tokens; pairs of one token add up.
+def check_bias(bias: Sequence[tuple[int, float]], rows: int) -> None:
+    """Check that a model of so many rows has the tokens of a bias.
 
     Raises:
-        OpenELMError: there is no such token.
+        OpenELMError: it has not.
     """
-    ids, values = zip(*bias, strict=True)
-    if max(ids) >= logits.shape[-1]:
+    unknown = [token for token, _ in bias if token >= rows]
+    if unknown:
         raise OpenELMError(
-            f"--logit-bias names the token {max(ids)}; "
-            f"the model's tokens are 0 to {logits.shape[-1] - 1}."
+            f"--logit-bias names the token {unknown[0]}; "
+            f"the model's tokens are 0 to {rows - 1}."
         )
+
+
+def add_bias(logits: mx.array, bias: Sequence[tuple[int, float]]) -> mx.array:
+    """Add to the logits of single tokens; pairs of one token add up."""
+    check_bias(bias, logits.shape[-1])
+    ids, values = zip(*bias, strict=True)
     return logits.at[:, mx.array(ids)].add(mx.array(values, mx.float32))
 
 

@@ -197,9 +197,6 @@ def shape_logits(
 
     Returns:
         (R, V) in float32; the very same array where nothing is asked.
-
-    Raises:
-        OpenELMError: the bias names a token that the model does not have.
     """
     may_be_early = isinstance(written, mx.array) or written < sampling.min_tokens
     early = sampling.min_tokens > 0 and may_be_early

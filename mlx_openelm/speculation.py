@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
+from mlx_openelm import openblas
 from mlx_openelm.cache_kinds import SlidingKVCache
 from mlx_openelm.decoding import Context, Drawing, Drawn, Token
 from mlx_openelm.drafters import Draft, Drafter
@@ -47,14 +48,17 @@ def draw_speculatively(
     hidden = context.read(model, prompt[known:])
     drawn = text.queue(model.head(hidden[:, -1]))
     drafter.begin(prompt)
-    while True:
-        yield from text.draw_plainly(drawn)
-        while draft := text.guess():
-            yield from text.verify(draft)
-        if not text.left:
-            return
-        drawn = text.step(mx.array(text.tokens[-1:]))
-        context.tokens.append(text.tokens[-1])
+    try:
+        while True:
+            yield from text.draw_plainly(drawn)
+            while draft := text.guess():
+                yield from text.verify(draft)
+            if not text.left:
+                return
+            drawn = text.step(mx.array(text.tokens[-1:]))
+            context.tokens.append(text.tokens[-1])
+    finally:
+        openblas.use_threads(None)
 
 
 class _Text:

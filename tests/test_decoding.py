@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import UNEVEN, build
 
-from mlx_openelm import decoding, steps
+from mlx_openelm import decoding, openblas, steps
 from mlx_openelm.cache import KVCache
 from mlx_openelm.decoding import Context, draw_tokens
 from mlx_openelm.sampling import Sampling
@@ -131,3 +131,13 @@ def test_controls_see_the_prompt_and_what_was_said():
     assert [token == 2 for token in draw(prompt, 12, early)] == [False] * 10 + [
         True
     ] * 2
+
+
+def test_the_threads_of_a_small_model_are_given_back(monkeypatch):
+    asked = []
+    monkeypatch.setattr(openblas, "use_threads", asked.append)
+    drawn = draw_tokens(model, [3, 4, 5], Sampling(), 8)
+    next(drawn)
+    assert asked[-1] == 1
+    drawn.close()
+    assert asked[-1] is None

@@ -156,10 +156,29 @@ def test_mlx_lms_caches_are_taken():
         np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
 
 
-def test_new_norms_are_noticed():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_new_norms_are_noticed(in_place):
     changed = build(UNEVEN)
     tokens = mx.array([[1, 2, 3]])
     before = np.array(changed(tokens))
     norm = changed.layers[0].attn.k_norm
-    norm.weight = norm.weight * 2
+    if in_place:
+        norm.weight[:] = norm.weight * 2
+    else:
+        norm.weight = norm.weight * 2
     assert np.abs(np.array(changed(tokens)) - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("lengths", [(5, 7), (40, 60)])
+def test_sequences_are_trained_in_the_models_own_dtype(lengths):
+    half = build(UNEVEN)
+    half.set_dtype(mx.bfloat16)
+    tokens = mx.arange(sum(lengths))[None]
+
+    def loss(weight):
+        half.layers[0].attn.qkv_proj.weight = weight
+        return half.transformer(tokens, lengths=lengths).sum()
+
+    weight = half.layers[0].attn.qkv_proj.weight
+    assert half.transformer(tokens, lengths=lengths).dtype == mx.bfloat16
+    assert mx.grad(loss)(weight).dtype == mx.bfloat16
