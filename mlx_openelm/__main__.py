@@ -1,11 +1,15 @@
-"""`python -m mlx_openelm` is the same program as `mlx-openelm`."""
+"""Where the program starts, as `mlx-openelm` and as `python -m mlx_openelm`."""
 
 import signal
 
-if __name__ == "__main__":  # until `main` runs nothing is lost, and Ctrl-C is silent
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from mlx_openelm.cli import main
+def run() -> None:
+    """Start the command line; until it runs nothing is lost, and Ctrl-C is silent."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from mlx_openelm.cli import main
+
+    main()
+
 
 if __name__ == "__main__":
-    main()
+    run()

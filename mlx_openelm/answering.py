@@ -178,7 +178,8 @@ class _Job:
             "peak_memory_bytes": answered.peak_memory_bytes,
         }
         if self._sampling.logprobs:
-            described["logprobs"] = list(map(self._describe_token, answered.drawn))
+            said = answered.drawn[: len(answered.tokens)]  # EOS is left out
+            described["logprobs"] = list(map(self._describe_token, said))
         return place, {**described, "key": self._key(prompt, answered.question.ids)}
 
     def refuse(self, prompt: Prompt, problem: str) -> Json:

@@ -25,8 +25,8 @@ from mlx_openelm.sampling import (
     Sampling,
     choose_tokens,
     history_length,
-    keep_likely,
     shape_logits,
+    temper,
 )
 from mlx_openelm.steps import suit_threads
 from mlx_openelm.tokenizer import Tokenizer
@@ -255,8 +255,8 @@ class _Rows:
             return choose_tokens(shaped, self._sampling)
         numbers = [seat.question.number for seat in self.seats]
         keys = [_make_key(self._seed, *at) for at in zip(numbers, written, strict=True)]
-        likely = keep_likely(shaped, self._sampling) / max(self._sampling.temp, 1e-6)
-        tokens: mx.array = mx.vmap(_draw_one)(likely, mx.array(keys, mx.uint32))
+        tempered = temper(shaped, self._sampling)
+        tokens: mx.array = mx.vmap(_draw_one)(tempered, mx.array(keys, mx.uint32))
         return tokens.astype(mx.int32)
 
     # Prompts ---------------------------------------------------------------------

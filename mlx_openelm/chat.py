@@ -222,7 +222,7 @@ class _Chat:
             case "undo":
                 talk.undo()
                 self._console.note(f"[taken back; {self._count_pairs()} before it]")
-            case "quit":
+            case "quit" | "exit":
                 return False
             case _:
                 raise OpenELMError(

@@ -72,6 +72,8 @@ def open_model(
     from mlx_openelm.hub import DEMO, find_model
     from mlx_openelm.loading import load_model, load_tokenizer, stored_dtype
 
+    if name is not None and not name.strip():
+        raise OpenELMError("--model is empty; say demo, a model folder, or a Hub id.")
     adapter = None
     if adapter_path is not None:
         adapter = open_adapter_folder(Path(os.path.expanduser(adapter_path)))

@@ -45,7 +45,7 @@ class Context:
     """Tokens that went through a model, with their keys and values.
 
     Attributes:
-        tokens: their ids; the cache may hold one more, that was queued in vain.
+        tokens: their ids; the cache may hold some more, that were queued in vain.
     """
 
     def __init__(
@@ -55,6 +55,13 @@ class Context:
         self.tokens: list[int] = []
         self.cache: list[ModelCache] = [make_cache() for _ in model.layers]
         self._make_cache = make_cache
+        self._step: Step | None = None
+
+    def step(self, model: OpenELM) -> Step:
+        """Return this device's step; if it is compiled, then once for a context."""
+        if self._step is None:
+            self._step = choose_step(model)
+        return self._step
 
     @property
     def slides(self) -> bool:
@@ -71,10 +78,10 @@ class Context:
             if ours != theirs:
                 break
             kept += 1
-        excess = self.cache[0].offset - kept
-        if all(layer.can_trim(excess) for layer in self.cache):
+        # A layer by itself: what was interrupted may have reached some of them alone.
+        if all(layer.can_trim(layer.offset - kept) for layer in self.cache):
             for layer in self.cache:
-                layer.trim(excess)
+                layer.trim(layer.offset - kept)
         else:
             kept = 0
             self.cache[:] = [self._make_cache() for _ in self.cache]
@@ -191,7 +198,7 @@ def draw_tokens(
     context: Context | None = None,
     step: Step | None = None,
 ) -> Iterator[Token]:
-    """Yield `count` tokens; each next step is queued before a token is read.
+    """Yield `count` tokens; behind the first one, each step is queued ahead.
 
     Args:
         step: what takes a token through the model; by default this device's own.
@@ -199,14 +206,19 @@ def draw_tokens(
             all that went through the model in the end.
     """
     context = Context(model) if context is None else context
-    step = step or choose_step(model)
+    step = step or context.step(model)
     drawing = Drawing(sampling, prompt, model.config.max_context_length, eos_id)
     known = context.reuse(prompt)
     hidden = context.read(model, prompt[known:])
     drawn = drawing.draw(model.head(hidden[:, -1]))
-    drawn.queue()
+    (first,) = drawn.read()
+    yield first  # before a step is built, or even compiled
+    if count == 1:
+        return
+    drawn = drawing.draw(step(drawn.tokens, context.cache))
+    context.tokens.append(first.id)
     try:
-        for left in range(count - 1, -1, -1):
+        for left in range(count - 2, -1, -1):
             following = drawn
             if left:
                 following = drawing.draw(step(drawn.tokens, context.cache))

@@ -153,7 +153,6 @@ class ModelDrafter(Drafter):
         known = self._context.reuse(prompt)
         if len(prompt) < self.context_length:
             self._context.read(self._model, prompt[known:])
-            mx.async_eval([layer.state for layer in self._context.cache])
 
     def propose(
         self, text: Sequence[int], count: int, drawing: Drawing

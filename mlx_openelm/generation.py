@@ -146,10 +146,19 @@ def generate(
     *,
     template: str = "auto",
     system: str = "",
+    context: Context | None = None,
+    drafter: Drafter | None = None,
 ) -> str:
     """Return the whole continuation of a prompt; see `stream`."""
     pieces = stream(
-        model, tokenizer, prompt, sampling, template=template, system=system
+        model,
+        tokenizer,
+        prompt,
+        sampling,
+        template=template,
+        system=system,
+        context=context,
+        drafter=drafter,
     )
     return "".join(piece.text for piece in pieces)
 

@@ -108,7 +108,8 @@ DraftModel = Annotated[
 KvBits = Annotated[
     int | None,
     typer.Option(
-        help="Keep keys and values in 4 or 8 bits.", rich_help_panel=_SHORT_CUTS
+        help="Keep keys and values in 4 or 8 bits: less memory, slower.",
+        rich_help_panel=_SHORT_CUTS,
     ),
 ]
 KvGroupSize = Annotated[
@@ -178,11 +179,14 @@ def generate(
         ),
     ] = None,
     batch_size: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=1, max=1024, help="Prompts answered together.", rich_help_panel=_MANY
+            min=1,
+            max=1024,
+            help="Prompts answered together; default 16.",
+            rich_help_panel=_MANY,
         ),
-    ] = 16,
+    ] = None,
     force: Annotated[
         bool,
         typer.Option(
@@ -236,13 +240,14 @@ def generate(
             said,
             template=template,
             system=system,
-            batch_size=batch_size,
+            batch_size=batch_size or 16,
             output=_expand(output),
             force=force,
         )
         return
-    if output is not None:
-        raise typer.BadParameter("is for --prompts-file", param_hint="--output")
+    many = {"--output": output, "--batch-size": batch_size, "--force": force or None}
+    for flag in (flag for flag, value in many.items() if value is not None):
+        raise typer.BadParameter("is for --prompts-file", param_hint=flag)
     if logprobs and not as_json:
         raise typer.BadParameter("is shown with --json", param_hint="--logprobs")
     text = _read_prompt(prompt, prompt_option)
@@ -434,6 +439,8 @@ def _make_drafter(
         )
     from mlx_openelm.drafters import LookupDrafter, ModelDrafter, check_draft
 
+    if draft_model is not None and not draft_model.strip():
+        raise OpenELMError("--draft-model is empty; say a model, or leave it out.")
     if draft_model is None:
         assert lookup is not None
         return LookupDrafter(lookup)

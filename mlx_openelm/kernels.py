@@ -135,7 +135,7 @@ def attend(
 
     Args:
         queries: (B, Q, T, H); keys and values are (B, K, S, H), shared by Q / K heads.
-        mask: "causal" (the last query sees all keys), None, or what MLX takes.
+        mask: "causal" (the last query sees all keys), None, or bool: what is seen.
     """
     B, Q, T, H = queries.shape
     if _on_gpu() or queries.dtype != mx.float32:

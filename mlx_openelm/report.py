@@ -46,7 +46,7 @@ def generated_json(pieces: Sequence["Piece"], tokenizer: "Tokenizer") -> dict[st
                     for token, value in piece.top_logprobs
                 ],
             }
-            for piece in pieces
+            for piece in said
         ]
     return {
         "text": "".join(piece.text for piece in pieces),

@@ -224,7 +224,7 @@ def choose_tokens(logits: mx.array, sampling: Sampling) -> mx.array:
     """Return a token id for every row, int32 (R,)."""
     if sampling.temp == 0:
         return mx.argmax(logits, axis=-1).astype(mx.int32)
-    return mx.random.categorical(_temper(logits, sampling)).astype(mx.int32)
+    return mx.random.categorical(temper(logits, sampling)).astype(mx.int32)
 
 
 def distribution(logits: mx.array, sampling: Sampling) -> mx.array:
@@ -232,11 +232,12 @@ def distribution(logits: mx.array, sampling: Sampling) -> mx.array:
     if sampling.temp == 0:
         chosen = mx.argmax(logits, axis=-1, keepdims=True)
         return mx.where(mx.arange(logits.shape[-1]) == chosen, 0.0, -mx.inf)
-    tempered = _temper(logits, sampling)
+    tempered = temper(logits, sampling)
     return tempered - mx.logsumexp(tempered, axis=-1, keepdims=True)
 
 
-def _temper(logits: mx.array, sampling: Sampling) -> mx.array:
+def temper(logits: mx.array, sampling: Sampling) -> mx.array:
+    """Return the logits (R, V), float32, of what is drawn: filtered, over `temp`."""
     return keep_likely(logits, sampling) / max(sampling.temp, _SMALLEST)
 
 

@@ -93,6 +93,8 @@ class Handler(theirs.APIHandler):
     def do_GET(self) -> None:
         self._answer(self._get)
 
+    do_HEAD = do_GET
+
     def do_POST(self) -> None:
         self.unread = True
         self._answer(self._post)
@@ -131,7 +133,9 @@ class Handler(theirs.APIHandler):
         if path == "/":
             self._send(200, read_page(), page_headers())
         elif path == "/health":
-            self.handle_health_check()
+            healthy = self.server.engine.is_healthy
+            status, word = (200, "ok") if healthy else (503, "unavailable")
+            self._send_json(status, {"status": word})
         elif path == "/v1/models" or path.startswith("/v1/models/"):
             self._check_key()
             self._send_models(path.removeprefix("/v1/models").removeprefix("/"))
@@ -143,15 +147,18 @@ class Handler(theirs.APIHandler):
         if path not in _COMPLETIONS:
             raise _no_such(path)
         self._check_key()
-        if self.server.under_way > MOST_AT_ONCE:
+        body = read_json(self._read_body())
+        request = read_completion(body, self.server.served, chat=_COMPLETIONS[path])
+        if not self.server.places.acquire(blocking=False):
             raise RequestError(
-                f"{MOST_AT_ONCE} requests are under way; try again later.",
+                f"{MOST_AT_ONCE} answers are under way; try again later.",
                 status=503,
                 code="overloaded",
             )
-        body = read_json(self._read_body())
-        request = read_completion(body, self.server.served, chat=_COMPLETIONS[path])
-        self._complete(request)
+        try:
+            self._complete(request)
+        finally:
+            self.server.places.release()
 
     # Who may ask -----------------------------------------------------------------
 
@@ -449,7 +456,8 @@ class Server(ThreadingHTTPServer):
         access: where, and for whom.
         is_loopback: whether only programs of this machine reach it.
         stopping: whether it is about to end.
-        under_way: the number of requests that are being answered.
+        under_way: the number of requests that are being read or answered.
+        places: for completions; a request that is not whole takes none.
     """
 
     served: Served
@@ -489,6 +497,7 @@ class Server(ThreadingHTTPServer):
         self.access, self.stopping = access, False
         self.started = int(time.time())
         self.under_way, self._ended = 0, threading.Condition()
+        self.places = threading.Semaphore(MOST_AT_ONCE)
         super().__init__(address, Handler, bind_and_activate=False)
         with self._named_errors():
             self.server_bind()

@@ -1,6 +1,7 @@
 """The command that serves a model to other programs, and to a browser."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +34,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8080,
     api_key: Annotated[
         str | None,
-        typer.Option(help="What clients have to show.", envvar="MLX_OPENELM_API_KEY"),
+        typer.Option(
+            help="Clients show it as Authorization: Bearer.",
+            envvar="MLX_OPENELM_API_KEY",
+        ),
     ] = None,
     allowed_origins: Annotated[
         str, typer.Option(help="Other sites whose pages may ask: https://a.b,... or *.")
@@ -86,8 +90,11 @@ def serve(
             f"No template is called {template!r}; there are "
             f"{', '.join(TEMPLATE_NAMES)}."
         )
-    if api_key is not None and not api_key.strip():
-        raise OpenELMError("--api-key is empty; say a key, or leave it out.")
+    if api_key is not None and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", api_key):
+        raise OpenELMError(
+            "--api-key is empty, begins or ends with a space, or is not all ASCII; say "
+            "another key, or leave it out."
+        )
     levels = ("DEBUG", "INFO", "WARNING", "ERROR")
     if log_level.upper() not in levels:
         raise OpenELMError(f"--log-level is {log_level}; say {', '.join(levels)}.")

@@ -182,36 +182,45 @@ class Engine(theirs.ResponseGenerator):
 
 
 class _Drawing:
-    """How one answer is drawn: what `decoding.Drawing` does, within mlx-lm's batch."""
+    """How one answer is drawn: what `decoding.Drawing` does, within mlx-lm's batch.
+
+    mlx-lm tells the log-probabilities of what its processors return. So ours return
+    the model's own logits, and what is asked of them is done where a token is drawn.
+    """
 
     def __init__(self, request: Completion, eos_id: int, context_length: int) -> None:
-        self.request, self._eos_id = request, eos_id
-        self._sampling = request.sampling
+        self._sampling, self._eos_id = request.sampling, eos_id
         self._history = history_length(request.sampling, context_length)
+        self._penalties = make_logits_processors(
+            presence_penalty=request.presence_penalty,
+            presence_context_size=request.sampling.repetition_context,
+            frequency_penalty=request.frequency_penalty,
+            frequency_context_size=request.sampling.repetition_context,
+        )
+        asked = self._history or self._sampling.logit_bias or self._sampling.min_tokens
+        self._shapes = bool(asked or self._penalties)
+        self._seen: tuple[mx.array, mx.array] | None = None
         self._key: mx.array | None = None
         self._written = 0
 
     def make_sampler(self) -> Callable[[mx.array], mx.array]:
-        if self._sampling.temp == 0:
+        if self._sampling.temp == 0 and not self._shapes:
             return _choose_greedily  # one object: mlx-lm then calls it once for all
-        if self._sampling.seed is not None:
+        if self._sampling.temp > 0 and self._sampling.seed is not None:
             self._key = mx.random.key(self._sampling.seed)
         return self._draw
 
     def make_processors(self) -> list[Callable[[mx.array, mx.array], mx.array]]:
-        """Return what changes the logits; nothing where nothing is asked."""
-        asked = self._sampling
-        processors = make_logits_processors(
-            presence_penalty=self.request.presence_penalty,
-            presence_context_size=asked.repetition_context,
-            frequency_penalty=self.request.frequency_penalty,
-            frequency_context_size=asked.repetition_context,
-        )
-        if self._history or asked.logit_bias or asked.min_tokens:
-            processors.insert(0, self._shape)
-        return processors
+        return [self._see] if self._shapes else []
+
+    def _see(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        """Remember the text so far (N,) and the logits (1, V) behind it."""
+        self._seen = tokens, logits
+        return logits
 
     def _draw(self, logprobs: mx.array) -> mx.array:
+        if self._seen is not None:
+            logprobs = self._shape(*self._seen)
         if self._key is None:
             return choose_tokens(logprobs, self._sampling)
         # The keys that MLX's own state goes through behind mx.random.seed.
@@ -229,6 +238,8 @@ class _Drawing:
             eos_id=self._eos_id,
         )
         self._written += 1
+        for penalize in self._penalties:
+            shaped = penalize(tokens, shaped)
         return shaped
 
 

@@ -8,6 +8,7 @@ others; what is known and cannot be done here is refused.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NoReturn
 
 from mlx_openelm.conversation import RAW, encode_turns
@@ -301,6 +302,7 @@ def _read_prompt(body: Mapping[str, Any], served: Served) -> list[int]:
     if isinstance(prompt, list) and len(prompt) == 1 and not _is_id(prompt[0]):
         prompt = prompt[0]
     if isinstance(prompt, str):
+        _check_length(prompt, served, "prompt")
         try:
             return served.tokenizer.encode(prompt)
         except OpenELMError as error:
@@ -317,6 +319,22 @@ def _read_prompt(body: Mapping[str, Any], served: Served) -> list[int]:
     return prompt
 
 
+def _check_length(text: str, served: Served, param: str) -> None:
+    """Refuse what cannot fit before it is encoded, which takes time and memory."""
+    if len(text) > served.context_length * _longest_piece(served.tokenizer):
+        raise RequestError(
+            f"The text has {len(text)} characters, and the model's context is "
+            f"{served.context_length} tokens; shorten it.",
+            code="context_length_exceeded",
+            param=param,
+        )
+
+
+@cache
+def _longest_piece(tokenizer: Tokenizer) -> int:
+    return max(len(tokenizer.piece(i)) for i in range(tokenizer.vocab_size))
+
+
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -326,6 +344,8 @@ def _read_messages(body: Mapping[str, Any], served: Served) -> tuple[list[int], 
     if not isinstance(messages, list) or not messages:
         raise _wrong("messages", "must be a list of at least one message")
     turns = [_read_turn(f"messages[{i}]", m) for i, m in enumerate(messages)]
+    for turn in turns:
+        _check_length(turn.text, served, "messages")
     system = turns.pop(0).text if turns[0].role == "system" else ""
     expected = (["user", "assistant"] * len(turns))[: len(turns)]
     if len(turns) % 2 == 0 or [turn.role for turn in turns] != expected:

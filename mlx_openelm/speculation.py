@@ -15,7 +15,7 @@ from mlx_openelm.decoding import Context, Drawing, Drawn, Token
 from mlx_openelm.drafters import Draft, Drafter
 from mlx_openelm.model import OpenELM
 from mlx_openelm.sampling import Sampling, choose_tokens, distribution
-from mlx_openelm.steps import Step, choose_step
+from mlx_openelm.steps import Step
 
 
 def draw_speculatively(
@@ -40,23 +40,26 @@ def draw_speculatively(
             all that went through the model in the end.
     """
     context = Context(model) if context is None else context
-    step = step or choose_step(model)
+    step = step or context.step(model)
     drawing = Drawing(sampling, prompt, model.config.max_context_length, eos_id)
     text = _Text(model, prompt, count, drafter, drawing, context, step)
     drafter.pace.begin()
     known = context.reuse(prompt)
     hidden = context.read(model, prompt[known:])
-    drawn = text.queue(model.head(hidden[:, -1]))
+    (first,) = text.queue(model.head(hidden[:, -1])).read()
+    text.tokens.append(first.id)
+    text.left -= 1
+    yield first  # before a step is built, or the drafter reads the prompt
     drafter.begin(prompt)
     try:
         while True:
-            yield from text.draw_plainly(drawn)
             while draft := text.guess():
                 yield from text.verify(draft)
             if not text.left:
                 return
             drawn = text.step(mx.array(text.tokens[-1:]))
             context.tokens.append(text.tokens[-1])
+            yield from text.draw_plainly(drawn)
     finally:
         openblas.use_threads(None)
 

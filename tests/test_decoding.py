@@ -88,14 +88,12 @@ def test_the_compiled_step_draws_what_the_plain_one_does(monkeypatch, offset):
 
 def test_on_a_gpu_the_step_is_compiled(monkeypatch):
     chosen = []
-    monkeypatch.setattr(steps, "compiled_step", lambda m: chosen.append(m))
-    steps.choose_step(model)
-    assert not chosen  # this is a CPU, or the assertion below holds twice
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    device = type("Gpu", (), {"type": mx.DeviceType.gpu})
-    monkeypatch.setattr(mx, "default_device", device)
-    steps.choose_step(model)
-    assert chosen == [model]
+    monkeypatch.setattr(steps, "compiled_step", chosen.append)
+    for kind, expected in ((mx.DeviceType.cpu, []), (mx.DeviceType.gpu, [model])):
+        device = type("Device", (), {"type": kind})
+        monkeypatch.setattr(mx, "default_device", device)
+        steps.choose_step(model)
+        assert chosen == expected
 
 
 @pytest.mark.interop
@@ -137,7 +135,55 @@ def test_the_threads_of_a_small_model_are_given_back(monkeypatch):
     asked = []
     monkeypatch.setattr(openblas, "use_threads", asked.append)
     drawn = draw_tokens(model, [3, 4, 5], Sampling(), 8)
-    next(drawn)
+    next(drawn), next(drawn)
     assert asked[-1] == 1
     drawn.close()
     assert asked[-1] is None
+
+
+def test_an_interrupt_in_a_forward_pass_leaves_a_right_context(monkeypatch):
+    context = Context(model)
+    prompt = list(range(3, 13))
+    drawn = draw_tokens(model, prompt, Sampling(), 20, context=context)
+    said = [next(drawn).id]
+    layers = iter([None, KeyboardInterrupt()])  # in the second one
+    original = decoding.KVCache.update_and_fetch
+
+    def interrupted(self, keys, values):
+        if error := next(layers, None):
+            raise error
+        return original(self, keys, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.KVCache, "update_and_fetch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(drawn)
+    longer = [*prompt, *said, 9]
+    assert draw(longer, 5, context=context) == uncached(longer, 5)
+
+
+def test_new_norms_are_noticed_in_the_next_step():
+    changed, cache = build(UNEVEN), [KVCache() for _ in model.layers]
+    tokens = mx.array([[1, 2, 3, 4]])
+    changed(tokens[:, :2], cache)
+    changed(tokens[:, 2:3], cache)
+    norm = changed.layers[-1].attn.q_norm
+    norm.weight = norm.weight * 2
+    fresh = [KVCache() for _ in model.layers]
+    changed(tokens[:, :3], fresh)
+    step, expected = changed(tokens[:, 3:], cache), changed(tokens[:, 3:], fresh)
+    np.testing.assert_allclose(np.array(step), np.array(expected), atol=1e-5)
+
+
+def test_the_first_token_comes_before_a_step_is_made():
+    steps_made = []
+
+    def step(token, cache):
+        steps_made.append(token)
+        return plain_step(model)(token, cache)
+
+    drawn = draw_tokens(model, [3, 4, 5], Sampling(), 3, step=step)
+    next(drawn)
+    assert not steps_made
+    assert len([*drawn]) == 2
+    assert len(steps_made) == 2

@@ -182,3 +182,13 @@ def test_sequences_are_trained_in_the_models_own_dtype(lengths):
     weight = half.layers[0].attn.qkv_proj.weight
     assert half.transformer(tokens, lengths=lengths).dtype == mx.bfloat16
     assert mx.grad(loss)(weight).dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("rows", [2, 200])  # what is small has a form of its own
+def test_a_norm_is_its_formula(rows):
+    x = np.random.default_rng(0).standard_normal((1, rows, 6, 64), np.float32)
+    for shape in ((64,), (6, 64)):
+        weight = np.random.default_rng(1).standard_normal(shape, np.float32)
+        expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
+        found = openelm.normalize(mx.array(x), mx.array(weight), 1e-6)
+        np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
