@@ -86,9 +86,7 @@ class Sampling:
             ("logprobs", 0 <= self.logprobs <= 20, "between 0 and 20"),
             ("seed", 0 <= (self.seed or 0) < 2**64, "between 0 and 2**64 - 1"),
         )
-        sizes = ((n, getattr(self, n)) for n in _WHOLE if n != "seed")
-        huge = ((n, size < 2**31, "below 2**31") for n, size in sizes)
-        for name, holds, expected in (*limits, *huge):
+        for name, holds, expected in limits:
             if not holds:
                 raise OpenELMError(
                     f"{_flag(name)} is {getattr(self, name)}; it must be {expected}."
@@ -207,9 +205,11 @@ def shape_logits(
     if sampling.logit_bias:
         logits = penalties.add_bias(logits, sampling.logit_bias)
     if early:
-        logits = penalties.forbid_end(logits, written, sampling.min_tokens, eos_id)
+        least = min(sampling.min_tokens, 2**31 - 1)  # what an int32 holds
+        logits = penalties.forbid_end(logits, written, least, eos_id)
     if penalized:
-        recent = history[:, -sampling.repetition_context :]
+        length = min(sampling.repetition_context, history.shape[1])
+        recent = history[:, -length:]
         logits = penalties.penalize_repetition(
             logits, recent, sampling.repetition_penalty
         )
