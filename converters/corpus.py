@@ -23,7 +23,7 @@ import numpy.typing as npt
 import sentencepiece
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.recipe import DataRecipe, TokenizerRecipe
+from mlx_openelm.pretrain_recipe import DataRecipe, TokenizerRecipe
 from mlx_openelm.tokenizer import Tokenizer
 
 IGNORED = -100  # a target that is not learnt from

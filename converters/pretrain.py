@@ -39,7 +39,7 @@ from converters.corpus import (
 from converters.reference import ReferenceOpenELM, summed_loss
 from mlx_openelm.config import BOS_ID, EOS_ID, read_mapping
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.recipe import OptimizerRecipe, PretrainRecipe
+from mlx_openelm.pretrain_recipe import OptimizerRecipe, PretrainRecipe
 from mlx_openelm.tokenizer import Tokenizer
 
 LAST = "training_checkpoint_last.pt"

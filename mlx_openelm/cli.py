@@ -13,20 +13,19 @@ from typer.core import TyperGroup
 
 from mlx_openelm.bench_commands import bench
 from mlx_openelm.command_options import (
-    Adapter,
     Force,
     Json,
-    Model,
     Offline,
     Quiet,
     need_torch,
-    open_model,
 )
 from mlx_openelm.console import Console, close_broken_pipe, prepare_streams
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.evaluation_commands import evaluate
 from mlx_openelm.generation_commands import chat, generate
+from mlx_openelm.pretraining_commands import pretrain
 from mlx_openelm.serving_commands import serve
-from mlx_openelm.training_commands import lora, pretrain
+from mlx_openelm.training_commands import lora
 from mlx_openelm.version import __version__
 
 
@@ -368,39 +367,6 @@ def inspect(
 
 
 @app.command()
-def evaluate(
-    text: Annotated[list[Path], typer.Option(help="A text file to score; repeatable.")],
-    model: Model = None,
-    adapter_path: Adapter = None,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens in a window; default the context length.")
-    ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    offline: Offline = False,
-) -> None:
-    """Score how well a model predicts text files: bits per byte, perplexity."""
-    console = Console(quiet=quiet)
-    from mlx_openelm.evaluation import evaluate as run
-    from mlx_openelm.report import as_json as fields
-    from mlx_openelm.report import show_score
-
-    _, loaded, tokenizer = open_model(console, model, adapter_path, offline)
-    with console.progress("Scoring") as progress:
-        score = run(
-            loaded,
-            tokenizer,
-            text=text,
-            window=window,
-            on_progress=lambda done, total: progress.update(done, total, "windows"),
-        )
-    if as_json:
-        console.answer_json(fields(score))
-    else:
-        show_score(console, score)
-
-
-@app.command()
 def selfcheck(as_json: Json = False, quiet: Quiet = False) -> None:
     """Check that this machine computes OpenELM rightly; prints a report to send."""
     console = Console(quiet=quiet)
@@ -446,6 +412,7 @@ def parity(
         )
 
 
+app.command()(evaluate)
 app.command()(bench)
 app.command()(lora)
 app.command()(pretrain)

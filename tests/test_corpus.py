@@ -16,7 +16,7 @@ from converters.corpus import (
     train_tokenizer,
 )
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.recipe import DataRecipe, TokenizerRecipe
+from mlx_openelm.pretrain_recipe import DataRecipe, TokenizerRecipe
 
 tokenizer = small_tokenizer()
 

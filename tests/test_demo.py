@@ -16,7 +16,8 @@ from mlx_openelm.evaluation import evaluate
 from mlx_openelm.generation import generate
 from mlx_openelm.hub import demo_folder
 from mlx_openelm.loading import load
-from mlx_openelm.recipe import PretrainRecipe, load_recipe
+from mlx_openelm.pretrain_recipe import PretrainRecipe
+from mlx_openelm.recipe import load_recipe
 from mlx_openelm.sampling import Sampling
 from mlx_openelm.tokenizer import SPACE, Tokenizer
 from mlx_openelm.tokenizer_finder import prove_tokenizer

@@ -30,15 +30,14 @@ from converters.pretrain import (  # noqa: E402
 from converters.reference import ReferenceOpenELM  # noqa: E402
 from mlx_openelm.config import OpenELMConfig  # noqa: E402
 from mlx_openelm.errors import OpenELMError  # noqa: E402
-from mlx_openelm.recipe import (  # noqa: E402
+from mlx_openelm.pretrain_recipe import (  # noqa: E402
     DataRecipe,
     ModelRecipe,
     OptimizerRecipe,
     PretrainRecipe,
     TokenizerRecipe,
-    bundled_recipes,
-    load_recipe,
 )
+from mlx_openelm.recipe import bundled_recipes, load_recipe  # noqa: E402
 
 
 @pytest.fixture

@@ -1,0 +1,241 @@
+"""What decides a pre-training run: the sections of a recipe in recipes/pretrain."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from mlx_openelm.config import (
+    FFN_DIM_DIVISOR,
+    FFN_MULTIPLIERS,
+    QKV_MULTIPLIERS,
+    OpenELMConfig,
+)
+from mlx_openelm.errors import OpenELMError
+
+Multipliers = float | tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecipe:
+    """A released size by `name`, or the sizes that layer-wise scaling needs."""
+
+    name: str | None = None
+    num_layers: int | None = None
+    model_dim: int | None = None
+    head_dim: int | None = None
+    num_gqa_groups: int = 4
+    qkv_multipliers: Multipliers = QKV_MULTIPLIERS
+    ffn_multipliers: Multipliers = FFN_MULTIPLIERS
+    ffn_dim_divisor: int = FFN_DIM_DIVISOR
+    max_context_length: int = 2048
+
+    def build(self, vocab_size: int) -> OpenELMConfig:
+        """Return the config for a vocabulary of `vocab_size` pieces."""
+        if self.name is not None:
+            config = OpenELMConfig.preset(self.name, vocab_size=vocab_size)
+            return dataclasses.replace(
+                config, max_context_length=self.max_context_length
+            )
+        if self.num_layers is None or self.model_dim is None or self.head_dim is None:
+            raise OpenELMError(
+                "The recipe's model needs a name (270M, 450M, 1.1B, 3B), or "
+                "num_layers, model_dim and head_dim."
+            )
+        return OpenELMConfig.scaled(
+            num_layers=self.num_layers,
+            model_dim=self.model_dim,
+            head_dim=self.head_dim,
+            num_gqa_groups=self.num_gqa_groups,
+            qkv_multipliers=self.qkv_multipliers,
+            ffn_multipliers=self.ffn_multipliers,
+            ffn_dim_divisor=self.ffn_dim_divisor,
+            vocab_size=vocab_size,
+            max_context_length=self.max_context_length,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerRecipe:
+    """A tokenizer.model at `path`; without one, `vocab_size` pieces are trained."""
+
+    path: str | None = None
+    vocab_size: int = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusRecipe:
+    """One of several corpora that are mixed.
+
+    Attributes:
+        files: patterns, relative to the working folder; {000..099} stands for a range
+            of numbered files, all of which must be there.
+        text_key: the name of the text in JSON records and parquet columns.
+        weight: its share of the documents, next to the others' weights.
+    """
+
+    files: tuple[str, ...]
+    text_key: str = "text"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise OpenELMError(
+                f"The weight of a corpus is {self.weight}; it must be above 0."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class DataRecipe:
+    """Which text is read, and how a document becomes sequences.
+
+    Without `packing`, the rules are OpenELM's, on text that is streamed: pieces of
+    `words_per_piece` words, dropped below `min_characters` or `min_tokens`, one to a
+    padded sequence. With it, the text is held in memory, documents follow one another
+    and every sequence is full.
+
+    Attributes:
+        train: files as in `CorpusRecipe`; the corpus where there is one alone.
+        corpora: several, mixed by weight, in place of `train`.
+        exclude, heldout: file patterns that are not trained on; `heldout` is scored.
+        document_start: a regular expression; in plain text, a line that it matches
+            whole begins a document. Without it, a file is a document.
+        shuffle_block: documents that are shuffled together; 1 keeps their order.
+        on_damage: "stop", or "skip" the rest of a damaged file.
+        cache: a folder for the tokens of what was read once.
+        workers: processes that read and tokenize; 0: the training process does.
+    """
+
+    train: tuple[str, ...] = ()
+    corpora: tuple[CorpusRecipe, ...] = ()
+    text_key: str = "text"
+    exclude: tuple[str, ...] = ()
+    heldout: tuple[str, ...] = ()
+    document_start: str | None = None
+    packing: bool = False
+    words_per_piece: int = 2048
+    min_characters: int = 200
+    min_tokens: int = 256
+    shuffle_block: int = 1000
+    on_damage: str = "stop"
+    cache: str | None = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.on_damage not in ("stop", "skip"):
+            raise OpenELMError(
+                f"data.on_damage is {self.on_damage!r}; expected stop or skip."
+            )
+        for name, least in (
+            *(("words_per_piece", 1), ("min_characters", 0), ("min_tokens", 0)),
+            *(("shuffle_block", 1), ("workers", 0)),
+        ):
+            if getattr(self, name) < least:
+                raise OpenELMError(
+                    f"data.{name} is {getattr(self, name)}; it must be at least "
+                    f"{least}."
+                )
+        if self.train and self.corpora:
+            raise OpenELMError(
+                "The recipe's data has both train and corpora; say one of them."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerRecipe:
+    """AdamW with a linear warm-up and a cosine to `final_learning_rate`.
+
+    "muon" gives the layers' matrices to Muon and leaves the rest to AdamW.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 5.3e-3
+    final_learning_rate: float = 5.3e-4
+    warmup_steps: int = 5000
+    warmup_learning_rate: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    z_loss: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise OpenELMError(
+                f"optimizer.name is {self.name!r}; expected adamw or muon."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRecipe:
+    """How the trained model reads best: its generation_config.json."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainRecipe:
+    """Everything that decides a pre-training run.
+
+    Attributes:
+        init: a .pt file to begin with; the config.json beside it says the sizes, and
+            the recipe's model is left out.
+        steps: optimizer updates.
+        batch_size: sequences of one step, over all processes.
+        micro_batch_size: sequences of a forward pass; gradients are accumulated until
+            a process has done its share.
+        parallel: "ddp", or "fsdp" to shard weights, gradients and optimizer state.
+        activation_checkpointing: compute a block's inside again for its gradient.
+        keep_last: the newest checkpoints of weights that are kept, and `keep_every`
+            so many steps one for good.
+        average_last: checkpoints whose mean is the result.
+        sample_prompts: texts that are continued, every `sample_every` steps.
+    """
+
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    generation: GenerationRecipe = field(default_factory=GenerationRecipe)
+    init: str | None = None
+    output: str = "pretrained"
+    steps: int = 350_000
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    seed: int = 0
+    parallel: str = "ddp"
+    bf16: bool = False
+    activation_checkpointing: bool = False
+    compile: bool = False
+    report_every: int = 10
+    eval_every: int = 500
+    eval_window: int = 256
+    eval_sequences: int = 256
+    save_every: int = 500
+    keep_last: int = 5
+    keep_every: int | None = None
+    average_last: int = 1
+    sample_every: int | None = None
+    sample_prompts: tuple[str, ...] = ()
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("steps", "batch_size", "micro_batch_size", "report_every", "eval_every"),
+            *("eval_window", "eval_sequences", "save_every", "keep_every"),
+            "sample_every",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OpenELMError(f"{name} is {value}; it must be at least 1.")
+        if not 0 <= self.seed < 2**63:
+            raise OpenELMError(f"seed is {self.seed}; it must be 0 to 2**63 - 1.")
+        if self.parallel not in ("ddp", "fsdp"):
+            raise OpenELMError(f"parallel is {self.parallel!r}; expected ddp or fsdp.")
+        if not 1 <= self.average_last <= self.keep_last:
+            raise OpenELMError(
+                f"average_last is {self.average_last}, but keep_last keeps "
+                f"{self.keep_last} checkpoints; it must be between 1 and that."
+            )
