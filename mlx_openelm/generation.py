@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import mlx.core as mx
 
@@ -177,9 +178,10 @@ def check_room(
     context, rows = model.config.max_context_length, model.config.vocab_size
     if not ids:
         raise OpenELMError("The prompt is empty; it needs at least one token.")
-    if min(ids) < 0 or max(ids) >= rows:
+    if not all(isinstance(i, Integral) and 0 <= i < rows for i in ids):
         raise OpenELMError(
-            f"The prompt holds token ids outside 0 to {rows - 1}, the model's rows."
+            "The prompt holds what is no token id: they are whole numbers from 0 to "
+            f"{rows - 1}, the model's rows."
         )
     check_bias(sampling.logit_bias, rows)
     if slides:

@@ -154,7 +154,7 @@ def attend(
             queries, keys, values, scale=H**-0.5, mask=mask
         )
     attended: mx.array
-    attended, _ = _attend_causally(queries, keys, values)  # type: ignore[misc]
+    attended, _ = _attend_causally(queries, keys, values)  # type: ignore[misc] # untyped
     return attended
 
 

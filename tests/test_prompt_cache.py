@@ -427,3 +427,8 @@ def test_names_dtypes_and_shapes_count():
     assert len({fingerprint(v) for v in variants}) == len(variants)
     odd = mx.array(np.arange(15).reshape(5, 3)).astype(mx.bfloat16)
     assert fingerprint({"a": odd}) == fingerprint({"a": odd + 0})
+
+
+def test_rows_that_change_places_are_other_weights():
+    a = mx.random.normal((4, 6))
+    assert fingerprint({"a": a}) != fingerprint({"a": a[mx.array([1, 0, 2, 3])]})
