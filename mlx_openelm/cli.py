@@ -23,6 +23,7 @@ from mlx_openelm.console import Console, close_broken_pipe, prepare_streams
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation_commands import evaluate
 from mlx_openelm.generation_commands import chat, generate
+from mlx_openelm.growing_commands import grow
 from mlx_openelm.pretraining_commands import pretrain
 from mlx_openelm.serving_commands import serve
 from mlx_openelm.training_commands import lora
@@ -416,6 +417,7 @@ app.command()(evaluate)
 app.command()(bench)
 app.command()(lora)
 app.command()(pretrain)
+app.command()(grow)
 app.command()(serve)
 
 

@@ -174,6 +174,9 @@ def _refuse(target: Path, force: bool, describe: Callable[[Path], str]) -> None:
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja")
 _MODEL_FILES = ("README.md", "metrics.jsonl", "recipe.yaml", "report.html")
 _ADAPTER_FOLDERS = ("best", "average")  # in a training run's folder
+_GROWN_FILES = (  # what `grow` writes; the first two always
+    *("checkpoint.pt", "config.json", "tokenizer.model", "generation_config.json"),
+)
 _CLUTTER = (".DS_Store", ".gitattributes")  # nobody's work
 
 
@@ -183,6 +186,8 @@ def _describe_foreign(target: Path) -> str:
         return "is not a model or adapter folder"
     found = sorted(path for path in target.iterdir() if path.name not in _CLUTTER)
     names = {path.name for path in found}
+    if names.issuperset(_GROWN_FILES[:2]) and names.issubset(_GROWN_FILES):
+        return ""
     described = bool(names & {"config.json", "adapter_config.json"})
     if found and not (described and any(n.endswith(".safetensors") for n in names)):
         return "is not a model or adapter folder"

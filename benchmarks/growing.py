@@ -1,0 +1,143 @@
+"""Does a grown model learn faster than one that begins from nothing?
+
+    python benchmarks/growing.py [--noise-db 10] [--seed 0] [--out DIR]
+
+Trains a small model (recipes/pretrain/growing/small.yaml), grows it twice as wide, and
+trains two models of that very shape by large.yaml, with the same seed, batches, steps
+and peak rate: the grown one and one with CoreNet's fresh weights. Prints held-out
+losses, and after how much computing the grown one is where the other ends, without and
+with what the small one has cost, and draws both.
+"""
+
+import argparse
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from pretraining_runs import pretrain, read_scores, run
+
+from mlx_openelm.config import OpenELMConfig
+
+RECIPES = Path(__file__).parent.parent / "recipes/pretrain/growing"
+WIDTH = 2
+
+Curve = list[tuple[float, float]]  # FLOPs, held-out nats per token
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--noise-db", default="10")
+    parser.add_argument("--seed", default="0")
+    parser.add_argument("--steps", help="of each run; for a trial")
+    parser.add_argument("--out", type=Path, default=Path("pretrained/growing"))
+    args = parser.parse_args()
+    flags = ["--seed", args.seed]
+    flags += [] if args.steps is None else ["--steps", args.steps]
+    small, grown, fresh = (args.out / n for n in ("small", "grown-init", "fresh-init"))
+
+    weights = pretrain(RECIPES / "small.yaml", small, *flags)
+    if not grown.exists():
+        width = ["--width", str(WIDTH), "--noise-db", args.noise_db]
+        run("grow", str(weights), *width, "--seed", args.seed, "-o", str(grown))
+    if not fresh.exists():
+        write_fresh(grown, fresh, int(args.seed))
+    for name, init in (("grown", grown), ("scratch", fresh)):
+        begin = ["--init", str(init / "checkpoint.pt")]
+        pretrain(RECIPES / "large.yaml", args.out / name, *begin, *flags)
+    compare(args.out)
+
+
+def write_fresh(like: Path, folder: Path, seed: int) -> None:
+    """Write a checkpoint of the same shape, with the weights that training draws."""
+    import torch
+
+    from converters.reference import ReferenceOpenELM
+
+    folder.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copyfile(like / name, folder / name)
+    torch.manual_seed(seed)
+    model = ReferenceOpenELM(OpenELMConfig.from_file(folder / "config.json"))
+    torch.save(model.state_dict(), folder / "checkpoint.pt")
+
+
+def compare(out: Path) -> None:
+    small, grown, scratch = (read_curve(out / n) for n in ("small", "grown", "scratch"))
+    cost, begun = small[-1]
+    grown = [(0.0, begun), *grown]  # it computes what the small one does
+    print("held-out nats per token\n  TFLOP  scratch    grown  difference")
+    for (flops, theirs), (_, ours) in zip(scratch, grown[1:], strict=True):
+        print(
+            f"{flops / 1e12:7.1f}  {theirs:7.4f}  {ours:7.4f}  {ours - theirs:+10.4f}"
+        )
+    end, last = scratch[-1]
+    print(f"the small model: {cost / 1e12:.1f} TFLOP, {begun:.4f}")
+    reached = first_below(grown, last)
+    if reached is None:
+        print(f"the grown model never reaches {last:.4f}, where scratch ends")
+    else:
+        print(
+            f"the grown model is at {last:.4f}, where scratch ends, after "
+            f"{reached / 1e12:.1f} of {end / 1e12:.1f} TFLOP: {ratio(end, reached)}; "
+            f"with the small model's cost {(cost + reached) / 1e12:.1f}: "
+            f"{ratio(end, cost + reached)}"
+        )
+    draw(out / "growing.png", small, grown, scratch)
+
+
+def read_curve(run_folder: Path) -> Curve:
+    from converters.pretraining_plan import count_flops_per_token
+
+    config = OpenELMConfig.from_file(run_folder / "config.json")
+    recipe = json.loads((run_folder / "recipe.json").read_text())
+    context = config.max_context_length
+    step = count_flops_per_token(config, context) * recipe["batch_size"] * context
+    return [(n * step, loss) for n, loss in sorted(read_scores(run_folder).items())]
+
+
+def first_below(curve: Curve, loss: float) -> float | None:
+    """Return the FLOPs at which a curve comes down to a loss, between its points."""
+    if curve[0][1] <= loss:
+        return curve[0][0]
+    for (x, before), (y, after) in pairwise(curve):
+        if after <= loss:
+            return x + (y - x) * (before - loss) / (before - after)
+    return None
+
+
+def ratio(more: float, less: float) -> str:
+    return f"{more / less:.2f} times as fast" if less else "at once"
+
+
+def draw(picture: Path, small: Curve, grown: Curve, scratch: Curve) -> None:
+    cost = small[-1][0]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axes, paid, title in (
+        (left, 0.0, "the small model is there already"),
+        (right, cost, "the small model's training counts"),
+    ):
+        for label, curve, colour, start in (
+            ("from scratch", scratch, "tab:gray", 0.0),
+            ("grown", grown, "tab:green", paid),
+        ):
+            points = [((start + flops) / 1e12, loss) for flops, loss in curve]
+            axes.plot(*zip(*points, strict=True), "o-", ms=3, c=colour, label=label)
+        axes.set(xlabel="TFLOP of training", title=title)
+        axes.grid(alpha=0.3)
+    points = [(flops / 1e12, loss) for flops, loss in small]
+    right.plot(*zip(*points, strict=True), "o--", ms=3, c="tab:blue", label="small")
+    left.set_ylabel("held-out loss (nats per token)")
+    left.legend()
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    print(picture)
+
+
+if __name__ == "__main__":
+    main()
