@@ -1,18 +1,23 @@
-"""Text becomes scores."""
+"""A model gets scores: how it predicts texts, and how it answers questions."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import mlx.core as mx
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.likelihood import log_likelihoods
 from mlx_openelm.model import OpenELM
+from mlx_openelm.scoring import TaskScore, score_task
+from mlx_openelm.task_files import read_tasks
 from mlx_openelm.tokenizer import Tokenizer
 
 BATCH_TOKENS = 4096  # tokens to a forward pass
+
+Paths = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +31,103 @@ class TextScore:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class TaskScores:
+    """How many questions a model answers right, by the name of the task."""
+
+    tasks: dict[str, TaskScore]
+
+
+@overload
 def evaluate(
     model: OpenELM,
     tokenizer: Tokenizer,
     *,
-    text: str | Path | Sequence[str | Path],
+    text: Paths,
     window: int | None = None,
+    on_progress: Callable[[int, int], None] = ...,
+) -> TextScore: ...
+
+
+@overload
+def evaluate(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    *,
+    tasks: Paths,
+    limit: int | None = None,
+    on_progress: Callable[[int, int], None] = ...,
+) -> TaskScores: ...
+
+
+def evaluate(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    *,
+    text: Paths | None = None,
+    window: int | None = None,
+    tasks: Paths | None = None,
+    limit: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TextScore | TaskScores:
+    """Score how well a model predicts texts, or how it answers questions.
+
+    Args:
+        text: one file or several, scored together; see `score_text`.
+        window: tokens predicted in a window of text.
+        tasks: one file of questions or several; see `task_files`.
+        limit: answer so many questions of each task, a sample.
+        on_progress: called with windows, or questions, done and in all.
+
+    Raises:
+        OpenELMError: a file is missing or wrong, or the settings do not fit.
+    """
+    if bool(text) == bool(tasks):
+        raise OpenELMError("There must be either texts or tasks to score.")
+    if text:
+        if limit is not None:
+            raise OpenELMError("A limit is for tasks; a text is scored whole.")
+        return score_text(model, tokenizer, _list(text), window, on_progress)
+    if window is not None:
+        raise OpenELMError("A window is for texts; a question is scored whole.")
+    assert tasks
+    return _score_tasks(model, tokenizer, _list(tasks), limit, on_progress)
+
+
+def _list(paths: Paths) -> list[Path]:
+    return list(map(Path, [paths] if isinstance(paths, str | Path) else paths))
+
+
+def _score_tasks(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    paths: Sequence[Path],
+    limit: int | None,
+    on_progress: Callable[[int, int], None],
+) -> TaskScores:
+    tasks = read_tasks(paths, limit=limit)
+    total = sum(len(task.questions) for task in tasks)
+    scores: dict[str, TaskScore] = {}
+    for task in tasks:
+        before = sum(score.n for score in scores.values())
+        scored = score_task(
+            model,
+            tokenizer,
+            task,
+            on_progress=lambda done, _, before=before: on_progress(  # type: ignore[misc]
+                before + done, total
+            ),
+        )
+        scores[task.name] = scored.score
+    return TaskScores(scores)
+
+
+def score_text(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    paths: Sequence[Path],
+    window: int | None,
+    on_progress: Callable[[int, int], None],
 ) -> TextScore:
     """Score text files, raw, in windows that are each begun with BOS.
 
@@ -40,9 +135,7 @@ def evaluate(
     of a file may be shorter.
 
     Args:
-        text: one file or several, scored together.
         window: tokens predicted in a window; default and most, the context length.
-        on_progress: called with windows done and windows in all.
 
     Raises:
         OpenELMError: a file is missing, empty or not UTF-8, or the window does not fit.
@@ -54,11 +147,10 @@ def evaluate(
             f"--window is {window}; it must be between 1 and the model's context, "
             f"{context}."
         )
-    paths = [text] if isinstance(text, str | Path) else list(text)
     windows: list[list[int]] = []
     num_bytes = 0
     for path in paths:
-        content = _read_text(Path(path))
+        content = _read_text(path)
         num_bytes += len(content.encode())
         ids = tokenizer.encode(content, bos=False)
         windows += [ids[i : i + window] for i in range(0, len(ids), window)]

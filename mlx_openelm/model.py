@@ -16,6 +16,7 @@ Module names and the calling contract are mlx-lm's, whose caches are taken as we
 
 import itertools
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,27 +46,36 @@ class LayerCache(Protocol):
     ) -> tuple[mx.array, mx.array]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Sequences:
-    """Sequences that stand end to end in one row of N tokens; none sees another.
+class Row(ABC):
+    """Several sequences of any lengths in one row of N tokens, without padding."""
 
-    So sequences of any lengths are computed together without padding.
-    """
+    @abstractmethod
+    def rotation(self, H: int, base: float, dtype: mx.Dtype) -> Rotation:
+        """Return the rotation of each token to its place in its own sequence."""
+
+    @abstractmethod
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """Return (1, Q, N, H), each token seeing what stands before it in its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences(Row):
+    """Sequences that stand end to end; none sees another."""
 
     lengths: tuple[int, ...]
 
-    @property
-    def positions(self) -> mx.array:
-        """The place of each token in its own sequence, (N,)."""
-        return mx.concatenate([mx.arange(length) for length in self.lengths])
+    def rotation(self, H: int, base: float, dtype: mx.Dtype) -> Rotation:
+        positions = [mx.arange(length) for length in self.lengths]
+        return rotation_at(mx.concatenate(positions), H, base)
 
-    def split(self, x: mx.array) -> list[mx.array]:
-        """Return each sequence's part of (1, heads, N, H)."""
-        ends = list(itertools.accumulate(self.lengths))
-        return list(mx.split(x, ends[:-1], axis=2))
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        ends = list(itertools.accumulate(self.lengths))[:-1]
+        split = (mx.split(x, ends, axis=2) for x in (queries, keys, values))
+        parts = [attend(q, k, v, "causal") for q, k, v in zip(*split, strict=True)]
+        return mx.concatenate(parts, axis=2)
 
 
-Mask = mx.array | str | Sequences | None
+Mask = mx.array | str | Row | None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -114,11 +124,8 @@ class Attention(nn.Module):
         asking = normalize(asking, self.head_scales(fresh=longer), self.q_norm.eps)
         queries, keys = mx.split(rotate(asking), [Q], axis=1)  # (B, heads, T, H)
         values = values.swapaxes(1, 2)  # (B, K, T, H)
-        if isinstance(mask, Sequences):
-            split = zip(*map(mask.split, (queries, keys, values)), strict=True)
-            attended = mx.concatenate(
-                [attend(q, k, v, "causal") for q, k, v in split], axis=2
-            )  # (1, Q, N, H)
+        if isinstance(mask, Row):
+            attended = mask.attend(queries, keys, values)  # (1, Q, N, H)
         else:
             if cache is not None:
                 keys, values = cache.update_and_fetch(keys, values)  # (B, K, S, H)
@@ -198,19 +205,18 @@ class Transformer(nn.Module):
         tokens: mx.array,
         cache: Sequence[LayerCache] | None = None,
         *,
-        lengths: tuple[int, ...] | None = None,
+        row: Row | None = None,
     ) -> mx.array:
         """Return normed hidden states (B, T, D) for token ids (B, T).
 
         Args:
-            lengths: the tokens are one row, (1, N), of sequences that are so long.
+            row: the tokens, (1, N), are those of several sequences.
         """
         x = self.token_embeddings(tokens)  # (B, T, D)
         H, base = self.config.head_dim, self.config.rope_freq_constant
-        if lengths:
-            sequences = Sequences(lengths)
-            mask: Mask = sequences
-            rotate = rotation_at(sequences.positions, H, base)
+        if row is not None:
+            mask: Mask = row
+            rotate = row.rotation(H, base, x.dtype)
         else:
             mask = _causal_mask(tokens.shape[1], cache)
             offset = cache[0].offset if cache else 0

@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_openelm.batches import Batch
 from mlx_openelm.likelihood import token_losses
 from mlx_openelm.lora_layers import adapted_weight
-from mlx_openelm.model import OpenELM
+from mlx_openelm.model import OpenELM, Sequences
 
 
 def batch_losses(
@@ -19,7 +19,7 @@ def batch_losses(
     Nothing is computed at the output head for positions that do not count.
     """
     tokens = mx.array(batch.tokens)[None]  # (1, N)
-    hidden = model.transformer(tokens, lengths=batch.lengths)[0]  # (N, D)
+    hidden = model.transformer(tokens, row=Sequences(batch.lengths))[0]  # (N, D)
     rows = hidden[mx.array(batch.positions)]  # (M, D)
     head = adapted_weight(model.head_module)  # (V, D)
     targets = mx.array(batch.targets)

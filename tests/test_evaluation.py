@@ -1,4 +1,6 @@
+import json
 import math
+from dataclasses import asdict
 
 import mlx.core as mx
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from models import TEXT, UNEVEN, build, small_tokenizer
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation import evaluate
 from mlx_openelm.likelihood import log_likelihoods
 
@@ -67,3 +70,48 @@ def test_chunks_do_not_change_a_likelihood(chunk):
     expected = picked - mx.logsumexp(logits, axis=-1)
     found = log_likelihoods(model, inputs, targets, chunk=chunk)
     np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-4)
+
+
+# Tasks ---------------------------------------------------------------------------
+
+
+def write_task(folder, name, count):
+    questions = [
+        {"context": f"Once {n}", "choices": ["gold", "a king"], "answer": n % 2}
+        for n in range(count)
+    ]
+    path = folder / name
+    path.write_text(json.dumps(questions))
+    return path
+
+
+def test_tasks_are_scored_by_name_and_their_report_is_json(tmp_path):
+    paths = [write_task(tmp_path, f"{name}.json", 6) for name in ("wood", "gold")]
+    told = []
+    report = evaluate(
+        model,
+        tokenizer,
+        tasks=paths,
+        limit=4,
+        on_progress=lambda *progress: told.append(progress),
+    )
+    assert told[-1] == (8, 8)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    written = json.loads(json.dumps(asdict(report)))
+    assert list(written["tasks"]) == ["wood", "gold"]
+    for score in written["tasks"].values():
+        assert {"acc", "acc_norm", "stderr", "n"} <= score.keys()
+        assert score["n"] == 4
+    alone = evaluate(model, tokenizer, tasks=str(paths[0]), limit=4)
+    assert alone.tasks["wood"] == report.tasks["wood"]
+
+
+def test_texts_and_tasks_are_scored_one_or_the_other(story, tmp_path):
+    task = write_task(tmp_path, "wood.json", 2)
+    for wrong in ({}, {"text": story, "tasks": task}, {"text": []}, {"tasks": []}):
+        with pytest.raises(OpenELMError, match="either texts or tasks"):
+            evaluate(model, tokenizer, **wrong)
+    with pytest.raises(OpenELMError, match="limit is for tasks"):
+        evaluate(model, tokenizer, text=story, limit=3)
+    with pytest.raises(OpenELMError, match="window is for texts"):
+        evaluate(model, tokenizer, tasks=task, window=3)

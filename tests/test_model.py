@@ -13,7 +13,7 @@ from mlx_openelm import model as openelm
 from mlx_openelm.benchmark import made_weight
 from mlx_openelm.cache import KVCache
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.model import OpenELM
+from mlx_openelm.model import OpenELM, Sequences
 from mlx_openelm.names import to_folder
 
 LIMIT = 1e-4
@@ -177,10 +177,10 @@ def test_sequences_are_trained_in_the_models_own_dtype(lengths):
 
     def loss(weight):
         half.layers[0].attn.qkv_proj.weight = weight
-        return half.transformer(tokens, lengths=lengths).sum()
+        return half.transformer(tokens, row=Sequences(lengths)).sum()
 
     weight = half.layers[0].attn.qkv_proj.weight
-    assert half.transformer(tokens, lengths=lengths).dtype == mx.bfloat16
+    assert half.transformer(tokens, row=Sequences(lengths)).dtype == mx.bfloat16
     assert mx.grad(loss)(weight).dtype == mx.bfloat16
 
 

@@ -22,6 +22,7 @@ from mlx_openelm.batches import collate
 from mlx_openelm.kernels import QUERIES, attend, swiglu
 from mlx_openelm.likelihood import token_losses
 from mlx_openelm.lora_layers import DoRALinear, LoRALinear
+from mlx_openelm.model import Sequences
 from mlx_openelm.objective import (
     batch_losses,
     preference_losses,
@@ -141,7 +142,7 @@ def test_packed_sequences_give_their_own_logits_and_nothing_crosses():
 
     def logits(parts):
         row = mx.array(np.concatenate(parts))[None]
-        hidden = model.transformer(row, lengths=tuple(map(len, parts)))
+        hidden = model.transformer(row, row=Sequences(tuple(map(len, parts))))
         return np.split(np.array(model.head(hidden)[0]), np.cumsum(lengths)[:-1])
 
     found = logits(parts)

@@ -1,0 +1,114 @@
+"""Questions whose choices share their prompt, beside each choice on its own.
+
+    python benchmarks/evaluation.py COMMONSENSE_FOLDER TOKENIZER_MODEL
+        [--limit 100] [--rounds 3] [--naive 8] [--only ARC-Easy,piqa]
+
+The 270M with made weights answers the first questions of every file in the folder, in
+float32. Both ways are the same engine: no padding, rows of the same size, the output
+head at scored places alone; what is compared is whether what requests have in common is
+computed once. They are measured in turn in one process, and the ratio of the medians is
+printed. All log-likelihoods must agree. Of some questions also the naive way: a forward
+pass and all logits for every choice.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from mlx_openelm.answer_scores import Request, encode_requests, score_requests
+from mlx_openelm.benchmark import made_weight
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.model import OpenELM
+from mlx_openelm.names import to_folder
+from mlx_openelm.task_files import read_task
+from mlx_openelm.tokenizer import Tokenizer  # and OpenBLAS, before mlx.core
+
+
+def score(model: OpenELM, requests: list[Request], *, shared: bool) -> list[float]:
+    found = dict(score_requests(model, requests, shared=shared))
+    return [found[i].nats for i in range(len(requests))]
+
+
+def score_naively(model: OpenELM, requests: list[Request]) -> list[float]:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    nats = []
+    for request in requests:
+        whole = mx.array([request.context + request.continuation])
+        inputs, targets = whole[:, :-1], whole[:, 1:]
+        losses = nn.losses.cross_entropy(model(inputs).astype(mx.float32), targets)
+        nats.append(-losses[0, -len(request.continuation) :].sum().item())
+    return nats
+
+
+def measure(run: Callable[[], list[float]]) -> tuple[list[float], float]:
+    started = time.perf_counter()
+    return run(), time.perf_counter() - started
+
+
+def largest_difference(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def compare(model: OpenELM, tokenizer: Tokenizer, path: Path, options) -> None:
+    task = read_task(path, limit=options.limit)
+    requests = encode_requests(
+        tokenizer, [pair for question in task.questions for pair in question.pairs]
+    )
+    few = sum(len(q.choices) for q in task.questions[: options.naive])
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(options.rounds):
+        found = {}
+        for shared, taken in times.items():
+            found[shared], took = measure(
+                partial(score, model, requests, shared=shared)
+            )
+            taken.append(took)
+        apart = largest_difference(found[True], found[False])
+        assert apart < 1e-3, f"{path.stem}: {apart} nats apart"
+    together, alone = (statistics.median(taken) for taken in times.values())
+    told = (
+        f"{path.stem}: {len(task.questions)} questions, {len(requests)} choices: "
+        f"shared {together:.1f} s, each on its own {alone:.1f} s, ratio "
+        f"{alone / together:.2f}; at most {apart:.1e} nats apart"
+    )
+    if few:
+        naive, took = measure(lambda: score_naively(model, requests[:few]))
+        assert largest_difference(naive, found[True][:few]) < 1e-3
+        slow = took / few / (together / len(requests))
+        told += f"; naively, {few} choices took {slow:.1f} times as long each"
+    print(told, flush=True)
+
+
+def main() -> None:
+    import mlx.core as mx
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--naive", type=int, default=8)
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    config = OpenELMConfig.preset("270M", vocab_size=32128)
+    model = OpenELM(config)
+    model.load_weights(
+        [
+            (to_folder(name), mx.array(made_weight(name, shape, 0)))
+            for name, shape in config.tensor_shapes().items()
+        ]
+    )
+    mx.eval(model.parameters())
+    tokenizer = Tokenizer.from_file(options.tokenizer)
+    for path in sorted(options.folder.glob("*.json")):
+        if path.stem in (options.only.split(",") if options.only else [path.stem]):
+            compare(model, tokenizer, path, options)
+
+
+if __name__ == "__main__":
+    main()
