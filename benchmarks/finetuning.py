@@ -243,9 +243,8 @@ def _take_away(part: str) -> None:
             hidden = hidden.reshape(-1, hidden.shape[-1])
         else:
             tokens = mx.array(batch.tokens)[None]
-            hidden = model.transformer(tokens, row=model_room.Sequences(batch.lengths))[
-                0
-            ]
+            row = model_room.Sequences(batch.lengths)
+            hidden = model.transformer(tokens, row=row)[0]
         at, targets = mx.array(positions), mx.array(batch.targets)
         if part in ("masking", "all"):  # logits and loss at every position
             every = mx.zeros(len(hidden), targets.dtype)

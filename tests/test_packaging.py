@@ -163,7 +163,8 @@ def test_metadata_names_version_and_licence(metadata: email.message.Message) -> 
     assert metadata["Version"] == VERSION
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert metadata.get_all("Provides-Extra") == ["eval", "gguf", "tensorboard", "torch"]
+    extras = ["eval", "gguf", "tensorboard", "torch"]
+    assert metadata.get_all("Provides-Extra") == extras
 
 
 def test_every_room_stands_on_a_floor() -> None:
