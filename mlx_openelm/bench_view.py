@@ -4,11 +4,11 @@ The picture is one SVG file that stands alone: bars for the speed, and beside th
 for the share of the memory bandwidth.
 """
 
-import html
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mlx_openelm.console import Console
+from mlx_openelm.svg import draw_line, escape, shorten, write_text
 
 if TYPE_CHECKING:
     from mlx_openelm.speed import Bandwidth, BenchReport, Cell, Figure
@@ -163,34 +163,34 @@ def draw_bench(report: "BenchReport") -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
         f'width="{WIDTH}" height="{height}" role="img" aria-labelledby="title">',
-        f'<title id="title">{_safe(_tell(cells))}</title>',
+        f'<title id="title">{escape(_tell(cells))}</title>',
         f"<style>{STYLE}</style>",
         f'<rect class="page" width="{WIDTH}" height="{height}"/>',
-        _text(LABELS, 30, "Speed of OpenELM on this machine", "head"),
-        _text(LABELS, 50, machine, "muted"),
-        _text(SPEED[0], TOP - 14, "new tokens per second", "muted"),
-        _text(SHARE[0], TOP - 14, "share of the memory bandwidth", "muted"),
-        *(_line(x, TOP - 4, x, bottom, "axis") for x in (SPEED[0], SHARE[0])),
+        write_text(LABELS, 30, "Speed of OpenELM on this machine", "head"),
+        write_text(LABELS, 50, machine, "muted"),
+        write_text(SPEED[0], TOP - 14, "new tokens per second", "muted"),
+        write_text(SHARE[0], TOP - 14, "share of the memory bandwidth", "muted"),
+        *(draw_line(x, TOP - 4, x, bottom, "axis") for x in (SPEED[0], SHARE[0])),
     ]
     full = SHARE[0] + (SHARE[1] - SHARE[0]) / largest
     if shares:
         parts += [
-            _line(full, TOP - 4, full, bottom, "full"),
-            _text(full, bottom + 14, "100 %", "muted middle"),
+            draw_line(full, TOP - 4, full, bottom, "full"),
+            write_text(full, bottom + 14, "100 %", "muted middle"),
         ]
     for i, cell in enumerate(cells):
         y = TOP + ROW * i + ROW / 2
         parts += _draw_row(cell, y, fastest, largest)
     for i, foot in enumerate(feet):
-        parts.append(_text(LABELS, bottom + 38 + 18 * i, foot, "muted"))
+        parts.append(write_text(LABELS, bottom + 38 + 18 * i, foot, "muted"))
     return "\n".join([*parts, "</svg>", ""])
 
 
 def _draw_row(cell: "Cell", y: float, fastest: float, largest: float) -> Iterator[str]:
-    yield _text(LABELS, y - 2, _name(cell), "name")
-    yield _text(LABELS, y + 13, _label(cell), "small")
+    yield write_text(LABELS, y - 2, _name(cell), "name")
+    yield write_text(LABELS, y + 13, _label(cell), "small")
     if cell.generation_tps is None or cell.bandwidth_share is None:
-        yield _text(SPEED[0] + 8, y + 5, _shorten(_describe(cell), 95), "small")
+        yield write_text(SPEED[0] + 8, y + 5, shorten(_describe(cell), 95), "small")
         return
     for (left, right), figure, largest_value, shown, style in (
         (SPEED, cell.generation_tps, fastest, cell.generation_tps.median, "speed"),
@@ -204,15 +204,15 @@ def _draw_row(cell: "Cell", y: float, fastest: float, largest: float) -> Iterato
         )
         ends = left + figure.low * scale, left + figure.high * scale
         if figure.low < figure.high:
-            yield _line(ends[0], y, ends[1], y, "spread")
+            yield draw_line(ends[0], y, ends[1], y, "spread")
         said = f"{100 * figure.median:.0f} %" if shown is None else _show(shown)
         place = max(left + width, ends[1])
         if style == "speed" and cell.published is not None:
             at = left + cell.published.generation_tps * scale
-            yield _line(at, y - ROW / 2 + 3, at, y + ROW / 2 - 3, "published")
+            yield draw_line(at, y - ROW / 2 + 3, at, y + ROW / 2 - 3, "published")
             if abs(at - place - 20) < 30:  # else the mark would go through the number
                 place = max(place, at)
-        yield _text(place + 6, y + 5, said, "value")
+        yield write_text(place + 6, y + 5, said, "value")
 
 
 def _feet(report: "BenchReport") -> list[str]:
@@ -231,7 +231,7 @@ def _feet(report: "BenchReport") -> list[str]:
 
 
 def _name(cell: "Cell") -> str:
-    return _shorten(cell.model, 32) + (", made weights" if cell.made else "")
+    return shorten(cell.model, 32) + (", made weights" if cell.made else "")
 
 
 def _label(cell: "Cell") -> str:
@@ -250,25 +250,6 @@ def _tell(cells: Sequence["Cell"]) -> str:
         if cell.generation_tps is not None and cell.bandwidth_share is not None
     ]
     return "; ".join(said) or "Nothing was measured"
-
-
-def _text(x: float, y: float, text: str, style: str) -> str:
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}">{_safe(text)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
-    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line class="{style}" {ends}/>'
-
-
-def _shorten(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
-
-
-def _safe(text: str) -> str:
-    """Escape; what XML cannot hold becomes the replacement character."""
-    kept = (c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return html.escape("".join(kept))
 
 
 STYLE = """

@@ -1,0 +1,25 @@
+"""The parts of an SVG picture, as text."""
+
+import html
+
+
+def write_text(x: float, y: float, text: str, style: str) -> str:
+    """Return a text whose class says its style; (x, y) is where its line begins."""
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+
+
+def draw_line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
+    """Return a line whose class says its style."""
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f'<line class="{style}" {ends}/>'
+
+
+def shorten(text: str, most: int) -> str:
+    """Return at most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def escape(text: str) -> str:
+    """Escape; what XML cannot hold becomes the replacement character."""
+    kept = (c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return html.escape("".join(kept))
