@@ -1,41 +1,79 @@
-"""Documents become token sequences, as OpenELM's pre-training did it.
+"""What a recipe's text is as a whole: a tokenizer's training text, packed sequences.
 
-The published pipeline (CoreNet's OpenELM recipes): repair the text with ftfy, cut a
-document into pieces of 2048 words, drop short ones, put BOS in front and EOS behind,
-one piece to a padded sequence. `packing` is ours, for corpora too small to pad.
+Packing is ours, for corpora too small to pad: the text is held in memory, documents
+follow one another, and every sequence is full. Text that is streamed, one piece to a
+padded sequence as in OpenELM's pre-training, is the business of `streaming`.
 """
 
-import fnmatch
-import glob
 import io
-import itertools
-import re
-import string
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
+from dataclasses import dataclass, field
 
-import ftfy
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
+from converters.cleaning import repair
+from converters.corpus_files import (
+    DamagedFileError,
+    find_files,
+    is_plain_text,
+    read_documents,
+    split_documents,
+)
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.pretrain_recipe import DataRecipe, TokenizerRecipe
+from mlx_openelm.pretrain_recipe import CorpusRecipe, DataRecipe, TokenizerRecipe
 from mlx_openelm.tokenizer import Tokenizer
 
 IGNORED = -100  # a target that is not learnt from
-Tokens = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Clean documents, and how many pieces were dropped for which reason."""
+    """Repaired documents.
+
+    Attributes:
+        dropped: what was left out, by reason.
+    """
 
     documents: tuple[str, ...]
     num_files: int
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+def read_data(data: DataRecipe) -> Corpus:
+    """Read all that a recipe trains on into memory.
+
+    Raises:
+        OpenELMError: a pattern matches nothing, a file is damaged and `on_damage` is
+            not to skip it, or the corpora have weights, which mean nothing to text
+            that is taken once.
+    """
+    if len({corpus.weight for corpus in data.corpora}) > 1:
+        raise OpenELMError(
+            "data.packing takes every corpus once, whatever its weight; leave the "
+            "weights out, or packing."
+        )
+    parts = [
+        read_corpus(
+            corpus.files,
+            exclude=(*data.exclude, *data.heldout),
+            document_start=data.document_start,
+            text_key=corpus.text_key,
+            on_damage=data.on_damage,
+        )
+        for corpus in list_corpora(data)
+    ]
+    documents = tuple(text for part in parts for text in part.documents)
+    dropped = sum((part.dropped for part in parts), Counter[str]())
+    return Corpus(documents, sum(part.num_files for part in parts), dropped)
+
+
+def list_corpora(data: DataRecipe) -> tuple[CorpusRecipe, ...]:
+    """Return a recipe's corpora; `train` is one alone."""
+    return data.corpora or (CorpusRecipe(data.train, data.text_key),)
 
 
 def read_corpus(
@@ -43,60 +81,48 @@ def read_corpus(
     *,
     exclude: Sequence[str] = (),
     document_start: str | None = None,
+    text_key: str = "text",
+    on_damage: str = "stop",
 ) -> Corpus:
-    """Read text files, in the order of their names.
+    """Read files into memory, in the order of their names.
 
     Args:
-        patterns: file patterns; `exclude` are patterns of full paths or file names.
-        document_start: a regular expression; a line that it matches whole begins a new
-            document. Without it, a file is a document.
+        patterns: as `find_files` takes them; so is `exclude`.
+        document_start: as `read_documents` takes it, but it sees the repaired text.
 
     Raises:
-        OpenELMError: a pattern matches nothing, or a file is not UTF-8 text.
+        OpenELMError: a pattern matches nothing, or a file is damaged and `on_damage` is
+            not "skip".
     """
-    paths: set[str] = set()
-    for pattern in patterns:
-        matched = glob.glob(pattern, recursive=True)
-        if not matched:
-            raise OpenELMError(f"No file matches {pattern!r}; check the recipe's data.")
-        paths |= set(matched)
-    kept = sorted(
-        path
-        for path in paths
-        if not any(
-            fnmatch.fnmatch(path, x) or fnmatch.fnmatch(Path(path).name, x)
-            for x in exclude
-        )
-    )
-    if not kept:
-        raise OpenELMError("The recipe's data excludes every file that it names.")
+    files = find_files(patterns, exclude)
     documents: list[str] = []
-    for path in kept:
+    dropped: Counter[str] = Counter()
+    for path in files:
         try:
-            text = Path(path).read_bytes().decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise OpenELMError(f"Cannot read {path} as UTF-8 text: {error}.") from error
-        documents += _split_documents(clean(text), document_start)
-    return Corpus(tuple(documents), len(kept))
+            for document in repair_documents(path, document_start, text_key):
+                documents.append(document)  # what is before the damage is kept
+        except DamagedFileError:
+            if on_damage == "stop":
+                raise
+            dropped[describe_damage(path)] += 1
+    return Corpus(tuple(documents), len(files), dropped)
 
 
-def clean(text: str) -> str:
-    """Repair text as CoreNet does: ftfy with its default fixes, then NFC."""
-    return ftfy.fix_text(text, normalization="NFC")
+def describe_damage(path: str) -> str:
+    """Return the reason for which a damaged file's rest is left out."""
+    return f"rest of {path}, damaged"
 
 
-def _split_documents(text: str, document_start: str | None) -> list[str]:
-    """Cut before each heading; headings in a row stay together."""
-    if document_start is None:
-        return [text]
-    bounds, heading_end = [0], 0
-    for heading in re.finditer(rf"^(?:{document_start})$", text, re.MULTILINE):
-        if text[heading_end : heading.start()].strip():
-            bounds.append(heading.start())
-        heading_end = heading.end()
-    bounds.append(len(text))
-    parts = (text[a:b].strip() for a, b in itertools.pairwise(bounds))
-    return [part for part in parts if part]
+def repair_documents(
+    path: str, document_start: str | None, text_key: str
+) -> Iterator[str]:
+    """Yield a file's documents repaired; plain text is repaired before it is cut."""
+    for text in read_documents(path, text_key=text_key):
+        repaired = repair(text)
+        if is_plain_text(path) and document_start is not None:
+            yield from split_documents(io.StringIO(repaired, "\n"), document_start)
+        else:
+            yield repaired
 
 
 def train_tokenizer(documents: Sequence[str], recipe: TokenizerRecipe) -> Tokenizer:
@@ -138,72 +164,15 @@ class Batch:
     targets: npt.NDArray[np.int64]
 
 
-class PaddedSequences:
-    """One piece of a document to a sequence, as in OpenELM's pre-training.
-
-    Attributes:
-        dropped: pieces that were left out, counted by reason.
-    """
-
-    def __init__(
-        self,
-        documents: Sequence[str],
-        tokenizer: Tokenizer,
-        recipe: DataRecipe,
-        length: int,
-    ) -> None:
-        self.length = length
-        self.dropped: Counter[str] = Counter()
-        self._sequences = [
-            ids
-            for document in documents
-            for ids in self._tokenize(document, tokenizer, recipe)
-        ]
-        if not self._sequences:
-            raise OpenELMError(
-                f"No piece of the corpus is long enough: {dict(self.dropped)} dropped; "
-                "lower data.min_tokens and data.min_characters, or set data.packing."
-            )
-        self.num_tokens = sum(len(ids) - 1 for ids in self._sequences)
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    def _tokenize(
-        self, document: str, tokenizer: Tokenizer, recipe: DataRecipe
-    ) -> Iterator[Tokens]:
-        words = document.split(" ")
-        for start in range(0, len(words), recipe.words_per_piece):
-            piece = " ".join(words[start : start + recipe.words_per_piece])
-            if _count_letters(piece) < recipe.min_characters:
-                self.dropped["too few characters"] += 1
-                continue
-            ids = [*tokenizer.encode(piece), tokenizer.eos_id]
-            if len(ids) < recipe.min_tokens:
-                self.dropped["too few tokens"] += 1
-                continue
-            yield np.array(ids[: self.length + 1], np.int32)
-
-    def batch(self, indices: Sequence[int], seed: int, epoch: int) -> Batch:
-        """Return the sequences with these places in the order of that epoch."""
-        order = np.random.default_rng([seed, epoch]).permutation(len(self))
-        inputs = np.zeros((len(indices), self.length), np.int64)
-        targets = np.full((len(indices), self.length), IGNORED, np.int64)
-        for row, index in enumerate(indices):
-            ids = self._sequences[order[index]]
-            inputs[row, : len(ids) - 1] = ids[:-1]
-            targets[row, : len(ids) - 1] = ids[1:]
-        return Batch(inputs, targets)
-
-
 class PackedSequences:
     """Documents in a row, each closed by EOS; every window is begun with BOS.
 
     Each epoch cuts at another offset, so that borders fall elsewhere. The form is that
     of `evaluate --text`: N tokens to predict, the first from BOS alone.
-    """
 
-    dropped: ClassVar[Counter[str]] = Counter()  # nothing is
+    Attributes:
+        checksum: tells this stream of tokens from another.
+    """
 
     def __init__(
         self, documents: Sequence[str], tokenizer: Tokenizer, length: int
@@ -214,8 +183,9 @@ class PackedSequences:
             np.array([*tokenizer.encode(text, bos=False), tokenizer.eos_id], np.int32)
             for text in documents
         ]
-        self._stream = np.concatenate(parts)
+        self._stream = np.concatenate([np.zeros(0, np.int32), *parts])
         self.num_tokens = len(self._stream)
+        self.checksum = zlib.crc32(self._stream.tobytes())
         if len(self) < 1:
             raise OpenELMError(
                 f"The corpus has {self.num_tokens} tokens, too few for one sequence of "
@@ -223,7 +193,7 @@ class PackedSequences:
             )
 
     def __len__(self) -> int:
-        return (len(self._stream) - (self.length - 1)) // self.length
+        return max(0, len(self._stream) - (self.length - 1)) // self.length
 
     def batch(self, indices: Sequence[int], seed: int, epoch: int) -> Batch:
         """Return the windows with these places in the order of that epoch."""
@@ -238,11 +208,8 @@ class PackedSequences:
         return Batch(np.concatenate([bos, targets[:, :-1]], axis=1), targets)
 
 
-Sequences = PaddedSequences | PackedSequences
-
-
 def step_batch(
-    sequences: Sequences,
+    sequences: PackedSequences,
     *,
     step: int,
     batch_size: int,
@@ -268,11 +235,3 @@ def step_batch(
         np.concatenate([p.inputs for p in parts]),
         np.concatenate([p.targets for p in parts]),
     )
-
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def _count_letters(text: str) -> int:
-    """Characters left when lower-cased, without punctuation, white space collapsed."""
-    return len(" ".join(text.lower().translate(_PUNCTUATION).split()))

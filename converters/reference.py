@@ -10,11 +10,10 @@ implementation by stored answers (tests/golden). Letters in the comments:
     L  layers                         F  FFN width of this layer
 """
 
-import math
-
 import torch
 import torch.nn.functional as F_
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mlx_openelm.config import OpenELMConfig
 
@@ -138,11 +137,16 @@ class ReferenceOpenELM(nn.Module):
     """The whole model. Its state dict has the names and the order of CoreNet's.
 
     An untied head, which CoreNet's releases do not have, is called `lm_head`.
+
+    Attributes:
+        checkpointing: keep a block's input alone for its gradient, and compute the
+            rest again; the numbers stay the same.
     """
 
     def __init__(self, config: OpenELMConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
         self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(
             Block(config, i) for i in range(config.num_transformer_layers)
@@ -191,7 +195,17 @@ class ReferenceOpenELM(nn.Module):
         )
         x = self.token_embeddings(tokens)  # (B, T, D)
         for i, block in enumerate(self.layers):
-            x, present = block(x, angles, past[i])
+            if self.checkpointing and torch.is_grad_enabled():
+                x, present = checkpoint(  # without dropout there is no RNG to restore
+                    block,
+                    x,
+                    angles,
+                    past[i],
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                x, present = block(x, angles, past[i])
             if cache is not None:
                 cache[i] = present
         out: Tensor = self.norm(x)
@@ -225,17 +239,3 @@ def summed_loss(
     cross_entropy = ((log_partition - picked) * counted).sum()
     penalty = (log_partition.square() * counted).sum()
     return cross_entropy, cross_entropy + z_loss * penalty
-
-
-def count_flops_per_token(config: OpenELMConfig, context: int) -> float:
-    """Return the FLOPs of one training token (forward and backward).
-
-    6 per parameter of the matrices (the tied head included, the lookup not), plus
-    12 L Q H S / 2 of causal attention on average (Kaplan et al., arXiv 2001.08361).
-    """
-    shapes = config.tensor_shapes().values()
-    matrices = sum(math.prod(s) for s in shapes if len(s) == 2)
-    if not config.share_input_output_layers:
-        matrices -= config.vocab_size * config.model_dim
-    attention = sum(config.num_query_heads) * config.head_dim * context / 2
-    return 6.0 * matrices + 12.0 * attention

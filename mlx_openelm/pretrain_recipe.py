@@ -8,6 +8,7 @@ from mlx_openelm.config import (
     FFN_MULTIPLIERS,
     QKV_MULTIPLIERS,
     OpenELMConfig,
+    pad_vocabulary,
 )
 from mlx_openelm.errors import OpenELMError
 
@@ -16,7 +17,12 @@ Multipliers = float | tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class ModelRecipe:
-    """A released size by `name`, or the sizes that layer-wise scaling needs."""
+    """A released size by `name`, or the sizes that layer-wise scaling needs.
+
+    Attributes:
+        spare_rows: give the embedding CoreNet's rows for padding (Llama's 32000
+            pieces have 32128), which `convert` knows.
+    """
 
     name: str | None = None
     num_layers: int | None = None
@@ -27,9 +33,12 @@ class ModelRecipe:
     ffn_multipliers: Multipliers = FFN_MULTIPLIERS
     ffn_dim_divisor: int = FFN_DIM_DIVISOR
     max_context_length: int = 2048
+    spare_rows: bool = False
 
     def build(self, vocab_size: int) -> OpenELMConfig:
         """Return the config for a vocabulary of `vocab_size` pieces."""
+        if self.spare_rows:
+            vocab_size = pad_vocabulary(vocab_size)
         if self.name is not None:
             config = OpenELMConfig.preset(self.name, vocab_size=vocab_size)
             return dataclasses.replace(

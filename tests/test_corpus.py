@@ -1,4 +1,9 @@
-"""Documents become sequences by the published rules."""
+"""Text in memory: tokenizers are trained on it, and packed sequences are full."""
+
+import dataclasses
+import gzip
+import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -7,60 +12,18 @@ from models import TEXT, small_tokenizer
 pytest.importorskip("ftfy", reason="needs the torch extra")
 
 from converters.corpus import (
-    IGNORED,
     PackedSequences,
-    PaddedSequences,
-    clean,
     read_corpus,
+    read_data,
     step_batch,
     train_tokenizer,
 )
+from converters.streaming import open_loader
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.pretrain_recipe import DataRecipe, TokenizerRecipe
+from mlx_openelm.pretrain_recipe import DataRecipe, PretrainRecipe, TokenizerRecipe
+from mlx_openelm.recipe import load_recipe
 
 tokenizer = small_tokenizer()
-
-
-def test_text_is_repaired_as_corenet_repairs_it():
-    assert clean("“Quoted” ﬁne café &amp; schÃ¶n\r\n") == (
-        '"Quoted" fine café & schön\n'
-    )
-
-
-def test_a_pieces_first_tokens_stand_between_bos_and_eos_and_padding_is_ignored():
-    sequences = PaddedSequences(
-        ["a king " * 8], tokenizer, DataRecipe(min_characters=1, min_tokens=1), 64
-    )
-    batch = sequences.batch([0], 0, 0)
-    ids = [*tokenizer.encode("a king " * 8), tokenizer.eos_id]
-    length = len(ids) - 1
-    assert length < 64
-    assert batch.inputs[0, :length].tolist() == ids[:-1]
-    assert batch.targets[0, :length].tolist() == ids[1:]
-    assert (batch.targets[0, length:] == IGNORED).all()
-    cut = PaddedSequences(
-        ["a king " * 200], tokenizer, DataRecipe(min_characters=1, min_tokens=1), 64
-    ).batch([0], 0, 0)
-    assert (cut.targets != IGNORED).all()
-    assert cut.targets[0, 0] == cut.inputs[0, 1]
-
-
-def test_documents_are_cut_by_words_and_short_pieces_are_counted():
-    recipe = DataRecipe(words_per_piece=50, min_characters=100, min_tokens=60)
-    long = "the old woman said to the king that the wolf was there " * 9  # 108 words
-    sequences = PaddedSequences([long, "too short"], tokenizer, recipe, 64)
-    assert len(sequences) == 2  # 50 + 50 words; the last 8 are too few
-    assert sequences.dropped == {"too few characters": 2}
-    with pytest.raises(OpenELMError, match="too few tokens"):
-        PaddedSequences(
-            [long], tokenizer, DataRecipe(min_characters=1, min_tokens=9999), 64
-        )
-
-
-def test_only_letters_count_towards_the_shortest_piece():
-    recipe = DataRecipe(min_characters=20, min_tokens=1)
-    with pytest.raises(OpenELMError, match="too few characters"):
-        PaddedSequences(["!?.,;: " * 100 + "a b"], tokenizer, recipe, 64)
 
 
 def test_packed_windows_are_begun_with_bos_and_lose_nothing():
@@ -116,32 +79,71 @@ def test_an_epoch_sees_every_sequence_once_across_steps():
     assert seen[:count] == [tuple(row) for row in expected]
 
 
-def test_headings_begin_documents_and_stay_together(tmp_path):
-    (tmp_path / "book.txt").write_text(
-        "A preface.\n\nPART ONE\n\nTHE FOX\n\nA fox ran.\n\nTHE CROW\n\nA crow sat.\n"
-    )
-    corpus = read_corpus([str(tmp_path / "*.txt")], document_start="[A-Z ]{4,}")
+def test_plain_text_is_repaired_before_headings_are_looked_for(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("A preface.\r\n\r\nTHE “ﬀ”\r\n\r\nA fox ran.\r\nTHE CROW\n x \n")
+    corpus = read_corpus([str(book)], document_start='[A-Z "f]{4,}')
     assert corpus.documents == (
         "A preface.",
-        "PART ONE\n\nTHE FOX\n\nA fox ran.",
-        "THE CROW\n\nA crow sat.",
+        'THE "ff"\n\nA fox ran.',
+        "THE CROW\n x",
     )
-    assert read_corpus([str(tmp_path / "*.txt")]).documents[0].endswith("A crow sat.\n")
+    assert read_corpus([str(book)]).documents[0].endswith("ran.\nTHE CROW\n x \n")
 
 
-def test_excluded_files_are_not_read_and_wrong_patterns_are_named(tmp_path):
-    for name in ("a.txt", "b.txt", "oz-1.txt"):
-        (tmp_path / name).write_text(f"text of {name}")
-    patterns = [str(tmp_path / "*.txt")]
-    corpus = read_corpus(patterns, exclude=["oz-*.txt", str(tmp_path / "b.txt")])
-    assert corpus.documents == ("text of a.txt",)
-    with pytest.raises(OpenELMError, match="No file matches"):
-        read_corpus([str(tmp_path / "*.md")])
-    with pytest.raises(OpenELMError, match="excludes every file"):
-        read_corpus(patterns, exclude=["*.txt"])
-    (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(OpenELMError, match=r"c\.txt as UTF-8"):
-        read_corpus(patterns)
+def test_every_format_can_be_packed(tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"body": "ﬁne\\nHEAD\\nx"}\n{"body": "two"}\n')
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"HEAD\none\nHEAD\nmore"))
+    (tmp_path / "held.txt").write_text("not read")
+    data = DataRecipe(
+        train=(str(tmp_path / "*"),),
+        text_key="body",
+        heldout=(str(tmp_path / "held.txt"),),
+        document_start="HEAD",
+    )
+    corpus = read_data(data)
+    assert corpus.documents == ("HEAD\none", "HEAD\nmore", "fine\nHEAD\nx", "two")
+    assert corpus.num_files == 2
+
+
+def test_text_without_documents_is_too_little_to_pack(tmp_path):
+    for documents in ([], [""]):
+        with pytest.raises(OpenELMError, match="too few for one sequence"):
+            PackedSequences(documents, tokenizer, 16)
+    (tmp_path / "a.jsonl").write_text("")
+    data = DataRecipe(train=(str(tmp_path / "*"),), packing=True)
+    with pytest.raises(OpenELMError, match="0 tokens, too few"):
+        open_loader(PretrainRecipe(data=data), tokenizer, 16)
+
+
+def test_what_is_packed_stops_at_damage_or_goes_on_as_told(tmp_path):
+    whole = gzip.compress(b'{"text": "a story"}\n' * 99 + os.urandom(999))
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-99])
+    (tmp_path / "good.jsonl").write_text('{"text": "another"}\n')
+    data = DataRecipe(train=(str(tmp_path / "*"),), packing=True)
+    with pytest.raises(OpenELMError, match=r"cut\.jsonl\.gz"):
+        read_data(data)
+    skipping = dataclasses.replace(data, on_damage="skip")
+    corpus = read_data(skipping)
+    assert corpus.documents == (*["a story"] * 99, "another")
+    reason = f"rest of {tmp_path}/cut.jsonl.gz, damaged"
+    assert corpus.dropped == {reason: 1}
+    recipe = PretrainRecipe(data=skipping, batch_size=2)
+    told = [open_loader(recipe, tokenizer, 16, rank=r, ranks=2).dropped for r in (0, 1)]
+    assert told == [{reason: 1}, {}]
+
+
+def test_the_stories_are_read_as_the_demo_model_read_them(shared):
+    """The hash is of what was read before other formats than text were known."""
+    recipe = load_recipe(PretrainRecipe, "pretrain/stories", {})
+    books = str(shared / "data/stories/text/a*.txt")
+    data = dataclasses.replace(recipe.data, train=(books,))
+    digest = hashlib.sha256()
+    for document in read_data(data).documents:
+        digest.update(document.encode() + b"\0")
+    assert digest.hexdigest() == (
+        "849a1508b155ecdc25dd91e8d856e963313f0e3df8c333612a21de9bb3bd04ed"
+    )
 
 
 def test_a_trained_tokenizer_is_lossless_and_has_llamas_ids():

@@ -14,11 +14,8 @@ import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
 from converters.parity import compare  # noqa: E402
-from converters.reference import (  # noqa: E402
-    ReferenceOpenELM,
-    count_flops_per_token,
-    summed_loss,
-)
+from converters.pretraining_plan import count_flops_per_token  # noqa: E402
+from converters.reference import ReferenceOpenELM, summed_loss  # noqa: E402
 from converters.sources import open_source  # noqa: E402
 from mlx_openelm import model as openelm  # noqa: E402
 from mlx_openelm.benchmark import made_weight  # noqa: E402

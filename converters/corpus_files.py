@@ -1,0 +1,391 @@
+"""Patterns become files, and a file becomes a stream of documents.
+
+Read are plain text, JSON lines, JSON arrays (each also compressed by gzip or zstd) and
+parquet. A file is never held as a whole, unless it is one document.
+"""
+
+import fnmatch
+import glob
+import gzip
+import io
+import itertools
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from mlx_openelm.errors import OpenELMError
+
+_MOST_SHOWN = 5  # missing files that a message names
+_MOST_NUMBERED = 10_000_000  # files of one range; more is a slip of the pen
+
+
+class DamagedFileError(OpenELMError):
+    """A file cannot be read to its end; what came before its damage was sound."""
+
+
+# Patterns ------------------------------------------------------------------------
+
+
+def find_files(patterns: Sequence[str], exclude: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the paths of the files that patterns name, sorted, each file once.
+
+    Args:
+        patterns: as the shell has them, `**` for folders in folders; `{00..99}` stands
+            for a range of numbers, as wide as written, and each must be there.
+        exclude: patterns as these, however they write the way to a file; or of file
+            names, wherever they lie.
+
+    Raises:
+        OpenELMError: a pattern matches nothing, files of a range are missing, or
+            nothing is left.
+    """
+    if not patterns:
+        raise OpenELMError("The recipe's data names no files.")
+    found: set[str] = set()
+    missing: list[str] = []
+    for pattern in patterns:
+        numbered = expand_ranges(pattern)
+        for name in numbered:
+            matched = _match(name)
+            found |= matched
+            if not matched:
+                missing.append(name)
+        if len(missing) == len(numbered) == 1:
+            raise OpenELMError(f"No file matches {pattern!r}; check the recipe's data.")
+    if missing:
+        shown = ", ".join(missing[:_MOST_SHOWN])
+        more = len(missing) - _MOST_SHOWN
+        rest = f" and {more} more" if more > 0 else ""
+        raise OpenELMError(
+            f"{len(missing)} files of the recipe's data are missing: {shown}{rest}; "
+            "get them, or correct the range."
+        )
+    names = [name for pattern in exclude for name in expand_ranges(pattern)]
+    left_out = {_identify(path) for name in names for path in _match(name)}
+    kept: dict[object, str] = {}
+    for path in sorted(found):
+        named = any(fnmatch.fnmatch(os.path.basename(path), name) for name in names)
+        if not named and (file := _identify(path)) not in left_out:
+            kept.setdefault(file, path)
+    if not kept:
+        raise OpenELMError("The recipe's data excludes every file that it names.")
+    return tuple(kept.values())
+
+
+def _match(pattern: str) -> set[str]:
+    """Return the files; one that is called so itself needs no pattern."""
+    if os.path.isfile(pattern):
+        return {pattern}
+    matched = glob.glob(pattern, recursive=True)
+    return {path for path in matched if not os.path.isdir(path)}
+
+
+def _identify(path: str) -> object:
+    """Return what is the same for all ways that lead to a file."""
+    try:
+        found = os.stat(path)
+    except OSError:  # a link to nowhere, say; whoever reads it tells of it
+        return path
+    return found.st_dev, found.st_ino
+
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def expand_ranges(pattern: str) -> list[str]:
+    """Return the patterns that `{first..last}` stands for, both ends included.
+
+    Raises:
+        OpenELMError: a range goes backwards or is absurdly long.
+    """
+    found = _RANGE.search(pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    if not 0 <= int(last) - int(first) < _MOST_NUMBERED:
+        raise OpenELMError(
+            f"The range {found[0]} in {pattern!r} is backwards or too long; write it "
+            "as {first..last}."
+        )
+    head, tails = pattern[: found.start()], expand_ranges(pattern[found.end() :])
+    numbers = range(int(first), int(last) + 1)
+    return [f"{head}{n:0{len(first)}}{tail}" for n in numbers for tail in tails]
+
+
+# Documents -----------------------------------------------------------------------
+
+
+def read_documents(
+    path: str,
+    *,
+    text_key: str = "text",
+    document_start: str | None = None,
+    start: int = 0,
+) -> Iterator[str]:
+    """Yield a file's documents from number `start` on; what is before is not checked.
+
+    Args:
+        text_key: the name of the text in JSON records and parquet columns.
+        document_start: a regular expression; in plain text, a line that it matches
+            whole begins a document. Without it, a file is a document.
+
+    Raises:
+        DamagedFileError: the file cannot be read to its end, or a record holds no text.
+        OpenELMError: the package that reads such files is not installed.
+    """
+    suffix = _suffix(path)
+    try:
+        if suffix == ".parquet":
+            yield from _read_parquet(path, text_key, start)
+        elif suffix in _JSON:
+            with _open(path) as opened:
+                yield from _read_json(path, opened, text_key, start)
+        else:
+            with _open(path) as opened, _decoded(opened) as text:
+                whole = document_start is None
+                documents = (
+                    iter([text.read()])
+                    if whole
+                    else split_documents(text, document_start)
+                )
+                yield from itertools.islice(documents, start, None)
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(f"Cannot read {path} as UTF-8 text: {error}.") from error
+    except (EOFError, zlib.error, OSError) as error:
+        raise DamagedFileError(
+            f"{path} is damaged or cut off: {error}; get it anew, or say "
+            "data.on_damage: skip."
+        ) from error
+
+
+def is_plain_text(path: str) -> bool:
+    """Whether `document_start` has a meaning for this file."""
+    return _suffix(path) not in (".parquet", *_JSON)
+
+
+_JSON = (".json", ".jsonl", ".ndjson")
+
+
+def _suffix(path: str) -> str:
+    """Return what tells the form of a file, in lower case and without compression."""
+    name = path.lower().removesuffix(".gz").removesuffix(".zst")
+    return Path(name).suffix
+
+
+def split_documents(lines: Iterable[str], document_start: str | None) -> Iterator[str]:
+    """Cut before each heading; headings in a row stay together.
+
+    Without `document_start` all lines are one document, as they are; else a document
+    is stripped of white space around it, and an empty one is none.
+    """
+    if document_start is None:
+        yield "".join(lines)
+        return
+    try:
+        heading = re.compile(document_start)
+    except re.error as error:
+        raise OpenELMError(
+            f"data.document_start is {document_start!r}, which is no regular "
+            f"expression: {error}."
+        ) from error
+    document: list[str] = []
+    told = False  # anything behind the last heading
+    for line in lines:
+        if heading.fullmatch(line.rstrip("\r\n")):
+            if told:
+                yield from _stripped(document)
+                document = []
+            told = False
+        elif line.strip():
+            told = True
+        document.append(line)
+    yield from _stripped(document)
+
+
+def _stripped(lines: list[str]) -> list[str]:
+    text = "".join(lines).strip()
+    return [text] if text else []
+
+
+# Bytes ---------------------------------------------------------------------------
+
+
+_Bytes = io.BufferedReader | gzip.GzipFile
+
+
+def _open(path: str) -> _Bytes:
+    if path.lower().endswith(".gz"):
+        return gzip.GzipFile(path)
+    if path.lower().endswith(".zst"):
+        return io.BufferedReader(_ZstdFile(path), 1 << 20)
+    return open(path, "rb")
+
+
+def _decoded(opened: _Bytes) -> io.TextIOWrapper:
+    """As text whose lines end at a newline, whatever else may end them elsewhere."""
+    return io.TextIOWrapper(opened, encoding="utf-8-sig", newline="\n")
+
+
+class _ZstdFile(io.RawIOBase):
+    """Frames of zstd in a row; unlike zstandard's own reader it sees a cut one."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise _missing("zstandard", path) from error
+        self._errors = zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._frame: Any = None  # the one that is being read
+        self._file = open(path, "rb")  # noqa: SIM115 # closed by close()
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            unused = b""
+            if self._frame and self._frame.eof:
+                unused, self._frame = self._frame.unused_data, None
+            compressed = unused or self._file.read(1 << 14)
+            if not compressed:
+                if self._frame:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(compressed))
+            except self._errors as error:
+                raise OSError(str(error)) from error
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def _missing(package: str, path: str) -> OpenELMError:
+    return OpenELMError(
+        f"To read {path}, install the package {package}: pip install "
+        "'mlx-openelm[torch]'."
+    )
+
+
+# JSON ----------------------------------------------------------------------------
+
+
+def _read_json(path: str, opened: _Bytes, text_key: str, start: int) -> Iterator[str]:
+    """Yield the texts of objects, one a line, or of an array of them."""
+    first = opened.peek(1 << 12).removeprefix(_BOM).lstrip()[:1]
+    if first == b"[":
+        with io.TextIOWrapper(opened, encoding="utf-8-sig") as text:
+            for number, value in enumerate(_read_array(path, text)):
+                if number >= start:
+                    yield _get_text(path, number, value, text_key)
+        return
+    for number, line in enumerate(line for line in opened if line.strip()):
+        if number < start:
+            continue
+        try:
+            value = json.loads(line.removeprefix(_BOM).decode())
+        except (ValueError, RecursionError) as error:
+            raise _bad_record(path, number, f"is no JSON ({error})") from error
+        yield _get_text(path, number, value, text_key)
+
+
+def _read_array(path: str, opened: IO[str]) -> Iterator[Any]:
+    """Yield the objects of a JSON array, read piece by piece."""
+    decoder = json.JSONDecoder()
+    text, position, number = opened.read(_CHUNK).lstrip()[1:], 0, 0
+    while True:
+        position = _GAP.match(text, position).end()  # type: ignore[union-attr] # always
+        more = max(_CHUNK, len(text) - position)  # a long object is soon whole
+        if text.startswith("]", position):
+            # Read on: what is compressed has its checksum at the end.
+            rests = itertools.chain(
+                [text[position + 1 :]], iter(lambda: opened.read(_CHUNK), "")
+            )
+            if "".join(rest.strip() for rest in rests):
+                raise _bad_record(path, number, "is behind the end of the array")
+            return
+        try:
+            if not text.startswith("{", position) and position < len(text):
+                raise _bad_record(path, number, "is not an object")
+            value, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            added = opened.read(more)
+            if not added:
+                raise _bad_record(path, number, f"is no JSON ({error})") from error
+            text, position = text[position:] + added, 0
+            continue
+        yield value
+        number += 1
+
+
+_BOM = b"\xef\xbb\xbf"
+_CHUNK = 1 << 16  # characters
+_GAP = re.compile(r"[\s,]*")
+
+
+def _get_text(path: str, number: int, value: Any, text_key: str) -> str:
+    if not isinstance(value, dict):
+        raise _bad_record(path, number, "is not an object")
+    if text_key not in value:
+        keys = ", ".join(list(value)[:10]) or "none"
+        raise _bad_record(path, number, f"has no {text_key!r}; its keys: {keys}")
+    text = value[text_key]
+    if not isinstance(text, str):
+        raise _bad_record(path, number, f"has a {text_key!r} that is not a text")
+    return text
+
+
+def _bad_record(path: str, number: int, what: str) -> DamagedFileError:
+    return DamagedFileError(
+        f"Record {number + 1} of {path} {what}; correct it, data.text_key, or say "
+        "data.on_damage: skip."
+    )
+
+
+# Parquet -------------------------------------------------------------------------
+
+
+def _read_parquet(path: str, text_key: str, start: int) -> Iterator[str]:
+    """Yield a column's texts; row groups before `start` are not touched."""
+    try:
+        import pyarrow  # type: ignore[import-untyped]
+        from pyarrow import parquet
+    except ImportError as error:
+        raise _missing("pyarrow", path) from error
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as opened:
+            columns = opened.schema_arrow.names
+            if text_key not in columns:
+                raise DamagedFileError(
+                    f"{path} has no column {text_key!r} but {', '.join(columns)}; "
+                    "correct data.text_key, or say data.on_damage: skip."
+                )
+            for group in range(opened.metadata.num_row_groups):
+                rows = opened.metadata.row_group(group).num_rows
+                if number + rows <= start:
+                    number += rows
+                    continue
+                for batch in opened.iter_batches(
+                    256, row_groups=[group], columns=[text_key], use_threads=False
+                ):
+                    for text in batch.column(0).to_pylist():
+                        if number >= start:
+                            yield _get_text(path, number, {text_key: text}, text_key)
+                        number += 1
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # not there, say
+        raise _bad_record(path, number, f"cannot be read ({error})") from error
