@@ -130,29 +130,38 @@ def train_tokenizer(documents: Sequence[str], recipe: TokenizerRecipe) -> Tokeni
 
     Same special ids as Llama's, byte fallback, digits apart, one dummy space in front;
     text is not normalised and no white space is removed.
+
+    Raises:
+        OpenELMError: SentencePiece cannot make so many, or so few, pieces of this text.
     """
     written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(
-            line for text in documents for line in text.split("\n") if line
-        ),
-        model_writer=written,
-        model_type="bpe",
-        vocab_size=recipe.vocab_size,
-        character_coverage=0.9999,
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        add_dummy_prefix=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        max_sentence_length=1 << 16,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(
+                line for text in documents for line in text.split("\n") if line
+            ),
+            model_writer=written,
+            model_type="bpe",
+            vocab_size=recipe.vocab_size,
+            character_coverage=0.9999,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 16,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:  # OSError: "vocab_size must be positive"
+        raise OpenELMError(
+            f"No tokenizer of {recipe.vocab_size} pieces (tokenizer.vocab_size) can be "
+            f"made of this text: {' '.join(str(error).split())}."
+        ) from error
     return Tokenizer(written.getvalue())
 
 

@@ -4,6 +4,7 @@ Read are plain text, JSON lines, JSON arrays (each also compressed by gzip or zs
 parquet. A file is never held as a whole, unless it is one document.
 """
 
+import errno
 import fnmatch
 import glob
 import gzip
@@ -135,7 +136,8 @@ def read_documents(
 
     Raises:
         DamagedFileError: the file cannot be read to its end, or a record holds no text.
-        OpenELMError: the package that reads such files is not installed.
+        OpenELMError: the package that reads such files is not installed, or too many
+            files are open.
     """
     suffix = _suffix(path)
     try:
@@ -156,6 +158,11 @@ def read_documents(
     except UnicodeDecodeError as error:
         raise DamagedFileError(f"Cannot read {path} as UTF-8 text: {error}.") from error
     except (EOFError, zlib.error, OSError) as error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise OpenELMError(  # not the file's fault: nothing is to be skipped
+                f"Cannot open {path}, for too many files are open: each row of a batch "
+                "has its own; raise `ulimit -n`, or data.workers."
+            ) from error
         raise DamagedFileError(
             f"{path} is damaged or cut off: {error}; get it anew, or say "
             "data.on_damage: skip."

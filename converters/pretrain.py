@@ -31,6 +31,7 @@ from converters.pretraining_checkpoints import (
     Progress,
     average_checkpoints,
     load_weights,
+    read_weights,
     remove_old_weights,
     restore_training,
     save_training,
@@ -54,7 +55,7 @@ from converters.pretraining_plan import (
     count_flops_per_token,
     find_peak_flops,
 )
-from converters.pretraining_setup import set_up
+from converters.pretraining_setup import claim_folder, set_up
 from converters.processes import Processes, join_processes, stop_signals
 from converters.reference import ReferenceOpenELM
 from converters.streaming import join_states
@@ -90,11 +91,17 @@ def _train(
     stop: list[int],
 ) -> Path:
     """Train; no part of the run is left when the processes part."""
-    run = _Run(recipe, processes, resume, on_event)
     try:
-        return run.train(stop)
-    finally:
-        run.close()
+        with (
+            claim_folder(recipe, processes, resume=resume),
+            contextlib.closing(_Run(recipe, processes, resume, on_event)) as run,
+        ):
+            return run.train(stop)
+    except torch.OutOfMemoryError as error:
+        raise OpenELMError(
+            f"Process {processes.rank} has no memory left on {processes.device}; lower "
+            "micro_batch_size, or say activation_checkpointing: true or parallel: fsdp."
+        ) from error
 
 
 class _Run:
@@ -203,11 +210,12 @@ class _Run:
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise OpenELMError(
+            found = OpenELMError(
                 f"The loss is {loss / total:.4g} and the gradient's norm "
-                f"{float(norm):.4g} at step {self.step + 1}; the last checkpoint is "
+                f"{float(norm):.4g} at step {self.step + 1}; what was saved before is "
                 "whole. Lower optimizer.learning_rate."
             )
+            processes.share(found)
         take_step(
             self.optimizers, learning_rate(recipe.optimizer, self.step, recipe.steps)
         )
@@ -276,11 +284,11 @@ class _Run:
         with self.processes.together():
             found = list(weights_on_disk(self.output).values())
             chosen = found[-self.recipe.average_last :]
-            average = average_checkpoints(chosen)
             if self.processes.first:
+                average = average_checkpoints(chosen)
                 write_whole(path, lambda staged: torch.save(average, staged))
         if self.heldout and len(chosen) > 1:
-            load_weights(self.model, average)
+            load_weights(self.model, read_weights(path))
             self._tell(self.heldout.score(self.model, self.step, averaged=True))
         return path
 

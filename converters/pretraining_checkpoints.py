@@ -10,11 +10,13 @@ Each file grows beside the old one and takes its name when it is on the disk. A 
 model is put together first, so that a checkpoint fits any number of processes.
 """
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from mlx_openelm.pretrain_recipe import PretrainRecipe
 LAST = "training_checkpoint_last.pt"
 AVERAGE = "checkpoint_average.pt"
 RECIPE = "recipe.json"
+LOCK = ".lock"
 
 Weights = dict[str, Tensor]
 
@@ -106,8 +109,8 @@ def restore_training(
     state: dict[str, Any],
 ) -> None:
     """Take over the weights and the optimizer of what `read_training` gave."""
-    load_weights(model, state["model_state_dict"])
     try:
+        load_weights(model, state["model_state_dict"])
         set_optimizer_state_dict(
             model,
             optimizers,
@@ -116,7 +119,7 @@ def restore_training(
         )
     except (RuntimeError, KeyError, ValueError) as error:
         raise OpenELMError(
-            f"The optimizer in {folder / LAST} does not fit the recipe's "
+            f"The weights or the optimizer in {folder / LAST} do not fit the recipe's "
             f"({first_line(error)}); use the recipe that the run began with."
         ) from error
 
@@ -128,7 +131,7 @@ def read_training(folder: Path) -> tuple[dict[str, Any], Progress]:
         OpenELMError: the file is damaged, or none of ours.
     """
     path = folder / LAST
-    state = _read_pt(path)
+    state = read_weights(path)
     try:
         return state, Progress(**json.loads(state["resume"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -147,16 +150,28 @@ def remove_old_weights(folder: Path, recipe: PretrainRecipe) -> None:
 
 def weights_on_disk(folder: Path) -> dict[int, Path]:
     """Return step -> file, in order."""
-    found = folder.glob("checkpoint_epoch_0_iter_*.pt")
-    return dict(sorted((int(path.stem.rsplit("_", 1)[1]), path) for path in found))
+    steps = {
+        path.stem.rpartition("_")[2]: path
+        for path in folder.glob("checkpoint_epoch_0_iter_*.pt")
+    }
+    return dict(sorted((int(n), path) for n, path in steps.items() if n.isdecimal()))
 
 
 def average_checkpoints(paths: Sequence[Path]) -> Weights:
-    """Return the mean, accumulated in float64, in the first one's dtypes."""
+    """Return the mean, accumulated in float64, in the first one's dtypes.
+
+    Raises:
+        OpenELMError: there is no file, or one is damaged.
+    """
+    if not paths:
+        raise OpenELMError(
+            f"No checkpoint_epoch_0_iter_N.pt is left to average; {LAST} has the last "
+            "weights, and convert reads it."
+        )
     total: Weights = {}
     dtypes: dict[str, torch.dtype] = {}
     for path in paths:
-        for name, value in _read_pt(path).items():
+        for name, value in read_weights(path).items():
             dtypes.setdefault(name, value.dtype)
             total[name] = total.get(name, 0) + value.double()
     return {
@@ -225,6 +240,31 @@ def check_folder(recipe: PretrainRecipe, *, resume: bool) -> None:
         )
 
 
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; a death by whatever means lets them in.
+
+    Raises:
+        OpenELMError: another process trains there, left by a torchrun that died, say.
+    """
+    path = folder / LOCK
+    with path.open("ab") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(opened.fileno()).st_nlink == 0:  # the other one just ended
+                raise BlockingIOError
+        except BlockingIOError as error:
+            raise OpenELMError(
+                f"Another process trains in {folder}; let it finish, or end it first."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def as_json(recipe: PretrainRecipe) -> dict[str, Any]:
     """Return the recipe as it is read back from its file."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
@@ -261,17 +301,25 @@ def read_initial(path: Path) -> tuple[OpenELMConfig, Weights]:
     Raises:
         OpenELMError: one of them is missing or damaged, or they do not fit together.
     """
-    beside = path.with_name("config.json")
     if not path.is_file():
         raise OpenELMError(f"The recipe's init, {path}, is no file.")
+    beside = path.with_name("config.json")
     if not beside.is_file():
         raise OpenELMError(
             f"There is no config.json beside {path}; put it there, it says the sizes."
         )
     config = OpenELMConfig.from_file(beside)
-    found = _read_pt(path)
+    found = read_weights(path)
     wrapped = found.get("model_state_dict", found)
+    if not isinstance(wrapped, dict) or not all(isinstance(k, str) for k in wrapped):
+        raise OpenELMError(f"{path} holds no weights by name; say another init.")
     given = {k: v for k, v in wrapped.items() if isinstance(v, Tensor)}
+    whole = [k for k, v in given.items() if not v.is_floating_point()]
+    if whole:
+        raise OpenELMError(
+            f"{whole[0]} in {path} holds {given[whole[0]].dtype}, no weights to train; "
+            "say a file that is not quantized."
+        )
     weights = {ours: given[theirs] for ours, theirs in map_to_corenet(given).items()}
     if EMBEDDING in weights:  # it often has rows for padding
         config = replace(config, vocab_size=len(weights[EMBEDDING]))
@@ -293,7 +341,12 @@ def load_weights(model: ReferenceOpenELM, weights: Weights) -> None:
     set_model_state_dict(model, {**weights}, options=options)
 
 
-def _read_pt(path: Path) -> dict[str, Any]:
+def read_weights(path: Path) -> dict[str, Any]:
+    """Read a file of torch.save; its tensors stay on the disk until they are used.
+
+    Raises:
+        OpenELMError: it is damaged, or holds no dictionary.
+    """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:

@@ -156,9 +156,13 @@ def _drop_after(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(errors="replace").splitlines(keepends=True):
         with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if record.get("step", 0) <= step and not record.get("averaged"):
-                kept.append(line)
+            match json.loads(line):
+                case {"averaged": True}:
+                    pass
+                case {"step": int(told)} if told > step:
+                    pass
+                case {}:
+                    kept.append(line)
     staged = path.with_name(f".{path.name}.part")
     with staged.open("w") as file:
         file.writelines(kept)

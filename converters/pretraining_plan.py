@@ -230,10 +230,10 @@ def count_layer_bytes(config: OpenELMConfig, layer: int, *, bf16: bool) -> int:
 
 def _size_up(recipe: PretrainRecipe, missing: list[str]) -> OpenELMConfig:
     if recipe.init is not None:
-        beside = Path(recipe.init).with_name("config.json")
-        if not Path(recipe.init).is_file():
-            missing.append(f"The recipe's init, {recipe.init}, is no file.")
-        return OpenELMConfig.from_file(beside)
+        init = Path(recipe.init)
+        if not init.is_file():
+            missing.append(f"The recipe's init, {init}, is no file.")
+        return OpenELMConfig.from_file(init.parent / "config.json")
     path = recipe.tokenizer.path
     if path is None:
         return recipe.model.build(recipe.tokenizer.vocab_size)

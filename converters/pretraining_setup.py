@@ -1,6 +1,8 @@
 """What stands before the first step: tokenizer, sizes, text, and the run's folder."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from converters.pretraining_checkpoints import (
     Weights,
     as_json,
     check_folder,
+    lock_folder,
     read_initial,
     read_training,
     write_json,
@@ -48,8 +51,37 @@ class Setup:
     progress: Progress
 
 
+@contextlib.contextmanager
+def claim_folder(
+    recipe: PretrainRecipe, processes: Processes, *, resume: bool
+) -> Iterator[None]:
+    """Check the recipe and make its folder, which is this run's alone meanwhile.
+
+    Raises:
+        OpenELMError: in all processes, whatever is wrong in one.
+    """
+    output = Path(recipe.output)
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            _check(recipe, processes)
+            if processes.first:
+                check_folder(recipe, resume=resume)
+                _make_folder(output)
+                held.enter_context(lock_folder(output))
+        yield
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OpenELMError(
+            f"Cannot make the folder {path} ({error.strerror}); say another --output."
+        ) from error
+
+
 def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Setup:
-    """Check the recipe and the folder, make the tokenizer, open the text.
+    """Make the tokenizer, open the text, read what the run goes on from.
 
     The first process writes what says of which model the weights will be; recipe.json
     is the last, for it marks a run that has begun.
@@ -59,14 +91,12 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
     """
     output = Path(recipe.output)
     saved, progress = None, Progress(0, {}, {})
-    with processes.together():
-        _check(recipe, processes)
-        if processes.first:
-            check_folder(recipe, resume=resume)
-            output.mkdir(parents=True, exist_ok=True)
+    saved_before = resume and (output / LAST).exists()
     with processes.together():
         given, initial = None, None
-        if recipe.init is not None:
+        if saved_before and recipe.init is not None:  # which may be gone by now
+            given = OpenELMConfig.from_file(output / "config.json")
+        elif recipe.init is not None:
             given, initial = read_initial(Path(recipe.init))
         corpus = read_data(recipe.data) if recipe.data.packing else None
         if processes.first and not (output / RECIPE).exists():
@@ -86,7 +116,7 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
             ranks=processes.count,
             corpus=corpus,
         )
-        if resume and (output / LAST).exists():
+        if saved_before:
             saved, progress = read_training(output)
             loader.restore(progress.loader)
         heldout = HeldOut(recipe, tokenizer) if recipe.data.heldout else None
@@ -94,8 +124,6 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
             write_json(output / "config.json", config.to_dict())
             write_json(output / "generation_config.json", generation_config(recipe))
             write_json(output / RECIPE, as_json(recipe))
-    if saved is not None:
-        initial = None
     return Setup(config, tokenizer, loader, heldout, initial, saved, progress)
 
 

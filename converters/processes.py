@@ -20,6 +20,10 @@ import torch.distributed as dist
 from mlx_openelm.errors import OpenELMError
 
 
+class SharedError(OpenELMError):
+    """Raised in all processes of a run; the first one alone need say it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Processes:
     """This process among those of the run, and the device that it computes on."""
@@ -53,7 +57,7 @@ class Processes:
         """Raise in all what fails in one; inside the block no process may wait.
 
         Raises:
-            OpenELMError: the first process's that had one.
+            SharedError: the first process's that had one; alone, its own error.
         """
         failed: Exception | None = None
         try:
@@ -71,7 +75,7 @@ class Processes:
         said = self.gather(None if failed is None else f"{failed}".rstrip(".") + ".")
         for message in said:
             if message is not None:
-                raise OpenELMError(message) from failed
+                raise SharedError(message) from failed
 
     def agree_to_stop(self, signals: list[int]) -> bool:
         """Stop all at the same step, whichever got the signal."""
@@ -90,7 +94,7 @@ def join_processes() -> Iterator[Processes]:
     """Join the processes that torchrun started; alone otherwise.
 
     Raises:
-        OpenELMError: another process ended while this one waited for it.
+        SharedError: another process ended while this one waited for it.
     """
     cuda = torch.cuda.is_available()
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -105,9 +109,10 @@ def join_processes() -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), count, device)
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)
+        for each in filter(None, (error, error.__cause__)):
+            traceback.clear_frames(each.__traceback__)
         if isinstance(error, RuntimeError) and any(x in str(error) for x in _LOST):
-            raise OpenELMError(
+            raise SharedError(
                 "Another process of the run ended, so this one cannot go on; its own "
                 "message says why. The last checkpoint is whole: say --resume."
             ) from error

@@ -1,8 +1,9 @@
 """The tokens of a file that was read once, mapped from the disk ever after.
 
-One cache file stands for one source file, one tokenizer and one set of rules; its name
-is their hash. Inside are the tokens of all pieces in a row, a table of the pieces, the
-number of pieces up to each document's end, and a description whose checksum comes last.
+One cache file stands for one source file, one tokenizer, one set of rules and the ftfy
+that repairs the text; its name is their hash. Inside are the tokens of all pieces in a
+row, a table of the pieces, the number of pieces up to each document's end, and a
+description whose checksum comes last.
 It is written aside and renamed, so that no reader meets half of one.
 """
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import numpy as np
 import numpy.typing as npt
 
@@ -175,7 +177,7 @@ def _make_name(source: Source) -> str:
         raise DamagedFileError(f"Cannot read {source.path}: {error}.") from error
     rules = source.rules
     parts = [
-        _VERSION,
+        *(_VERSION, ftfy.__version__),
         *(os.path.abspath(source.path), stat.st_size, stat.st_mtime_ns),
         *(source.text_key, source.document_start),
         hashlib.sha256(source.tokenizer.model_proto).hexdigest(),

@@ -440,8 +440,9 @@ def list_recipes(as_json: Json = False) -> None:
     if as_json:
         console.answer_json(found)
         return
+    width = max(map(len, found))
     for name, line in found.items():
-        console.answer(f"{name:<20}  {line}")
+        console.answer(f"{name:<{width}}  {line}")
 
 
 @recipes_app.command("show")

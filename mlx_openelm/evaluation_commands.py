@@ -139,6 +139,20 @@ def evaluate(
         raise typer.BadParameter(
             "says its own tasks; leave --tasks out", param_hint="--suite"
         )
+    if not tasks and suite is None:
+        of_tasks = {
+            "--limit": limit,
+            "--num-fewshot": num_fewshot,
+            "--output": output,
+            "--picture": picture,
+        }
+        for flag, said in of_tasks.items():
+            if said is not None:
+                raise typer.BadParameter(
+                    "is of tasks; say --tasks or --suite, too", param_hint=flag
+                )
+    if window is not None and not text:
+        raise typer.BadParameter("is of --text; say one, too", param_hint="--window")
     if batch_size < 1:
         raise OpenELMError(f"--batch-size is {batch_size}; it must be at least 1.")
     csv, picture = (_expand(path) for path in (csv, picture))
@@ -192,6 +206,7 @@ def _evaluate_one(
     """Load one model, and let it do all."""
     from mlx_openelm.scoreboard import ModelScores, describe_model
 
+    where = _make_folder(output, entrant.label)
     folder, model, tokenizer = open_model(
         console, entrant.name, entrant.adapter, offline
     )
@@ -208,7 +223,6 @@ def _evaluate_one(
                 window=window,
                 on_progress=lambda done, total: progress.update(done, total, "windows"),
             )
-    where = _make_folder(output, entrant.label)
     results = _run_local(console, model, tokenizer, plan, where, force)
     if plan.named:
         results += _run_named(

@@ -146,8 +146,8 @@ def run_task(
             found = lm_eval.evaluate(
                 lm, task.loaded, limit=limit, bootstrap_iters=BOOTSTRAP
             )
-    except OpenELMError:
-        raise
+    except OpenELMError as error:
+        raise OpenELMError(f"In the task {task.name}: {error}") from error
     except Exception as error:  # see `_open_task`
         raise OpenELMError(
             f"The harness fails in the task {task.name}: {type(error).__name__}, "
@@ -201,9 +201,9 @@ def _values(
     values = [s[metric] for s in samples if s["filter"] == kind and metric in s]
     if not values or not all(isinstance(value, int | float) for value in values):
         return ()
-    if abs(sum(values) / len(values) - mean) > 1e-9 * max(1.0, abs(mean)):
-        return ()
-    return tuple(map(float, values))
+    if abs(sum(values) / len(values) - mean) <= 1e-9 * max(1.0, abs(mean)):
+        return tuple(map(float, values))
+    return ()  # of NaN, too
 
 
 # Results on disk -----------------------------------------------------------------
@@ -263,9 +263,26 @@ def _describe_run(task: HarnessTask, limit: int | None, model: str) -> dict[str,
         "task": task.name,
         "num_fewshot": task.num_fewshot,
         "limit": limit,
+        "questions": _digest(task),
         "model": model,
         "harness": importlib.metadata.version("lm_eval"),
     }
+
+
+def _digest(task: HarnessTask) -> str:
+    """Return sha256 in hex of a task's settings, questions and solved examples."""
+    digest = hashlib.sha256()
+    with quiet():
+        for name, leaf in task.loaded["tasks"].items():
+            shots = leaf.fewshot_docs() if leaf.get_config("num_fewshot") else ()
+            told = [name, leaf.dump_config(), list(leaf.eval_docs), list(shots)]
+            # What is no JSON counts by its type: an address differs in every run.
+            digest.update(json.dumps(told, default=_name_type).encode())
+    return digest.hexdigest()
+
+
+def _name_type(value: object) -> str:
+    return type(value).__qualname__
 
 
 def _read_file(

@@ -185,8 +185,8 @@ def _generate(
         room = context - sampling.max_tokens
         if room < 1:
             raise OpenELMError(
-                f"The task wants up to {sampling.max_tokens} new tokens, and the "
-                f"model's context is {context}; say another task."
+                f"Up to {sampling.max_tokens} new tokens are wanted, and the model's "
+                f"context is {context}; say another task."
             )
         questions = (  # what is too long is cut at the left, as the harness does
             Question(number, tokenizer.encode(prompts[number][0])[-room:])
@@ -215,13 +215,16 @@ def _read_settings(said: Mapping[str, Any]) -> Sampling:
             )
             if found.get(theirs) is not None
         }
-    return Sampling(
-        max_tokens=found["max_gen_toks"],
-        stop=tuple(text for text in found["until"] if text),
-        repetition_penalty=found.get("repetition_penalty") or 1.0,
-        seed=SEED,
-        **sampled,
-    )
+    try:
+        return Sampling(
+            max_tokens=found["max_gen_toks"],
+            stop=tuple(text for text in found["until"] if text),
+            repetition_penalty=found.get("repetition_penalty") or 1.0,
+            seed=SEED,
+            **sampled,
+        )
+    except OpenELMError as error:
+        raise OpenELMError(f"Its generation_kwargs are wrong: {error}") from error
 
 
 # Going on ------------------------------------------------------------------------
@@ -275,7 +278,15 @@ class KeptAnswers:
     def add(self, key: tuple[str, int], answer: Answer) -> None:
         assert self._file is not None
         self._known[self._hash(key)] = answer
-        self._file.write(json.dumps([self._hash(key), answer]).encode() + b"\n")
+        rest = json.dumps([self._hash(key), answer]).encode() + b"\n"
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OpenELMError(
+                f"Cannot write {self._path}: {error.strerror or error}; make room, and "
+                "repeat. What was answered stays."
+            ) from error
 
     def _hash(self, key: tuple[str, int]) -> str:
         return hashlib.sha256(f"{self._said} {key}".encode()).hexdigest()

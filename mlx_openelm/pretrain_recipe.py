@@ -1,6 +1,7 @@
 """What decides a pre-training run: the sections of a recipe in recipes/pretrain."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 from mlx_openelm.config import (
@@ -34,6 +35,17 @@ class ModelRecipe:
     ffn_dim_divisor: int = FFN_DIM_DIVISOR
     max_context_length: int = 2048
     spare_rows: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("head_dim", "num_gqa_groups", "ffn_dim_divisor"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OpenELMError(f"model.{name} is {value}; it must be at least 1.")
+        for name in ("qkv_multipliers", "ffn_multipliers"):
+            value = getattr(self, name)
+            factors = value if isinstance(value, tuple) else (value,)
+            if not all(0 < factor < math.inf for factor in factors):
+                raise OpenELMError(f"model.{name} is {value}; it must be above 0.")
 
     def build(self, vocab_size: int) -> OpenELMConfig:
         """Return the config for a vocabulary of `vocab_size` pieces."""
@@ -86,7 +98,7 @@ class CorpusRecipe:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
+        if not 0 < self.weight < math.inf:
             raise OpenELMError(
                 f"The weight of a corpus is {self.weight}; it must be above 0."
             )
@@ -170,6 +182,24 @@ class OptimizerRecipe:
         if self.name not in ("adamw", "muon"):
             raise OpenELMError(
                 f"optimizer.name is {self.name!r}; expected adamw or muon."
+            )
+        for name in (
+            *("learning_rate", "final_learning_rate", "warmup_steps"),
+            *("warmup_learning_rate", "eps", "weight_decay", "z_loss"),
+        ):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise OpenELMError(
+                    f"optimizer.{name} is {value}; it must be finite, 0 or more."
+                )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise OpenELMError(
+                f"optimizer.betas is {self.betas}; each must be from 0 to below 1."
+            )
+        if not self.clip_norm > 0:
+            raise OpenELMError(
+                f"optimizer.clip_norm is {self.clip_norm}; it must be above 0, or .inf "
+                "not to clip."
             )
 
 

@@ -1,13 +1,15 @@
 """The command that trains from nothing, in PyTorch: `pretrain`."""
 
 import os
+import time
 from typing import Annotated
 
 import typer
 
 from mlx_openelm.command_options import Json, Quiet, Seed, need_torch
 from mlx_openelm.console import Console
-from mlx_openelm.errors import OpenELMError
+
+SECONDS_TO_SPEAK = 10.0  # torchrun ends all processes when one ends
 
 
 def pretrain(
@@ -67,15 +69,17 @@ def pretrain(
         return
     need_torch()
     from converters.pretrain import pretrain as run  # seconds: torch is imported
+    from converters.processes import SharedError
 
     with PretrainingView(console) as view:
         try:
             path = run(chosen, resume=resume, on_event=view)
         except KeyboardInterrupt:
-            console.note(f"\nSaved. Go on with: pretrain -c {recipe} --resume")
+            console.note("\nSaved. The same command with --resume goes on.")
             raise
-        except OpenELMError:
-            if rank > 0:  # all processes have the same error; the first one says it
+        except SharedError:  # the first process says it
+            if rank > 0:
+                time.sleep(SECONDS_TO_SPEAK)
                 raise typer.Exit(1) from None
             raise
     if rank == 0 and as_json:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlx_openelm.checkpoint import ModelFolder
 from mlx_openelm.comparison import Difference, paired_difference
@@ -77,12 +78,13 @@ def describe_model(name: str, folder: ModelFolder, method: str | None) -> ModelC
     """Tell which published model a folder is, by its sizes and where it came from.
 
     Args:
-        name: as a person said it.
+        name: as a person said it: of the adapter, where there is a method.
         method: of the adapter that is put on it, or None. Without one, that of the
             adapter that was merged into it counts.
     """
     source = folder.metadata.get("source")
-    told = (name, folder.path.name, snapshot_of(folder.path), json.dumps(source))
+    said = "" if method else Path(name).name  # of an adapter it tells nothing
+    told = (said, folder.path.name, snapshot_of(folder.path), json.dumps(source))
     kind = str(source.get("kind", "")) if isinstance(source, dict) else ""
     fused = folder.metadata.get("fusion")
     if method is None and isinstance(fused, dict):

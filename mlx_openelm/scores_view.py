@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -248,7 +249,7 @@ def _tasks_json(results: Sequence[TaskResult]) -> dict[str, Any]:
     told = {}
     for result in results:
         found = {
-            name: {"value": metric.value, "stderr": metric.stderr}
+            name: {"value": _finite(metric.value), "stderr": _finite(metric.stderr)}
             for name, metric in result.metrics.items()
         }
         main = found.get("acc") or next(iter(found.values()), {})
@@ -263,6 +264,11 @@ def _tasks_json(results: Sequence[TaskResult]) -> dict[str, Any]:
     return told
 
 
+def _finite(value: float | None) -> float | None:
+    """Return a figure that JSON has: neither infinite, nor no number at all."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def to_csv(scores: Sequence[ModelScores], suite: "Suite | None") -> str:
     """Return one line for each model, task and metric; shares are in percent."""
     written = io.StringIO()
@@ -275,10 +281,9 @@ def to_csv(scores: Sequence[ModelScores], suite: "Suite | None") -> str:
         )
     )
     for model in scores:
+        others = () if model is scores[0] else model.tasks
         paired = {
-            (p.task, p.metric): p.difference
-            for p in pair(scores[0].tasks, model.tasks)
-            if model is not scores[0]
+            (p.task, p.metric): p.difference for p in pair(scores[0].tasks, others)
         }
         published = {}
         if suite is not None:

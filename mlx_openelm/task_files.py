@@ -181,6 +181,8 @@ def _read_instruction(number: int, record: Mapping[str, Any]) -> Question:
     labels = [label.strip() for label in listed.split("/")] if found else []
     if not found:
         raise OpenELMError(f'has no "{ANSWER_FORMAT}" in its instruction')
+    if "\n" in listed.strip():
+        raise OpenELMError(f'has lines behind the one of its "{ANSWER_FORMAT}"')
     _check_choices(labels, f'"{ANSWER_FORMAT}"')
     answer = _get_text(record, "answer").strip()
     if answer not in labels:

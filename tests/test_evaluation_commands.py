@@ -15,6 +15,7 @@ from mlx_openelm import evaluation_commands, harness_model
 from mlx_openelm.comparison import compare
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.loading import load
+from mlx_openelm.scores_picture import LEFT, RIGHT
 from mlx_openelm.scoring import score_task
 from mlx_openelm.task_files import read_task
 
@@ -252,6 +253,8 @@ def test_a_base_without_its_row_and_an_adapter_with_one_are_compared(peft):
     assert "unverified" in ran.stdout
     picture = (peft / "suite.svg").read_text()
     assert picture.count('class="hollow c1"') == 3  # two columns and the average
+    x = LEFT + (RIGHT - LEFT) * 0.6214
+    assert f'class="hollow c1" cx="{x:.1f}"' in picture
     assert 'class="hollow c0"' not in picture
     rows = list(csv.DictReader(io.StringIO((peft / "suite.csv").read_text())))
     published = {(r["model"], r["task"], r["metric"]): r["published"] for r in rows}
@@ -269,6 +272,11 @@ def test_a_base_without_its_row_and_an_adapter_with_one_are_compared(peft):
         ("evaluate",),
         ("evaluate", "--limit", "3"),
         ("evaluate", "--suite", "openllm", "--tasks", "piqa"),
+        ("evaluate", "--text", "a.txt", "--limit", "3"),
+        ("evaluate", "--text", "a.txt", "--num-fewshot", "3"),
+        ("evaluate", "--text", "a.txt", "--output", "kept"),
+        ("evaluate", "--text", "a.txt", "--picture", "a.svg"),
+        ("evaluate", "--tasks", "piqa", "--window", "9"),
     ],
 )
 def test_wrong_usage_is_code_2(here, args):

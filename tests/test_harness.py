@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import math
+import resource
 import sys
 from types import SimpleNamespace
 
@@ -14,6 +16,8 @@ from mlx_openelm import harness_model
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.harness import open_tasks, run_kept_task, run_task
 from mlx_openelm.harness_model import KeptAnswers, wrap_model
+from mlx_openelm.scoreboard import ModelCard, ModelScores, pair
+from mlx_openelm.scores_view import scores_json, to_csv
 from mlx_openelm.scoring import score_task
 from mlx_openelm.task_files import read_task
 
@@ -83,6 +87,15 @@ doc_to_target: answer
 metric_list:
 """
     + METRIC.format("acc", "median"),
+    "numberless": """task: numberless
+output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+process_results: !function code.score
+metric_list:
+"""
+    + METRIC.format("numberless", "mean"),
     "late": """task: late
 output_type: multiple_choice
 doc_to_text: "{{context}}"
@@ -109,6 +122,9 @@ def folder(tmp_path_factory):
         (folder / f"{name}.yaml").write_text(
             (text + common).replace("FOLDER", str(folder))
         )
+    (folder / "code.py").write_text(
+        "def score(doc, results):\n    return {'numberless': float('nan')}\n"
+    )
     return folder
 
 
@@ -280,6 +296,18 @@ def test_results_are_the_harness_s_own(model, folder):
     assert found.metrics["acc"].values == ()  # it is no mean of its questions
 
 
+def test_a_metric_that_is_no_number_is_null_and_not_compared(model, folder):
+    (task,) = open_tasks([("numberless", None)], include_path=folder)
+    results = run_task(wrap_model(model, tokenizer), task, limit=3)
+    assert math.isnan(results[0].metrics["numberless"].value)
+    assert pair(results, results) == ()
+    scores = [ModelScores(ModelCard(name, "OpenELM"), None, results) for name in "ab"]
+    told = json.dumps(scores_json(scores, None), allow_nan=False)
+    metric = json.loads(told)["tasks"]["numberless"]["metrics"]["numberless"]
+    assert metric == {"value": None, "stderr": None}
+    assert to_csv(scores, None).count("numberless,numberless,0,3,nan,nan,,,,") == 2
+
+
 def test_solved_examples_stand_before_a_question(model, folder):
     asked = []
     lm = wrap_model(model, tokenizer)
@@ -370,6 +398,50 @@ def test_scores_of_another_model_are_not_taken_for_this_one_s(model, folder, tmp
     assert replaced == fresh
 
 
+def test_scores_of_other_questions_are_not_taken_for_these(model, tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    common = COMMON.replace("FOLDER", str(tmp_path))
+    (tmp_path / "tales.yaml").write_text(YAML["tales"] + common)
+
+    def run(records):
+        (tmp_path / "records.json").write_text(json.dumps(records))
+        (task,) = open_tasks([("tales", None)], include_path=tmp_path)
+        return run_kept_task(model, tokenizer, task, kept, limit=None)
+
+    (first,) = run(RECORDS)
+    assert run(RECORDS) == (first,)
+    with pytest.raises(OpenELMError, match=r"other settings; .* --force"):
+        run([record | {"answer": 1 - record["answer"]} for record in RECORDS])
+    (tmp_path / "tales.yaml").write_text(
+        YAML["tales"].replace("{{context}}", "{{context}}?") + common
+    )
+    with pytest.raises(OpenELMError, match=r"other settings; .* --force"):
+        run(RECORDS)
+
+
+def test_a_full_disk_is_not_the_task_s_fault(model, folder, tmp_path):
+    (task,) = open_tasks([("tales", None)], include_path=folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OpenELMError) as caught:
+            run_kept_task(model, tokenizer, task, tmp_path, limit=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    kept = tmp_path / "tales.answers.jsonl"
+    said = f"In the task tales: Cannot write {kept}: File too large; make room"
+    assert str(caught.value).startswith(said)
+    assert kept.stat().st_size == 1000
+    told = []
+    run_kept_task(
+        *(model, tokenizer, task, tmp_path),
+        limit=None,
+        on_progress=lambda *at: told.append(at),
+    )
+    assert told[0][0] > 3
+
+
 def test_what_is_drawn_depends_on_the_question_not_on_the_batch(model, tmp_path):
     settings = {"until": [], "max_gen_toks": 10, "do_sample": True, "temperature": 1.0}
     prompts = [("Once upon", settings)] * 5
@@ -421,6 +493,20 @@ def test_more_new_tokens_than_the_context_holds_are_refused(model):
     settings = {"until": [], "max_gen_toks": UNEVEN.max_context_length}
     with pytest.raises(OpenELMError, match="context is 64"):
         ask(wrap_model(model, tokenizer), "generate_until", [("Once", settings)])
+
+
+def test_settings_that_cannot_be_are_said_to_be_the_task_s(model, folder):
+    (folder / "odd.yaml").write_text(
+        (YAML["written"] + COMMON)
+        .replace("FOLDER", str(folder))
+        .replace("task: written", "task: odd")
+        .replace("do_sample: false", "do_sample: true, temperature: 1.0, top_p: 7")
+    )
+    (task,) = open_tasks([("odd", None)], include_path=folder)
+    with pytest.raises(
+        OpenELMError, match=r"task odd: .*generation_kwargs.*top-p is 7"
+    ):
+        run_task(wrap_model(model, tokenizer), task, limit=1)
 
 
 def test_a_harness_that_is_not_installed_is_named(monkeypatch):

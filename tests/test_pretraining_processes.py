@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import call
 from pretrainings import (
     ROOT,
     job,
@@ -16,6 +18,7 @@ from pretrainings import (
     read_metrics,
     run_ranks,
     small_recipe,
+    start_ranks,
     streamed_data,
 )
 
@@ -23,6 +26,7 @@ torch = pytest.importorskip("torch", reason="needs PyTorch")
 
 from converters.pretrain import pretrain  # noqa: E402
 from converters.pretraining_checkpoints import AVERAGE, LAST, as_json  # noqa: E402
+from converters.processes import SharedError  # noqa: E402
 from mlx_openelm.errors import OpenELMError  # noqa: E402
 
 
@@ -66,8 +70,32 @@ def runs(tmp_path_factory):
     with pytest.raises(Cut):
         pretrain(begun, on_event=cut)
     jobs["begun"] = job(replace(begun, parallel="fsdp"), resume=True)
+    # Both are killed, and go on.
+    recipes["killed"] = replace(
+        streamed, steps=40, save_every=5, output=str(folder / "killed")
+    )
+    whole = replace(recipes["killed"], output=str(folder / "never-killed"))
+    kill_in_the_middle(folder, recipes["killed"])
+    jobs["killed"] = job(recipes["killed"], resume=True)
+    jobs["never killed"] = job(whole)
+    recipes["never killed"] = whole
     said = run_ranks(folder, list(jobs.values()))
     return recipes, dict(zip(jobs, zip(*said, strict=True), strict=True)), folder
+
+
+def kill_in_the_middle(folder: Path, recipe) -> None:
+    processes = start_ranks(folder, [job(recipe)])
+    try:
+        deadline = time.monotonic() + 150
+        while not (Path(recipe.output) / LAST).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            with process:  # waits for it
+                pass
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +142,17 @@ def test_their_checkpoints_are_whole_and_the_same(runs, alone, name):
     ]
     expected = [r["bits_per_byte"] for r in read_metrics(alone["ddp"], "evaluated")]
     assert scores == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_killed_processes_go_on(runs):
+    recipes, said, _ = runs
+    assert said["killed"] == said["never killed"] == ("done", "done")
+    output = recipes["killed"].output
+    assert 5 <= read_metrics(output, "started")[-1]["first_step"] < 40
+    steps = [record["step"] for record in read_metrics(output)]
+    assert steps == list(range(1, 41))
+    whole = read_losses(recipes["never killed"].output)
+    assert read_losses(output) == pytest.approx(whole, abs=1e-6)
 
 
 def test_shards_compute_in_bf16_and_keep_float32(runs, alone):
@@ -185,9 +224,43 @@ def test_under_torchrun_the_first_process_alone_speaks(tmp_path):
     assert read_losses(recipe.output) == pytest.approx(
         read_losses(alone.output), abs=1e-5
     )
+
+
+@pytest.mark.proof
+def test_under_torchrun_an_error_is_said_once(tmp_path):
+    recipe = small_recipe(tmp_path)
+    pretrain(replace(recipe, steps=1))
     refused = subprocess.run(
         torchrun(recipe), env=ENVIRONMENT, capture_output=True, text=True, timeout=240
     )
     assert refused.returncode == 1
     assert refused.stderr.count("error: ") == 1
     assert "holds a run already" in refused.stderr
+
+
+@pytest.mark.parametrize("kind", ["shared", "own"])
+def test_another_process_waits_with_an_error_that_the_first_one_says(
+    tmp_path, monkeypatch, kind
+):
+    """For torchrun ends the first when another has ended."""
+
+    def fail(*args, **how):
+        raise (SharedError if kind == "shared" else OpenELMError)("Too bad.")
+
+    waited = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("converters.pretrain.pretrain", fail)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    ran = call("pretrain", "-c", "pretrain/stories")
+    assert (ran.exit_code, ran.stdout) == (1, "")
+    assert ran.stderr == ("" if kind == "shared" else "error: Too bad.\n")
+    assert len(waited) == (kind == "shared")
+
+
+def test_a_device_without_memory_is_one_sentence(tmp_path, monkeypatch):
+    def fail(*args, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("converters.pretrain.parallelize", fail)
+    with pytest.raises(OpenELMError, match=r"Process 0 has no memory left on cpu; low"):
+        pretrain(small_recipe(tmp_path))

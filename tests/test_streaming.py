@@ -258,6 +258,8 @@ def test_a_corpus_may_move_but_not_change(corpus, tmp_path):
     for change in ({"words_per_piece": 9}, {"shuffle_block": 9}, {"exclude": ("1*",)}):
         changed = dataclasses.replace(data, **change)
         refuse(dataclasses.replace(recipe, data=changed), "the text")
+    with pytest.raises(OpenELMError, match="other data: the text is not what"):
+        open_loader(recipe, small_tokenizer(301), LENGTH).restore(state)
     with (moved / "0.jsonl").open("a") as appended:
         appended.write('{"text": "one more"}\n')
     refuse(recipe, "the text")
@@ -557,6 +559,30 @@ def test_texts_are_read_whole_held_out_or_as_a_sample_of_all_files(tmp_path):
         list(read_documents(data))
     skipping = dataclasses.replace(data, on_damage="skip")
     assert list(read_documents(skipping)) == whole
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_too_many_open_files_are_no_damage_to_skip(tmp_path, ending):
+    resource = pytest.importorskip("resource")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for i in range(150):
+        if ending == "jsonl":
+            write_jsonl(tmp_path / f"{i}.jsonl", [f"x{i}"] * 9)
+        else:
+            table = pyarrow.table({"text": [f"x{i}"] * 9})
+            parquet.write_table(table, tmp_path / f"{i}.parquet")
+    recipe = make_recipe(
+        (str(tmp_path / "*"),), batch_size=150, shuffle_block=2, on_damage="skip"
+    )
+    loader = open_it(recipe)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (120, hard))
+    try:
+        with pytest.raises(OpenELMError, match=r"too many files are open.*ulimit"):
+            take(loader, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_sample_of_thousands_of_files_opens_few_at_once(tmp_path):

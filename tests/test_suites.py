@@ -120,6 +120,8 @@ def test_a_task_file_is_found_by_either_of_its_names(tmp_path):
             *(None, ("OpenELM-1_1B", True, None)),
         ),
         ("3B", "adapters/a", {}, "dora", ("OpenELM-3B", False, "dora")),
+        ("450M", "my/instructions", {}, "lora", ("OpenELM-450M", False, "lora")),
+        ("270M", "instruct/OpenELM-270M", {}, None, ("OpenELM-270M", False, None)),
         (
             *("450M", "fused", {"fusion": {"method": "lora"}}),
             *(None, ("OpenELM-450M", False, "lora")),

@@ -124,6 +124,7 @@ def without(record, key):
         (PEFT | {"answer": 1}, "has a number as answer, not a text"),
         (PEFT | {"instruction": "Is it?"}, 'no "Answer format:" in its instruction'),
         (PEFT | {"instruction": "Answer format: a"}, "one choice"),
+        (PEFT | {"instruction": "Answer format: a/b\n\nThe end"}, "has lines behind"),
         (PEFT | {"instruction": "Answer format: a/"}, "an empty choice"),
         (PEFT | {"instruction": "Answer format: a/b/a"}, "the choice 'a' twice"),
         (PEFT | {"instruction": None}, "has no instruction"),

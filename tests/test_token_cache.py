@@ -5,6 +5,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import time
 
 import pytest
 from models import TEXT, small_tokenizer
@@ -122,6 +123,29 @@ def test_whatever_decides_the_tokens_makes_another_file(tmp_path, source, monkey
     refresh(make_source(tmp_path / "a.jsonl", TEXTS[::-1]))
     refresh(make_source(tmp_path / "a.jsonl", [*TEXTS, "more"]))
     assert len(made) == 10
+    monkeypatch.setattr(room.ftfy, "__version__", "another")  # repairs otherwise
+    refresh(source)
+    assert len(made) == 11
+    path = tmp_path / "two.jsonl"
+    path.write_text(json.dumps({"text": TEXT, "other": TEXT[9:]}) + "\n")
+    for changes in ({}, {"text_key": "other"}, {"document_start": "x"}):
+        refresh(dataclasses.replace(source, path=str(path), **changes))
+    assert len(made) == 14
+
+
+def test_a_file_that_could_not_be_read_once_is_not_damaged_for_ever(
+    tmp_path, source, monkeypatch
+):
+    def refuse(*arguments, **options):
+        raise DamagedFileError("no") from PermissionError(13, "not now")
+        yield
+
+    folder = str(tmp_path / "cache")
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "read_documents", refuse)
+        with pytest.raises(DamagedFileError):
+            CachedFile(folder, source)
+    assert found(CachedFile(folder, source)) == expected(source)
 
 
 def test_a_damaged_cache_file_is_noticed_and_made_again(tmp_path, source, monkeypatch):
@@ -185,22 +209,25 @@ def test_a_run_that_was_stopped_leaves_no_half_file(tmp_path, source, monkeypatc
     assert found(CachedFile(str(tmp_path / "cache"), source)) == expected(source)
 
 
-def fill(path, folder, made):
+def fill(path, folder, made, together):
     source = Source(path, "text", None, RULES, tokenizer)
     write = room._write
 
     def counted(*arguments):
         made.put(1)
+        time.sleep(0.5)  # so that the others come while it is made
         write(*arguments)
 
     room._write = counted
+    together.wait()
     assert found(CachedFile(folder, source)) == expected(source)
 
 
 def test_of_several_processes_one_makes_the_file(tmp_path, source):
     context = multiprocessing.get_context("spawn")
     made = context.SimpleQueue()
-    arguments = (source.path, str(tmp_path / "cache"), made)
+    together = context.Barrier(3)
+    arguments = (source.path, str(tmp_path / "cache"), made, together)
     processes = [context.Process(target=fill, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
