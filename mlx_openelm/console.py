@@ -37,7 +37,7 @@ class Console:
         """Draw a rich table on stdout, wide enough for its cells in a pipe."""
         from rich.console import Console as RichConsole
 
-        width = None if sys.stdout.isatty() else 120
+        width = None if sys.stdout.isatty() else 1000  # no cell is folded there
         drawn = RichConsole(
             file=sys.stdout, width=width, highlight=False, markup=False, emoji=False
         )

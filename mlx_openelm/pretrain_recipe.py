@@ -45,7 +45,9 @@ class ModelRecipe:
             value = getattr(self, name)
             factors = value if isinstance(value, tuple) else (value,)
             if not all(0 < factor < math.inf for factor in factors):
-                raise OpenELMError(f"model.{name} is {value}; it must be above 0.")
+                raise OpenELMError(
+                    f"model.{name} is {value}; it must be above 0 and at most 1e9."
+                )
 
     def build(self, vocab_size: int) -> OpenELMConfig:
         """Return the config for a vocabulary of `vocab_size` pieces."""
@@ -98,9 +100,10 @@ class CorpusRecipe:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < math.inf:
+        if not 0 < self.weight <= 1e9:
             raise OpenELMError(
-                f"The weight of a corpus is {self.weight}; it must be above 0."
+                f"The weight of a corpus is {self.weight}; it must be above 0 and "
+                "at most 1e9."
             )
 
 

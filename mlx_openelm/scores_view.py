@@ -91,31 +91,35 @@ def _table_texts(scores: Sequence[ModelScores]) -> "Table":
 
 
 def _table_tasks(scores: Sequence[ModelScores]) -> "Table":
-    """One row a metric; every model, and how far it is from the first one."""
+    """One row a model and metric, and how far it is from the first model."""
+    several = len(scores) > 1
     table = _new_table("task", "metric")
-    for header in ("shots", "n", scores[0].card.name):
-        table.add_column(header, justify="right", overflow="fold")
-    for model in scores[1:]:
-        table.add_column(model.card.name, justify="right", overflow="fold")
+    for header in ("shots", "n"):
+        table.add_column(header, justify="right")
+    table.add_column("model", overflow="fold")
+    table.add_column("score", justify="right", no_wrap=True)
+    if several:
         table.add_column("difference", justify="right", no_wrap=True)
+    first, *others = scores
     paired = [
-        {(p.task, p.metric): p.difference for p in pair(scores[0].tasks, other.tasks)}
-        for other in scores[1:]
+        {(p.task, p.metric): p.difference for p in pair(first.tasks, other.tasks)}
+        for other in others
     ]
-    others = [{r.task: r.metrics for r in other.tasks} for other in scores[1:]]
-    for result in scores[0].tasks:
+    theirs = [{r.task: r.metrics for r in other.tasks} for other in others]
+    for result in first.tasks:
         for name, metric in result.metrics.items():
-            row = [result.task, name, str(result.num_fewshot), f"{result.n:,}"]
-            row.append(_show_metric(metric))
-            for metrics, differences in zip(others, paired, strict=True):
-                theirs = metrics.get(result.task, {}).get(name)
-                row.append(_show_metric(theirs) if theirs else "-")
+            asked = (result.task, name, str(result.num_fewshot), f"{result.n:,}")
+            ours = (*asked, first.card.name, _show_metric(metric))
+            table.add_row(*ours, *([""] if several else []))
+            for other, metrics, differences in zip(others, theirs, paired, strict=True):
+                scored = metrics.get(result.task, {}).get(name)
                 found = differences.get((result.task, name))
                 factor = _factor(metric)
-                row.append(
-                    _show_signed(found.value, found.stderr, factor) if found else "-"
+                table.add_row(
+                    *("", "", "", "", other.card.name),
+                    _show_metric(scored) if scored else "-",
+                    _show_signed(found.value, found.stderr, factor) if found else "-",
                 )
-            table.add_row(*row)
     return table
 
 
