@@ -208,6 +208,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 # May it begin? -----------------------------------------------------------------------
 
 
+_FORMS = ("metrics.jsonl", "*.pt", "*.safetensors")  # no one's work is written over
+
+
 def check_folder(recipe: PretrainRecipe, *, resume: bool) -> None:
     """Refuse to write over another run, or to go on with another recipe.
 
@@ -224,6 +227,12 @@ def check_folder(recipe: PretrainRecipe, *, resume: bool) -> None:
             raise OpenELMError(
                 f"{output} holds a run already; say --resume to go on, or another "
                 "--output."
+            )
+        foreign = [p.name for form in _FORMS for p in sorted(output.glob(form))]
+        if foreign:
+            raise OpenELMError(
+                f"{output} holds {', '.join(foreign[:5])} of something else; say "
+                "another --output."
             )
         return
     if not begun:

@@ -182,7 +182,7 @@ def test_answers_come_when_they_have_ended_and_steps_are_told():
 
 
 def test_a_prompt_without_room_is_refused():
-    for ids, words in (([1] * 64, "64 tokens"), ([], "empty"), ([300], "outside")):
+    for ids, words in (([1] * 64, "64 tokens"), ([], "empty"), ([300], "no token id")):
         with pytest.raises(OpenELMError, match=words):
             together([Question(0, [1]), Question(1, ids)], Sampling())
 

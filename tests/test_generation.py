@@ -103,8 +103,10 @@ def test_a_prompt_without_room_is_refused():
         list(stream(model, tokenizer, [1] * 64))
     with pytest.raises(OpenELMError, match="empty"):
         list(stream(model, tokenizer, []))
-    with pytest.raises(OpenELMError, match="outside"):
+    with pytest.raises(OpenELMError, match="no token id"):
         list(stream(model, tokenizer, [1, 300]))
+    with pytest.raises(OpenELMError, match="no token id"):
+        list(stream(model, tokenizer, [1, 1.5]))
 
 
 def test_a_seed_repeats_the_answer_and_another_one_does_not():

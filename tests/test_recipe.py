@@ -91,7 +91,8 @@ def test_bundled_recipes_are_right(name):
         return
     assert name.startswith("pretrain/")
     recipe = load_recipe(PretrainRecipe, name, {})
-    assert recipe.model.build(4096).num_parameters > 0
+    if recipe.model.name or recipe.model.num_layers:  # else --init has them
+        assert recipe.model.build(4096).num_parameters > 0
 
 
 @needs_torch
@@ -122,6 +123,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(here):
     (here / "run").mkdir()
     (here / "run" / "metrics.jsonl").write_text("{}\n")
     start = ("pretrain", "--quiet", "-c", "pretrain/stories", "--data", "*.txt")
+    says = ["run holds metrics.jsonl of something else", "another --output"]
+    refuse(here, *start, "--output", "run", says=says)
+    (here / "run" / "recipe.json").write_text("{}\n")
     says = ["run holds a run already", "--resume"]
     refuse(here, *start, "--output", "run", says=says)
     says = ["nothing to resume", "training_checkpoint_last.pt"]
