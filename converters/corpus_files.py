@@ -367,7 +367,7 @@ def _bad_record(path: str, number: int, what: str) -> DamagedFileError:
 def _read_parquet(path: str, text_key: str, start: int) -> Iterator[str]:
     """Yield a column's texts; row groups before `start` are not touched."""
     try:
-        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow  # type: ignore[import-untyped] # it has no stubs
         from pyarrow import parquet
     except ImportError as error:
         raise _missing("pyarrow", path) from error

@@ -114,7 +114,7 @@ def _score_tasks(
             model,
             tokenizer,
             task,
-            on_progress=lambda done, _, before=before: on_progress(  # type: ignore[misc]
+            on_progress=lambda done, _, before=before: on_progress(  # type: ignore[misc] # of the default
                 before + done, total
             ),
         )
