@@ -129,7 +129,7 @@ def make_checkpoint(path: Path, size: str) -> None:
     """Write a CoreNet .pt in float32 with made weights, one tensor at a time."""
     import mlx.core as mx
 
-    from converters.pt_writer import TensorToWrite, write_pt
+    from converters.formats.pt_writer import TensorToWrite, write_pt
     from mlx_openelm.config import CORENET_ROWS, OpenELMConfig
 
     config = OpenELMConfig.preset(size, vocab_size=CORENET_ROWS)
@@ -146,8 +146,8 @@ def make_checkpoint(path: Path, size: str) -> None:
 
 def make_folder(source: Path, scratch: Path, tokenizer: Path | None) -> Path:
     """Write the same as a Hugging Face folder with a tokenizer that mlx-lm opens."""
-    from converters.conversion import convert
-    from mlx_openelm.hub import demo_folder
+    from converters.conversion.run import convert
+    from mlx_openelm.storage.hub import demo_folder
 
     folder = scratch / "hf"
     given = "none" if tokenizer is None else str(tokenizer)

@@ -50,7 +50,7 @@ def make_model(name: str):
     import mlx.core as mx
 
     from mlx_openelm import OpenELMConfig, load
-    from mlx_openelm.model import OpenELM
+    from mlx_openelm.model.openelm import OpenELM
 
     if name == "demo":
         return load("demo")[0]
@@ -68,9 +68,9 @@ def prompt(model) -> list[int]:
 
 
 def ours(model) -> Callable[[int], Iterable[int]]:
-    from mlx_openelm.decoding import draw_tokens
-    from mlx_openelm.sampling import Sampling
-    from mlx_openelm.steps import plain_step
+    from mlx_openelm.generation.decoding import draw_tokens
+    from mlx_openelm.generation.sampling import Sampling
+    from mlx_openelm.generation.step import plain_step
 
     return lambda count: (
         token.id
@@ -81,9 +81,9 @@ def ours(model) -> Callable[[int], Iterable[int]]:
 
 
 def ours_compiled(model) -> Callable[[int], Iterable[int]]:
-    from mlx_openelm.decoding import draw_tokens
-    from mlx_openelm.sampling import Sampling
-    from mlx_openelm.steps import compiled_step
+    from mlx_openelm.generation.decoding import draw_tokens
+    from mlx_openelm.generation.sampling import Sampling
+    from mlx_openelm.generation.step import compiled_step
 
     step = compiled_step(model)
     return lambda count: (

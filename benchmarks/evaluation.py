@@ -18,13 +18,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from mlx_openelm.answer_scores import Request, encode_requests, score_requests
-from mlx_openelm.benchmark import made_weight
+from mlx_openelm.evaluation.loglikelihood import Request, encode_requests, score_requests
+from mlx_openelm.bench.selfcheck import made_weight
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.model import OpenELM
-from mlx_openelm.names import to_folder
-from mlx_openelm.task_files import read_task
-from mlx_openelm.tokenizer import Tokenizer  # and OpenBLAS, before mlx.core
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.tensor_names import to_folder
+from mlx_openelm.evaluation.task_files import read_task
+from mlx_openelm.text.tokenizer import Tokenizer  # and OpenBLAS, before mlx.core
 
 
 def score(model: OpenELM, requests: list[Request], *, shared: bool) -> list[float]:

@@ -71,8 +71,8 @@ def train(engine: str, job: Job) -> None:
 
 
 def _train_ours(job: Job) -> list[dict]:
-    from mlx_openelm.finetune_recipe import FinetuneRecipe
-    from mlx_openelm.finetuning import finetune
+    from mlx_openelm.finetuning.recipe import FinetuneRecipe
+    from mlx_openelm.finetuning.run import finetune
 
     _take_away(job.without)
     recipe = FinetuneRecipe(
@@ -168,10 +168,10 @@ def check_ids(model: str, data: str) -> None:
     from mlx_lm.tuner.datasets import load_dataset
     from mlx_lm.utils import load_tokenizer as load_their_tokenizer
 
-    from mlx_openelm.checkpoint import open_folder
-    from mlx_openelm.loading import load_tokenizer
-    from mlx_openelm.records import read_data
-    from mlx_openelm.samples import make_samples
+    from mlx_openelm.storage.model_folder import open_folder
+    from mlx_openelm.storage.loading import load_tokenizer
+    from mlx_openelm.finetuning.records import read_data
+    from mlx_openelm.finetuning.samples import make_samples
 
     theirs = load_their_tokenizer(Path(model))
     args = types.SimpleNamespace(data=data, mask_prompt=True, train=True, test=False)
@@ -194,8 +194,8 @@ def write_start(model: str, file: str) -> None:
     import mlx.core as mx
 
     import mlx_openelm
-    from mlx_openelm.adaptation import adapt, choose_modules, choose_ranks
-    from mlx_openelm.training import trained_tensors
+    from mlx_openelm.finetuning.trainable import adapt, choose_modules, choose_ranks
+    from mlx_openelm.finetuning.trainer import trained_tensors
 
     network, _ = mlx_openelm.load(model)
     adapt(network, "lora", choose_ranks(choose_modules(network), RANK), scale=SCALE)
@@ -205,10 +205,10 @@ def write_start(model: str, file: str) -> None:
 def score(model: str, adapter: str, data: str) -> None:
     """Print the loss of valid.jsonl in nats per token that counts, as JSON."""
     import mlx_openelm
-    from mlx_openelm.batches import collate
-    from mlx_openelm.objective import batch_losses
-    from mlx_openelm.records import read_data
-    from mlx_openelm.samples import make_samples
+    from mlx_openelm.finetuning.batches import collate
+    from mlx_openelm.finetuning.losses import batch_losses
+    from mlx_openelm.finetuning.records import read_data
+    from mlx_openelm.finetuning.samples import make_samples
 
     network, tokenizer = mlx_openelm.load(model, adapter_path=adapter or None)
     dataset = read_data(Path(data)).valid
@@ -225,10 +225,11 @@ def _take_away(part: str) -> None:
     import mlx.nn as nn
     import numpy as np
 
-    from mlx_openelm import model as model_room
-    from mlx_openelm import objective, training
-    from mlx_openelm.likelihood import token_losses
-    from mlx_openelm.lora_layers import adapted_weight
+    from mlx_openelm.model import openelm as model_room
+    from mlx_openelm.finetuning import losses as objective
+    from mlx_openelm.finetuning import trainer as training
+    from mlx_openelm.model.likelihood import token_losses
+    from mlx_openelm.model.lora import adapted_weight
 
     def losses(model, batch, *, z_loss: float = 0.0, gradient: bool = True):
         positions = batch.positions
@@ -294,8 +295,8 @@ def write_data(source: Path, folder: Path, records: int, *, valid: int = 4) -> P
 
 def write_texts(source: Path, folder: Path, model: Path, tokens: int) -> Path:
     """Write texts of almost so many tokens, BOS and EOS included, and never more."""
-    from mlx_openelm.checkpoint import open_folder
-    from mlx_openelm.loading import load_tokenizer
+    from mlx_openelm.storage.model_folder import open_folder
+    from mlx_openelm.storage.loading import load_tokenizer
 
     tokenizer = load_tokenizer(open_folder(model))
     words = source.read_text(encoding="utf-8").split(" ")
@@ -322,10 +323,10 @@ def add_template(folder: Path) -> Path:
 def make_model(scratch: Path, name: str, tokenizer: Path) -> Path:
     """Write a model folder in float32: the demo, or a shape with made weights."""
     import mlx_openelm  # noqa: F401 - loads OpenBLAS
-    from converters.conversion import convert
-    from converters.pt_writer import TensorToWrite, write_pt
+    from converters.conversion.run import convert
+    from converters.formats.pt_writer import TensorToWrite, write_pt
     from mlx_openelm.config import OpenELMConfig
-    from mlx_openelm.hub import demo_folder
+    from mlx_openelm.storage.hub import demo_folder
 
     folder = scratch / name
     if name == "demo":
@@ -476,7 +477,7 @@ class Benchmark:
         packed = self.scratch / "demo32k-4bit"
         plain = self.job("demo32k", 4)
         if not packed.is_dir():
-            from converters.conversion import convert
+            from converters.conversion.run import convert
 
             convert(plain.model, packed, bits=4, receipt=False)
         other = replace(plain, model=str(packed))
@@ -602,7 +603,7 @@ def main() -> None:
 
 def machine() -> dict:
     import mlx_openelm  # noqa: F401 - loads OpenBLAS
-    from mlx_openelm.training_state import describe_arithmetic
+    from mlx_openelm.finetuning.state import describe_arithmetic
 
     return describe_arithmetic()
 

@@ -91,7 +91,7 @@ def compare(out: Path) -> None:
 
 
 def read_curve(run_folder: Path) -> Curve:
-    from converters.pretraining_plan import count_flops_per_token
+    from converters.pretraining.plan import count_flops_per_token
 
     config = OpenELMConfig.from_file(run_folder / "config.json")
     recipe = json.loads((run_folder / "recipe.json").read_text())

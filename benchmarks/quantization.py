@@ -18,15 +18,15 @@ def main() -> None:
     # isort: split
     import mlx.core as mx
 
-    from converters.allocation import choose, count_tokens, list_choices, price_choices
-    from converters.calibration import calibration_windows, read_calibration
-    from converters.plan import Plan
-    from converters.receipt import measure
-    from converters.sources import open_source
-    from mlx_openelm.checkpoint import open_folder
-    from mlx_openelm.hub import demo_folder
-    from mlx_openelm.loading import load_tokenizer
-    from mlx_openelm.quantize import Packing, Quantization
+    from converters.quantization.allocation import choose, count_tokens, list_choices, price_choices
+    from converters.quantization.calibration import calibration_windows, read_calibration
+    from converters.conversion.plan import Plan
+    from converters.quantization.receipt import measure
+    from converters.formats.sources import open_source
+    from mlx_openelm.storage.model_folder import open_folder
+    from mlx_openelm.storage.hub import demo_folder
+    from mlx_openelm.storage.loading import load_tokenizer
+    from mlx_openelm.model.quantization import Packing, Quantization
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, action="append", required=True)

@@ -50,10 +50,10 @@ def measure(engine: str, folder: str, prompt_tokens: int, new_tokens: int) -> No
 
 
 def _ours(folder: str) -> Callable:
-    from mlx_openelm.checkpoint import open_folder
-    from mlx_openelm.decoding import draw_tokens
-    from mlx_openelm.loading import load_model
-    from mlx_openelm.sampling import Sampling
+    from mlx_openelm.storage.model_folder import open_folder
+    from mlx_openelm.generation.decoding import draw_tokens
+    from mlx_openelm.storage.loading import load_model
+    from mlx_openelm.generation.sampling import Sampling
 
     model = load_model(open_folder(Path(folder)))
     return lambda prompt, count: draw_tokens(model, prompt, Sampling(), count)
@@ -184,8 +184,8 @@ def make_270m(scratch: Path) -> Path:
     import torch
 
     import mlx_openelm  # noqa: F401 - loads OpenBLAS
-    from converters.conversion import convert
-    from mlx_openelm.benchmark import made_weight
+    from converters.conversion.run import convert
+    from mlx_openelm.bench.selfcheck import made_weight
     from mlx_openelm.config import OpenELMConfig
 
     config = OpenELMConfig.preset("270M", vocab_size=32128)
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(STEPS))
     options = parser.parse_args()
     chosen = options.only.split(",")
-    from mlx_openelm.hub import demo_folder
+    from mlx_openelm.storage.hub import demo_folder
 
     demo = demo_folder()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from converters.merging import merge_adapter
+from converters.conversion.merging import merge_adapter
 from converters.reference import ReferenceOpenELM
-from converters.sources import Source, open_source
-from mlx_openelm.model import OpenELM, from_start
-from mlx_openelm.names import to_folder
+from converters.formats.sources import Source, open_source
+from mlx_openelm.model.openelm import OpenELM, from_start
+from mlx_openelm.tensor_names import to_folder
 
 Array = npt.NDArray[np.float32]
 LIMIT = 1e-4  # largest logit difference that is still rounding

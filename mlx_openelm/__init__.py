@@ -16,32 +16,32 @@ from mlx_openelm import openblas as openblas  # must come before mlx.core
 from mlx_openelm.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from converters.conversion import convert
+    from converters.conversion.run import convert
     from mlx_openelm.config import OpenELMConfig
-    from mlx_openelm.decoding import Context
-    from mlx_openelm.drafters import LookupDrafter, ModelDrafter
+    from mlx_openelm.generation.decoding import Context
+    from mlx_openelm.generation.drafters import LookupDrafter, ModelDrafter
     from mlx_openelm.errors import OpenELMError
-    from mlx_openelm.evaluation import evaluate
-    from mlx_openelm.finetune_recipe import FinetuneRecipe
-    from mlx_openelm.finetuning import finetune
-    from mlx_openelm.generation import generate, stream
-    from mlx_openelm.loading import load
-    from mlx_openelm.sampling import Sampling
+    from mlx_openelm.evaluation.texts import evaluate
+    from mlx_openelm.finetuning.recipe import FinetuneRecipe
+    from mlx_openelm.finetuning.run import finetune
+    from mlx_openelm.generation.streaming import generate, stream
+    from mlx_openelm.storage.loading import load
+    from mlx_openelm.generation.sampling import Sampling
 
 _HOMES = {
-    "Context": "mlx_openelm.decoding",
-    "FinetuneRecipe": "mlx_openelm.finetune_recipe",
-    "LookupDrafter": "mlx_openelm.drafters",
-    "ModelDrafter": "mlx_openelm.drafters",
+    "Context": "mlx_openelm.generation.decoding",
+    "FinetuneRecipe": "mlx_openelm.finetuning.recipe",
+    "LookupDrafter": "mlx_openelm.generation.drafters",
+    "ModelDrafter": "mlx_openelm.generation.drafters",
     "OpenELMConfig": "mlx_openelm.config",
     "OpenELMError": "mlx_openelm.errors",
-    "Sampling": "mlx_openelm.sampling",
-    "convert": "converters.conversion",
-    "evaluate": "mlx_openelm.evaluation",
-    "finetune": "mlx_openelm.finetuning",
-    "generate": "mlx_openelm.generation",
-    "load": "mlx_openelm.loading",
-    "stream": "mlx_openelm.generation",
+    "Sampling": "mlx_openelm.generation.sampling",
+    "convert": "converters.conversion.run",
+    "evaluate": "mlx_openelm.evaluation.texts",
+    "finetune": "mlx_openelm.finetuning.run",
+    "generate": "mlx_openelm.generation.streaming",
+    "load": "mlx_openelm.storage.loading",
+    "stream": "mlx_openelm.generation.streaming",
 }
 
 __all__ = [

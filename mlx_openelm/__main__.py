@@ -6,7 +6,7 @@ import signal
 def run() -> None:
     """Start the command line; until it runs nothing is lost, and Ctrl-C is silent."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from mlx_openelm.cli import main
+    from mlx_openelm.cli.main import main
 
     main()
 

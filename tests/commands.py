@@ -7,7 +7,7 @@ import numpy as np
 from models import UNEVEN, small_tokenizer, weights_of, write_hugging_face
 from typer.testing import CliRunner, Result
 
-from mlx_openelm.cli import app
+from mlx_openelm.cli.main import app
 from mlx_openelm.config import OpenELMConfig
 
 

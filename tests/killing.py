@@ -14,8 +14,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm.shards import ShardWriter, TensorLayout, write_json
-from mlx_openelm.staging import staged_folder
+from mlx_openelm.storage.shards import ShardWriter, TensorLayout, write_json
+from mlx_openelm.storage.staging import staged_folder
 
 STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "fcntl.flock"}
 LAYOUT = {f"t{i}": TensorLayout(mx.uint8, (1000,)) for i in range(6)}

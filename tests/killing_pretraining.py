@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from pretrainings import small_recipe, streamed_data
 
-from converters.pretrain import pretrain
-from converters.pretraining_checkpoints import AVERAGE, LAST, RECIPE
-from mlx_openelm.pretrain_recipe import PretrainRecipe
+from converters.pretraining.run import pretrain
+from converters.pretraining.checkpoints import AVERAGE, LAST, RECIPE
+from converters.pretraining.recipe import PretrainRecipe
 
 
 def run(recipe: PretrainRecipe, *, resume: bool, steps: int | None = None) -> bool:

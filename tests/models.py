@@ -13,12 +13,12 @@ import sentencepiece
 from safetensors import safe_open
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
-from mlx_openelm.benchmark import made_weight
+from mlx_openelm.bench.selfcheck import made_weight
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.model import OpenELM
-from mlx_openelm.names import to_folder
-from mlx_openelm.shards import write_json
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.tensor_names import to_folder
+from mlx_openelm.storage.shards import write_json
+from mlx_openelm.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from models import TEXT
 
-from mlx_openelm.pretrain_recipe import (
+from converters.pretraining.recipe import (
     DataRecipe,
     ModelRecipe,
     OptimizerRecipe,

@@ -5,10 +5,10 @@ import os
 import sys
 from pathlib import Path
 
-from converters.pretrain import pretrain
+from converters.pretraining.run import pretrain
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.pretrain_recipe import PretrainRecipe
-from mlx_openelm.recipe import make_recipe
+from converters.pretraining.recipe import PretrainRecipe
+from mlx_openelm.recipe_loader import make_recipe
 
 
 def main(jobs: Path) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from mlx_openelm.model import OpenELM
-from mlx_openelm.sampling import Sampling
-from mlx_openelm.serving_requests import Served
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.serving.requests import Served
+from mlx_openelm.text.tokenizer import Tokenizer
 
 GREEDY = Sampling(max_tokens=24)
 
@@ -26,8 +26,8 @@ def serving(
     **access,
 ) -> Iterator:
     """Serve at a free port; the server that is yielded has a `url`."""
-    from mlx_openelm.serving import Access, Server
-    from mlx_openelm.serving_engine import Load
+    from mlx_openelm.serving.server import Access, Server
+    from mlx_openelm.serving.engine import Load
 
     config = model.config
     served = Served(

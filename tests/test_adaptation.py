@@ -18,7 +18,7 @@ from trainings import (
     step,
 )
 
-from mlx_openelm.adaptation import (
+from mlx_openelm.finetuning.trainable import (
     adapt,
     adapter_tensors,
     choose_modules,
@@ -27,10 +27,10 @@ from mlx_openelm.adaptation import (
     unfreeze,
     weight_shape,
 )
-from mlx_openelm.adapters import AdapterConfig, write_adapter
+from mlx_openelm.storage.adapter_folder import AdapterConfig, write_adapter
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.loading import load
-from mlx_openelm.tokenizer_finder import write_tokenizer
+from mlx_openelm.storage.loading import load
+from mlx_openelm.storage.tokenizer_finder import write_tokenizer
 
 EMBEDDING = "transformer.token_embeddings"
 TOKENS = mx.array([[1, 5, 9, 200, 7]])
@@ -177,7 +177,7 @@ def test_full_training_of_a_quantized_model_is_refused():
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_quantized_base_gives_the_gradients_of_what_it_stands_for(method):
-    from mlx_openelm.lora_layers import adapted_weight
+    from mlx_openelm.model.lora import adapted_weight
 
     recipe = make_recipe(fine_tune_type=method)
     packed, plain = build(SCALED), build(SCALED)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from models import UNEVEN, build, weights_of, write_hugging_face
 
-from converters.adapter_files import (
+from converters.formats.adapter_reader import (
     check_fits,
     merge,
     open_adapter,
@@ -19,18 +19,18 @@ from converters.adapter_files import (
     with_rows,
     without_embedding,
 )
-from converters.adapter_writing import (
+from converters.formats.adapter_writer import (
     corenet_adapter_tensors,
     write_mlx_adapter,
     write_peft_adapter,
 )
-from converters.pt_file import PtTensor, read_state_dict
-from converters.pt_writer import TensorToWrite, write_pt
-from mlx_openelm.adapters import attach
+from converters.formats.pt_reader import PtTensor, read_state_dict
+from converters.formats.pt_writer import TensorToWrite, write_pt
+from mlx_openelm.storage.adapter_folder import attach
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model import OpenELM
-from mlx_openelm.names import EMBEDDING, HEAD, map_to_corenet, to_folder
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.tensor_names import EMBEDDING, HEAD, map_to_corenet, to_folder
 
 torch = pytest.importorskip("torch", reason="PyTorch is one of the judges")
 pytest.importorskip("peft", reason="PEFT is another")

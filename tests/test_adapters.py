@@ -11,11 +11,11 @@ from models import build, small_tokenizer, weights_of, write_hugging_face
 from test_conversion import EVEN
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
-from mlx_openelm.adapters import AdapterConfig, write_adapter
-from mlx_openelm.base_sketch import sketch_base
+from mlx_openelm.storage.adapter_folder import AdapterConfig, write_adapter
+from mlx_openelm.storage.base_check import sketch_base
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.loading import load
-from mlx_openelm.tokenizer_finder import write_tokenizer
+from mlx_openelm.storage.loading import load
+from mlx_openelm.storage.tokenizer_finder import write_tokenizer
 
 TOKENS = mx.array([[1, 5, 9, 200, 7]])
 

@@ -10,21 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import TEXT, UNEVEN, build, small_tokenizer, weights_of
 
-from converters.allocation import (
+from converters.quantization.allocation import (
     allocate,
     list_choices,
     measure_prices,
     share_out,
 )
-from converters.calibration import calibration_windows, read_calibration
-from converters.receipt import measure
-from mlx_openelm.checkpoint import open_folder
+from converters.quantization.calibration import calibration_windows, read_calibration
+from converters.quantization.receipt import measure
+from mlx_openelm.storage.model_folder import open_folder
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.hub import demo_folder
-from mlx_openelm.loading import load_tokenizer
-from mlx_openelm.names import EMBEDDING, to_folder
-from mlx_openelm.quantize import Packing
+from mlx_openelm.storage.hub import demo_folder
+from mlx_openelm.storage.loading import load_tokenizer
+from mlx_openelm.tensor_names import EMBEDDING, to_folder
+from mlx_openelm.model.quantization import Packing
 
 WEIGHTS = {name: mx.array(w) for name, w in weights_of(UNEVEN).items()}
 WINDOWS = calibration_windows(

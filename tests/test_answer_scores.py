@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import SCALED, TEXT, UNEVEN, build, small_tokenizer
 
-from mlx_openelm.answer_scores import (
+from mlx_openelm.evaluation.loglikelihood import (
     Request,
     encode_request,
     encode_requests,
@@ -19,8 +19,8 @@ from mlx_openelm.answer_scores import (
     score_requests,
 )
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.lora_layers import LoRAEmbedding, LoRALinear
-from mlx_openelm.prefix_tree import plant
+from mlx_openelm.model.lora import LoRAEmbedding, LoRALinear
+from mlx_openelm.evaluation.prefix_tree import plant
 
 tokenizer = small_tokenizer()
 CONTEXT = UNEVEN.max_context_length
@@ -120,7 +120,7 @@ def test_bfloat16_is_rotated_as_ever_and_weighed_in_float32():
 
 
 def test_logits_exist_for_some_places_at_a_time(monkeypatch):
-    monkeypatch.setattr("mlx_openelm.answer_scores.CHUNK", 7)
+    monkeypatch.setattr("mlx_openelm.evaluation.loglikelihood.CHUNK", 7)
     stems = [(1, 40, n) for n in range(50, 56)]
     assert_right(model, [Request(s, (7, 8, 9, n)) for s in stems for n in (4, 5)])
 
@@ -154,7 +154,7 @@ def test_a_row_holds_every_shared_beginning_once(sequences):
 def test_labels_that_differ_in_their_last_token_cost_nothing_more(monkeypatch):
     rows = []
     monkeypatch.setattr(
-        "mlx_openelm.answer_scores.plant",
+        "mlx_openelm.evaluation.loglikelihood.plant",
         lambda sequences, shared: (
             rows.append(plant(sequences, shared=shared)) or rows[-1]
         ),
@@ -167,7 +167,7 @@ def test_labels_that_differ_in_their_last_token_cost_nothing_more(monkeypatch):
 def test_a_row_grows_beyond_its_size_for_what_nearly_all_of_it_shares(monkeypatch):
     sizes = []
     monkeypatch.setattr(
-        "mlx_openelm.answer_scores.plant",
+        "mlx_openelm.evaluation.loglikelihood.plant",
         lambda sequences, shared: (
             sizes.append(len(sequences)) or plant(sequences, shared=shared)
         ),

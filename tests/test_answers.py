@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 from models import small_tokenizer
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
-from mlx_openelm.answers import Answer, LoopFinder, StopTexts
-from mlx_openelm.sampling import Sampling
+from mlx_openelm.generation.stopping import Answer, LoopFinder, StopTexts
+from mlx_openelm.generation.sampling import Sampling
 
 tokenizer = small_tokenizer()
 WORDS = tokenizer.encode("a king and a queen", bos=False)[:8]

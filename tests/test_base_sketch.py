@@ -9,8 +9,8 @@ import pytest
 from mlx.utils import tree_unflatten
 from models import SCALED, UNEVEN, build
 
-from mlx_openelm.adapters import wrap
-from mlx_openelm.base_sketch import (
+from mlx_openelm.storage.adapter_folder import wrap
+from mlx_openelm.storage.base_check import (
     OTHER,
     SAME,
     base_weights,
@@ -19,7 +19,7 @@ from mlx_openelm.base_sketch import (
     sketch_base,
 )
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model import OpenELM
+from mlx_openelm.model.openelm import OpenELM
 
 
 def distance(one, other):

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mlx_openelm.batches import collate, collate_pairs, plan_epoch, share_out
-from mlx_openelm.records import read_data
-from mlx_openelm.samples import Pair, Sample, make_samples
+from mlx_openelm.finetuning.batches import collate, collate_pairs, plan_epoch, share_out
+from mlx_openelm.finetuning.records import read_data
+from mlx_openelm.finetuning.samples import Pair, Sample, make_samples
 
 lengths = st.lists(st.integers(2, 40), max_size=60)
 
@@ -148,7 +148,7 @@ def test_pairs_stand_as_all_chosen_and_then_all_rejected(both):
 
 @pytest.fixture(scope="module")
 def gsm8k(shared: Path) -> tuple[Sample, ...]:
-    from mlx_openelm.tokenizer_finder import read_tokenizer
+    from mlx_openelm.storage.tokenizer_finder import read_tokenizer
 
     llama = read_tokenizer(shared / "data" / "llama-tokenizer")
     file = shared / "data" / "gsm8k" / "test.jsonl"

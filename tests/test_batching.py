@@ -9,11 +9,11 @@ import pytest
 from models import UNEVEN, build, small_tokenizer
 
 import mlx_openelm
-from mlx_openelm import batching
-from mlx_openelm.batching import Question, answer_together
+from mlx_openelm.generation import batching
+from mlx_openelm.generation.batching import Question, answer_together
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation import stream
-from mlx_openelm.sampling import Sampling
+from mlx_openelm.generation.streaming import stream
+from mlx_openelm.generation.sampling import Sampling
 
 tokenizer = small_tokenizer()
 model = build(UNEVEN)

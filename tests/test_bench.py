@@ -19,16 +19,16 @@ from commands import call, make_source, refuse
 from models import SCALED, UNEVEN, build
 
 import mlx_openelm
-from mlx_openelm import speed
-from mlx_openelm.bench_view import draw_bench
+from mlx_openelm.bench import measure as speed
+from mlx_openelm.cli.bench_view import draw_bench
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.device import Machine, compute_dtype, describe_machine
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.hub import demo_folder
-from mlx_openelm.lora_layers import LoRALinear
-from mlx_openelm.published import PUBLISHED, find_published
-from mlx_openelm.quantize import Quantization
-from mlx_openelm.speed import (
+from mlx_openelm.storage.hub import demo_folder
+from mlx_openelm.model.lora import LoRALinear
+from mlx_openelm.bench.published_speeds import PUBLISHED, find_published
+from mlx_openelm.model.quantization import Quantization
+from mlx_openelm.bench.measure import (
     Bandwidth,
     BenchReport,
     Case,

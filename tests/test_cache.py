@@ -5,11 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import SCALED, UNEVEN, build
 
-from mlx_openelm.cache import KVCache
-from mlx_openelm.cache_kinds import QuantizedKVCache, SlidingKVCache, cache_maker
-from mlx_openelm.decoding import Context, draw_tokens
+from mlx_openelm.generation.cache import KVCache
+from mlx_openelm.generation.compact_caches import QuantizedKVCache, SlidingKVCache, cache_maker
+from mlx_openelm.generation.decoding import Context, draw_tokens
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.sampling import Sampling
+from mlx_openelm.generation.sampling import Sampling
 
 model, scaled = build(UNEVEN), build(SCALED)
 rng = np.random.default_rng(0)

@@ -20,10 +20,11 @@ from models import UNEVEN, small_tokenizer
 from typer.testing import Result
 
 import mlx_openelm
-from mlx_openelm import Sampling, conversation, generate, load
-from mlx_openelm.chat import run_chat
-from mlx_openelm.command_options import open_model
-from mlx_openelm.console import Console
+from mlx_openelm import Sampling, generate, load
+from mlx_openelm.generation import conversation
+from mlx_openelm.cli.chat import run_chat
+from mlx_openelm.cli.options import open_model
+from mlx_openelm.cli.console import Console
 
 PROGRAM = (sys.executable, "-m", "mlx_openelm", "chat", "--model", "model")
 ENDLESS = "50000"  # tokens: some half a minute

@@ -5,7 +5,7 @@ from models import TEXT, small_tokenizer
 
 pytest.importorskip("ftfy", reason="needs the torch extra")
 
-from converters.cleaning import (
+from converters.pretraining.cleaning import (
     FEW_CHARACTERS,
     FEW_TOKENS,
     Rules,
@@ -14,7 +14,7 @@ from converters.cleaning import (
     repair,
     tokenize,
 )
-from mlx_openelm.pretrain_recipe import DataRecipe
+from converters.pretraining.recipe import DataRecipe
 
 tokenizer = small_tokenizer()
 PUBLISHED = Rules.of(DataRecipe(), 2048)

@@ -12,13 +12,13 @@ from commands import call, refuse, snapshot
 from conftest import ROOT
 from models import TEXT, small_tokenizer
 
-from mlx_openelm.checkpoint import open_folder
+from mlx_openelm.storage.model_folder import open_folder
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.evaluation import evaluate
-from mlx_openelm.generation import generate
-from mlx_openelm.loading import load
-from mlx_openelm.recipe import bundled_recipes
-from mlx_openelm.sampling import Sampling
+from mlx_openelm.evaluation.texts import evaluate
+from mlx_openelm.generation.streaming import generate
+from mlx_openelm.storage.loading import load
+from mlx_openelm.recipe_loader import bundled_recipes
+from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.version import __version__
 
 MODEL = ("--model", "model")
@@ -55,7 +55,7 @@ def test_help_waits_for_no_heavy_import(args):
     code = f"""
 import atexit, sys
 atexit.register(lambda: print(sorted(sys.modules.keys() & {set(HEAVY)})))
-from mlx_openelm.cli import main
+from mlx_openelm.cli.main import main
 main()
 """
     ran = run(*args, code=code)

@@ -5,9 +5,9 @@ import statistics
 
 import pytest
 
-from mlx_openelm.comparison import compare, paired_difference
+from mlx_openelm.evaluation.paired import compare, paired_difference
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.scoring import Outcome, ScoredTask, sum_up
+from mlx_openelm.evaluation.multiple_choice import Outcome, ScoredTask, sum_up
 
 
 def scored(rights, rights_norm=None, *, task="wood", digest="d"):

@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import UNEVEN, build, small_tokenizer
 
-from mlx_openelm import conversation as room
-from mlx_openelm.conversation import Conversation, encode_turns, read_saved
+from mlx_openelm.generation import conversation as room
+from mlx_openelm.generation.conversation import Conversation, encode_turns, read_saved
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation import Piece, stream
-from mlx_openelm.records import Dataset, Record
-from mlx_openelm.samples import make_samples
-from mlx_openelm.sampling import Sampling
-from mlx_openelm.tokenizer import Tokenizer, Turn
+from mlx_openelm.generation.streaming import Piece, stream
+from mlx_openelm.finetuning.records import Dataset, Record
+from mlx_openelm.finetuning.samples import make_samples
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.text.tokenizer import Tokenizer, Turn
 
 MODEL = build(replace(UNEVEN, max_context_length=512))
 TEMPLATES = ("instruct", "alpaca", "openelm-peft")

@@ -20,14 +20,14 @@ from models import (
 )
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
-from converters.conversion import convert
-from mlx_openelm.benchmark import made_weight
-from mlx_openelm.checkpoint import open_folder
+from converters.conversion.run import convert
+from mlx_openelm.bench.selfcheck import made_weight
+from mlx_openelm.storage.model_folder import open_folder
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.loading import load, load_model
-from mlx_openelm.names import to_folder
-from mlx_openelm.quantize import Packing, Quantization
+from mlx_openelm.storage.loading import load, load_model
+from mlx_openelm.tensor_names import to_folder
+from mlx_openelm.model.quantization import Packing, Quantization
 
 pytest.importorskip("torch", reason="needs PyTorch to write .pt files")
 

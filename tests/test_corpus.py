@@ -11,17 +11,17 @@ from models import TEXT, small_tokenizer
 
 pytest.importorskip("ftfy", reason="needs the torch extra")
 
-from converters.corpus import (
+from converters.pretraining.packing import (
     PackedSequences,
     read_corpus,
     read_data,
     step_batch,
     train_tokenizer,
 )
-from converters.streaming import open_loader
+from converters.pretraining.loader import open_loader
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.pretrain_recipe import DataRecipe, PretrainRecipe, TokenizerRecipe
-from mlx_openelm.recipe import load_recipe
+from converters.pretraining.recipe import DataRecipe, PretrainRecipe, TokenizerRecipe
+from mlx_openelm.recipe_loader import load_recipe
 
 tokenizer = small_tokenizer()
 

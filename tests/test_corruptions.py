@@ -54,7 +54,7 @@ from models import (
 from test_pt_file import mapping, tensor, zipped
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.shards import INDEX, write_json
+from mlx_openelm.storage.shards import INDEX, write_json
 
 torch = pytest.importorskip("torch", reason="needs PyTorch to write .pt files")
 

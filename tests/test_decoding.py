@@ -7,11 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import UNEVEN, build
 
-from mlx_openelm import decoding, openblas, steps
-from mlx_openelm.cache import KVCache
-from mlx_openelm.decoding import Context, draw_tokens
-from mlx_openelm.sampling import Sampling
-from mlx_openelm.steps import compiled_step, plain_step
+from mlx_openelm import openblas
+from mlx_openelm.generation import decoding
+from mlx_openelm.generation import step as steps
+from mlx_openelm.generation.cache import KVCache
+from mlx_openelm.generation.decoding import Context, draw_tokens
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.step import compiled_step, plain_step
 
 model = build(UNEVEN)
 prompts = st.lists(st.integers(3, UNEVEN.vocab_size - 1), min_size=1, max_size=40)

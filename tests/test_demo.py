@@ -9,18 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
-from mlx_openelm.benchmark import GOLDEN, PROMPT, TEXT_TOKENS
-from mlx_openelm.checkpoint import open_folder
+from mlx_openelm.bench.selfcheck import GOLDEN, PROMPT, TEXT_TOKENS
+from mlx_openelm.storage.model_folder import open_folder
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.evaluation import evaluate
-from mlx_openelm.generation import generate
-from mlx_openelm.hub import demo_folder
-from mlx_openelm.loading import load
-from mlx_openelm.pretrain_recipe import PretrainRecipe
-from mlx_openelm.recipe import load_recipe
-from mlx_openelm.sampling import Sampling
-from mlx_openelm.tokenizer import SPACE, Tokenizer
-from mlx_openelm.tokenizer_finder import prove_tokenizer
+from mlx_openelm.evaluation.texts import evaluate
+from mlx_openelm.generation.streaming import generate
+from mlx_openelm.storage.hub import demo_folder
+from mlx_openelm.storage.loading import load
+from converters.pretraining.recipe import PretrainRecipe
+from mlx_openelm.recipe_loader import load_recipe
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.text.tokenizer import SPACE, Tokenizer
+from mlx_openelm.storage.tokenizer_finder import prove_tokenizer
 
 DEMO = demo_folder()
 tokenizer = Tokenizer.from_file(DEMO / "tokenizer.model")

@@ -9,8 +9,8 @@ from models import TEXT, UNEVEN, build, small_tokenizer
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.evaluation import evaluate
-from mlx_openelm.likelihood import log_likelihoods
+from mlx_openelm.evaluation.texts import evaluate
+from mlx_openelm.model.likelihood import log_likelihoods
 
 tokenizer = small_tokenizer()
 model = build(UNEVEN)

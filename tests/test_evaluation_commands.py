@@ -11,13 +11,14 @@ import pytest
 from commands import call, refuse
 from models import TEXT, UNEVEN, make_factors, weights_of, write_mlx_lm_adapter
 
-from mlx_openelm import evaluation_commands, harness_model
-from mlx_openelm.comparison import compare
+from mlx_openelm.cli import evaluation as evaluation_commands
+from mlx_openelm.evaluation import harness_model
+from mlx_openelm.evaluation.paired import compare
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.loading import load
-from mlx_openelm.scores_picture import LEFT, RIGHT
-from mlx_openelm.scoring import score_task
-from mlx_openelm.task_files import read_task
+from mlx_openelm.storage.loading import load
+from mlx_openelm.cli.evaluation_picture import LEFT, RIGHT
+from mlx_openelm.evaluation.multiple_choice import score_task
+from mlx_openelm.evaluation.task_files import read_task
 
 MODULES = tuple(
     name.removesuffix(".weight")
@@ -100,7 +101,7 @@ def test_a_stopped_run_goes_on_from_its_folder(work, monkeypatch):
     def answer(*args, **options):
         raise AssertionError("it has answered already")
 
-    monkeypatch.setattr("mlx_openelm.scoring.score_requests", answer)
+    monkeypatch.setattr("mlx_openelm.evaluation.multiple_choice.score_requests", answer)
     assert told(*args) == first
 
 

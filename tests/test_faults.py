@@ -12,10 +12,10 @@ import pytest
 from commands import call, refuse, snapshot
 from conftest import ROOT
 
-from converters import folder_writing
+from converters.conversion import model_folder as folder_writing
 from mlx_openelm.errors import OpenELMError
 
-MAIN = "from mlx_openelm.cli import main; main()"
+MAIN = "from mlx_openelm.cli.main import main; main()"
 WAIT = """
 import importlib, sys, time
 module, name = sys.argv[1:3]
@@ -28,10 +28,10 @@ sys.argv[1:] = sys.argv[3:]
 CONVERT = ("convert", "source", "--mlx-path", "a/b", "--quiet")
 GENERATE = ("generate", "Once", "--model", "model", "--quiet")
 BUSY = {  # where each verb is stopped: before the first weight; the first token drawn
-    CONVERT: ("converters.folder_writing", "ShardWriter"),
-    GENERATE: ("mlx_openelm.decoding", "choose_tokens"),
+    CONVERT: ("converters.conversion.model_folder", "ShardWriter"),
+    GENERATE: ("mlx_openelm.generation.decoding", "choose_tokens"),
 }
-WRITTEN = ("converters.folder_writing", "write_tokenizer")  # all weights are
+WRITTEN = ("converters.conversion.model_folder", "write_tokenizer")  # all weights are
 
 
 def start(*args, code=MAIN, **options):

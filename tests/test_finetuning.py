@@ -19,15 +19,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import UNEVEN, weights_of
 
-from mlx_openelm import training, training_state
+from mlx_openelm.finetuning import trainer as training
+from mlx_openelm.finetuning import state as training_state
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetune_recipe import FinetuneRecipe
-from mlx_openelm.finetuning import finetune
-from mlx_openelm.loading import load
-from mlx_openelm.preparation import prepare
-from mlx_openelm.recipe import bundled_recipes, load_recipe
-from mlx_openelm.training import Training
-from mlx_openelm.training_state import load_state, read_events
+from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.run import finetune
+from mlx_openelm.storage.loading import load
+from mlx_openelm.finetuning.preparation import prepare
+from mlx_openelm.recipe_loader import bundled_recipes, load_recipe
+from mlx_openelm.finetuning.trainer import Training
+from mlx_openelm.finetuning.state import load_state, read_events
 
 STEPS = 12
 

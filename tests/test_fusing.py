@@ -20,15 +20,15 @@ from models import (
 )
 
 import mlx_openelm
-from converters import merging
-from converters.fusing import FusionProof, fuse
-from mlx_openelm.adapters import AdapterConfig, write_adapter
-from mlx_openelm.base_sketch import sketch_base
-from mlx_openelm.checkpoint import open_folder
+from converters.conversion import merging
+from converters.conversion.fusing import FusionProof, fuse
+from mlx_openelm.storage.adapter_folder import AdapterConfig, write_adapter
+from mlx_openelm.storage.base_check import sketch_base
+from mlx_openelm.storage.model_folder import open_folder
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.loading import load
-from mlx_openelm.names import to_module
-from mlx_openelm.tokenizer_finder import write_tokenizer
+from mlx_openelm.storage.loading import load
+from mlx_openelm.tensor_names import to_module
+from mlx_openelm.storage.tokenizer_finder import write_tokenizer
 
 UNTIED = replace(SCALED, share_input_output_layers=False)
 TOKENS = mx.array([[1, 5, 9, 200, 7, 42, 299, 3]])

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from models import UNEVEN, build, small_tokenizer
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
-from mlx_openelm import decoding
+from mlx_openelm.generation import decoding
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation import generate, stream
-from mlx_openelm.sampling import Sampling
+from mlx_openelm.generation.streaming import generate, stream
+from mlx_openelm.generation.sampling import Sampling
 
 tokenizer = small_tokenizer()
 model = build(UNEVEN)

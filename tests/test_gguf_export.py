@@ -20,18 +20,18 @@ import pytest
 import sentencepiece
 from models import TEXT, UNEVEN, small_tokenizer, weights_of
 
-from converters.gguf_export import FILE_TYPES, write_gguf
-from converters.pt_writer import TensorToWrite
-from mlx_openelm.checkpoint import open_folder
+from converters.formats.gguf_writer import FILE_TYPES, write_gguf
+from converters.formats.pt_writer import TensorToWrite
+from mlx_openelm.storage.model_folder import open_folder
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation import stream
-from mlx_openelm.hub import demo_folder
-from mlx_openelm.loading import load_model, load_tokenizer
-from mlx_openelm.names import EMBEDDING, to_folder
-from mlx_openelm.sampling import Sampling
-from mlx_openelm.tokenizer import Tokenizer
-from mlx_openelm.tokenizer_finder import LLAMA_VECTORS, PROBES
+from mlx_openelm.generation.streaming import stream
+from mlx_openelm.storage.hub import demo_folder
+from mlx_openelm.storage.loading import load_model, load_tokenizer
+from mlx_openelm.tensor_names import EMBEDDING, to_folder
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.storage.tokenizer_finder import LLAMA_VECTORS, PROBES
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf")
 

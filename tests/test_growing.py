@@ -20,14 +20,14 @@ from models import (
 )
 
 import mlx_openelm
-from converters import growing
-from converters.growing import Growth, grow, grow_config, grow_tensor
-from converters.pt_file import read_state_dict
-from converters.sources import open_source
+from converters.conversion import growing
+from converters.conversion.growing import Growth, grow, grow_config, grow_tensor
+from converters.formats.pt_reader import read_state_dict
+from converters.formats.sources import open_source
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model import OpenELM
-from mlx_openelm.names import EMBEDDING, HEAD, to_folder
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_folder
 
 torch = pytest.importorskip("torch", reason="needs PyTorch for the reference")
 
@@ -405,7 +405,7 @@ def test_a_model_without_a_tokenizer_grows_if_that_is_said(here):
 
 
 def test_a_small_disk_is_told_before_anything_is_written(here, monkeypatch):
-    from converters import folder_writing
+    from converters.conversion import model_folder as folder_writing
 
     usage = folder_writing.shutil.disk_usage(here)._replace(free=1_000_000)
     monkeypatch.setattr(folder_writing.shutil, "disk_usage", lambda path: usage)

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from models import UNEVEN, as_torch, build, small_tokenizer, weights_of
 
-from mlx_openelm import harness_model
+from mlx_openelm.evaluation import harness_model
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.harness import open_tasks, run_kept_task, run_task
-from mlx_openelm.harness_model import KeptAnswers, wrap_model
-from mlx_openelm.scoreboard import ModelCard, ModelScores, pair
-from mlx_openelm.scores_view import scores_json, to_csv
-from mlx_openelm.scoring import score_task
-from mlx_openelm.task_files import read_task
+from mlx_openelm.evaluation.harness import open_tasks, run_kept_task, run_task
+from mlx_openelm.evaluation.harness_model import KeptAnswers, wrap_model
+from mlx_openelm.evaluation.results import ModelCard, ModelScores, pair
+from mlx_openelm.cli.evaluation_view import scores_json, to_csv
+from mlx_openelm.evaluation.multiple_choice import score_task
+from mlx_openelm.evaluation.task_files import read_task
 
 pytestmark = pytest.mark.interop
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")

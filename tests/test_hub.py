@@ -20,7 +20,7 @@ from commands import call, make_source
 from hub_server import Hub, commit_of, connect, environment_of, serve
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.hub import (
+from mlx_openelm.storage.hub import (
     cached_snapshots,
     choose_model_files,
     find_model,
@@ -262,7 +262,7 @@ def test_a_killed_download_goes_on_from_where_it_stopped(hub, tmp_path):
     large = os.urandom(24_000_000)
     hub.add("org/name", {"config.json": CONFIG, "model.safetensors": large})
     hub.cut_after, hub.cuts, hub.stall = 15_000_000, 1, threading.Event()
-    program = "from mlx_openelm.hub import find_model; print(find_model('org/name'))"
+    program = "from mlx_openelm.storage.hub import find_model; print(find_model('org/name'))"
     command = [sys.executable, "-c", program]
     environment = environment_of(hub, tmp_path / "other")
     blobs = tmp_path / "other/hub/models--org--name/blobs"

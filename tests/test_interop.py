@@ -10,10 +10,10 @@ from models import small_tokenizer, weights_of, write_hugging_face, write_pt
 from test_conversion import EVEN
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
-from converters.conversion import convert
-from mlx_openelm.generation import stream
-from mlx_openelm.loading import load
-from mlx_openelm.sampling import Sampling
+from converters.conversion.run import convert
+from mlx_openelm.generation.streaming import stream
+from mlx_openelm.storage.loading import load
+from mlx_openelm.generation.sampling import Sampling
 
 pytest.importorskip("torch", reason="needs PyTorch to write .pt files")
 pytestmark = pytest.mark.interop
@@ -76,7 +76,7 @@ def test_we_open_what_mlx_lm_converts(tmp_path, quantize, tokenizer_file):
     import mlx_lm
 
     source = write_hugging_face(tmp_path / "source", EVEN, weights_of(EVEN, seed=3))
-    from mlx_openelm.tokenizer_finder import write_tokenizer
+    from mlx_openelm.storage.tokenizer_finder import write_tokenizer
 
     write_tokenizer(small_tokenizer(), source)
     mlx_lm.convert(

@@ -38,14 +38,14 @@ from models import (
 from safetensors import safe_open
 
 import mlx_openelm
-from converters.conversion import convert
-from converters.verification import verify
-from mlx_openelm.adapters import attach
-from mlx_openelm.checkpoint import INDEX, open_folder
+from converters.conversion.run import convert
+from converters.conversion.verification import verify
+from mlx_openelm.storage.adapter_folder import attach
+from mlx_openelm.storage.model_folder import INDEX, open_folder
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.loading import load_model
-from mlx_openelm.shards import write_json
+from mlx_openelm.storage.loading import load_model
+from mlx_openelm.storage.shards import write_json
 
 torch = pytest.importorskip("torch", reason="PyTorch gives the answers")
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from models import UNEVEN, build, read_golden
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
-from mlx_openelm import model as openelm
-from mlx_openelm.benchmark import made_weight
-from mlx_openelm.cache import KVCache
+from mlx_openelm.model import openelm
+from mlx_openelm.bench.selfcheck import made_weight
+from mlx_openelm.generation.cache import KVCache
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.model import OpenELM, Sequences
-from mlx_openelm.names import to_folder
+from mlx_openelm.model.openelm import OpenELM, Sequences
+from mlx_openelm.tensor_names import to_folder
 
 LIMIT = 1e-4
 

@@ -16,14 +16,14 @@ from trainings import (
     step,
 )
 
-from mlx_openelm import likelihood
-from mlx_openelm.adaptation import use_dropout
-from mlx_openelm.batches import collate
-from mlx_openelm.kernels import QUERIES, attend, swiglu
-from mlx_openelm.likelihood import token_losses
-from mlx_openelm.lora_layers import DoRALinear, LoRALinear
-from mlx_openelm.model import Sequences
-from mlx_openelm.objective import (
+from mlx_openelm.model import likelihood
+from mlx_openelm.finetuning.trainable import use_dropout
+from mlx_openelm.finetuning.batches import collate
+from mlx_openelm.model.kernels import QUERIES, attend, swiglu
+from mlx_openelm.model.likelihood import token_losses
+from mlx_openelm.model.lora import DoRALinear, LoRALinear
+from mlx_openelm.model.openelm import Sequences
+from mlx_openelm.finetuning.losses import (
     batch_losses,
     preference_losses,
     preference_margins,

@@ -260,7 +260,7 @@ LOOK = """
 import importlib.util, json
 import converters, mlx_openelm
 from mlx_openelm import convert
-from mlx_openelm.recipe import bundled_recipes
+from mlx_openelm.recipe_loader import bundled_recipes
 print(json.dumps({
     "homes": [mlx_openelm.__file__, converters.__file__],
     "recipes": list(bundled_recipes()),

@@ -18,28 +18,28 @@ from pretrainings import (
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
-from converters.pretrain import pretrain  # noqa: E402
-from converters.pretraining_log import (  # noqa: E402
+from converters.pretraining.run import pretrain  # noqa: E402
+from converters.pretraining.log import (  # noqa: E402
     Evaluated,
     Saved,
     Started,
     Trained,
 )
-from converters.pretraining_optimizers import (  # noqa: E402
+from converters.pretraining.optimizers import (  # noqa: E402
     build_optimizers,
     learning_rate,
 )
 from converters.reference import ReferenceOpenELM  # noqa: E402
-from converters.streaming import open_loader  # noqa: E402
+from converters.pretraining.loader import open_loader  # noqa: E402
 from mlx_openelm.config import OpenELMConfig  # noqa: E402
 from mlx_openelm.errors import OpenELMError  # noqa: E402
-from mlx_openelm.pretrain_recipe import (  # noqa: E402
+from converters.pretraining.recipe import (  # noqa: E402
     ModelRecipe,
     OptimizerRecipe,
     PretrainRecipe,
 )
-from mlx_openelm.recipe import bundled_recipes, load_recipe  # noqa: E402
-from mlx_openelm.tokenizer import Tokenizer  # noqa: E402
+from mlx_openelm.recipe_loader import bundled_recipes, load_recipe  # noqa: E402
+from mlx_openelm.text.tokenizer import Tokenizer  # noqa: E402
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_run_learns_tells_and_leaves_what_convert_reads(recipe):
         json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
     assert [r["loss"] for r in written if r["event"] == "trained"] == found
-    from converters.sources import open_source
+    from converters.formats.sources import open_source
 
     source = open_source(str(path))
     assert source.config == OpenELMConfig.from_file(run / "config.json")

@@ -20,15 +20,15 @@ from pretrainings import (
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
-from converters.pretrain import pretrain  # noqa: E402
-from converters.pretraining_checkpoints import (  # noqa: E402
+from converters.pretraining.run import pretrain  # noqa: E402
+from converters.pretraining.checkpoints import (  # noqa: E402
     AVERAGE,
     LAST,
     average_checkpoints,
     weights_on_disk,
 )
-from converters.pretraining_log import Saved, Trained  # noqa: E402
-from converters.sources import open_source  # noqa: E402
+from converters.pretraining.log import Saved, Trained  # noqa: E402
+from converters.formats.sources import open_source  # noqa: E402
 from mlx_openelm.config import OpenELMConfig  # noqa: E402
 from mlx_openelm.errors import OpenELMError  # noqa: E402
 
@@ -63,7 +63,7 @@ def test_convert_reads_each_of_its_files(recipe):
 
 
 def test_spare_rows_are_made_and_read(recipe, tmp_path):
-    from converters.conversion import convert
+    from converters.conversion.run import convert
 
     recipe = replace(recipe, steps=1, model=replace(recipe.model, spare_rows=True))
     path = pretrain(recipe)

@@ -15,9 +15,9 @@ from pretrainings import (
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
-from converters.heldout import continue_greedily  # noqa: E402
-from converters.pretrain import pretrain  # noqa: E402
-from converters.pretraining_log import (  # noqa: E402
+from converters.pretraining.heldout import continue_greedily  # noqa: E402
+from converters.pretraining.run import pretrain  # noqa: E402
+from converters.pretraining.log import (  # noqa: E402
     Evaluated,
     Meter,
     RunLog,
@@ -28,9 +28,9 @@ from converters.pretraining_log import (  # noqa: E402
     Trained,
 )
 from converters.reference import ReferenceOpenELM  # noqa: E402
-from mlx_openelm.console import Console  # noqa: E402
+from mlx_openelm.cli.console import Console  # noqa: E402
 from mlx_openelm.errors import OpenELMError  # noqa: E402
-from mlx_openelm.pretraining_view import PretrainingView  # noqa: E402
+from mlx_openelm.cli.pretraining_view import PretrainingView  # noqa: E402
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_loss_far_above_the_last_ones_is_flagged():
 def test_a_report_tells_the_means_and_the_share_of_the_peak(monkeypatch):
     clock = iter([0.0, 8.0, 9.0, 9.0, 9.0])
     monkeypatch.setattr(
-        "converters.pretraining_log.time.perf_counter", lambda: next(clock)
+        "converters.pretraining.log.time.perf_counter", lambda: next(clock)
     )
     meter = Meter(flops_per_position=1000.0, peak_flops=10_000.0)
     add(meter, 1, 4.0)
@@ -130,7 +130,7 @@ def test_tensorboard_reads_the_curve(recipe):
 
 
 def test_tensorboard_that_is_missing_is_said_before_the_work(recipe, monkeypatch):
-    monkeypatch.setattr("converters.pretraining_log.find_spec", lambda name: None)
+    monkeypatch.setattr("converters.pretraining.log.find_spec", lambda name: None)
     with pytest.raises(OpenELMError, match="not installed"):
         pretrain(replace(recipe, tensorboard=True))
 
@@ -164,9 +164,9 @@ def test_the_terminal_is_told_each_thing(capsys):
 
 def test_held_out_scores_are_those_of_evaluate(recipe, tmp_path):
     """The same text in MLX; windows spread over it stand for all of it."""
-    from converters.conversion import convert
-    from mlx_openelm.evaluation import evaluate
-    from mlx_openelm.loading import load
+    from converters.conversion.run import convert
+    from mlx_openelm.evaluation.texts import evaluate
+    from mlx_openelm.storage.loading import load
 
     recipe = replace(recipe, eval_every=12, average_last=3)
     path = pretrain(recipe)

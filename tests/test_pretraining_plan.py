@@ -10,7 +10,7 @@ import pytest
 from commands import call, refuse
 from pretrainings import ROOT, small_recipe
 
-from converters.pretraining_plan import (
+from converters.pretraining.plan import (
     PEAK_FLOPS,
     count_layer_bytes,
     find_peak_flops,
@@ -18,8 +18,8 @@ from converters.pretraining_plan import (
 )
 from mlx_openelm.config import CORENET_ROWS, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.pretrain_recipe import PretrainRecipe
-from mlx_openelm.recipe import load_recipe
+from converters.pretraining.recipe import PretrainRecipe
+from mlx_openelm.recipe_loader import load_recipe
 
 SIZES = {  # peak rate, blocks computed again, shards: as published
     "270m": ("270M", 5.3e-3, False, "ddp"),
@@ -148,9 +148,9 @@ def test_a_dry_run_tells_all_and_leaves_nothing(tmp_path, monkeypatch):
 def test_a_dry_run_needs_no_torch():
     script = (
         "import sys; sys.modules['torch'] = None; sys.modules['mlx.core'] = None\n"
-        "import converters.pretraining_plan as plan\n"
-        "from mlx_openelm.pretrain_recipe import PretrainRecipe\n"
-        "from mlx_openelm.recipe import load_recipe\n"
+        "import converters.pretraining.plan as plan\n"
+        "from converters.pretraining.recipe import PretrainRecipe\n"
+        "from mlx_openelm.recipe_loader import load_recipe\n"
         "recipe = load_recipe(PretrainRecipe, 'pretrain/openelm-270m', {})\n"
         "print(plan.plan_pretraining(recipe).steps)"
     )

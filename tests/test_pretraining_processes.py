@@ -24,9 +24,9 @@ from pretrainings import (
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
-from converters.pretrain import pretrain  # noqa: E402
-from converters.pretraining_checkpoints import AVERAGE, LAST, as_json  # noqa: E402
-from converters.processes import SharedError  # noqa: E402
+from converters.pretraining.run import pretrain  # noqa: E402
+from converters.pretraining.checkpoints import AVERAGE, LAST, as_json  # noqa: E402
+from converters.pretraining.processes import SharedError  # noqa: E402
 from mlx_openelm.errors import OpenELMError  # noqa: E402
 
 
@@ -249,7 +249,7 @@ def test_another_process_waits_with_an_error_that_the_first_one_says(
 
     waited = []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("converters.pretrain.pretrain", fail)
+    monkeypatch.setattr("converters.pretraining.run.pretrain", fail)
     monkeypatch.setattr(time, "sleep", waited.append)
     ran = call("pretrain", "-c", "pretrain/stories")
     assert (ran.exit_code, ran.stdout) == (1, "")
@@ -261,6 +261,6 @@ def test_a_device_without_memory_is_one_sentence(tmp_path, monkeypatch):
     def fail(*args, **how):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("converters.pretrain.parallelize", fail)
+    monkeypatch.setattr("converters.pretraining.run.parallelize", fail)
     with pytest.raises(OpenELMError, match=r"Process 0 has no memory left on cpu; low"):
         pretrain(small_recipe(tmp_path))

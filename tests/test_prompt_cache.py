@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 from models import SCALED, UNEVEN, build
 
-from mlx_openelm.cache_kinds import cache_maker
-from mlx_openelm.decoding import draw_tokens
+from mlx_openelm.generation.compact_caches import cache_maker
+from mlx_openelm.generation.decoding import draw_tokens
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.fingerprint import fingerprint, fingerprint_model
-from mlx_openelm.lora_layers import LoRALinear
-from mlx_openelm.prompt_cache import open_prompt_cache
-from mlx_openelm.sampling import Sampling
+from mlx_openelm.model.fingerprint import fingerprint, fingerprint_model
+from mlx_openelm.model.lora import LoRALinear
+from mlx_openelm.generation.prompt_cache import open_prompt_cache
+from mlx_openelm.generation.sampling import Sampling
 
 model, scaled = build(UNEVEN), build(SCALED)
 PROMPT = [1, *range(20, 60)]
@@ -181,7 +181,7 @@ def test_another_kind_of_cache_is_noticed(file):
 
 
 def test_another_version_is_noticed(kept, monkeypatch):
-    monkeypatch.setattr("mlx_openelm.prompt_cache._FORMAT", 2)
+    monkeypatch.setattr("mlx_openelm.generation.prompt_cache._FORMAT", 2)
     _, known, (note,) = answer(PROMPT, kept)
     assert known == 0
     assert "another version" in note

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import UNEVEN, build, small_tokenizer
 
-from mlx_openelm import answers_file
-from mlx_openelm.answering import answer_prompts
+from mlx_openelm.storage import ordered_jsonl as answers_file
+from mlx_openelm.generation.batch_job import answer_prompts
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation import generate
-from mlx_openelm.prompts_file import JSONL, LINES, Prompt, read_prompts
-from mlx_openelm.sampling import Sampling
-from mlx_openelm.tokenizer import Tokenizer, Turn
+from mlx_openelm.generation.streaming import generate
+from mlx_openelm.generation.prompt_file import JSONL, LINES, Prompt, read_prompts
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.text.tokenizer import Tokenizer, Turn
 
 tokenizer = small_tokenizer()
 model = build(UNEVEN)
@@ -515,9 +515,9 @@ RUN = """
 import sys
 from pathlib import Path
 import mlx_openelm
-from mlx_openelm.answering import answer_prompts
-from mlx_openelm.prompts_file import read_prompts
-from mlx_openelm.sampling import Sampling
+from mlx_openelm.generation.batch_job import answer_prompts
+from mlx_openelm.generation.prompt_file import read_prompts
+from mlx_openelm.generation.sampling import Sampling
 model, tokenizer = mlx_openelm.load("demo")
 sampling = Sampling(max_tokens=60, stop=("the", ".", "of"))
 prompts = read_prompts(sys.argv[1])

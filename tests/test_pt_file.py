@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.pt_file import PtTensor, read_pt, read_state_dict
+from converters.formats.pt_reader import PtTensor, read_pt, read_state_dict
 from mlx_openelm.errors import OpenELMError
 
 # Files made by hand, opcode by opcode -------------------------------------------------
@@ -413,7 +413,7 @@ def test_code_is_named_and_not_run(
         "builtins.getattr",
         "builtins.dict",
         "copyreg._reconstructor",
-        "converters.pt_file.read_pt",
+        "converters.formats.pt_reader.read_pt",
     ],
 )
 def test_globals_that_tensors_do_not_need_are_refused(
@@ -593,7 +593,7 @@ def doubled(once: bytes, times: int) -> bytes:
 def test_values_that_nobody_could_walk_through_are_refused(
     file: Callable[..., Path], value: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converters.pt_file.MAX_VALUES", 10_000)
+    monkeypatch.setattr("converters.formats.pt_reader.MAX_VALUES", 10_000)
     path = file(mapping(w=value))
     with bounded(seconds=5, megabytes=5), refused(path, "levels"):
         read_pt(path)
@@ -615,12 +615,12 @@ def test_keys_that_take_long_to_hash_are_refused(
 def test_a_pickle_of_too_many_opcodes_is_refused(
     file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converters.pt_file.MAX_VALUES", 1000)
+    monkeypatch.setattr("converters.formats.pt_reader.MAX_VALUES", 1000)
     path = file(mapping(w=MARK + b"N" * 1000 + TUPLE))
     with refused(path, "1,000"):
         read_pt(path)
     assert len(read_pt(file(mapping(w=MARK + b"N" * 900 + TUPLE)))["w"]) == 900
-    monkeypatch.setattr("converters.pt_file.MAX_PICKLE_BYTES", 900)
+    monkeypatch.setattr("converters.formats.pt_reader.MAX_PICKLE_BYTES", 900)
     with refused(path):
         read_pt(path)
 

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from converters.pt_file import read_state_dict
-from converters.pt_writer import ALIGNMENT, TensorToWrite, to_numpy, write_pt
+from converters.formats.pt_reader import read_state_dict
+from converters.formats.pt_writer import ALIGNMENT, TensorToWrite, to_numpy, write_pt
 
 NAMES = [
     *("layers.0.attn.qkv_proj.weight", "", " ", "a/b\\c", "../x", "x" * 300),

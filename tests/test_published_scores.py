@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from mlx_openelm.published_scores import PUBLISHED_SCORES, find_published_scores
+from mlx_openelm.evaluation.published_scores import PUBLISHED_SCORES, find_published_scores
 
 ROWS = [
     pytest.param(suite, row, id=f"{suite} {row.model} {row.method or ''}")

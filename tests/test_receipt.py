@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from models import TEXT, UNEVEN, small_tokenizer, weights_of
 
-from converters.calibration import (
+from converters.quantization.calibration import (
     SAMPLE_NAME,
     calibration_windows,
     read_calibration,
 )
-from converters.receipt import Receipt, measure
+from converters.quantization.receipt import Receipt, measure
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model import OpenELM
-from mlx_openelm.names import to_folder
-from mlx_openelm.quantize import Packing
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.tensor_names import to_folder
+from mlx_openelm.model.quantization import Packing
 
 UNTIED = replace(UNEVEN, share_input_output_layers=False)
 

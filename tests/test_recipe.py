@@ -7,9 +7,9 @@ import pytest
 from commands import refuse
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetune_recipe import FinetuneRecipe
-from mlx_openelm.pretrain_recipe import PretrainRecipe
-from mlx_openelm.recipe import bundled_recipes, load_recipe
+from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from converters.pretraining.recipe import PretrainRecipe
+from mlx_openelm.recipe_loader import bundled_recipes, load_recipe
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs PyTorch")
 

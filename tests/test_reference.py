@@ -14,15 +14,15 @@ import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
 from converters.parity import compare  # noqa: E402
-from converters.pretraining_plan import count_flops_per_token  # noqa: E402
+from converters.pretraining.plan import count_flops_per_token  # noqa: E402
 from converters.reference import ReferenceOpenELM, summed_loss  # noqa: E402
-from converters.sources import open_source  # noqa: E402
-from mlx_openelm import model as openelm  # noqa: E402
-from mlx_openelm.benchmark import made_weight  # noqa: E402
+from converters.formats.sources import open_source  # noqa: E402
+from mlx_openelm.model import openelm  # noqa: E402
+from mlx_openelm.bench.selfcheck import made_weight  # noqa: E402
 from mlx_openelm.config import OpenELMConfig  # noqa: E402
-from mlx_openelm.likelihood import log_likelihoods  # noqa: E402
-from mlx_openelm.model import OpenELM  # noqa: E402
-from mlx_openelm.names import to_folder  # noqa: E402
+from mlx_openelm.model.likelihood import log_likelihoods  # noqa: E402
+from mlx_openelm.model.openelm import OpenELM  # noqa: E402
+from mlx_openelm.tensor_names import to_folder  # noqa: E402
 
 TOKENS = np.random.default_rng(3).integers(0, UNEVEN.vocab_size, size=(2, 33))
 

@@ -10,7 +10,7 @@ import pytest
 from commands import call, make_source, refuse, spoilt
 from models import UNEVEN, small_tokenizer, weights_of, write_pt
 
-from mlx_openelm.checkpoint import open_folder
+from mlx_openelm.storage.model_folder import open_folder
 
 FFN = "layers.1.ffn.proj_1.weight"
 WEIGHTS = weights_of(UNEVEN)

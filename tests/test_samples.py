@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from models import small_tokenizer
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.records import Data, Dataset, Record, read_data
-from mlx_openelm.samples import (
+from mlx_openelm.finetuning.records import Data, Dataset, Record, read_data
+from mlx_openelm.finetuning.samples import (
     TemplateChoice,
     choose_template,
     make_pairs,
     make_samples,
     tabulate,
 )
-from mlx_openelm.tokenizer import Turn, encode_prompt
+from mlx_openelm.text.tokenizer import Turn, encode_prompt
 
 tokenizer = small_tokenizer()
 BOS, EOS = 1, 2
@@ -429,7 +429,7 @@ def test_mlx_lm_finds_the_same_tokens_and_the_same_prompt(shared, tmp_path, temp
     from mlx_lm.tuner.datasets import CompletionsDataset
     from transformers import AutoTokenizer
 
-    from mlx_openelm.tokenizer_finder import read_tokenizer, write_tokenizer
+    from mlx_openelm.storage.tokenizer_finder import read_tokenizer, write_tokenizer
 
     llama = read_tokenizer(shared / "data" / "llama-tokenizer")
     write_tokenizer(llama, tmp_path)
@@ -467,7 +467,7 @@ def test_mlx_lm_finds_the_same_tokens_and_the_same_prompt(shared, tmp_path, temp
 
 
 def test_gsm8ks_prompts_are_what_generation_sees(shared):
-    from mlx_openelm.tokenizer_finder import read_tokenizer
+    from mlx_openelm.storage.tokenizer_finder import read_tokenizer
 
     llama = read_tokenizer(shared / "data" / "llama-tokenizer")
     file = shared / "data" / "gsm8k" / "test.jsonl"

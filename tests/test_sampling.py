@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.sampling import (
+from mlx_openelm.generation.sampling import (
     Sampling,
     choose_tokens,
     distribution,

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 from models import SCALED, UNEVEN, build, small_tokenizer
 
-from mlx_openelm import scoring
-from mlx_openelm.answer_scores import encode_request, score_all
+from mlx_openelm.evaluation import multiple_choice as scoring
+from mlx_openelm.evaluation.loglikelihood import encode_request, score_all
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.scoring import Outcome, mean_and_stderr, score_task, sum_up
-from mlx_openelm.task_files import Question, Task
+from mlx_openelm.evaluation.multiple_choice import Outcome, mean_and_stderr, score_task, sum_up
+from mlx_openelm.evaluation.task_files import Question, Task
 
 tokenizer = small_tokenizer()
 model = build(UNEVEN)

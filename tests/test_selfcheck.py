@@ -10,9 +10,9 @@ import mlx.nn as nn
 import pytest
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
-from mlx_openelm import benchmark
-from mlx_openelm import model as openelm
-from mlx_openelm.benchmark import GOLDEN, PROMPT, check_machine
+from mlx_openelm.bench import selfcheck as benchmark
+from mlx_openelm.model import openelm
+from mlx_openelm.bench.selfcheck import GOLDEN, PROMPT, check_machine
 
 
 def test_this_machine_passes():

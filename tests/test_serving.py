@@ -37,14 +37,14 @@ from servers import (
     serving,
 )
 
-from mlx_openelm.checkpoint import open_folder
-from mlx_openelm.conversation import Conversation
-from mlx_openelm.generation import generate, stream
-from mlx_openelm.hub import demo_folder
-from mlx_openelm.loading import load
-from mlx_openelm.model import OpenELM
-from mlx_openelm.sampling import Sampling
-from mlx_openelm.serving_requests import MOST_BYTES, Served, read_completion
+from mlx_openelm.storage.model_folder import open_folder
+from mlx_openelm.generation.conversation import Conversation
+from mlx_openelm.generation.streaming import generate, stream
+from mlx_openelm.storage.hub import demo_folder
+from mlx_openelm.storage.loading import load
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.serving.requests import MOST_BYTES, Served, read_completion
 
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.interop
@@ -561,7 +561,7 @@ def test_a_refused_body_is_read_so_that_the_refusal_arrives(server):
 
 
 def test_a_client_that_breaks_off_its_request_is_let_go(server, monkeypatch):
-    from mlx_openelm.serving import Handler
+    from mlx_openelm.serving.server import Handler
 
     data = request(server.url, "/v1/completions", b'{"pro', Content_Length="500")
     with connect(server.url) as connection:
@@ -720,7 +720,7 @@ def test_the_generation_ends_when_its_client_goes(server, steps, streams, rude):
 
 
 def test_a_failure_of_ours_is_said_and_the_server_goes_on(server, monkeypatch, caplog):
-    from mlx_openelm import serving as room
+    from mlx_openelm.serving import server as room
 
     def fail(*args):
         raise ZeroDivisionError("a bug")

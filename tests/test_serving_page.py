@@ -10,10 +10,10 @@ from browser import find_browser, started
 from models import UNEVEN, build, small_tokenizer
 from servers import GREEDY, post, request, send, serving
 
-from mlx_openelm.conversation import Conversation
-from mlx_openelm.generation import generate
-from mlx_openelm.model import OpenELM
-from mlx_openelm.serving_page import page_headers, read_page
+from mlx_openelm.generation.conversation import Conversation
+from mlx_openelm.generation.streaming import generate
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.serving.page import page_headers, read_page
 
 pytestmark = pytest.mark.interop
 

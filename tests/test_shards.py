@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.shards import (
+from mlx_openelm.storage.shards import (
     DTYPES,
     INDEX,
     ShardWriter,
@@ -26,7 +26,7 @@ from mlx_openelm.shards import (
     plan_shards,
     write_json,
 )
-from mlx_openelm.staging import staged_folder
+from mlx_openelm.storage.staging import staged_folder
 
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (64, 64)]
 
@@ -276,7 +276,7 @@ STREAM = """
 import resource, sys
 from pathlib import Path
 import mlx.core as mx
-from mlx_openelm.shards import ShardWriter, TensorLayout
+from mlx_openelm.storage.shards import ShardWriter, TensorLayout
 
 def peak():  # bytes; macOS counts bytes, Linux KiB
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

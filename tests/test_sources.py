@@ -15,7 +15,7 @@ from commands import make_source, refuse
 from models import UNEVEN, make_factors, weights_of, write_mlx_lm_adapter, write_pt
 from test_pt_file import mapping, tensor, zipped
 
-from mlx_openelm.checkpoint import INDEX
+from mlx_openelm.storage.model_folder import INDEX
 
 WEIGHTS = weights_of(UNEVEN)
 

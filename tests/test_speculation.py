@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import UNEVEN, build, small_tokenizer
 
-from mlx_openelm import pacing, speculation
-from mlx_openelm.cache_kinds import SlidingKVCache
-from mlx_openelm.decoding import Context, draw_tokens
-from mlx_openelm.drafters import (
+from mlx_openelm.generation import draft_pacing as pacing
+from mlx_openelm.generation import speculation
+from mlx_openelm.generation.compact_caches import SlidingKVCache
+from mlx_openelm.generation.decoding import Context, draw_tokens
+from mlx_openelm.generation.drafters import (
     Draft,
     Drafter,
     LookupDrafter,
@@ -23,13 +24,13 @@ from mlx_openelm.drafters import (
     check_draft,
 )
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.pacing import Pace
-from mlx_openelm.sampling import (
+from mlx_openelm.generation.draft_pacing import Pace
+from mlx_openelm.generation.sampling import (
     Sampling,
     distribution,
     shape_logits,
 )
-from mlx_openelm.speculation import draw_speculatively
+from mlx_openelm.generation.speculation import draw_speculatively
 
 model, other = build(UNEVEN), build(UNEVEN, seed=5)
 

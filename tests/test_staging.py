@@ -11,10 +11,10 @@ import pytest
 from commands import call, make_source, refuse, snapshot
 from conftest import ROOT
 
-from mlx_openelm import staging
-from mlx_openelm.checkpoint import open_folder
+from mlx_openelm.storage import staging
+from mlx_openelm.storage.model_folder import open_folder
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.staging import staged_file, staged_folder
+from mlx_openelm.storage.staging import staged_file, staged_folder
 
 CONVERT = ("convert", "source", "--quiet")
 
@@ -314,7 +314,7 @@ def test_a_link_in_the_place_of_ours_is_not_followed(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from mlx_openelm.staging import staged_folder
+from mlx_openelm.storage.staging import staged_folder
 with staged_folder(Path(sys.argv[1]), job={"bits": 4}) as folder:
     (folder / "model.safetensors").write_text("whole")
     print("ready", flush=True)
@@ -443,7 +443,7 @@ def test_what_a_killed_file_writer_left_is_gone_after_the_next(tmp_path):
     code = """
 import os, signal, sys
 from pathlib import Path
-from mlx_openelm.staging import staged_file
+from mlx_openelm.storage.staging import staged_file
 with staged_file(Path(sys.argv[1])) as path:
     path.write_bytes(b"GG")
     os.kill(os.getpid(), signal.SIGKILL)

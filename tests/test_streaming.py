@@ -18,11 +18,11 @@ from models import TEXT, small_tokenizer
 
 pytest.importorskip("ftfy", reason="needs the torch extra")
 
-from converters.corpus import IGNORED, PackedSequences, read_data, step_batch
-from converters.lanes import CUT
-from converters.streaming import join_states, open_loader, read_documents
+from converters.pretraining.packing import IGNORED, PackedSequences, read_data, step_batch
+from converters.pretraining.lanes import CUT
+from converters.pretraining.loader import join_states, open_loader, read_documents
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.pretrain_recipe import CorpusRecipe, DataRecipe, PretrainRecipe
+from converters.pretraining.recipe import CorpusRecipe, DataRecipe, PretrainRecipe
 
 tokenizer = small_tokenizer()
 LENGTH = 24
@@ -447,9 +447,9 @@ def test_a_worker_that_is_killed_is_told_of_and_orphans_end(tmp_path):
 import os, signal, sys, time
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from models import small_tokenizer
-from converters.streaming import open_loader
+from converters.pretraining.loader import open_loader
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.pretrain_recipe import DataRecipe, PretrainRecipe
+from converters.pretraining.recipe import DataRecipe, PretrainRecipe
 
 if __name__ == "__main__":
     data = DataRecipe(train=({str(tmp_path / "a.jsonl")!r},), workers=2,

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from mlx_openelm.checkpoint import ModelFolder
+from mlx_openelm.storage.model_folder import ModelFolder
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.published_scores import PUBLISHED_SCORES
-from mlx_openelm.scoreboard import (
+from mlx_openelm.evaluation.published_scores import PUBLISHED_SCORES
+from mlx_openelm.evaluation.results import (
     Metric,
     ModelCard,
     TaskResult,
@@ -15,7 +15,7 @@ from mlx_openelm.scoreboard import (
     pair,
     report_suite,
 )
-from mlx_openelm.suites import SUITES, find_suite_file
+from mlx_openelm.evaluation.suites import SUITES, find_suite_file
 
 
 def make_result(task, right, *, metric="acc", total=None, digest="same"):

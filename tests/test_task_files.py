@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.task_files import read_task, read_tasks
+from mlx_openelm.evaluation.task_files import read_task, read_tasks
 
 INSTRUCTION = (
     "Please answer the following question with true or false, question: is it so?"

@@ -12,14 +12,14 @@ from models import TEXT, small_tokenizer
 
 pytest.importorskip("ftfy", reason="needs the torch extra")
 
-import converters.token_cache as room
-from converters.cleaning import Rules, make_pieces
-from converters.corpus_files import DamagedFileError
-from converters.lanes import CUT
-from converters.streaming import join_states, open_loader
-from converters.token_cache import CachedFile, Source
+import converters.pretraining.token_cache as room
+from converters.pretraining.cleaning import Rules, make_pieces
+from converters.pretraining.corpus_files import DamagedFileError
+from converters.pretraining.lanes import CUT
+from converters.pretraining.loader import join_states, open_loader
+from converters.pretraining.token_cache import CachedFile, Source
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.pretrain_recipe import DataRecipe, PretrainRecipe
+from converters.pretraining.recipe import DataRecipe, PretrainRecipe
 
 tokenizer = small_tokenizer()
 RULES = Rules(words_per_piece=30, min_characters=20, min_tokens=40, length=64)

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from models import small_tokenizer
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.tokenizer import SPACE, Tokenizer, encode_prompt
+from mlx_openelm.text.tokenizer import SPACE, Tokenizer, encode_prompt
 
 tokenizer = small_tokenizer()
 texts = st.text(st.characters(exclude_characters=SPACE, exclude_categories=["Cs"]))

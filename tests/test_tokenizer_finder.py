@@ -10,10 +10,11 @@ import pytest
 from hub_server import Hub, connect, serve
 from test_tokenizer_json import LLAMA, SIZE, edited, pieces_of, read_llama, train
 
-from mlx_openelm import tokenizer_finder, tokenizer_json
+from mlx_openelm.storage import tokenizer_finder
+from mlx_openelm.text import tokenizer_json
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.tokenizer import Tokenizer
-from mlx_openelm.tokenizer_finder import (
+from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.storage.tokenizer_finder import (
     LLAMA_VECTORS,
     PROBES,
     find_tokenizer,

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.tokenizer import Tokenizer
-from mlx_openelm.tokenizer_finder import PROBES, prove_tokenizer, read_tokenizer
-from mlx_openelm.tokenizer_json import describe, rebuild
+from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.storage.tokenizer_finder import PROBES, prove_tokenizer, read_tokenizer
+from mlx_openelm.text.tokenizer_json import describe, rebuild
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LLAMA = SHARED / "llama-tokenizer" / "tokenizer.model"

@@ -11,8 +11,8 @@ from browser import find_browser, started
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_openelm.charts import choose_axis, thin_out
-from mlx_openelm.training_page import (
+from mlx_openelm.finetuning.report_charts import choose_axis, thin_out
+from mlx_openelm.finetuning.report import (
     TrainingRun,
     describe_end,
     describe_result,

@@ -16,8 +16,8 @@ from trainings import (
     step,
 )
 
-from mlx_openelm.adaptation import trained_tensors
-from mlx_openelm.samples import Pair, Sample
+from mlx_openelm.finetuning.trainable import trained_tensors
+from mlx_openelm.finetuning.samples import Pair, Sample
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 

@@ -11,12 +11,12 @@ import pytest
 from models import UNEVEN
 from trainings import make_model, make_recipe, make_samples, make_training, step
 
-from mlx_openelm.adaptation import trained_tensors
+from mlx_openelm.finetuning.trainable import trained_tensors
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.model import OpenELM
-from mlx_openelm.preparation import make_trainable
-from mlx_openelm.training import lengths_of
-from mlx_openelm.training_plan import (
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.finetuning.preparation import make_trainable
+from mlx_openelm.finetuning.trainer import lengths_of
+from mlx_openelm.finetuning.plan import (
     Load,
     Order,
     count_bytes,

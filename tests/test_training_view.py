@@ -13,9 +13,9 @@ import termios
 import pytest
 from conftest import ROOT
 
-from mlx_openelm import console as console_room
-from mlx_openelm.console import Console
-from mlx_openelm.training_view import TrainingView
+from mlx_openelm.cli import console as console_room
+from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.finetuning_view import TrainingView
 
 ROWS = [
     {"event": "note", "text": "3 [records] were cut"},
@@ -111,8 +111,8 @@ def test_a_terminal_of_80_columns_has_a_bar_with_all_figures():
     """The text in the bar changes with each step, and the notes stay above it."""
     code = f"""
 import sys, time
-from mlx_openelm.console import Console
-from mlx_openelm.training_view import TrainingView
+from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.finetuning_view import TrainingView
 with TrainingView(Console()) as view:
     time.sleep(1.0)
     for row in {ROWS[1:4] + ROWS[6:7] + ROWS[11:12]!r}:

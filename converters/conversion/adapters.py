@@ -1,0 +1,171 @@
+"""An adapter by itself becomes mlx-lm's, PEFT's or CoreNet's."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from converters.formats.adapter_reader import Adapter, check_fits, open_adapter, with_rows
+from converters.formats.adapter_writer import (
+    corenet_adapter_tensors,
+    write_mlx_adapter,
+    write_peft_adapter,
+)
+from converters.conversion.exports import corenet_tensors
+from converters.conversion.merging import fit_rows, open_base
+from converters.conversion.options import DTYPES, Options, Progress
+from converters.conversion.plan import Plan
+from converters.conversion.provenance import describe_source, hashing
+from converters.formats.pt_writer import write_pt
+from converters.formats.sources import Source, name_folder
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.staging import (
+    refuse_existing,
+    refuse_existing_file,
+    refuse_replacing,
+    staged_file,
+    staged_folder,
+)
+from mlx_openelm.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """What was written of an adapter, and from what.
+
+    Attributes:
+        to: mlx, peft or corenet.
+        base: what the adapter is for, as its files or --model say.
+    """
+
+    path: Path
+    to: str
+    source: str
+    kind: str
+    method: str
+    rank: int
+    num_modules: int
+    num_parameters: int
+    base: str | None
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def convert_adapter(
+    path: Path,
+    target: Path | None,
+    options: Options,
+    *,
+    force: bool = False,
+    offline: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> AdapterReport:
+    """Write an adapter folder as `options.to` says; CoreNet's holds its base, too.
+
+    Raises:
+        OpenELMError: it is damaged, does not fit its base, or cannot be written so.
+    """
+    started = time.perf_counter()
+    adapter = replace(open_adapter(path), name=name_folder(path))
+    wrong = options.quantizes or options.dequantize or options.apart
+    if options.to not in ("mlx", "peft", "corenet") or wrong:
+        raise OpenELMError(
+            f"{path} is an adapter, which becomes --to mlx, peft or corenet as it is; "
+            "for a model of it and its base say --merge."
+        )
+    base = None
+    if options.base is not None or options.to == "corenet":
+        base = open_base(adapter, options.base, offline=offline)
+        adapter = fit_rows(adapter, base.config)
+        check_fits(adapter, base.config)
+    ending = "-corenet.pt" if options.to == "corenet" else f"-{options.to}"
+    target = target or Path(f"{adapter.name}{ending}")
+    refuse_replacing(target, (*adapter.files, *(base.files if base else ())))
+    name = options.base or adapter.base
+    config = base.config if base else None
+    if options.to == "corenet":
+        assert base is not None
+        notes = _write_corenet(adapter, base, target, options, force, on_progress)
+    else:
+        notes = _write_folder(adapter, target, options.to, config, name, force)
+    ranks = {module.rank for module in adapter.modules.values()}
+    return AdapterReport(
+        path=target,
+        to=options.to,
+        source=str(path),
+        kind=adapter.kind,
+        method=adapter.method,
+        rank=max(ranks),
+        num_modules=len(adapter.modules),
+        num_parameters=sum(m.num_parameters for m in adapter.modules.values()),
+        base=name,
+        notes=(*adapter.notes, *notes, *_say_idle(options)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _say_idle(options: Options) -> list[str]:
+    said = options.idle()
+    if options.dtype and options.to != "corenet":
+        said.append("--dtype")
+    return [f"Of no use for an adapter: {', '.join(said)}."] if said else []
+
+
+def stage_adapter(
+    adapter: Adapter, target: Path, base: Path, config: OpenELMConfig, *, force: bool
+) -> None:
+    """Write an adapter that was taken apart from its base."""
+    _write_folder(adapter, target, "mlx", config, str(base), force)
+
+
+def _write_folder(
+    adapter: Adapter,
+    target: Path,
+    to: str,
+    config: OpenELMConfig | None,
+    base: str | None,
+    force: bool,
+) -> tuple[str, ...]:
+    refuse_existing(target, force=force)
+    with (
+        staged_folder(target, force=force) as staging,
+        hashing(adapter.files) as hashes,
+    ):
+        if to == "peft":
+            return write_peft_adapter(staging, adapter, config=config, base=base)
+        source = describe_source(
+            adapter.name, adapter.kind, adapter.files[0].parent, hashes()
+        )
+        metadata: dict[str, Any] = dict(adapter.metadata)
+        metadata |= {"version": __version__, "source": source}
+        return write_mlx_adapter(
+            staging, adapter, config=config, base=base, metadata=metadata
+        )
+
+
+def _write_corenet(
+    adapter: Adapter,
+    base: Source,
+    target: Path,
+    options: Options,
+    force: bool,
+    on_progress: Callable[[Progress], None],
+) -> tuple[str, ...]:
+    """Write base and adapter into one .pt, not merged, as CoreNet has them."""
+    refuse_existing_file(target, force=force)
+    dtype = DTYPES[options.dtype] if options.dtype else base.dtype
+    tensors, notes = corenet_tensors(Plan(base, base.config, dtype, {}))
+    rows = tensors["token_embeddings.weight"].shape[0]
+    both, more = corenet_adapter_tensors(with_rows(adapter, rows), tensors)
+    written = 0
+
+    def count(name: str) -> None:
+        nonlocal written
+        written += 1
+        on_progress(Progress(written, len(both), "tensors"))
+
+    with staged_file(target, force=force) as staging:
+        write_pt(staging, both, on_written=count)
+    return (*notes, *more)

@@ -1,0 +1,97 @@
+"""Results that are one file: CoreNet's .pt and GGUF."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+from converters.formats.gguf_writer import write_gguf
+from converters.conversion.plan import Plan
+from converters.formats.pt_writer import TensorToWrite
+from mlx_openelm.config import OpenELMConfig, pad_vocabulary
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.tensor_names import EMBEDDING, HEAD
+from mlx_openelm.text.tokenizer import Tokenizer
+
+CLASSIFIER = "classifier.weight"  # CoreNet's name of an untied head
+GGUF_TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+
+
+def corenet_tensors(plan: Plan) -> tuple[dict[str, TensorToWrite], tuple[str, ...]]:
+    """Return a model under CoreNet's names and shapes, and what a person should know.
+
+    CoreNet's vocabulary has a row for padding and then as many as make a multiple of
+    128; those that the source has not are filled with zeros.
+    """
+    rows = plan.config.vocab_size
+    padded = rows if plan.source.padded else pad_vocabulary(rows)
+    tensors = {}
+    for name, shape in plan.config.tensor_shapes().items():
+        if name in (EMBEDDING, HEAD):
+            called = CLASSIFIER if name == HEAD else name
+            tensors[called] = TensorToWrite(
+                (padded, *shape[1:]), plan.dtype, _padding_reader(plan, name, padded)
+            )
+        else:
+            tensors[name] = TensorToWrite(shape, plan.dtype, _reader(plan, name))
+    notes = []
+    if padded != rows:
+        notes.append(
+            f"Filled the embedding with {padded - rows} rows of zeros up to {padded}, "
+            "as CoreNet pads its vocabulary."
+        )
+    if plan.config.to_dict() != _as_inferred(plan.config).to_dict():
+        notes.append(
+            "A .pt holds tensors alone: keep the source's config.json beside it, which "
+            "says the context length, the RoPE base and eps."
+        )
+    return tensors, tuple(notes)
+
+
+def write_gguf_file(
+    path: Path,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    *,
+    bits: float | None,
+    on_written: Callable[[str], None],
+) -> None:
+    """Write a GGUF file: F32, F16 or BF16 by the plan's dtype, or Q8_0 at 8 bits.
+
+    Raises:
+        OpenELMError: GGUF, or llama.cpp's OpenELM, cannot hold this model.
+    """
+    if bits not in (None, 8):
+        raise OpenELMError(
+            f"--to gguf writes F32, F16, BF16 and, with --q-bits 8, Q8_0; not {bits} "
+            "bits: quantize the GGUF file with llama.cpp's own tool."
+        )
+    write_gguf(
+        path,
+        name=plan.source.name,
+        config=plan.config,
+        tensors={
+            name: TensorToWrite(shape, plan.dtype, _reader(plan, name))
+            for name, shape in plan.config.tensor_shapes().items()
+        },
+        file_type="Q8_0" if bits else GGUF_TYPES[plan.dtype],
+        tokenizer=tokenizer,
+        on_written=on_written,
+    )
+
+
+def _as_inferred(config: OpenELMConfig) -> OpenELMConfig:
+    """Return what a reader makes of the shapes."""
+    return OpenELMConfig.from_shapes(config.tensor_shapes())
+
+
+def _reader(plan: Plan, name: str) -> Callable[[], mx.array]:
+    return lambda: plan.read(name)
+
+
+def _padding_reader(plan: Plan, name: str, rows: int) -> Callable[[], mx.array]:
+    def read() -> mx.array:
+        weight = plan.read(name)
+        return mx.pad(weight, [(0, rows - weight.shape[0]), (0, 0)])
+
+    return read

@@ -1,0 +1,288 @@
+"""Several files become one model: averaged checkpoints, a base with its adapter."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from converters.formats.adapter_reader import (
+    Adapter,
+    AdapterModule,
+    check_fits,
+    merge,
+    open_adapter,
+    open_full,
+    with_rows,
+    without_embedding,
+)
+from converters.formats.adapter_tensors import TABLE
+from converters.conversion.options import Options
+from converters.conversion.plan import Plan
+from converters.formats.sources import (
+    Source,
+    SourceTensor,
+    is_adapter,
+    locate,
+    name_folder,
+    open_path,
+)
+from mlx_openelm.storage.adapter_folder import read_sketch
+from mlx_openelm.storage.base_check import BaseWeight, check_base
+from mlx_openelm.storage.model_folder import check_shapes
+from mlx_openelm.config import OpenELMConfig, pad_vocabulary
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_module
+
+_ROWS = 4096  # of a tensor that are compared at a time
+
+
+def open_model(
+    paths: Sequence[Path], options: Options, *, offline: bool = False
+) -> tuple[Source, Adapter | None]:
+    """Return the model that is meant, and the adapter that stays apart from it.
+
+    Raises:
+        OpenELMError: what lies there is no OpenELM, or the options do not fit it.
+    """
+    if is_adapter(paths[0]):
+        base, adapter = open_pair(paths[0], options.base, offline=offline)
+        return replace(merge_adapter(base, adapter), name=adapter.name), None
+    if options.base is not None:
+        raise OpenELMError(
+            f"{paths[0]} is a model and --model {options.base} another; --model is the "
+            "base of an adapter folder."
+        )
+    sources = [open_path(path) for path in paths]
+    source = average(sources) if options.average else sources[0]
+    if source.adapter is None:
+        if options.merge or options.apart:
+            said = "--merge" if options.merge else "--adapter-out"
+            raise OpenELMError(f"{paths[0]} carries no adapter; leave out {said}.")
+        return source, None
+    if options.merge:
+        return merge_adapter(source, source.adapter), None
+    if options.apart:
+        return take_apart(source)
+    raise OpenELMError(
+        f"{paths[0]} carries an adapter ({source.adapter.method}); say --merge to put "
+        "it into the weights, or --adapter-out DIR to write it apart."
+    )
+
+
+def open_pair(
+    path: Path, said: str | None, *, offline: bool = False
+) -> tuple[Source, Adapter]:
+    """Return the base and the adapter that an adapter folder stands for.
+
+    Args:
+        said: the base; None: what the adapter's files say.
+
+    Raises:
+        OpenELMError: either is damaged or nowhere, or it is another base.
+    """
+    adapter = open_full(path) or open_adapter(path)
+    adapter = replace(adapter, name=name_folder(path))
+    base = open_base(adapter, said, offline=offline)
+    notes: tuple[str, ...] = ()
+    if sketch := read_sketch(adapter.metadata):
+        check_fits(fit_rows(adapter, base.config), base.config)  # says more
+        weights = {
+            to_module(name): BaseWeight(
+                (rows, width[0]), _row_reader(base.tensors[name])
+            )
+            for name, (rows, *width) in base.config.tensor_shapes().items()
+            if width
+        }
+        notes = check_base(sketch, weights, path, adapter.base)
+    return replace(base, notes=(*base.notes, *notes)), adapter
+
+
+def _row_reader(tensor: SourceTensor) -> Callable[[mx.array], mx.array]:
+    return lambda rows: tensor.read()[rows].astype(mx.float32)
+
+
+def open_base(adapter: Adapter, said: str | None, *, offline: bool) -> Source:
+    """Return an adapter's base: what was said, else what the adapter's files say.
+
+    Raises:
+        OpenELMError: it is nowhere, is no OpenELM, or carries an adapter itself.
+    """
+    path = _locate_base(adapter, said, offline=offline)
+    base = open_path(path)
+    if base.adapter is not None:
+        raise OpenELMError(
+            f"The base {path} carries an adapter itself; convert it with --merge first."
+        )
+    return base
+
+
+def _locate_base(adapter: Adapter, said: str | None, *, offline: bool) -> Path:
+    name = said or adapter.base
+    if name is None:
+        raise OpenELMError(
+            f"{adapter.files[0].parent} does not say its base; say --model BASE."
+        )
+    try:
+        return locate(name, offline=offline)
+    except OpenELMError as error:
+        if said is not None:
+            raise
+        raise OpenELMError(
+            f"The base that {adapter.files[0].parent} names is not to be had: "
+            f"{str(error).rstrip('.')}; say --model BASE."
+        ) from error
+
+
+def average(sources: Sequence[Source]) -> Source:
+    """Return the element-wise mean of checkpoints of one model.
+
+    The sum is float64, the mean has the first one's dtype: so Apple's release weights
+    were made of the last five checkpoints.
+
+    Raises:
+        OpenELMError: a single one, or they are not of the same shapes.
+    """
+    first, *others = sources
+    if not others:
+        raise OpenELMError("--average needs two or more sources; found one.")
+    adapted = next((source for source in sources if source.adapter), None)
+    if adapted is not None:
+        raise OpenELMError(
+            f"{adapted.files[0]} carries an adapter, whose factors cannot be averaged; "
+            "convert each with --merge first."
+        )
+    for other in others:
+        check_shapes(
+            {name: tensor.shape for name, tensor in first.tensors.items()},
+            {name: tensor.shape for name, tensor in other.tensors.items()},
+            where=str(other.files[0]),
+        )
+
+    def reader(name: str) -> Callable[[], mx.array]:
+        def read() -> mx.array:
+            total = np.zeros(first.tensors[name].shape, np.float64)
+            for source in sources:
+                total += np.asarray(source.tensors[name].read().astype(mx.float32))
+            total /= len(sources)
+            with np.errstate(over="ignore"):  # infinity is found and said later
+                mean = mx.array(total.astype(np.float32))
+            return mean.astype(first.tensors[name].dtype)
+
+        return read
+
+    return replace(
+        first,
+        kind=f"average of {len(sources)}: {first.kind}",
+        tensors={
+            name: SourceTensor(tensor.shape, tensor.dtype, reader(name))
+            for name, tensor in first.tensors.items()
+        },
+        files=tuple(file for source in sources for file in source.files),
+        notes=tuple(dict.fromkeys(note for s in sources for note in s.notes)),
+    )
+
+
+def merge_adapter(base: Source, adapter: Adapter) -> Source:
+    """Return the model that base and adapter are together.
+
+    It has the prompt template that the adapter was trained with. An adapter of the
+    embedding acts on inputs alone (CoreNet's and PEFT's meaning): the output head keeps
+    the base's table, so the model is untied. mlx-lm's acts on a tied head as well.
+
+    Raises:
+        OpenELMError: the adapter is not for this base.
+    """
+    adapter = fit_rows(adapter, base.config)
+    check_fits(adapter, base.config)
+    tensors = dict(base.tensors)
+    config = base.config
+    only_inputs = TABLE in adapter.modules and not adapter.adapts_tied_head
+    if only_inputs and config.share_input_output_layers:
+        tensors[HEAD] = tensors[EMBEDDING]
+        config = replace(config, share_input_output_layers=False)
+    for module, part in adapter.modules.items():
+        name = f"{module}.weight"
+        tensors[name] = _merged(tensors[name], part)
+    for name, weight in adapter.weights.items():
+        tensors[name] = SourceTensor(weight.shape, tensors[name].dtype, weight.read)
+    changed = [*(f"{module}.weight" for module in adapter.modules), *adapter.weights]
+    template = adapter.metadata.get("template")
+    new_files = (file for file in adapter.files if file not in base.files)
+    return replace(
+        base,
+        kind=f"{base.kind}, merged",
+        config=config,
+        tensors={name: tensors[name] for name in config.tensor_shapes()},
+        files=(*base.files, *new_files),
+        metadata={**base.metadata, **({"template": template} if template else {})},
+        adapter=None,
+        before_merging={name: base.tensors[name] for name in changed},
+    )
+
+
+def fit_rows(adapter: Adapter, base: OpenELMConfig) -> Adapter:
+    """Give an embedding's adapter the base's rows, where only padding is between."""
+    table, rows = adapter.modules.get(TABLE), base.vocab_size
+    if table is None or table.shape[0] == rows:
+        return adapter
+    fewer, more = sorted((table.shape[0], rows))
+    return with_rows(adapter, rows) if pad_vocabulary(fewer) == more else adapter
+
+
+def take_apart(source: Source) -> tuple[Source, Adapter]:
+    """Return the base and the adapter of a file that carries both.
+
+    mlx-lm would add an embedding's adapter to the tied logits as well, which CoreNet
+    does not; so it goes into the input table of an untied base.
+    """
+    adapter = source.adapter
+    assert adapter is not None
+    if TABLE not in adapter.modules:
+        return replace(source, adapter=None), adapter
+    only_table = replace(adapter, modules={TABLE: adapter.modules[TABLE]})
+    base = replace(merge_adapter(source, only_table), kind=f"base of {source.kind}")
+    note = (
+        "The embedding's adapter acts on inputs alone, so it was merged into the input "
+        "table of an untied base; the adapter folder holds the linears'."
+    )
+    return replace(base, notes=(*base.notes, note)), without_embedding(adapter)
+
+
+def _merged(tensor: SourceTensor, part: AdapterModule) -> SourceTensor:
+    def read() -> mx.array:
+        return merge(tensor.read(), part)
+
+    return SourceTensor(tensor.shape, tensor.dtype, read)
+
+
+def refuse_losing(plan: Plan) -> None:
+    """Raise OpenELMError if rounding would move the weights more than the adapter did.
+
+    Compared are the lengths (Frobenius) of both moves, over all merged and quantized
+    tensors.
+    """
+    moved = rounded = 0.0
+    for name, before in plan.source.before_merging.items():
+        packing = plan.packings.get(name)
+        if packing is None:
+            continue
+        merged, base = plan.read(name), before.read()
+        packed = packing.pack(merged)
+        for start in range(0, merged.shape[0], _ROWS):  # all at once: four copies
+            rows = slice(start, start + _ROWS)
+            exact = merged[rows].astype(mx.float32)
+            parts = {suffix: part[rows] for suffix, part in packed.items()}
+            moved += _square(exact - base[rows].astype(mx.float32))
+            rounded += _square(packing.unpack(parts, mx.float32) - exact)
+    if rounded > moved > 0:
+        raise OpenELMError(
+            f"Quantizing would lose the adapter: it moves the weights by "
+            f"{moved**0.5:.3g}, rounding to these bits by {rounded**0.5:.3g}; choose "
+            "more bits, or leave out -q."
+        )
+
+
+def _square(array: mx.array) -> float:
+    return float(mx.square(array).sum().item())  # type: ignore[arg-type] # it is real

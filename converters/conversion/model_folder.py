@@ -1,0 +1,280 @@
+"""A plan becomes a model folder: weights, receipt, tokenizer, where it came from."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from converters.conversion.adapters import stage_adapter
+from converters.formats.adapter_reader import Adapter
+from converters.quantization.allocation import allocate, count_tokens, list_choices
+from converters.quantization.calibration import calibration_windows, read_calibration
+from converters.conversion.merging import refuse_losing
+from converters.conversion.options import Options, Progress
+from converters.conversion.plan import Plan
+from converters.conversion.provenance import (
+    describe_source,
+    hash_file,
+    hashing,
+    identify,
+    write_card,
+)
+from converters.quantization.receipt import NUM_TOKENS as RECEIPT_TOKENS
+from converters.quantization.receipt import Receipt, measure
+from converters.formats.sources import Source, open_path
+from mlx_openelm.storage.model_folder import METADATA_KEY, open_folder, spell_dtype
+from mlx_openelm.config import BOS_ID, EOS_ID, OpenELMConfig, read_mapping
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.quantization import Packing, describe_packings
+from mlx_openelm.storage.shards import ShardWriter, write_json
+from mlx_openelm.storage.staging import staged_folder
+from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.storage.tokenizer_finder import FoundTokenizer, write_tokenizer
+from mlx_openelm.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A model folder to be written.
+
+    Attributes:
+        prove: looks at the folder before it takes its name and returns what config.json
+            shall say of that, by key; it raises if the folder is not to be.
+    """
+
+    options: Options
+    source: Source
+    adapter: Adapter | None
+    target: Path
+    adapter_out: Path | None
+    force: bool
+    offline: bool
+    on_progress: Callable[[Progress], None]
+    prove: Callable[[Path], Mapping[str, Any]] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What a run must have in common with one that was killed to go on from it."""
+        calibration = self.options.calibration
+        texts = [Path(calibration)] if calibration else []
+        texts = [path for path in texts if path.is_file()]  # else it is said later
+        return {
+            "version": __version__,
+            "options": asdict(self.options),
+            "files": identify([*self.source.files, *texts]),
+        }
+
+
+def write_folder(
+    job: Job, plan: Plan, found: FoundTokenizer | None
+) -> tuple[Plan, Receipt | None]:
+    """Write a model folder; return the plan with the bits chosen, and the receipt."""
+    source, options = plan.source, job.options
+    calibration = _Calibration.read(job, plan, found)
+    windows = None
+    if calibration and options.receipt:  # too short a text is said before the work
+        windows = calibration.windows(RECEIPT_TOKENS)
+    if options.auto_bits and calibration:
+        refuse_small_disk(job.target, plan.estimate_bytes(options.auto_bits))
+        plan = replace(plan, packings=_price(job, plan, calibration))
+    if source.before_merging and plan.packings and job.prove is None:
+        refuse_losing(plan)
+    with (
+        staged_folder(job.target, force=job.force, job=job.identity()) as staging,
+        hashing(source.files) as source_hashes,
+    ):
+        whole = sum(file.stat().st_size for file in staging.iterdir())
+        refuse_small_disk(job.target, plan.num_bytes - whole)
+        written = ShardWriter(
+            staging, plan.layout(), format="pt" if options.to == "hf" else "mlx"
+        )
+        with written:
+            _write_weights(written, plan, job.on_progress)
+        raw = plan.config.to_dict() | {"torch_dtype": spell_dtype(plan.dtype)}
+        if plan.packings:
+            entry = describe_packings(plan.packings, plan.config)
+            raw |= {"quantization": entry, "quantization_config": entry}
+        write_json(staging / "config.json", raw)
+        open_folder(staging)  # what is written can be read
+        receipt = None
+        if calibration and windows is not None:
+            receipt = _measure(job, plan, staging, windows, calibration.name)
+        _write_generation_defaults(source.folder, staging)
+        if found is not None:
+            write_tokenizer(found.tokenizer, staging)
+        proved = job.prove(staging) if job.prove else {}
+        library = "transformers" if options.to == "hf" else "mlx"
+        facts = _tell(plan, receipt)
+        write_card(staging, source.name, source.kind, facts, library=library)
+        metadata = _describe(job, receipt, source_hashes()) | dict(proved)
+        tokenizer_files = staging.glob("tokenizer*")
+        metadata["files"] = written.hashes | {
+            file.name: hash_file(file) for file in tokenizer_files
+        }
+        write_json(staging / "config.json", raw | {METADATA_KEY: metadata})
+        if job.adapter is not None and job.adapter_out is not None:
+            stage_adapter(
+                job.adapter,
+                job.adapter_out,
+                job.target.absolute(),
+                plan.config,
+                force=job.force,
+            )
+    return plan, receipt
+
+
+def _describe(
+    job: Job, receipt: Receipt | None, source_hashes: dict[str, str]
+) -> dict[str, Any]:
+    """Return our own entry of config.json."""
+    source = job.source
+    described = describe_source(source.name, source.kind, source.folder, source_hashes)
+    if source.metadata:  # of the folder that this one was made from
+        described["was"] = source.metadata
+    metadata: dict[str, Any] = {
+        "version": __version__,
+        "source": described,
+        "options": job.options.said(),
+    }
+    if template := _find_template(source):
+        metadata["template"] = template
+    if receipt is not None:
+        metadata["receipt"] = asdict(receipt)
+    return metadata
+
+
+def refuse_small_disk(target: Path, num_bytes: int) -> None:
+    """Raise OpenELMError if the disk of a target has less room than will be needed."""
+    place = next(
+        p for p in (target.absolute(), *target.absolute().parents) if p.exists()
+    )
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        raise OpenELMError(
+            f"{target} needs {num_bytes / 1e6:.0f} MB and its disk has "
+            f"{free / 1e6:.0f} MB left; make room or choose another place."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Calibration:
+    """The text that prices and receipt are measured on."""
+
+    name: str
+    text: str
+    tokenizer: Tokenizer
+    config: OpenELMConfig
+
+    @classmethod
+    def read(
+        cls, job: Job, plan: Plan, found: FoundTokenizer | None
+    ) -> "_Calibration | None":
+        """Return it if it is needed and there is a tokenizer."""
+        options, tensors = job.options, plan.source.tensors
+        rounded = any(tensors[n].packing != p for n, p in plan.packings.items())
+        if found is None or not (options.auto_bits or (options.receipt and rounded)):
+            return None
+        path = Path(options.calibration) if options.calibration else None
+        return cls(*read_calibration(path), found.tokenizer, plan.config)
+
+    def windows(self, num_tokens: int) -> mx.array:
+        """Return token ids (N, 1 + T)."""
+        return calibration_windows(
+            self.tokenizer, self.text, self.config, num_tokens=num_tokens
+        )
+
+
+def _write_weights(
+    writer: ShardWriter, plan: Plan, on_progress: Callable[[Progress], None]
+) -> None:
+    names = plan.config.tensor_shapes()
+    for done, name in enumerate(names, start=1):
+        if not writer.whole.issuperset(plan.part_names(name)):
+            for part_name, part in plan.parts(name).items():
+                if part_name not in writer.whole:
+                    writer.add(part_name, part)
+        on_progress(Progress(done, len(names), "tensors"))
+    writer.close(plan.config.num_parameters)
+
+
+def _price(job: Job, plan: Plan, calibration: _Calibration) -> dict[str, Packing]:
+    options = job.options
+    assert options.auto_bits is not None
+    options.check_keep(plan.config)
+    choices = list_choices(
+        plan.config,
+        keeps=options.keeps,
+        group_size=options.group_size,
+        embed_bits=options.embed_bits,
+    )
+    return allocate(
+        plan.config,
+        plan.read_whole,
+        calibration.windows(count_tokens(plan.config)),
+        options.auto_bits,
+        choices,
+        dtype=plan.dtype,
+        on_progress=_report(job, "layers priced"),
+    )
+
+
+def _measure(
+    job: Job, plan: Plan, staging: Path, windows: mx.array, text: str
+) -> Receipt:
+    written = open_path(staging)
+    return measure(
+        plan.config,
+        plan.read_whole,
+        lambda name: written.tensors[name].read(),
+        windows,
+        text=text,
+        bits_per_weight=8 * plan.num_bytes / plan.config.num_parameters,
+        on_progress=_report(job, "layers of the receipt"),
+    )
+
+
+def _report(job: Job, units: str) -> Callable[[int, int], None]:
+    return lambda done, total: job.on_progress(Progress(done, total, units))
+
+
+def _find_template(source: Source) -> str | None:
+    found = source.metadata.get("template")
+    if isinstance(found, str):
+        return found
+    return "instruct" if "instruct" in source.name.lower() else None
+
+
+def _write_generation_defaults(source: Path, staging: Path) -> None:
+    defaults = source / "generation_config.json"
+    if defaults.is_file():
+        read_mapping(defaults)  # what is damaged is not handed on
+        shutil.copyfile(defaults, staging / defaults.name)
+    else:
+        ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+        write_json(staging / defaults.name, ids)
+
+
+def _tell(plan: Plan, receipt: Receipt | None) -> list[str]:
+    """Return what the model card says of the model, in sentences."""
+    config = plan.config
+    facts = [f"{config.size_name}, {config.num_parameters:,} parameters."]
+    if plan.packings:
+        facts.append(
+            f"Quantized: {8 * plan.num_bytes / config.num_parameters:.2f} bits a "
+            "weight in all."
+        )
+    else:
+        facts.append(f"Unquantized, {spell_dtype(plan.dtype)}.")
+    if receipt is not None:
+        packed = any(tensor.packing for tensor in plan.source.tensors.values())
+        before = "the source, itself quantized," if packed else "the unquantized model"
+        facts.append(
+            f"Against {before} on {receipt.tokens} tokens "
+            f"({receipt.text}): mean KL {receipt.mean_kl:.4f} nats, same first choice "
+            f"at {receipt.top1_agreement:.1%}, perplexity "
+            f"{receipt.perplexity_after:.2f} instead of "
+            f"{receipt.perplexity_before:.2f}."
+        )
+    return facts

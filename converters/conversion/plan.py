@@ -1,0 +1,122 @@
+"""What a conversion will write: every tensor's shape, dtype and packing, in advance."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from converters.formats.sources import Source
+from mlx_openelm.storage.model_folder import (
+    expected_shapes,
+    is_finite,
+    spell_dtype,
+    unpacks_to_finite,
+)
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_module
+from mlx_openelm.model.quantization import Packing
+from mlx_openelm.storage.shards import TensorLayout
+
+_DAMAGED = (
+    "holds NaN or infinity, so the checkpoint is damaged or its training failed; get "
+    "it again"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A source, and what becomes of it.
+
+    Attributes:
+        config: of the result; its vocabulary may have fewer rows than the source's.
+        dtype: of what is not packed.
+        packings: of what is, by CoreNet name.
+    """
+
+    source: Source
+    config: OpenELMConfig
+    dtype: mx.Dtype
+    packings: Mapping[str, Packing]
+
+    def layout(self) -> dict[str, TensorLayout]:
+        """Return every tensor of the result by its name in a folder, in order."""
+        dtypes: dict[str, mx.Dtype] = {}
+        for name, packing in self.packings.items():
+            dtypes[f"{to_module(name)}.weight"] = mx.uint32
+            if packing.mode != "affine":
+                dtypes[f"{to_module(name)}.scales"] = mx.uint8
+        return {
+            name: TensorLayout(dtypes.get(name, self.dtype), shape)
+            for name, shape in expected_shapes(self.config, self.packings).items()
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the result's tensors."""
+        return sum(math.prod(t.shape) * t.dtype.size for t in self.layout().values())
+
+    def estimate_bytes(self, bits_per_weight: float) -> int:
+        """Return the bytes of a result of so many bits a weight in all."""
+        return int(self.config.num_parameters * bits_per_weight / 8)
+
+    def part_names(self, name: str) -> list[str]:
+        """Return how what is written of a tensor (CoreNet name) is called."""
+        packing, shape = self.packings.get(name), self.config.tensor_shapes()[name]
+        suffixes = packing.part_shapes(shape) if packing else ("weight",)
+        return [f"{to_module(name)}.{suffix}" for suffix in suffixes]
+
+    def parts(self, name: str) -> dict[str, mx.array]:
+        """Return what is written of a tensor (CoreNet name), by name in a folder.
+
+        Raises:
+            OpenELMError: it holds NaN or infinity, or its dtype or packing cannot hold
+                its values.
+        """
+        module, packing = to_module(name), self.packings.get(name)
+        if packing is None:
+            return {f"{module}.weight": self.read(name)}
+        tensor = self.source.tensors[name]
+        if tensor.packing == packing and tensor.read_parts is not None:
+            rows = self.config.tensor_shapes()[name][0]
+            parts = {
+                suffix: self._cast_part(part[:rows])
+                for suffix, part in tensor.read_parts().items()
+            }
+            wrong = _DAMAGED
+        else:
+            parts = packing.pack(self.read(name))
+            wrong = (
+                "has values too far apart to share a scale; convert it without -q, or "
+                "--q-keep it"
+            )
+        mx.eval(parts)
+        if not unpacks_to_finite(packing, parts, self.dtype):
+            raise OpenELMError(f"{name} {wrong}.")
+        return {f"{module}.{suffix}": part for suffix, part in parts.items()}
+
+    def read(self, name: str) -> mx.array:
+        """Return a tensor (CoreNet name), unpacked, in `dtype`; errors as `parts`."""
+        weight = self.read_whole(name)
+        cast = weight.astype(self.dtype)
+        mx.eval(cast)
+        if not is_finite(cast):
+            if is_finite(weight):
+                raise OpenELMError(
+                    f"{name} has values beyond {spell_dtype(self.dtype)}'s range; "
+                    "choose --dtype bfloat16."
+                )
+            raise OpenELMError(f"{name} {_DAMAGED}.")
+        return cast
+
+    def read_whole(self, name: str) -> mx.array:
+        """Return a tensor as precise as the source has it, cut to the vocabulary."""
+        weight = self.source.tensors[name].read()
+        if name in (EMBEDDING, HEAD):
+            weight = weight[: self.config.vocab_size]
+        return weight
+
+    def _cast_part(self, part: mx.array) -> mx.array:
+        floating = mx.issubdtype(part.dtype, mx.floating)
+        return part.astype(self.dtype) if floating else part

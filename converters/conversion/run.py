@@ -1,0 +1,371 @@
+"""A source becomes a model folder, or one file, one tensor at a time."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from converters.conversion.adapters import (
+    AdapterReport,
+    convert_adapter,
+)
+from converters.conversion.exports import corenet_tensors, write_gguf_file
+from converters.conversion.model_folder import Job, refuse_small_disk, write_folder
+from converters.conversion.merging import open_model
+from converters.conversion.options import DTYPES, Options, Progress
+from converters.conversion.plan import Plan
+from converters.formats.pt_writer import write_pt
+from converters.quantization.receipt import Receipt
+from converters.formats.sources import Source, is_adapter, locate
+from mlx_openelm.storage.model_folder import spell_dtype
+from mlx_openelm.config import (
+    CORENET_ROWS,
+    LLAMA_PIECES,
+    OpenELMConfig,
+)
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.quantization import Packing, describe_packings
+from mlx_openelm.storage.staging import (
+    refuse_existing,
+    refuse_existing_file,
+    refuse_replacing,
+    staged_file,
+)
+from mlx_openelm.storage.tokenizer_finder import FoundTokenizer, find_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionReport:
+    """What was written, and from what.
+
+    Attributes:
+        to: mlx, hf, corenet or gguf.
+        bits: of the linears as asked for, or None where nothing was quantized.
+        bits_per_weight: bytes of all tensors x 8 over the number of parameters.
+        tokenizer: where it came from, or None.
+        adapter_path: the adapter's folder, where it was taken apart.
+        receipt: what the quantization cost.
+    """
+
+    path: Path
+    to: str
+    source: str
+    kind: str
+    size: str
+    num_parameters: int
+    dtype: str
+    bits: float | None
+    bits_per_weight: float
+    num_bytes: int
+    tokenizer: str | None
+    adapter_path: Path | None
+    receipt: Receipt | None
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def convert(
+    source: str | Path | Sequence[str | Path],
+    mlx_path: str | Path | None = None,
+    *,
+    to: str = "mlx",
+    dtype: str | None = None,
+    bits: int | str | None = None,
+    group_size: int | None = None,
+    embed_bits: int | None = None,
+    mode: str = "affine",
+    keep: str | None = None,
+    dequantize: bool = False,
+    calibration: str | Path | None = None,
+    receipt: bool = True,
+    merge: bool = False,
+    adapter_out: str | Path | None = None,
+    base: str | None = None,
+    average: bool = False,
+    tokenizer: str | None = None,
+    allow_overflow: bool = False,
+    force: bool = False,
+    offline: bool = False,
+    revision: str | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> ConversionReport | AdapterReport:
+    """Write an OpenELM as mlx-lm, Hugging Face, CoreNet or llama.cpp has it.
+
+    Args:
+        source: a CoreNet .pt file, a model folder (Hugging Face's, mlx-lm's, Apple's
+            MLX), an adapter folder (mlx-lm's, PEFT's), a Hub id or demo; several .pt
+            files to `average`.
+        mlx_path: where to; default ./<source name>-mlx, with -4bit (say) where
+            quantized.
+        to: mlx or hf (a folder), corenet or gguf (a file), peft (an adapter folder).
+        dtype: float32, float16 or bfloat16; default as stored, but float32 becomes
+            bfloat16 in a folder for MLX.
+        bits: quantize the linears to so many bits; "auto:4.5" chooses each tensor's
+            by its price, so that the folder has 4.5 bits a weight.
+        group_size: weights that share a scale; default 64, or what the mode has.
+        embed_bits: of the embedding; default 8, and with auto priced as the others.
+        mode: affine, mxfp4, mxfp8 or nvfp4.
+        keep: a regular expression of modules that are not quantized.
+        dequantize: unpack what is quantized.
+        calibration: a text for prices and receipt; default a sample that comes along.
+        receipt: measure what the quantization costs.
+        merge: put the adapter that the source is, or carries, into the weights.
+        adapter_out: write the adapter that the source carries here, apart.
+        base: the base model of a source that is an adapter.
+        average: of several sources, in float64.
+        tokenizer: a file, a folder or a Hub id; "none" converts without one.
+        allow_overflow: float16 even for the 3B, whose activations overflow in it.
+
+    Raises:
+        OpenELMError: whatever is wrong; nothing was written then.
+    """
+    started = time.perf_counter()
+    names = [source] if isinstance(source, str | Path) else list(source)
+    options = Options(
+        to=to,
+        dtype=dtype,
+        bits=None if bits is None else str(bits),
+        group_size=group_size,
+        embed_bits=embed_bits,
+        mode=mode,
+        keep=keep,
+        dequantize=dequantize,
+        calibration=None if calibration is None else str(calibration),
+        receipt=receipt,
+        merge=merge,
+        apart=adapter_out is not None,
+        average=average,
+        base=base,
+        tokenizer=tokenizer,
+        allow_overflow=allow_overflow,
+    )
+    if len(names) != 1 and not average:
+        raise OpenELMError(
+            f"{len(names)} sources were given; one is converted, or several are made "
+            "one with --average."
+        )
+    paths = [locate(str(n), offline=offline, revision=revision) for n in names]
+    target = None if mlx_path is None else Path(mlx_path)
+    if average and any(map(is_adapter, paths)):
+        raise OpenELMError("--average is for models; an adapter is among the sources.")
+    if is_adapter(paths[0]) and not merge:
+        return convert_adapter(
+            paths[0],
+            target,
+            options,
+            force=force,
+            offline=offline,
+            on_progress=on_progress,
+        )
+    opened, adapter = open_model(paths, options, offline=offline)
+    if to == "peft":
+        raise OpenELMError(
+            f"{names[0]} is a model, and --to peft writes an adapter; give an adapter "
+            "folder, or take the adapter apart with --adapter-out first."
+        )
+    target = target or Path(_default_name(opened, options))
+    job = Job(
+        options=options,
+        source=opened,
+        adapter=adapter,
+        target=target,
+        adapter_out=None if adapter_out is None else Path(adapter_out),
+        force=force,
+        offline=offline,
+        on_progress=on_progress,
+    )
+    return replace(
+        convert_model(job),
+        source=" ".join(map(str, names)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def convert_model(job: Job) -> ConversionReport:
+    """Write the model of a job; how it was named and how long it took is not told.
+
+    Raises:
+        OpenELMError: whatever is wrong; nothing was written then.
+    """
+    options, source, target = job.options, job.source, job.target
+    _check_targets(job)
+    found = None
+    if options.tokenizer != "none" and options.to != "corenet":
+        found = find_tokenizer(
+            source.folder,
+            options.tokenizer,
+            source.config.vocab_size,
+            offline=job.offline,
+        )
+    if found is None and (options.to == "gguf" or options.auto_bits):
+        raise OpenELMError(
+            f"{'--to gguf' if options.to == 'gguf' else '--q-bits auto'} needs the "
+            "tokenizer; say --tokenizer PATH or REPO."
+        )
+    config = source.config
+    if options.to != "corenet":
+        config = _cut_vocabulary(config, found)
+    plan = Plan(
+        source,
+        config,
+        _choose_dtype(source, config, options),
+        _choose_packings(source, config, options),
+    )
+    notes = [*source.notes, *(found.notes if found else ())]
+    if options.idle():
+        notes.append(
+            f"Not quantized: {', '.join(options.idle())} needs -q or --q-bits."
+        )
+    if config.vocab_size < source.config.vocab_size:
+        notes.append(
+            f"Cut the embedding from {source.config.vocab_size} to {config.vocab_size} "
+            "rows: the rest is padding."
+        )
+    packed = {**source.tensors, **source.before_merging}.items()
+    unpacked = [n for n, tensor in packed if tensor.packing and n not in plan.packings]
+    if unpacked:
+        notes.append(f"Unpacked {len(unpacked)} quantized tensors; -q packs again.")
+    receipt = None
+    if options.to in ("corenet", "gguf"):
+        notes += _write_file(job, plan, found)
+        num_bytes = target.stat().st_size
+    else:
+        plan, receipt = write_folder(job, plan, found)
+        num_bytes = plan.num_bytes
+        if found is None:
+            notes.append("No tokenizer was written: generate needs one in the folder.")
+            if options.quantization is not None and options.receipt:
+                notes.append("No receipt: without a tokenizer no text can be scored.")
+    return ConversionReport(
+        path=target,
+        to=options.to,
+        source=source.name,
+        kind=source.kind,
+        size=config.size_name,
+        num_parameters=config.num_parameters,
+        dtype=spell_dtype(plan.dtype),
+        bits=_count_bits(plan, options),
+        bits_per_weight=8 * num_bytes / config.num_parameters,
+        num_bytes=num_bytes,
+        tokenizer=None if found is None else str(found.path),
+        adapter_path=job.adapter_out,
+        receipt=receipt,
+        notes=tuple(notes),
+        seconds=0.0,
+    )
+
+
+# Decisions -----------------------------------------------------------------------
+
+
+def _check_targets(job: Job) -> None:
+    if job.options.to in ("mlx", "hf"):
+        refuse_existing(job.target, force=job.force)
+    else:
+        suffix = {"corenet": ".pt", "gguf": ".gguf"}[job.options.to]
+        if job.target.suffix != suffix:
+            raise OpenELMError(
+                f"--to {job.options.to} writes a file, and {job.target} does not end "
+                f"in {suffix}; choose another --mlx-path."
+            )
+        refuse_existing_file(job.target, force=job.force)
+    refuse_replacing(job.target, job.source.files)
+    if job.adapter_out is not None:
+        refuse_existing(job.adapter_out, force=job.force)
+        refuse_replacing(job.adapter_out, job.source.files)
+        one, other = job.target.resolve(), job.adapter_out.resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise OpenELMError(
+                f"{job.target} is for the model and {job.adapter_out} for the adapter; "
+                "they need two folders, neither in the other."
+            )
+
+
+def _cut_vocabulary(
+    config: OpenELMConfig, found: FoundTokenizer | None
+) -> OpenELMConfig:
+    """Drop the rows behind the tokenizer's pieces, which CoreNet pads with."""
+    pieces = config.vocab_size
+    if found is not None:
+        pieces = found.tokenizer.vocab_size
+    elif config.vocab_size == CORENET_ROWS:
+        pieces = LLAMA_PIECES
+    return replace(config, vocab_size=pieces)
+
+
+def _choose_dtype(source: Source, config: OpenELMConfig, options: Options) -> mx.Dtype:
+    chosen = DTYPES[options.dtype] if options.dtype else source.dtype
+    taken_over = any(t.packing for t in source.tensors.values()) and not (
+        options.quantizes or options.dequantize
+    )
+    narrow = options.to == "mlx" and not taken_over and not options.repack
+    if not options.dtype and narrow and chosen == mx.float32:
+        chosen = mx.bfloat16
+    shaped_like_3b = config.model_dim >= OpenELMConfig.preset("3B").model_dim
+    if chosen == mx.float16 and shaped_like_3b and not options.allow_overflow:
+        raise OpenELMError(
+            f"A model of the 3B's shape (model_dim {config.model_dim}) overflows in "
+            "float16 and prints rubbish; choose --dtype bfloat16, or say "
+            "--allow-overflow."
+        )
+    return chosen
+
+
+def _choose_packings(
+    source: Source, config: OpenELMConfig, options: Options
+) -> dict[str, Packing]:
+    """Return how tensors are packed: as asked for, else as the source has them."""
+    if options.dequantize or options.to not in ("mlx", "hf"):
+        return {}
+    tensors = dict(source.tensors)
+    if options.repack:
+        tensors |= source.before_merging
+    packed = {n: t.packing for n, t in tensors.items() if t.packing is not None}
+    asked = options.quantization
+    if asked is None:
+        return packed if options.to == "mlx" else {}
+    kept = {name: packing for name, packing in packed.items() if asked.keeps(name)}
+    return asked.packings(config) | kept
+
+
+def _count_bits(plan: Plan, options: Options) -> float | None:
+    """Return the bits that were asked for, or what the source's linears have."""
+    if options.quantizes or not plan.packings:
+        return options.asked_bits
+    return float(describe_packings(plan.packings, plan.config)["bits"])
+
+
+def _default_name(source: Source, options: Options) -> str:
+    match options.to:
+        case "corenet":
+            return f"{source.name}-corenet.pt"
+        case "gguf":
+            return f"{source.name}{options.suffix}.gguf"
+    return f"{source.name}-{options.to}{options.suffix}"
+
+
+# Writing -------------------------------------------------------------------------
+
+
+def _write_file(job: Job, plan: Plan, found: FoundTokenizer | None) -> tuple[str, ...]:
+    """Write a .pt or GGUF file; return what a person should know."""
+    total = len(plan.config.tensor_shapes())
+    done = 0
+
+    def count(name: str) -> None:
+        nonlocal done
+        done += 1
+        job.on_progress(Progress(done, total, "tensors"))
+
+    with staged_file(job.target, force=job.force) as staging:
+        refuse_small_disk(job.target, plan.num_bytes)
+        if job.options.to == "corenet":
+            tensors, notes = corenet_tensors(plan)
+            write_pt(staging, tensors, on_written=count)
+            return notes
+        assert found is not None
+        bits = job.options.asked_bits
+        write_gguf_file(staging, plan, found.tokenizer, bits=bits, on_written=count)
+        return ()

@@ -1,0 +1,264 @@
+"""Adapters written: as mlx-lm's folder, as PEFT's, and into a CoreNet checkpoint."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+
+from converters.formats.adapter_reader import (
+    BASE_LAYER,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS,
+    Adapter,
+    check_fits,
+)
+from converters.formats.adapter_tensors import TABLE, AdapterModule
+from converters.formats.pt_writer import TensorToWrite
+from mlx_openelm.storage.adapter_folder import CONFIG, AdapterConfig, save_tensors, write_adapter
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.tensor_names import to_corenet, to_module
+from mlx_openelm.storage.shards import write_json
+
+_Number = TypeVar("_Number", int, float)
+
+
+def write_mlx_adapter(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    config: OpenELMConfig | None,
+    base: str | None,
+    metadata: Mapping[str, Any],
+) -> tuple[str, ...]:
+    """Write an adapter folder that mlx-lm reads, with the same effect.
+
+    Args:
+        folder: there, and empty.
+        config: of the base; None: not at hand, and taken as tied.
+        base: where the base is, for whoever loads the adapter.
+        metadata: our own entry of the config.
+
+    Returns:
+        What a person should know.
+
+    Raises:
+        OpenELMError: it does not fit the base, or mlx-lm has no such adapter.
+        OSError: the disk refuses.
+    """
+    _check(adapter, config, "an mlx-lm adapter")
+    if TABLE in adapter.modules and not adapter.adapts_tied_head and _is_tied(config):
+        raise OpenELMError(
+            f"{adapter.name} adapts the embedding for inputs alone; an mlx-lm adapter "
+            "of a tied base changes the logits as well, so merge it into its base "
+            "(--merge)."
+        )
+    modules = adapter.modules.values()
+    rank = max(module.rank for module in modules)
+    scale = _most_common([module.scale for module in modules if module.scale] or [0.0])
+    tensors: dict[str, mx.array] = {}
+    for name, module in adapter.modules.items():
+        parts, path = module.read(), to_module(f"{name}.weight")
+        a, b, spare = parts["a"], parts["b"], rank - module.rank
+        if module.scale != scale:
+            b = b * (module.scale / scale)
+        tensors[f"{path}.lora_a"] = mx.pad(a, [(0, 0), (0, spare)])
+        tensors[f"{path}.lora_b"] = mx.pad(b, [(0, spare), (0, 0)])
+        if "m" in parts:
+            tensors[f"{path}.m"] = parts["m"]
+    keys, num_layers = _name_keys(adapter, config)
+    described = AdapterConfig(
+        adapter.method,
+        num_layers,
+        keys,
+        rank,
+        scale,
+        dropout=adapter.dropout,
+        base=base,
+        metadata=metadata,
+    )
+    write_adapter(folder, described, tensors)
+    notes = []
+    if any(module.rank != rank for module in modules):
+        notes.append(f"Padded all factors with zeros to rank {rank}: mlx-lm has one.")
+    if any(module.scale != scale for module in modules):
+        notes.append(f"Folded other scales than {scale:g} into lora_b: mlx-lm has one.")
+    return tuple(notes)
+
+
+def write_peft_adapter(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    config: OpenELMConfig | None,
+    base: str | None,
+) -> tuple[str, ...]:
+    """Write an adapter folder that PEFT reads, for Hugging Face's module names.
+
+    It takes what `write_mlx_adapter` takes, and gives and raises the same. (An entry of
+    our own is nowhere in it: PEFT would warn of it each time.)
+    """
+    _check(adapter, config, "a PEFT adapter")
+    _refuse_tied_head(adapter, _is_tied(config), "PEFT adapter")
+    modules = {to_module(f"{n}.weight"): m for n, m in adapter.modules.items()}
+    rank = _most_common(module.rank for module in modules.values())
+    alpha = _most_common(_alpha(module) for module in modules.values())
+    keys, num_layers = _name_keys(adapter, config)
+    if config and num_layers < config.num_transformer_layers:
+        keys = tuple(modules)  # PEFT looks for relative ones in all blocks
+    tensors: dict[str, mx.array] = {}
+    for path, module in modules.items():
+        for part, array in module.read().items():
+            tensors[f"{PEFT_PREFIX}{_torch_name(path, module, part)}"] = array.T
+    alphas = {path: _alpha(module) for path, module in modules.items()}
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "target_modules": list(keys),
+        "r": rank,
+        "rank_pattern": {p: m.rank for p, m in modules.items() if m.rank != rank},
+        "lora_alpha": alpha,
+        "alpha_pattern": {p: other for p, other in alphas.items() if other != alpha},
+        "lora_dropout": adapter.dropout,
+        "use_dora": adapter.method == "dora",
+        "use_rslora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+    }
+    write_json(folder / CONFIG, described)
+    save_tensors(folder / PEFT_WEIGHTS, tensors, format="pt")
+    if adapter.metadata:
+        return ("PEFT's config has no place for our template and provenance.",)
+    return ()
+
+
+def corenet_adapter_tensors(
+    adapter: Adapter, tensors: Mapping[str, TensorToWrite]
+) -> tuple[dict[str, TensorToWrite], tuple[str, ...]]:
+    """Return what a CoreNet checkpoint of a base and its adapter holds.
+
+    CoreNet's configs have alpha = rank, so B takes in every other scale.
+
+    Args:
+        adapter: fits the base (`check_fits`, `with_rows`).
+        tensors: the base's, under CoreNet's names.
+
+    Returns:
+        The tensors in CoreNet's order, and what a person should know.
+
+    Raises:
+        OpenELMError: CoreNet has no such adapter.
+    """
+    paths = {_module(name): name.removesuffix(".weight") for name in tensors}
+    assert adapter.modules.keys() <= paths.keys(), "the caller checks that it fits"
+    _refuse_tied_head(adapter, "lm_head" not in paths, "CoreNet adapter")
+    both: dict[str, TensorToWrite] = {}
+    for name, tensor in tensors.items():
+        module = adapter.modules.get(_module(name))
+        if module is None:
+            both[name] = tensor
+            continue
+        path = name.removesuffix(".weight")
+        both[f"{path}{BASE_LAYER}"] = tensor
+        for part, shape in module.part_shapes.items():
+            both[_torch_name(path, module, part, ".lora")] = TensorToWrite(
+                shape[::-1], mx.float32, _corenet_reader(module, part)
+            )
+    notes = []
+    if any(module.scale != 1 for module in adapter.modules.values()):
+        notes.append("Folded the scale into lora_B: CoreNet's own is alpha / rank = 1.")
+    return both, tuple(notes)
+
+
+def _corenet_reader(module: AdapterModule, part: str) -> Callable[[], mx.array]:
+    def read() -> mx.array:
+        found = module.read()[part].T
+        return found * module.scale if part == "b" else found
+
+    return read
+
+
+def _torch_name(path: str, module: AdapterModule, part: str, adapter: str = "") -> str:
+    """Return PEFT's name of a part; CoreNet's has the adapter's name in it."""
+    if part == "m":
+        return f"{path}.lora_magnitude_vector{adapter}"
+    kind, end = ("embedding_", "") if module.is_embedding else ("", ".weight")
+    return f"{path}.lora_{kind}{part.upper()}{adapter}{end}"
+
+
+# Checks --------------------------------------------------------------------------
+
+
+def _check(adapter: Adapter, config: OpenELMConfig | None, what: str) -> None:
+    """Refuse what does not fit the base, and what no one folder can hold."""
+    if not adapter.modules:
+        raise OpenELMError(
+            f"{adapter.name} adapts nothing but the embedding, which is in the base "
+            "now; convert it with --merge."
+        )
+    if config is not None:
+        check_fits(adapter, config)
+    plain = [n for n, module in adapter.modules.items() if module.method == "lora"]
+    if adapter.method == "dora" and plain:
+        raise OpenELMError(
+            f"{adapter.name} is LoRA on {', '.join(plain)} and DoRA elsewhere; {what} "
+            "is one or the other, so merge it into its base (--merge)."
+        )
+
+
+def _refuse_tied_head(adapter: Adapter, is_tied: bool, what: str) -> None:
+    if TABLE in adapter.modules and adapter.adapts_tied_head and is_tied:
+        raise OpenELMError(
+            f"{adapter.name} adapts the embedding of a tied base, in mlx-lm's way for "
+            f"inputs and logits alike; a {what} acts on inputs alone, so merge it into "
+            "its base (--merge)."
+        )
+
+
+def _is_tied(config: OpenELMConfig | None) -> bool:
+    return config is None or config.share_input_output_layers
+
+
+# What an adapter says once for all modules ---------------------------------------
+
+
+def _name_keys(
+    adapter: Adapter, config: OpenELMConfig | None
+) -> tuple[tuple[str, ...], int]:
+    """Return the keys of the modules, and the number of last blocks that they are in.
+
+    Where the last blocks of a known base are adapted all alike, and no others are, the
+    keys are relative to a block (mlx-lm's way); else they are whole paths.
+    """
+    blocks: dict[int, list[str]] = {}
+    others = []
+    for name in adapter.modules:
+        if found := re.fullmatch(r"layers\.([0-9]{1,4})\.(.+)", name):
+            blocks.setdefault(int(found[1]), []).append(found[2])
+        else:
+            others.append(to_module(f"{name}.weight"))
+    count = config.num_transformer_layers if config else max(blocks, default=0) + 1
+    alike = len({frozenset(inner) for inner in blocks.values()}) == 1
+    if config and alike and sorted(blocks) == list(range(count - len(blocks), count)):
+        return (*blocks[count - 1], *others), len(blocks)
+    return tuple(to_module(f"{name}.weight") for name in adapter.modules), count
+
+
+def _module(corenet_name: str) -> str:
+    return to_corenet(corenet_name).removesuffix(".weight")
+
+
+def _most_common(values: Iterable[_Number]) -> _Number:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _alpha(module: AdapterModule) -> float:
+    """PEFT divides by the rank again; whole numbers are what people expect there."""
+    alpha = module.scale * module.rank
+    return int(alpha) if alpha == int(alpha) else alpha

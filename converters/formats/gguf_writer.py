@@ -1,0 +1,267 @@
+"""A model as one GGUF file for llama.cpp, one tensor in memory at a time.
+
+The `gguf` package knows llama.cpp's keys, tensor names and packing; said here is how an
+OpenELM fills them. As with llama.cpp's own converter, gate and up are two tensors,
+one-dimensional tensors are always float32 and nothing is permuted.
+"""
+
+import contextlib
+import math
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from converters.formats.pt_writer import TensorToWrite, read_as_announced, to_numpy
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.tensor_names import to_module
+from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.text.tokenizer_json import describe, refuse
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+FILE_TYPES = ("F32", "F16", "BF16", "Q8_0")
+_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+_LARGEST = {  # numbers that fit
+    "F32": 3.4028235e38,
+    "F16": 65504.0,
+    "BF16": 3.3895314e38,
+    "Q8_0": 127 * 65504.0,  # a float16 scale for 32 numbers from -127 to 127
+}
+
+
+def write_gguf(
+    path: Path,
+    *,
+    name: str,
+    config: OpenELMConfig,
+    tensors: Mapping[str, TensorToWrite],
+    file_type: str,
+    tokenizer: Tokenizer | None,
+    description: str = "",
+    on_written: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write a model and its tokenizer as llama.cpp reads them.
+
+    Args:
+        name: the model's, for people.
+        tensors: by CoreNet name, exactly those of `config.tensor_shapes()`.
+        file_type: one of `FILE_TYPES`, for the tensors of two dimensions.
+        on_written: called with each tensor's CoreNet name once it is in the file.
+
+    Raises:
+        OpenELMError: llama.cpp cannot run the model, the file type cannot hold it, or
+            the package gguf is missing.
+        OSError: the file cannot be written.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise OpenELMError(
+            "Writing GGUF needs the package gguf: pip install 'mlx-openelm[gguf]'."
+        ) from error
+    shapes = config.tensor_shapes()
+    _check_shapes(config, file_type)
+    checked_tokenizer = _check_tokenizer(tokenizer, config)
+    parts = _names_in_gguf(config)
+    with contextlib.closing(gguf.GGUFWriter(path, "openelm")) as writer:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(_as_utf8(name))
+        writer.add_description(_as_utf8(description))
+        _add_sizes(writer, config)
+        _add_tokenizer(writer, checked_tokenizer)
+        kind = "ALL_F32" if file_type == "F32" else f"MOSTLY_{file_type}"
+        writer.add_file_type(gguf.LlamaFileType[kind])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for ours, shape in shapes.items():
+            _announce(writer, parts[ours], shape, _packing(shape, file_type))
+        writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
+        writer.write_header_to_file()
+        try:
+            writer.write_kv_data_to_file()
+        except (struct.error, OverflowError) as error:
+            raise OpenELMError(
+                f"A number of the model's config is too large for GGUF ({error}); "
+                "correct its config.json."
+            ) from error
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        (file,) = writer.fout
+        writer.write_padding(file, file.tell())
+        for ours, shape in shapes.items():
+            array = read_as_announced(ours, tensors[ours])
+            packing = _packing(shape, file_type)
+            _check_range(array, ours, packing)
+            for part in mx.split(array, len(parts[ours])):
+                # Not by write_tensor_data, whose tofile may lose the last bytes on a
+                # full disk and say nothing.
+                packed = _pack(part, packing)
+                file.write(packed.data)
+                writer.write_padding(file, packed.nbytes)
+            del array, part, packed  # before the next one is read
+            on_written(ours)
+
+
+# What llama.cpp has no place for -----------------------------------------------------
+
+
+def _check_shapes(config: OpenELMConfig, file_type: str) -> None:
+    if file_type not in FILE_TYPES:
+        raise OpenELMError(
+            f"A GGUF file of type {file_type} cannot be written; choose "
+            f"{', '.join(FILE_TYPES)}."
+        )
+    if not config.share_input_output_layers:
+        raise OpenELMError(
+            "The model has an output head of its own, which llama.cpp's OpenELM has "
+            "not; choose --to mlx or --to hf."
+        )
+    for name, shape in config.tensor_shapes().items():
+        block, _ = _block(_packing(shape, file_type))
+        if shape[-1] % block:
+            raise OpenELMError(
+                f"{name} has {shape[-1]} columns, and {file_type} packs {block} at a "
+                "time; choose --dtype bfloat16."
+            )
+
+
+def _check_tokenizer(tokenizer: Tokenizer | None, config: OpenELMConfig) -> Tokenizer:
+    if tokenizer is None:
+        refuse("A GGUF file holds its tokenizer, and there is none")
+    if tokenizer.vocab_size != config.vocab_size:
+        # Padded, llama.cpp would take rows without a piece for possible next tokens.
+        raise OpenELMError(
+            f"The tokenizer has {tokenizer.vocab_size} pieces and the model's "
+            f"embedding {config.vocab_size} rows, where llama.cpp needs one row a "
+            "piece; say the --tokenizer that the model was trained with."
+        )
+    try:
+        describe(tokenizer)
+    except OpenELMError as error:
+        raise OpenELMError(
+            f"llama.cpp cuts text as a tokenizer.json does, and {error}"
+        ) from error
+    return tokenizer
+
+
+def _check_range(array: mx.array, name: str, packing: str) -> None:
+    if not mx.isfinite(array).all():
+        raise OpenELMError(
+            f"{name} holds NaN or infinity, so the checkpoint is damaged or its "
+            "training failed; get it again."
+        )
+    largest = mx.abs(array).max().astype(mx.float32)
+    if largest > _LARGEST[packing]:
+        raise OpenELMError(
+            f"{name} holds a number of size {largest.item():g}, beyond the range of "
+            f"{packing}; choose --dtype bfloat16."
+        )
+
+
+# Metadata ----------------------------------------------------------------------------
+
+
+def _add_sizes(writer: "GGUFWriter", config: OpenELMConfig) -> None:
+    writer.add_block_count(config.num_transformer_layers)
+    writer.add_context_length(config.max_context_length)
+    writer.add_embedding_length(config.model_dim)
+    writer.add_feed_forward_length(config.ffn_dims)
+    writer.add_head_count(config.num_query_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_freq_constant)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer) -> None:
+    from gguf import TokenType
+
+    processor, ids = tokenizer.processor, range(tokenizer.vocab_size)
+
+    def kind(i: int) -> TokenType:
+        if processor.IsUnknown(i):
+            return TokenType.UNKNOWN
+        if processor.IsControl(i):
+            return TokenType.CONTROL
+        return TokenType.BYTE if processor.IsByte(i) else TokenType.NORMAL
+
+    writer.add_tokenizer_model("llama")  # llama.cpp's name for SentencePiece's BPE
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([processor.IdToPiece(i) for i in ids])
+    writer.add_token_scores([processor.GetScore(i) for i in ids])
+    writer.add_token_types([kind(i) for i in ids])
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_unk_token_id(processor.unk_id())
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(True)
+
+
+def _as_utf8(text: str) -> str:
+    return text.encode(errors="replace").decode()  # a file's name may be no UTF-8
+
+
+# Tensors -----------------------------------------------------------------------------
+
+
+def _names_in_gguf(config: OpenELMConfig) -> dict[str, list[str]]:
+    """Return what the rows of each tensor are called, by CoreNet name."""
+    import gguf
+
+    arch, num_layers = gguf.MODEL_ARCH.OPENELM, config.num_transformer_layers
+    known = gguf.get_tensor_name_map(arch, num_layers)
+    split = {
+        f"layers.{i}.ffn.proj_1.weight": [f"blk.{i}.ffn_gate", f"blk.{i}.ffn_up"]
+        for i in range(num_layers)
+    }
+    return {
+        name: [f"{part}.weight" for part in split.get(name) or [known[to_module(name)]]]
+        for name in config.tensor_shapes()
+    }
+
+
+def _packing(shape: tuple[int, ...], file_type: str) -> str:
+    return file_type if len(shape) == 2 else "F32"  # llama.cpp's norms take no other
+
+
+def _block(packing: str) -> tuple[int, int]:
+    """Return how many numbers are packed together, and into how many bytes."""
+    import gguf
+
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[packing]]
+
+
+def _announce(
+    writer: "GGUFWriter", parts: list[str], shape: tuple[int, ...], packing: str
+) -> None:
+    """Say what will be written: its place depends on all that stands before it."""
+    import gguf
+
+    rows, *columns = shape
+    block, size = _block(packing)
+    for part in parts:
+        shape_of_part = (rows // len(parts), *columns)
+        writer.add_tensor_info(
+            part,
+            shape_of_part,
+            np.dtype(np.float32),
+            math.prod(shape_of_part) // block * size,
+            raw_dtype=gguf.GGMLQuantizationType[packing],
+        )
+
+
+def _pack(array: mx.array, packing: str) -> np.ndarray[Any, np.dtype[Any]]:
+    if packing in _DTYPES:
+        return to_numpy(array.astype(_DTYPES[packing]))
+    from gguf import quants
+
+    full = to_numpy(array.astype(mx.float32))
+    return quants.quantize(full, quants.GGMLQuantizationType[packing])

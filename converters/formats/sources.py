@@ -1,0 +1,368 @@
+"""What lies at a path: an OpenELM's config and its tensors, to be read one by one."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from converters.formats.adapter_reader import Adapter, split_checkpoint
+from converters.formats.pt_reader import PtTensor, read_state_dict
+from mlx_openelm.storage.model_folder import (
+    DTYPES,
+    METADATA_KEY,
+    check_dtypes,
+    check_shapes,
+    expected_shapes,
+    find_weight_files,
+    read_headers,
+)
+from mlx_openelm.config import OpenELMConfig, read_mapping
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.hub import find_model
+from mlx_openelm.tensor_names import EMBEDDING, HEAD, map_to_corenet, to_folder, to_module
+from mlx_openelm.model.quantization import Packing, read_packing
+
+ADAPTER_CONFIG = "adapter_config.json"
+APPLE_WEIGHTS = "weights.safetensors"  # of Apple's own MLX folders
+BIN_FILES, BIN_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
+PT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+NORM = "norm.weight"  # never packed: its dtype is the model's
+
+_TORCH_FLOATS = {
+    "float32": mx.float32,
+    "float16": mx.float16,
+    "bfloat16": mx.bfloat16,
+    "float64": mx.float32,  # no OpenELM needs it and MLX hardly has it
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A tensor (out, in) of a source.
+
+    Attributes:
+        dtype: as stored; of a packed tensor, that of the model around it.
+        read: brings it into memory, a packed one unpacked to float32.
+        packing: how it is packed; `read_parts` brings the parts, by suffix.
+    """
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    read: Callable[[], mx.array]
+    packing: Packing | None = None
+    read_parts: Callable[[], dict[str, mx.array]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model that can be converted.
+
+    Attributes:
+        kind: what it was recognised as, in words.
+        tensors: by CoreNet name, exactly those of `config`.
+        files: the weight files.
+        folder: where a tokenizer and a generation_config.json may lie.
+        padded: its vocabulary has CoreNet's rows for padding.
+        metadata: what mlx-openelm said of itself in a folder that it wrote.
+        notes: what a person should know.
+        adapter: the one that the file carries, not merged into `tensors`.
+        before_merging: the base's tensors, where an adapter was merged into them.
+    """
+
+    name: str
+    kind: str
+    config: OpenELMConfig
+    tensors: Mapping[str, SourceTensor]
+    files: tuple[Path, ...]
+    folder: Path
+    padded: bool = False
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    adapter: Adapter | None = None
+    before_merging: Mapping[str, SourceTensor] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of what is not packed."""
+        table = self.tensors[EMBEDDING]
+        return self.tensors[NORM].dtype if table.packing else table.dtype
+
+
+def open_source(
+    name: str, *, offline: bool = False, revision: str | None = None
+) -> Source:
+    """Recognise a CoreNet .pt file, or Hugging Face's, mlx-lm's or Apple's MLX folder.
+
+    Raises:
+        OpenELMError: nothing is there, it is no OpenELM, or it contradicts its config.
+    """
+    return open_path(locate(name, offline=offline, revision=revision))
+
+
+def locate(name: str, *, offline: bool = False, revision: str | None = None) -> Path:
+    """Return the file or folder that a person means; a Hub id is downloaded."""
+    try:
+        path = Path(os.path.expanduser(name))
+        if path.is_file() and revision is None:
+            return path
+    except (OSError, ValueError) as error:  # too long, or no name that can be
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OpenELMError(f"{name!a:.100} is no file or folder: {reason}.") from error
+    if path.suffix in PT_SUFFIXES and not path.exists():
+        raise OpenELMError(f"There is no file {path}.")
+    return find_model(name, offline=offline, revision=revision)
+
+
+def name_folder(path: Path) -> str:
+    """The folder's name, or the repository's if it lies in the Hub cache."""
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.rsplit("--", 1)[-1]
+    return path.resolve().name
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder is an adapter's and no model's."""
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+
+
+def open_path(path: Path) -> Source:
+    """Recognise what lies at a path, as `open_source` does."""
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix == ".safetensors":
+        raise OpenELMError(
+            f"{path} is one file of a model folder; convert all of {path.parent}."
+        )
+    if path.suffix == ".gguf":
+        raise OpenELMError(
+            f"{path} is a GGUF file, which is written here and not read; convert what "
+            "it was made from."
+        )
+    return _open_checkpoint(path)
+
+
+# CoreNet's checkpoints -----------------------------------------------------------
+
+
+def _open_checkpoint(path: Path) -> Source:
+    read = read_state_dict(path)
+    mapped = map_to_corenet(read)
+    stored, adapter = split_checkpoint(
+        {ours: read[theirs] for ours, theirs in mapped.items()}, path
+    )
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    given = _config_beside(path)
+    if given is None:
+        config = OpenELMConfig.from_shapes(shapes)
+        notes = [
+            "No config beside the file: context length 2048, RoPE base 10000 and eps "
+            "1e-6 are OpenELM's own."
+        ]
+    else:
+        config = OpenELMConfig.from_file(given)
+        rows, *_ = shapes.get(EMBEDDING) or (config.vocab_size,)
+        config = replace(config, vocab_size=rows)  # often padded
+        notes = [f"Sizes from {given.name}."]
+    where = path.name if given is None else f"{path.name}, read with {given.name},"
+    check_shapes(config.tensor_shapes(), shapes, where=where)
+    method = {"lora": "LoRA ", "dora": "DoRA "}[adapter.method] if adapter else ""
+    return Source(
+        name=path.stem,
+        kind=f"CoreNet {method}checkpoint",
+        config=config,
+        tensors={name: _from_pt(t, name, path) for name, t in stored.items()},
+        files=(path,),
+        folder=path.parent,
+        padded=True,
+        notes=(*notes, *(adapter.notes if adapter else ())),
+        adapter=adapter,
+    )
+
+
+def _config_beside(path: Path) -> Path | None:
+    """CoreNet's YAML or our pretrain's config.json, where the .pt file lies."""
+    names = (f"{path.stem}.yaml", "config.yaml", "config.json")
+    for candidate in (path.with_name(name) for name in names):
+        if candidate.is_file() and _is_openelm(read_mapping(candidate)):
+            return candidate
+    return None
+
+
+def _is_openelm(found: Mapping[str, Any]) -> bool:
+    return found.get("model_type") == "openelm" or any(
+        str(key).split(".")[0] == "model" for key in found
+    )
+
+
+def _from_pt(stored: PtTensor, name: str, path: Path) -> SourceTensor:
+    dtype = _float_dtype(stored.dtype, name, path)
+
+    def read() -> mx.array:
+        view = stored.array
+        if stored.dtype == "bfloat16":
+            return mx.array(view).view(mx.bfloat16)
+        with np.errstate(over="ignore"):  # infinity is found and said later
+            return mx.array(
+                view.astype(np.float32) if stored.dtype == "float64" else view
+            )
+
+    return SourceTensor(stored.shape, dtype, read)
+
+
+# Folders -------------------------------------------------------------------------
+
+
+def _open_folder(path: Path) -> Source:
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise OpenELMError(
+            f"{path} holds no config.json; expected a CoreNet .pt file or a folder in "
+            "Hugging Face's layout."
+        )
+    raw = read_mapping(config_path)
+    config = OpenELMConfig.from_dict(raw)
+    files = _find_files(path)
+    stored = _read_bins(files) if files[0].suffix == ".bin" else _read_tensors(files)
+    mapped = map_to_corenet(stored)
+    by_name = {ours: stored[theirs] for ours, theirs in mapped.items()}
+    notes: tuple[str, ...] = ()
+    if config.share_input_output_layers and HEAD in by_name:
+        _refuse_other_head(path, by_name, mapped[HEAD])
+        del by_name[HEAD]
+        notes = (f"Left out {mapped[HEAD]}, a copy of the tied embedding.",)
+    entry = raw.get("quantization") or raw.get("quantization_config") or {}
+    packings = {
+        name: read_packing(entry, to_module(name))
+        for name in config.tensor_shapes()
+        if f"{name.removesuffix('.weight')}.scales" in by_name
+    }
+    if not packings:  # the other tool's names are what its user knows
+        expected = config.tensor_shapes()
+        found = {name: tensor.shape for name, tensor in by_name.items()}
+    else:
+        expected = expected_shapes(config, packings)
+        found = {to_folder(name): tensor.shape for name, tensor in by_name.items()}
+    check_shapes(expected, found, where=str(path))
+    dtypes = {to_folder(name): tensor.dtype for name, tensor in by_name.items()}
+    check_dtypes(config, packings, dtypes, where=str(path))
+    model_dtype = by_name[NORM].dtype
+    metadata = raw.get(METADATA_KEY)
+    return Source(
+        name=name_folder(path),
+        kind=_name_kind(raw, files, bool(packings)),
+        config=config,
+        tensors={
+            name: _packed(by_name, name, shape, packings[name], model_dtype)
+            if name in packings
+            else by_name[name]
+            for name, shape in config.tensor_shapes().items()
+        },
+        files=tuple(files),
+        folder=path,
+        padded=files[0].name == APPLE_WEIGHTS,
+        metadata=metadata if isinstance(metadata, dict) else {},
+        notes=notes,
+    )
+
+
+def _find_files(path: Path) -> list[Path]:
+    """Return a folder's weight files, of the best kind that it has."""
+    found = next(path.glob("model*.safetensors"), None)
+    if found is None and (path / APPLE_WEIGHTS).is_file():
+        return [path / APPLE_WEIGHTS]
+    has_bins = (path / BIN_INDEX).is_file() or any(path.glob(BIN_FILES))
+    if found is None and has_bins:
+        return find_weight_files(path, BIN_FILES, BIN_INDEX)
+    checkpoints = sorted(file.name for file in path.glob("*.pt"))
+    if found is None and checkpoints:  # of a training run, or grown
+        raise OpenELMError(
+            f"{path} holds no model*.safetensors but {', '.join(checkpoints[:8])}; "
+            f"name one of them, as {path / checkpoints[0]}."
+        )
+    return find_weight_files(path)
+
+
+def _name_kind(raw: Mapping[str, Any], files: list[Path], packed: bool) -> str:
+    if files[0].name == APPLE_WEIGHTS:
+        maker = "Apple's MLX"
+    elif METADATA_KEY in raw:
+        maker = "mlx-openelm"
+    elif packed:
+        maker = "mlx-lm"
+    else:
+        maker = "Hugging Face"
+    return f"{maker} folder" + (", quantized" if packed else "")
+
+
+def _read_tensors(files: list[Path]) -> dict[str, SourceTensor]:
+    return {
+        name: SourceTensor(
+            header.shape, DTYPES[header.dtype], _reader(header.file, name)
+        )
+        for name, header in read_headers(files).items()
+    }
+
+
+def _read_bins(files: list[Path]) -> dict[str, SourceTensor]:
+    tensors: dict[str, SourceTensor] = {}
+    for file in files:
+        for name, stored in read_state_dict(file).items():
+            if name in tensors:
+                raise OpenELMError(
+                    f"{name} is in {file} and in another file of {file.parent}; remove "
+                    "one of them."
+                )
+            tensors[name] = _from_pt(stored, name, file)
+    return tensors
+
+
+def _packed(
+    stored: Mapping[str, SourceTensor],
+    name: str,
+    shape: tuple[int, ...],
+    packing: Packing,
+    dtype: mx.Dtype,
+) -> SourceTensor:
+    module = name.removesuffix(".weight")
+    suffixes = [s for s in ("weight", "scales", "biases") if f"{module}.{s}" in stored]
+
+    def read_parts() -> dict[str, mx.array]:
+        return {suffix: stored[f"{module}.{suffix}"].read() for suffix in suffixes}
+
+    def read() -> mx.array:
+        return packing.unpack(read_parts(), mx.float32)
+
+    return SourceTensor(shape, dtype, read, packing, read_parts)
+
+
+def _refuse_other_head(
+    path: Path, by_name: Mapping[str, SourceTensor], called: str
+) -> None:
+    head, table = by_name[HEAD], by_name.get(EMBEDDING)
+    if table is None or not mx.array_equal(head.read(), table.read()):
+        raise OpenELMError(
+            f"{path} says that the output head is tied to the embedding, but {called} "
+            "differs from it; correct share_input_output_layers in config.json."
+        )
+
+
+def _reader(file: Path, name: str) -> Callable[[], mx.array]:
+    def read() -> mx.array:
+        loaded = mx.load(str(file))  # lazy: the header alone is read here
+        assert isinstance(loaded, dict)
+        return loaded[name]
+
+    return read
+
+
+def _float_dtype(dtype: str, name: str, path: Path) -> mx.Dtype:
+    if dtype not in _TORCH_FLOATS:
+        raise OpenELMError(
+            f"{path}: {name} is stored as {dtype}; weights are float32, float16 or "
+            "bfloat16."
+        )
+    return _TORCH_FLOATS[dtype]

@@ -1,0 +1,300 @@
+"""The reference training loop: OpenELM's recipe in PyTorch, one process or several.
+
+Follows the published pre-training (facts of CoreNet's OpenELM recipes): AdamW on
+matrices with decay and on vectors without, linear warm-up, cosine, clipping, z-loss.
+The model has no dropout and the order of the text is a function of the seed, so
+weights, optimizer and the place in the text are all that a resumed run needs.
+
+Start it with `mlx-openelm pretrain -c RECIPE`, or several processes with
+`torchrun --nproc-per-node N -m mlx_openelm pretrain -c RECIPE`.
+"""
+
+import contextlib
+import math
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from converters.pretraining.packing import IGNORED, Batch
+from converters.pretraining.heldout import continue_greedily
+from converters.pretraining.parallelism import parallelize
+from converters.pretraining.checkpoints import (
+    AVERAGE,
+    LAST,
+    Progress,
+    average_checkpoints,
+    load_weights,
+    read_weights,
+    remove_old_weights,
+    restore_training,
+    save_training,
+    weights_on_disk,
+    write_whole,
+)
+from converters.pretraining.log import (
+    Event,
+    Meter,
+    RunLog,
+    Sampled,
+    Saved,
+    Started,
+)
+from converters.pretraining.optimizers import (
+    build_optimizers,
+    learning_rate,
+    take_step,
+)
+from converters.pretraining.plan import (
+    count_flops_per_token,
+    find_peak_flops,
+)
+from converters.pretraining.setup import claim_folder, set_up
+from converters.pretraining.processes import Processes, join_processes, stop_signals
+from converters.reference import ReferenceOpenELM
+from converters.pretraining.loader import join_states
+from mlx_openelm.errors import OpenELMError
+from converters.pretraining.recipe import PretrainRecipe
+
+
+def pretrain(
+    recipe: PretrainRecipe,
+    *,
+    resume: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Path:
+    """Train an OpenELM and return the path of its final weights.
+
+    Events reach `on_event` in the first process only, and `metrics.jsonl` as well.
+
+    Raises:
+        OpenELMError: the data or the recipe is unusable, the output exists and `resume`
+            is off, or there is nothing to resume; or the loss is not finite.
+        KeyboardInterrupt: on SIGINT, after a checkpoint.
+        SystemExit: with 143 on SIGTERM, after a checkpoint.
+    """
+    with join_processes() as processes, stop_signals() as stop:
+        return _train(recipe, processes, resume, on_event, stop)
+
+
+def _train(
+    recipe: PretrainRecipe,
+    processes: Processes,
+    resume: bool,
+    on_event: Callable[[Event], None],
+    stop: list[int],
+) -> Path:
+    """Train; no part of the run is left when the processes part."""
+    try:
+        with (
+            claim_folder(recipe, processes, resume=resume),
+            contextlib.closing(_Run(recipe, processes, resume, on_event)) as run,
+        ):
+            return run.train(stop)
+    except torch.OutOfMemoryError as error:
+        raise OpenELMError(
+            f"Process {processes.rank} has no memory left on {processes.device}; lower "
+            "micro_batch_size, or say activation_checkpointing: true or parallel: fsdp."
+        ) from error
+
+
+class _Run:
+    """The state of one run: data, model, optimizers and the step that comes next."""
+
+    def __init__(
+        self,
+        recipe: PretrainRecipe,
+        processes: Processes,
+        resume: bool,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self.recipe, self.processes = recipe, processes
+        self.output = Path(recipe.output)
+        setup = set_up(recipe, processes, resume=resume)
+        self.config, self.tokenizer = setup.config, setup.tokenizer
+        self.loader, self.heldout = setup.loader, setup.heldout
+        self.step = setup.progress.step
+        self.log = None
+        with processes.together():
+            if processes.first:
+                self.log = RunLog(
+                    self.output,
+                    on_event,
+                    tensorboard=recipe.tensorboard,
+                    step=self.step,
+                )
+        torch.manual_seed(recipe.seed)
+        torch.set_float32_matmul_precision("high")  # TF32 where the device has it
+        self.model = ReferenceOpenELM(self.config)
+        if setup.initial is not None:
+            self.model.load_state_dict(setup.initial)
+        self.loss = parallelize(self.model, recipe, processes)
+        self.optimizers = build_optimizers(self.model, recipe.optimizer)
+        self.meter = Meter(
+            count_flops_per_token(self.config, self.config.max_context_length),
+            _peak_flops(processes),
+        )
+        if setup.saved is not None:
+            restore_training(self.output, self.model, self.optimizers, setup.saved)
+            self.meter.restore(setup.progress.meter)
+        self._tell(
+            Started(
+                num_parameters=self.config.num_parameters,
+                num_documents=self.loader.num_documents,
+                num_sequences=self.loader.num_sequences,
+                num_tokens=self.loader.num_tokens,
+                dropped=dict(self.loader.dropped),
+                steps=recipe.steps,
+                first_step=self.step,
+                processes=processes.count,
+            )
+        )
+
+    def train(self, stop: list[int]) -> Path:
+        recipe = self.recipe
+        while self.step < recipe.steps:
+            self._update()
+            last = self.step == recipe.steps
+            if self.step % recipe.report_every == 0 or last:
+                rate = learning_rate(recipe.optimizer, self.step - 1, recipe.steps)
+                self._tell(self.meter.report(self.step, recipe.steps, rate))
+            with self.meter.paused():
+                if self.heldout and (self.step % recipe.eval_every == 0 or last):
+                    self._tell(self.heldout.score(self.model, self.step))
+                if recipe.sample_every and self.step % recipe.sample_every == 0:
+                    self._sample()
+                if self.step % recipe.save_every == 0 or last:
+                    self._save(rhythm=True)
+            if self.processes.agree_to_stop(stop):
+                self._save(rhythm=False)
+                if stop[0] == signal.SIGINT:
+                    raise KeyboardInterrupt
+                raise SystemExit(128 + stop[0])
+        return self._average()
+
+    def close(self) -> None:
+        self.loader.close()
+        if self.log is not None:
+            self.log.close()
+
+    # A step ----------------------------------------------------------------------
+
+    def _update(self) -> None:
+        """Take one optimizer step on the whole batch of all processes."""
+        recipe, processes = self.recipe, self.processes
+        batch = self._next_batch()
+        inputs, targets = (
+            torch.from_numpy(part).to(processes.device)
+            for part in (batch.inputs, batch.targets)
+        )
+        (total,) = processes.sum(int((batch.targets != IGNORED).sum()))
+        micro = recipe.micro_batch_size or len(inputs)
+        parts = list(zip(inputs.split(micro), targets.split(micro), strict=True))
+        sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
+        for i, (x, y) in enumerate(parts):
+            with self._synchronised(i == len(parts) - 1):
+                loss_sum, objective_sum = self.loss(x, y)
+                # Gradients are averaged over processes; tokens are to be, over all.
+                (objective_sum * (processes.count / total)).backward()
+            sums += torch.stack([loss_sum, objective_sum]).detach().double()
+        loss, objective = processes.sum(*sums.tolist())
+        norm = nn.utils.clip_grad_norm_(
+            self.model.parameters(), recipe.optimizer.clip_norm
+        )
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            found = OpenELMError(
+                f"The loss is {loss / total:.4g} and the gradient's norm "
+                f"{float(norm):.4g} at step {self.step + 1}; what was saved before is "
+                "whole. Lower optimizer.learning_rate."
+            )
+            processes.share(found)
+        take_step(
+            self.optimizers, learning_rate(recipe.optimizer, self.step, recipe.steps)
+        )
+        self.step += 1
+        spiked = self.meter.add(
+            self.step,
+            loss=loss / total,
+            z_loss=(objective - loss) / total,
+            norm=float(norm),
+            tokens=int(total),
+            positions=recipe.batch_size * inputs.shape[1],
+        )
+        if spiked is not None:
+            self._tell(spiked)
+
+    def _next_batch(self) -> Batch:
+        """Return this process's share; what fails in one process fails in all."""
+        failed: OpenELMError | None = None
+        try:
+            batch = self.loader.next_batch()
+        except OpenELMError as error:
+            failed = error
+        if any(self.processes.sum(failed is not None)):
+            self.processes.share(failed)
+        return batch
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Leave gradients where they are until the last part; shards have no room."""
+        if isinstance(self.loss, DistributedDataParallel) and not last:
+            return self.loss.no_sync()
+        return contextlib.nullcontext()
+
+    def _sample(self) -> None:
+        for prompt in self.recipe.sample_prompts:
+            text = continue_greedily(self.model, self.tokenizer, prompt)
+            self._tell(Sampled(self.step, prompt, text))
+
+    def _tell(self, event: Event) -> None:
+        if self.log is not None:
+            self.log.write(event)
+
+    # Disk ------------------------------------------------------------------------
+
+    def _save(self, *, rhythm: bool) -> None:
+        """Write the state to go on from and, in the recipe's rhythm, the weights."""
+        here = (self.loader.state(), dict(self.loader.dropped))
+        states, dropped = zip(*self.processes.gather(here), strict=True)
+        progress = Progress(self.step, join_states(states), self.meter.state())
+        with self.processes.together():
+            save_training(
+                self.output,
+                progress,
+                self.model,
+                self.optimizers,
+                rhythm=rhythm,
+                first=self.processes.first,
+            )
+            if rhythm and self.processes.first:
+                remove_old_weights(self.output, self.recipe)
+        counted = sum((Counter(part) for part in dropped), Counter())
+        self._tell(Saved(self.step, self.output / LAST, dict(counted)))
+
+    def _average(self) -> Path:
+        """Write the mean of the last checkpoints, and score it."""
+        path = self.output / AVERAGE
+        with self.processes.together():
+            found = list(weights_on_disk(self.output).values())
+            chosen = found[-self.recipe.average_last :]
+            if self.processes.first:
+                average = average_checkpoints(chosen)
+                write_whole(path, lambda staged: torch.save(average, staged))
+        if self.heldout and len(chosen) > 1:
+            load_weights(self.model, read_weights(path))
+            self._tell(self.heldout.score(self.model, self.step, averaged=True))
+        return path
+
+
+def _peak_flops(processes: Processes) -> float | None:
+    if processes.device.type != "cuda":
+        return None
+    peak = find_peak_flops(torch.cuda.get_device_name(processes.device))
+    return peak * processes.count if peak else None

@@ -1,0 +1,179 @@
+"""What stands before the first step: tokenizer, sizes, text, and the run's folder."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.pretraining.packing import Corpus, read_data, train_tokenizer
+from converters.pretraining.heldout import HeldOut
+from converters.pretraining.checkpoints import (
+    LAST,
+    RECIPE,
+    Progress,
+    Weights,
+    as_json,
+    check_folder,
+    lock_folder,
+    read_initial,
+    read_training,
+    write_json,
+    write_whole,
+)
+from converters.pretraining.plan import share_batch
+from converters.pretraining.processes import Processes
+from converters.pretraining.loader import Loader, open_loader, read_documents
+from mlx_openelm.config import BOS_ID, EOS_ID, OpenELMConfig
+from mlx_openelm.errors import OpenELMError
+from converters.pretraining.recipe import ModelRecipe, PretrainRecipe
+from mlx_openelm.text.tokenizer import Tokenizer
+
+TOKENIZER_CHARACTERS = 100_000_000  # of streamed text that a tokenizer is trained on
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a run begins with, or goes on with.
+
+    Attributes:
+        initial: weights that it begins with; None: random ones.
+        saved: the last checkpoint, of which `progress` is a part; None: there is none.
+    """
+
+    config: OpenELMConfig
+    tokenizer: Tokenizer
+    loader: Loader
+    heldout: HeldOut | None
+    initial: Weights | None
+    saved: dict[str, Any] | None
+    progress: Progress
+
+
+@contextlib.contextmanager
+def claim_folder(
+    recipe: PretrainRecipe, processes: Processes, *, resume: bool
+) -> Iterator[None]:
+    """Check the recipe and make its folder, which is this run's alone meanwhile.
+
+    Raises:
+        OpenELMError: in all processes, whatever is wrong in one.
+    """
+    output = Path(recipe.output)
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            _check(recipe, processes)
+            if processes.first:
+                check_folder(recipe, resume=resume)
+                _make_folder(output)
+                held.enter_context(lock_folder(output))
+        yield
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OpenELMError(
+            f"Cannot make the folder {path} ({error.strerror}); say another --output."
+        ) from error
+
+
+def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Setup:
+    """Make the tokenizer, open the text, read what the run goes on from.
+
+    The first process writes what says of which model the weights will be; recipe.json
+    is the last, for it marks a run that has begun.
+
+    Raises:
+        OpenELMError: in all processes, whatever is wrong in one.
+    """
+    output = Path(recipe.output)
+    saved, progress = None, Progress(0, {}, {})
+    saved_before = resume and (output / LAST).exists()
+    with processes.together():
+        given, initial = None, None
+        if saved_before and recipe.init is not None:  # which may be gone by now
+            given = OpenELMConfig.from_file(output / "config.json")
+        elif recipe.init is not None:
+            given, initial = read_initial(Path(recipe.init))
+        corpus = read_data(recipe.data) if recipe.data.packing else None
+        if processes.first and not (output / RECIPE).exists():
+            tokenizer = _choose_tokenizer(recipe, corpus)
+            proto = tokenizer.model_proto
+            write_whole(
+                output / "tokenizer.model", lambda path: path.write_bytes(proto)
+            )
+    with processes.together():
+        tokenizer = Tokenizer.from_file(output / "tokenizer.model")
+        config = _choose_config(recipe, tokenizer, given)
+        loader = open_loader(
+            recipe,
+            tokenizer,
+            config.max_context_length,
+            rank=processes.rank,
+            ranks=processes.count,
+            corpus=corpus,
+        )
+        if saved_before:
+            saved, progress = read_training(output)
+            loader.restore(progress.loader)
+        heldout = HeldOut(recipe, tokenizer) if recipe.data.heldout else None
+        if processes.first:
+            write_json(output / "config.json", config.to_dict())
+            write_json(output / "generation_config.json", generation_config(recipe))
+            write_json(output / RECIPE, as_json(recipe))
+    return Setup(config, tokenizer, loader, heldout, initial, saved, progress)
+
+
+def _check(recipe: PretrainRecipe, processes: Processes) -> None:
+    share_batch(recipe, processes.count)
+    if not recipe.data.train and not recipe.data.corpora:
+        raise OpenELMError("The recipe names no text: set data.train, or say --data.")
+    if recipe.optimizer.name == "muon" and recipe.parallel == "fsdp":
+        raise OpenELMError(
+            "Muon needs whole matrices, which fsdp does not leave on a device; say "
+            "parallel: ddp, or optimizer.name: adamw."
+        )
+
+
+def _choose_tokenizer(recipe: PretrainRecipe, corpus: Corpus | None) -> Tokenizer:
+    """Read the recipe's, or the one beside init, or train one on the text."""
+    if recipe.tokenizer.path:
+        return Tokenizer.from_file(Path(recipe.tokenizer.path))
+    if recipe.init is not None:
+        beside = Path(recipe.init).with_name("tokenizer.model")
+        if beside.is_file():
+            return Tokenizer.from_file(beside)
+    if corpus is not None:
+        return train_tokenizer(corpus.documents, recipe.tokenizer)
+    texts = read_documents(recipe.data, characters=TOKENIZER_CHARACTERS)
+    return train_tokenizer(tuple(texts), recipe.tokenizer)
+
+
+def _choose_config(
+    recipe: PretrainRecipe, tokenizer: Tokenizer, initial: OpenELMConfig | None
+) -> OpenELMConfig:
+    if initial is None:
+        return recipe.model.build(tokenizer.vocab_size)
+    if recipe.model != ModelRecipe():
+        raise OpenELMError(
+            "The recipe has both init and a model; the config.json beside init says "
+            "the sizes, so leave the model out."
+        )
+    if initial.vocab_size < tokenizer.vocab_size:
+        raise OpenELMError(
+            f"{recipe.init} has an embedding of {initial.vocab_size} rows, too few for "
+            f"the tokenizer's {tokenizer.vocab_size} pieces; put its own "
+            "tokenizer.model beside it."
+        )
+    return initial
+
+
+def generation_config(recipe: PretrainRecipe) -> dict[str, Any]:
+    """Return Hugging Face's generation_config.json: sampled if the recipe says how."""
+    said = dataclasses.asdict(recipe.generation).items()
+    chosen = {key: value for key, value in said if value is not None}
+    ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+    return ids | ({"do_sample": True, **chosen} if chosen else {})

@@ -1,0 +1,246 @@
+"""The tokens of a file that was read once, mapped from the disk ever after.
+
+One cache file stands for one source file, one tokenizer, one set of rules and the ftfy
+that repairs the text; its name is their hash. Inside are the tokens of all pieces in a
+row, a table of the pieces, the number of pieces up to each document's end, and a
+description whose checksum comes last.
+It is written aside and renamed, so that no reader meets half of one.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import numpy as np
+import numpy.typing as npt
+
+from converters.pretraining.cleaning import FEW_CHARACTERS, FEW_TOKENS, Piece, Rules, make_pieces
+from converters.pretraining.corpus_files import DamagedFileError, read_documents
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.text.tokenizer import Tokenizer
+
+_VERSION = 1
+_MAGIC = b"OELMTOKS"
+_TAIL = struct.Struct("<QI8s")  # bytes of the description, its checksum, the magic
+_REASONS = ("", FEW_CHARACTERS, FEW_TOKENS)
+_PIECE = np.dtype(
+    [("end", "<u8"), ("num_cut", "<u4"), ("checksum", "<u4"), ("reason", "<u4")]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file and all that decides its tokens."""
+
+    path: str
+    text_key: str
+    document_start: str | None
+    rules: Rules
+    tokenizer: Tokenizer
+
+    def read(self, start: int = 0) -> Iterator[str]:
+        """Yield the file's documents from number `start` on, as `read_documents`."""
+        return read_documents(
+            self.path,
+            text_key=self.text_key,
+            document_start=self.document_start,
+            start=start,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CachedDocument:
+    """A document of a cached file, by its number."""
+
+    cached: "CachedFile"
+    number: int
+
+    def pieces(self, start: int = 0) -> Iterator[Piece]:
+        """Yield what `make_pieces` does of the document's text."""
+        return self.cached.pieces(self.number, start)
+
+
+class CachedFile:
+    """A file's documents as tokens; they are read and kept if they were not yet.
+
+    Attributes:
+        damage: what is wrong with the file behind its last sound document, or nothing.
+
+    Raises:
+        OpenELMError: the folder cannot be written, or the file cannot be read at all.
+    """
+
+    def __init__(self, folder: str, source: Source) -> None:
+        self._folder, self._source = Path(folder), source
+        self._open()
+
+    def read(self, start: int = 0) -> Iterator[CachedDocument]:
+        """Yield the documents from number `start` on.
+
+        Raises:
+            DamagedFileError: behind the last one, if the source is damaged there.
+        """
+        for number in range(start, len(self._document_ends)):
+            yield CachedDocument(self, number)
+        if self.damage:
+            raise DamagedFileError(self.damage)
+
+    def pieces(self, number: int, start: int = 0) -> Iterator[Piece]:
+        """Yield the pieces of a document; damaged ones are made again."""
+        first = int(self._document_ends[number - 1]) if number else 0
+        for i in range(first + start, int(self._document_ends[number])):
+            piece = self._read_piece(i)
+            if piece is None:
+                self._open(again=True)
+                piece = self._read_piece(i)
+            if piece is None:
+                raise OpenELMError(
+                    f"The tokens of {self._source.path} in {self._folder} are damaged "
+                    "as soon as they are written; choose another data.cache."
+                )
+            yield piece
+
+    def _read_piece(self, i: int) -> Piece | None:
+        found = self._table[i]
+        begin = int(self._table[i - 1]["end"]) if i else 0
+        tokens = np.asarray(self._tokens[begin : int(found["end"])])
+        if zlib.crc32(tokens.tobytes()) != found["checksum"]:
+            return None
+        reason = _REASONS[int(found["reason"])]
+        return Piece(tokens.astype(np.int32), reason, int(found["num_cut"]))
+
+    def _open(self, *, again: bool = False) -> None:
+        """Map the cache file, made first where it is absent, damaged, or `again`."""
+        path = self._folder / f"{_make_name(self._source)}.tokens"
+        try:
+            if again or not self._map(path):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with _lock(path):
+                    # Another process may have made it while this one waited.
+                    if not self._map(path) or (again and not self._is_sound()):
+                        _write(path, self._source)
+                        self._map(path)
+        except OSError as error:
+            raise OpenELMError(
+                f"Cannot write the tokens of {self._source.path} to {self._folder}: "
+                f"{error}; make room, or choose another data.cache."
+            ) from error
+
+    def _is_sound(self) -> bool:
+        return all(self._read_piece(i) is not None for i in range(len(self._table)))
+
+    def _map(self, path: Path) -> bool:
+        """Map a file if it is there and its parts agree."""
+        if not path.is_file() or path.stat().st_size < _TAIL.size:
+            return False
+        stored = np.memmap(path, np.uint8, mode="r")
+        size, checksum, magic = _TAIL.unpack(stored[-_TAIL.size :].tobytes())
+        body = len(stored) - _TAIL.size
+        if magic != _MAGIC or size > body:
+            return False
+        text = stored[body - size : body].tobytes()
+        if zlib.crc32(text) != checksum:
+            return False
+        about: dict[str, Any] = json.loads(text)
+        width = np.dtype(about["dtype"])
+        ends = np.cumsum(
+            [
+                about["num_tokens"] * width.itemsize,
+                about["num_pieces"] * _PIECE.itemsize,
+                about["num_documents"] * 8,
+            ]
+        )
+        tables = stored[ends[0] : ends[2]]
+        if ends[2] + size != body or zlib.crc32(tables.tobytes()) != about["checksum"]:
+            return False
+        self._tokens: npt.NDArray[Any] = stored[: ends[0]].view(width)
+        self._table = stored[ends[0] : ends[1]].copy().view(_PIECE)
+        self._document_ends = stored[ends[1] : ends[2]].copy().view("<u8")
+        self.damage: str = about["damage"]
+        return True
+
+
+def _make_name(source: Source) -> str:
+    """Hash what decides the tokens; a file's content by its size and time."""
+    try:
+        stat = os.stat(source.path)
+    except OSError as error:
+        raise DamagedFileError(f"Cannot read {source.path}: {error}.") from error
+    rules = source.rules
+    parts = [
+        *(_VERSION, ftfy.__version__),
+        *(os.path.abspath(source.path), stat.st_size, stat.st_mtime_ns),
+        *(source.text_key, source.document_start),
+        hashlib.sha256(source.tokenizer.model_proto).hexdigest(),
+        *(rules.words_per_piece, rules.min_characters, rules.min_tokens, rules.length),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Wait until no other process makes this file; the death of one frees it too.
+
+    All files of a folder share one lock file: a name's place in it is its own number.
+    """
+    with (path.parent / "lock").open("a+b") as opened:
+        fcntl.lockf(opened, fcntl.LOCK_EX, 1, int(path.stem[:12], 16))
+        yield
+
+
+def _write(path: Path, source: Source) -> None:
+    """Read and tokenize a file, and write its cache file whole."""
+    few = source.tokenizer.vocab_size <= 1 << 16
+    width = np.dtype("<u2" if few else "<u4")
+    table: list[tuple[int, int, int, int]] = []
+    document_ends: list[int] = []
+    num_tokens, damage = 0, ""
+    part = path.with_suffix(".part")
+    try:
+        with part.open("wb") as written:
+            try:
+                for document in source.read():
+                    for piece in make_pieces(document, source.tokenizer, source.rules):
+                        stored = piece.tokens.astype(width).tobytes()
+                        written.write(stored)
+                        num_tokens += len(piece.tokens)
+                        reason = _REASONS.index(piece.dropped)
+                        table.append(
+                            (num_tokens, piece.num_cut, zlib.crc32(stored), reason)
+                        )
+                    document_ends.append(len(table))
+            except DamagedFileError as error:
+                if isinstance(error.__cause__, OSError) and error.__cause__.errno:
+                    raise  # the disk's or the permissions' fault; it may pass
+                damage = str(error)
+            tables = (
+                np.array(table, _PIECE).tobytes()
+                + np.array(document_ends, "<u8").tobytes()
+            )
+            about = {
+                "dtype": width.str,
+                "num_tokens": num_tokens,
+                "num_pieces": len(table),
+                "num_documents": len(document_ends),
+                "damage": damage,
+                "checksum": zlib.crc32(tables),
+                "source": source.path,  # for a person who looks inside
+            }
+            text = json.dumps(about).encode()
+            written.write(tables + text)
+            written.write(_TAIL.pack(len(text), zlib.crc32(text), _MAGIC))
+            written.flush()
+            os.fsync(written.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

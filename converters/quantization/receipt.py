@@ -1,0 +1,165 @@
+"""What a quantization cost: both models run side by side, one layer at a time.
+
+The hidden states of both are carried along, so that of the weights there are never more
+in memory than one layer of one model, and the two heads at the end.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.openelm import Block, from_start
+from mlx_openelm.tensor_names import EMBEDDING, HEAD
+
+NUM_TOKENS = 1024  # for these the 270M takes half a minute on two cores
+CHUNK = 128  # positions whose logits exist at a time: 16 MB a model for 32000 pieces
+
+Read = Callable[[str], mx.array]  # CoreNet name -> weight, in any floating dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """How the quantized model's next-token distributions differ from the original's.
+
+    Attributes:
+        text: what it was measured on.
+        tokens: of that text that were predicted.
+        bits_per_weight: of the quantized model.
+        mean_kl: KL(original || quantized), nats a token; `p99_kl` is its 99th
+            percentile.
+        top1_agreement: how often both think the same token likeliest, 0 to 1.
+        perplexity_before: of the original; `perplexity_after` is the quantized model's.
+    """
+
+    text: str
+    tokens: int
+    bits_per_weight: float
+    mean_kl: float
+    p99_kl: float
+    top1_agreement: float
+    perplexity_before: float
+    perplexity_after: float
+
+
+def measure(
+    config: OpenELMConfig,
+    reference: Read,
+    quantized: Read,
+    windows: mx.array,
+    *,
+    text: str,
+    bits_per_weight: float,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    chunk: int = CHUNK,
+) -> Receipt:
+    """Compare two models of one shape, in float32, on windows of text.
+
+    Args:
+        reference: reads the original's weights.
+        quantized: reads the quantized model's, unpacked.
+        windows: token ids (N, 1 + T); all but the first of each are predicted.
+        text: what the windows are from.
+        on_progress: called with layers done and layers in all.
+        chunk: positions whose logits exist at a time.
+
+    Raises:
+        OpenELMError: a model's figures are not finite.
+    """
+    reads = (reference, quantized)
+    inputs, targets = windows[:, :-1], windows[:, 1:].reshape(-1)
+    hidden = [embed(read, inputs) for read in reads]  # (N, T, D) each
+    rotate, mask = from_start(config, inputs.shape[1])
+    for layer in range(config.num_transformer_layers):
+        for i, read in enumerate(reads):
+            hidden[i] = read_block(config, layer, read)(hidden[i], rotate, mask)
+            mx.eval(hidden[i])
+        on_progress(layer + 1, config.num_transformer_layers)
+    before, after = (
+        final_norm(config, read, x) for read, x in zip(reads, hidden, strict=True)
+    )
+    heads = [read_head(config, read) for read in reads]
+    parts = []
+    for start in range(0, targets.size, chunk):
+        rows = slice(start, start + chunk)
+        parts.append(
+            _compare(before[rows] @ heads[0].T, after[rows] @ heads[1].T, targets[rows])
+        )
+    kl, agrees, nats_before, nats_after = np.concatenate(parts, axis=1)
+    if not np.isfinite([kl, nats_before, nats_after]).all():
+        raise OpenELMError(
+            f"The loss on {text} is not finite, so the weights are damaged or their "
+            "activations overflow; get the checkpoint again."
+        )
+    return Receipt(
+        text=text,
+        tokens=targets.size,
+        bits_per_weight=bits_per_weight,
+        mean_kl=float(kl.mean()),
+        p99_kl=float(np.quantile(kl, 0.99)),
+        top1_agreement=float(agrees.mean()),
+        perplexity_before=_perplexity(nats_before),
+        perplexity_after=_perplexity(nats_after),
+    )
+
+
+def _compare(
+    before: mx.array, after: mx.array, targets: mx.array
+) -> npt.NDArray[np.float64]:
+    """Return KL, agreement and both models' nats a token (4, C) for logits (C, V)."""
+    p, q = nn.log_softmax(before), nn.log_softmax(after)
+    wanted = targets[:, None]
+    figures = mx.stack(
+        [
+            (mx.exp(p) * (p - q)).sum(axis=-1),
+            (p.argmax(axis=-1) == q.argmax(axis=-1)).astype(mx.float32),
+            -mx.take_along_axis(p, wanted, axis=-1)[:, 0],
+            -mx.take_along_axis(q, wanted, axis=-1)[:, 0],
+        ]
+    )
+    return np.array(figures).astype(np.float64)
+
+
+def _perplexity(nats: npt.NDArray[np.float64]) -> float:
+    mean = float(nats.mean())
+    return math.exp(min(mean, 700.0))  # JSON has no infinity
+
+
+# The model in pieces ---------------------------------------------------------------
+
+
+def embed(read: Read, tokens: mx.array) -> mx.array:
+    """Return the token embeddings (N, T, D) in float32."""
+    x = read(EMBEDDING)[tokens].astype(mx.float32)
+    mx.eval(x)
+    return x
+
+
+def read_block(config: OpenELMConfig, layer: int, read: Read) -> Block:
+    """Return one layer with its weights in float32."""
+    block = Block(config, layer)
+    prefix = f"layers.{layer}."
+    names = [name for name in config.tensor_shapes() if name.startswith(prefix)]
+    block.load_weights(
+        [(name.removeprefix(prefix), read(name).astype(mx.float32)) for name in names]
+    )
+    return block
+
+
+def final_norm(config: OpenELMConfig, read: Read, x: mx.array) -> mx.array:
+    """Return what the head sees, one row a position, for hidden states (N, T, D)."""
+    weight = read("norm.weight").astype(mx.float32)
+    rows = x.reshape(-1, config.model_dim)
+    return mx.fast.rms_norm(rows, weight, config.rms_norm_eps)
+
+
+def read_head(config: OpenELMConfig, read: Read) -> mx.array:
+    """Return the output head (V, D) in float32."""
+    name = EMBEDDING if config.share_input_output_layers else HEAD
+    return read(name).astype(mx.float32)

@@ -1,0 +1,221 @@
+"""Is this machine's device right? Apple's answers, and every path against float32.
+
+The project is built where there is no Mac, so a Mac must be able to check itself.
+"""
+
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+
+from mlx_openelm.generation.cache import KVCache
+from mlx_openelm.storage.model_folder import ModelFolder, open_folder
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.device import Machine, describe_machine
+from mlx_openelm.generation.streaming import generate
+from mlx_openelm.storage.hub import demo_folder
+from mlx_openelm.storage.loading import load_model, load_tokenizer
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.tensor_names import to_folder
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.step import compiled_step
+from mlx_openelm.version import __version__
+
+GOLDEN = Path(__file__).parent / "golden"
+PROMPT = "Once upon a time there was a king who"
+TEXT_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison: `value` is what was found, at most `limit` is right."""
+
+    name: str
+    value: float
+    limit: float
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """The report that a person can send.
+
+    Attributes:
+        text: what the demo model wrote, greedily, in float32 on this device.
+    """
+
+    version: str
+    machine: Machine
+    checks: tuple[Check, ...]
+    text: str
+    seconds: float
+    passed: bool
+
+
+def check_machine(
+    on_check: Callable[[str], None] = lambda name: None,
+) -> SelfCheck:
+    """Compare what this machine computes with Apple's answers and with its own CPU.
+
+    Raises:
+        OpenELMError: the installation lacks the demo model.
+    """
+    started = time.perf_counter()
+    folder = open_folder(demo_folder())
+    tokenizer = load_tokenizer(folder)
+    tokens = mx.array([tokenizer.encode(PROMPT)])
+    exact = load_model(folder, mx.float32)
+    with _on_cpu():
+        trusted = exact(tokens)
+        mx.eval(trusted)
+    text = ""
+
+    def written() -> float:
+        nonlocal text
+        sampling = Sampling(max_tokens=TEXT_TOKENS)
+        text = PROMPT + generate(exact, tokenizer, PROMPT, sampling, template="raw")
+        return float(text != (GOLDEN / "demo.txt").read_text())
+
+    # Float32 may be computed as TF32 on a GPU, so its limits there are wider.
+    loose = 1e-4 if mx.default_device().type == mx.DeviceType.cpu else 2e-2
+    planned: tuple[tuple[str, float, Callable[[], float]], ...] = (
+        ("Apple's logits of gpt-test, float32", loose, _golden_difference),
+        (
+            "float32 against the CPU, logits",
+            loose,
+            lambda: _largest(exact(tokens) - trusted),
+        ),
+        (
+            "cached against uncached, logits",
+            loose,
+            lambda: _largest(_cached(exact, tokens) - exact(tokens)),
+        ),
+        (
+            "compiled steps against uncached, logits",
+            loose,
+            lambda: _largest(_stepped(exact, tokens) - exact(tokens)[:, 1:]),
+        ),
+        (
+            "bfloat16 against float32, KL in nats",
+            1e-3,
+            lambda: _divergence(load_model(folder, mx.bfloat16)(tokens), trusted),
+        ),
+        (
+            "4-bit kernels against unpacked, logits",
+            loose,
+            lambda: _quantized_difference(folder, tokens),
+        ),
+        ("the demo's text differs (1: yes)", 0.0, written),
+    )
+    checks = []
+    for name, limit, measure in planned:
+        on_check(name)
+        value = measure()
+        checks.append(Check(name, value, limit, value <= limit))  # NaN does not pass
+    return SelfCheck(
+        version=__version__,
+        machine=describe_machine(),
+        checks=tuple(checks),
+        text=text,
+        seconds=time.perf_counter() - started,
+        passed=all(check.passed for check in checks),
+    )
+
+
+def _golden_difference() -> float:
+    """Run Apple's smallest model on made weights; compare with Apple's own logits."""
+    with safe_open(GOLDEN / "gpt-test.safetensors", framework="numpy") as stored:
+        seed = int(stored.metadata()["seed"])
+        rows = int(stored.metadata()["vocab_size"])
+        tokens, positions, logits = (
+            stored.get_tensor(name) for name in ("tokens", "positions", "logits")
+        )
+    config = OpenELMConfig.preset("gpt-test", vocab_size=rows)
+    model = OpenELM(config)
+    weights = {
+        to_folder(name): mx.array(made_weight(name, shape, seed))
+        for name, shape in config.tensor_shapes().items()
+    }
+    model.load_weights(list(weights.items()))
+    found = model(mx.array(tokens))[:, mx.array(positions), : logits.shape[-1]]
+    return _largest(found - mx.array(logits))
+
+
+def made_weight(
+    name: str, shape: tuple[int, ...], seed: int
+) -> npt.NDArray[np.float32]:
+    """Make again the weight that Apple's golden answers were computed with.
+
+    Standard normals z from PCG64, seeded with (seed, crc32 of the CoreNet name); a norm
+    is 1 + 0.1 z, a matrix z / sqrt(inputs).
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    normal = rng.standard_normal(shape, dtype=np.float32)
+    if name.endswith("norm.weight"):
+        return 1 + np.float32(0.1) * normal
+    return normal / np.float32(np.sqrt(shape[-1]))
+
+
+def _cached(model: OpenELM, tokens: mx.array) -> mx.array:
+    """Return the logits of `tokens` (1, T), given to a cache in three parts."""
+    cache = [KVCache() for _ in model.layers]
+    ends = (1, tokens.shape[1] // 2, tokens.shape[1])
+    parts, start = [], 0
+    for end in ends:
+        parts.append(model(tokens[:, start:end], cache))
+        start = end
+    return mx.concatenate(parts, axis=1)
+
+
+def _stepped(model: OpenELM, tokens: mx.array) -> mx.array:
+    """Return the logits behind the tokens (1, T), but the first; a step for each."""
+    cache, step = [KVCache() for _ in model.layers], compiled_step(model)
+    mx.eval(model(tokens[:, :1], cache))
+    return mx.stack(
+        [step(tokens[0, i : i + 1], cache) for i in range(1, tokens.size)], 1
+    )
+
+
+def _quantized_difference(folder: ModelFolder, tokens: mx.array) -> float:
+    packed = load_model(folder, mx.float32)
+    nn.quantize(packed, group_size=64, bits=4)
+    unpacked = load_model(folder, mx.float32)
+    for path, module in packed.named_modules():
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            weight = mx.dequantize(
+                module.weight, module.scales, module.biases, group_size=64, bits=4
+            )
+            unpacked.load_weights([(f"{path}.weight", weight)], strict=False)
+    with _on_cpu():
+        trusted = unpacked(tokens)
+        mx.eval(trusted)
+    return _largest(packed(tokens) - trusted)
+
+
+def _divergence(logits: mx.array, trusted: mx.array) -> float:
+    """Mean KL(trusted || logits) over positions, in nats."""
+    q = nn.log_softmax(logits.astype(mx.float32))
+    p = nn.log_softmax(trusted)
+    return float((mx.exp(p) * (p - q)).sum(axis=-1).mean().item())
+
+
+def _largest(difference: mx.array) -> float:
+    return float(mx.abs(difference).max().item())  # type: ignore[arg-type] # it is real
+
+
+@contextmanager
+def _on_cpu() -> Iterator[None]:
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    try:
+        yield
+    finally:
+        mx.set_default_device(device)

@@ -1,0 +1,156 @@
+"""The command that measures: `bench`."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_openelm.cli.options import Adapter, Json, Offline, Quiet
+from mlx_openelm.cli.console import Console
+from mlx_openelm.errors import OpenELMError
+
+
+def bench(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="demo, a model folder, or a Hub id; repeatable.", show_default="demo"
+        ),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="270M, 450M, 1.1B or 3B in made weights (speed does not depend on "
+            "their values); repeatable."
+        ),
+    ] = None,
+    bits: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the weights: 16, 8, 4...; repeatable; as stored."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences at once; repeatable.")
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of prompt and answer; repeatable."),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Default 512, or what there is room for.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("-m", "--max-tokens", help="New tokens; default 64."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="The median of so many.")] = 3,
+    adapter_path: Adapter = None,
+    chart: Annotated[
+        Path | None, typer.Option(help="Draw a picture into this .svg file.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    offline: Offline = False,
+) -> None:
+    """Measure speed on this machine, beside published figures.
+
+    Prompt and new tokens per second, the time to the first token, memory, and the share
+    of this machine's memory bandwidth; of the demo in seconds. --size 270M shows what
+    Apple published beside it.
+    """
+    console = Console(quiet=quiet)
+    if adapter_path is not None and (size or len(model or ()) > 1):
+        raise OpenELMError(
+            "An adapter belongs to one model; say --adapter-path with one --model, or "
+            "with none for the adapter's own base."
+        )
+    if chart is not None:
+        chart = Path(os.path.expanduser(chart))
+        _check_chart(chart)
+    numbers = _read_bits(bits or ())
+    from mlx_openelm.bench import measure as speed
+
+    workload = speed.Workload(
+        bits=numbers,
+        batches=tuple(batch or (1,)),
+        contexts=tuple(context or ()),
+        prompt_tokens=prompt_tokens,
+        new_tokens=max_tokens,
+        rounds=rounds,
+    )
+    made = [speed.make_subject(name) for name in dict.fromkeys(size or ())]
+    adapter = None
+    if adapter_path is not None:
+        adapter = Path(os.path.expanduser(adapter_path))
+    names: list[str | None] = list(dict.fromkeys(model or ()))
+    if not names and not made:
+        names = [os.environ.get("MLX_OPENELM_MODEL")]
+    opened = [speed.open_subject(name, adapter, offline=offline) for name in names]
+    cases = speed.plan([*opened, *made], workload)
+    if names == [None] and adapter is None:
+        console.note(
+            "[the built-in demo model; --model NAME or --size 270M is another]"
+        )
+
+    cells: dict[int, speed.Cell] = {}
+    stopped: BaseException | None = None
+    console.note("[how fast memory is read]")
+    bandwidth = speed.measure_bandwidth()
+    try:
+        with console.progress("Measuring") as progress:
+            for number, cell in speed.measure(cases, bandwidth, rounds, console.note):
+                cells[number] = cell
+                done = sum(rounds if c.skipped else c.rounds for c in cells.values())
+                progress.update(done, rounds * len(cases), "rounds")
+    except (KeyboardInterrupt, SystemExit, OpenELMError) as error:
+        stopped = error  # what was measured until then is shown all the same
+    told = [cells[number] for number in sorted(cells)]
+    report = speed.report_bench(bandwidth, told, len(cases), finished=stopped is None)
+    if stopped is not None and not any(cell.rounds for cell in report.cells):
+        raise stopped
+    from mlx_openelm.cli.bench_view import draw_bench, show_bench
+    from mlx_openelm.cli.conversion_view import as_json as fields
+
+    if as_json:
+        console.answer_json(fields(report))
+    else:
+        show_bench(console, report)
+    if chart is not None:
+        from mlx_openelm.storage.staging import staged_file
+
+        with staged_file(chart) as part:
+            part.write_text(draw_bench(report), encoding="utf-8")
+        console.note(f"Drawn in {chart}")
+    if stopped is not None:
+        raise stopped
+
+
+def _read_bits(said: list[str] | tuple[str, ...]) -> tuple[int, ...]:
+    """Return the numbers of "16,8" and "4", said once or several times."""
+    parts = [part.strip() for text in said for part in text.split(",")]
+    try:
+        return tuple(map(int, parts))
+    except ValueError as error:
+        raise OpenELMError(
+            f"--bits is {','.join(said)}; say numbers such as 16,8,4."
+        ) from error
+
+
+def _check_chart(path: Path) -> None:
+    """Raise OpenELMError if no picture can be written there: sooner than afterwards."""
+    if path.suffix.lower() != ".svg":
+        raise OpenELMError(
+            f"--chart is {path}; the picture is an SVG, so say a name that ends in "
+            ".svg (a browser opens it)."
+        )
+    if os.path.lexists(path):
+        raise OpenELMError(f"{path} exists already; say another name with --chart.")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OpenELMError(
+            f"Cannot write {path}: {error.strerror or error}; say another place with "
+            "--chart."
+        ) from error

@@ -1,0 +1,367 @@
+"""The command that scores: `evaluate`."""
+
+import gc
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlx_openelm.cli.options import (
+    Adapter,
+    Json,
+    Model,
+    Offline,
+    Quiet,
+    open_model,
+)
+from mlx_openelm.cli.console import Console
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.cli.evaluation_plan import (
+    Entrant,
+    EvaluationPlan,
+    list_entrants,
+    plan_evaluation,
+)
+
+if TYPE_CHECKING:
+    from mlx_openelm.evaluation.results import ModelScores, TaskResult
+    from mlx_openelm.evaluation.suites import Suite
+
+TASKS = "Tasks"  # headings in --help
+REPORT = "The report"
+
+
+def evaluate(
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text file to score; repeatable.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A task file (multiple choice), or the name of a task of "
+            "lm-evaluation-harness; repeatable.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="The published settings, beside the published scores: zero-shot, "
+            "openllm, llm360 or peft.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    model: Model = None,
+    adapter_path: Adapter = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another model, or an adapter folder (on --model, else on its own "
+            "base); repeatable."
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Of --text: tokens in a window; default the context length."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Ask only the first N questions.", rich_help_panel=TASKS),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the harness's tasks: solved examples before each question.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            help="Of tasks that let the model write: answers at once.",
+            rich_help_panel=TASKS,
+        ),
+    ] = 16,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of own tasks, in the harness's YAML.", rich_help_panel=TASKS
+        ),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of --suite peft: the folder of its task files.", rich_help_panel=TASKS
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder for the answers as they come; a stopped run goes on with "
+            "them.",
+            rich_help_panel=REPORT,
+        ),
+    ] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(help="Write a .csv file, too.", rich_help_panel=REPORT),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw a .svg file.", rich_help_panel=REPORT)
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Replace files that are there.", rich_help_panel=REPORT
+        ),
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    offline: Offline = False,
+) -> None:
+    """Score a model: on text files, on tasks, beside published scores or other models.
+
+    A text gives bits per byte and perplexity; a task the share of right answers, with
+    its standard error. Several models answer the same questions, so that their
+    differences are paired.
+    """
+    console = Console(quiet=quiet)
+    if not text and not tasks and suite is None:
+        raise typer.BadParameter(
+            "say what to score: a text, tasks, or a suite",
+            param_hint="--text, --tasks, --suite",
+        )
+    if tasks and suite is not None:
+        raise typer.BadParameter(
+            "says its own tasks; leave --tasks out", param_hint="--suite"
+        )
+    if not tasks and suite is None:
+        of_tasks = {
+            "--limit": limit,
+            "--num-fewshot": num_fewshot,
+            "--output": output,
+            "--picture": picture,
+        }
+        for flag, said in of_tasks.items():
+            if said is not None:
+                raise typer.BadParameter(
+                    "is of tasks; say --tasks or --suite, too", param_hint=flag
+                )
+    if window is not None and not text:
+        raise typer.BadParameter("is of --text; say one, too", param_hint="--window")
+    if batch_size < 1:
+        raise OpenELMError(f"--batch-size is {batch_size}; it must be at least 1.")
+    csv, picture = (_expand(path) for path in (csv, picture))
+    _check_report(csv, "--csv", ".csv", force=force)
+    _check_report(picture, "--picture", ".svg", force=force)
+    entrants = list_entrants(model, adapter_path, compare or [], offline)
+    plan = plan_evaluation(
+        console,
+        tasks or [],
+        suite,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        include_path=_expand(include_path),
+        tasks_dir=_expand(tasks_dir),
+        offline=offline,
+    )
+    scores = []
+    for entrant in entrants:
+        scores.append(
+            _evaluate_one(
+                console,
+                entrant,
+                plan,
+                text or [],
+                window,
+                batch_size=batch_size,
+                output=_expand(output),
+                force=force,
+                offline=offline,
+            )
+        )
+        gc.collect()  # never two models at once
+    _report(console, scores, plan.suite, csv, picture, as_json=as_json)
+
+
+# The run -------------------------------------------------------------------------
+
+
+def _evaluate_one(
+    console: Console,
+    entrant: Entrant,
+    plan: EvaluationPlan,
+    text: Sequence[Path],
+    window: int | None,
+    *,
+    batch_size: int,
+    output: Path | None,
+    force: bool,
+    offline: bool,
+) -> "ModelScores":
+    """Load one model, and let it do all."""
+    from mlx_openelm.evaluation.results import ModelScores, describe_model
+
+    where = _make_folder(output, entrant.label)
+    folder, model, tokenizer = open_model(
+        console, entrant.name, entrant.adapter, offline
+    )
+    card = describe_model(entrant.label, folder, entrant.method)
+    score = None
+    if text:
+        from mlx_openelm.evaluation.texts import evaluate as run
+
+        with console.progress("Scoring") as progress:
+            score = run(
+                model,
+                tokenizer,
+                text=text,
+                window=window,
+                on_progress=lambda done, total: progress.update(done, total, "windows"),
+            )
+    results = _run_local(console, model, tokenizer, plan, where, force)
+    if plan.named:
+        results += _run_named(
+            console, model, tokenizer, plan, where, batch_size=batch_size, force=force
+        )
+    return ModelScores(card, score, tuple(results))
+
+
+def _run_local(
+    console: Console,
+    model: Any,
+    tokenizer: Any,
+    plan: EvaluationPlan,
+    where: Path | None,
+    force: bool,
+) -> list["TaskResult"]:
+    from mlx_openelm.evaluation.results import from_local
+    from mlx_openelm.evaluation.multiple_choice import score_task
+
+    results = []
+    for task, total in plan.local:
+        with console.progress(task.name) as progress:
+            scored = score_task(
+                model,
+                tokenizer,
+                task,
+                output=where / f"{task.name}.jsonl" if where else None,
+                force=force,
+                on_progress=lambda done, total: progress.update(
+                    done, total, "questions"
+                ),
+            )
+        results.append(from_local(scored, total))
+    return results
+
+
+def _run_named(
+    console: Console,
+    model: Any,
+    tokenizer: Any,
+    plan: EvaluationPlan,
+    where: Path | None,
+    *,
+    batch_size: int,
+    force: bool,
+) -> list["TaskResult"]:
+    from mlx_openelm.evaluation.harness import run_kept_task, run_task
+    from mlx_openelm.evaluation.harness_model import wrap_model
+
+    results: list[TaskResult] = []
+    for task in plan.named:
+        with console.progress(task.name) as progress:
+
+            def tell(done: int, total: int) -> None:
+                progress.update(done, total, "requests")
+
+            if where is None:
+                lm = wrap_model(
+                    model, tokenizer, batch_size=batch_size, on_progress=tell
+                )
+                results += run_task(lm, task, limit=plan.limit)
+            else:
+                results += run_kept_task(
+                    model,
+                    tokenizer,
+                    task,
+                    where,
+                    limit=plan.limit,
+                    batch_size=batch_size,
+                    force=force,
+                    on_progress=tell,
+                )
+    return results
+
+
+# Files ---------------------------------------------------------------------------
+
+
+def _expand(path: Path | None) -> Path | None:
+    return None if path is None else Path(os.path.expanduser(path))
+
+
+def _make_folder(output: Path | None, label: str) -> Path | None:
+    """Make and return the folder of one model's answers."""
+    if output is None:
+        return None
+    folder = output / re.sub(r"[^\w.-]+", "_", label.strip("/.~"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OpenELMError(
+            f"Cannot make the folder {folder}: {error.strerror or error}; say another "
+            "place with --output."
+        ) from error
+    return folder
+
+
+def _check_report(path: Path | None, flag: str, suffix: str, *, force: bool) -> None:
+    """Raise OpenELMError if a report cannot be written: sooner than afterwards."""
+    if path is None:
+        return
+    if path.suffix.lower() != suffix:
+        raise OpenELMError(f"{flag} is {path}; say a name that ends in {suffix}.")
+    if os.path.lexists(path) and not force:
+        raise OpenELMError(
+            f"{path} exists already; say another name with {flag}, or --force."
+        )
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OpenELMError(
+            f"Cannot write {path}: {error.strerror or error}; say another place with "
+            f"{flag}."
+        ) from error
+
+
+def _report(
+    console: Console,
+    scores: Sequence["ModelScores"],
+    suite: "Suite | None",
+    csv: Path | None,
+    picture: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    from mlx_openelm.cli.evaluation_picture import draw_scores
+    from mlx_openelm.cli.evaluation_view import scores_json, show_scores, to_csv
+    from mlx_openelm.storage.staging import replaced_file
+
+    if as_json:
+        console.answer_json(scores_json(scores, suite))
+    else:
+        show_scores(console, scores, suite)
+    for path, content in (
+        (csv, to_csv(scores, suite) if csv else ""),
+        (picture, draw_scores(scores, suite) if picture else ""),
+    ):
+        if path is not None:
+            with replaced_file(path) as part:
+                part.write_text(content, encoding="utf-8")
+            console.note(f"Written to {path}")

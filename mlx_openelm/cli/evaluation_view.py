@@ -1,0 +1,329 @@
+"""What `evaluate` found: tables, JSON, CSV."""
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.conversion_view import as_json, show_score
+from mlx_openelm.evaluation.results import (
+    Metric,
+    ModelScores,
+    SuiteReport,
+    TaskResult,
+    pair,
+    report_suite,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mlx_openelm.evaluation.suites import Suite
+
+# Tables --------------------------------------------------------------------------
+
+
+def show_scores(
+    console: Console, scores: Sequence[ModelScores], suite: "Suite | None"
+) -> None:
+    """Show texts, then a suite beside the published, then tasks side by side."""
+    if len(scores) == 1 and scores[0].text is not None:
+        show_score(console, scores[0].text)
+    elif any(model.text is not None for model in scores):
+        console.answer_table(_table_texts(scores))
+    if not scores[0].tasks:
+        return
+    if scores[0].text is not None:
+        console.answer("")
+    if suite is not None:
+        for report in [report_suite(suite, s.card, s.tasks) for s in scores]:
+            console.answer(_head(report))
+            console.answer_table(_table_suite(report))
+            console.answer("")
+        if suite.published.others:
+            console.answer("Others, as published")
+            console.answer_table(_table_others(suite))
+            console.answer("")
+    if suite is None or len(scores) > 1:
+        console.answer_table(_table_tasks(scores))
+        console.answer("")
+    for line in explain(scores, suite):
+        console.answer(line)
+
+
+def explain(scores: Sequence[ModelScores], suite: "Suite | None") -> Iterator[str]:
+    """Yield what a reader of the tables must know."""
+    yield "Shares in percent; behind \N{PLUS-MINUS SIGN} the standard error."
+    if len(scores) > 1:
+        yield (
+            f"Differences are from {scores[0].card.name}, paired question by question."
+        )
+    if any(result.n < result.total for result in scores[0].tasks):
+        yield "Not all questions were asked: n of them."
+    if suite is None:
+        return
+    reports = [report_suite(suite, s.card, s.tasks) for s in scores]
+    if any(report.published is not None for report in reports):
+        yield (
+            "The difference from the published has the standard error of two samples "
+            "of questions;\nwhere both answered the same ones, it is too large."
+        )
+    yield from suite.notes
+
+
+def _table_texts(scores: Sequence[ModelScores]) -> "Table":
+    table = _new_table("model")
+    for header in ("bits per byte", "nats per token", "perplexity", "tokens"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for model in scores:
+        if model.text is not None:
+            table.add_row(
+                model.card.name,
+                f"{model.text.bits_per_byte:.4f}",
+                f"{model.text.nats_per_token:.4f}",
+                f"{model.text.perplexity:.2f}",
+                f"{model.text.tokens:,}",
+            )
+    return table
+
+
+def _table_tasks(scores: Sequence[ModelScores]) -> "Table":
+    """One row a model and metric, and how far it is from the first model."""
+    several = len(scores) > 1
+    table = _new_table("task", "metric")
+    for header in ("shots", "n"):
+        table.add_column(header, justify="right")
+    table.add_column("model", overflow="fold")
+    table.add_column("score", justify="right", no_wrap=True)
+    if several:
+        table.add_column("difference", justify="right", no_wrap=True)
+    first, *others = scores
+    paired = [
+        {(p.task, p.metric): p.difference for p in pair(first.tasks, other.tasks)}
+        for other in others
+    ]
+    theirs = [{r.task: r.metrics for r in other.tasks} for other in others]
+    for result in first.tasks:
+        for name, metric in result.metrics.items():
+            asked = (result.task, name, str(result.num_fewshot), f"{result.n:,}")
+            ours = (*asked, first.card.name, _show_metric(metric))
+            table.add_row(*ours, *([""] if several else []))
+            for other, metrics, differences in zip(others, theirs, paired, strict=True):
+                scored = metrics.get(result.task, {}).get(name)
+                found = differences.get((result.task, name))
+                factor = _factor(metric)
+                table.add_row(
+                    *("", "", "", "", other.card.name),
+                    _show_metric(scored) if scored else "-",
+                    _show_signed(found.value, found.stderr, factor) if found else "-",
+                )
+    return table
+
+
+def _head(report: SuiteReport) -> str:
+    row = report.published
+    if row is None:
+        return f"{report.model}: nothing is published of a model like it"
+    method = ""
+    if row.method:
+        spelled = row.method.replace("lora", "LoRA").replace("dora", "DoRA")
+        method = f" with {spelled}"
+    checked = "read there" if row.verified else "recalled, UNVERIFIED"
+    note = f"; {row.note}" if row.note else ""
+    return f"{report.model} beside {row.model}{method} ({row.source}, {checked}{note})"
+
+
+def _table_suite(report: SuiteReport) -> "Table":
+    table = _new_table("column", "task", "metric")
+    for header in ("shots", "n", "here", "published", "difference"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for score in (*report.scores, *report.averages):
+        task = score.task
+        table.add_row(
+            score.column,
+            task.task if task else "",
+            task.metric if task else "",
+            str(task.num_fewshot) if task else "",
+            f"{score.n:,}" if score.n else "",
+            show_value(score.value, score.stderr),
+            "-" if score.published is None else f"{score.published:.2f}",
+            _show_signed(score.difference, score.difference_stderr),
+        )
+    return table
+
+
+def _table_others(suite: "Suite") -> "Table":
+    table = _new_table("model")
+    for header in ("tokens", *suite.published.columns, "average"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("source")
+    for row in suite.published.others:
+        values = ["-" if v is None else f"{v:.2f}" for v in (*row.values, row.average)]
+        source = row.source if row.verified else f"{row.source}, UNVERIFIED"
+        table.add_row(row.model, row.tokens or "-", *values, source)
+    return table
+
+
+def _new_table(*columns: str) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def is_share(metric: Metric) -> bool:
+    """Whether a metric is a share of something, which is shown in percent."""
+    return bool(metric.values) and all(0 <= value <= 1 for value in metric.values)
+
+
+def _factor(metric: Metric) -> float:
+    return 100.0 if is_share(metric) else 1.0
+
+
+def _show_metric(metric: Metric) -> str:
+    return show_value(metric.value, metric.stderr, _factor(metric))
+
+
+def show_value(value: float | None, stderr: float | None, factor: float = 1.0) -> str:
+    """Return a figure as it is shown, times `factor`, with its standard error."""
+    if value is None:
+        return "-"
+    spread = "" if stderr is None else f" \N{PLUS-MINUS SIGN} {stderr * factor:.2f}"
+    return f"{value * factor:.2f}{spread}"
+
+
+def _show_signed(value: float | None, stderr: float | None, factor: float = 1.0) -> str:
+    sign = "" if value is None or value < 0 else "+"
+    return sign + show_value(value, stderr, factor)
+
+
+# JSON and CSV --------------------------------------------------------------------
+
+
+def scores_json(scores: Sequence[ModelScores], suite: "Suite | None") -> dict[str, Any]:
+    """Return what `--json` shows.
+
+    The first model's scores stand at the top, all models' under "models" where there
+    are several; shares are fractions, but for a suite's, which are in percent.
+    """
+    first = scores[0]
+    told: dict[str, Any] = {}
+    if first.text is not None:
+        told |= as_json(first.text)
+    if first.tasks:
+        told["tasks"] = _tasks_json(first.tasks)
+    if len(scores) > 1:
+        told["models"] = [
+            {
+                "model": model.card.name,
+                **(as_json(model.text) if model.text else {}),
+                **({"tasks": _tasks_json(model.tasks)} if model.tasks else {}),
+            }
+            for model in scores
+        ]
+        told["differences"] = [
+            {
+                "model": other.card.name,
+                "from": first.card.name,
+                "task": found.task,
+                "metric": found.metric,
+                **asdict(found.difference),
+            }
+            for other in scores[1:]
+            for found in pair(first.tasks, other.tasks)
+        ]
+    if suite is not None:
+        reports = [report_suite(suite, s.card, s.tasks) for s in scores]
+        told["suite"] = {
+            "name": suite.name,
+            "notes": suite.notes,
+            "models": [asdict(report) for report in reports],
+            "columns": suite.published.columns,
+            "others": [asdict(row) for row in suite.published.others],
+        }
+    return told
+
+
+def _tasks_json(results: Sequence[TaskResult]) -> dict[str, Any]:
+    told = {}
+    for result in results:
+        found = {
+            name: {"value": _finite(metric.value), "stderr": _finite(metric.stderr)}
+            for name, metric in result.metrics.items()
+        }
+        main = found.get("acc") or next(iter(found.values()), {})
+        told[result.task] = {
+            "acc": found.get("acc", {}).get("value"),
+            "acc_norm": found.get("acc_norm", {}).get("value"),
+            "stderr": main.get("stderr"),
+            "n": result.n,
+            "num_fewshot": result.num_fewshot,
+            "metrics": found,
+        }
+    return told
+
+
+def _finite(value: float | None) -> float | None:
+    """Return a figure that JSON has: neither infinite, nor no number at all."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def to_csv(scores: Sequence[ModelScores], suite: "Suite | None") -> str:
+    """Return one line for each model, task and metric; shares are in percent."""
+    written = io.StringIO()
+    lines = csv.writer(written, lineterminator="\n")
+    lines.writerow(
+        (
+            *("model", "task", "metric", "num_fewshot", "n", "value", "stderr"),
+            *("difference_from_first", "difference_stderr"),
+            *("published", "published_verified"),
+        )
+    )
+    for model in scores:
+        others = () if model is scores[0] else model.tasks
+        paired = {
+            (p.task, p.metric): p.difference for p in pair(scores[0].tasks, others)
+        }
+        published = {}
+        if suite is not None:
+            report = report_suite(suite, model.card, model.tasks)
+            published = {
+                (score.task.task, score.task.metric): (
+                    score.published,
+                    report.published.verified,
+                )
+                for score in report.scores
+                if score.task and report.published and score.published is not None
+            }
+        for result in model.tasks:
+            for name, metric in result.metrics.items():
+                key, factor = (result.task, name), _factor(metric)
+                found = paired.get(key)
+                lines.writerow(
+                    (
+                        *(model.card.name, result.task, name, result.num_fewshot),
+                        *(result.n, metric.value * factor),
+                        _times(metric.stderr, factor),
+                        _times(found.value if found else None, factor),
+                        _times(found.stderr if found else None, factor),
+                        *published.get(key, ("", "")),
+                    )
+                )
+        if model.text is not None:
+            for name in ("bits_per_byte", "nats_per_token", "perplexity"):
+                lines.writerow(
+                    (
+                        *(model.card.name, "text", name, "", ""),
+                        *(getattr(model.text, name), *[""] * 5),
+                    )
+                )
+    return written.getvalue()
+
+
+def _times(value: float | None, factor: float) -> float | str:
+    return "" if value is None else value * factor

@@ -1,0 +1,178 @@
+"""A pre-training run on the terminal: what it will take, and how it goes."""
+
+import dataclasses
+import types
+from typing import TYPE_CHECKING, Any, Self
+
+from mlx_openelm.cli.console import Console, Progress
+from converters.pretraining.recipe import PretrainRecipe
+
+if TYPE_CHECKING:
+    from converters.pretraining.log import (
+        Evaluated,
+        Event,
+        Sampled,
+        Saved,
+        Spiked,
+        Started,
+        Trained,
+    )
+    from converters.pretraining.plan import Memory, Plan
+
+MOST_CHARACTERS = 300  # of a sample of text
+
+
+class PretrainingView:
+    """Shows each event: steps in a bar, the rest in a line each."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress("Training", console)
+        self._steps = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        self._progress.close()
+
+    def __call__(self, event: "Event") -> None:
+        from converters.pretraining import log
+
+        match event:
+            case log.Started():
+                self._steps = event.steps
+                self._console.note(_describe_start(event))
+            case log.Trained():
+                self._progress.update(event.step, self._steps, _describe_step(event))
+            case log.Spiked():
+                self._note(
+                    event,
+                    f"the loss spikes to {event.loss:.4f} from {event.median:.4f}",
+                )
+            case log.Evaluated():
+                whose = "the mean of the last checkpoints: " if event.averaged else ""
+                self._note(
+                    event,
+                    f"{whose}held-out {event.nats_per_token:.4f} nats per token, "
+                    f"{event.bits_per_byte:.4f} bits per byte",
+                )
+            case log.Sampled():
+                self._note(event, _show_text(event.prompt + event.text))
+            case log.Saved():
+                self._note(
+                    event, f"saved {event.path}{_describe_dropped(event.dropped)}"
+                )
+
+    def _note(self, event: "Spiked | Evaluated | Sampled | Saved", text: str) -> None:
+        self._console.note(f"step {event.step:,}: {text}")
+
+
+def _describe_start(event: "Started") -> str:
+    counts = (
+        (event.num_documents, "documents"),
+        (event.num_tokens, "tokens"),
+        (event.num_sequences, "sequences"),
+    )
+    text = ", ".join(f"{n:,} {what}" for n, what in counts if n is not None)
+    parts = [
+        f"{event.num_parameters:,} parameters",
+        text or "text as it comes",
+        *([f"{event.processes} processes"] if event.processes > 1 else []),
+        f"step {event.first_step:,} of {event.steps:,}",
+    ]
+    return "; ".join(parts)
+
+
+def _describe_step(event: "Trained") -> str:
+    words = [f"loss {event.loss:.3f}", f"{event.tokens_per_second:,.0f} tokens/s"]
+    if event.mfu is not None:
+        words.append(f"MFU {event.mfu:.0%}")
+    return ", ".join((*words, f"{_show_seconds(event.seconds_left)} left"))
+
+
+def _describe_dropped(dropped: dict[str, int]) -> str:
+    said = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items())
+    return f" (of the text, {said})" if said else ""
+
+
+def _show_text(text: str) -> str:
+    """Return a text on one line, without what a terminal would obey."""
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]}..."
+
+
+def _show_seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+# The dry run -------------------------------------------------------------------------
+
+
+def show_plan(console: Console, recipe: PretrainRecipe, plan: "Plan") -> None:
+    """Draw what a run would take, and note what is missing."""
+    import yaml
+    from rich.table import Table
+
+    from converters.pretraining.plan import UTILISATION
+
+    found = plan_as_json(recipe, plan)["recipe"]
+    console.answer(yaml.safe_dump(found, sort_keys=False, allow_unicode=True))
+    table = Table(show_header=False, box=None, pad_edge=False)
+    ours = plan.memory[recipe.parallel if plan.devices > 1 else "ddp"]
+    for name, value in (
+        ("parameters", f"{plan.config.num_parameters:,}"),
+        ("embedding", f"{plan.config.vocab_size:,} rows"),
+        ("devices", f"{plan.devices:,}"),
+        (
+            "a step",
+            f"{plan.tokens_per_step:,} tokens: {plan.devices:,} devices x "
+            f"{plan.accumulation:,} x {plan.micro_batch_size:,} sequences of "
+            f"{plan.config.max_context_length:,}",
+        ),
+        ("steps", f"{plan.steps:,}"),
+        ("tokens", f"{plan.tokens:,} (padding included)"),
+        ("FLOPs", f"{plan.flops:.3g}; {plan.flops_per_token:.3g} a token"),
+        (
+            "A100-days",
+            f"{plan.a100_days:,.1f} at {UTILISATION:.0%} of its peak, "
+            f"{plan.a100_days / plan.devices:,.1f} on {plan.devices:,} of them",
+        ),
+        *(
+            (f"memory, {kind}", _show_memory(memory) + (" *" if memory is ours else ""))
+            for kind, memory in plan.memory.items()
+        ),
+    ):
+        table.add_row(name, value)
+    console.answer_table(table)
+    for sentence in plan.missing:
+        console.note(f"Missing: {sentence}")
+
+
+def plan_as_json(recipe: PretrainRecipe, plan: "Plan") -> dict[str, Any]:
+    """Return recipe and plan, in bytes and plain numbers."""
+    import json
+
+    found = {"recipe": dataclasses.asdict(recipe), "plan": dataclasses.asdict(plan)}
+    found["plan"]["parameters"] = plan.config.num_parameters
+    for kind, memory in plan.memory.items():
+        found["plan"]["memory"][kind]["total"] = memory.total
+    as_read: dict[str, Any] = json.loads(json.dumps(found))  # tuples become lists
+    return as_read
+
+
+def _show_memory(memory: "Memory") -> str:
+    parts = ("weights", "gradients", "optimizer", "copies", "activations")
+    said = ", ".join(f"{name} {getattr(memory, name) / 2**30:.1f}" for name in parts)
+    return f"{memory.total / 2**30:.1f} GiB a device: {said}"

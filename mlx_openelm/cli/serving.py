@@ -1,0 +1,137 @@
+"""The command that serves a model to other programs, and to a browser."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mlx_openelm.cli.options import (
+    Adapter,
+    MaxTokens,
+    MinP,
+    Model,
+    Offline,
+    Penalty,
+    Quiet,
+    Seed,
+    Temp,
+    TopK,
+    TopP,
+    open_model,
+)
+from mlx_openelm.cli.console import Console
+from mlx_openelm.errors import OpenELMError
+
+
+def serve(
+    model: Model = None,
+    adapter_path: Adapter = None,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; other than loopback needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Clients show it as Authorization: Bearer.",
+            envvar="MLX_OPENELM_API_KEY",
+        ),
+    ] = None,
+    allowed_origins: Annotated[
+        str, typer.Option(help="Other sites whose pages may ask: https://a.b,... or *.")
+    ] = "",
+    template: Annotated[
+        str, typer.Option(help="Of chats: auto, raw, instruct, alpaca, openelm-peft.")
+    ] = "auto",
+    max_tokens: MaxTokens = None,
+    temp: Temp = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    decode_concurrency: Annotated[
+        int, typer.Option(min=1, help="Answers written at a time, in one batch.")
+    ] = 32,
+    prompt_concurrency: Annotated[
+        int, typer.Option(min=1, help="Prompts read at a time.")
+    ] = 4,
+    prompt_cache_size: Annotated[
+        int, typer.Option(min=1, help="Prompts kept, for requests that go on.")
+    ] = 10,
+    log_level: Annotated[
+        str, typer.Option(help="DEBUG, INFO (each request), WARNING or ERROR.")
+    ] = "WARNING",
+    quiet: Quiet = False,
+    offline: Offline = False,
+) -> None:
+    """Serve a model as OpenAI's API does, with a page at /. Prints the URL.
+
+    What a request does not say comes from these options, then from the model.
+    """
+    console = Console(quiet=quiet)
+    from mlx_openelm.generation.sampling import Sampling
+    from mlx_openelm.text.tokenizer import TEMPLATE_NAMES
+
+    said: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temp": temp,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    Sampling.from_defaults({}, said)  # a wrong flag is named before anything is loaded
+    if template not in TEMPLATE_NAMES:
+        raise OpenELMError(
+            f"No template is called {template!r}; there are "
+            f"{', '.join(TEMPLATE_NAMES)}."
+        )
+    if api_key is not None and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", api_key):
+        raise OpenELMError(
+            "--api-key is empty, begins or ends with a space, or is not all ASCII; say "
+            "another key, or leave it out."
+        )
+    levels = ("DEBUG", "INFO", "WARNING", "ERROR")
+    if log_level.upper() not in levels:
+        raise OpenELMError(f"--log-level is {log_level}; say {', '.join(levels)}.")
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(message)s")
+    from mlx_openelm.generation.conversation import RAW
+    from mlx_openelm.serving.server import Access, Server
+    from mlx_openelm.serving.engine import Load
+    from mlx_openelm.serving.requests import Served
+
+    origins = tuple(o.strip().rstrip("/") for o in allowed_origins.split(",") if o)
+    with Server(Access(host, port, api_key, origins)) as server:  # the port is ours
+        folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
+        chosen = (tokenizer.template or RAW) if template == "auto" else template
+        served = Served(
+            name=_name(folder.path),
+            tokenizer=tokenizer,
+            defaults=Sampling.from_defaults(folder.generation_defaults, said),
+            template=chosen,
+            context_length=folder.config.max_context_length,
+            rows=folder.config.vocab_size,
+        )
+
+        def announce(url: str) -> None:
+            console.note(
+                f"[{served.name}, chats in the template {chosen}; Ctrl-C ends]"
+            )
+            console.answer(url)
+
+        load = Load(decode_concurrency, prompt_concurrency, prompt_cache_size)
+        server.run(served, loaded, load, on_ready=announce)
+
+
+def _name(path: Path) -> str:
+    """Return what clients call a model folder: no path, which is nobody's business."""
+    from mlx_openelm.storage.hub import DEMO, demo_folder, snapshot_of
+
+    snapshot = snapshot_of(path)
+    if snapshot is not None:
+        return snapshot[0]
+    return DEMO if path == demo_folder() else path.resolve().name

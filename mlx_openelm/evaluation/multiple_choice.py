@@ -1,0 +1,234 @@
+"""A model answers the questions of a task: its choices, and how many are right.
+
+It chooses what it finds likeliest: in sum (acc), or for each character (acc_norm).
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from mlx_openelm.evaluation.loglikelihood import (
+    Request,
+    check_request,
+    encode_requests,
+    score_requests,
+)
+from mlx_openelm.storage.ordered_jsonl import Answers, AnswersFile, Json
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.fingerprint import fingerprint_model
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.evaluation.task_files import Question, Task
+from mlx_openelm.text.tokenizer import Tokenizer
+
+TOGETHER = 64  # questions: several rows' worth, and not much to lose
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a question.
+
+    Attributes:
+        line: the record's number in its file.
+        loglikelihoods: of the choices, in nats.
+        lengths: of the choices, in characters.
+        answer: number of the right choice, from 0.
+    """
+
+    line: int
+    loglikelihoods: tuple[float, ...]
+    lengths: tuple[int, ...]
+    answer: int
+
+    @property
+    def choice(self) -> int:
+        """Number of the likeliest choice; the first of equal ones."""
+        return self.loglikelihoods.index(max(self.loglikelihoods))
+
+    @property
+    def choice_norm(self) -> int:
+        """Number of the choice that is likeliest for its length."""
+        scores = zip(self.loglikelihoods, self.lengths, strict=True)
+        rates = [nats / length for nats, length in scores]
+        return rates.index(max(rates))
+
+    @property
+    def right(self) -> bool:
+        return self.choice == self.answer
+
+    @property
+    def right_norm(self) -> bool:
+        return self.choice_norm == self.answer
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """Shares of right answers, and their standard errors; one question has none."""
+
+    acc: float
+    acc_norm: float
+    stderr: float | None
+    acc_norm_stderr: float | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTask:
+    """A task's score and outcomes, in the order of its questions.
+
+    Attributes:
+        digest: the task's; other questions have another one.
+    """
+
+    task: str
+    digest: str
+    score: TaskScore
+    outcomes: tuple[Outcome, ...]
+
+
+def score_task(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    task: Task,
+    *,
+    output: Path | None = None,
+    force: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ScoredTask:
+    """Let a model answer the questions of a task.
+
+    Args:
+        output: where outcomes are written as they come, a JSON line each. What a
+            stopped run, or one with a smaller limit, has left there is not done again.
+        force: replace an output of another model, task or larger limit.
+        on_progress: told how many questions are done, and how many there are.
+
+    Raises:
+        OpenELMError: the output is something else or of another run, the disk refuses,
+            a choice does not fit the model, or its weights are damaged.
+    """
+    job = _Job(model, tokenizer, task, resumable=output is not None)
+    with _open_answers(output, job, force) as answers:
+        outcomes = {p: o for p, o in job.found.items() if p in answers}
+        total = len(task.questions)
+        on_progress(len(outcomes), total)
+        missing = [place for place in range(total) if place not in outcomes]
+        for start in range(0, len(missing), TOGETHER):
+            for place, outcome in job.answer(missing[start : start + TOGETHER]):
+                outcomes[place] = outcome
+                answers.add(place, job.describe(place, outcome))
+                on_progress(len(outcomes), total)
+    in_order = tuple(outcomes[place] for place in range(total))
+    return ScoredTask(task.name, task.digest, sum_up(in_order), in_order)
+
+
+def sum_up(outcomes: Sequence[Outcome]) -> TaskScore:
+    """Return the score of outcomes, of which there is at least one."""
+    acc, stderr = mean_and_stderr([float(o.right) for o in outcomes])
+    acc_norm, acc_norm_stderr = mean_and_stderr([float(o.right_norm) for o in outcomes])
+    return TaskScore(acc, acc_norm, stderr, acc_norm_stderr, len(outcomes))
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return a mean and its standard error, as the harness does; one value has none."""
+    n = len(values)
+    return fmean(values), stdev(values) / math.sqrt(n) if n > 1 else None
+
+
+def _open_answers(
+    output: Path | None, job: "_Job", force: bool
+) -> contextlib.AbstractContextManager[Answers]:
+    if output is None:
+        return contextlib.nullcontext(Answers(lambda answer: None))
+    return AnswersFile(output, job.find_place, lambda answer: None, force=force)
+
+
+class _Job:
+    """All that decides what is answered.
+
+    Attributes:
+        found: outcomes that stood in the output, by the place of their question.
+    """
+
+    def __init__(
+        self, model: OpenELM, tokenizer: Tokenizer, task: Task, *, resumable: bool
+    ) -> None:
+        self._model, self._tokenizer, self._task = model, tokenizer, task
+        self._places = {q.line: place for place, q in enumerate(task.questions)}
+        self._model_key = fingerprint_model(model) if resumable else ""
+        self.found: dict[int, Outcome] = {}
+
+    def answer(self, places: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
+        """Yield the outcomes of questions, each as soon as its choices are scored."""
+        questions = [self._task.questions[place] for place in places]
+        requests = self._encode(questions)
+        owners = [
+            (place, i)
+            for place, question in zip(places, questions, strict=True)
+            for i in range(len(question.choices))
+        ]
+        scores: dict[int, dict[int, float]] = {place: {} for place in places}
+        for index, scored in score_requests(self._model, requests):
+            place, choice = owners[index]
+            question, known = self._task.questions[place], scores[place]
+            known[choice] = scored.nats
+            if len(known) == len(question.choices):
+                nats = tuple(known[i] for i in range(len(known)))
+                lengths = tuple(map(len, question.choices))
+                yield place, Outcome(question.line, nats, lengths, question.answer)
+
+    def describe(self, place: int, outcome: Outcome) -> Json:
+        """Return the object that is written of an outcome."""
+        return {
+            **asdict(outcome),
+            "choice": outcome.choice,
+            "choice_norm": outcome.choice_norm,
+            "right": outcome.right,
+            "right_norm": outcome.right_norm,
+            "key": self._key(place),
+        }
+
+    def find_place(self, answer: Json) -> int | None:
+        """Return the place of an outcome that this job would write, too."""
+        place = self._places.get(answer["line"])
+        if place is None or answer.get("key") != self._key(place):
+            return None
+        question = self._task.questions[place]
+        lengths = tuple(map(len, question.choices))
+        nats = _read_numbers(answer.get("loglikelihoods"))
+        if len(nats) != len(lengths):
+            return None
+        self.found[place] = Outcome(question.line, nats, lengths, question.answer)
+        return place
+
+    def _encode(self, questions: Sequence[Question]) -> list[Request]:
+        pairs = [pair for question in questions for pair in question.pairs]
+        requests = encode_requests(self._tokenizer, pairs)
+        owners = [question for question in questions for _ in question.choices]
+        for question, request in zip(owners, requests, strict=True):
+            try:
+                check_request(request, self._model)
+            except OpenELMError as error:
+                where = f"{self._task.name}, record {question.line}"
+                raise OpenELMError(f"{where}: {error}") from error
+        return requests
+
+    def _key(self, place: int) -> str:
+        question = self._task.questions[place]
+        requests = [
+            [request.context, request.continuation]
+            for request in self._encode([question])
+        ]
+        said = json.dumps([asdict(question), requests, self._model_key])
+        return hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
+
+
+def _read_numbers(values: object) -> tuple[float, ...]:
+    """Return a list of finite numbers; nothing, if it is something else."""
+    numbers = values if isinstance(values, list) else []
+    finite = all(isinstance(v, float) and math.isfinite(v) for v in numbers)
+    return tuple(numbers) if finite else ()

@@ -1,0 +1,264 @@
+"""Scores of tasks, whoever computed them: beside other models', and the published."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_openelm.storage.model_folder import ModelFolder
+from mlx_openelm.evaluation.paired import Difference, paired_difference
+from mlx_openelm.evaluation.texts import TextScore
+from mlx_openelm.storage.hub import snapshot_of
+from mlx_openelm.evaluation.published_scores import PublishedScores, find_published_scores
+from mlx_openelm.evaluation.multiple_choice import ScoredTask, mean_and_stderr
+from mlx_openelm.evaluation.suites import Suite, SuiteTask
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric of one task.
+
+    Attributes:
+        value: an accuracy is a fraction, not percent.
+        stderr: standard error of the value, where it is known.
+        values: what it is the mean of, question by question; () where it is no mean.
+    """
+
+    value: float
+    stderr: float | None
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """What one model reached in one task.
+
+    Attributes:
+        num_fewshot: solved examples in front of every question.
+        n: questions asked, of `total` that the task has.
+        digest: of the questions, in their order.
+        metrics: by name; the harness's names.
+    """
+
+    task: str
+    num_fewshot: int
+    n: int
+    total: int
+    digest: str
+    metrics: Mapping[str, Metric]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What decides which published scores a model is compared with.
+
+    Attributes:
+        name: as a person said it.
+        size_name: "OpenELM-270M", or "OpenELM" for a size that was not published.
+        method: of the adapter that is on it, or None.
+    """
+
+    name: str
+    size_name: str
+    instruct: bool = False
+    method: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelScores:
+    """All that one model reached."""
+
+    card: ModelCard
+    text: TextScore | None
+    tasks: tuple[TaskResult, ...]
+
+
+def describe_model(name: str, folder: ModelFolder, method: str | None) -> ModelCard:
+    """Tell which published model a folder is, by its sizes and where it came from.
+
+    Args:
+        name: as a person said it: of the adapter, where there is a method.
+        method: of the adapter that is put on it, or None. Without one, that of the
+            adapter that was merged into it counts.
+    """
+    source = folder.metadata.get("source")
+    said = "" if method else Path(name).name  # of an adapter it tells nothing
+    told = (said, folder.path.name, snapshot_of(folder.path), json.dumps(source))
+    kind = str(source.get("kind", "")) if isinstance(source, dict) else ""
+    fused = folder.metadata.get("fusion")
+    if method is None and isinstance(fused, dict):
+        method = str(fused.get("method"))
+    if method is None and kind.endswith("merged"):
+        method = next((m for m in ("dora", "lora") if m in kind.lower()), "adapter")
+    instruct = "instruct" in str(told).lower()
+    return ModelCard(name, folder.config.size_name, instruct, method)
+
+
+def from_local(scored: ScoredTask, total: int) -> TaskResult:
+    """Return the result of a local file's task."""
+    metrics = {}
+    for name, right in (
+        ("acc", [float(outcome.right) for outcome in scored.outcomes]),
+        ("acc_norm", [float(outcome.right_norm) for outcome in scored.outcomes]),
+    ):
+        metrics[name] = Metric(*mean_and_stderr(right), tuple(right))
+    return TaskResult(
+        scored.task, 0, len(scored.outcomes), total, scored.digest, metrics
+    )
+
+
+# Models side by side -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PairedScore:
+    """How far another model is from the first one, in the same questions."""
+
+    task: str
+    metric: str
+    difference: Difference
+
+
+def pair(
+    first: Sequence[TaskResult], other: Sequence[TaskResult]
+) -> tuple[PairedScore, ...]:
+    """Return the differences of every metric that both models have, other - first."""
+    by_task = {result.task: result for result in other}
+    pairs = []
+    for ours in first:
+        theirs = by_task.get(ours.task)
+        if theirs is None or ours.digest != theirs.digest:
+            continue
+        for name, metric in ours.metrics.items():
+            values = theirs.metrics[name].values if name in theirs.metrics else ()
+            if metric.values and len(values) == len(metric.values):
+                difference = paired_difference(metric.values, values)
+                pairs.append(PairedScore(ours.task, name, difference))
+    return tuple(pairs)
+
+
+# Beside the published ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteScore:
+    """One column of a published table, or an average; in percent.
+
+    Attributes:
+        value: ours; None where the task was not run.
+        stderr: of `value`.
+        published: of the same model, or None.
+        difference: ours - published.
+        difference_stderr: as of two independent samples of the task's questions; since
+            both answered the same ones, the true one is smaller.
+    """
+
+    column: str
+    task: SuiteTask | None
+    value: float | None
+    stderr: float | None
+    published: float | None
+    difference: float | None
+    difference_stderr: float | None
+    n: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteReport:
+    """A model's scores in a suite; `published` is the row that they stand beside."""
+
+    suite: str
+    model: str
+    published: PublishedScores | None
+    scores: tuple[SuiteScore, ...]
+    averages: tuple[SuiteScore, ...]
+
+
+def report_suite(
+    suite: Suite, card: ModelCard, results: Sequence[TaskResult]
+) -> SuiteReport:
+    """Put a model's results beside the published row that it belongs to."""
+    row = find_published_scores(
+        suite.name, card.size_name, instruct=card.instruct, method=card.method
+    )
+    by_task = {result.task: result for result in results}
+    scores = []
+    errors: dict[str, float | None] = {}  # of the published figures, by column
+    for i, column in enumerate(suite.tasks):
+        result = by_task.get(column.task)
+        published = row.values[i] if row else None
+        metric = result.metrics.get(column.metric) if result else None
+        total = result.total if result else 0
+        errors[column.name] = _published_stderr(published, total)
+        scores.append(
+            _beside(
+                column.name,
+                column,
+                100 * metric.value if metric else None,
+                100 * metric.stderr if metric and metric.stderr is not None else None,
+                published,
+                errors[column.name],
+                result.n if result else None,
+            )
+        )
+    averages = [_average("average", scores, errors)]
+    if suite.name == "zero-shot":  # the paper has both
+        others = [score for score in scores if score.column != "SciQ"]
+        averages.append(_average("average without SciQ", others, errors))
+    return SuiteReport(suite.name, card.name, row, tuple(scores), tuple(averages))
+
+
+def _average(
+    name: str, scores: Sequence[SuiteScore], errors: Mapping[str, float | None]
+) -> SuiteScore:
+    """Average what was run; the published ones over the same columns."""
+    run = [score for score in scores if score.value is not None]
+    if len(run) < len(scores):
+        name = f"{name} of {len(run)} of {len(scores)}"
+    return _beside(
+        name,
+        None,
+        _mean([score.value for score in run]),
+        _mean_stderr([score.stderr for score in run]),
+        _mean([score.published for score in run]),
+        _mean_stderr([errors[score.column] for score in run]),
+        None,
+    )
+
+
+def _beside(
+    name: str,
+    task: SuiteTask | None,
+    value: float | None,
+    stderr: float | None,
+    published: float | None,
+    published_stderr: float | None,
+    n: int | None,
+) -> SuiteScore:
+    difference = both = None
+    if value is not None and published is not None:
+        difference = value - published
+        if stderr is not None and published_stderr is not None:
+            both = math.hypot(stderr, published_stderr)
+    return SuiteScore(name, task, value, stderr, published, difference, both, n)
+
+
+def _published_stderr(percent: float | None, total: int) -> float | None:
+    """Return sqrt(p (1 - p) / N), in percent: what a share of N questions has."""
+    if percent is None or not total:
+        return None
+    return math.sqrt(percent * (100 - percent) / total)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _mean_stderr(errors: Sequence[float | None]) -> float | None:
+    """Return the standard error of a mean of independent scores."""
+    known = [error for error in errors if error is not None]
+    if not known or len(known) < len(errors):
+        return None
+    return math.hypot(*known) / len(known)

@@ -1,0 +1,280 @@
+"""A local file becomes a task: multiple-choice questions.
+
+A file is a JSON array of records or JSON lines. A record is one of
+
+    {"instruction", "input", "output", "answer"}    as CommonSense-170k's test files
+    {"context", "choices": [...], "answer"}         the context as it stands
+    {"question", "choices": [...], "answer"}        "Question: ...<LF>Answer:"
+
+Of the first kind, the candidates stand in the instruction's "Answer format: a/b", the
+answer is one of them, and scored is "the correct answer is a" behind OpenELM's PEFT
+template. Of the others, scored is a choice behind one space, as lm-evaluation-harness
+joins them, and the answer is the choice's number, from 0, its text, or its letter.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.text.tokenizer import Turn, render
+
+SEED = 83652  # of OpenELM's PEFT evaluation
+ANSWER_FORMAT = "Answer format:"
+PEFT_TEMPLATE = "openelm-peft"
+_MOST_SHOWN = 5  # problems
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question and its choices.
+
+    Attributes:
+        line: the record's number in the file, from 1.
+        context: all that stands before a choice, but for the delimiter.
+        choices: their lengths in characters count for acc_norm.
+        answer: number of the right choice, from 0.
+        delimiter: what joins context and choice.
+    """
+
+    line: int
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+    delimiter: str
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The context and what continues it, for every choice."""
+        return [(self.context, self.delimiter + choice) for choice in self.choices]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The questions of a file, whose stem is the `name`."""
+
+    name: str
+    questions: tuple[Question, ...]
+
+    @property
+    def digest(self) -> str:
+        """Sha256 in hex of the questions in their order."""
+        fields = [
+            [q.line, q.context, q.choices, q.answer, q.delimiter]
+            for q in self.questions
+        ]
+        return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+
+
+def read_task(path: Path, *, limit: int | None = None) -> Task:
+    """Read a file and check every record.
+
+    The questions are shuffled, always alike, so that the first ones are a sample.
+
+    Args:
+        limit: keep so many of them, the first ones after shuffling.
+
+    Raises:
+        OpenELMError: the file cannot be read, or records are wrong; each problem is
+            named with the number of its record.
+    """
+    if limit is not None and limit < 1:
+        raise OpenELMError(f"--limit is {limit}; it must be at least 1.")
+    questions, problems = list[Question](), list[str]()
+    for number, record in _read_records(path):
+        try:
+            questions.append(_read_question(number, record))
+        except OpenELMError as problem:
+            problems.append(f"record {number} {problem}")
+    if problems:
+        more = len(problems) - _MOST_SHOWN
+        rest = f"; and {more} more" if more > 0 else ""
+        raise OpenELMError(f"{path}: {'; '.join(problems[:_MOST_SHOWN])}{rest}.")
+    if not questions:
+        raise OpenELMError(f"{path} holds no questions; it is empty.")
+    random.Random(SEED).shuffle(questions)
+    return Task(path.stem, tuple(questions[:limit]))
+
+
+def read_tasks(paths: Sequence[Path], *, limit: int | None = None) -> list[Task]:
+    """Read files, each of a name of its own; see `read_task`.
+
+    Raises:
+        OpenELMError: two tasks are called the same, or a file is wrong.
+    """
+    for i, path in enumerate(paths):
+        for other in paths[:i]:
+            if path.stem == other.stem:
+                raise OpenELMError(
+                    f"{other} and {path} are both called {path.stem}; rename one, or "
+                    "score them one after the other."
+                )
+    return [read_task(path, limit=limit) for path in paths]
+
+
+# Bytes to records ----------------------------------------------------------------
+
+
+def _read_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each record."""
+    try:
+        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode()
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise OpenELMError(
+            f"{path}:{line} is no UTF-8 (the byte 0x{error.object[error.start]:02x}); "
+            "save it as UTF-8."
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise OpenELMError(f"Cannot read the task {path}: {error}.") from error
+    if text.lstrip().startswith("["):
+        yield from enumerate(_parse(text, path, 1), 1)
+        return
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for number, (line, content) in enumerate(lines, 1):
+        yield number, _parse(content, path, line)
+
+
+def _parse(text: str, path: Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{path}:{line + error.lineno - 1}:{error.colno}"
+        raise OpenELMError(
+            f"{place} is no JSON ({error.msg}); a task is a JSON array of questions, "
+            "or one JSON object a line."
+        ) from error
+    except (ValueError, RecursionError) as error:  # an endless number, or nesting
+        raise OpenELMError(f"{path}:{line} cannot be read as JSON: {error}.") from error
+
+
+# Records to questions ------------------------------------------------------------
+
+
+def _read_question(number: int, record: Any) -> Question:
+    """Read one record.
+
+    Raises:
+        OpenELMError: what is wrong with it, as the end of a sentence.
+    """
+    if not isinstance(record, dict):
+        raise OpenELMError(f"is {_kind(record)}, not an object")
+    if "instruction" in record:
+        return _read_instruction(number, record)
+    if "choices" in record:
+        return _read_choices(number, record)
+    has = ", ".join(map(repr, sorted(record)[:10])) or "nothing"
+    raise OpenELMError(
+        f"has {has}; it needs instruction and answer, or context (or question), "
+        "choices and answer"
+    )
+
+
+def _read_instruction(number: int, record: Mapping[str, Any]) -> Question:
+    instruction = _get_text(record, "instruction")
+    input = _get_text(record, "input") if record.get("input") else ""
+    _, found, listed = instruction.rpartition(ANSWER_FORMAT)
+    labels = [label.strip() for label in listed.split("/")] if found else []
+    if not found:
+        raise OpenELMError(f'has no "{ANSWER_FORMAT}" in its instruction')
+    if "\n" in listed.strip():
+        raise OpenELMError(f'has lines behind the one of its "{ANSWER_FORMAT}"')
+    _check_choices(labels, f'"{ANSWER_FORMAT}"')
+    answer = _get_text(record, "answer").strip()
+    if answer not in labels:
+        raise _no_choice(answer, labels)
+    (exchange,) = render(
+        [Turn("user", instruction, input), Turn("assistant", "")], PEFT_TEMPLATE
+    )
+    choices = tuple(f"the correct answer is {label}" for label in labels)
+    return Question(number, exchange.context, choices, labels.index(answer), "")
+
+
+def _read_choices(number: int, record: Mapping[str, Any]) -> Question:
+    asked = [key for key in ("context", "question") if record.get(key) is not None]
+    if len(asked) != 1:
+        both = "both a context and a question" if asked else "no context (or question)"
+        raise OpenELMError(f"has {both}; it needs one of them")
+    text = _get_text(record, asked[0])
+    context = text if asked == ["context"] else f"Question: {text}\nAnswer:"
+    choices = record["choices"]
+    if not isinstance(choices, list):
+        raise OpenELMError(f"has choices that are {_kind(choices)}, not a list")
+    for i, choice in enumerate(choices):
+        _check_text(choice, f"choices[{i}]")
+    _check_choices(choices, "choices")
+    answer = _find_answer(record.get("answer"), choices)
+    return Question(number, context, tuple(choices), answer, " ")
+
+
+def _find_answer(answer: Any, choices: list[str]) -> int:
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < len(choices):
+            raise OpenELMError(
+                f"has the answer {_shorten(answer)}, and choices from 0 to "
+                f"{len(choices) - 1}"
+            )
+        return answer
+    if not isinstance(answer, str):
+        what = "no answer" if answer is None else f"an answer that is {_kind(answer)}"
+        raise OpenELMError(f"has {what}; it needs a choice's number, text or letter")
+    if answer in choices:
+        return choices.index(answer)
+    letters = [chr(ord("A") + i) for i in range(min(len(choices), 26))]
+    if answer.strip().upper() in letters:
+        return letters.index(answer.strip().upper())
+    raise _no_choice(answer, choices)
+
+
+def _no_choice(answer: str, choices: list[str]) -> OpenELMError:
+    listed = ", ".join(map(_shorten, choices[:6]))
+    return OpenELMError(
+        f"has the answer {_shorten(answer)}, which is none of its choices: {listed}"
+    )
+
+
+def _check_choices(choices: list[str], what: str) -> None:
+    if len(choices) < 2:
+        count = "one choice" if choices else "no choices"
+        raise OpenELMError(f"has {count} in its {what}; there must be two or more")
+    if not all(choice.strip() for choice in choices):
+        raise OpenELMError(f"has an empty choice in its {what}")
+    doubled = next((c for i, c in enumerate(choices) if c in choices[:i]), None)
+    if doubled is not None:
+        raise OpenELMError(f"has the choice {_shorten(doubled)} twice in its {what}")
+
+
+def _get_text(record: Mapping[str, Any], key: str) -> str:
+    if record.get(key) is None:
+        raise OpenELMError(f"has no {key}")
+    return _check_text(record[key], key, empty=key == "input")
+
+
+def _check_text(value: Any, what: str, *, empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise OpenELMError(f"has {_kind(value)} as {what}, not a text")
+    if not (value.strip() or empty):
+        raise OpenELMError(f"has an empty {what}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(value[error.start])[1:-1]
+        raise OpenELMError(f"has {half}, half of a character, in {what}") from error
+    return value
+
+
+def _shorten(value: object) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a huge number"
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _kind(value: Any) -> str:
+    names = {str: "a text", bool: "true or false", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), "a number")

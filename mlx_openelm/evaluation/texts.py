@@ -1,0 +1,206 @@
+"""A model gets scores: how it predicts texts, and how it answers questions."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import mlx.core as mx
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.likelihood import log_likelihoods
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.evaluation.multiple_choice import TaskScore, score_task
+from mlx_openelm.evaluation.task_files import read_tasks
+from mlx_openelm.text.tokenizer import Tokenizer
+
+BATCH_TOKENS = 4096  # tokens to a forward pass
+
+Paths = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True, slots=True)
+class TextScore:
+    """How well a model predicts a text; logarithms are natural, bytes are UTF-8's."""
+
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScores:
+    """How many questions a model answers right, by the name of the task."""
+
+    tasks: dict[str, TaskScore]
+
+
+@overload
+def evaluate(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    *,
+    text: Paths,
+    window: int | None = None,
+    on_progress: Callable[[int, int], None] = ...,
+) -> TextScore: ...
+
+
+@overload
+def evaluate(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    *,
+    tasks: Paths,
+    limit: int | None = None,
+    on_progress: Callable[[int, int], None] = ...,
+) -> TaskScores: ...
+
+
+def evaluate(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    *,
+    text: Paths | None = None,
+    window: int | None = None,
+    tasks: Paths | None = None,
+    limit: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TextScore | TaskScores:
+    """Score how well a model predicts texts, or how it answers questions.
+
+    Args:
+        text: one file or several, scored together; see `score_text`.
+        window: tokens predicted in a window of text.
+        tasks: one file of questions or several; see `task_files`.
+        limit: answer so many questions of each task, a sample.
+        on_progress: called with windows, or questions, done and in all.
+
+    Raises:
+        OpenELMError: a file is missing or wrong, or the settings do not fit.
+    """
+    if bool(text) == bool(tasks):
+        raise OpenELMError("There must be either texts or tasks to score.")
+    if text:
+        if limit is not None:
+            raise OpenELMError("A limit is for tasks; a text is scored whole.")
+        return score_text(model, tokenizer, _list(text), window, on_progress)
+    if window is not None:
+        raise OpenELMError("A window is for texts; a question is scored whole.")
+    assert tasks
+    return _score_tasks(model, tokenizer, _list(tasks), limit, on_progress)
+
+
+def _list(paths: Paths) -> list[Path]:
+    return list(map(Path, [paths] if isinstance(paths, str | Path) else paths))
+
+
+def _score_tasks(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    paths: Sequence[Path],
+    limit: int | None,
+    on_progress: Callable[[int, int], None],
+) -> TaskScores:
+    tasks = read_tasks(paths, limit=limit)
+    total = sum(len(task.questions) for task in tasks)
+    scores: dict[str, TaskScore] = {}
+    for task in tasks:
+        before = sum(score.n for score in scores.values())
+        scored = score_task(
+            model,
+            tokenizer,
+            task,
+            on_progress=lambda done, _, before=before: on_progress(  # type: ignore[misc] # of the default
+                before + done, total
+            ),
+        )
+        scores[task.name] = scored.score
+    return TaskScores(scores)
+
+
+def score_text(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    paths: Sequence[Path],
+    window: int | None,
+    on_progress: Callable[[int, int], None],
+) -> TextScore:
+    """Score text files, raw, in windows that are each begun with BOS.
+
+    Every token is predicted once, the first of a window from BOS alone; the last window
+    of a file may be shorter.
+
+    Args:
+        window: tokens predicted in a window; default and most, the context length.
+
+    Raises:
+        OpenELMError: a file is missing, empty or not UTF-8, or the window does not fit.
+    """
+    context = model.config.max_context_length
+    window = context if window is None else window
+    if not 1 <= window <= context:
+        raise OpenELMError(
+            f"--window is {window}; it must be between 1 and the model's context, "
+            f"{context}."
+        )
+    windows: list[list[int]] = []
+    num_bytes = 0
+    for path in paths:
+        content = _read_text(path)
+        num_bytes += len(content.encode())
+        ids = tokenizer.encode(content, bos=False)
+        windows += [ids[i : i + window] for i in range(0, len(ids), window)]
+    nats = 0.0
+    done = 0
+    for batch in _batches(windows):
+        nats += _score(model, tokenizer.bos_id, batch)
+        done += len(batch)
+        on_progress(done, len(windows))
+    if not math.isfinite(nats):
+        raise OpenELMError(
+            f"The model gives {nats} for this text, so its weights are damaged or "
+            "overflow; `mlx-openelm convert` refuses such weights and says which."
+        )
+    tokens = sum(map(len, windows))
+    mean = nats / tokens
+    return TextScore(
+        nats_per_token=mean,
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        bits_per_byte=nats / math.log(2) / num_bytes,
+        tokens=tokens,
+        bytes=num_bytes,
+    )
+
+
+def _batches(windows: list[list[int]]) -> Iterator[list[list[int]]]:
+    """Group windows of one length, so that nothing is padded."""
+    by_length: dict[int, list[list[int]]] = {}
+    for ids in windows:
+        by_length.setdefault(len(ids), []).append(ids)
+    for length, group in by_length.items():
+        size = max(1, BATCH_TOKENS // length)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _score(model: OpenELM, bos_id: int, batch: list[list[int]]) -> float:
+    """Return minus the log-likelihood of all tokens, in nats."""
+    targets = mx.array(batch)  # (B, T)
+    bos = mx.full((len(batch), 1), bos_id, dtype=targets.dtype)
+    inputs = mx.concatenate([bos, targets[:, :-1]], axis=1)
+    total = log_likelihoods(model, inputs, targets).sum()
+    return -float(total.item())  # type: ignore[arg-type] # it is real
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OpenELMError(f"Cannot read {path} as UTF-8 text: {error}.") from error
+    if not content:
+        raise OpenELMError(f"{path} is empty; there is nothing to score.")
+    return content

@@ -1,0 +1,63 @@
+"""What training makes small: the loss of a batch, and its gradient."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlx_openelm.finetuning.batches import Batch
+from mlx_openelm.model.likelihood import token_losses
+from mlx_openelm.model.lora import adapted_weight
+from mlx_openelm.model.openelm import OpenELM, Sequences
+
+
+def batch_losses(
+    model: OpenELM, batch: Batch, *, z_loss: float = 0.0, gradient: bool = True
+) -> mx.array:
+    """Return the loss of each token that counts, float32 (M,), in nats.
+
+    `gradient` says that it will be asked for: it is computed along with the loss.
+    Nothing is computed at the output head for positions that do not count.
+    """
+    tokens = mx.array(batch.tokens)[None]  # (1, N)
+    hidden = model.transformer(tokens, row=Sequences(batch.lengths))[0]  # (N, D)
+    rows = hidden[mx.array(batch.positions)]  # (M, D)
+    head = adapted_weight(model.head_module)  # (V, D)
+    targets = mx.array(batch.targets)
+    return token_losses(rows, head, targets, z_loss=z_loss, gradient=gradient)
+
+
+def sequence_likelihoods(
+    model: OpenELM, batch: Batch, *, gradient: bool = True
+) -> mx.array:
+    """Return log p(answer | prompt) of each sequence, float32, in nats."""
+    sums = mx.zeros((len(batch.lengths),))
+    losses = batch_losses(model, batch, gradient=gradient)
+    return sums.at[mx.array(batch.sequence)].add(-losses)
+
+
+def preference_margins(
+    likelihoods: mx.array, reference: mx.array, *, beta: float
+) -> mx.array:
+    """Return beta * (policy's log-ratio - reference's), one for each pair (P,).
+
+    DPO: Rafailov et al., arXiv 2305.18290, equation 7.
+
+    Args:
+        likelihoods: log-likelihoods (2 P,) of the chosen answers, then of the rejected.
+        reference: the same under the model before training.
+    """
+    chosen, rejected = mx.split(likelihoods - reference, 2)
+    return beta * (chosen - rejected)
+
+
+def preference_losses(margins: mx.array, kind: str) -> mx.array:
+    """Return the loss of each pair (P,): -log sigmoid, or hinge (arXiv 2309.06657)."""
+    if kind == "hinge":
+        return mx.maximum(1 - margins, 0)
+    return mx.logaddexp(mx.zeros_like(margins), -margins)
+
+
+def total_norm(gradients: Sequence[mx.array]) -> mx.array:
+    """Return the length of all gradients together, float32."""
+    squares = [mx.square(g.astype(mx.float32)).sum() for g in gradients]
+    return mx.sqrt(mx.stack(squares).sum())

@@ -1,0 +1,221 @@
+"""Putting a trainable adapter onto a model: which modules, which ranks, which start."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.lora import DoRALinear, LoRAEmbedding, LoRALinear, row_lengths
+from mlx_openelm.model.openelm import OpenELM
+
+Method = Literal["lora", "dora", "full"]
+
+_LINEARS = nn.Linear | nn.QuantizedLinear
+_EMBEDDINGS = nn.Embedding | nn.QuantizedEmbedding
+_START, _DROPOUT = 1, 2  # what random numbers are for
+_PACKED = nn.QuantizedLinear | nn.QuantizedEmbedding
+
+
+def choose_modules(
+    model: OpenELM, *, num_layers: int = -1, keys: Sequence[str] = ()
+) -> dict[str, nn.Module]:
+    """Return the modules to adapt, by path in the model.
+
+    Args:
+        num_layers: take the last so many blocks; -1 takes all.
+        keys: paths in a block ("attn.qkv_proj"), their last part ("qkv_proj"), or paths
+            in the model ("transformer.token_embeddings"); none: all linears of a block.
+
+    Raises:
+        OpenELMError: the model has fewer blocks, or a key is no such module (the
+            candidates are listed).
+    """
+    L = len(model.layers)
+    if num_layers != -1 and not 1 <= num_layers <= L:
+        raise OpenELMError(
+            f"num_layers is {num_layers}, but the model has {L} layers; say 1 to {L}, "
+            "or -1 for all."
+        )
+    first = 0 if num_layers == -1 else L - num_layers
+    in_blocks = {
+        f"transformer.layers.{i}.{path}": path
+        for i in range(first, L)
+        for path, module in model.layers[i].named_modules()
+        if isinstance(module, _LINEARS)
+    }
+    outside = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, _LINEARS | _EMBEDDINGS) and ".layers." not in path
+    ]
+    chosen: dict[str, None] = {} if keys else dict.fromkeys(in_blocks)
+    for key in keys:
+        found = [
+            path
+            for path, inside in in_blocks.items()
+            if key in (path, inside, inside.rpartition(".")[2])
+        ] + [path for path in outside if key == path]
+        if not found:
+            known = ", ".join([*sorted(set(in_blocks.values())), *outside])
+            raise OpenELMError(
+                f"No module is called {key!r}, so nothing could be trained there; "
+                f"choose among {known}."
+            )
+        chosen |= dict.fromkeys(found)
+    modules = dict(model.named_modules())
+    return {path: modules[path] for path in modules if path in chosen}
+
+
+def choose_ranks(
+    modules: Mapping[str, nn.Module], rank: int, *, by_width: bool = False
+) -> dict[str, int]:
+    """Return a rank for each module.
+
+    Args:
+        by_width: `rank` is the mean, and a module's own is in proportion to its inputs
+            and outputs; the sum of all ranks is the same.
+
+    Raises:
+        OpenELMError: a rank is larger than its matrix allows.
+    """
+    widths = {path: sum(weight_shape(module)) for path, module in modules.items()}
+    ranks = dict.fromkeys(modules, rank)
+    if by_width:
+        total, all_widths = rank * len(modules), sum(widths.values())
+        exact = {path: total * width / all_widths for path, width in widths.items()}
+        ranks = {path: max(1, math.floor(value)) for path, value in exact.items()}
+        by_rest = sorted(exact, key=lambda path: math.floor(exact[path]) - exact[path])
+        for path in by_rest[: max(0, total - sum(ranks.values()))]:
+            ranks[path] += 1
+    for path, module in modules.items():
+        most = min(weight_shape(module))
+        if not 1 <= ranks[path] <= most:
+            raise OpenELMError(
+                f"Rank {ranks[path]} does not fit {path}, which is "
+                f"{' by '.join(map(str, weight_shape(module)))}; choose a --rank of 1 "
+                f"to {most}."
+            )
+    return ranks
+
+
+def adapt(
+    model: OpenELM,
+    method: Method,
+    ranks: Mapping[str, int],
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Freeze the model and put LoRA or DoRA on the modules that `ranks` names.
+
+    A starts uniform within 1 / sqrt(I) (Kaiming's, as in mlx-lm and CoreNet), B at
+    zero, m at the lengths of the base's rows: so nothing has changed yet.
+
+    Raises:
+        OpenELMError: DoRA for an embedding, which no other tool reads.
+    """
+    model.freeze()
+    modules = dict(model.named_modules())
+    wrapped: list[tuple[str, nn.Module]] = []
+    for i, (path, rank) in enumerate(ranks.items()):
+        module, key = modules[path], random_key(seed, _START, i)
+        rows, width = weight_shape(module)
+        adapter: nn.Module
+        if isinstance(module, _EMBEDDINGS):
+            if method == "dora":
+                raise OpenELMError(
+                    f"DoRA cannot adapt {path}; leave it out of --keys, or choose "
+                    "--fine-tune-type lora."
+                )
+            bound = 1 / math.sqrt(rows)
+            lora_a = mx.random.uniform(-bound, bound, (rows, rank), key=key)
+            adapter = LoRAEmbedding(module, lora_a, mx.zeros((rank, width)), scale)
+        else:
+            bound = 1 / math.sqrt(width)
+            lora_a = mx.random.uniform(-bound, bound, (width, rank), key=key)
+            lora_b = mx.zeros((rank, rows))
+            if method == "dora":
+                lengths = row_lengths(module)
+                adapter = DoRALinear(module, lora_a, lora_b, scale, lengths, dropout)
+            else:
+                adapter = LoRALinear(module, lora_a, lora_b, scale, dropout)
+        adapter.freeze()
+        adapter.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
+        wrapped.append((path, adapter))
+    model.update_modules(tree_unflatten(wrapped))
+    mx.eval(model.trainable_parameters())
+
+
+def unfreeze(model: OpenELM, *, num_layers: int = -1) -> None:
+    """Make the model itself trainable: all of it, or its last `num_layers` blocks.
+
+    Raises:
+        OpenELMError: it is quantized, or has fewer blocks.
+    """
+    packed = [p for p, m in model.named_modules() if isinstance(m, _PACKED)]
+    if packed:
+        raise OpenELMError(
+            f"{packed[0]} is quantized, and quantized weights cannot be trained; "
+            "choose --fine-tune-type lora, or convert the model with --dequantize."
+        )
+    choose_modules(model, num_layers=num_layers)  # names a wrong number
+    model.freeze()
+    if num_layers == -1:
+        model.unfreeze()
+    else:
+        for layer in model.layers[-num_layers:]:
+            layer.unfreeze()
+
+
+def trained_tensors(model: OpenELM) -> dict[str, mx.array]:
+    """Return what is trained, by name."""
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def adapter_tensors(model: OpenELM) -> dict[str, mx.array]:
+    """Return what is trained, as mlx-lm stores it: one rank for all, zeros beyond."""
+    tensors = trained_tensors(model)
+    most = max(
+        (a.shape[-1] for n, a in tensors.items() if _leaf(n) == "lora_a"), default=0
+    )
+    axes = {"lora_a": 1, "lora_b": 0}
+    for name, array in tensors.items():
+        axis = axes.get(_leaf(name))
+        if axis is not None and array.shape[axis] < most:
+            padding = [(0, 0), (0, 0)]
+            padding[axis] = (0, most - array.shape[axis])
+            tensors[name] = mx.pad(array, padding)
+    return tensors
+
+
+def random_key(*numbers: int) -> mx.array:
+    """Return a key of random numbers of its own for each tuple of numbers."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return mx.random.key(int(state[0]))
+
+
+def use_dropout(model: OpenELM, *numbers: int) -> None:
+    """Give every adapter its random numbers for dropout; no numbers: no dropout."""
+    key = random_key(_DROPOUT, *numbers) if numbers else None
+    adapters = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    keys = (
+        [None] * len(adapters) if key is None else mx.random.split(key, len(adapters))
+    )
+    for adapter, own in zip(adapters, keys, strict=True):
+        adapter.use_key(own)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """Return the shape of a linear's or an embedding's weight, unpacked."""
+    rows, width = module.weight.shape
+    return rows, width * 32 // module.bits if isinstance(module, _PACKED) else width
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

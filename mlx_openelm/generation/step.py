@@ -1,0 +1,108 @@
+"""One more token through the model: the step that decoding repeats.
+
+On a GPU its graph is built once and run again for every token, which spares the host
+the work of building it. On the CPU mx.compile would call the C++ compiler, for seconds,
+and gained little there (benchmarks/decoding.py), so the graph is built anew.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import mlx.core as mx
+
+from mlx_openelm import openblas
+from mlx_openelm.generation.cache import KVCache, ModelCache
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.model.openelm import OpenELM
+
+SMALL = 5 * 10**7  # parameters: so few are read by one CPU thread as quickly as by two
+
+# Takes a token (1,) and the caches, which get its keys and values; returns logits
+# (1, V).
+Step = Callable[[mx.array, Sequence[ModelCache]], mx.array]
+
+
+def choose_step(model: OpenELM) -> Step:
+    """Return the step that is meant for this machine's device."""
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    return compiled_step(model) if on_gpu else plain_step(model)
+
+
+def plain_step(model: OpenELM) -> Step:
+    """Return a step whose graph grows with the text."""
+
+    def step(token: mx.array, cache: Sequence[ModelCache]) -> mx.array:
+        suit_threads(model.config)
+        return model.head(model.transformer(token[None], cache)[:, -1])
+
+    return step
+
+
+def suit_threads(config: OpenELMConfig) -> None:
+    """Let the CPU compute what follows, a few tokens, on as many threads as pay."""
+    openblas.use_threads(1 if _count_parameters(config) < SMALL else None)
+
+
+@cache
+def _count_parameters(config: OpenELMConfig) -> int:
+    return config.num_parameters
+
+
+def compiled_step(model: OpenELM) -> Step:
+    """Return a step that attends to all slots of a cache, so that no shape changes.
+
+    It is compiled once for every 256 tokens of room. Caches of another kind than
+    `KVCache` go through the plain step.
+    """
+
+    @mx.compile
+    def forward(
+        token: mx.array, offset: mx.array, *slots: mx.array
+    ) -> tuple[mx.array, ...]:
+        cache = [
+            _LentSlots(keys, values, offset)
+            for keys, values in zip(slots[::2], slots[1::2], strict=True)
+        ]
+        logits = model.head(model.transformer(token[None], cache)[:, -1])
+        return logits, *(a for layer in cache for a in (layer.keys, layer.values))
+
+    plain = plain_step(model)
+
+    def step(token: mx.array, cache: Sequence[ModelCache]) -> mx.array:
+        suit_threads(model.config)
+        layers = [layer for layer in cache if type(layer) is KVCache]
+        if len(layers) < len(cache):
+            return plain(token, cache)
+        offset = mx.array([layers[0].offset])
+        slots = [array for layer in layers for array in layer.lend_slots()]
+        logits, *slots = forward(token, offset, *slots)
+        for layer, keys, values in zip(layers, slots[::2], slots[1::2], strict=True):
+            layer.take_back(keys, values)
+        return logits
+
+    return step
+
+
+class _LentSlots:
+    """One layer's slots for keys and values, (1, K, S, H), of which some are in use.
+
+    Attributes:
+        offset: how many, (1,).
+    """
+
+    def __init__(self, keys: mx.array, values: mx.array, offset: mx.array) -> None:
+        self.keys, self.values, self.offset = keys, values, offset
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Put a token's keys and values (1, K, 1, H) behind the others; return all."""
+        self.keys = mx.slice_update(self.keys, keys, self.offset, axes=(2,))
+        self.values = mx.slice_update(self.values, values, self.offset, axes=(2,))
+        return self.keys, self.values
+
+    def make_mask(
+        self, num_tokens: int, return_array: bool, window_size: int | None
+    ) -> mx.array:
+        """Return which slots the token sees, (1, 1, 1, S)."""
+        return (mx.arange(self.keys.shape[2]) <= self.offset)[None, None, None]

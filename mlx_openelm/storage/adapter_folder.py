@@ -1,0 +1,337 @@
+"""An adapter folder, as mlx-lm writes it: read and attached to a model, and written."""
+
+import errno
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_openelm.storage.base_check import BaseWeight, base_weights, check_base
+from mlx_openelm.storage.model_folder import METADATA_KEY, check_shapes, read_headers
+from mlx_openelm.config import read_mapping
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.hub import find_model
+from mlx_openelm.model.lora import DoRALinear, LoRAEmbedding, LoRALinear
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.storage.shards import write_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+BEST = "best"  # in a training run's folder, the adapter of the least loss
+RECIPE = "recipe.yaml"  # what a training run writes first
+
+Method = Literal["lora", "dora", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """An adapter on disk whose config was read and whose tensors were not.
+
+    Attributes:
+        raw: adapter_config.json.
+    """
+
+    path: Path
+    method: Method
+    raw: Mapping[str, Any]
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        found = self.raw.get(METADATA_KEY)
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def template(self) -> str | None:
+        """The prompt template that it was trained with."""
+        found = self.metadata.get("template")
+        return found if isinstance(found, str) else None
+
+    @property
+    def base(self) -> str | None:
+        """The base that it was trained on: demo, a folder, or a Hub id."""
+        return read_base(self.raw, self.path)
+
+    def find_base(self, *, offline: bool = False) -> Path:
+        """Return the folder of its base; a Hub id may be downloaded.
+
+        Raises:
+            OpenELMError: it does not say its base, or that is not to be had.
+        """
+        if self.base is None:
+            raise OpenELMError(f"{self.path} does not say its base; say --model BASE.")
+        try:
+            return find_model(self.base, offline=offline)
+        except OpenELMError as error:
+            raise OpenELMError(
+                f"The base that {self.path} names is not to be had: "
+                f"{str(error).rstrip('.')}; say --model BASE."
+            ) from error
+
+    def check_base(self, weights: Mapping[str, BaseWeight]) -> tuple[str, ...]:
+        """Compare a base with the sketch of its own, if it has one; see there."""
+        sketch = read_sketch(self.metadata)
+        return check_base(sketch, weights, self.path, self.base) if sketch else ()
+
+
+def open_adapter_folder(path: Path) -> AdapterFolder:
+    """Open an adapter folder of mlx-lm's or ours.
+
+    Raises:
+        OpenELMError: it is none, is PEFT's, or holds no weights yet.
+    """
+    if (path / RECIPE).is_file():
+        find_weights(path)  # else it says more than that the config is not there
+    if not (path / CONFIG).is_file():
+        raise OpenELMError(
+            f"{path} holds no {CONFIG}; an adapter folder has {CONFIG} and {WEIGHTS}."
+        )
+    raw = read_mapping(path / CONFIG)
+    if "peft_type" in raw:
+        raise OpenELMError(
+            f"{path} is PEFT's; `mlx-openelm convert {path}` makes an adapter of it "
+            "that can be used here."
+        )
+    find_weights(path)
+    method = raw.get("fine_tune_type", "lora")
+    if method not in ("lora", "dora", "full"):
+        raise OpenELMError(
+            f"{path / CONFIG} says fine_tune_type {method!a}; expected lora, dora or "
+            "full."
+        )
+    return AdapterFolder(path, method, raw)
+
+
+def find_weights(path: Path) -> Path:
+    """Return the weight file of an adapter's or a training run's folder.
+
+    Raises:
+        OpenELMError: there is none, or none yet.
+    """
+    if (path / WEIGHTS).is_file():
+        return path / WEIGHTS
+    best = path / BEST
+    instead = f"use {best}" if (best / WEIGHTS).is_file() else "wait until it has"
+    raise OpenELMError(
+        f"{path} holds no {WEIGHTS}: its training has not saved yet, or "
+        f"it was not copied whole; {instead}."
+    )
+
+
+def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
+    """Put a LoRA, DoRA or full adapter onto a model, in place.
+
+    Returns:
+        What a person should know of it: that it was trained on another version of this
+        base, say.
+
+    Raises:
+        OpenELMError: the folder is no adapter, or was made for another model (the
+            tensors that do not fit are named).
+    """
+    adapter = open_adapter_folder(path)
+    headers = read_headers([path / WEIGHTS])
+    arrays = mx.load(str(path / WEIGHTS))
+    assert isinstance(arrays, dict)
+    if not headers:
+        raise OpenELMError(f"{path / WEIGHTS} is empty; use another adapter.")
+    found = {name: tensor.shape for name, tensor in headers.items()}
+    if adapter.method == "full":
+        parameters = dict(tree_flatten(model.parameters()))
+        shapes = {name: tuple(array.shape) for name, array in parameters.items()}
+        expected = {name: shapes[name] for name in found if name in shapes}
+        check_shapes(expected, found, where=str(path / WEIGHTS))
+        notes = adapter.check_base(base_weights(model))
+        cast = {n: array.astype(parameters[n].dtype) for n, array in arrays.items()}
+        model.load_weights(list(cast.items()), strict=False)
+        return notes
+    scale = read_scale(adapter.raw, path)
+    modules = dict(model.named_modules())
+    by_module: dict[str, dict[str, mx.array]] = {}
+    for name, array in arrays.items():
+        module_path, _, leaf = name.rpartition(".")
+        by_module.setdefault(module_path, {})[leaf] = array
+    wrapped: list[tuple[str, nn.Module]] = []
+    expected_shapes: dict[str, tuple[int, ...]] = {}
+    for module_path, parts in by_module.items():
+        module = modules.get(module_path)
+        if module is None or "lora_a" not in parts or "lora_b" not in parts:
+            continue  # reported below, as unexpected
+        rank, dora = parts["lora_a"].shape[-1], adapter.method == "dora"
+        expected_shapes |= _adapter_shapes(module, module_path, rank, dora)
+        wrapped.append((module_path, wrap(module, parts, scale)))
+    check_shapes(expected_shapes, found, where=str(path / WEIGHTS))
+    notes = adapter.check_base(base_weights(model))
+    model.update_modules(tree_unflatten(wrapped))
+    for _, module in wrapped:
+        if isinstance(module, DoRALinear):
+            module.fix_lengths()
+    model.eval()
+    return notes
+
+
+def read_base(raw: Mapping[str, Any], path: Path) -> str | None:
+    """Return what the adapter_config.json in `path` calls its base, or None.
+
+    A relative path starts in the working directory, as for mlx-lm; what is no folder
+    there, but is one from the adapter's own, is meant from there.
+    """
+    name = raw.get("model")
+    if not isinstance(name, str) or not name:
+        return None
+    inside = os.path.join(path, name)  # os.path, for a name may be no path at all
+    return inside if os.path.isdir(inside) and not os.path.isdir(name) else name
+
+
+def read_sketch(metadata: Mapping[str, Any]) -> str | None:
+    """Return the sketch of its base that an adapter's own entry holds, or None."""
+    base = metadata.get("base")
+    sketch = base.get("sketch") if isinstance(base, dict) else None
+    return sketch if isinstance(sketch, str) else None
+
+
+def read_scale(config: Mapping[str, Any], path: Path) -> float:
+    """Return the multiplier of A B that the adapter_config.json in `path` says."""
+    parameters = config.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if not is_number(scale):
+        raise OpenELMError(
+            f"{path / CONFIG} has no lora_parameters.scale; it was not written by "
+            "mlx-lm 0.32 or mlx-openelm."
+        )
+    return float(scale)
+
+
+def read_dropout(found: Mapping[str, Any], key: str, path: Path) -> float:
+    """Return the dropout that a config at `path` says, 0 where it says none."""
+    value = found.get(key, 0.0)
+    if not is_number(value) or not 0 <= value < 1:
+        raise OpenELMError(
+            f"{path} says {key} {value!a:.80}; expected a number from 0 to below 1."
+        )
+    return float(value)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a config's value is a number that can be computed with."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) < 1e9
+    )
+
+
+def _adapter_shapes(
+    module: nn.Module, path: str, rank: int, dora: bool
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that an adapter of `rank` for this module has, by name."""
+    rows, width = module.weight.shape
+    if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        width = width * 32 // module.bits
+    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+        return {f"{path}.lora_a": (rows, rank), f"{path}.lora_b": (rank, width)}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{path}.lora_a": (width, rank),
+        f"{path}.lora_b": (rank, rows),
+    }
+    return shapes | ({f"{path}.m": (rows,)} if dora else {})
+
+
+def wrap(
+    module: nn.Module, parts: Mapping[str, mx.array], scale: float
+) -> LoRALinear | LoRAEmbedding:
+    """Return a linear or an embedding with its adapter's lora_a, lora_b and m."""
+    lora_a, lora_b = parts["lora_a"], parts["lora_b"]
+    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+        return LoRAEmbedding(module, lora_a, lora_b, scale)
+    if "m" in parts:
+        return DoRALinear(module, lora_a, lora_b, scale, parts["m"])
+    return LoRALinear(module, lora_a, lora_b, scale)
+
+
+# Writing -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """What mlx-lm's loader must know of an adapter, and what we say besides.
+
+    Of a full fine-tune `keys`, `rank` and `scale` say nothing, and are not written.
+
+    Attributes:
+        keys: the adapted modules, by their path in the model or in a block; the latter
+            are looked for in the last `num_layers` blocks.
+        scale: the multiplier of A B.
+        base: the model that it was made for, a folder or a Hub id.
+        metadata: our own entry: "template", "base" {"name", "sketch"}, source, hashes.
+    """
+
+    method: Method
+    num_layers: int
+    keys: tuple[str, ...] = ()
+    rank: int = 0
+    scale: float = 0.0
+    dropout: float = 0.0
+    base: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_adapter(
+    folder: Path, config: AdapterConfig, tensors: Mapping[str, mx.array]
+) -> None:
+    """Write an adapter folder that mlx-lm reads, into an empty folder.
+
+    Args:
+        tensors: float32, by mlx-lm's names: `PATH.lora_a`, `PATH.lora_b` and, of DoRA,
+            `PATH.m` of every module in `config.keys`; of a full fine-tune the weights.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    write_config(folder, config)
+    save_tensors(folder / WEIGHTS, tensors, format="mlx")
+
+
+def write_config(folder: Path, config: AdapterConfig) -> None:
+    """Write an adapter folder's config alone; errors as `write_adapter`."""
+    described: dict[str, Any] = {
+        "fine_tune_type": config.method,
+        "num_layers": config.num_layers,
+        METADATA_KEY: dict(config.metadata),
+    }
+    if config.method != "full":
+        described["lora_parameters"] = {
+            "keys": list(config.keys),
+            "rank": config.rank,
+            "scale": config.scale,
+            "dropout": config.dropout,
+        }
+    if config.base:
+        described["model"] = config.base
+    write_json(folder / CONFIG, described)
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, mx.array],
+    *,
+    format: Literal["mlx", "pt"],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file; `format` is what its readers ask for.
+
+    Raises:
+        OSError: the disk refuses, for want of room (ENOSPC) or otherwise.
+    """
+    try:
+        said = {"format": format, **(metadata or {})}
+        mx.save_safetensors(str(path), dict(tensors), metadata=said)
+    except RuntimeError as error:
+        num_bytes = sum(array.nbytes for array in tensors.values())
+        full = shutil.disk_usage(path.parent).free < num_bytes
+        code = errno.ENOSPC if full else errno.EIO
+        raise OSError(code, f"{path.name}: {str(error).rstrip('.')}") from error

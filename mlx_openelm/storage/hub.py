@@ -1,0 +1,226 @@
+"""A name becomes a local folder: the demo, a path, or a Hugging Face Hub id.
+
+Of a Hub id the local cache is looked at first: a snapshot that is whole is used, and
+the network is not. Branches therefore stay at the commit that was fetched once.
+"""
+
+import fnmatch
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_openelm.config import read_mapping
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.hub_download import Wanted, fetch
+
+DEMO = "demo"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+SMALL_FILES = (CONFIG, "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES)
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SNAPSHOT = re.compile(r"models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How a repository stores weights: its config's name, their pattern and index."""
+
+    config: str
+    weights: str
+    index: str = ""
+
+
+_LAYOUTS = (  # the first that a repository has is taken, and no other
+    _Layout(CONFIG, "model*.safetensors", "model.safetensors.index.json"),
+    _Layout(CONFIG, "weights.safetensors"),
+    _Layout(CONFIG, "pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    _Layout(ADAPTER_CONFIG, "adapters.safetensors"),
+    _Layout(ADAPTER_CONFIG, "adapter_model.safetensors"),
+    _Layout(ADAPTER_CONFIG, "adapter_model.bin"),
+)
+
+
+def demo_folder() -> Path:
+    """Return the folder of the built-in model."""
+    folder = Path(__file__).parent / "demo"
+    if not (folder / CONFIG).is_file():
+        raise OpenELMError(
+            f"The built-in model is missing from {folder}; reinstall mlx-openelm, or "
+            "say --model NAME."
+        )
+    return folder
+
+
+def find_model(
+    name: str, *, offline: bool = False, revision: str | None = None
+) -> Path:
+    """Return the local folder of a model or an adapter; a Hub id may be downloaded.
+
+    Args:
+        name: "demo", a path, or a Hub id such as mlx-community/OpenELM-270M-Instruct.
+        offline: look into the local Hub cache only.
+        revision: of a Hub id: a branch, a tag or a commit.
+
+    Raises:
+        OpenELMError: there is no such folder, or the Hub cannot give it.
+    """
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises on "~nobody"
+    if revision is not None and (path.exists() or name == DEMO):
+        raise OpenELMError(
+            f"--revision is of a Hub id, and {name} is here already; leave it out."
+        )
+    if path.is_dir():
+        return path
+    if name == DEMO:
+        return demo_folder()
+    if path.exists():
+        raise OpenELMError(
+            f"{name} is a file, not a model folder; `mlx-openelm convert {name}` makes "
+            "one of it."
+        )
+    if not _HUB_ID.fullmatch(name):
+        raise OpenELMError(
+            f"There is no folder {name}; say demo, a folder, or a Hub id such as "
+            "mlx-community/OpenELM-270M-Instruct."
+        )
+    return download(name, MODEL, offline=offline, revision=revision)
+
+
+def download(
+    repo: str, wanted: Wanted, *, offline: bool = False, revision: str | None = None
+) -> Path:
+    """Return the cached snapshot of a Hub repository; what is missing is fetched.
+
+    Raises:
+        OpenELMError: not whole in the cache and offline, or the Hub cannot give it.
+    """
+    from huggingface_hub import constants
+
+    folder = _cached(repo, revision)
+    missing = None if folder is None else _missing(folder, wanted)
+    if folder is not None and not missing:
+        return folder
+    if missing:
+        state = f"the local cache holds {repo} without {', '.join(missing)}"
+    else:
+        named = "name and revision" if revision else "name"
+        state = f"no {wanted.noun} of that {named} in the local cache"
+    if offline or constants.HF_HUB_OFFLINE:
+        raise OpenELMError(
+            f"{repo} is no folder here, and {state}; check the name, or let it be "
+            "downloaded, without --offline and HF_HUB_OFFLINE."
+        )
+    folder = fetch(repo, wanted, revision=revision, state=state)
+    if missing := _missing(folder, wanted):
+        raise OpenELMError(
+            f"{repo} is incomplete on the Hub: its index names {missing[0]}, which is "
+            "not there."
+        )
+    return folder
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """Return the snapshot folder of a revision if there is one, whole or not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            repo, revision=revision, allow_patterns=[], local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        return None
+    except (HFValidationError, OSError) as error:
+        reason = str(error).rstrip(".")
+        raise OpenELMError(
+            f"{repo} is no folder here, and no repository is named so: {reason}."
+        ) from error
+    return Path(found)
+
+
+def _missing(folder: Path, wanted: Wanted) -> list[str]:
+    """Return the files of a snapshot that are wanted and not there.
+
+    What there should be says the repository's listing, where the client has kept it,
+    and the index of the weights.
+    """
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    here = {path.name for path in folder.iterdir() if path.is_file()}
+    listed = here
+    if found := snapshot_of(folder):
+        repo, commit = found
+        try:
+            tree = get_cached_repo_tree(repo, revision=commit)
+            listed = {file.path for file in tree}
+        except CachedRepoTreeNotFoundError:
+            pass
+    for index in {layout.index for layout in _LAYOUTS} & here:
+        names = read_mapping(folder / index).get("weight_map")
+        if isinstance(names, dict):
+            listed = listed | {str(name) for name in names.values()}
+    return [name for name in wanted.choose(listed) if name not in here]
+
+
+# What is needed of a repository --------------------------------------------------
+
+
+def choose_model_files(names: Collection[str]) -> list[str]:
+    """Return the files of a model or an adapter, with its weights in one layout.
+
+    Where there are no weights or no config, those of the first layout are named.
+    """
+    top = sorted(name for name in names if "/" not in name)
+    for layout in _LAYOUTS:
+        if weights := fnmatch.filter(top, layout.weights):
+            break
+    else:
+        layout, weights = _LAYOUTS[0], ["model.safetensors"]
+    small = [name for name in (*SMALL_FILES, layout.index) if name in top]
+    return list(dict.fromkeys([layout.config, *small, *weights]))
+
+
+def choose_tokenizer_files(names: Collection[str]) -> list[str]:
+    """Return the files of a tokenizer; where there is none, its first one."""
+    found = [name for name in TOKENIZER_FILES if name in names]
+    has_one = any(name in found for name in TOKENIZER_FILES[:2])
+    return found if has_one else [TOKENIZER_FILES[0], *found]
+
+
+MODEL = Wanted("model", choose_model_files)
+TOKENIZER = Wanted("tokenizer", choose_tokenizer_files)
+
+
+# The cache -----------------------------------------------------------------------
+
+
+def snapshot_of(path: Path) -> tuple[str, str] | None:
+    """Return the repository's id and the commit of a folder in the Hub cache."""
+    repo = _SNAPSHOT.fullmatch(path.parent.parent.name)
+    if path.parent.name != "snapshots" or not repo or not _COMMIT.fullmatch(path.name):
+        return None
+    return f"{repo['org']}/{repo['name']}", path.name
+
+
+def cached_snapshots() -> list[tuple[str, Path]]:
+    """Return every repository in the Hub cache with its newest snapshot, by name."""
+    from huggingface_hub import constants
+
+    newest: dict[str, Path] = {}
+    pattern = "models--*/snapshots/*"
+    try:
+        folders = sorted(
+            Path(constants.HF_HUB_CACHE).glob(pattern),
+            key=lambda folder: folder.stat().st_mtime,
+        )
+    except OSError:  # removed while we look
+        return []
+    for folder in folders:
+        if found := snapshot_of(folder):
+            newest[found[0]] = folder
+    return sorted(newest.items())

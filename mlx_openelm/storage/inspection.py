@@ -1,0 +1,153 @@
+"""What a model folder holds, told without loading a weight."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_openelm.storage.model_folder import DTYPES, ModelFolder, open_folder, spell_dtype
+from mlx_openelm.device import compute_dtype
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.loading import stored_dtype
+from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_folder
+from mlx_openelm.storage.tokenizer_finder import read_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSizes:
+    """One layer of the layer-wise scaling."""
+
+    query_heads: int
+    kv_heads: int
+    ffn_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A model folder's facts.
+
+    Attributes:
+        storage: dtype or bits, by tensor group (embedding, linears, norms), with
+            the number of tensors where a group is stored in several.
+        weight_bytes: as stored; `memory_bytes` is at work here, at `context_length`
+            tokens, weights and key-value cache in the dtype that this machine uses.
+        tokenizer: pieces of it, or None.
+        source: where the weights came from, as the converter noted it; `options` are
+            those of the conversion that differ from the defaults.
+        receipt: what the quantization cost, as it was measured.
+    """
+
+    path: Path
+    size: str
+    num_parameters: int
+    model_dim: int
+    head_dim: int
+    context_length: int
+    vocab_size: int
+    tied: bool
+    layers: tuple[LayerSizes, ...]
+    storage: Mapping[str, str]
+    bits_per_weight: float
+    weight_bytes: int
+    kv_bytes_per_token: int
+    memory_bytes: int
+    tokenizer: int | None
+    template: str
+    source: Mapping[str, Any]
+    options: Mapping[str, Any]
+    receipt: Mapping[str, Any] | None
+
+
+def inspect(path: Path, *, context: int | None = None) -> Inspection:
+    """Read a model folder's headers and config.
+
+    Args:
+        context: tokens to reckon the memory for; default the model's context length.
+
+    Raises:
+        OpenELMError: the folder is no model, or damaged.
+    """
+    folder = open_folder(path)
+    config = folder.config
+    weight_bytes = sum(tensor.num_bytes for tensor in folder.tensors.values())
+    dtype = compute_dtype(stored_dtype(folder))
+    widened = dtype != stored_dtype(folder)
+    working_bytes = config.num_parameters * dtype.size if widened else weight_bytes
+    kv_bytes = 2 * sum(config.num_kv_heads) * config.head_dim * dtype.size
+    tokens = context or config.max_context_length
+    return Inspection(
+        path=path,
+        size=config.size_name,
+        num_parameters=config.num_parameters,
+        model_dim=config.model_dim,
+        head_dim=config.head_dim,
+        context_length=config.max_context_length,
+        vocab_size=config.vocab_size,
+        tied=config.share_input_output_layers,
+        layers=tuple(
+            LayerSizes(*sizes)
+            for sizes in zip(
+                config.num_query_heads,
+                config.num_kv_heads,
+                config.ffn_dims,
+                strict=True,
+            )
+        ),
+        storage=_storage(folder),
+        bits_per_weight=8 * weight_bytes / config.num_parameters,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=kv_bytes,
+        memory_bytes=working_bytes + tokens * kv_bytes,
+        tokenizer=_count_pieces(folder),
+        template=folder.template or "raw",
+        source=_noted(folder, "source") or {},
+        options=_noted(folder, "options") or {},
+        receipt=_noted(folder, "receipt"),
+    )
+
+
+def _noted(folder: ModelFolder, key: str) -> Mapping[str, Any] | None:
+    found = folder.metadata.get(key)
+    return found if isinstance(found, dict) else None
+
+
+def _storage(folder: ModelFolder) -> dict[str, str]:
+    groups: dict[str, Counter[str]] = {}
+    for name, shape in folder.config.tensor_shapes().items():
+        if name in (EMBEDDING, HEAD):
+            group = "embedding"
+        else:
+            group = "linears" if len(shape) == 2 else "norms"
+        packing = folder.packings.get(name)
+        if packing is None:
+            spelled = spell_dtype(_tensor_dtype(folder, name))
+        else:
+            spelled = (
+                f"{packing.bits} bits ({packing.mode}, group {packing.group_size})"
+            )
+        groups.setdefault(group, Counter())[spelled] += 1
+    return {
+        group: ", ".join(
+            f"{count} x {spelled}" if len(counts) > 1 else spelled
+            for spelled, count in sorted(counts.items())
+        )
+        for group, counts in groups.items()
+    }
+
+
+def _tensor_dtype(folder: ModelFolder, name: str) -> mx.Dtype:
+    return DTYPES[folder.tensors[to_folder(name)].dtype]
+
+
+def _count_pieces(folder: ModelFolder) -> int | None:
+    if not any(
+        (folder.path / n).is_file() for n in ("tokenizer.model", "tokenizer.json")
+    ):
+        return None
+    try:
+        return read_tokenizer(folder.path).vocab_size
+    except OpenELMError:
+        return None

@@ -1,0 +1,141 @@
+"""A name becomes a model and a tokenizer, ready to run on this machine."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_openelm.storage.adapter_folder import attach, open_adapter_folder
+from mlx_openelm.storage.model_folder import DTYPES, ModelFolder, open_folder
+from mlx_openelm.device import compute_dtype
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.hub import DEMO, find_model
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.tensor_names import to_folder, to_module
+from mlx_openelm.model.quantization import Packing
+from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.storage.tokenizer_finder import JSON_FILE, MODEL_FILE, read_tokenizer
+
+
+def load(
+    name: str | None = None,
+    adapter_path: str | Path | None = None,
+    *,
+    offline: bool = False,
+) -> tuple[OpenELM, Tokenizer]:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: "demo", a model folder, or a Hub id; None is the adapter's own base, and
+            the demo where there is no adapter.
+        adapter_path: an adapter folder, of mlx-lm or ours, for that model; the prompt
+            template that it was trained with becomes the tokenizer's.
+
+    Raises:
+        OpenELMError: the model or its tokenizer is missing or damaged.
+    """
+    adapter = None
+    if adapter_path is not None:
+        adapter = open_adapter_folder(Path(adapter_path))
+    if adapter is not None and name is None:
+        path = adapter.find_base(offline=offline)
+    else:
+        path = find_model(name or DEMO, offline=offline)
+    folder = open_folder(path)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder)
+    if adapter is not None:
+        tokenizer.template = adapter.template or tokenizer.template
+        for note in attach(model, adapter.path):
+            warnings.warn(note, stacklevel=2)
+    return model, tokenizer
+
+
+def load_tokenizer(folder: ModelFolder) -> Tokenizer:
+    """Load the folder's tokenizer, with the prompt template that is stored there.
+
+    Raises:
+        OpenELMError: there is none, or it has more pieces than the embedding has rows.
+    """
+    if not any((folder.path / n).is_file() for n in (MODEL_FILE, JSON_FILE)):
+        raise OpenELMError(
+            f"{folder.path} holds no {MODEL_FILE} or {JSON_FILE}; convert the model "
+            f"again with --tokenizer, or put Llama 2's {MODEL_FILE} there "
+            "(NousResearch/Llama-2-7b-hf has a copy that is open to all)."
+        )
+    tokenizer = read_tokenizer(folder.path, template=folder.template)
+    if tokenizer.vocab_size > folder.config.vocab_size:
+        raise OpenELMError(
+            f"The tokenizer in {folder.path} has {tokenizer.vocab_size} pieces, the "
+            f"model {folder.config.vocab_size} rows; they do not belong together."
+        )
+    return tokenizer
+
+
+def load_model(folder: ModelFolder, dtype: mx.Dtype | None = None) -> OpenELM:
+    """Load the weights, in the dtype that this machine is quick in.
+
+    Quantized weights stay packed where they are quick, and are unpacked where that
+    dtype is not the stored one (the Linux CPU).
+
+    Args:
+        dtype: compute in this one instead; unpacks quantized weights.
+    """
+    stored = stored_dtype(folder)
+    chosen = dtype or compute_dtype(stored)
+    arrays = folder.read()
+    packings: Mapping[str, Packing] = folder.packings
+    if packings and (dtype is not None or chosen != stored):
+        arrays = _unpacked(arrays, packings, chosen)
+        packings = {}
+    model = OpenELM(folder.config)
+    if packings:
+        make_quantized(model, packings)
+    floating = {name: _cast(array, chosen) for name, array in arrays.items()}
+    model.load_weights(list(floating.items()))
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def stored_dtype(folder: ModelFolder) -> mx.Dtype:
+    """Return the dtype of what is not packed: the norms have it in every folder."""
+    return DTYPES[folder.tensors[to_folder("norm.weight")].dtype]
+
+
+def _unpacked(
+    arrays: dict[str, mx.array], packings: Mapping[str, Packing], dtype: mx.Dtype
+) -> dict[str, mx.array]:
+    arrays = dict(arrays)
+    for name, packing in packings.items():
+        module = to_module(name)
+        parts = {
+            suffix: arrays.pop(f"{module}.{suffix}")
+            for suffix in ("weight", "scales", "biases")
+            if f"{module}.{suffix}" in arrays
+        }
+        arrays[f"{module}.weight"] = packing.unpack(parts, dtype)
+    return arrays
+
+
+def make_quantized(model: OpenELM, packings: Mapping[str, Packing]) -> None:
+    """Give packed modules to the tensors (CoreNet names) that are packed, in place."""
+    by_module = {to_module(name): packing for name, packing in packings.items()}
+
+    def choose(path: str, module: nn.Module) -> bool | dict[str, int | str]:
+        packing = by_module.get(path)
+        if packing is None:
+            return False
+        return {
+            "bits": packing.bits,
+            "group_size": packing.group_size,
+            "mode": packing.mode,
+        }
+
+    nn.quantize(model, class_predicate=choose)
+
+
+def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array

@@ -1,0 +1,282 @@
+"""SentencePiece's model as Hugging Face's tokenizer.json, and back.
+
+`describe` writes down in Hugging Face's terms what a SentencePiece model does, and
+`rebuild` makes the SentencePiece model that a tokenizer.json describes. Neither looks
+for a file; finding one and proving that both give the same ids is the business of
+`tokenizer_finder`.
+"""
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from mlx_openelm.config import BOS_ID, EOS_ID
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.text.tokenizer import SPACE, Tokenizer
+
+UNK_ID = 0
+BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+GET_ONE = (
+    "Say --tokenizer FILE, FOLDER or REPO with Llama 2's tokenizer.model, such as "
+    "--tokenizer NousResearch/Llama-2-7b-hf (a copy that is open to all)"
+)
+
+
+def refuse(reason: str) -> NoReturn:
+    """Raise OpenELMError: the reason, and where to get Llama's tokenizer."""
+    raise OpenELMError(f"{reason}. {GET_ONE}.")
+
+
+class _Piece(NamedTuple):
+    text: str
+    score: float
+    kind: int  # ModelProto.SentencePiece.Type
+
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_BPE = 2  # TrainerSpec.ModelType
+_FLOAT = struct.Struct("<f")
+
+
+# SentencePiece -> tokenizer.json -------------------------------------------------
+
+_NORMALIZER = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ],
+}
+_DECODER = {  # mlx-lm tells a SentencePiece decoder by exactly this value
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ],
+}
+
+
+def describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the tokenizer.json of a SentencePiece model.
+
+    One thing stays different: "<s>" typed in a text is ordinary text to SentencePiece
+    and the special token to Hugging Face.
+
+    Raises:
+        OpenELMError: the model does what a tokenizer.json of ours cannot express.
+    """
+    pieces = _read_proto(tokenizer.model_proto)
+    bos = pieces[tokenizer.bos_id].text
+    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    first = {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": piece.text, "special": True, **plain}
+            for i, piece in enumerate(pieces)
+            if piece.kind in (_UNKNOWN, _CONTROL)
+        ],
+        "normalizer": _NORMALIZER,
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, first],
+            "pair": [begin, first, second],
+            "special_tokens": {
+                bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}
+            },
+        },
+        "decoder": _DECODER,
+        "model": {
+            "type": "BPE",
+            "unk_token": pieces[tokenizer.processor.unk_id()].text,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {piece.text: i for i, piece in enumerate(pieces)},
+            "merges": _merges(pieces),
+        },
+    }
+
+
+def _merges(pieces: Sequence[_Piece]) -> list[tuple[str, str]]:
+    """Return the merges, best first, that make Hugging Face's BPE SentencePiece's.
+
+    SentencePiece joins the neighbours whose union scores highest, of equals the
+    leftmost; Hugging Face the pair that ranks first, then the leftmost. Of equal scores
+    the longest left part ranks first: what was begun on the left grows on, and Llama's
+    runs of spaces, which all score the same, come out as SentencePiece cuts them.
+    """
+    normal = {piece.text: piece.score for piece in pieces if piece.kind == _NORMAL}
+    splits = [
+        (-score, -i, text[:i], text[i:])
+        for text, score in normal.items()
+        for i in range(1, len(text))
+        if text[:i] in normal and text[i:] in normal
+    ]
+    return [(left, right) for _, _, left, right in sorted(splits)]
+
+
+# tokenizer.json -> SentencePiece -------------------------------------------------
+
+
+def rebuild(found: Mapping[str, Any], *, template: str | None = None) -> Tokenizer:
+    """Return the SentencePiece tokenizer with a tokenizer.json's ids.
+
+    Raises:
+        OpenELMError: it does what SentencePiece's BPE cannot.
+        LookupError, TypeError, AttributeError, ValueError: it is not laid out as a
+            tokenizer.json is.
+    """
+    model = found["model"]
+    if model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
+        refuse("It is not BPE with byte fallback, as OpenELM's is")
+    vocab = model["vocab"]
+    names = sorted(vocab, key=vocab.__getitem__)
+    if [vocab[name] for name in names] != list(range(len(names))):
+        refuse(f"Its ids are not 0 to {len(names) - 1}")
+    if not _has_dummy_space(found):
+        refuse(
+            "It does not put one space in front of a text and leave the rest: it has "
+            f"{found.get('normalizer')} and {found.get('pre_tokenizer')}"
+        )
+    special = {token["id"]: token["content"] for token in found["added_tokens"]}
+    # A padding token behind the vocabulary comes out of no text, so it is left out.
+    kept = {i for i, x in special.items() if i < len(names) or "pad" not in x.lower()}
+    if kept != {UNK_ID, BOS_ID, EOS_ID}:
+        refuse(f"Its added tokens are {special}; OpenELM has unknown, BOS, EOS only")
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    scores: dict[str, float] = {}
+    for rank, (left, right) in enumerate(merges):
+        scores.setdefault(left + right, -float(rank))
+    kinds = dict.fromkeys(BYTE_PIECES, _BYTE) | dict.fromkeys(names[1:3], _CONTROL)
+    kinds[names[0]] = _UNKNOWN
+    lowest = -float(len(merges))
+    pieces = [_Piece(x, scores.get(x, lowest), kinds.get(x, _NORMAL)) for x in names]
+    # SentencePiece joins whatever spells a piece: with other merges, ids would differ.
+    if {m for m in merges if "".join(m) not in kinds} != {*_merges(pieces)}:
+        refuse("Its merges are not those of a SentencePiece model")
+    return Tokenizer(_write_proto(pieces), template=template)
+
+
+def _has_dummy_space(found: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json puts one space in front of a text and no more.
+
+    transformers 5 rewrites Llama's normalizer as the pre-tokenizer Metaspace, which
+    drops one of the spaces that a text begins with. OpenELM was trained with
+    SentencePiece, so this is let pass and not taken over.
+    """
+    pre_tokenizer = found.get("pre_tokenizer") or {}
+    if found.get("normalizer") is not None:
+        return found["normalizer"] == _NORMALIZER and not pre_tokenizer
+    return (
+        (pre_tokenizer.get("type"), pre_tokenizer.get("split")) == ("Metaspace", False)
+        and pre_tokenizer["replacement"] == SPACE
+        and pre_tokenizer.get("prepend_scheme", "always") != "never"
+    )
+
+
+# The part of sentencepiece_model.proto that matters ------------------------------
+#
+# ModelProto      1 pieces (1 piece, 2 score, 3 type), 2 trainer_spec, 3 normalizer_spec
+# TrainerSpec     3 model_type, 4 vocab_size, 24 treat_whitespace_as_suffix,
+#                 35 byte_fallback, 40 to 43 unk_id, bos_id, eos_id, pad_id, 45 to 47
+#                 unk_piece, bos_piece, eos_piece
+# NormalizerSpec  1 name, 2 precompiled_charsmap, 3 add_dummy_prefix,
+#                 4 remove_extra_whitespaces, 5 escape_whitespaces
+
+
+def _read_proto(proto: bytes) -> list[_Piece]:
+    """Return a SentencePiece model's pieces.
+
+    Raises:
+        OpenELMError: the model does what a tokenizer.json of ours cannot express.
+    """
+    messages: dict[int, list[dict[int, Any]]] = {1: [], 2: [{}], 3: [{}]}
+    for number, value in _fields(proto):
+        if number in messages:
+            messages[number].append(dict(_fields(value)))
+    pieces = [
+        _Piece(m[1].decode(), _FLOAT.unpack(m.get(2, bytes(4)))[0], m.get(3, _NORMAL))
+        for m in messages[1]
+    ]
+    trainer, normalizer = messages[2][-1], messages[3][-1]
+    odd = [piece.text for piece in pieces if piece.kind in (_USER_DEFINED, _UNUSED)]
+    reasons = {
+        "is not BPE": trainer.get(3, 1) != _BPE,
+        "has no byte fallback": not trainer.get(35, 0),
+        "puts spaces behind words": trainer.get(24, 0),
+        f"normalizes text ({normalizer.get(1, b'').decode()})": normalizer.get(2),
+        "puts no dummy space in front of a text": not normalizer.get(3, 1),
+        "removes extra white space": normalizer.get(4, 1),
+        "does not escape spaces": not normalizer.get(5, 1),
+        f"has user-defined or unused pieces ({odd[:5]})": odd,
+    }
+    if any(reasons.values()):
+        found = ", ".join(reason for reason, holds in reasons.items() if holds)
+        refuse(f"tokenizer.json cannot express this tokenizer, which {found}")
+    return pieces
+
+
+def _write_proto(pieces: Sequence[_Piece]) -> bytes:
+    names = [piece.text.encode() for piece in pieces[: EOS_ID + 1]]
+    ids = {40: UNK_ID, 41: BOS_ID, 42: EOS_ID, 43: -1}  # -1: no padding piece
+    trainer = _message({3: _BPE, 4: len(pieces), 35: 1, **ids})
+    trainer += _message(dict(enumerate(names, 45)))
+    normalizer = _message({1: b"identity", 3: 1, 4: 0, 5: 1})
+    messages = [
+        (1, _message({1: p.text.encode(), 2: p.score, 3: p.kind})) for p in pieces
+    ]
+    messages += [(2, trainer), (3, normalizer)]
+    return b"".join(_field(number, message) for number, message in messages)
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield a protobuf message's fields: (number, a whole number or bytes)."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(data):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            yield number, varint()
+            continue
+        size = {1: 8, 5: 4}.get(wire_type) or varint()
+        yield number, data[at : at + size]
+        at += size
+
+
+def _message(fields: Mapping[int, float | bytes]) -> bytes:
+    return b"".join(_field(number, value) for number, value in fields.items())
+
+
+def _field(number: int, value: float | bytes) -> bytes:
+    if isinstance(value, bytes):
+        return _varint(number << 3 | 2) + _varint(len(value)) + value
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + _FLOAT.pack(value)
+    return _varint(number << 3) + _varint(value)
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1  # negative numbers are written as their two's complement
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*encoded, value])
