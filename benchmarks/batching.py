@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import mlx_openelm  # loads OpenBLAS before mlx.core
-from mlx_openelm.generation.batching import BATCH_SIZE, Question, answer_together
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.generation.batching import BATCH_SIZE, Question, answer_together
+from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.generation.streaming import stream
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.generation.sampling import Sampling
 
 TEXT = (
     "Once upon a time there was a king who had three daughters and a golden ring, "

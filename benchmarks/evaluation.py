@@ -18,12 +18,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from mlx_openelm.evaluation.loglikelihood import Request, encode_requests, score_requests
 from mlx_openelm.bench.selfcheck import made_weight
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.evaluation.loglikelihood import (
+    Request,
+    encode_requests,
+    score_requests,
+)
+from mlx_openelm.evaluation.task_files import read_task
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.tensor_names import to_folder
-from mlx_openelm.evaluation.task_files import read_task
 from mlx_openelm.text.tokenizer import Tokenizer  # and OpenBLAS, before mlx.core
 
 

@@ -168,10 +168,10 @@ def check_ids(model: str, data: str) -> None:
     from mlx_lm.tuner.datasets import load_dataset
     from mlx_lm.utils import load_tokenizer as load_their_tokenizer
 
-    from mlx_openelm.storage.model_folder import open_folder
-    from mlx_openelm.storage.loading import load_tokenizer
     from mlx_openelm.finetuning.records import read_data
     from mlx_openelm.finetuning.samples import make_samples
+    from mlx_openelm.storage.loading import load_tokenizer
+    from mlx_openelm.storage.model_folder import open_folder
 
     theirs = load_their_tokenizer(Path(model))
     args = types.SimpleNamespace(data=data, mask_prompt=True, train=True, test=False)
@@ -225,9 +225,9 @@ def _take_away(part: str) -> None:
     import mlx.nn as nn
     import numpy as np
 
-    from mlx_openelm.model import openelm as model_room
     from mlx_openelm.finetuning import losses as objective
     from mlx_openelm.finetuning import trainer as training
+    from mlx_openelm.model import openelm as model_room
     from mlx_openelm.model.likelihood import token_losses
     from mlx_openelm.model.lora import adapted_weight
 
@@ -295,8 +295,8 @@ def write_data(source: Path, folder: Path, records: int, *, valid: int = 4) -> P
 
 def write_texts(source: Path, folder: Path, model: Path, tokens: int) -> Path:
     """Write texts of almost so many tokens, BOS and EOS included, and never more."""
-    from mlx_openelm.storage.model_folder import open_folder
     from mlx_openelm.storage.loading import load_tokenizer
+    from mlx_openelm.storage.model_folder import open_folder
 
     tokenizer = load_tokenizer(open_folder(model))
     words = source.read_text(encoding="utf-8").split(" ")

@@ -83,8 +83,8 @@ def train_theirs(what: str, data: Path, out: Path, steps: int) -> tuple[float, f
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     import mlx_openelm  # noqa: F401 - loads OpenBLAS, for mlx-lm too
-    from mlx_openelm.storage.hub import find_model
     from mlx_openelm.finetuning.preparation import prepare
+    from mlx_openelm.storage.hub import find_model
 
     prepared = prepare(make_recipe("lora", data, out, steps), offline=True)
 

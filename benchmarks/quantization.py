@@ -18,15 +18,23 @@ def main() -> None:
     # isort: split
     import mlx.core as mx
 
-    from converters.quantization.allocation import choose, count_tokens, list_choices, price_choices
-    from converters.quantization.calibration import calibration_windows, read_calibration
     from converters.conversion.plan import Plan
-    from converters.quantization.receipt import measure
     from converters.formats.sources import open_source
-    from mlx_openelm.storage.model_folder import open_folder
+    from converters.quantization.allocation import (
+        choose,
+        count_tokens,
+        list_choices,
+        price_choices,
+    )
+    from converters.quantization.calibration import (
+        calibration_windows,
+        read_calibration,
+    )
+    from converters.quantization.receipt import measure
+    from mlx_openelm.model.quantization import Packing, Quantization
     from mlx_openelm.storage.hub import demo_folder
     from mlx_openelm.storage.loading import load_tokenizer
-    from mlx_openelm.model.quantization import Packing, Quantization
+    from mlx_openelm.storage.model_folder import open_folder
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, action="append", required=True)

@@ -22,17 +22,17 @@ import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 import mlx.core as mx  # isort: skip
 
 from mlx_openelm.bench.selfcheck import made_weight
-from mlx_openelm.generation.cache import ModelCache
-from mlx_openelm.storage.model_folder import open_folder
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.generation.cache import ModelCache
 from mlx_openelm.generation.decoding import Drawing, draw_tokens
 from mlx_openelm.generation.drafters import Draft, Drafter
-from mlx_openelm.storage.hub import demo_folder
-from mlx_openelm.storage.loading import load_tokenizer
-from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.tensor_names import to_folder
 from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.generation.speculation import draw_speculatively
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.storage.hub import demo_folder
+from mlx_openelm.storage.loading import load_tokenizer
+from mlx_openelm.storage.model_folder import open_folder
+from mlx_openelm.tensor_names import to_folder
 
 PROMPT_TOKENS, LENGTH = 64, 4
 RATES = (0.0, 0.2, 0.5, 0.7, 0.87, 0.95, 1.0)

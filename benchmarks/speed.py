@@ -50,10 +50,10 @@ def measure(engine: str, folder: str, prompt_tokens: int, new_tokens: int) -> No
 
 
 def _ours(folder: str) -> Callable:
-    from mlx_openelm.storage.model_folder import open_folder
     from mlx_openelm.generation.decoding import draw_tokens
-    from mlx_openelm.storage.loading import load_model
     from mlx_openelm.generation.sampling import Sampling
+    from mlx_openelm.storage.loading import load_model
+    from mlx_openelm.storage.model_folder import open_folder
 
     model = load_model(open_folder(Path(folder)))
     return lambda prompt, count: draw_tokens(model, prompt, Sampling(), count)

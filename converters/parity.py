@@ -8,8 +8,8 @@ import numpy.typing as npt
 import torch
 
 from converters.conversion.merging import merge_adapter
-from converters.reference import ReferenceOpenELM
 from converters.formats.sources import Source, open_source
+from converters.reference import ReferenceOpenELM
 from mlx_openelm.model.openelm import OpenELM, from_start
 from mlx_openelm.tensor_names import to_folder
 

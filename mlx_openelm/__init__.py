@@ -18,15 +18,15 @@ from mlx_openelm.version import __version__ as __version__
 if TYPE_CHECKING:
     from converters.conversion.run import convert
     from mlx_openelm.config import OpenELMConfig
-    from mlx_openelm.generation.decoding import Context
-    from mlx_openelm.generation.drafters import LookupDrafter, ModelDrafter
     from mlx_openelm.errors import OpenELMError
     from mlx_openelm.evaluation.texts import evaluate
     from mlx_openelm.finetuning.recipe import FinetuneRecipe
     from mlx_openelm.finetuning.run import finetune
+    from mlx_openelm.generation.decoding import Context
+    from mlx_openelm.generation.drafters import LookupDrafter, ModelDrafter
+    from mlx_openelm.generation.sampling import Sampling
     from mlx_openelm.generation.streaming import generate, stream
     from mlx_openelm.storage.loading import load
-    from mlx_openelm.generation.sampling import Sampling
 
 _HOMES = {
     "Context": "mlx_openelm.generation.decoding",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from places import ROOT
 
 import mlx_openelm
 
@@ -19,8 +20,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests of the Hub have one of the
 
 settings.register_profile("no-deadline", settings(), deadline=None)  # busy machines
 settings.load_profile("no-deadline")
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")

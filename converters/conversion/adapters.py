@@ -6,17 +6,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converters.formats.adapter_reader import Adapter, check_fits, open_adapter, with_rows
-from converters.formats.adapter_writer import (
-    corenet_adapter_tensors,
-    write_mlx_adapter,
-    write_peft_adapter,
-)
 from converters.conversion.exports import corenet_tensors
 from converters.conversion.merging import fit_rows, open_base
 from converters.conversion.options import DTYPES, Options, Progress
 from converters.conversion.plan import Plan
 from converters.conversion.provenance import describe_source, hashing
+from converters.formats.adapter_reader import (
+    Adapter,
+    check_fits,
+    open_adapter,
+    with_rows,
+)
+from converters.formats.adapter_writer import (
+    corenet_adapter_tensors,
+    write_mlx_adapter,
+    write_peft_adapter,
+)
 from converters.formats.pt_writer import write_pt
 from converters.formats.sources import Source, name_folder
 from mlx_openelm.config import OpenELMConfig

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from converters.formats.gguf_writer import write_gguf
 from converters.conversion.plan import Plan
+from converters.formats.gguf_writer import write_gguf
 from converters.formats.pt_writer import TensorToWrite
 from mlx_openelm.config import OpenELMConfig, pad_vocabulary
 from mlx_openelm.errors import OpenELMError

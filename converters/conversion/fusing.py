@@ -23,21 +23,21 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from converters.conversion.merging import merge_adapter, open_pair
+from converters.conversion.model_folder import Job
+from converters.conversion.options import Options, Progress
+from converters.conversion.run import convert_model
 from converters.formats.adapter_reader import Adapter, with_rows
 from converters.formats.adapter_tensors import TABLE, AdapterModule
-from converters.quantization.calibration import calibration_windows, read_calibration
-from converters.conversion.run import convert_model
-from converters.conversion.model_folder import Job
-from converters.conversion.merging import merge_adapter, open_pair
-from converters.conversion.options import Options, Progress
-from converters.quantization.receipt import CHUNK, Read, final_norm, read_block
 from converters.formats.sources import SourceTensor, locate, open_path
-from mlx_openelm.storage.adapter_folder import wrap
-from mlx_openelm.storage.model_folder import open_folder, spell_dtype
+from converters.quantization.calibration import calibration_windows, read_calibration
+from converters.quantization.receipt import CHUNK, Read, final_norm, read_block
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.storage.loading import load_tokenizer
 from mlx_openelm.model.openelm import Block, from_start
+from mlx_openelm.storage.adapter_folder import wrap
+from mlx_openelm.storage.loading import load_tokenizer
+from mlx_openelm.storage.model_folder import open_folder, spell_dtype
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
 
 NUM_TOKENS, WINDOW = 256, 64  # of text in the proof; the 270M takes 10 s on two cores

@@ -7,6 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from converters.conversion.options import Options
+from converters.conversion.plan import Plan
 from converters.formats.adapter_reader import (
     Adapter,
     AdapterModule,
@@ -18,8 +20,6 @@ from converters.formats.adapter_reader import (
     without_embedding,
 )
 from converters.formats.adapter_tensors import TABLE
-from converters.conversion.options import Options
-from converters.conversion.plan import Plan
 from converters.formats.sources import (
     Source,
     SourceTensor,
@@ -28,11 +28,11 @@ from converters.formats.sources import (
     name_folder,
     open_path,
 )
+from mlx_openelm.config import OpenELMConfig, pad_vocabulary
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.adapter_folder import read_sketch
 from mlx_openelm.storage.base_check import BaseWeight, check_base
 from mlx_openelm.storage.model_folder import check_shapes
-from mlx_openelm.config import OpenELMConfig, pad_vocabulary
-from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_module
 
 _ROWS = 4096  # of a tensor that are compared at a time

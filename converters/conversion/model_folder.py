@@ -9,9 +9,6 @@ from typing import Any
 import mlx.core as mx
 
 from converters.conversion.adapters import stage_adapter
-from converters.formats.adapter_reader import Adapter
-from converters.quantization.allocation import allocate, count_tokens, list_choices
-from converters.quantization.calibration import calibration_windows, read_calibration
 from converters.conversion.merging import refuse_losing
 from converters.conversion.options import Options, Progress
 from converters.conversion.plan import Plan
@@ -22,17 +19,20 @@ from converters.conversion.provenance import (
     identify,
     write_card,
 )
+from converters.formats.adapter_reader import Adapter
+from converters.formats.sources import Source, open_path
+from converters.quantization.allocation import allocate, count_tokens, list_choices
+from converters.quantization.calibration import calibration_windows, read_calibration
 from converters.quantization.receipt import NUM_TOKENS as RECEIPT_TOKENS
 from converters.quantization.receipt import Receipt, measure
-from converters.formats.sources import Source, open_path
-from mlx_openelm.storage.model_folder import METADATA_KEY, open_folder, spell_dtype
 from mlx_openelm.config import BOS_ID, EOS_ID, OpenELMConfig, read_mapping
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.quantization import Packing, describe_packings
+from mlx_openelm.storage.model_folder import METADATA_KEY, open_folder, spell_dtype
 from mlx_openelm.storage.shards import ShardWriter, write_json
 from mlx_openelm.storage.staging import staged_folder
-from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.storage.tokenizer_finder import FoundTokenizer, write_tokenizer
+from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.version import __version__
 
 

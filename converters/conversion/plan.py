@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from converters.formats.sources import Source
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.quantization import Packing
 from mlx_openelm.storage.model_folder import (
     expected_shapes,
     is_finite,
     spell_dtype,
     unpacks_to_finite,
 )
-from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.errors import OpenELMError
-from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_module
-from mlx_openelm.model.quantization import Packing
 from mlx_openelm.storage.shards import TensorLayout
+from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_module
 
 _DAMAGED = (
     "holds NaN or infinity, so the checkpoint is damaged or its training failed; get "

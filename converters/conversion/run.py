@@ -12,14 +12,13 @@ from converters.conversion.adapters import (
     convert_adapter,
 )
 from converters.conversion.exports import corenet_tensors, write_gguf_file
-from converters.conversion.model_folder import Job, refuse_small_disk, write_folder
 from converters.conversion.merging import open_model
+from converters.conversion.model_folder import Job, refuse_small_disk, write_folder
 from converters.conversion.options import DTYPES, Options, Progress
 from converters.conversion.plan import Plan
 from converters.formats.pt_writer import write_pt
-from converters.quantization.receipt import Receipt
 from converters.formats.sources import Source, is_adapter, locate
-from mlx_openelm.storage.model_folder import spell_dtype
+from converters.quantization.receipt import Receipt
 from mlx_openelm.config import (
     CORENET_ROWS,
     LLAMA_PIECES,
@@ -27,6 +26,7 @@ from mlx_openelm.config import (
 )
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.quantization import Packing, describe_packings
+from mlx_openelm.storage.model_folder import spell_dtype
 from mlx_openelm.storage.staging import (
     refuse_existing,
     refuse_existing_file,

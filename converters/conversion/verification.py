@@ -12,6 +12,9 @@ from converters.conversion.options import Options, Progress
 from converters.conversion.plan import Plan
 from converters.conversion.provenance import hash_file
 from converters.formats.sources import Source, locate
+from mlx_openelm.config import pad_vocabulary, read_mapping
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.loading import load_tokenizer, stored_dtype
 from mlx_openelm.storage.model_folder import (
     INDEX,
     ModelFolder,
@@ -19,16 +22,13 @@ from mlx_openelm.storage.model_folder import (
     open_folder,
     unpacks_to_finite,
 )
-from mlx_openelm.config import pad_vocabulary, read_mapping
-from mlx_openelm.errors import OpenELMError
-from mlx_openelm.storage.loading import load_tokenizer, stored_dtype
-from mlx_openelm.tensor_names import to_folder, to_module
 from mlx_openelm.storage.tokenizer_finder import (
     JSON_FILE,
     MODEL_FILE,
     prove_same,
     prove_tokenizer,
 )
+from mlx_openelm.tensor_names import to_folder, to_module
 
 
 @dataclass(frozen=True, slots=True)

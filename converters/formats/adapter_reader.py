@@ -24,6 +24,8 @@ from converters.formats.adapter_tensors import (
 )
 from converters.formats.peft_config import read_peft_config
 from converters.formats.pt_reader import PtTensor
+from mlx_openelm.config import OpenELMConfig, read_mapping
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.adapter_folder import (
     CONFIG,
     WEIGHTS,
@@ -33,8 +35,6 @@ from mlx_openelm.storage.adapter_folder import (
     read_scale,
 )
 from mlx_openelm.storage.model_folder import METADATA_KEY
-from mlx_openelm.config import OpenELMConfig, read_mapping
-from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tensor_names import map_to_corenet, to_corenet
 
 PEFT_WEIGHTS, PEFT_BIN = "adapter_model.safetensors", "adapter_model.bin"

@@ -21,8 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 from converters.formats.pt_reader import PtTensor, read_state_dict
-from mlx_openelm.storage.model_folder import MOST_NAMED, read_headers
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.model_folder import MOST_NAMED, read_headers
 from mlx_openelm.tensor_names import EMBEDDING, to_corenet
 
 Method = Literal["lora", "dora"]

@@ -17,11 +17,16 @@ from converters.formats.adapter_reader import (
 )
 from converters.formats.adapter_tensors import TABLE, AdapterModule
 from converters.formats.pt_writer import TensorToWrite
-from mlx_openelm.storage.adapter_folder import CONFIG, AdapterConfig, save_tensors, write_adapter
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.tensor_names import to_corenet, to_module
+from mlx_openelm.storage.adapter_folder import (
+    CONFIG,
+    AdapterConfig,
+    save_tensors,
+    write_adapter,
+)
 from mlx_openelm.storage.shards import write_json
+from mlx_openelm.tensor_names import to_corenet, to_module
 
 _Number = TypeVar("_Number", int, float)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from converters.formats.adapter_tensors import Method
-from mlx_openelm.storage.adapter_folder import is_number, read_dropout
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.adapter_folder import is_number, read_dropout
 
 _ONLY: Mapping[str, tuple[object, ...]] = {  # what can be carried over
     "peft_type": ("LORA",),

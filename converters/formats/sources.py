@@ -11,6 +11,10 @@ import numpy as np
 
 from converters.formats.adapter_reader import Adapter, split_checkpoint
 from converters.formats.pt_reader import PtTensor, read_state_dict
+from mlx_openelm.config import OpenELMConfig, read_mapping
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.quantization import Packing, read_packing
+from mlx_openelm.storage.hub import find_model
 from mlx_openelm.storage.model_folder import (
     DTYPES,
     METADATA_KEY,
@@ -20,11 +24,13 @@ from mlx_openelm.storage.model_folder import (
     find_weight_files,
     read_headers,
 )
-from mlx_openelm.config import OpenELMConfig, read_mapping
-from mlx_openelm.errors import OpenELMError
-from mlx_openelm.storage.hub import find_model
-from mlx_openelm.tensor_names import EMBEDDING, HEAD, map_to_corenet, to_folder, to_module
-from mlx_openelm.model.quantization import Packing, read_packing
+from mlx_openelm.tensor_names import (
+    EMBEDDING,
+    HEAD,
+    map_to_corenet,
+    to_folder,
+    to_module,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
 APPLE_WEIGHTS = "weights.safetensors"  # of Apple's own MLX folders

@@ -31,11 +31,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from converters.pretraining.recipe import PretrainRecipe
 from converters.reference import ReferenceOpenELM
 from mlx_openelm.config import OpenELMConfig, read_mapping
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tensor_names import EMBEDDING, map_to_corenet
-from converters.pretraining.recipe import PretrainRecipe
 
 LAST = "training_checkpoint_last.pt"
 AVERAGE = "checkpoint_average.pt"

@@ -4,11 +4,11 @@ import math
 
 import torch
 
-from converters.pretraining.packing import PackedSequences
-from converters.pretraining.log import Evaluated
-from converters.reference import ReferenceOpenELM, summed_loss
 from converters.pretraining.loader import read_documents
+from converters.pretraining.log import Evaluated
+from converters.pretraining.packing import PackedSequences
 from converters.pretraining.recipe import PretrainRecipe
+from converters.reference import ReferenceOpenELM, summed_loss
 from mlx_openelm.text.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 64

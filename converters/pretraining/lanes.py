@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.pretraining.cleaning import Piece, Rules, Tokens, make_pieces
-from converters.pretraining.packing import describe_damage, list_corpora
 from converters.pretraining.corpus_files import DamagedFileError, find_files
+from converters.pretraining.packing import describe_damage, list_corpora
+from converters.pretraining.recipe import DataRecipe, PretrainRecipe
 from converters.pretraining.token_cache import CachedDocument, CachedFile, Source
 from mlx_openelm.errors import OpenELMError
-from converters.pretraining.recipe import DataRecipe, PretrainRecipe
 from mlx_openelm.text.tokenizer import Tokenizer
 
 State = dict[str, Any]  # JSON values

@@ -19,6 +19,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from converters.pretraining.cleaning import Rules, Tokens
+from converters.pretraining.corpus_files import DamagedFileError
+from converters.pretraining.lanes import (
+    Lanes,
+    Plan,
+    Rows,
+    State,
+    fingerprint,
+    list_files,
+    make_plan,
+)
 from converters.pretraining.packing import (
     IGNORED,
     Batch,
@@ -30,18 +40,8 @@ from converters.pretraining.packing import (
     repair_documents,
     step_batch,
 )
-from converters.pretraining.corpus_files import DamagedFileError
-from converters.pretraining.lanes import (
-    Lanes,
-    Plan,
-    Rows,
-    State,
-    fingerprint,
-    list_files,
-    make_plan,
-)
-from mlx_openelm.errors import OpenELMError
 from converters.pretraining.recipe import DataRecipe, PretrainRecipe
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.tokenizer import Tokenizer
 
 _OPEN_FILES = 128  # that a sample is taken from at once

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from converters.reference import ReferenceOpenELM
 from converters.pretraining.recipe import OptimizerRecipe
+from converters.reference import ReferenceOpenELM
 
 
 def learning_rate(recipe: OptimizerRecipe, step: int, steps: int) -> float:

@@ -23,8 +23,8 @@ from converters.pretraining.corpus_files import (
     read_documents,
     split_documents,
 )
-from mlx_openelm.errors import OpenELMError
 from converters.pretraining.recipe import CorpusRecipe, DataRecipe, TokenizerRecipe
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.tokenizer import Tokenizer
 
 IGNORED = -100  # a target that is not learnt from

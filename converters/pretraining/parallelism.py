@@ -9,8 +9,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from converters.pretraining.processes import Processes
-from converters.reference import ReferenceOpenELM, summed_loss
 from converters.pretraining.recipe import PretrainRecipe
+from converters.reference import ReferenceOpenELM, summed_loss
 
 
 class SummedLoss(nn.Module):

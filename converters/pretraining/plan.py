@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.pretraining.corpus_files import find_files
+from converters.pretraining.recipe import PretrainRecipe
 from mlx_openelm.config import LLAMA_PIECES, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from converters.pretraining.recipe import PretrainRecipe
 from mlx_openelm.text.tokenizer import Tokenizer
 
 PEAK_FLOPS = {  # dense bfloat16, by a part of torch's device name (makers' data sheets)

@@ -22,9 +22,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from converters.pretraining.packing import IGNORED, Batch
-from converters.pretraining.heldout import continue_greedily
-from converters.pretraining.parallelism import parallelize
 from converters.pretraining.checkpoints import (
     AVERAGE,
     LAST,
@@ -38,6 +35,8 @@ from converters.pretraining.checkpoints import (
     weights_on_disk,
     write_whole,
 )
+from converters.pretraining.heldout import continue_greedily
+from converters.pretraining.loader import join_states
 from converters.pretraining.log import (
     Event,
     Meter,
@@ -51,16 +50,17 @@ from converters.pretraining.optimizers import (
     learning_rate,
     take_step,
 )
+from converters.pretraining.packing import IGNORED, Batch
+from converters.pretraining.parallelism import parallelize
 from converters.pretraining.plan import (
     count_flops_per_token,
     find_peak_flops,
 )
-from converters.pretraining.setup import claim_folder, set_up
 from converters.pretraining.processes import Processes, join_processes, stop_signals
-from converters.reference import ReferenceOpenELM
-from converters.pretraining.loader import join_states
-from mlx_openelm.errors import OpenELMError
 from converters.pretraining.recipe import PretrainRecipe
+from converters.pretraining.setup import claim_folder, set_up
+from converters.reference import ReferenceOpenELM
+from mlx_openelm.errors import OpenELMError
 
 
 def pretrain(

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.pretraining.packing import Corpus, read_data, train_tokenizer
-from converters.pretraining.heldout import HeldOut
 from converters.pretraining.checkpoints import (
     LAST,
     RECIPE,
@@ -22,12 +20,14 @@ from converters.pretraining.checkpoints import (
     write_json,
     write_whole,
 )
+from converters.pretraining.heldout import HeldOut
+from converters.pretraining.loader import Loader, open_loader, read_documents
+from converters.pretraining.packing import Corpus, read_data, train_tokenizer
 from converters.pretraining.plan import share_batch
 from converters.pretraining.processes import Processes
-from converters.pretraining.loader import Loader, open_loader, read_documents
+from converters.pretraining.recipe import ModelRecipe, PretrainRecipe
 from mlx_openelm.config import BOS_ID, EOS_ID, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from converters.pretraining.recipe import ModelRecipe, PretrainRecipe
 from mlx_openelm.text.tokenizer import Tokenizer
 
 TOKENIZER_CHARACTERS = 100_000_000  # of streamed text that a tokenizer is trained on

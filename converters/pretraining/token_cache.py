@@ -23,7 +23,13 @@ import ftfy
 import numpy as np
 import numpy.typing as npt
 
-from converters.pretraining.cleaning import FEW_CHARACTERS, FEW_TOKENS, Piece, Rules, make_pieces
+from converters.pretraining.cleaning import (
+    FEW_CHARACTERS,
+    FEW_TOKENS,
+    Piece,
+    Rules,
+    make_pieces,
+)
 from converters.pretraining.corpus_files import DamagedFileError, read_documents
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.tokenizer import Tokenizer

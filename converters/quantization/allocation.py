@@ -14,12 +14,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from converters.quantization.receipt import CHUNK, Read, embed, final_norm, read_block, read_head
+from converters.quantization.receipt import (
+    CHUNK,
+    Read,
+    embed,
+    final_norm,
+    read_block,
+    read_head,
+)
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.openelm import from_start
-from mlx_openelm.tensor_names import EMBEDDING, HEAD
 from mlx_openelm.model.quantization import AFFINE_BITS, GROUP_SIZES, Packing
+from mlx_openelm.tensor_names import EMBEDDING, HEAD
 
 PROBE_BITS = 4
 ERROR_ROWS = 512  # of a tensor, spread over it, that the rounding error is taken from

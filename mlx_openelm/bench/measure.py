@@ -19,12 +19,9 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_openelm.storage.adapter_folder import attach, open_adapter_folder
+from mlx_openelm.bench.published_speeds import PublishedSpeed, find_published
 from mlx_openelm.bench.selfcheck import PROMPT
-from mlx_openelm.generation.cache import KVCache
-from mlx_openelm.storage.model_folder import ModelFolder, open_folder, spell_dtype
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.generation.decoding import PREFILL_CHUNK, draw_tokens
 from mlx_openelm.device import (
     Machine,
     compute_dtype,
@@ -32,13 +29,21 @@ from mlx_openelm.device import (
     runs_on_linux_cpu,
 )
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.cache import KVCache
+from mlx_openelm.generation.decoding import PREFILL_CHUNK, draw_tokens
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.model.quantization import (
+    AFFINE_BITS,
+    GROUP_SIZES,
+    Packing,
+    Quantization,
+)
+from mlx_openelm.storage.adapter_folder import attach, open_adapter_folder
 from mlx_openelm.storage.hub import DEMO, find_model
 from mlx_openelm.storage.loading import load_model, make_quantized, stored_dtype
-from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.storage.model_folder import ModelFolder, open_folder, spell_dtype
 from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_folder, to_module
-from mlx_openelm.bench.published_speeds import PublishedSpeed, find_published
-from mlx_openelm.model.quantization import AFFINE_BITS, GROUP_SIZES, Packing, Quantization
-from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.version import __version__
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 64, 3

@@ -16,20 +16,20 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from mlx_openelm.generation.cache import KVCache
-from mlx_openelm.storage.model_folder import ModelFolder, open_folder
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.device import Machine, describe_machine
-from mlx_openelm.generation.streaming import generate
-from mlx_openelm.storage.hub import demo_folder
-from mlx_openelm.storage.loading import load_model, load_tokenizer
-from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.tensor_names import to_folder
+from mlx_openelm.generation.cache import KVCache
 from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.generation.step import compiled_step
+from mlx_openelm.generation.streaming import generate
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.storage.hub import demo_folder
+from mlx_openelm.storage.loading import load_model, load_tokenizer
+from mlx_openelm.storage.model_folder import ModelFolder, open_folder
+from mlx_openelm.tensor_names import to_folder
 from mlx_openelm.version import __version__
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPT = "Once upon a time there was a king who"
 TEXT_TOKENS = 48
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mlx_openelm.cli.options import Adapter, Json, Offline, Quiet
 from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.options import Adapter, Json, Offline, Quiet
 from mlx_openelm.errors import OpenELMError
 
 

@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.conversion_view import generated_json
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.signals import Stop, deferred_signals
-from mlx_openelm.cli.conversion_view import generated_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mlx_openelm.generation.cache import ModelCache
-    from mlx_openelm.storage.model_folder import ModelFolder
     from mlx_openelm.generation.conversation import Conversation
     from mlx_openelm.generation.drafters import Drafter
+    from mlx_openelm.generation.sampling import Sampling
     from mlx_openelm.generation.streaming import Piece
     from mlx_openelm.model.openelm import OpenELM
-    from mlx_openelm.generation.sampling import Sampling
+    from mlx_openelm.storage.model_folder import ModelFolder
     from mlx_openelm.text.tokenizer import Tokenizer
 
 SIGN, MORE = ">>> ", "... "  # before a message, and before its further lines

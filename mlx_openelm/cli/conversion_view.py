@@ -9,18 +9,18 @@ from mlx_openelm.cli.console import Console
 
 if TYPE_CHECKING:
     from converters.conversion.adapters import AdapterReport
-    from converters.conversion.run import ConversionReport
     from converters.conversion.fusing import FusionReport
-    from converters.parity import ParityReport
+    from converters.conversion.run import ConversionReport
     from converters.conversion.verification import Verification
-    from mlx_openelm.generation.batch_job import PromptsReport
+    from converters.parity import ParityReport
     from mlx_openelm.bench.selfcheck import SelfCheck
-    from mlx_openelm.generation.drafters import Drafter
     from mlx_openelm.evaluation.texts import TextScore
+    from mlx_openelm.finetuning.preparation import Prepared
     from mlx_openelm.finetuning.run import FinetuneReport
+    from mlx_openelm.generation.batch_job import PromptsReport
+    from mlx_openelm.generation.drafters import Drafter
     from mlx_openelm.generation.streaming import Piece
     from mlx_openelm.storage.inspection import Inspection
-    from mlx_openelm.finetuning.preparation import Prepared
     from mlx_openelm.text.tokenizer import Tokenizer
 
 

@@ -10,6 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.evaluation_plan import (
+    Entrant,
+    EvaluationPlan,
+    list_entrants,
+    plan_evaluation,
+)
 from mlx_openelm.cli.options import (
     Adapter,
     Json,
@@ -18,14 +25,7 @@ from mlx_openelm.cli.options import (
     Quiet,
     open_model,
 )
-from mlx_openelm.cli.console import Console
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.cli.evaluation_plan import (
-    Entrant,
-    EvaluationPlan,
-    list_entrants,
-    plan_evaluation,
-)
 
 if TYPE_CHECKING:
     from mlx_openelm.evaluation.results import ModelScores, TaskResult
@@ -239,8 +239,8 @@ def _run_local(
     where: Path | None,
     force: bool,
 ) -> list["TaskResult"]:
-    from mlx_openelm.evaluation.results import from_local
     from mlx_openelm.evaluation.multiple_choice import score_task
+    from mlx_openelm.evaluation.results import from_local
 
     results = []
     for task, total in plan.local:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlx_openelm.evaluation.results import ModelScores, SuiteScore, report_suite
 from mlx_openelm.cli.evaluation_view import is_share, show_value
 from mlx_openelm.cli.svg import draw_line, escape, shorten, write_text
+from mlx_openelm.evaluation.results import ModelScores, SuiteScore, report_suite
 
 if TYPE_CHECKING:
     from mlx_openelm.evaluation.suites import Suite

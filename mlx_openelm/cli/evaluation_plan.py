@@ -45,8 +45,8 @@ def list_entrants(
         OpenELMError: one of them is not to be had.
     """
     from mlx_openelm.storage.adapter_folder import open_adapter_folder
-    from mlx_openelm.storage.model_folder import open_folder
     from mlx_openelm.storage.hub import ADAPTER_CONFIG, CONFIG, DEMO, find_model
+    from mlx_openelm.storage.model_folder import open_folder
 
     said = [(model, adapter_path)]
     for name in compare:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_openelm.cli.options import Force, Json, Offline, Quiet, Seed
 from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.options import Force, Json, Offline, Quiet, Seed
 from mlx_openelm.errors import OpenELMError
 
 
@@ -207,11 +207,11 @@ def lora(
             chosen = dataclasses.replace(chosen, epochs=epochs, iters=iters)
     rank_here = int(os.environ.get("MLX_RANK", "0"))  # of mlx.launch: the first speaks
     console = Console(quiet=quiet or rank_here > 0)
-    from mlx_openelm.finetuning.run import finetune
-    from mlx_openelm.finetuning.preparation import prepare
     from mlx_openelm.cli.conversion_view import as_json as fields
     from mlx_openelm.cli.conversion_view import note_plan, note_trained, plan_json
     from mlx_openelm.cli.finetuning_view import TrainingView
+    from mlx_openelm.finetuning.preparation import prepare
+    from mlx_openelm.finetuning.run import finetune
 
     if dry_run:
         prepared = prepare(chosen, fit=fit, offline=offline)

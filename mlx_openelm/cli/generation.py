@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.options import (
     SAMPLING,
     Adapter,
@@ -24,14 +25,13 @@ from mlx_openelm.cli.options import (
     TopP,
     open_model,
 )
-from mlx_openelm.cli.console import Console
 from mlx_openelm.errors import OpenELMError
 
 if TYPE_CHECKING:
-    from mlx_openelm.storage.model_folder import ModelFolder
     from mlx_openelm.generation.drafters import Drafter
     from mlx_openelm.generation.streaming import Piece
     from mlx_openelm.model.openelm import OpenELM
+    from mlx_openelm.storage.model_folder import ModelFolder
     from mlx_openelm.text.tokenizer import Tokenizer
 
 _SHORT_CUTS = "Speed and memory"
@@ -252,11 +252,15 @@ def generate(
         raise typer.BadParameter("is shown with --json", param_hint="--logprobs")
     text = _read_prompt(prompt, prompt_option)
     _check_utf8(text, system, *(stop or ()))
+    from mlx_openelm.cli.conversion_view import (
+        generated_json,
+        note_drafts,
+        note_generated,
+    )
     from mlx_openelm.generation.compact_caches import cache_maker
     from mlx_openelm.generation.decoding import Context
-    from mlx_openelm.generation.streaming import prepare_prompt, stream
-    from mlx_openelm.cli.conversion_view import generated_json, note_drafts, note_generated
     from mlx_openelm.generation.sampling import Sampling
+    from mlx_openelm.generation.streaming import prepare_prompt, stream
 
     folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
     sampling = Sampling.from_defaults(folder.generation_defaults, said)
@@ -349,8 +353,8 @@ def chat(
         seed=seed,
     )
     _check_utf8(system, *(stop or ()))
-    from mlx_openelm.generation.compact_caches import cache_maker
     from mlx_openelm.cli.chat import run_chat
+    from mlx_openelm.generation.compact_caches import cache_maker
     from mlx_openelm.generation.sampling import Sampling
 
     folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
@@ -384,9 +388,9 @@ def _answer_file(
     output: Path | None,
     force: bool,
 ) -> None:
+    from mlx_openelm.cli.conversion_view import note_prompts
     from mlx_openelm.generation.batch_job import answer_prompts
     from mlx_openelm.generation.prompt_file import read_prompts
-    from mlx_openelm.cli.conversion_view import note_prompts
     from mlx_openelm.generation.sampling import Sampling
 
     folder, model, tokenizer = opened

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mlx_openelm.cli.options import Json, Offline, Quiet, Seed
 from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.options import Json, Offline, Quiet, Seed
 
 Force = Annotated[bool, typer.Option("--force", help="Replace what was grown before.")]
 

@@ -12,6 +12,11 @@ import typer
 from typer.core import TyperGroup
 
 from mlx_openelm.cli.bench import bench
+from mlx_openelm.cli.console import Console, close_broken_pipe, prepare_streams
+from mlx_openelm.cli.evaluation import evaluate
+from mlx_openelm.cli.finetuning import lora
+from mlx_openelm.cli.generation import chat, generate
+from mlx_openelm.cli.growing import grow
 from mlx_openelm.cli.options import (
     Force,
     Json,
@@ -19,14 +24,9 @@ from mlx_openelm.cli.options import (
     Quiet,
     need_torch,
 )
-from mlx_openelm.cli.console import Console, close_broken_pipe, prepare_streams
-from mlx_openelm.errors import OpenELMError
-from mlx_openelm.cli.evaluation import evaluate
-from mlx_openelm.cli.generation import chat, generate
-from mlx_openelm.cli.growing import grow
 from mlx_openelm.cli.pretraining import pretrain
 from mlx_openelm.cli.serving import serve
-from mlx_openelm.cli.finetuning import lora
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.version import __version__
 
 
@@ -320,9 +320,9 @@ def verify(
 ) -> None:
     """Check that a folder is whole, and what it says it is."""
     from converters.conversion.verification import verify as run
-    from mlx_openelm.storage.hub import find_model
     from mlx_openelm.cli.conversion_view import as_json as fields
     from mlx_openelm.cli.conversion_view import show_verification
+    from mlx_openelm.storage.hub import find_model
 
     console = Console(quiet=quiet)
     with console.progress("Verifying") as progress:
@@ -354,10 +354,10 @@ def inspect(
     offline: Offline = False,
 ) -> None:
     """Show sizes, bits, tokenizer, origin and memory, without loading weights."""
-    from mlx_openelm.storage.hub import find_model
-    from mlx_openelm.storage.inspection import inspect as run
     from mlx_openelm.cli.conversion_view import as_json as fields
     from mlx_openelm.cli.conversion_view import show_inspection
+    from mlx_openelm.storage.hub import find_model
+    from mlx_openelm.storage.inspection import inspect as run
 
     console = Console(quiet=quiet)
     found = run(find_model(model, offline=offline), context=context)

@@ -66,11 +66,11 @@ def open_model(
     console: Console, name: str | None, adapter_path: str | None, offline: bool
 ) -> Any:
     """Open and load a model; say which where it was not said, and what is slow here."""
-    from mlx_openelm.storage.adapter_folder import attach, open_adapter_folder
-    from mlx_openelm.storage.model_folder import open_folder
     from mlx_openelm.device import describe_slowness
+    from mlx_openelm.storage.adapter_folder import attach, open_adapter_folder
     from mlx_openelm.storage.hub import DEMO, find_model
     from mlx_openelm.storage.loading import load_model, load_tokenizer, stored_dtype
+    from mlx_openelm.storage.model_folder import open_folder
 
     if name is not None and not name.strip():
         raise OpenELMError("--model is empty; say demo, a model folder, or a Hub id.")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mlx_openelm.cli.options import Json, Quiet, Seed, need_torch
 from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.options import Json, Quiet, Seed, need_torch
 
 SECONDS_TO_SPEAK = 10.0  # torchrun ends all processes when one ends
 
@@ -56,7 +56,11 @@ def pretrain(
         "seed": seed,
     }
     chosen = load_recipe(PretrainRecipe, recipe, said)
-    from mlx_openelm.cli.pretraining_view import PretrainingView, plan_as_json, show_plan
+    from mlx_openelm.cli.pretraining_view import (
+        PretrainingView,
+        plan_as_json,
+        show_plan,
+    )
 
     if dry_run:
         from converters.pretraining.plan import plan_pretraining
@@ -68,8 +72,8 @@ def pretrain(
             show_plan(console, chosen, plan)
         return
     need_torch()
-    from converters.pretraining.run import pretrain as run  # seconds: torch is imported
     from converters.pretraining.processes import SharedError
+    from converters.pretraining.run import pretrain as run  # seconds: torch is imported
 
     with PretrainingView(console) as view:
         try:

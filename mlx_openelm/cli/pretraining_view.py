@@ -4,8 +4,8 @@ import dataclasses
 import types
 from typing import TYPE_CHECKING, Any, Self
 
-from mlx_openelm.cli.console import Console, Progress
 from converters.pretraining.recipe import PretrainRecipe
+from mlx_openelm.cli.console import Console, Progress
 
 if TYPE_CHECKING:
     from converters.pretraining.log import (

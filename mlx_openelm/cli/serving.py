@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.options import (
     Adapter,
     MaxTokens,
@@ -21,7 +22,6 @@ from mlx_openelm.cli.options import (
     TopP,
     open_model,
 )
-from mlx_openelm.cli.console import Console
 from mlx_openelm.errors import OpenELMError
 
 
@@ -100,9 +100,9 @@ def serve(
         raise OpenELMError(f"--log-level is {log_level}; say {', '.join(levels)}.")
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(message)s")
     from mlx_openelm.generation.conversation import RAW
-    from mlx_openelm.serving.server import Access, Server
     from mlx_openelm.serving.engine import Load
     from mlx_openelm.serving.requests import Served
+    from mlx_openelm.serving.server import Access, Server
 
     origins = tuple(o.strip().rstrip("/") for o in allowed_origins.split(",") if o)
     with Server(Access(host, port, api_key, origins)) as server:  # the port is ours

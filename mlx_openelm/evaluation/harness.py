@@ -19,12 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from mlx_openelm.generation.batching import BATCH_SIZE
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model.fingerprint import fingerprint_model
-from mlx_openelm.evaluation.harness_model import KeptAnswers, need_harness, quiet, wrap_model
-from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.evaluation.harness_model import (
+    KeptAnswers,
+    need_harness,
+    quiet,
+    wrap_model,
+)
 from mlx_openelm.evaluation.results import Metric, TaskResult
+from mlx_openelm.generation.batching import BATCH_SIZE
+from mlx_openelm.model.fingerprint import fingerprint_model
+from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.staging import held, replaced_file
 from mlx_openelm.text.tokenizer import Tokenizer
 

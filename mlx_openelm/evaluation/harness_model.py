@@ -17,11 +17,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from mlx_openelm.evaluation.loglikelihood import encode_requests, rolling_requests, score_requests
-from mlx_openelm.generation.batching import BATCH_SIZE, Question, answer_together
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.evaluation.loglikelihood import (
+    encode_requests,
+    rolling_requests,
+    score_requests,
+)
+from mlx_openelm.generation.batching import BATCH_SIZE, Question, answer_together
 from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256  # where a task does not say; the harness's own default

@@ -16,9 +16,9 @@ import mlx.core as mx
 from mlx_openelm import openblas
 from mlx_openelm.device import runs_on_linux_cpu
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.evaluation.prefix_tree import count_common, plant, read_tree
 from mlx_openelm.model.likelihood import CHUNK
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.evaluation.prefix_tree import count_common, plant, read_tree
 from mlx_openelm.text.tokenizer import Tokenizer
 
 ROW_TOKENS = 512 if runs_on_linux_cpu() else 2048  # that are computed together

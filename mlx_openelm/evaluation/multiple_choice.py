@@ -12,17 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.loglikelihood import (
     Request,
     check_request,
     encode_requests,
     score_requests,
 )
-from mlx_openelm.storage.ordered_jsonl import Answers, AnswersFile, Json
-from mlx_openelm.errors import OpenELMError
+from mlx_openelm.evaluation.task_files import Question, Task
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.evaluation.task_files import Question, Task
+from mlx_openelm.storage.ordered_jsonl import Answers, AnswersFile, Json
 from mlx_openelm.text.tokenizer import Tokenizer
 
 TOGETHER = 64  # questions: several rows' worth, and not much to lose

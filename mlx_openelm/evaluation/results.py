@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_openelm.storage.model_folder import ModelFolder
+from mlx_openelm.evaluation.multiple_choice import ScoredTask, mean_and_stderr
 from mlx_openelm.evaluation.paired import Difference, paired_difference
+from mlx_openelm.evaluation.published_scores import (
+    PublishedScores,
+    find_published_scores,
+)
+from mlx_openelm.evaluation.suites import Suite, SuiteTask
 from mlx_openelm.evaluation.texts import TextScore
 from mlx_openelm.storage.hub import snapshot_of
-from mlx_openelm.evaluation.published_scores import PublishedScores, find_published_scores
-from mlx_openelm.evaluation.multiple_choice import ScoredTask, mean_and_stderr
-from mlx_openelm.evaluation.suites import Suite, SuiteTask
+from mlx_openelm.storage.model_folder import ModelFolder
 
 
 @dataclass(frozen=True, slots=True)

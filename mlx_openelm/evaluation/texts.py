@@ -9,10 +9,10 @@ from typing import overload
 import mlx.core as mx
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model.likelihood import log_likelihoods
-from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.evaluation.multiple_choice import TaskScore, score_task
 from mlx_openelm.evaluation.task_files import read_tasks
+from mlx_openelm.model.likelihood import log_likelihoods
+from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
 BATCH_TOKENS = 4096  # tokens to a forward pass

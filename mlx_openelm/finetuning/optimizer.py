@@ -3,8 +3,8 @@
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from mlx_openelm.finetuning.trainable import trained_tensors
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.trainable import trained_tensors
 from mlx_openelm.model.openelm import OpenELM
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
-from mlx_openelm.finetuning.trainable import trained_tensors
 from mlx_openelm.finetuning.batches import plan_epoch, share_out
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.trainable import trained_tensors
 from mlx_openelm.model.kernels import QUERIES
 from mlx_openelm.model.likelihood import chunk_rows
 from mlx_openelm.model.openelm import OpenELM

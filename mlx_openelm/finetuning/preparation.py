@@ -6,21 +6,18 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm.finetuning.trainable import (
-    Method,
-    adapt,
-    choose_modules,
-    choose_ranks,
-    trained_tensors,
-    unfreeze,
-)
-from mlx_openelm.storage.model_folder import ModelFolder, open_folder
 from mlx_openelm.device import compute_dtype, describe_machine
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.finetuning.distributed import World
+from mlx_openelm.finetuning.plan import (
+    MemoryPlan,
+    Order,
+    TrainingPlan,
+    heaviest_load,
+    plan_memory,
+    propose_smaller,
+)
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
-from mlx_openelm.storage.hub import DEMO, find_model
-from mlx_openelm.storage.loading import load_tokenizer, make_quantized, stored_dtype
-from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.finetuning.records import Data, read_data
 from mlx_openelm.finetuning.samples import (
     DataTable,
@@ -33,17 +30,20 @@ from mlx_openelm.finetuning.samples import (
     make_samples,
     tabulate,
 )
-from mlx_openelm.text.tokenizer import Tokenizer, encode_prompt
-from mlx_openelm.finetuning.trainer import lengths_of
-from mlx_openelm.finetuning.plan import (
-    MemoryPlan,
-    Order,
-    TrainingPlan,
-    heaviest_load,
-    plan_memory,
-    propose_smaller,
+from mlx_openelm.finetuning.trainable import (
+    Method,
+    adapt,
+    choose_modules,
+    choose_ranks,
+    trained_tensors,
+    unfreeze,
 )
-from mlx_openelm.finetuning.distributed import World
+from mlx_openelm.finetuning.trainer import lengths_of
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.storage.hub import DEMO, find_model
+from mlx_openelm.storage.loading import load_tokenizer, make_quantized, stored_dtype
+from mlx_openelm.storage.model_folder import ModelFolder, open_folder
+from mlx_openelm.text.tokenizer import Tokenizer, encode_prompt
 
 FOLDERS = Path("adapters")  # where a run goes that is told no folder
 

@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from mlx_openelm.finetuning.report_charts import CHART_STYLE, Chart, Line, Mark, Point, draw, smooth
+from mlx_openelm.finetuning.report_charts import (
+    CHART_STYLE,
+    Chart,
+    Line,
+    Mark,
+    Point,
+    draw,
+    smooth,
+)
 
 MOST_ROWS = 200  # of the table of numbers
 MOST_SKIPPED = 50

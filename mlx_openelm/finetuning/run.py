@@ -22,22 +22,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_openelm.finetuning.trainable import trained_tensors
-from mlx_openelm.storage.adapter_folder import (
-    BEST,
-    CONFIG,
-    WEIGHTS,
-    AdapterConfig,
-    read_sketch,
-    write_config,
-)
-from mlx_openelm.storage.base_check import base_weights, check_base, sketch_base
-from mlx_openelm.storage.model_folder import METADATA_KEY
 from mlx_openelm.config import read_mapping
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning.recipe import FinetuneRecipe, differences
-from mlx_openelm.storage.loading import load_model
-from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.finetuning.distributed import World
+from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import (
     Prepared,
     make_trainable,
@@ -45,24 +33,8 @@ from mlx_openelm.finetuning.preparation import (
     run_folder,
     stem,
 )
-from mlx_openelm.recipe_loader import find_recipe, load_recipe
-from mlx_openelm.generation.sampling import Sampling
-from mlx_openelm.storage.shards import write_json
-from mlx_openelm.storage.staging import (
-    held,
-    refuse_existing,
-    refuse_replacing,
-    replaced_file,
-    staged_folder,
-)
-from mlx_openelm.finetuning.trainer import (
-    Event,
-    Training,
-    Validation,
-    advise_half_a_batch,
-)
+from mlx_openelm.finetuning.recipe import FinetuneRecipe, differences
 from mlx_openelm.finetuning.report import TrainingRun, render_page
-from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.state import (
     RUNNING,
     STATE,
@@ -72,8 +44,36 @@ from mlx_openelm.finetuning.state import (
     read_events,
     running,
 )
+from mlx_openelm.finetuning.trainable import trained_tensors
+from mlx_openelm.finetuning.trainer import (
+    Event,
+    Training,
+    Validation,
+    advise_half_a_batch,
+)
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.recipe_loader import find_recipe, load_recipe
+from mlx_openelm.storage.adapter_folder import (
+    BEST,
+    CONFIG,
+    WEIGHTS,
+    AdapterConfig,
+    read_sketch,
+    write_config,
+)
+from mlx_openelm.storage.base_check import base_weights, check_base, sketch_base
+from mlx_openelm.storage.loading import load_model
+from mlx_openelm.storage.model_folder import METADATA_KEY
+from mlx_openelm.storage.shards import write_json
+from mlx_openelm.storage.staging import (
+    held,
+    refuse_existing,
+    refuse_replacing,
+    replaced_file,
+    staged_folder,
+)
 from mlx_openelm.version import __version__
-from mlx_openelm.finetuning.distributed import World
 
 RECIPE, TABLE, PAGE = "recipe.yaml", "data.json", "report.html"
 

@@ -23,8 +23,8 @@ import mlx.core as mx
 import safetensors
 
 from mlx_openelm import openblas
-from mlx_openelm.storage.adapter_folder import save_tensors
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.adapter_folder import save_tensors
 from mlx_openelm.storage.staging import flush, replaced_file
 
 STATE, METRICS, RUNNING = "state.safetensors", "metrics.jsonl", "running.json"

@@ -22,13 +22,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
-from mlx_openelm.finetuning.trainable import adapter_tensors, trained_tensors, use_dropout
-from mlx_openelm.storage.adapter_folder import BEST
-from mlx_openelm.finetuning.batches import Batch, collate, collate_pairs, share_out
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning.recipe import FinetuneRecipe
-from mlx_openelm.generation.streaming import generate
-from mlx_openelm.signals import Stop, deferred_signals
 from mlx_openelm.finetuning.adapter_snapshots import (
     AVERAGE,
     keep,
@@ -36,7 +30,8 @@ from mlx_openelm.finetuning.adapter_snapshots import (
     replace_weights,
     write_average,
 )
-from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.finetuning.batches import Batch, collate, collate_pairs, share_out
+from mlx_openelm.finetuning.distributed import World
 from mlx_openelm.finetuning.losses import (
     batch_losses,
     preference_losses,
@@ -45,10 +40,9 @@ from mlx_openelm.finetuning.losses import (
     total_norm,
 )
 from mlx_openelm.finetuning.optimizer import make_optimizer
-from mlx_openelm.finetuning.samples import Pair, Sample
-from mlx_openelm.generation.sampling import Sampling
-from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.finetuning.plan import Order
+from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.samples import Pair, Sample
 from mlx_openelm.finetuning.state import (
     Progress,
     State,
@@ -56,7 +50,17 @@ from mlx_openelm.finetuning.state import (
     load_state,
     save_state,
 )
-from mlx_openelm.finetuning.distributed import World
+from mlx_openelm.finetuning.trainable import (
+    adapter_tensors,
+    trained_tensors,
+    use_dropout,
+)
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.streaming import generate
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.signals import Stop, deferred_signals
+from mlx_openelm.storage.adapter_folder import BEST
+from mlx_openelm.text.tokenizer import Tokenizer
 
 MOST_IN_A_ROW = 3  # batches that are not finite
 

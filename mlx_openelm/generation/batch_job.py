@@ -12,17 +12,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mlx_openelm.storage.ordered_jsonl import Answers, AnswersFile, Json
-from mlx_openelm.generation.batching import BATCH_SIZE, Answered, Question, answer_together
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.batching import (
+    BATCH_SIZE,
+    Answered,
+    Question,
+    answer_together,
+)
 from mlx_openelm.generation.conversation import RAW, encode_turns
 from mlx_openelm.generation.decoding import Token
-from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model.fingerprint import fingerprint_model
-from mlx_openelm.generation.streaming import check_room, prepare_prompt
-from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.generation.penalties import check_bias
 from mlx_openelm.generation.prompt_file import Prompt, Prompts
 from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.streaming import check_room, prepare_prompt
+from mlx_openelm.model.fingerprint import fingerprint_model
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.storage.ordered_jsonl import Answers, AnswersFile, Json
 from mlx_openelm.text.tokenizer import Tokenizer, Turn, render
 
 

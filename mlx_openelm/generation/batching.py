@@ -16,11 +16,8 @@ from itertools import islice
 import mlx.core as mx
 
 from mlx_openelm import openblas
-from mlx_openelm.generation.stopping import Answer
 from mlx_openelm.generation.cache import KVCache, SlotCache
 from mlx_openelm.generation.decoding import PREFILL_CHUNK, Drawn, Token
-from mlx_openelm.generation.streaming import check_room
-from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.generation.sampling import (
     Sampling,
     choose_tokens,
@@ -29,6 +26,9 @@ from mlx_openelm.generation.sampling import (
     temper,
 )
 from mlx_openelm.generation.step import suit_threads
+from mlx_openelm.generation.stopping import Answer
+from mlx_openelm.generation.streaming import check_room
+from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
 BATCH_SIZE = 16

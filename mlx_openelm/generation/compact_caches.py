@@ -6,9 +6,9 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from mlx_openelm.generation.cache import KVCache, ModelCache
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.cache import KVCache, ModelCache
 from mlx_openelm.model.quantization import Packing
 
 KV_BITS = (4, 8)

@@ -7,10 +7,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_openelm import openblas
+from mlx_openelm.device import runs_on_linux_cpu
 from mlx_openelm.generation.cache import KVCache, ModelCache
 from mlx_openelm.generation.compact_caches import SlidingKVCache
-from mlx_openelm.device import runs_on_linux_cpu
-from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.generation.sampling import (
     Sampling,
     choose_tokens,
@@ -19,6 +18,7 @@ from mlx_openelm.generation.sampling import (
     top_logprobs,
 )
 from mlx_openelm.generation.step import Step, choose_step
+from mlx_openelm.model.openelm import OpenELM
 
 # Prompt tokens to a forward pass. Small ones save half of the masked scores, which cost
 # most on the CPU.

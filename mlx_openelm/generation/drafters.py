@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_openelm.generation.decoding import Context, Drawing
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.generation.decoding import Context, Drawing
 from mlx_openelm.generation.draft_pacing import Pace
 from mlx_openelm.generation.sampling import choose_tokens, distribution
+from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
 LONGEST = 32  # tokens to a draft

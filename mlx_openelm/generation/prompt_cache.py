@@ -17,13 +17,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.cache import KVCache, ModelCache
 from mlx_openelm.generation.compact_caches import SlidingKVCache, describe_cache, refill
-from mlx_openelm.storage.model_folder import FLOATS
 from mlx_openelm.generation.decoding import Context
-from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.fingerprint import fingerprint, fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.storage.model_folder import FLOATS
 from mlx_openelm.storage.staging import held, replaced_file
 
 _FORMAT = 1  # another one where keys or values would come out otherwise

@@ -13,8 +13,8 @@ from typing import Any, Self
 
 import mlx.core as mx
 
-from mlx_openelm.generation import penalties
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation import penalties
 
 
 @dataclass(frozen=True, slots=True)

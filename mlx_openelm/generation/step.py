@@ -11,8 +11,8 @@ from functools import cache
 import mlx.core as mx
 
 from mlx_openelm import openblas
-from mlx_openelm.generation.cache import KVCache, ModelCache
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.generation.cache import KVCache, ModelCache
 from mlx_openelm.model.openelm import OpenELM
 
 SMALL = 5 * 10**7  # parameters: so few are read by one CPU thread as quickly as by two

@@ -20,7 +20,6 @@ from mlx_lm.models.cache import LRUPromptCache, trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_openelm.generation.decoding import PREFILL_CHUNK
-from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.generation.sampling import (
     Sampling,
     choose_tokens,
@@ -28,6 +27,7 @@ from mlx_openelm.generation.sampling import (
     history_length,
     shape_logits,
 )
+from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.serving.requests import Completion
 
 

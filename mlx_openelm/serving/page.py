@@ -10,7 +10,7 @@ from importlib.resources import files
 @cache
 def read_page() -> bytes:
     """Return the HTML."""
-    return files("mlx_openelm").joinpath("serving.html").read_bytes()
+    return files("mlx_openelm.serving").joinpath("page.html").read_bytes()
 
 
 def _policy() -> str:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NoReturn
 
-from mlx_openelm.generation.conversation import RAW, encode_turns
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.conversation import RAW, encode_turns
 from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.text.tokenizer import EOS_TEXT, Tokenizer, Turn
 

@@ -29,8 +29,8 @@ from urllib.parse import urlsplit
 
 import mlx_lm.server as theirs
 
-from mlx_openelm.generation.stopping import Answer
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.stopping import Answer
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.serving.engine import Engine, Load, our_draws
 from mlx_openelm.serving.logprobs import (

@@ -12,13 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_openelm.storage.base_check import BaseWeight, base_weights, check_base
-from mlx_openelm.storage.model_folder import METADATA_KEY, check_shapes, read_headers
 from mlx_openelm.config import read_mapping
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.storage.hub import find_model
 from mlx_openelm.model.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.storage.base_check import BaseWeight, base_weights, check_base
+from mlx_openelm.storage.hub import find_model
+from mlx_openelm.storage.model_folder import METADATA_KEY, check_shapes, read_headers
 from mlx_openelm.storage.shards import write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"

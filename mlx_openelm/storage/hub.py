@@ -46,7 +46,7 @@ _LAYOUTS = (  # the first that a repository has is taken, and no other
 
 def demo_folder() -> Path:
     """Return the folder of the built-in model."""
-    folder = Path(__file__).parent / "demo"
+    folder = Path(__file__).parents[1] / "demo"
     if not (folder / CONFIG).is_file():
         raise OpenELMError(
             f"The built-in model is missing from {folder}; reinstall mlx-openelm, or "

@@ -8,12 +8,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_openelm.storage.model_folder import DTYPES, ModelFolder, open_folder, spell_dtype
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.loading import stored_dtype
-from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_folder
+from mlx_openelm.storage.model_folder import (
+    DTYPES,
+    ModelFolder,
+    open_folder,
+    spell_dtype,
+)
 from mlx_openelm.storage.tokenizer_finder import read_tokenizer
+from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,16 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_openelm.storage.adapter_folder import attach, open_adapter_folder
-from mlx_openelm.storage.model_folder import DTYPES, ModelFolder, open_folder
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.storage.hub import DEMO, find_model
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.tensor_names import to_folder, to_module
 from mlx_openelm.model.quantization import Packing
-from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.storage.adapter_folder import attach, open_adapter_folder
+from mlx_openelm.storage.hub import DEMO, find_model
+from mlx_openelm.storage.model_folder import DTYPES, ModelFolder, open_folder
 from mlx_openelm.storage.tokenizer_finder import JSON_FILE, MODEL_FILE, read_tokenizer
+from mlx_openelm.tensor_names import to_folder, to_module
+from mlx_openelm.text.tokenizer import Tokenizer
 
 
 def load(

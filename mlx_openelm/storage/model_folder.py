@@ -16,9 +16,9 @@ import safetensors
 
 from mlx_openelm.config import OpenELMConfig, read_mapping
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.tensor_names import to_module
 from mlx_openelm.model.quantization import Packing, read_packing
 from mlx_openelm.storage.shards import DTYPES, INDEX
+from mlx_openelm.tensor_names import to_module
 
 METADATA_KEY = "mlx_openelm"
 

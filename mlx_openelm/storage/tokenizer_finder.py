@@ -20,7 +20,12 @@ from typing import Any
 
 from mlx_openelm.config import BOS_ID, EOS_ID, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.storage.hub import TOKENIZER, TOKENIZER_FILES, cached_snapshots, download
+from mlx_openelm.storage.hub import (
+    TOKENIZER,
+    TOKENIZER_FILES,
+    cached_snapshots,
+    download,
+)
 from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 from mlx_openelm.text.tokenizer_json import (
     BYTE_PIECES,

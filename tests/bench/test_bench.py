@@ -1,0 +1,569 @@
+"""`bench`: what it counts, what it says, and what it refuses; times are not tested."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from browser import find_browser, started
+from commands import call, make_source, refuse
+from models import SCALED, UNEVEN, build
+
+import mlx_openelm
+from mlx_openelm.bench import measure as speed
+from mlx_openelm.bench.measure import (
+    Bandwidth,
+    BenchReport,
+    Case,
+    Cell,
+    Figure,
+    Form,
+    Subject,
+    Workload,
+    count_step_bytes,
+)
+from mlx_openelm.bench.published_speeds import PUBLISHED, find_published
+from mlx_openelm.cli.bench_view import draw_bench
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.device import Machine, compute_dtype, describe_machine
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.lora import LoRALinear
+from mlx_openelm.model.quantization import Quantization
+from mlx_openelm.storage.hub import demo_folder
+
+SMALL = Bandwidth(1e9, "a sum", {"a sum": 1e9, "a copy": 5e8}, 1000, 5)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(autouse=True)
+def quick_bandwidth(monkeypatch):
+    monkeypatch.setattr(speed, "measure_bandwidth", lambda: SMALL)
+    monkeypatch.delenv("MLX_OPENELM_MODEL", raising=False)
+
+
+# What a token must read ----------------------------------------------------------
+
+
+def linears_of(config):
+    """(out, in) of every linear, by the paper's own sizes."""
+    D, H = config.model_dim, config.head_dim
+    for q, k, F in zip(
+        config.num_query_heads, config.num_kv_heads, config.ffn_dims, strict=True
+    ):
+        yield from (((q + 2 * k) * H, D), (D, q * H), (2 * F, D), (D, F))
+
+
+def norm_weights(config):
+    D, H, L = config.model_dim, config.head_dim, len(config.ffn_dims)
+    return L * (2 * D + 2 * H) + D
+
+
+def cache_numbers(config):
+    """Of one token, in all layers."""
+    return sum(2 * k * config.head_dim for k in config.num_kv_heads)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_step_reads_each_weight_once_and_every_sequences_keys_and_values(batch):
+    weights = sum(map(math.prod, linears_of(UNEVEN)))
+    weights += norm_weights(UNEVEN) + UNEVEN.vocab_size * UNEVEN.model_dim
+    expected = 4 * (weights + batch * 10 * cache_numbers(UNEVEN))
+    assert count_step_bytes(build(UNEVEN), batch, 10) == expected
+
+
+def test_of_an_untied_embedding_only_the_rows_of_the_tokens_are_read():
+    untied = replace(UNEVEN, share_input_output_layers=False)
+    table = 4 * UNEVEN.vocab_size * UNEVEN.model_dim
+    for batch in (1, 2):
+        tied = count_step_bytes(build(UNEVEN), batch, 10)
+        rows = batch * 4 * UNEVEN.model_dim
+        read = count_step_bytes(build(untied), batch, 10)
+        assert read == pytest.approx(tied + rows, abs=1e-3)
+    assert count_step_bytes(build(untied), 10_000, 0) == pytest.approx(
+        count_step_bytes(build(UNEVEN), 1, 0) + table  # no more rows than there are
+    )
+
+
+def test_quantized_weights_are_counted_as_they_are_packed():
+    """In groups of 64 with a scale and a bias, 16 bits each; the table in 8 bits."""
+    form = Form(mx.bfloat16, Quantization(bits=4).packings(SCALED))
+    model = speed.make_model(SCALED, form)
+    packed = sum(math.prod(s) * (4 / 8 + 2 * 2 / 64) for s in linears_of(SCALED))
+    packed += SCALED.vocab_size * SCALED.model_dim * (8 / 8 + 2 * 2 / 64)
+    expected = packed + 2 * norm_weights(SCALED) + 2 * 7 * cache_numbers(SCALED)
+    assert count_step_bytes(model, 1, 7) == expected
+    assert reckoned(SCALED, form) >= expected
+
+
+def reckoned(config, form, prompt_tokens=8):
+    case = Case(Subject("made", config), 4, 1, prompt_tokens, 8)
+    return speed.reckon_memory(case, form)
+
+
+def test_the_adapter_is_read_as_well():
+    model = build(SCALED)
+    before = count_step_bytes(model, 1, 0)
+    layer = model.layers[0].ffn
+    a, b = mx.zeros((64, 4)), mx.zeros((128, 4)).T
+    layer.proj_1 = LoRALinear(layer.proj_1, a, b, 1.0)
+    assert count_step_bytes(model, 1, 0) == before + 4 * (64 * 4 + 4 * 128)
+
+
+@pytest.mark.parametrize("size", ["270M", "450M", "1.1B", "3B"])
+def test_the_released_sizes_keep_what_the_facts_say_of_their_caches(size):
+    config = OpenELMConfig.preset(size)
+    facts = {"270M": 16_128, "450M": 23_296, "1.1B": 43_264, "3B": 83_968}
+    assert speed.kv_bytes_per_token(config, mx.bfloat16) == facts[size]
+    form = Form(mx.bfloat16, {})
+    weights = 2 * config.num_parameters
+    assert weights < reckoned(config, form, 512) < 1.4 * weights
+
+
+# Made weights --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_made_weights_are_packed_and_give_sane_logits(bits):
+    packings = Quantization(bits=bits).packings(SCALED)
+    model = speed.make_model(SCALED, Form(mx.float32, packings))
+    linear = model.layers[1].attn.qkv_proj
+    assert isinstance(linear, nn.QuantizedLinear)
+    assert linear.bits == bits
+    assert model.transformer.token_embeddings.bits == 8
+    logits = model(mx.array([[1, 5, 7]]))
+    assert mx.isfinite(logits).all()
+    assert logits.std() > 0.1
+
+
+def test_made_weights_have_the_dtype_that_is_asked_for():
+    model = speed.make_model(UNEVEN, Form(mx.bfloat16, {}))
+    assert model.layers[2].ffn.proj_2.weight.shape == (64, 64)
+    assert model.layers[2].ffn.proj_2.weight.dtype == mx.bfloat16
+    assert 0.1 < model.layers[2].ffn.proj_2.weight.std().item() < 0.15  # 64 ** -0.5
+
+
+# Cells ---------------------------------------------------------------------------
+
+
+def test_every_combination_is_a_cell():
+    workload = Workload(
+        bits=(16, 8), batches=(1, 2), contexts=(20, 30), new_tokens=4, rounds=1
+    )
+    subjects = [Subject("a", UNEVEN), Subject("b", SCALED)]
+    cases = speed.plan(subjects, workload)
+    assert len({(c.subject, c.bits, c.batch, c.context) for c in cases}) == 16
+    assert {c.prompt_tokens for c in cases} == {16, 26}
+    (usual,) = speed.plan([speed.make_subject("270M")], Workload())
+    assert (usual.bits, usual.prompt_tokens, usual.new_tokens) == (16, 512, 64)
+    (small,) = speed.plan(subjects[:1], Workload())
+    assert (small.prompt_tokens, small.new_tokens) == (32, 32)  # it has room for 64
+
+
+def test_a_folder_is_measured_as_it_is_stored(here):
+    subject = speed.open_subject(str(here / "model"))
+    cases = speed.plan([subject], Workload(new_tokens=8, rounds=2, prompt_tokens=16))
+    *_, (number, cell) = speed.measure(cases, SMALL, 2)
+    assert (number, cell.rounds, cell.made, cell.context) == (0, 2, False, 24)
+    dtype = compute_dtype(mx.bfloat16)
+    weights = UNEVEN.num_parameters * dtype.size
+    cache = (16 + 8 / 2) * cache_numbers(UNEVEN) * dtype.size
+    assert cell.bytes_per_token == weights + cache
+    rate = cell.generation_tps
+    share = rate.median * cell.bytes_per_token / 1e9
+    assert cell.bandwidth_share.median == pytest.approx(share)
+    assert rate.low <= rate.median <= rate.high
+    assert cell.prompt_tps.high == pytest.approx(16 / cell.first_token_s.low)
+    assert cell.shell_first_token_s.low > cell.first_token_s.low
+    assert cell.peak_memory_bytes > weights
+    assert cell.published is None
+
+
+def test_a_batch_shares_the_weights_and_draws_what_one_sequence_draws():
+    case = Case(Subject("made", UNEVEN), 16, 3, 9, 5)
+    model = build(UNEVEN)
+    prompts = mx.array([[1, 9, 17, 30, 4]] * 3)
+    steps = list(speed._draw_batch(model, prompts, 6))
+    alone = speed.draw_tokens(model, [1, 9, 17, 30, 4], speed.Sampling(), 6)
+    assert steps == [[token.id] * 3 for token in alone]
+    cell = speed._describe(case, Form(mx.float32, {}), None)
+    *_, found = speed._measure_case(model, case, cell, SMALL, 1)
+    single = count_step_bytes(model, 1, 11.5)
+    cache = 4 * 11.5 * cache_numbers(UNEVEN)
+    assert found.bytes_per_token == pytest.approx((single + 2 * cache) / 3)
+    assert found.prompt_tps.median == pytest.approx(27 / found.first_token_s.median)
+
+
+def test_rates_are_of_all_sequences_and_without_the_prompt(monkeypatch):
+    seconds = iter(range(100))
+    clock = SimpleNamespace(perf_counter=lambda: next(seconds))
+    monkeypatch.setattr(speed, "time", clock)
+    monkeypatch.setattr(speed, "_draw", lambda model, case: range(case.new_tokens))
+    case = Case(Subject("made", UNEVEN), 16, 3, 9, 5)
+    cell = speed._describe(case, Form(mx.float32, {}), None)
+    *_, found = speed._measure_case(build(UNEVEN), case, cell, SMALL, 2)
+    assert found.generation_tps == Figure(3, 3, 3)  # a step each second
+    assert found.prompt_tps == Figure(27, 27, 27)
+    assert found.first_token_s == Figure(1, 1, 1)
+
+
+def test_what_does_not_fit_is_skipped_with_its_reason(monkeypatch):
+    monkeypatch.setattr(speed, "available_memory", lambda: 10**6)
+    sizes = [speed.make_subject("gpt-test"), speed.make_subject("3B")]
+    monkeypatch.setattr(speed, "load_subject", lambda *_: pytest.fail("was loaded"))
+    cells = dict(speed.measure(speed.plan(sizes, Workload()), SMALL))
+    assert [bool(cell.skipped) for cell in cells.values()] == [True, True]
+    assert cells[1].skipped.endswith("GB, and 0.0 GB are free")
+    assert "takes about" in cells[1].skipped
+
+
+def test_bits_that_no_group_divides_are_skipped():
+    odd = Subject("odd", replace(UNEVEN, ffn_dims=(90, 160, 64)))
+    cells = dict(speed.measure(speed.plan([odd], Workload(bits=(4,))), SMALL))
+    assert cells[0].skipped == "no group of 32, 64, 128 weights divides its rows"
+
+
+@pytest.mark.skipif(compute_dtype(mx.bfloat16) != mx.float32, reason="widened no bits")
+def test_what_is_computed_alike_is_measured_once():
+    workload = Workload(bits=(16, 4), new_tokens=2, rounds=1, prompt_tokens=4)
+    cases = speed.plan([Subject("made", SCALED)], workload)
+    cells = dict(speed.measure(cases, SMALL, 1))
+    assert cells[0].computed_with == "float32"
+    assert cells[1].skipped == "computed in float32 here, as 16 bits are"
+
+
+def test_a_folder_can_be_measured_in_other_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "compute_dtype", lambda stored: stored)
+    make_source(tmp_path / "source", config=SCALED)
+    mlx_openelm.convert(tmp_path / "source", tmp_path / "model", bits=4)
+    subject = speed.open_subject(str(tmp_path / "model"))
+    assert subject.bits == 4
+    assert speed.choose_form(subject, 4).packings == subject.folder.packings
+    for bits, kind in ((8, nn.QuantizedLinear), (16, nn.Linear)):
+        form = speed.choose_form(subject, bits)
+        linear = speed.load_subject(subject, bits, form).layers[0].ffn.proj_1
+        assert type(linear) is kind
+        assert getattr(linear, "bits", 16) == bits
+    assert str(speed.choose_form(subject, 8)) == "packed, bfloat16"
+
+
+def test_a_machine_that_runs_out_of_memory_costs_one_cell(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("[malloc] Unable to allocate 12 bytes.")
+        yield
+
+    monkeypatch.setattr(speed, "_draw", fail)
+    cases = speed.plan([Subject("made", UNEVEN)], Workload(new_tokens=4))
+    assert "Unable to allocate" in dict(speed.measure(cases, SMALL))[0].skipped
+
+
+def test_the_bandwidth_is_that_of_the_quickest_way(monkeypatch):
+    monkeypatch.undo()
+    found = speed.measure_bandwidth(2**22, rounds=2)
+    assert found.bytes_per_second == max(found.ways.values()) == found.ways[found.way]
+    assert len(found.ways) == 4
+    assert 1e7 < found.bytes_per_second < 1e14
+
+
+# Published figures ---------------------------------------------------------------
+
+
+def test_published_figures_are_those_of_the_facts_and_called_unverified(shared):
+    text = (shared / "facts" / "openelm.md").read_text()
+    table = text.split("**Apple silicon, MLX**")[1].split("**CUDA")[0]
+    rows = [
+        line for line in table.splitlines() if line.startswith(("| 0.", "| 1.", "| 3."))
+    ]
+    spelled = {"0.27B": "270M", "0.45B": "450M", "1.08B": "1.1B", "3.04B": "3B"}
+    facts = set()
+    for row in rows:
+        what, prompt, generation, *_ = (
+            part.strip() for part in row.strip("|").split("|")
+        )
+        bits = 4 if what.endswith("4-bit") else 16
+        facts.add((spelled[what.split()[0]], bits, float(prompt), float(generation)))
+    assert len(facts) == 8
+    assert {
+        (p.size, p.bits, p.prompt_tps, p.generation_tps) for p in PUBLISHED
+    } == facts
+    assert not any(published.verified for published in PUBLISHED)
+
+
+def test_published_figures_stand_beside_the_four_sizes_alone():
+    assert find_published("OpenELM-1_1B", 4).generation_tps == 117.90
+    assert find_published("OpenELM-1_1B", 8) is None
+    assert find_published("OpenELM", 16) is None
+    case = Case(speed.make_subject("3B"), 16, 1, 512, 64)
+    form = Form(mx.bfloat16, {})
+    assert speed._describe(case, form, None).published.generation_tps == 33.96
+    assert speed._describe(replace(case, batch=2), form, None).published is None
+
+
+# The command ---------------------------------------------------------------------
+
+BATCHES = ("--batch", 1, "--batch", 2)
+QUICK = ("--prompt-tokens", 8, "--max-tokens", 4, "--rounds", 2)
+
+
+def test_json_is_one_document(here):
+    ran = call(
+        "bench", "--model", "model", *QUICK, "--batch", 1, "--batch", 2, "--json"
+    )
+    assert ran.exit_code == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["finished"]
+    assert [cell["batch"] for cell in found["cells"]] == [1, 2]
+    assert found["cells"][0]["model"] == "model"
+    assert found["cells"][0]["shell_first_token_s"]["median"] > 0
+    assert found["cells"][1]["shell_first_token_s"] is None
+    assert found["bandwidth"]["way"] == "a sum"
+    assert found["machine"]["blas"]
+
+
+def test_the_table_says_what_was_measured(monkeypatch):
+    monkeypatch.setattr(speed, "time_shell", lambda *_: [0.5, 0.76])
+    ran = call("bench", *QUICK)
+    assert ran.exit_code == 0, ran.stderr
+    for words in ("demo", "1.00 GB/s: 0 MB by a sum", "0.63", "0.50-0.76", "share of"):
+        assert words in ran.stdout
+    for value in dataclasses.asdict(describe_machine()).values():
+        assert str(value) in ran.stdout or isinstance(value, int)
+    assert "built-in demo" in ran.stderr
+    assert call("bench", *QUICK, "--quiet").stderr == ""
+
+
+def test_sizes_are_made_and_shown_beside_what_is_published(monkeypatch):
+    small = replace(OpenELMConfig.preset("gpt-test"), vocab_size=300)
+    monkeypatch.setattr(
+        speed, "make_subject", lambda size: Subject("OpenELM-270M", small)
+    )
+    ours = PUBLISHED[0]
+    monkeypatch.setattr(speed, "find_published", lambda size, bits: ours)
+    ran = call("bench", "--size", "270M", *QUICK)
+    assert "made weights" in ran.stdout
+    assert "prompt 1151, new 212" in " ".join(ran.stdout.split())
+    assert "recalled and unverified" in ran.stdout
+    assert "M2 Max" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--size", "2B"], ["No OpenELM is called '2B'", "270M, 450M, 1.1B, 3B"]),
+        (["--bits", "7"], ["--bits is 7", "16, 8, 6, 5, 4, 3, 2"]),
+        (["--bits", "four"], ["--bits is four"]),
+        (["--bits", "16,"], ["--bits is 16,"]),
+        (["--batch", "0"], ["--batch is 0"]),
+        (["--rounds", "0"], ["--rounds is 0"]),
+        (["--max-tokens", "1"], ["--max-tokens is 1"]),
+        (["--prompt-tokens", "-3"], ["--prompt-tokens is -3"]),
+        (["--context", "600"], ["context of demo", "512"]),
+        (["--prompt-tokens", "500"], ["500 tokens of prompt and 64 new", "512"]),
+        (["--context", "9", "-m", "9"], ["--context is 9", "9 new"]),
+        (["--context", "99", "--prompt-tokens", "9"], ["--prompt-tokens", "leave one"]),
+        (["--model", "nowhere"], ["no folder nowhere"]),
+        (["--adapter-path", "none", "--size", "3B"], ["adapter belongs to one model"]),
+        (["--adapter-path", "model"], ["model"]),
+        (["--chart", "a.png"], ["a.png", ".svg"]),
+        (["--chart", "there.svg"], ["there.svg exists"]),
+        (["--chart", "missing/a.svg"], ["missing/a.svg", "No such file"]),
+        (["--chart", "model/config.json/a.svg"], ["Cannot write"]),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(
+    here, monkeypatch, options, says
+):
+    monkeypatch.setattr(speed, "measure_bandwidth", lambda: pytest.fail("measured"))
+    (here / "there.svg").write_text("mine")
+    refuse(here, "bench", *options, says=says)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_read_only_is_refused(here):
+    here.chmod(0o500)
+    try:
+        refuse(here, "bench", "--chart", "a.svg", says="Permission denied")
+    finally:
+        here.chmod(0o700)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OpenELMError("It broke.")])
+def test_what_was_measured_before_a_stop_is_shown(monkeypatch, tmp_path, error):
+    original, count = speed._draw, 0
+
+    def stop_later(model, case):
+        nonlocal count
+        count += 1
+        if count == 5:  # warm-up, two rounds, warm-up, and in a round
+            raise error
+        return original(model, case)
+
+    monkeypatch.setattr(speed, "_draw", stop_later)
+    monkeypatch.setattr(speed, "time_shell", lambda *_: [])
+    chart = tmp_path / "a.svg"
+    ran = call("bench", *QUICK, *BATCHES, "--json", "--chart", chart)
+    found = json.loads(ran.stdout)
+    assert (len(found["cells"]), found["planned"]) == (1, 2)
+    assert not found["finished"]
+    assert found["cells"][0]["rounds"] == 2
+    assert chart.is_file()
+    if error is KeyboardInterrupt:
+        assert (ran.exit_code, "Interrupted." in ran.stderr) == (130, True)
+    else:
+        assert (ran.exit_code, "error: It broke." in ran.stderr) == (1, True)
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Let another program answer in place of Python."""
+
+    def install(program):
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{program}\n")
+        path.chmod(0o700)
+        monkeypatch.setattr(sys, "executable", str(path))
+
+    return install
+
+
+def test_the_shells_time_is_that_of_the_first_byte(tmp_path, stand_in):
+    stand_in(f'echo "$*" > {tmp_path}/said; sleep 0.3; echo king; sleep 1')
+    found = speed.time_shell(demo_folder(), tmp_path / "adapter", 1)
+    assert len(found) == 1
+    assert 0.3 <= found[0] < 1.3
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("-m mlx_openelm generate")
+    assert f"--model {demo_folder()}" in said
+    assert f"--adapter-path {tmp_path}/adapter" in said
+
+
+def test_a_folder_that_cannot_answer_has_no_time_from_the_shell(tmp_path, stand_in):
+    stand_in("exit 1")
+    assert speed.time_shell(tmp_path, None, 3) == []
+
+
+def test_a_stop_ends_the_process_that_was_timed(tmp_path, stand_in):
+    stand_in(f"echo $$ > {tmp_path}/number; exec sleep 60")
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            speed.time_shell(tmp_path, None, 3)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "number").read_text()), 0)
+
+
+# The picture ---------------------------------------------------------------------
+
+
+def figure(value, spread=0.05):
+    return Figure(value, value * (1 - spread), value * (1 + 2 * spread))
+
+
+def made_report():
+    """A machine that nobody has, with every kind of row."""
+    name = "a-folder-with-a-name-that-goes-on-and-on-and-on"
+    machine = Machine("Linux 6 <x86>", "3.11", "0.32.4", "CPU (A & B)", "BLAS", 10**10)
+    rows = []
+    for size, bits, batch, rate, share in (
+        *(("OpenELM-270M", 16, 1, 190.0, 0.42), ("OpenELM-270M", 4, 1, 310.0, 0.2)),
+        *(("OpenELM-270M", 4, 16, 900.0, 0.1), ("OpenELM-1_1B", 16, 1, 71.0, 0.77)),
+        *(("OpenELM-1_1B", 4, 1, 113.0, 0.55), ("OpenELM-3B", 16, 1, None, None)),
+        (name, 16, 1, 500.0, 1.3),
+    ):
+        skipped = "takes about 6.3 GB, and 5.1 GB are free" if rate is None else None
+        rows.append(
+            Cell(
+                model=size,
+                made=size != name,
+                adapter=None,
+                bits=bits,
+                batch=batch,
+                context=576,
+                prompt_tokens=512,
+                new_tokens=64,
+                computed_with="bfloat16" if bits == 16 else "packed, bfloat16",
+                rounds=3 if rate else 0,
+                bytes_per_token=5e8 if rate else None,
+                prompt_tps=figure(8 * rate) if rate else None,
+                generation_tps=figure(rate) if rate else None,
+                first_token_s=figure(0.2) if rate else None,
+                peak_memory_bytes=10**9 if rate else None,
+                bandwidth_share=figure(share) if share else None,
+                published=find_published(size, bits) if batch == 1 else None,
+                skipped=skipped,
+            )
+        )
+    bandwidth = Bandwidth(4e11, "a copy", {"a copy": 4e11, "a sum": 3e11}, 2**30, 5)
+    return BenchReport("1", machine, True, bandwidth, tuple(rows), 7, True)
+
+
+def test_the_picture_is_drawn_to_scale_and_stands_alone():
+    report = made_report()
+    drawn = draw_bench(report)
+    root = ElementTree.fromstring(drawn)
+    bars = {
+        style: [
+            float(rect.get("width"))
+            for rect in root.iter(f"{SVG}rect")
+            if rect.get("class") == style
+        ]
+        for style in ("speed", "share")
+    }
+    measured = [cell for cell in report.cells if cell.rounds]
+    for style, name in (("speed", "generation_tps"), ("share", "bandwidth_share")):
+        values = [getattr(cell, name).median for cell in measured]
+        ratios = [b / v for b, v in zip(bars[style], values, strict=True)]
+        assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=0.01)
+    texts = " ".join(text.text for text in root.iter(f"{SVG}text"))
+    assert "takes about 6.3 GB" in texts
+    assert "recalled, unverified" in texts
+    assert "CPU (A & B), Linux 6 <x86>" in texts
+    dashed = [e for e in root.iter(f"{SVG}line") if e.get("class") == "published"]
+    assert len(dashed) == 4
+    assert "http" not in drawn.replace("http://www.w3.org/2000/svg", "")
+    assert "130 % of the memory bandwidth" in root.find(f"{SVG}title").text
+
+
+def test_a_picture_of_nothing_is_one_too():
+    empty = replace(made_report(), cells=())
+    assert "Nothing was measured" in draw_bench(empty)
+
+
+@pytest.mark.skipif(find_browser() is None, reason="needs a browser")
+def test_a_browser_shows_every_word_inside_the_picture(tmp_path):
+    (tmp_path / "a.svg").write_text(draw_bench(made_report()))
+    with started(find_browser(), tmp_path / "profile") as browser:
+        page = browser.new_page()
+        for scheme in ("light", "dark"):
+            page.open(tmp_path / "a.svg", scheme=scheme)
+            outside = page.evaluate(
+                "[...document.querySelectorAll('text')].filter(t => { const b = "
+                "t.getBoundingClientRect(); const s = "
+                "document.documentElement.getBoundingClientRect(); return b.right > "
+                "s.right || b.left < s.left || b.bottom > s.bottom }).length"
+            )
+            assert outside == 0
+            labels = page.evaluate(
+                "[...document.querySelectorAll('text[x=\"20.0\"]:is(.name, .small)')]"
+                ".map(t => t.getBoundingClientRect().right)"
+            )
+            assert len(labels) == 14
+            assert max(labels) < 296  # the bars begin at 300
+            assert not page.complaints
+            page.picture(tmp_path / f"{scheme}.png")
+            assert (tmp_path / f"{scheme}.png").stat().st_size > 10_000

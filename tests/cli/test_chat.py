@@ -1,0 +1,396 @@
+"""The chat command, through a pipe and on a terminal."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import readline
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from commands import call, make_source
+from models import UNEVEN, small_tokenizer
+from typer.testing import Result
+
+import mlx_openelm
+from mlx_openelm import Sampling, generate, load
+from mlx_openelm.cli.chat import run_chat
+from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.options import open_model
+from mlx_openelm.generation import conversation
+
+PROGRAM = (sys.executable, "-m", "mlx_openelm", "chat", "--model", "model")
+ENDLESS = "50000"  # tokens: some half a minute
+
+SIGN, CTRL_C, CTRL_D = b">>> ", "\x03", "\x04"
+
+PASTES = "libedit" not in (readline.__doc__ or "")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a "model" of a long context, that knows the instruct template."""
+    here = tmp_path_factory.mktemp("chat")
+    config = replace(UNEVEN, max_context_length=1 << 17)
+    mlx_openelm.convert(make_source(here / "source", config=config), here / "model")
+    path = here / "model" / "config.json"
+    described = json.loads(path.read_text())
+    described["mlx_openelm"]["template"] = "instruct"
+    path.write_text(json.dumps(described))
+    return here
+
+
+@pytest.fixture
+def here(folder: Path, tmp_path: Path) -> Path:
+    (tmp_path / "model").symlink_to(folder / "model")
+    return tmp_path
+
+
+class Terminal:
+    """The command on a pseudo-terminal, and what a person sees and types."""
+
+    def __init__(self, here: Path, *options: str, **streams) -> None:
+        self.screen, terminal = pty.openpty()
+        # Who opens a terminal first in a session of his own has its Ctrl-C.
+        opens = ["sh", "-c", 'exec "$@" <"$0"', os.ttyname(terminal)]
+        self.process = subprocess.Popen(
+            [*opens, *PROGRAM, *options],
+            cwd=here,
+            stdin=subprocess.DEVNULL,
+            **{"stdout": terminal, "stderr": terminal} | streams,
+            start_new_session=True,
+            env={**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8"},
+        )
+        os.close(terminal)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.screen)
+
+    def type(self, text: str | bytes) -> None:
+        os.write(self.screen, text.encode() if isinstance(text, str) else text)
+
+    def see(self, what: str | bytes, *, seconds: float = 60) -> str:
+        """Wait until something is on the screen; return what came till then."""
+        what, seen = what.encode() if isinstance(what, str) else what, b""
+        end = time.monotonic() + seconds
+        while what not in seen:
+            left = max(0.0, end - time.monotonic())
+            if not select.select([self.screen], [], [], left)[0]:
+                raise TimeoutError(f"{what!r} does not come after {seen!r}")
+            got = self.read()
+            assert got, f"it ended before {what!r}, after {seen!r}"
+            seen += got
+        return seen.decode(errors="replace").replace("\r", "")
+
+    def see_some(self, count: int) -> None:
+        """Wait for so many bytes."""
+        while count > 0:
+            got = self.read()
+            assert got, "it ended"
+            count -= len(got)
+
+    def read(self) -> bytes:
+        try:
+            return os.read(self.screen, 1 << 16)
+        except OSError:  # Linux, when the other side is closed
+            return b""
+
+    def ask(self, line: str | bytes) -> str:
+        """Type a line; return what is on the screen until the next sign."""
+        self.type(line + ("\r" if isinstance(line, str) else b"\r"))
+        return self.see(SIGN)
+
+    def interrupt(self) -> str:
+        """Press Ctrl-C at the sign; Python may miss one in the moment it is drawn."""
+        for _ in range(30):
+            self.type(CTRL_C)
+            with contextlib.suppress(TimeoutError):
+                return self.see(SIGN, seconds=2)
+        raise AssertionError("Ctrl-C is not heard")
+
+    def terminate(self) -> int:
+        """Send SIGTERM, for the same reason until it is heard."""
+        for _ in range(100):
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.process.wait(0.5)
+        raise AssertionError("SIGTERM is not heard")
+
+    def ends(self) -> int:
+        while self.read():
+            pass
+        return self.process.wait(60)
+
+
+def piped(here: Path, text: str | bytes, *options: str) -> Result:
+    with contextlib.chdir(here):
+        return call("chat", "--model", "model", *options, input=text)
+
+
+def saved(path: Path) -> list[str]:
+    """The texts of a saved conversation's messages."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return [message["content"] for message in found["messages"]]
+
+
+# Through a pipe ------------------------------------------------------------------
+
+
+def test_a_pipe_gives_the_answers_and_nothing_else_on_stdout(here):
+    lines = 'Hi\n\n"""\ntwo\n lines\n"""\nand \\\r\nmore\n/save talk.json\n// x'
+    ran = piped(here, lines, "-m", "4", "--system", "Be kind.")
+    assert ran.exit_code == 0, ran.stderr_bytes
+    system, *texts = saved(here / "talk.json")
+    assert (system, texts[::2]) == ("Be kind.", ["Hi", "two\n lines", "and \nmore"])
+    model, tokenizer = load(here / "model")
+    first = generate(model, tokenizer, "Hi", Sampling(max_tokens=4), system="Be kind.")
+    assert texts[1] == first
+    answers = "".join(f"{text}\n" for text in texts[1::2]).encode()
+    assert ran.stdout_bytes.startswith(answers)
+    assert ran.stdout_bytes.count(b"\n") > answers.count(b"\n")  # of the last, unsaved
+    assert SIGN not in ran.stdout_bytes + ran.stderr_bytes
+    assert ran.stderr_bytes.count(b"[cut by --max-tokens; 4 tokens at ") == 4
+    quiet = piped(here, lines.replace("talk", "quiet"), "-m", "4", "--quiet")
+    assert quiet.stderr_bytes == b""
+
+
+def test_json_is_one_object_for_each_answer(here):
+    ran = piped(here, "Hi\nWho?\n/save talk.json\n", "-m", "4", "--json")
+    told = [json.loads(line) for line in ran.stdout_bytes.splitlines()]
+    assert [t["text"] for t in told] == saved(here / "talk.json")[1::2]
+    assert [t["generation_tokens"] for t in told] == [4, 4]
+    assert told[1]["cached_tokens"] >= told[0]["prompt_tokens"] - 1
+    decode = small_tokenizer().decode
+    assert all(decode(t["tokens"]).endswith(t["text"].strip()) for t in told)
+
+
+def test_a_wrong_line_is_named_and_the_rest_is_done(here):
+    (here / "diary").write_text("mine")
+    wrong = b"Hi\n/sav x\n\xff\n/save diary\n/load none\n/undo 3\n/load\n/save\n"
+    ran = piped(here, wrong + b"/save talk.json\nWho?\n", "-m", "4")
+    assert ran.exit_code == 1
+    assert len(saved(here / "talk.json")) == 2
+    errors = [
+        line for line in ran.stderr_bytes.splitlines() if line.startswith(b"error: ")
+    ]
+    for error, said in zip(
+        errors,
+        (
+            b"no command /sav;",
+            b"not UTF-8",
+            b"diary exists already",
+            b"none is not there",
+            b"/undo takes nothing",
+            b"Say the file",
+            b"Say the file",
+            b"refused: 7;",
+        ),
+        strict=True,
+    ):
+        assert said in error
+    assert (here / "diary").read_text() == "mine"
+    assert len(ran.stdout_bytes.splitlines()) >= 2
+    assert b"Traceback" not in ran.stderr_bytes
+
+
+def test_wrong_options_are_refused_before_anything_is_asked(here):
+    for options, says in (
+        (("--template", "chatml"), b"No template is called 'chatml'"),
+        (("--template", "raw", "--system", "x"), b"no place for a system text"),
+    ):
+        ran = piped(here, "Hi\n", *options)
+        assert (ran.exit_code, ran.stdout_bytes) == (1, b"")
+        assert says in ran.stderr_bytes
+
+
+def test_a_closed_pipe_is_quiet_and_a_full_disk_is_said(here):
+    feed = "Hi\n" * 50
+    with subprocess.Popen(
+        [*PROGRAM, "-m", "50", "--quiet"],
+        cwd=here,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.close()
+        process.stdout = None
+        _, errors = process.communicate(feed.encode(), timeout=60)
+    assert (process.returncode, errors) == (0, b"")
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full:
+            ran = subprocess.run(
+                [*PROGRAM, "-m", "4", "--quiet"],
+                cwd=here,
+                input=b"Hi\n",
+                stdout=full,
+                stderr=subprocess.PIPE,
+            )
+        assert ran.returncode == 1
+        assert b"No space left" in ran.stderr
+        assert b"Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_a_script_is_stopped_as_any_other_command(here, number, code):
+    with subprocess.Popen(
+        [*PROGRAM, "-m", ENDLESS],
+        cwd=here,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdin.write(b"Hi\nWho?\n")
+        process.stdin.flush()
+        assert process.stdout.read(20)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert b"Traceback" not in errors
+
+
+def test_a_model_without_a_template_goes_on_with_a_text(here):
+    ran = piped(here, "Once\n\n/save talk.json\n", "-m", "6", "--template", "raw")
+    message, first, empty, second = saved(here / "talk.json")
+    assert (message, empty) == ("Once", "")
+    model, tokenizer = load(here / "model")
+    going_on = Sampling(max_tokens=6)
+    assert first == generate(model, tokenizer, "Once", going_on, template="raw")
+    assert second == generate(
+        model, tokenizer, f"Once{first}", going_on, template="raw"
+    )
+    assert b"without a template" in ran.stderr_bytes
+    assert ran.stderr_bytes.count(b"an empty line goes on") == 2
+
+
+# On a terminal -------------------------------------------------------------------
+
+
+def test_a_conversation_on_a_terminal(here):
+    with Terminal(here, "-m", "4") as terminal:
+        greeting = terminal.see(SIGN)
+        assert "/help shows the commands" in greeting
+        assert "cut by --max-tokens; 4 tokens" in terminal.ask("Hi")
+        terminal.type('"""\r')
+        terminal.see("... ")
+        terminal.type("two\r")
+        terminal.see("... ")
+        terminal.ask(' lines"""')
+        terminal.type("and \\\r")
+        terminal.see("... ")
+        terminal.ask("more")
+        if PASTES:  # the terminal is asked to mark what is pasted: it is one message
+            assert "\x1b[?2004h" in greeting
+        terminal.ask(b"\x1b[200~pasted\nlines\x1b[201~" if PASTES else "pasted")
+        assert "/retry " in terminal.ask("/help")
+        assert "no command /sav;" in terminal.ask("/sav")
+        assert "not UTF-8" in terminal.ask(b"\xff")
+        assert "greedy" in terminal.ask("/retry")
+        assert "saved in talk.json" in terminal.ask("/save talk.json")
+        assert "3 messages" in terminal.ask("/undo")
+        assert "saved in talk.json" in terminal.ask(b"\x1b[A\x1b[A")  # what was typed
+        assert len(saved(here / "talk.json")) == 6
+        terminal.ask("/reset")
+        assert "error: There is no message" in terminal.ask("/undo")
+        assert "a new system text" in terminal.ask("/system Be kind.")
+        assert "3 messages with answers from talk" in terminal.ask("/load talk.json")
+        terminal.ask("/undo")
+        assert "talk.json]" in terminal.ask("/save")
+        assert saved(here / "talk.json")[::2] == ["Hi", "two\n lines"]
+        terminal.type(CTRL_D)
+        assert terminal.ends() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(here):
+    with Terminal(here, "-m", ENDLESS) as terminal:
+        terminal.see(SIGN)
+        terminal.type("Who wept?\r")
+        terminal.see("Who wept?")
+        terminal.see_some(40)
+        terminal.type(CTRL_C)
+        assert "[stopped; " in terminal.see(SIGN)
+        terminal.ask("/save talk.json")
+        message, said = saved(here / "talk.json")
+        assert message == "Who wept?"
+        assert 10 <= len(said) < 40_000
+        model, tokenizer = load(here / "model")
+        whole = generate(model, tokenizer, "Who wept?", Sampling(max_tokens=60))
+        assert whole[:10] == said[:10]
+        assert "[Ctrl-D or /quit leaves]" in terminal.interrupt()
+        terminal.type("/no such thing")
+        terminal.see("thing")
+        assert "[Ctrl-D or /quit leaves]" in terminal.interrupt()
+        assert "/retry" in terminal.ask("/help")
+        terminal.type("/quit\r")
+        assert terminal.ends() == 0
+
+
+def test_ctrl_c_before_the_first_word_takes_the_message_back(here, monkeypatch, capsys):
+    class Typed(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    def breaks(*args, **options):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(conversation, "stream", breaks)
+    monkeypatch.setattr(sys, "stdin", Typed(io.BytesIO(b"Hi\n/save talk.json\n")))
+    folder, model, tokenizer = open_model(Console(), "model", None, True)
+    run_chat(Console(), folder, model, tokenizer, Sampling())
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "[stopped before the first word; nothing was kept]" in told.err
+    assert saved(here / "talk.json") == []
+
+
+def test_the_second_ctrl_c_is_at_once_and_the_talk_goes_on(here):
+    with Terminal(here, "-m", ENDLESS) as terminal:
+        terminal.see(SIGN)
+        for _ in range(8):
+            terminal.type("Hi\r")
+            terminal.see("Hi")
+            for _ in range(2):
+                time.sleep(0.02)
+                terminal.type(CTRL_C)
+            terminal.ask("/help")
+        terminal.type("/quit\r")
+        assert terminal.ends() == 0
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_sigterm_ends_it_at_once(here, busy):
+    with Terminal(here, "-m", ENDLESS) as terminal:
+        terminal.see(SIGN)
+        if busy:
+            terminal.type("Hi\r")
+            terminal.see("Hi")
+            terminal.see_some(20)
+        assert terminal.terminate() == 143
+
+
+def test_answers_can_go_to_a_file_while_a_person_types(here):
+    with (
+        open(here / "answers", "wb") as answers,
+        Terminal(here, "-m", "4", stdout=answers) as terminal,
+    ):
+        terminal.see(SIGN)
+        terminal.ask("Hi")
+        terminal.ask("/save talk.json")
+        terminal.type(CTRL_D)
+        assert terminal.ends() == 0
+    assert (here / "answers").read_text() == f"{saved(here / 'talk.json')[1]}\n"

@@ -1,0 +1,304 @@
+"""Contracts with a person: stdout is the answer, stderr has notes, codes mean it."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+from commands import call, refuse, snapshot
+from models import TEXT, small_tokenizer
+from places import ROOT
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.evaluation.texts import evaluate
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.streaming import generate
+from mlx_openelm.recipe_loader import bundled_recipes
+from mlx_openelm.storage.loading import load
+from mlx_openelm.storage.model_folder import open_folder
+from mlx_openelm.version import __version__
+
+MODEL = ("--model", "model")
+HEAVY = ("mlx", "mlx_lm", "numpy", "sentencepiece", "torch", "transformers", "yaml")
+
+
+def run(*args, code=None, **options):
+    started = ["-c", code] if code else ["-m", "mlx_openelm"]
+    return subprocess.run(
+        [sys.executable, *started, *args],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+        **options,
+    )
+
+
+def answer(*args, **options):
+    """Return what a command says on stdout; it must succeed."""
+    ran = call(*args, **options)
+    assert ran.exit_code == 0, ran.output
+    return ran.stdout
+
+
+# The program ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args", [("--help",), ("generate", "-h"), ("convert", "--help")]
+)
+def test_help_waits_for_no_heavy_import(args):
+    code = f"""
+import atexit, sys
+atexit.register(lambda: print(sorted(sys.modules.keys() & {set(HEAVY)})))
+from mlx_openelm.cli.main import main
+main()
+"""
+    ran = run(*args, code=code)
+    assert ran.returncode == 0
+    assert "Usage" in ran.stdout
+    assert ran.stdout.endswith("[]\n")
+
+
+def test_the_package_runs_as_a_module():
+    ran = run("--version")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    version = re.escape(__version__)
+    pattern = rf"mlx-openelm {version} \(mlx [\d.]+, mlx-lm [\d.]+\)\n"
+    assert re.fullmatch(pattern, ran.stdout)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--nonsense",),
+        ("nonsense",),
+        ("generate", "Hi", *MODEL, "--nonsense"),
+        ("generate", "Hi", *MODEL, "--max-tokens", "many"),
+        ("generate", "Hi", *MODEL, "--prompt", "Hi"),
+        ("convert",),
+        ("inspect",),
+        ("inspect", "model", "--context", "0"),
+        ("evaluate", *MODEL),
+        ("pretrain",),
+    ],
+)
+def test_wrong_usage_is_code_2_and_leaves_stdout_alone(here, args):
+    before = snapshot(here)
+    ran = call(*args)
+    assert (ran.exit_code, ran.stdout) == (2, "")
+    assert "Usage" in ran.stderr
+    assert snapshot(here) == before
+
+
+def test_a_traceback_is_shown_on_demand_only(here, monkeypatch):
+    refuse(here, "inspect", "nowhere", says="There is no folder nowhere")
+    monkeypatch.setenv("MLX_OPENELM_DEBUG", "1")
+    ran = call("inspect", "nowhere")
+    assert isinstance(ran.exception, OpenELMError)
+    monkeypatch.setenv("MLX_OPENELM_DEBUG", "0")
+    assert isinstance(call("inspect", "nowhere").exception, SystemExit)
+
+
+# The prompt ----------------------------------------------------------------------
+
+
+def test_a_prompt_comes_as_argument_option_dash_or_pipe(here):
+    greedy = ("generate", *MODEL, "-m", "8")
+    expected = generate(*load("model"), "Once upon", Sampling(max_tokens=8))
+    assert answer(*greedy, "Once upon") == expected
+    assert answer(*greedy, "--prompt", "Once upon") == expected
+    assert answer(*greedy, "-p", "Once upon") == expected
+    for piped in ("Once upon", "Once upon\n"):  # what `echo` adds is no prompt
+        assert answer(*greedy, input=piped) == expected
+        assert answer(*greedy, "-", input=piped) == expected
+    assert answer(*greedy, input="Once upon\n\n") != expected
+    assert answer(*greedy, "Once") != expected
+
+
+def test_a_terminal_without_a_prompt_is_wrong_usage(here):
+    controller, terminal = pty.openpty()
+    try:
+        ran = run("generate", *MODEL, stdin=terminal)
+    finally:
+        os.close(controller)
+        os.close(terminal)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "say a prompt" in ran.stderr
+
+
+# generate ------------------------------------------------------------------------
+
+
+def test_json_of_generate_is_one_document_with_the_documented_fields(here):
+    ran = call("generate", "Once", *MODEL, "-m", "5", "--json")
+    told = json.loads(ran.stdout)
+    assert told.keys() >= {
+        *("text", "tokens", "finish_reason", "prompt_tokens", "generation_tokens"),
+        *("prompt_tps", "generation_tps", "peak_memory_bytes", "time_to_first_token_s"),
+    }
+    assert told["text"] == small_tokenizer().decode(told["tokens"])
+    assert told["text"] == answer("generate", "Once", *MODEL, "-m", "5")
+    assert (told["finish_reason"], told["generation_tokens"]) == ("length", 5)
+    assert ran.stdout.count("\n") == 1
+
+
+def test_stdout_is_the_answer_and_stderr_one_line_of_statistics(here):
+    args = ("generate", "Once", *MODEL, "-m", "5")
+    streamed, whole, quiet = (
+        call(*args),
+        call(*args, "--no-stream"),
+        call(*args, "--quiet"),
+    )
+    assert streamed.stdout == whole.stdout == quiet.stdout != ""
+    assert quiet.stderr == ""
+    statistics = [
+        line for line in streamed.stderr.splitlines() if "prompt tokens" in line
+    ]
+    assert len(statistics) == 1
+    assert "5 new" in statistics[0]
+    assert all(re.fullmatch(r"\[.*\]", line) for line in streamed.stderr.splitlines())
+
+
+def test_a_full_context_is_said(here):
+    ran = call("generate", "Once", *MODEL, "-m", "999")
+    assert "[the context of 64 is full]" in ran.stderr
+    assert "context" not in call("generate", "Once", *MODEL, "-m", "9").stderr
+
+
+def test_the_environment_names_the_default_model(here, monkeypatch):
+    monkeypatch.setenv("MLX_OPENELM_MODEL", "model")
+    expected = answer("generate", "Once", *MODEL, "-m", "5")
+    assert answer("generate", "Once", "-m", "5") == expected
+    refuse(here, "generate", "Once", "--model", "nowhere", says="no folder nowhere")
+
+
+def test_flags_win_over_the_models_own_defaults(here):
+    defaults = here / "model" / "generation_config.json"
+    defaults.write_text(json.dumps({"max_new_tokens": 3, "repetition_penalty": 9.0}))
+    args = ("generate", "Once", *MODEL, "--json")
+    told = json.loads(answer(*args))
+    assert told["generation_tokens"] == 3
+    said = json.loads(answer(*args, "-m", "4", "--repetition-penalty", "1"))
+    assert said["generation_tokens"] == 4
+    plain = generate(*load("model"), "Once", Sampling(max_tokens=4))
+    assert said["text"] == plain
+
+
+def test_a_seed_repeats_an_answer(here):
+    args = ("generate", "Once", *MODEL, "--temp", "1", "-m", "20", "--seed")
+    assert answer(*args, "3") == answer(*args, "3")
+    assert answer(*args, "3") != answer(*args, "4")
+
+
+@pytest.mark.parametrize("option", ["--temp", "--top-p"])
+def test_the_smallest_of_numbers_leaves_the_likeliest_token(here, option):
+    args = ("generate", "Once", *MODEL, "-m", "9")
+    drawn = answer(*args, "--temp", "1", option, "1e-300", "--seed", "1")
+    assert drawn == answer(*args)
+
+
+# The other verbs -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [((), "source-mlx"), (("--q-bits", "8"), "source-mlx-8bit")]
+)
+def test_convert_prints_the_path_which_has_a_default(here, options, name):
+    group = ("--q-group-size", "32")
+    ran = call("convert", "source", *options, *group)
+    assert (ran.exit_code, ran.stdout) == (0, f"{name}\n")
+    assert f"mlx-openelm generate --model {name}" in ran.stderr
+    open_folder(here / name)
+    ran = call("convert", "--hf-path", "source", "--mlx-path", "x/y z é", "--quiet")
+    assert (ran.stdout, ran.stderr) == ("x/y z é\n", "")
+    open_folder(here / "x" / "y z é")
+
+
+def test_json_of_convert_is_its_report(here):
+    told = json.loads(answer("convert", "source", "--json"))
+    assert told["path"] == "source-mlx"
+    assert told["num_parameters"] == open_folder(here / "source").config.num_parameters
+    assert (told["dtype"], told["bits"]) == ("bfloat16", None)
+
+
+def test_json_of_evaluate_has_the_documented_fields(here):
+    (here / "text.txt").write_text(TEXT)
+    args = ("evaluate", "--text", "text.txt", *MODEL, "--window", "32")
+    told = json.loads(answer(*args, "--json"))
+    score = evaluate(*load("model"), text="text.txt", window=32)
+    assert told.keys() == {
+        *("nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes")
+    }
+    assert told["bits_per_byte"] == pytest.approx(score.bits_per_byte)
+    assert told["bytes"] == len(TEXT.encode())
+    assert f"{score.bits_per_byte:.4f} bits per byte" in answer(*args)
+
+
+def test_inspect_reads_no_weight_and_has_json(here):
+    path = here / "model" / "model.safetensors"
+    content = path.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    path.write_bytes(content[:begin] + bytes(len(content) - begin))
+    told = json.loads(answer("inspect", "model", "--json"))
+    config = open_folder(here / "model").config
+    assert told["num_parameters"] == config.num_parameters
+    shown = answer("inspect", "model", "--quiet")
+    assert f"{config.num_parameters:,} parameters" in shown
+    assert "source" in shown
+
+
+def test_recipes_are_listed_shown_and_copied(here):
+    name, path = next(iter(bundled_recipes().items()))
+    assert answer("recipes") == answer("recipes", "list")
+    assert answer("recipes").startswith(name)
+    assert json.loads(answer("recipes", "list", "--json")).keys() == {
+        *bundled_recipes()
+    }
+    assert answer("recipes", "show", name) == path.read_text()
+    assert answer("recipes", "copy", name) == f"{path.name}\n"
+    assert answer("recipes", "copy", name, "mine.yaml") == "mine.yaml\n"
+    assert (here / "mine.yaml").read_text() == path.read_text()
+    refuse(here, "recipes", "copy", name, says="exists already")
+
+
+def test_a_warning_of_another_library_is_no_part_of_the_answer(here):
+    ran = run("generate", "Once", *MODEL, "-m", "3", "--quiet", "--json")
+    assert ran.stderr == ""
+    assert json.loads(ran.stdout)["generation_tokens"] == 3
+
+
+def test_convert_writes_the_receipt_and_inspect_shows_it(here):
+    flags = ("--q-bits", "4", "--q-group-size", "32")
+    (here / "mine.txt").write_text(TEXT)
+    ran = call("convert", "source", *flags, "--calibration", "mine.txt")
+    assert (ran.exit_code, ran.stdout) == (0, "source-mlx-4bit\n")
+    assert "Receipt: mean KL" in ran.stderr
+    assert "mine.txt" in ran.stderr
+    receipt = open_folder(here / "source-mlx-4bit").metadata["receipt"]
+    assert 0 < receipt["mean_kl"] < receipt["p99_kl"]
+    assert "mean KL" in call("inspect", "source-mlx-4bit").stdout
+    ran = call("convert", "source", *flags, "--no-receipt", "--mlx-path", "bare")
+    assert "Receipt" not in ran.stderr
+    assert "receipt" not in open_folder(here / "bare").metadata
+    ran = call("convert", "source", *flags, "--tokenizer", "none", "--mlx-path", "mute")
+    assert "No receipt: without a tokenizer" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "Cannot read mine.txt"),
+        (b"\xff\xfe", "as UTF-8 text"),
+        (b"short", "calibration text has"),
+    ],
+)
+def test_a_text_that_cannot_be_scored_is_refused_before_the_work(here, content, says):
+    if content is not None:
+        (here / "mine.txt").write_bytes(content)
+    flags = ("--q-bits", "4", "--q-group-size", "32", "--calibration", "mine.txt")
+    refuse(here, "convert", "source", *flags, says=says)

@@ -1,0 +1,309 @@
+"""Base and adapter become one model, which still has in it what the adapter learnt."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from commands import call, make_source, refuse
+from models import (
+    LINEARS,
+    SCALED,
+    TABLE,
+    make_factors,
+    small_tokenizer,
+    weights_of,
+    write_hugging_face,
+    write_peft_folder,
+)
+
+import mlx_openelm
+from converters.conversion import merging
+from converters.conversion.fusing import FusionProof, fuse
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.adapter_folder import AdapterConfig, write_adapter
+from mlx_openelm.storage.base_check import sketch_base
+from mlx_openelm.storage.loading import load
+from mlx_openelm.storage.model_folder import open_folder
+from mlx_openelm.storage.tokenizer_finder import write_tokenizer
+from mlx_openelm.tensor_names import to_module
+
+UNTIED = replace(SCALED, share_input_output_layers=False)
+TOKENS = mx.array([[1, 5, 9, 200, 7, 42, 299, 3]])
+SIZE = 0.05  # of lora_b: moves the logits by about one
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    """The working folder, with a "base" in float32."""
+    monkeypatch.chdir(tmp_path)
+    write_base("base")
+    return tmp_path
+
+
+def write_base(name, config=SCALED):
+    folder = write_hugging_face(Path(name), config, weights_of(config))
+    write_tokenizer(small_tokenizer(), folder)
+    return folder
+
+
+def write_own(name, method="lora", *, size=SIZE, modules=LINEARS, base="base"):
+    """Write an adapter as `mlx-openelm lora` does."""
+    rng = np.random.default_rng(3)
+    model, _ = load(base)
+    tensors = {}
+    for module in modules:
+        path = to_module(f"{module}.weight")
+        rows, width = weights_of(SCALED)[f"{module}.weight"].shape
+        shapes = {"lora_a": (width, 4), "lora_b": (4, rows)}
+        if module == TABLE:
+            shapes = {"lora_a": (rows, 4), "lora_b": (4, width)}
+        for leaf, shape in shapes.items():
+            scale = size if leaf == "lora_b" else 1.0
+            tensors[f"{path}.{leaf}"] = scale * rng.standard_normal(shape)
+        if method == "dora":
+            lengths = np.linalg.norm(weights_of(SCALED)[f"{module}.weight"], axis=1)
+            stretch = 1 + size * rng.standard_normal(rows)
+            tensors[f"{path}.m"] = lengths * stretch
+    if method == "full":
+        tensors = {
+            to_module(name) + ".weight": w + size * rng.standard_normal(w.shape)
+            for name, w in weights_of(SCALED).items()
+            if "proj" in name or TABLE in name
+        }
+    keys = tuple(to_module(f"{module}.weight") for module in modules)
+    metadata = {
+        "template": "alpaca",
+        "base": {"name": base, "sketch": sketch_base(model)},
+    }
+    config = AdapterConfig(method, 3, keys, 4, 2.0, base=base, metadata=metadata)
+    Path(name).mkdir(parents=True)
+    arrays = {n: mx.array(a.astype(np.float32)) for n, a in tensors.items()}
+    write_adapter(Path(name), config, arrays)
+    return name
+
+
+def logits_of(base, adapter=None):
+    return np.array(load(str(base), adapter)[0](TOKENS))
+
+
+KINDS = pytest.mark.parametrize(
+    ("method", "modules"),
+    [
+        ("lora", LINEARS),
+        ("dora", LINEARS),
+        ("lora", (TABLE, "layers.1.ffn.proj_2")),
+        ("full", ()),
+    ],
+    ids=["lora", "dora", "embedding", "full"],
+)
+
+
+# The same model ------------------------------------------------------------------
+
+
+@pytest.mark.interop
+@KINDS
+def test_it_is_what_mlx_lm_makes_of_base_and_adapter(work, method, modules):
+    """And what mlx-lm's own fuse writes, tensor by tensor."""
+    from mlx_lm import fuse as theirs
+    from mlx_lm import load as load_theirs
+
+    write_own("adapter", method, modules=modules)
+    report = fuse("adapter", "fused")
+    together, _ = load_theirs("base", adapter_path="adapter")
+    expected = np.array(together(TOKENS))
+    fused, _ = load_theirs("fused")
+    np.testing.assert_allclose(np.array(fused(TOKENS)), expected, atol=1e-4)
+    np.testing.assert_allclose(logits_of("fused"), expected, atol=1e-4)
+    assert np.abs(expected - logits_of("base")).max() > 0.3
+    assert report.proof.kl_fused < 1e-6 < 1e-2 < report.proof.kl_adapter
+    assert report.proof.top1_agreement == 1.0
+    assert (report.method, report.dtype, report.bits) == (method, "float32", None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        said = ("fuse", "--model", "base", "--adapter-path", "adapter")
+        patch.setattr("sys.argv", [*said, "--save-path", "theirs"])
+        theirs.main()
+    ours = mx.load("fused/model.safetensors")
+    for name, array in mx.load("theirs/model.safetensors").items():
+        np.testing.assert_allclose(ours[name], array, atol=1e-5, err_msg=name)
+
+
+def test_an_adapter_of_a_tied_embedding_acts_on_the_logits_too(work):
+    write_own("adapter", modules=(TABLE,))
+    fuse("adapter", "fused")
+    expected = logits_of("base", "adapter")
+    np.testing.assert_allclose(logits_of("fused"), expected, atol=1e-4)
+    assert open_folder(work / "fused").config == SCALED  # and it stays tied
+
+
+def test_pefts_and_untied_bases_are_fused_too(work):
+    factors = make_factors(weights_of(SCALED), (TABLE, *LINEARS))
+    write_peft_folder(work / "peft", factors)
+    assert fuse("peft", "fused", base="base").proof.kl_fused < 1e-6
+    assert not open_folder(work / "fused").config.share_input_output_layers
+    write_base("untied", UNTIED)
+    write_own("adapter", modules=(TABLE, *LINEARS), base="untied")
+    assert fuse("adapter", "apart").proof.kl_fused < 1e-6
+    np.testing.assert_allclose(
+        logits_of("apart"), logits_of("untied", "adapter"), atol=1e-4
+    )
+
+
+# Bits ----------------------------------------------------------------------------
+
+
+def pack(bits):
+    name = f"base{bits}"
+    mlx_openelm.convert("base", name, bits=bits, receipt=False)
+    return name
+
+
+@KINDS
+def test_a_packed_base_is_packed_again_as_it_was(work, method, modules):
+    base = pack(8)
+    write_own("adapter", method, modules=modules, base=base)
+    report = fuse("adapter", "fused")
+    packings = open_folder(work / "fused").packings
+    assert packings == open_folder(work / base).packings
+    assert len(packings) == 13
+    assert report.bits == 8
+    assert report.proof.kl_fused < 0.01 * report.proof.kl_adapter
+
+
+def test_what_is_not_adapted_keeps_its_bytes(work):
+    base = pack(4)
+    write_own("adapter", modules=LINEARS[:1], base=base, size=1.0)
+    fuse("adapter", "fused")
+    before, after = (mx.load(f"{n}/model.safetensors") for n in (base, "fused"))
+    changed = {name for name in before if not mx.array_equal(before[name], after[name])}
+    path = to_module(f"{LINEARS[0]}.weight")
+    assert changed == {f"{path}.{part}" for part in ("weight", "scales", "biases")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "bits", "dtype"),
+    [
+        (["--dequantize"], None, "bfloat16"),
+        (["--q-bits", "8"], 8, "bfloat16"),
+        (["--q-bits", "8", "--q-group-size", "32"], 8, "bfloat16"),
+    ],
+)
+def test_few_bits_that_would_lose_it_are_refused(work, flags, bits, dtype):
+    """mlx-lm writes such a model, which is the base again; other bits are offered."""
+    base = pack(4)
+    write_own("adapter", size=0.001, base=base)
+    command = ("fuse", "--adapter-path", "adapter", "--save-path", "fused")
+    says = ["Weights of 4 bits would lose", "nats", "say --dequantize, or more bits"]
+    refuse(work, *command, says=says)
+    ran = call(*command, *flags, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    report = json.loads(ran.stdout)
+    assert (report["path"], report["bits"], report["dtype"]) == ("fused", bits, dtype)
+    proof = report["proof"]
+    assert 0 < proof["kl_fused"] < 0.25 * proof["kl_adapter"]
+    found = open_folder(work / "fused").packings.values()
+    sizes = {packing.group_size for packing in found}
+    assert sizes == ({int(flags[-1])} if len(flags) == 4 else {64} if bits else set())
+
+
+@pytest.mark.parametrize(
+    ("fused", "adapter", "lost"),
+    [
+        (0.02, 0.1, False),
+        (0.03, 0.1, True),
+        (1e-9, 0.0, False),  # an adapter that does nothing is all there
+        (float("nan"), 0.1, True),
+    ],
+)
+def test_a_quarter_of_the_adapter_may_be_lost(fused, adapter, lost):
+    assert FusionProof("", 1, fused, adapter, 1.0).lost is lost
+
+
+def test_the_proof_does_not_lean_on_the_merging(work, monkeypatch):
+    """It would find a merge that is wrong, however exactly it is stored."""
+    write_own("adapter")
+    right = merging.merge
+
+    def wrong(weight, module):
+        return right(weight, replace(module, scale=-module.scale))
+
+    monkeypatch.setattr(merging, "merge", wrong)
+    with pytest.raises(OpenELMError, match=r"would lose .* --adapter-path as it is"):
+        fuse("adapter", "fused")
+    assert not (work / "fused").exists()
+
+
+# What is said and refused --------------------------------------------------------
+
+
+def test_the_folder_says_what_was_proved_and_keeps_the_template(work):
+    write_own("run/best")
+    ran = call("fuse", "--adapter-path", "run/best", "--save-path", "fused")
+    assert (ran.exit_code, ran.stdout) == (0, "fused\n")
+    assert "The adapter is still there" in ran.stderr
+    folder = open_folder(work / "fused")
+    assert folder.template == "alpaca"
+    assert load("fused")[1].template == "alpaca"
+    noted = folder.metadata["fusion"]
+    assert (noted["base"], noted["method"], noted["tokens"]) == ("base", "lora", 256)
+    assert noted["kl_fused"] < 0.25 * noted["kl_adapter"]
+    assert "run/best/adapters.safetensors" in folder.metadata["source"]["files"]
+    verified = call("verify", "fused", "--against", "run/best", "--json")
+    assert json.loads(verified.stdout)["passed"], verified.stdout
+    generated = call("generate", "Go", "--model", "fused", "-m", "1", "--template=raw")
+    assert generated.exit_code == 0, generated.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["adapter", "--model", "other"], "was trained on another base than this one"),
+        (["adapter", "--model", "gone/by"], "gone/by"),
+        (["adapter", "-q", "--dequantize"], "say the opposite"),
+        (["adapter", "--q-bits", "7"], "--q-bits is 7"),
+        (["base"], "base holds no adapter_config.json"),
+        (["run"], ["not saved yet", "wait until it has"]),
+        (["adapter", "--save-path", "base"], "base exists already"),
+        (["adapter", "--save-path", "base", "--force"], "holds the source itself"),
+        (["spoilt"], "holds NaN or infinity"),
+        (["wide"], ["another base", "proj_2 adapts [64, 65]"]),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_is_written(work, args, says):
+    write_own("adapter")
+    write_own("spoilt", "full")
+    path = work / "spoilt/adapters.safetensors"
+    tensors = dict(mx.load(str(path)))
+    name = "transformer.layers.1.ffn.proj_2.weight"
+    mx.save_safetensors(str(path), tensors | {name: tensors[name] * float("nan")})
+    write_own("wide", "full")
+    tensors[name] = mx.zeros((64, 65))
+    mx.save_safetensors(str(work / "wide/adapters.safetensors"), tensors)
+    write_hugging_face(work / "other", SCALED, weights_of(SCALED, seed=5))
+    (work / "run").mkdir()
+    (work / "run/adapter_config.json").write_text('{"fine_tune_type": "full"}')
+    if "--save-path" not in args:
+        args = [*args, "--save-path", "out"]
+    refuse(work, "fuse", "--offline", "--adapter-path", *args, says=says)
+
+
+def test_a_training_run_is_converted_for_peft_and_corenet(work):
+    make_source(work / "plain", config=SCALED)
+    write_own("run", base="plain")
+    write_own("run/best", base="plain")
+    for name in ("recipe.yaml", "metrics.jsonl", "state.safetensors", "data.json"):
+        (work / "run" / name).write_text("{}\n")
+    for flags, path in ((("--to", "peft"), "peft"), (("--to", "corenet"), "all.pt")):
+        ran = call("convert", "run", *flags, "--mlx-path", path)
+        assert (ran.exit_code, ran.stdout) == (0, f"{path}\n"), ran.stderr
+    expected = logits_of("plain", "run")
+    together = fuse("peft", "a", base="plain")
+    assert together.proof.kl_fused < 1e-6
+    np.testing.assert_allclose(logits_of("a"), expected, atol=1e-4)
+    options = {"merge": True, "dtype": "float32", "tokenizer": "plain"}
+    mlx_openelm.convert("all.pt", "b", **options)
+    np.testing.assert_allclose(logits_of("b"), expected, atol=1e-4)

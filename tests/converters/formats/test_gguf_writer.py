@@ -1,0 +1,428 @@
+"""GGUF files: gguf, MLX and (where it is installed) llama.cpp read what was meant."""
+
+import errno
+import functools
+import importlib.util
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import sentencepiece
+from models import TEXT, UNEVEN, small_tokenizer, weights_of
+
+from converters.formats.gguf_writer import FILE_TYPES, write_gguf
+from converters.formats.pt_writer import TensorToWrite
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.streaming import stream
+from mlx_openelm.storage.hub import demo_folder
+from mlx_openelm.storage.loading import load_model, load_tokenizer
+from mlx_openelm.storage.model_folder import open_folder
+from mlx_openelm.storage.tokenizer_finder import LLAMA_VECTORS, PROBES
+from mlx_openelm.tensor_names import EMBEDDING, to_folder
+from mlx_openelm.text.tokenizer import Tokenizer
+
+gguf = pytest.importorskip("gguf", reason="needs the package gguf")
+
+WEIGHTS = weights_of(UNEVEN)
+
+
+def to_write(arrays: Mapping[str, mx.array]) -> dict[str, TensorToWrite]:
+    return {
+        name: TensorToWrite(
+            array.shape, array.dtype, functools.partial(arrays.get, name)
+        )
+        for name, array in arrays.items()
+    }
+
+
+def write(
+    path: Path,
+    file_type: str = "F32",
+    *,
+    config: OpenELMConfig = UNEVEN,
+    changes: Mapping[str, np.ndarray] | None = None,
+    dtype: mx.Dtype = mx.float32,
+    tokenizer: Tokenizer | None = None,
+    name: str = "Uneven",
+) -> Path:
+    weights = (WEIGHTS if config == UNEVEN else weights_of(config)) | dict(
+        changes or {}
+    )
+    write_gguf(
+        path,
+        name=name,
+        config=config,
+        tensors=to_write({n: mx.array(w).astype(dtype) for n, w in weights.items()}),
+        file_type=file_type,
+        tokenizer=tokenizer or small_tokenizer(),
+        description="three layers",
+    )
+    return path
+
+
+def in_gguf(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors by the names in llama.cpp's source, gate and up apart."""
+    found = {
+        "token_embd.weight": weights["token_embeddings.weight"],
+        "output_norm.weight": weights["norm.weight"],
+    }
+    for i, F in enumerate(UNEVEN.ffn_dims):
+        ours, theirs = f"layers.{i}", f"blk.{i}"
+        found |= {
+            f"{theirs}.attn_norm.weight": weights[f"{ours}.attn_norm.weight"],
+            f"{theirs}.attn_qkv.weight": weights[f"{ours}.attn.qkv_proj.weight"],
+            f"{theirs}.attn_q_norm.weight": weights[f"{ours}.attn.q_norm.weight"],
+            f"{theirs}.attn_k_norm.weight": weights[f"{ours}.attn.k_norm.weight"],
+            f"{theirs}.attn_output.weight": weights[f"{ours}.attn.out_proj.weight"],
+            f"{theirs}.ffn_norm.weight": weights[f"{ours}.ffn_norm.weight"],
+            f"{theirs}.ffn_gate.weight": weights[f"{ours}.ffn.proj_1.weight"][:F],
+            f"{theirs}.ffn_up.weight": weights[f"{ours}.ffn.proj_1.weight"][F:],
+            f"{theirs}.ffn_down.weight": weights[f"{ours}.ffn.proj_2.weight"],
+        }
+    return found
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    reader = gguf.GGUFReader(path)
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+# Tensors -----------------------------------------------------------------------------
+
+
+def test_the_tensors_are_those_that_llama_cpp_lists_for_openelm(tmp_path):
+    found = {tensor.name for tensor in gguf.GGUFReader(write(tmp_path / "x")).tensors}
+    listed = [
+        gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[gguf.MODEL_ARCH.OPENELM]
+    ]
+    layers = range(UNEVEN.num_transformer_layers)
+    assert found == {f"{n.format(bid=i)}.weight" for n in listed for i in layers}
+    assert found == in_gguf(WEIGHTS).keys()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+def test_ggufs_reader_finds_every_number(tmp_path, file_type, dtype):
+    path = write(tmp_path / "model.gguf", file_type, dtype=dtype)
+    source = {
+        name: np.array(mx.array(w).astype(dtype).astype(mx.float32))
+        for name, w in WEIGHTS.items()
+    }
+    wanted = in_gguf(source)
+    for tensor in gguf.GGUFReader(path).tensors:
+        weight = wanted.pop(tensor.name)
+        kind = gguf.GGMLQuantizationType[file_type if weight.ndim == 2 else "F32"]
+        assert tensor.tensor_type == kind
+        assert tuple(tensor.shape) == weight.shape[::-1]
+        packed = gguf.quants.quantize(weight, kind)
+        assert tensor.data.tobytes() == packed.tobytes(), tensor.name
+    assert not wanted
+
+
+def test_q8_0_is_within_half_a_step(tmp_path):
+    for tensor in gguf.GGUFReader(write(tmp_path / "x", "Q8_0")).tensors:
+        if tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0:
+            weight = in_gguf(WEIGHTS)[tensor.name]
+            found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            blocks = weight.reshape(-1, 32)
+            step = abs(blocks).max(1, keepdims=True) / 127
+            error = abs(found.reshape(-1, 32) - blocks)
+            assert (error <= 0.57 * step).all()  # the step itself is rounded too
+            assert (error > 0.4 * step).any()
+
+
+@pytest.mark.parametrize("file_type", ["F32", "F16"])
+def test_mlx_reads_the_same_tensors(tmp_path, file_type):
+    found = mx.load(str(write(tmp_path / "model.gguf", file_type)))
+    wanted = in_gguf(WEIGHTS)
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        dtype = np.float16 if file_type == "F16" and weight.ndim == 2 else np.float32
+        np.testing.assert_array_equal(np.array(found[name]), weight.astype(dtype))
+
+
+def test_tensors_are_read_one_by_one_and_let_go(tmp_path):
+    config = replace(UNEVEN, model_dim=4096)  # the largest tensor has 5 MB
+    shapes, events = config.tensor_shapes(), []
+
+    def reader(name: str) -> TensorToWrite:
+        def read() -> mx.array:
+            events.append(f"read {name}")
+            return mx.ones(shapes[name])
+
+        return TensorToWrite(shapes[name], mx.float32, read)
+
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    write_gguf(
+        tmp_path / "x.gguf",
+        name="",
+        config=config,
+        tensors={name: reader(name) for name in shapes},
+        file_type="F16",
+        tokenizer=small_tokenizer(),
+        on_written=lambda name: events.append(f"wrote {name}"),
+    )
+    assert events == [f"{verb} {name}" for name in shapes for verb in ("read", "wrote")]
+    largest = 4 * max(int(np.prod(shape)) for shape in shapes.values())
+    assert mx.get_peak_memory() - before < 2.5 * largest
+
+
+@pytest.mark.parametrize("missing", [1, 100, 5000])
+def test_a_disk_that_fills_up_is_always_an_error(tmp_path, missing):
+    size = write(tmp_path / "whole.gguf").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - missing, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write(tmp_path / "cut.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+
+
+# Metadata and tokenizer --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+def test_the_metadata_are_the_configs(tmp_path, file_type):
+    config = replace(UNEVEN, rope_freq_constant=5e5, rms_norm_eps=0.5)
+    found = read_metadata(write(tmp_path / "x", file_type, config=config))
+    wanted = {
+        "general.architecture": "openelm",
+        "general.type": "model",
+        "general.name": "Uneven",
+        "general.description": "three layers",
+        "general.size_label": "120K",
+        "general.file_type": {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}[file_type],
+        "general.quantization_version": 2,
+        "openelm.block_count": 3,
+        "openelm.context_length": 64,
+        "openelm.embedding_length": 64,
+        "openelm.feed_forward_length": [96, 160, 64],
+        "openelm.attention.head_count": [2, 4, 6],
+        "openelm.attention.head_count_kv": [1, 4, 2],
+        "openelm.attention.key_length": 16,
+        "openelm.attention.value_length": 16,
+        "openelm.attention.layer_norm_rms_epsilon": 0.5,
+        "openelm.rope.dimension_count": 16,
+        "openelm.rope.freq_base": 5e5,
+    }
+    assert {key: found.get(key) for key in wanted} == wanted
+    others = found.keys() - wanted.keys()
+    assert {key.split(".")[0] for key in others} == {"GGUF", "tokenizer"}
+
+
+def test_the_tokenizer_is_the_processors(tmp_path):
+    tokenizer = small_tokenizer()
+    processor = tokenizer.processor
+    found = read_metadata(write(tmp_path / "x"))
+    ours = {k.removeprefix("tokenizer.ggml."): v for k, v in found.items()}
+    assert ours["model"] == "llama"
+    assert ours["pre"] == "default"
+    assert ours["tokens"] == [processor.IdToPiece(i) for i in range(300)]
+    assert ours["scores"] == [processor.GetScore(i) for i in range(300)]
+    assert ours["token_type"] == [2, 3, 3, *[6] * 256, *[1] * 41]
+    for i in range(3, 259):
+        assert ours["tokens"][i] == f"<0x{i - 3:02X}>"
+    assert [ours[f"{x}_token_id"] for x in ("unknown", "bos", "eos")] == [0, 1, 2]
+    assert ours["add_bos_token"] is ours["add_space_prefix"] is True
+    assert ours["add_eos_token"] is False
+
+
+def test_a_name_that_is_no_text_does_no_harm(tmp_path):
+    found = read_metadata(write(tmp_path / "x", name="caf\udce9 日本"))
+    assert found["general.name"] == "caf? 日本"
+
+
+# Refusals ----------------------------------------------------------------------------
+
+
+def refuse(path: Path, says: str, *args: Any, **options: Any) -> None:
+    with pytest.raises(OpenELMError) as caught:
+        write(path, *args, **options)
+    assert says in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+def test_what_llama_cpp_cannot_run_is_refused_before_anything_is_written(tmp_path):
+    path = tmp_path / "x.gguf"
+    refuse(
+        path, "head of its own", config=replace(UNEVEN, share_input_output_layers=False)
+    )
+    refuse(
+        path,
+        "300 pieces and the model's embedding 384",
+        config=replace(UNEVEN, vocab_size=384),
+    )
+    refuse(path, "which is not BPE", tokenizer=unigram_tokenizer())
+    refuse(path, "type Q4_K cannot be written; choose F32, F16", "Q4_K")
+    odd = replace(UNEVEN, ffn_dims=(96, 100, 64))
+    refuse(
+        path, "layers.1.ffn.proj_2.weight has 100 columns, and Q8_0", "Q8_0", config=odd
+    )
+    with pytest.raises(OpenELMError, match="holds its tokenizer, and there is none"):
+        write_gguf(
+            path,
+            name="x",
+            config=UNEVEN,
+            tensors={},
+            file_type="F32",
+            tokenizer=None,
+        )
+    assert not path.exists()
+    write(path, "F16", config=odd)
+
+
+def unigram_tokenizer() -> Tokenizer:
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.split("\n")),
+        model_writer=written,
+        model_type="unigram",
+        vocab_size=300,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    return Tokenizer(written.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("file_type", "fits", "overflows"),
+    [("F16", 65504, 65520), ("Q8_0", 8.3e6, 8.4e6), ("BF16", 3.38e38, 3.4e38)],
+)
+def test_a_number_beyond_the_range_is_refused_with_its_tensor(
+    tmp_path, file_type, fits, overflows
+):
+    name = "layers.1.ffn.proj_2.weight"
+    for sign in (1, -1):
+        spoilt = WEIGHTS[name].copy()
+        spoilt[-1, -1] = sign * fits
+        write(tmp_path / "x", file_type, changes={name: spoilt})
+        spoilt[-1, -1] = sign * overflows
+        says = f"{name} holds a number of size {overflows:g}, beyond the range of"
+        refuse(tmp_path / "x", says, file_type, changes={name: spoilt})
+    norm = np.full(64, 1e6, np.float32)  # norms are float32 in every file
+    write(tmp_path / "x", file_type, changes={"norm.weight": norm})
+    for wrong in (np.nan, -np.inf):
+        spoilt[0, 0] = wrong
+        refuse(tmp_path / "x", f"{name} holds NaN", file_type, changes={name: spoilt})
+
+
+def test_a_bfloat16_number_beyond_float16_is_refused(tmp_path):
+    spoilt = WEIGHTS[EMBEDDING].copy()
+    spoilt[3, 3] = 65536  # what 65504 is rounded to in bfloat16
+    changes = {EMBEDDING: spoilt}
+    refuse(tmp_path / "x", EMBEDDING, "F16", dtype=mx.bfloat16, changes=changes)
+
+
+def test_a_config_that_gguf_has_no_room_for_is_refused(tmp_path):
+    odd = replace(UNEVEN, rope_freq_constant=1e300)
+    refuse(tmp_path / "x", "too large for GGUF", config=odd)
+
+
+def test_without_gguf_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    refuse(tmp_path / "x", "pip install 'mlx-openelm[gguf]'")
+
+
+# llama.cpp itself --------------------------------------------------------------------
+
+LLAMA_CPP_PYTHON = os.environ.get("MLX_OPENELM_LLAMA_CPP_PYTHON", "")
+needs_llama_cpp = pytest.mark.skipif(
+    not LLAMA_CPP_PYTHON and importlib.util.find_spec("llama_cpp") is None,
+    reason="needs llama-cpp-python, here or in the Python that "
+    "MLX_OPENELM_LLAMA_CPP_PYTHON names",
+)
+ASK_LLAMA_CPP = """
+import json, sys
+from llama_cpp import Llama
+
+asked = json.load(sys.stdin)
+llama = Llama(  # keys and values in float32, as ours
+    asked["path"], n_ctx=asked["context"], n_threads=1, type_k=0, type_v=0,
+    logits_all=True, verbose=False,
+)
+ids = [llama.tokenize(x.encode(), add_bos=True, special=False) for x in asked["texts"]]
+answers = []
+for prompt in asked["prompts"]:
+    answers.append([])
+    for token in llama.generate(prompt, temp=0, top_k=1, repeat_penalty=1.0):
+        answers[-1].append(token)
+        if token == llama.token_eos() or len(answers[-1]) == asked["max_tokens"]:
+            break
+llama.reset()
+logits = []
+if asked["prompts"]:
+    llama.eval(asked["prompts"][0])
+    logits = llama.scores[len(asked["prompts"][0]) - 1].tolist()
+json.dump({"ids": ids, "answers": answers, "logits": logits}, sys.stdout)
+"""
+
+
+def ask_llama_cpp(path: Path, **asked: Any) -> dict[str, Any]:
+    asked = {"prompts": [], "texts": [], "context": 512, "max_tokens": 60} | asked
+    ran = subprocess.run(
+        [LLAMA_CPP_PYTHON or sys.executable, "-c", ASK_LLAMA_CPP],
+        input=json.dumps(asked | {"path": str(path)}),
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+@needs_llama_cpp
+def test_llama_cpp_writes_the_demos_own_stories(tmp_path):
+    folder = open_folder(demo_folder())
+    tokenizer, model = load_tokenizer(folder), load_model(folder, mx.float32)
+    stored = folder.read()
+    write_gguf(
+        tmp_path / "demo.gguf",
+        name="demo",
+        config=folder.config,
+        tensors=to_write(
+            {name: stored[to_folder(name)] for name in folder.config.tensor_shapes()}
+        ),
+        file_type="F32",
+        tokenizer=tokenizer,
+    )
+    prompts = [
+        tokenizer.encode(text)
+        for text in (
+            "Once upon a time there was",
+            "The king said to his three daughters:",
+            "“Who is there?” cried the wolf",
+            "\n",
+        )
+    ]
+    found = ask_llama_cpp(tmp_path / "demo.gguf", texts=PROBES, prompts=prompts)
+    assert found["ids"] == [tokenizer.encode(text) for text in PROBES]
+    for prompt, answer in zip(prompts, found["answers"], strict=True):
+        pieces = stream(model, tokenizer, prompt, Sampling(max_tokens=60, temp=0.0))
+        assert [piece.token for piece in pieces] == answer
+        assert len(answer) == 60
+    logits = model(mx.array(prompts[:1]))[0, -1]
+    np.testing.assert_allclose(np.array(logits), found["logits"], atol=1e-4)
+
+
+@needs_llama_cpp
+def test_llama_cpp_cuts_text_as_llamas_tokenizer_does(tmp_path, shared):
+    tokenizer = Tokenizer.from_file(shared / "data/llama-tokenizer/tokenizer.model")
+    config = replace(UNEVEN, vocab_size=32000)
+    path = write(tmp_path / "x.gguf", config=config, tokenizer=tokenizer)
+    texts = [*PROBES, *LLAMA_VECTORS]
+    found = ask_llama_cpp(path, texts=texts, context=64)
+    assert found["ids"] == [tokenizer.encode(text) for text in texts]

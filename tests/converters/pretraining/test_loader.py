@@ -1,0 +1,607 @@
+"""Lanes: the same batches however they are shared out, and nothing twice or never."""
+
+import dataclasses
+import gzip
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from models import TEXT, small_tokenizer
+from places import SUPPORT
+
+pytest.importorskip("ftfy", reason="needs the torch extra")
+
+from converters.pretraining.lanes import CUT
+from converters.pretraining.loader import join_states, open_loader, read_documents
+from converters.pretraining.packing import (
+    IGNORED,
+    PackedSequences,
+    read_data,
+    step_batch,
+)
+from converters.pretraining.recipe import CorpusRecipe, DataRecipe, PretrainRecipe
+from mlx_openelm.errors import OpenELMError
+
+tokenizer = small_tokenizer()
+LENGTH = 24
+
+
+def write_jsonl(path, names):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": name}) + "\n" for name in names))
+
+
+def make_recipe(files, *, batch_size=4, seed=3, corpora=(), **data):
+    rules = {"words_per_piece": 2, "min_characters": 0, "min_tokens": 0}
+    return PretrainRecipe(
+        data=DataRecipe(train=files, corpora=corpora, **{**rules, **data}),
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+def make_name(file, document):
+    return f"{'long' * (document % 3 != 1)}f{file}d{document}"
+
+
+@pytest.fixture(params=["many files", "few files"])
+def corpus(request, tmp_path):
+    """A recipe, and the names of its documents: 5 files for 4 lanes, or 2 of them."""
+    counts = [5, 1, 9, 4, 3] if request.param == "many files" else [17, 13]
+    names = [[make_name(i, j) for j in range(n)] for i, n in enumerate(counts)]
+    for i, documents in enumerate(names):
+        write_jsonl(tmp_path / f"{i}.jsonl", documents)
+    recipe = make_recipe((str(tmp_path / "*.jsonl"),), shuffle_block=4)
+    return recipe, list(itertools.chain(*names))
+
+
+def open_it(recipe, **options):
+    return open_loader(recipe, tokenizer, LENGTH, **options)
+
+
+def read_rows(batch):
+    """The texts of a batch's rows."""
+    texts = []
+    for inputs, targets in zip(batch.inputs, batch.targets, strict=True):
+        count = int((targets != IGNORED).sum())
+        assert inputs[0] == tokenizer.bos_id
+        assert (inputs[1:count] == targets[: count - 1]).all()
+        assert not inputs[count:].any()
+        texts.append(tokenizer.decode(targets[:count].tolist()))
+    return texts
+
+
+def take(loader, steps):
+    return [read_rows(loader.next_batch()) for _ in range(steps)]
+
+
+def same(a, b):
+    return all(
+        (x.inputs == y.inputs).all() and (x.targets == y.targets).all()
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def by_epoch(loader, num_epochs):
+    """Collect what is handed out until every lane is past so many epochs."""
+    seen = [Counter() for _ in range(num_epochs + 40)]
+    while True:
+        rows = read_rows(loader.next_batch())
+        epochs = [lane["places"][0][0] for lane in loader.state()["lanes"]]
+        for text, epoch in zip(rows, epochs, strict=True):
+            seen[epoch][text] += 1
+        if min(epochs) >= num_epochs:
+            return seen[:num_epochs]
+
+
+def test_an_epoch_has_every_document_once(corpus):
+    recipe, names = corpus
+    for seen in by_epoch(open_it(recipe), 3):
+        assert seen == Counter(names)
+
+
+def test_documents_are_shuffled_by_seed_and_epoch(corpus):
+    recipe, names = corpus
+    first = take(open_it(recipe), 12)
+    assert take(open_it(recipe), 12) == first
+    assert take(open_it(dataclasses.replace(recipe, seed=4)), 12) != first
+    alone = dataclasses.replace(recipe, batch_size=1)
+    flat = [row for (row,) in take(open_it(alone), 2 * len(names))]
+    assert flat[: len(names)] != flat[len(names) :]
+    assert flat[: len(names)] != names
+
+
+def test_a_block_of_one_keeps_the_order_of_a_file(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [str(i) for i in range(9)])
+    recipe = make_recipe((str(tmp_path / "*"),), batch_size=2, shuffle_block=1)
+    rows = take(open_it(recipe), 4)
+    assert rows == [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"]]
+
+
+def test_a_block_is_shuffled_in_itself(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [str(i) for i in range(40)])
+    recipe = make_recipe((str(tmp_path / "*"),), batch_size=1, shuffle_block=10)
+    flat = [row for (row,) in take(open_it(recipe), 40)]
+    orders = set()
+    for start in range(0, 40, 10):
+        block = [int(text) - start for text in flat[start : start + 10]]
+        assert sorted(block) == list(range(10))
+        orders.add(tuple(block))
+    assert len(orders) == 4
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_ranks_shares_make_up_the_batch_of_one(corpus, ranks):
+    recipe, _ = corpus
+    whole = open_it(recipe)
+    shares = [open_it(recipe, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for _ in range(20):
+        batch = whole.next_batch()
+        parts = [share.next_batch() for share in shares]
+        assert (np.concatenate([p.targets for p in parts]) == batch.targets).all()
+    assert sum((share.dropped for share in shares), Counter()) == whole.dropped
+    assert join_states([share.state() for share in shares]) == whole.state()
+
+
+def test_workers_change_neither_batches_nor_states_nor_counts(corpus):
+    recipe, _ = corpus
+    data = dataclasses.replace(recipe.data, min_characters=6)
+    recipe = dataclasses.replace(recipe, data=data)
+    more = dataclasses.replace(recipe, data=dataclasses.replace(data, workers=2))
+    one, several = open_it(recipe), open_it(more)
+    try:
+        for _ in range(15):
+            assert same([several.next_batch()], [one.next_batch()])
+            assert several.state() == one.state()
+        assert several.dropped == one.dropped != {}
+    finally:
+        several.close()
+
+
+# Going on ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """Two corpora, documents of several pieces, some of which are dropped."""
+    for i in range(5):
+        texts = [f"a{i}.{j} long long {j} x y z" for j in range(i + 2)]
+        write_jsonl(tmp_path / "a" / f"{i}.jsonl", texts)
+    write_jsonl(tmp_path / "b.json", [f"b{j} longer and longer" for j in range(11)])
+    corpora = (
+        CorpusRecipe((str(tmp_path / "a" / "*"),), weight=2),
+        CorpusRecipe((str(tmp_path / "b.json"),)),
+    )
+    return make_recipe((), corpora=corpora, min_characters=5, shuffle_block=3)
+
+
+def test_a_run_goes_on_exactly_from_every_position(mixture):
+    loader = open_it(mixture)
+    states = [join_states([loader.state()])]
+    batches = []
+    for _ in range(60):
+        batches.append(loader.next_batch())
+        states.append(json.loads(json.dumps(join_states([loader.state()]))))
+    assert states[-1]["lanes"][0]["places"][0][0] > 0  # into another epoch
+    assert len({tuple(read_rows(batch)) for batch in batches}) > 50
+    for i, state in enumerate(states[:-3]):
+        resumed = open_it(mixture)
+        resumed.restore(state)
+        assert same([resumed.next_batch() for _ in range(3)], batches[i : i + 3])
+        assert join_states([resumed.state()]) == states[i + 3]
+
+
+def test_other_numbers_of_ranks_and_workers_go_on_exactly(mixture):
+    shares = [open_it(mixture, rank=rank, ranks=2) for rank in range(2)]
+    for _ in range(9):
+        for share in shares:
+            share.next_batch()
+    state = join_states([share.state() for share in shares])
+    assert [lane["lane"] for lane in state["lanes"]] == [0, 1, 2, 3]
+    one = open_it(mixture)
+    one.restore(state)
+    expected = [one.next_batch().targets for _ in range(4)]
+    for ranks, workers in ((4, 0), (1, 2)):
+        mixture = dataclasses.replace(
+            mixture, data=dataclasses.replace(mixture.data, workers=workers)
+        )
+        several = [open_it(mixture, rank=r, ranks=ranks) for r in range(ranks)]
+        try:
+            for loader in several:
+                loader.restore(state)
+                assert (
+                    loader.state()["lanes"]
+                    == state["lanes"][loader.state()["lanes"][0]["lane"] :][
+                        : 4 // ranks
+                    ]
+                )
+            for targets in expected:
+                parts = [loader.next_batch().targets for loader in several]
+                assert (np.concatenate(parts) == targets).all()
+        finally:
+            for loader in several:
+                loader.close()
+
+
+def test_going_back_in_a_running_loader_works(mixture):
+    loader = open_it(mixture)
+    loader.next_batch()
+    state = join_states([loader.state()])
+    following = [loader.next_batch() for _ in range(5)]
+    loader.restore(state)
+    assert same([loader.next_batch() for _ in range(5)], following)
+
+
+def test_a_corpus_may_move_but_not_change(corpus, tmp_path):
+    recipe, _ = corpus
+    loader = open_it(recipe)
+    first = take(loader, 3)
+    state = join_states([loader.state()])
+    expected = take(loader, 3)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in tmp_path.glob("*.jsonl"):
+        path.rename(moved / path.name)
+    data = dataclasses.replace(recipe.data, train=(str(moved / "*"),))
+    recipe = dataclasses.replace(recipe, data=data)
+    resumed = open_it(recipe)
+    resumed.restore(state)
+    assert take(resumed, 3) == expected != first
+
+    def refuse(other, what):
+        with pytest.raises(OpenELMError, match=f"other data: {what} .* not what"):
+            open_it(other).restore(state)
+
+    refuse(dataclasses.replace(recipe, seed=4, batch_size=2), "seed, batch_size")
+    for change in ({"words_per_piece": 9}, {"shuffle_block": 9}, {"exclude": ("1*",)}):
+        changed = dataclasses.replace(data, **change)
+        refuse(dataclasses.replace(recipe, data=changed), "the text")
+    with pytest.raises(OpenELMError, match="other data: the text is not what"):
+        open_loader(recipe, small_tokenizer(301), LENGTH).restore(state)
+    with (moved / "0.jsonl").open("a") as appended:
+        appended.write('{"text": "one more"}\n')
+    refuse(recipe, "the text")
+    with pytest.raises(OpenELMError, match="3 of 4 rows"):
+        loader.restore({**state, "lanes": state["lanes"][1:]})
+
+
+# Mixing, counting ----------------------------------------------------------------
+
+
+def test_corpora_are_mixed_by_their_weights(tmp_path):
+    for name in "abc":
+        write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(30)])
+    weights = {"a": 5.0, "b": 0.5, "c": 2.5}
+    corpora = tuple(
+        CorpusRecipe((str(tmp_path / f"{name}.jsonl"),), weight=weight)
+        for name, weight in weights.items()
+    )
+    loader = open_it(make_recipe((), corpora=corpora))
+    drawn = Counter(row[0] for rows in take(loader, 500) for row in rows)
+    for name, weight in weights.items():
+        share = weight / 8
+        deviation = math.sqrt(2000 * share * (1 - share))
+        assert abs(drawn[name] - 2000 * share) < 4 * deviation
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["ab", "abcdefgh" * 5, "abcdefgh", "w v"])
+    recipe = make_recipe(
+        (str(tmp_path / "*"),),
+        batch_size=1,
+        words_per_piece=1,
+        min_characters=2,
+        min_tokens=6,
+    )
+    loader = open_it(recipe)
+    assert loader.dropped == {}
+    take(loader, 1)
+    state = join_states([loader.state()])
+    take(loader, 3)
+    first = loader.dropped.copy()
+    counted = len(tokenizer.encode("abcdefgh" * 5)) + 1 - (LENGTH + 1)
+    assert counted > 0
+    assert first["too few characters"] in (2, 4)  # the words w and v, once an epoch
+    assert first["too few tokens"] in (1, 2)
+    assert first[CUT] == 2 * counted
+    loader.restore(state)
+    take(loader, 3)
+    assert loader.dropped != first  # it goes on counting what is handed out
+
+
+def test_padding_is_not_learnt(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["a king"])
+    recipe = make_recipe((str(tmp_path / "*"),), batch_size=1)
+    batch = open_it(recipe).next_batch()
+    ids = [*tokenizer.encode("a king"), tokenizer.eos_id]
+    assert batch.inputs.shape == batch.targets.shape == (1, LENGTH)
+    assert batch.inputs.dtype == batch.targets.dtype == np.int64
+    assert batch.inputs[0, : len(ids) - 1].tolist() == ids[:-1]
+    assert batch.targets[0, : len(ids) - 1].tolist() == ids[1:]
+    assert (batch.targets[0, len(ids) - 1 :] == IGNORED).all()
+
+
+# Bad input -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def thousands(tmp_path):
+    """2000 files, of which one in the middle is cut."""
+    for i in range(2000):
+        record = json.dumps({"text": f"n{i}"}).encode() + b"\n"
+        data = gzip.compress(record * 3, 1)
+        path = tmp_path / f"{i:04}.jsonl.gz"
+        path.write_bytes(data[: -len(data) // 3] if i == 1234 else data)
+    return make_recipe((f"{tmp_path}/{{0000..1999}}.jsonl.gz",), batch_size=8)
+
+
+def test_a_damaged_file_among_thousands_stops_the_run_and_is_named(thousands):
+    loader = open_it(thousands)
+    with pytest.raises(OpenELMError, match=r"1234\.jsonl\.gz is damaged or cut off"):
+        by_epoch(loader, 1)
+
+
+def test_a_damaged_file_among_thousands_is_skipped_and_counted(thousands):
+    data = dataclasses.replace(thousands.data, on_damage="skip")
+    loader = open_it(dataclasses.replace(thousands, data=data))
+    (seen,) = by_epoch(loader, 1)
+    assert sum(seen.values()) in range(1999 * 3, 1999 * 3 + 3)
+    assert {f"n{i}" for i in range(2000)} - {"n1234"} <= set(seen)
+    ((reason, count),) = loader.dropped.items()
+    assert reason.endswith("1234.jsonl.gz, damaged")
+    assert count == 1
+
+
+def test_a_file_that_is_gone_is_skipped_and_counted(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "nowhere")
+    recipe = make_recipe((str(tmp_path / "*"),), batch_size=1)
+    with pytest.raises(OpenELMError, match=r"b\.jsonl is damaged or cut off"):
+        by_epoch(open_it(recipe), 1)
+    for cache in (None, str(tmp_path / "cache")):
+        data = dataclasses.replace(recipe.data, on_damage="skip", cache=cache)
+        loader = open_it(dataclasses.replace(recipe, data=data))
+        assert by_epoch(loader, 1) == [Counter(["one", "two"])]
+        assert loader.dropped == {f"rest of {tmp_path}/b.jsonl, damaged": 1}
+
+
+def test_a_bad_record_is_found_by_all_lanes_of_a_shared_file(tmp_path):
+    lines = [json.dumps({"text": f"n{i}"}) for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:20], "{", *lines[20:]]))
+    write_jsonl(tmp_path / "b.jsonl", [f"m{i}" for i in range(9)])
+    recipe = make_recipe((str(tmp_path / "*"),), on_damage="skip", shuffle_block=2)
+    loader = open_it(recipe)
+    expected = Counter([f"n{i}" for i in range(20)] + [f"m{i}" for i in range(9)])
+    for seen in by_epoch(loader, 3):
+        assert seen == expected
+    assert set(loader.dropped) == {f"rest of {tmp_path}/a.jsonl, damaged"}
+    assert 3 <= loader.dropped.total() <= 5  # once an epoch, however many lanes
+
+
+def test_a_lane_without_documents_or_pieces_is_refused(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two", "three"])
+    files = (str(tmp_path / "*"),)
+    with pytest.raises(OpenELMError, match=r"a\.jsonl.*4 rows.*lower batch_size"):
+        take(open_it(make_recipe(files)), 1)
+    short = make_recipe(files, batch_size=1, min_tokens=99, min_characters=4)
+    message = r"2 too few characters, 1 too few tokens.*min_tokens"
+    with pytest.raises(OpenELMError, match=message):
+        take(open_it(short), 1)
+    assert take(open_it(make_recipe(files, batch_size=3)), 4)
+    for name in "bc":  # 9 documents in 3 files are enough for 8 rows
+        write_jsonl(tmp_path / f"{name}.jsonl", [f"{name}{i}" for i in range(3)])
+    assert take(open_it(make_recipe(files, batch_size=8)), 9)
+
+
+def test_a_file_that_gives_nothing_is_no_end_where_others_give_something(tmp_path):
+    for i, names in enumerate([[], ["short"], ["long words"], ["many words"]]):
+        write_jsonl(tmp_path / f"{i}.jsonl", names)
+    (tmp_path / "4.jsonl").symlink_to(tmp_path / "nowhere")
+    files = (str(tmp_path / "*"),)
+    recipe = make_recipe(files, min_characters=6, on_damage="skip", batch_size=5)
+    loader = open_it(recipe)  # a file for each row: in an epoch, three give nothing
+    assert take(loader, 50)
+    assert loader.dropped["too few characters"] > 10
+    nothing = dataclasses.replace(recipe.data, min_characters=60)
+    message = r"row \d of the batch \(.*too few characters.*\); lower"
+    with pytest.raises(OpenELMError, match=message):
+        take(open_it(dataclasses.replace(recipe, data=nothing)), 1)
+
+
+def test_ranks_must_divide_the_batch_and_patterns_must_match(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["one"])
+    recipe = make_recipe((str(tmp_path / "*"),))
+    with pytest.raises(OpenELMError, match="batch_size 4 cannot be shared by 3"):
+        open_it(recipe, ranks=3)
+    with pytest.raises(OpenELMError, match="No file matches"):
+        open_it(make_recipe((str(tmp_path / "*.parquet"),)))
+    with pytest.raises(OpenELMError, match="excludes every file"):
+        open_it(make_recipe((str(tmp_path / "*"),), heldout=("a.jsonl",)))
+
+
+# Workers -------------------------------------------------------------------------
+
+
+def test_an_error_in_a_worker_is_one_sentence_behind_the_good_batches(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [f"n{i}" for i in range(8)])
+    with (tmp_path / "a.jsonl").open("a") as opened:
+        opened.write("{\n")
+    recipe = make_recipe(
+        (str(tmp_path / "*"),), batch_size=2, shuffle_block=2, workers=2
+    )
+    loader = open_it(recipe)
+    try:
+        for _ in range(4):
+            loader.next_batch()
+        with pytest.raises(OpenELMError, match=r"^Record 9 of .*a\.jsonl is no JSON"):
+            loader.next_batch()
+    finally:
+        loader.close()
+
+
+def test_a_worker_that_is_killed_is_told_of_and_orphans_end(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["7" * 50_000] * 8)  # more than a pipe holds
+    program = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(SUPPORT)!r})
+from models import small_tokenizer
+from converters.pretraining.loader import open_loader
+from mlx_openelm.errors import OpenELMError
+from converters.pretraining.recipe import DataRecipe, PretrainRecipe
+
+if __name__ == "__main__":
+    data = DataRecipe(train=({str(tmp_path / "a.jsonl")!r},), workers=2,
+                      min_characters=0, min_tokens=0)
+    recipe = PretrainRecipe(data=data, batch_size=2)
+    loader = open_loader(recipe, small_tokenizer(), 49_000)
+    loader.next_batch()
+    workers = [part._process.pid for part in loader._parts]
+    if sys.argv[1] == "orphans":
+        print(*workers, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)  # it is in the middle of a message now
+    os.kill(workers[1], signal.SIGKILL)
+    try:
+        for _ in range(20):
+            loader.next_batch()
+    except OpenELMError as error:
+        print(error)
+"""
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    command = [sys.executable, str(script)]
+    done = subprocess.run([*command, "kill"], capture_output=True, text=True)
+    assert "ended with the code -9" in done.stdout, done.stderr
+    done = subprocess.run([*command, "orphans"], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL
+    end = time.monotonic() + 20
+    for pid in map(int, done.stdout.split()):
+        while is_running(pid):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True)
+    return not state.stdout.startswith(b"Z")  # dead, and not yet waited for
+
+
+# Packed text ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_packed_text_is_what_step_batch_gives_and_goes_on(tmp_path, ranks):
+    (tmp_path / "a.txt").write_text(TEXT)
+    recipe = make_recipe((str(tmp_path / "*.txt"),), packing=True)
+    corpus = read_data(recipe.data)
+    sequences = PackedSequences(corpus.documents, tokenizer, 16)
+    options = {"batch_size": 4, "seed": 3, "rank": ranks - 1, "ranks": ranks}
+    expected = [step_batch(sequences, step=i, **options) for i in range(40)]
+    loader = open_loader(recipe, tokenizer, 16, rank=ranks - 1, ranks=ranks)
+    assert (loader.num_files, loader.num_documents) == (1, 1)
+    assert loader.num_sequences == len(sequences)
+    assert loader.num_tokens == sequences.num_tokens
+    assert same([loader.next_batch() for _ in range(25)], expected[:25])
+    state = join_states([loader.state()] * ranks)
+    again = open_loader(
+        recipe, tokenizer, 16, rank=ranks - 1, ranks=ranks, corpus=corpus
+    )
+    again.restore(json.loads(json.dumps(state)))
+    assert same([again.next_batch() for _ in range(15)], expected[25:])
+    (tmp_path / "a.txt").write_text(TEXT + "more")
+    with pytest.raises(OpenELMError, match="the text is not what it was"):
+        open_loader(recipe, tokenizer, 16).restore(state)
+    streamed = dataclasses.replace(recipe.data, packing=False)
+    with pytest.raises(OpenELMError, match=r"data\.packing, the text are not"):
+        open_it(dataclasses.replace(recipe, data=streamed)).restore(state)
+
+
+def test_packed_corpora_have_no_weights(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    write_jsonl(tmp_path / "b.jsonl", [TEXT, "The end."])
+    files = ((str(tmp_path / "a.txt"),), (str(tmp_path / "b.jsonl"),))
+    corpora = tuple(map(CorpusRecipe, files))
+    loader = open_it(make_recipe((), corpora=corpora, packing=True))
+    assert (loader.num_files, loader.num_documents) == (2, 3)
+    corpora = (corpora[0], dataclasses.replace(corpora[1], weight=2))
+    with pytest.raises(OpenELMError, match="leave the weights out"):
+        open_it(make_recipe((), corpora=corpora, packing=True))
+
+
+# Texts ---------------------------------------------------------------------------
+
+
+def test_texts_are_read_whole_held_out_or_as_a_sample_of_all_files(tmp_path):
+    for name in ("a", "b"):
+        texts = [f"“{name}{i}”" for i in range(50)]
+        write_jsonl(tmp_path / f"{name}.jsonl", texts)
+    (tmp_path / "held.txt").write_text("ﬁne\nHEADING\nx")
+    data = DataRecipe(
+        train=(str(tmp_path / "*"),),
+        heldout=(str(tmp_path / "held.txt"),),
+        document_start="[A-Z]+",
+    )
+    whole = list(read_documents(data))
+    assert whole == [f'"{name}{i}"' for name in "ab" for i in range(50)]
+    assert list(read_documents(data, heldout=True)) == ["fine\nHEADING\nx"]
+    sample = list(read_documents(data, characters=20))
+    assert sample == ['"a0"', '"b0"', '"a1"', '"b1"', '"a2"']
+    assert sorted(read_documents(data, characters=10**9)) == sorted(whole)
+    with (tmp_path / "a.jsonl").open("a") as opened:
+        opened.write("{\n")
+    with pytest.raises(OpenELMError, match="Record 51"):
+        list(read_documents(data))
+    skipping = dataclasses.replace(data, on_damage="skip")
+    assert list(read_documents(skipping)) == whole
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_too_many_open_files_are_no_damage_to_skip(tmp_path, ending):
+    resource = pytest.importorskip("resource")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for i in range(150):
+        if ending == "jsonl":
+            write_jsonl(tmp_path / f"{i}.jsonl", [f"x{i}"] * 9)
+        else:
+            table = pyarrow.table({"text": [f"x{i}"] * 9})
+            parquet.write_table(table, tmp_path / f"{i}.parquet")
+    recipe = make_recipe(
+        (str(tmp_path / "*"),), batch_size=150, shuffle_block=2, on_damage="skip"
+    )
+    loader = open_it(recipe)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (120, hard))
+    try:
+        with pytest.raises(OpenELMError, match=r"too many files are open.*ulimit"):
+            take(loader, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_sample_of_thousands_of_files_opens_few_at_once(tmp_path):
+    resource = pytest.importorskip("resource")
+    for i in range(600):
+        write_jsonl(tmp_path / f"{i:03}.jsonl", [f"x{i:03}", "y"])
+    data = DataRecipe(train=(str(tmp_path / "*"),))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        found = list(read_documents(data, characters=400))
+        assert len(list(read_documents(data, characters=10**9))) == 1200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found[0] == "x000"
+    assert found[99] > "x480"  # from everywhere

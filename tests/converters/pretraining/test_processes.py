@@ -1,0 +1,266 @@
+"""Several processes train as one: copied or sharded, cut off or in error."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import call
+from pretrainings import (
+    ROOT,
+    job,
+    one_thread,  # noqa: F401
+    read_losses,
+    read_metrics,
+    run_ranks,
+    small_recipe,
+    start_ranks,
+    streamed_data,
+)
+
+torch = pytest.importorskip("torch", reason="needs PyTorch")
+
+from converters.pretraining.checkpoints import AVERAGE, LAST, as_json  # noqa: E402
+from converters.pretraining.processes import SharedError  # noqa: E402
+from converters.pretraining.run import pretrain  # noqa: E402
+from mlx_openelm.errors import OpenELMError  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All that two processes do, in one start of them: recipe by name, what was said"""
+    folder = tmp_path_factory.mktemp("ranks")
+    recipe = replace(small_recipe(folder), batch_size=8, steps=8)
+    fsdp = replace(recipe, parallel="fsdp")
+    streamed = replace(recipe, data=streamed_data(folder), tokenizer=recipe.tokenizer)
+    (folder / "bad.jsonl").write_text('{"text": "whole"}\n{"text": "cut')
+    recipes = {
+        "ddp": recipe,
+        "accumulated": replace(recipe, micro_batch_size=2),
+        "fsdp": fsdp,
+        "fsdp accumulated": replace(
+            fsdp, micro_batch_size=2, activation_checkpointing=True
+        ),
+        "fsdp bf16": replace(fsdp, bf16=True, steps=3),
+        "streamed": streamed,
+        "uneven batch": replace(recipe, batch_size=7),
+        "damaged": streamed,
+    }
+    recipes = {
+        name: replace(r, output=str(folder / name.replace(" ", "-")))
+        for name, r in recipes.items()
+    }
+    jobs = {name: job(r) for name, r in recipes.items()}
+    jobs["damaged"]["files"] = {"rank1": str(folder / "bad.jsonl")}
+    # What one process began, two go on with, sharded.
+    begun = replace(recipe, output=str(folder / "begun"))
+    recipes["begun"] = begun
+
+    class Cut(Exception):
+        pass
+
+    def cut(event):
+        if type(event).__name__ == "Saved" and event.step == 4:
+            raise Cut
+
+    with pytest.raises(Cut):
+        pretrain(begun, on_event=cut)
+    jobs["begun"] = job(replace(begun, parallel="fsdp"), resume=True)
+    # Both are killed, and go on.
+    recipes["killed"] = replace(
+        streamed, steps=40, save_every=5, output=str(folder / "killed")
+    )
+    whole = replace(recipes["killed"], output=str(folder / "never-killed"))
+    kill_in_the_middle(folder, recipes["killed"])
+    jobs["killed"] = job(recipes["killed"], resume=True)
+    jobs["never killed"] = job(whole)
+    recipes["never killed"] = whole
+    said = run_ranks(folder, list(jobs.values()))
+    return recipes, dict(zip(jobs, zip(*said, strict=True), strict=True)), folder
+
+
+def kill_in_the_middle(folder: Path, recipe) -> None:
+    processes = start_ranks(folder, [job(recipe)])
+    try:
+        deadline = time.monotonic() + 150
+        while not (Path(recipe.output) / LAST).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            with process:  # waits for it
+                pass
+
+
+@pytest.fixture(scope="module")
+def alone(runs):
+    """The same in one process: losses by name."""
+    recipes, _, folder = runs
+    found = {}
+    for name in ("ddp", "streamed"):
+        output = str(folder / f"alone-{name}")
+        pretrain(replace(recipes[name], output=output))
+        found[name] = output
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", ["ddp", "accumulated", "fsdp", "fsdp accumulated", "streamed", "begun"]
+)
+def test_two_processes_have_the_losses_of_one(runs, alone, name):
+    recipes, said, _ = runs
+    assert said[name] == ("done", "done")
+    found = read_losses(recipes[name].output)
+    expected = read_losses(alone["streamed" if name == "streamed" else "ddp"])
+    assert len(found) == 8
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "begun"])
+def test_their_checkpoints_are_whole_and_the_same(runs, alone, name):
+    recipes, _, _ = runs
+    one, two = (
+        torch.load(Path(output) / LAST, weights_only=True)
+        for output in (alone["ddp"], recipes[name].output)
+    )
+    assert list(one) == list(two)
+    for key, tensor in one["model_state_dict"].items():
+        found = two["model_state_dict"][key]
+        assert type(found) is torch.Tensor
+        torch.testing.assert_close(found, tensor, atol=1e-4, rtol=0)
+    assert one["optim_state_dict"]["state"].keys() == (
+        two["optim_state_dict"]["state"].keys()
+    )
+    scores = [
+        r["bits_per_byte"] for r in read_metrics(recipes[name].output, "evaluated")
+    ]
+    expected = [r["bits_per_byte"] for r in read_metrics(alone["ddp"], "evaluated")]
+    assert scores == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_killed_processes_go_on(runs):
+    recipes, said, _ = runs
+    assert said["killed"] == said["never killed"] == ("done", "done")
+    output = recipes["killed"].output
+    assert 5 <= read_metrics(output, "started")[-1]["first_step"] < 40
+    steps = [record["step"] for record in read_metrics(output)]
+    assert steps == list(range(1, 41))
+    whole = read_losses(recipes["never killed"].output)
+    assert read_losses(output) == pytest.approx(whole, abs=1e-6)
+
+
+def test_shards_compute_in_bf16_and_keep_float32(runs, alone):
+    recipes, said, _ = runs
+    assert said["fsdp bf16"] == ("done", "done")
+    found = read_losses(recipes["fsdp bf16"].output)
+    expected = read_losses(alone["ddp"])[:3]
+    assert found == pytest.approx(expected, abs=0.05)
+    assert found != pytest.approx(expected, abs=1e-5)
+    state = torch.load(Path(recipes["fsdp bf16"].output) / LAST, weights_only=True)
+    assert {t.dtype for t in state["model_state_dict"].values()} == {torch.float32}
+
+
+def test_an_error_in_one_process_ends_all_with_one_sentence(runs):
+    recipes, said, _ = runs
+    first, second = said["damaged"]
+    assert first == second
+    assert "bad.jsonl" in first
+    assert first.endswith(".")
+    assert (
+        said["uneven batch"]
+        == ("batch_size 7 cannot be shared by 2 processes; make it a multiple.",) * 2
+    )
+    assert not Path(recipes["uneven batch"].output).exists()
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_processes_have_the_losses_of_one(tmp_path, parallel):
+    recipe = replace(small_recipe(tmp_path), steps=4)
+    pretrain(recipe)
+    compiled = replace(
+        recipe, compile=True, parallel=parallel, output=str(tmp_path / "compiled")
+    )
+    assert run_ranks(tmp_path, [job(compiled)]) == [["done"]] * 2
+    assert read_losses(compiled.output) == pytest.approx(
+        read_losses(recipe.output), abs=1e-5
+    )
+
+
+def test_shards_and_muon_do_not_go_together(tmp_path):
+    recipe = replace(small_recipe(tmp_path), parallel="fsdp")
+    muon = replace(recipe.optimizer, name="muon")
+    with pytest.raises(OpenELMError, match="whole matrices"):
+        pretrain(replace(recipe, optimizer=muon))
+
+
+def torchrun(recipe, *options: str, **how) -> list[str]:
+    path = Path(recipe.output).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(as_json(recipe)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "mlx_openelm", "pretrain"]
+    return [*command, "-c", str(path), *options]
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_under_torchrun_the_first_process_alone_speaks(tmp_path):
+    recipe = replace(small_recipe(tmp_path), steps=6)
+    alone = replace(recipe, output=str(tmp_path / "alone"))
+    pretrain(alone)
+    done = subprocess.run(
+        torchrun(recipe), env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(Path(recipe.output) / AVERAGE)
+    assert done.stderr.count("6 of 6") <= 1
+    assert read_losses(recipe.output) == pytest.approx(
+        read_losses(alone.output), abs=1e-5
+    )
+
+
+@pytest.mark.proof
+def test_under_torchrun_an_error_is_said_once(tmp_path):
+    recipe = small_recipe(tmp_path)
+    pretrain(replace(recipe, steps=1))
+    refused = subprocess.run(
+        torchrun(recipe), env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.count("error: ") == 1
+    assert "holds a run already" in refused.stderr
+
+
+@pytest.mark.parametrize("kind", ["shared", "own"])
+def test_another_process_waits_with_an_error_that_the_first_one_says(
+    tmp_path, monkeypatch, kind
+):
+    """For torchrun ends the first when another has ended."""
+
+    def fail(*args, **how):
+        raise (SharedError if kind == "shared" else OpenELMError)("Too bad.")
+
+    waited = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("converters.pretraining.run.pretrain", fail)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    ran = call("pretrain", "-c", "pretrain/stories")
+    assert (ran.exit_code, ran.stdout) == (1, "")
+    assert ran.stderr == ("" if kind == "shared" else "error: Too bad.\n")
+    assert len(waited) == (kind == "shared")
+
+
+def test_a_device_without_memory_is_one_sentence(tmp_path, monkeypatch):
+    def fail(*args, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("converters.pretraining.run.parallelize", fail)
+    with pytest.raises(OpenELMError, match=r"Process 0 has no memory left on cpu; low"):
+        pretrain(small_recipe(tmp_path))

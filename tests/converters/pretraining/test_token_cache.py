@@ -1,0 +1,270 @@
+"""Cached tokens give the very batches of the text, whatever happens to their files."""
+
+import dataclasses
+import gzip
+import json
+import multiprocessing
+import os
+import time
+
+import pytest
+from models import TEXT, small_tokenizer
+
+pytest.importorskip("ftfy", reason="needs the torch extra")
+
+import converters.pretraining.token_cache as room
+from converters.pretraining.cleaning import Rules, make_pieces
+from converters.pretraining.corpus_files import DamagedFileError
+from converters.pretraining.lanes import CUT
+from converters.pretraining.loader import join_states, open_loader
+from converters.pretraining.recipe import DataRecipe, PretrainRecipe
+from converters.pretraining.token_cache import CachedFile, Source
+from mlx_openelm.errors import OpenELMError
+
+tokenizer = small_tokenizer()
+RULES = Rules(words_per_piece=30, min_characters=20, min_tokens=40, length=64)
+TEXTS = [TEXT[start : start + 40 * start] for start in range(1, 30)] + ["", "short"]
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_source(tmp_path / "a.jsonl")
+
+
+def make_source(path, texts=TEXTS, **changes):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = Source(str(path), "text", None, RULES, tokenizer)
+    return dataclasses.replace(source, **changes)
+
+
+def flat(pieces):
+    return [(p.tokens.tolist(), p.dropped, p.num_cut) for p in pieces]
+
+
+def expected(source):
+    """What the text itself gives."""
+    return [
+        flat(make_pieces(text, source.tokenizer, source.rules))
+        for text in source.read()
+    ]
+
+
+def found(cached):
+    return [flat(document.pieces()) for document in cached.read()]
+
+
+def count_makings(monkeypatch):
+    made, write = [], room._write
+
+    def counted(path, source):
+        made.append(path)
+        write(path, source)
+
+    monkeypatch.setattr(room, "_write", counted)
+    return made
+
+
+def test_the_pieces_are_those_of_the_text(tmp_path, source, monkeypatch):
+    made = count_makings(monkeypatch)
+    folder = str(tmp_path / "cache" / "deep")
+    texts = expected(source)
+    reasons = {reason for pieces in texts for _, reason, _ in pieces}
+    assert reasons == {"", "too few characters", "too few tokens"}
+    assert any(num_cut for pieces in texts for _, _, num_cut in pieces)
+    for _ in range(2):
+        cached = CachedFile(folder, source)
+        assert found(cached) == texts
+        assert [flat(d.pieces()) for d in cached.read(start=20)] == texts[20:]
+        late = [flat(d.pieces(start=1)) for d in cached.read()]
+        assert late == [pieces[1:] for pieces in texts]
+    assert len(made) == 1
+    (path,) = made
+    assert path.stat().st_size < 3 * sum(len(t) for p in texts for t, _, _ in p) + 9999
+    assert not list(path.parent.glob("*.part"))
+
+
+def test_a_vocabulary_over_65536_has_wider_tokens(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "vocab_size", 1 << 17)
+    pieces = make_pieces
+
+    def shifted(*arguments, **options):
+        for piece in pieces(*arguments, **options):
+            yield dataclasses.replace(piece, tokens=piece.tokens + (1 << 16))
+
+    monkeypatch.setattr(room, "make_pieces", shifted)
+    cached = CachedFile(str(tmp_path / "cache"), source)
+    tokens = [ids for document in found(cached) for ids, _, _ in document]
+    wide = [
+        [i + (1 << 16) for i in ids]
+        for pieces in expected(source)
+        for ids, _, _ in pieces
+    ]
+    assert tokens == wide
+
+
+def test_whatever_decides_the_tokens_makes_another_file(tmp_path, source, monkeypatch):
+    made = count_makings(monkeypatch)
+    folder = str(tmp_path / "cache")
+
+    def refresh(source):
+        assert found(CachedFile(folder, source)) == expected(source)
+        assert found(CachedFile(folder, source)) == expected(source)
+
+    refresh(source)
+    for name in ("words_per_piece", "min_characters", "min_tokens", "length"):
+        number = getattr(RULES, name) - 3
+        rules = dataclasses.replace(RULES, **{name: number})
+        refresh(dataclasses.replace(source, rules=rules))
+    refresh(dataclasses.replace(source, tokenizer=small_tokenizer(320)))
+    refresh(make_source(tmp_path / "b.jsonl"))
+    assert len(made) == 7
+    os.utime(source.path, (1, 1))
+    refresh(source)
+    refresh(make_source(tmp_path / "a.jsonl", TEXTS[::-1]))
+    refresh(make_source(tmp_path / "a.jsonl", [*TEXTS, "more"]))
+    assert len(made) == 10
+    monkeypatch.setattr(room.ftfy, "__version__", "another")  # repairs otherwise
+    refresh(source)
+    assert len(made) == 11
+    path = tmp_path / "two.jsonl"
+    path.write_text(json.dumps({"text": TEXT, "other": TEXT[9:]}) + "\n")
+    for changes in ({}, {"text_key": "other"}, {"document_start": "x"}):
+        refresh(dataclasses.replace(source, path=str(path), **changes))
+    assert len(made) == 14
+
+
+def test_a_file_that_could_not_be_read_once_is_not_damaged_for_ever(
+    tmp_path, source, monkeypatch
+):
+    def refuse(*arguments, **options):
+        raise DamagedFileError("no") from PermissionError(13, "not now")
+        yield
+
+    folder = str(tmp_path / "cache")
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "read_documents", refuse)
+        with pytest.raises(DamagedFileError):
+            CachedFile(folder, source)
+    assert found(CachedFile(folder, source)) == expected(source)
+
+
+def test_a_damaged_cache_file_is_noticed_and_made_again(tmp_path, source, monkeypatch):
+    made = count_makings(monkeypatch)
+    folder = tmp_path / "cache"
+    texts = expected(source)
+    assert found(CachedFile(str(folder), source)) == texts
+    (path,) = folder.glob("*.tokens")
+    whole = path.read_bytes()
+    for place in (*range(0, len(whole), len(whole) // 40), len(whole) - 3):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 0x10
+        path.write_bytes(spoilt)
+        made.clear()
+        assert found(CachedFile(str(folder), source)) == texts
+        assert path.read_bytes() == whole
+        assert len(made) == 1
+    for size in (0, 5, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert found(CachedFile(str(folder), source)) == texts
+    path.write_bytes(whole + b"\0")
+    assert found(CachedFile(str(folder), source)) == texts
+    assert path.read_bytes() == whole
+
+
+def test_a_damaged_source_is_told_of_behind_its_sound_part(tmp_path, source):
+    with open(source.path, "a") as opened:
+        opened.write("{\n")
+    for _ in range(2):  # read, and from the cache
+        reader = CachedFile(str(tmp_path / "cache"), source).read()
+        sound = [flat(next(reader).pieces()) for _ in TEXTS]
+        assert len(sound) == len(TEXTS)
+        with pytest.raises(DamagedFileError, match=f"Record {len(TEXTS) + 1} of"):
+            next(reader)
+
+
+def test_a_file_that_cannot_be_read_now_is_tried_again(tmp_path, source):
+    hidden = tmp_path / "hidden"
+    os.rename(source.path, hidden)
+    with pytest.raises(DamagedFileError, match=r"Cannot read .*a\.jsonl"):
+        CachedFile(str(tmp_path / "cache"), source)
+    os.rename(hidden, source.path)
+    assert found(CachedFile(str(tmp_path / "cache"), source)) == expected(source)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, source):
+    (tmp_path / "file").touch()
+    with pytest.raises(OpenELMError, match=r"another data\.cache"):
+        CachedFile(str(tmp_path / "file"), source)
+
+
+def test_a_run_that_was_stopped_leaves_no_half_file(tmp_path, source, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "make_pieces", stop)
+        with pytest.raises(KeyboardInterrupt):
+            CachedFile(str(tmp_path / "cache"), source)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
+    assert found(CachedFile(str(tmp_path / "cache"), source)) == expected(source)
+
+
+def fill(path, folder, made, together):
+    source = Source(path, "text", None, RULES, tokenizer)
+    write = room._write
+
+    def counted(*arguments):
+        made.put(1)
+        time.sleep(0.5)  # so that the others come while it is made
+        write(*arguments)
+
+    room._write = counted
+    together.wait()
+    assert found(CachedFile(folder, source)) == expected(source)
+
+
+def test_of_several_processes_one_makes_the_file(tmp_path, source):
+    context = multiprocessing.get_context("spawn")
+    made = context.SimpleQueue()
+    together = context.Barrier(3)
+    arguments = (source.path, str(tmp_path / "cache"), made, together)
+    processes = [context.Process(target=fill, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    made.get()
+    assert made.empty()
+
+
+@pytest.mark.parametrize("num_files", [6, 2])
+def test_batches_states_and_counts_are_the_same_with_a_cache(tmp_path, num_files):
+    for i in range(num_files):
+        make_source(tmp_path / f"{i}.jsonl", [f"{i} {text}" for text in TEXTS[4:12]])
+    cut = tmp_path / "cut.jsonl.gz"
+    line = json.dumps({"text": TEXT}) + "\n"
+    cut.write_bytes(gzip.compress((line * 9).encode())[:-20])
+    data = DataRecipe(
+        train=(str(tmp_path / "*.jsonl*"),),
+        words_per_piece=30,
+        min_characters=20,
+        min_tokens=40,
+        shuffle_block=5,
+        on_damage="skip",
+    )
+    plain = PretrainRecipe(data=data, batch_size=4, seed=1)
+    data = dataclasses.replace(data, cache=str(tmp_path / "cache"))
+    kept = dataclasses.replace(plain, data=data)
+    one, other = (open_loader(recipe, tokenizer, 64) for recipe in (plain, kept))
+    for _ in range(90):
+        a, b = one.next_batch(), other.next_batch()
+        assert (a.inputs == b.inputs).all()
+        assert (a.targets == b.targets).all()
+        assert one.state() == other.state()
+    assert one.dropped == other.dropped
+    assert {f"rest of {cut}, damaged", "too few tokens", CUT} <= set(one.dropped)
+    resumed = open_loader(kept, tokenizer, 64)  # from a checkpoint without a cache
+    resumed.restore(join_states([one.state()]))
+    for _ in range(9):
+        assert (resumed.next_batch().inputs == one.next_batch().inputs).all()

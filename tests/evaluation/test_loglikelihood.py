@@ -1,0 +1,273 @@
+"""Log-likelihoods of continuations, with all that they share computed once."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import SCALED, TEXT, UNEVEN, build, small_tokenizer
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.evaluation.loglikelihood import (
+    Request,
+    encode_request,
+    encode_requests,
+    rolling_requests,
+    score_all,
+    score_requests,
+)
+from mlx_openelm.evaluation.prefix_tree import plant
+from mlx_openelm.model.lora import LoRAEmbedding, LoRALinear
+
+tokenizer = small_tokenizer()
+CONTEXT = UNEVEN.max_context_length
+
+
+def quantized():
+    model = build(SCALED)
+    nn.quantize(model, 64, 4, class_predicate=lambda p, m: hasattr(m, "to_quantized"))
+    return model
+
+
+def adapted():
+    """A model whose embedding and linears have an adapter that does something."""
+    model = build(UNEVEN)
+    parts = {}
+    for i, (path, module) in enumerate(model.named_modules()):
+        kind = {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding}.get(type(module))
+        if kind is None:
+            continue
+        rows, columns = module.weight.shape
+        a, b = (columns, rows) if kind is LoRALinear else (rows, columns)
+        key = mx.random.key(i)
+        lora_a = mx.random.normal((a, 2), key=key) * 0.3
+        lora_b = mx.random.normal((2, b), key=key) * 0.3
+        parts[path] = kind(module, lora_a, lora_b, 2.0)
+    model.update_modules(nn.utils.tree_unflatten(list(parts.items())))
+    return model
+
+
+MODELS = {
+    "tied": build(UNEVEN),
+    "untied": build(replace(UNEVEN, share_input_output_layers=False)),
+    "quantized": quantized(),
+}
+model = MODELS["tied"]
+
+
+def score_alone(model, request):
+    """The definition, in float64, from logits of this sequence and nothing else."""
+    whole = (request.context + request.continuation)[-(CONTEXT + 1) :]
+    logits = np.array(model(mx.array([whole[:-1]])).astype(mx.float32), np.float64)[0]
+    n = len(request.continuation)
+    logits = logits[-n:]
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    nats = sum(log_probs[i, token] for i, token in enumerate(request.continuation))
+    return nats, list(log_probs.argmax(-1)) == list(request.continuation)
+
+
+def assert_right(model, requests, **options):
+    found = dict(score_requests(model, requests, **options))
+    assert sorted(found) == list(range(len(requests)))
+    for index, request in enumerate(requests):
+        nats, is_greedy = score_alone(model, request)
+        assert found[index].nats == pytest.approx(nats, abs=1e-4)
+        assert found[index].is_greedy == is_greedy
+
+
+# Few different tokens, so that most sequences begin alike; too long ones are cut.
+tokens = st.lists(st.integers(3, 5), max_size=6)
+contexts = st.builds(
+    lambda stem, times, end: (1, *stem * times, *end),
+    tokens,
+    st.integers(0, 12),
+    tokens,
+)
+continuations = st.lists(st.integers(3, 6), min_size=1, max_size=8).map(tuple)
+requests = st.lists(st.builds(Request, contexts, continuations), max_size=12)
+
+
+@settings(max_examples=25)
+@given(requests=requests, kind=st.sampled_from(list(MODELS)), row=st.integers(1, 200))
+def test_each_request_is_scored_as_if_it_were_alone(requests, kind, row):
+    assert_right(MODELS[kind], requests, row_tokens=row)
+
+
+@settings(max_examples=5)
+@given(requests=requests)
+def test_sharing_can_be_switched_off(requests):
+    assert_right(model, requests, row_tokens=40, shared=False)
+
+
+def test_an_adapter_counts_in_every_layer_and_in_the_embedding():
+    with_adapter = adapted()
+    request = Request((1, 40, 50), (60, 70))
+    assert score_alone(with_adapter, request) != score_alone(model, request)
+    assert_right(with_adapter, [request, Request((1, 40, 50), (60, 71, 8))])
+
+
+def test_bfloat16_is_rotated_as_ever_and_weighed_in_float32():
+    half = build(UNEVEN)
+    half.set_dtype(mx.bfloat16)
+    whole = Request((1,), tuple(range(10, 70)))
+    alone, _ = score_alone(half, whole)
+    (scored,) = score_all(half, [whole])
+    assert scored.nats == pytest.approx(alone, abs=1e-4)
+
+
+def test_logits_exist_for_some_places_at_a_time(monkeypatch):
+    monkeypatch.setattr("mlx_openelm.evaluation.loglikelihood.CHUNK", 7)
+    stems = [(1, 40, n) for n in range(50, 56)]
+    assert_right(model, [Request(s, (7, 8, 9, n)) for s in stems for n in (4, 5)])
+
+
+def test_greedy_means_the_likeliest_token_at_every_place():
+    ids = [1, 40, 50]
+    for _ in range(4):
+        ids.append(int(model(mx.array([ids]))[0, -1].argmax()))
+    context, said = tuple(ids[:3]), tuple(ids[3:])
+    first = (said[0] ^ 1, *said[1:])
+    last = (*said[:-1], said[-1] ^ 1)
+    scored = score_all(model, [Request(context, c) for c in (said, first, last)])
+    assert [s.is_greedy for s in scored] == [True, False, False]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1))
+def test_a_row_holds_every_shared_beginning_once(sequences):
+    sequences.sort()
+    tree = plant(sequences)
+    beginnings = {tuple(s[: n + 1]) for s in sequences for n in range(len(s))}
+    assert len(tree.tokens) == len(beginnings)
+    for i, sequence in enumerate(sequences):
+        places = [tree.place(i, n) for n in range(len(sequence))]
+        assert [tree.tokens[place] for place in places] == sequence
+        assert [tree.positions[place] for place in places] == list(range(len(sequence)))
+    with pytest.raises(IndexError):
+        tree.place(0, len(sequences[0]))
+
+
+def test_labels_that_differ_in_their_last_token_cost_nothing_more(monkeypatch):
+    rows = []
+    monkeypatch.setattr(
+        "mlx_openelm.evaluation.loglikelihood.plant",
+        lambda sequences, shared: (
+            rows.append(plant(sequences, shared=shared)) or rows[-1]
+        ),
+    )
+    prompt, label = (1, 40, 50, 60), (7, 8)
+    score_all(model, [Request(prompt, (*label, n)) for n in (10, 11, 12, 13)])
+    assert [row.tokens for row in rows] == [(*prompt, *label)]
+
+
+def test_a_row_grows_beyond_its_size_for_what_nearly_all_of_it_shares(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        "mlx_openelm.evaluation.loglikelihood.plant",
+        lambda sequences, shared: (
+            sizes.append(len(sequences)) or plant(sequences, shared=shared)
+        ),
+    )
+    stem = (1, *range(10, 30))
+    few_shot = [Request((*stem, n, n), (5,)) for n in range(40, 80)]
+    list(score_requests(model, few_shot, row_tokens=21))
+    assert sizes == [31, 9]  # 21 + 31 * 2 are less than four rows
+    sizes.clear()
+    no_context = [Request((1,), (n, 9, 9, 9)) for n in range(40, 80)]
+    list(score_requests(model, no_context, row_tokens=21))
+    assert max(sizes) == 6  # one token is shared, which is no reason to grow
+
+
+def test_progress_is_told_of_every_request():
+    told = []
+    many = [Request((1, n), (5, n)) for n in range(10, 20)]
+    score_all(model, many, on_progress=lambda done, total: told.append((done, total)))
+    assert told == [(n, 10) for n in range(1, 11)]
+
+
+def test_what_cannot_be_scored_is_named():
+    with pytest.raises(OpenELMError, match=r"65 tokens.*between 1 and.*64"):
+        score_all(model, [Request((1,), (5,) * 65)])
+    with pytest.raises(OpenELMError, match="0 tokens"):
+        score_all(model, [Request((1,), ())])
+    with pytest.raises(OpenELMError, match="begin it with BOS"):
+        score_all(model, [Request((), (5,))])
+    damaged = build(UNEVEN)
+    damaged.transformer.norm.weight = mx.full((64,), mx.nan)
+    with pytest.raises(OpenELMError, match="weights are damaged"):
+        score_all(damaged, [Request((1,), (5,))])
+
+
+# Encoding ------------------------------------------------------------------------
+
+PAIRS = [
+    ("Once upon a time", " there was a king"),
+    ("Once upon a time \n  ", "there was"),
+    ("the wolf", "'s wood"),
+    ("", "Once"),
+    (" \n", " Once"),
+    ("日本", " \U0001f600"),
+    ("Answer:\n" + " " * 16, "the correct answer is answer1"),
+]
+
+
+@pytest.mark.interop
+def test_pairs_are_encoded_as_the_harness_does():
+    from lm_eval.api.model import TemplateLM
+
+    class Harness(TemplateLM):
+        eot_token_id = tokenizer.eos_id
+        prefix_token_id = tokenizer.bos_id
+        generate_until = loglikelihood_rolling = None
+
+        def tok_encode(self, string, add_special_tokens=None, **_):
+            return tokenizer.encode(string, bos=add_special_tokens is not False)
+
+        def _loglikelihood_tokens(self, requests, **_):
+            return [(context, continuation) for _, context, continuation in requests]
+
+    class Instance:
+        def __init__(self, args):
+            self.args = args
+
+    Harness.__abstractmethods__ = frozenset()
+    theirs = Harness().loglikelihood(list(map(Instance, PAIRS)), disable_tqdm=True)
+    ours = encode_requests(tokenizer, PAIRS)
+    assert [(list(r.context), list(r.continuation)) for r in ours] == theirs
+
+
+def test_white_space_goes_to_the_continuation_and_bos_to_the_front():
+    request = encode_request(tokenizer, "Once upon \n", " a time")
+    assert request.context == tuple(tokenizer.encode("Once upon"))
+    whole = tuple(tokenizer.encode("Once upon \n a time"))
+    assert request.context + request.continuation == whole
+    assert whole[0] == tokenizer.bos_id
+    alone = encode_request(tokenizer, "", "Once")
+    assert alone.context == (tokenizer.bos_id,)
+    assert alone.continuation == tuple(tokenizer.encode("Once", bos=False))
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 128, 129, 200])
+def test_rolling_windows_are_the_harness_s(length):
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    ids = list(range(100, 100 + length))
+    theirs = [
+        make_disjoint_window(window)
+        for window in get_rolling_token_windows(ids, 1, CONTEXT, 1)
+    ]
+    ours = rolling_requests(ids, 1, CONTEXT)
+    assert [(list(r.context), list(r.continuation)) for r in ours] == theirs
+
+
+def test_a_rolling_log_likelihood_is_that_of_every_token():
+    ids = tokenizer.encode(TEXT[:400], bos=False)
+    assert len(ids) > 2 * CONTEXT
+    windows = rolling_requests(ids, tokenizer.bos_id, CONTEXT)
+    assert [token for w in windows for token in w.continuation] == ids
+    assert_right(model, windows)

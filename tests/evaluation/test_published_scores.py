@@ -1,0 +1,109 @@
+import re
+
+import pytest
+
+from mlx_openelm.evaluation.published_scores import (
+    PUBLISHED_SCORES,
+    find_published_scores,
+)
+
+ROWS = [
+    pytest.param(suite, row, id=f"{suite} {row.model} {row.method or ''}")
+    for suite, table in PUBLISHED_SCORES.items()
+    for row in (*table.own, *table.others)
+]
+PER_TABLE = {"zero-shot": (8, 6), "openllm": (8, 12), "llm360": (8, 4), "peft": (8, 0)}
+
+
+def read_sheet(shared, heading):
+    """The rows of the tables below a heading: the first cell, then the numbers."""
+    text = (shared / "facts" / "openelm.md").read_text()
+    section = re.split(r"\n##", text.split(heading, 1)[1])[0]
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and re.search(r"\d\.\d", line):
+            yield cells, re.findall(r"(?<![\w.])\d\d\.\d{1,2}(?![\dBT.])", line)
+
+
+@pytest.mark.parametrize(("suite", "row"), ROWS)
+def test_a_row_is_complete_and_its_average_is_the_mean(suite, row):
+    assert len(row.values) == len(PUBLISHED_SCORES[suite].columns)
+    assert row.source
+    known = [value for value in row.values if value is not None]
+    if len(known) < len(row.values):
+        return
+    assert all(0 < value < 100 for value in known)
+    # The sheet: row averages to rounding, one of another model off by 0.01
+    off = 0.011 if row.model.startswith("OpenELM") else 0.016
+    assert row.average == pytest.approx(sum(known) / len(known), abs=off)
+
+
+@pytest.mark.parametrize(("suite", "counts"), PER_TABLE.items())
+def test_every_published_size_is_there(suite, counts):
+    table = PUBLISHED_SCORES[suite]
+    assert (len(table.own), len(table.others)) == counts
+    assert len({(row.model, row.method) for row in table.own}) == 8
+
+
+@pytest.mark.parametrize(
+    ("suite", "heading"),
+    [
+        ("zero-shot", "### 7.2"),
+        ("openllm", "### 7.3"),
+        ("llm360", "### 7.4"),
+        ("peft", "### 4.6"),
+    ],
+)
+def test_the_figures_of_openelm_are_the_sheet_s(shared, suite, heading):
+    found = [numbers for _, numbers in read_sheet(shared, heading)]
+    rows = PUBLISHED_SCORES[suite].own
+    for numbers, row in zip(found[: len(rows)], rows, strict=True):
+        said = [f"{value:.2f}" for value in row.values]
+        if row.note:  # "26.69 (or 26.68)"
+            numbers.remove("26.68")
+        assert numbers[: len(said) + 1] == [*said, f"{row.average:.2f}"]
+
+
+def test_the_figures_of_others_are_the_sheet_s(shared):
+    found = {}
+    for cells, numbers in read_sheet(shared, "### 7.5"):
+        if len(cells) > 2:
+            found.setdefault(f"{cells[0]} {cells[1]}", []).append(numbers)
+    for suite in ("zero-shot", "openllm", "llm360"):
+        for row in PUBLISHED_SCORES[suite].others:
+            if row.verified:
+                continue  # averages in a sentence
+            said = [v for v in row.values if v is not None]
+            as_numbers = [list(map(float, n[: len(said)])) for n in found[row.model]]
+            assert said in as_numbers, row.model
+
+
+def test_what_was_recalled_is_marked():
+    for suite in ("zero-shot", "openllm", "llm360"):
+        table = PUBLISHED_SCORES[suite]
+        assert all(row.verified for row in table.own)
+        assert all(
+            row.verified == (row.source == "arXiv 2404.14619, table 1")
+            for row in table.others
+        )
+    read = [row for row in PUBLISHED_SCORES["peft"].own if row.verified]
+    assert [(row.model, row.method) for row in read] == [("OpenELM-270M", "lora")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "average"),
+    [
+        (("zero-shot", "OpenELM-1_1B", False, None), 63.44),
+        (("zero-shot", "OpenELM-1_1B", True, None), 65.50),
+        (("openllm", "OpenELM-1_1B", False, None), 45.93),  # the paper's, of table 1
+        (("llm360", "OpenELM-1_1B", False, None), 51.68),
+        (("peft", "OpenELM-450M", False, "dora"), 41.31),
+        (("peft", "OpenELM-450M", False, None), None),
+        (("zero-shot", "OpenELM-450M", False, "lora"), None),
+        (("zero-shot", "OpenELM", False, None), None),
+    ],
+)
+def test_a_model_finds_the_row_that_it_belongs_to(asked, average):
+    suite, size, instruct, method = asked
+    row = find_published_scores(suite, size, instruct=instruct, method=method)
+    assert (row and row.average) == average

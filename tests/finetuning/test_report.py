@@ -1,0 +1,509 @@
+"""The report of a fine-tuning run: what it says, and how a real browser shows it."""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from html.parser import HTMLParser
+
+import pytest
+from browser import find_browser, started
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_openelm.finetuning.report import (
+    TrainingRun,
+    describe_end,
+    describe_result,
+    read_history,
+    render_page,
+)
+from mlx_openelm.finetuning.report_charts import choose_axis, thin_out
+
+EVIL = "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'>\"'&\x00\x1b"
+
+
+def step(number, loss=2.0, **more):
+    return {"event": "step", "step": number, "loss": loss, **more}
+
+
+def validation(number, loss, *, best=False):
+    return {"event": "eval", "step": number, "loss": loss, "tokens": 9, "best": best}
+
+
+def usual_events(steps=600, every=10):
+    """Rows of a run with a skipped batch, a resume, and two prompts."""
+    rows = [validation(0, 2.9, best=True)]
+    for prompt in ("Once", "The king <i>"):
+        rows.append({"event": "sample", "step": 0, "prompt": prompt, "text": " a the"})
+    for n in range(every, steps + 1, every):
+        rows.append(
+            step(
+                n,
+                None if n == 170 else 2.3 + 0.6 * math.exp(-n / 120),
+                epoch=n / 200,
+                learning_rate=3e-4 * (0.5 + 0.5 * math.cos(math.pi * n / steps)),
+                grad_norm=None if n == 170 else 0.5 + (n % 70) / 100,
+                tokens=400 * n,
+                tokens_per_second=800.0 + n % 30,
+                memory_bytes=123_000_000 + 1000 * n,
+                peak_memory_bytes=456_000_000,
+                seconds=0.4 * n,
+            )
+        )
+        if n % (steps // 6) == 0:
+            loss = 2.4 + 0.5 * math.exp(-n / 120) + max(0, n - 400) * 1e-3
+            rows.append(validation(n, loss, best=n <= 400))
+        if n == 250:
+            rows.append({"event": "save", "step": n})
+            rows.append({"event": "resume", "step": n})
+    rows.append(
+        {"event": "skip", "step": 170, "loss": None, "samples": ["<u>.jsonl:1"]}
+    )
+    for prompt in ("Once", "The king <i>"):
+        row = {"event": "sample", "step": steps, "prompt": prompt}
+        rows.append({**row, "text": f" upon a time{EVIL}\n\n  there was one."})
+    return [*rows, {"event": "end", "step": steps, "reason": "done"}]
+
+
+SPLIT = {
+    "file": f"stories/{'a-rather-long-name-of-a-file' * 3}{EVIL}.jsonl",
+    "format": "text",
+    "fields": ["text"],
+    "digest": "0123456789abcdef" * 4,
+    "records": 12345,
+    "tokens": 345678,
+    "edges": [0, 64, 128, 256, 512],
+    "lengths": [12, 140, 700, 0],
+    "median": 240,
+    "spelt_eos": 1,
+    "something_new": None,
+}
+RUN = TrainingRun(
+    name=f"oz{EVIL}",
+    model="demo",
+    facts={"method": "LoRA, rank 16", "trainable": "221,184 of 6,296,832 (3.5 %)"},
+    events=usual_events(),
+    data={
+        "template": EVIL,
+        "digest": "0123456789abcdef" * 4,
+        "train": SPLIT,
+        "valid": SPLIT,
+        "test": None,
+        "warnings": [f"3 records are odd: {EVIL}."],
+    },
+    recipe=f"model: demo\nname: {EVIL}\n" + "long" * 100,
+    commands=[("Write with it:", "mlx-openelm generate --adapter-path " + "x" * 200)],
+)
+RUNS = {
+    "usual": RUN,
+    "thousands of steps": dataclasses.replace(RUN, events=usual_events(20_000, 1)),
+    "preferences": dataclasses.replace(
+        RUN, events=[step(n, accuracy=n / 40, margin=n - 9) for n in range(1, 41)]
+    ),
+    "one step": TrainingRun("", "", {}, [step(1, learning_rate=1e-4)], {}, "", ()),
+    "nothing finite": TrainingRun("", "", {}, [step(1, None)], {}, "", ()),
+    "nothing": TrainingRun("", "", {}, [], {}, "", ()),
+    "diverged": TrainingRun(
+        "",
+        "",
+        {},
+        [step(n, 10.0**n, grad_norm=10.0 ** (2 * n)) for n in range(1, 150, 5)],
+        {},
+        "",
+        (),
+    ),
+    "strange rows": TrainingRun(
+        *("n", "m", {}),
+        [{}, {"event": "step"}, step(3, math.inf), step(4, "x"), {"event": "skip"}],
+        {"train": {"lengths": [1], "edges": 3}, "x": [1, {"a": 2}], "valid": {}},
+        *("r", ()),
+    ),
+}
+
+
+# What it says --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("events", "said"),
+    [
+        (
+            [validation(0, 2.5, best=True), validation(9, 2.0, best=True)],
+            "Validation loss fell from 2.500 to 2.000 nats per token "
+            "(perplexity 12.18 to 7.39), best at step 9.",
+        ),
+        (
+            [validation(0, 2.5), validation(5, 2.0), validation(9, 2.2)],
+            "Validation loss fell from 2.500 to 2.000 nats per token "
+            "(perplexity 12.18 to 7.39), best at step 5.",
+        ),
+        (
+            [validation(0, 2.0, best=True), validation(9, 2.25)],
+            "Validation loss did not fall: 2.000 nats per token at step 0, 2.250 at "
+            "step 9.",
+        ),
+        (
+            [validation(0, 2.0, best=True), validation(9, None)],
+            "Validation loss 2.000 nats per token (perplexity 7.39), measured once, at "
+            "step 0.",
+        ),
+        (
+            [step(1, 3.0), step(2, math.nan), step(3, 2.0)],
+            "Training loss from 3.000 to 2.000 nats per token (perplexity 20.09 to "
+            "7.39); nothing was validated.",
+        ),
+        (
+            [step(1, accuracy=0.5), validation(0, 0.75), validation(1, 0.5)],
+            "Validation loss fell from 0.750 to 0.500, best at step 1.",
+        ),
+        ([step(1, None)], "No loss was recorded."),
+        ([], "No loss was recorded."),
+    ],
+)
+def test_the_headline_is_the_result(events, said):
+    assert describe_result(read_history(events)) == said
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("done", "All 1,600 steps were trained."),
+        ("patience", "Stopped early, at step 1,600: the validation loss fell no more."),
+        ("interrupted", "Interrupted at step 1,600; --resume goes on from there."),
+    ],
+)
+def test_the_end_says_why(reason, said):
+    end = {"event": "end", "step": 1600, "reason": reason}
+    assert describe_end(read_history([step(1600), end])) == said
+
+
+def test_what_a_killed_run_did_after_its_last_state_counts_once():
+    killed = [step(10), step(20, 9.0), validation(20, 1.0, best=True)]
+    killed.append({"event": "skip", "step": 15, "samples": []})
+    resumed = [
+        {"event": "resume", "step": 10},
+        step(20),
+        validation(20, 1.5, best=True),
+    ]
+    history = read_history([*killed, *resumed])
+    assert [row["loss"] for row in history.steps] == [2.0, 2.0]
+    assert [row["loss"] for row in history.evals] == [1.5]
+    assert (history.skips, history.resumed) == ([], [10])
+    said = "No end is on record: it is running still, or was killed after step 20."
+    assert describe_end(history) == f"{said} Resumed once."
+
+
+def test_the_texts_of_the_best_step_stand_beside_those_before():
+    texts = {0: "before", 5: "best", 9: "last"}
+    rows = [
+        {"event": "sample", "step": n, "prompt": "Once ", "text": text}
+        for n, text in texts.items()
+    ]
+    rows += [validation(0, 3.0), validation(5, 2.0, best=True), validation(9, 2.5)]
+    page = render_page(dataclasses.replace(RUN, events=rows))
+    shown = re.findall(r"<figcaption>([^<]*)</figcaption><blockquote>(.*?)</b", page)
+    assert shown == [
+        ("Before training", "<b>Once "),
+        ("After 5 steps, the best", "<b>Once "),
+    ]
+    assert "</b>best</blockquote>" in page
+    assert "</b>last</blockquote>" not in page
+
+
+# Its markup ----------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    """Collects the elements; fails where one is closed that is not the open one."""
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.found, self.ids, self.refers = [], Counter(), Counter(), set()
+
+    def handle_starttag(self, tag, attrs):
+        self.found[tag] += 1
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self._note(attrs)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found[tag] += 1
+        self._note(attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def _note(self, attrs):
+        assert len(dict(attrs)) == len(attrs)
+        assert not any(name.startswith("on") for name, _ in attrs)
+        self.ids.update(value for name, value in attrs if name == "id")
+        for name, value in attrs:
+            if name == "aria-labelledby":
+                self.refers.update(value.split())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_markup_is_sound_and_holds_nothing_of_the_texts(name):
+    page = render_page(RUNS[name])
+    tags = Tags()
+    tags.feed(page)
+    tags.close()
+    assert tags.open == []
+    assert (
+        tags.found.keys() & {"script", "img", "i\n", "u", "iframe", "object"} == set()
+    )
+    assert set(tags.ids.values()) <= {1}
+    assert tags.refers <= tags.ids.keys()
+    assert page.encode() == page.encode("utf-8", "strict")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", page)
+    assert not re.search(r"https?:|url\(|@import", page)
+    assert "nan" not in re.sub(r"<[^>]*>", "", page).split()
+
+
+def test_thousands_of_steps_make_a_page_of_less_than_half_a_megabyte():
+    page = render_page(RUNS["thousands of steps"])
+    assert len(page) < 500_000
+    assert (
+        max(len(line.split()) for line in re.findall(r'points="(.*?)"', page)) <= 1000
+    )
+
+
+def test_a_value_that_is_not_finite_leaves_a_gap():
+    line = [
+        step(1),
+        step(2),
+        step(3, None),
+        step(4),
+        step(5),
+        step(6, math.nan),
+        step(7),
+    ]
+    page = render_page(dataclasses.replace(RUN, events=line))
+    loss = page.split('<figure class="chart large"')[1].split("</figure>")[0]
+    drawn = re.findall(r'<polyline class="first" points="(.*?)"', loss)
+    assert [len(points.split()) for points in drawn] == [2, 2, 1]
+    lone = re.findall(r'</svg>\n<circle class="dot first" cx="100.00%"', loss)
+    assert len(lone) == 1
+
+
+NUMBERS = st.floats(
+    allow_nan=False, allow_infinity=False, min_value=-1e9, max_value=1e9
+)
+
+
+@given(st.lists(st.none() | NUMBERS, min_size=60, max_size=99), st.integers(10, 50))
+def test_thinning_out_keeps_the_ends_and_the_peaks(values, most):
+    points = list(enumerate(values))
+    kept = thin_out(points, most)
+    assert sum(value is not None for _, value in kept) <= most
+    assert set(kept) <= set(points)
+    assert [n for n, _ in kept] == sorted({n for n, _ in kept})
+    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    known = [value for value in values if value is not None]
+    for extreme in (min, max) if known else ():
+        assert extreme(v for _, v in kept if v is not None) == extreme(known)
+    assert (None in values) == any(value is None for _, value in kept)
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=9), st.booleans())
+def test_every_axis_holds_its_values_and_some_round_ones(values, from_zero):
+    axis = choose_axis(values, from_zero=from_zero)
+    assert all(0 <= axis.place(value) <= 100 for value in values)
+    assert 1 <= len(axis.ticks) <= 12
+    assert all(-1e-6 <= axis.place(tick) <= 100 + 1e-6 for tick in axis.ticks)
+
+
+# In a browser --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    path = find_browser()
+    if path is None:
+        pytest.skip("needs a Chromium or Chrome on the PATH")
+    with started(path, tmp_path_factory.mktemp("profile")) as browser:
+        yield browser.new_page()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    for name, run in RUNS.items():
+        (folder / f"{name}.html").write_text(render_page(run), encoding="utf-8")
+    return folder
+
+
+# Texts whose box leaves the window, or is cut by their element's own. What may be
+# scrolled is left out; so are the texts that appear under the pointer, but for width.
+OVERFLOWING = """
+[...document.querySelectorAll('body *')].filter(e => {
+  if (e.closest('.wide, details:not([open]) > :not(summary)')) return false;
+  const box = e.getBoundingClientRect();
+  if (box.width === 0) return false;
+  const clipped = e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0
+    && !(e instanceof SVGElement) && !e.classList.contains('chart');
+  return clipped || box.right > innerWidth + 0.5 || box.left < -0.5;
+}).map(e => e.outerHTML.slice(0, 150))
+"""
+
+# Lines and dots that leave the plotting area of their chart, and charts without a size.
+MISPLACED = """
+[...document.querySelectorAll('.chart > svg')].flatMap(svg => {
+  const area = svg.getBoundingClientRect();
+  const wrong = area.width < 200 || area.height < 100 ? ['no size'] : [];
+  for (const e of svg.querySelectorAll('polyline, circle.dot, line.mark, line.grid')) {
+    const box = e.getBoundingClientRect(), air = e.matches('circle') ? 6 : 1.5;
+    if (box.left < area.left - air || box.right > area.right + air ||
+        box.top < area.top - air || box.bottom > area.bottom + air)
+      wrong.push(e.outerHTML.slice(0, 150));
+  }
+  return wrong;
+})
+"""
+
+# The contrast of every text and every line with what lies behind, as WCAG defines it.
+CONTRASTS = """
+(() => {
+  const parse = c => c.match(/[\\d.]+/g).map(Number);
+  const light = c => { const [r, g, b] = parse(c).slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = e => { for (; e; e = e.parentElement) {
+    const c = getComputedStyle(e).backgroundColor;
+    if (parse(c)[3] !== 0) return c; } return 'rgb(255, 255, 255)'; };
+  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+    return (x + 0.05) / (y + 0.05); };
+  const found = [];
+  for (const e of document.querySelectorAll('body *')) {
+    const style = getComputedStyle(e);
+    if ([...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) &&
+        !['title', 'desc'].includes(e.tagName)) {
+      const color = e instanceof SVGElement ? style.fill : style.color;
+      found.push([ratio(color, behind(e)), 4.5, e.outerHTML.slice(0, 99)]);
+    } else if (e.matches('polyline, .mark')) {
+      found.push([ratio(style.stroke, behind(e)), 3, e.outerHTML.slice(0, 99)]);
+    }
+  }
+  return found;
+})()
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("name", RUNS)
+def test_the_page_fits_and_nothing_in_it_runs_or_is_loaded(
+    name, width, scheme, tab, pages
+):
+    path = pages / f"{name}.html"
+    tab.open(path, width=width, scheme=scheme)
+    assert tab.complaints == []
+    assert tab.requests == [path.as_uri()]
+    assert tab.evaluate("window.ran") is None
+    assert tab.evaluate("document.querySelectorAll('script, img').length") == 0
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.evaluate(OVERFLOWING) == []
+    assert tab.evaluate(MISPLACED) == []
+    contrasts = tab.evaluate(CONTRASTS)
+    assert [what for what in contrasts if what[0] < what[1]] == []
+    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", background))) < 200) == (scheme == "dark")
+
+
+def test_all_charts_of_a_run_are_drawn(tab, pages):
+    tab.open(pages / "usual.html")
+    names = tab.evaluate("[...document.querySelectorAll('.chart')].map(e => e.id)")
+    assert names == [
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "memory",
+    ]
+    tab.open(pages / "preferences.html")
+    names = tab.evaluate("[...document.querySelectorAll('.chart')].map(e => e.id)")
+    assert names == ["loss", "accuracy", "margin"]
+
+
+def test_a_point_stands_where_its_value_is(tab, pages):
+    """The best validation loss, between the ticks as the browser has them."""
+    tab.open(pages / "usual.html")
+    places = tab.evaluate("""
+(() => {
+  const middle = e => { const b = e.getBoundingClientRect();
+    return [b.x + b.width / 2, b.y + b.height / 2]; };
+  const ticks = kind => [...document.querySelectorAll(`#loss text.${kind}`)]
+    .filter(e => !e.matches('.name'))
+    .map(e => [Number(e.textContent), ...middle(e)]);
+  const line = document.querySelector('#loss polyline.second');
+  const points = [...line.points].map(p => p.matrixTransform(line.getScreenCTM()));
+  return {ring: middle(document.querySelector('#loss .ring')), x: ticks('x'),
+    y: ticks('y'), said: document.querySelector('#loss .best').textContent,
+    lowest: points.map(p => [p.x, p.y]).sort((a, b) => b[1] - a[1])[0]};
+})()""")
+    best = min(
+        (r for r in usual_events() if r["event"] == "eval"), key=lambda r: r["loss"]
+    )
+    assert places["said"] == f"best: {best['loss']:.5g} at step {best['step']}"
+    assert places["lowest"] == pytest.approx(places["ring"], abs=0.5)
+    for true, place, (first, *_, last), axis in (
+        (best["step"], places["ring"][0], places["x"], 1),
+        (best["loss"], places["ring"][1], places["y"], 2),
+    ):
+        share = (place - first[axis]) / (last[axis] - first[axis])
+        read = first[0] + share * (last[0] - first[0])
+        assert read == pytest.approx(true, rel=0.01)
+
+
+def test_the_pointer_reads_the_values_of_a_step(tab, pages):
+    tab.open(pages / "usual.html", width=390)
+    shown = """[...document.querySelectorAll('#loss .stop text')]
+      .filter(e => getComputedStyle(e).visibility === 'visible')
+      .map(e => [e.textContent, e.getBoundingClientRect().left])"""
+    assert tab.evaluate(shown) == []
+    tab.evaluate("document.querySelector('#loss').scrollIntoView()")
+    x, y, width = tab.evaluate("""(() => { const b = document.querySelector(
+      '#loss > svg').getBoundingClientRect(); return [b.x, b.y, b.width]; })()""")
+    tab.move_pointer(x + width / 2, y + 40)
+    [(text, left)] = tab.evaluate(shown)
+    rows = {
+        row["step"]: row["loss"] for row in usual_events() if row["event"] == "step"
+    }
+    validated = 2.4 + 0.5 * math.exp(-300 / 120)
+    said = f"step 300 · training {rows[300]:.5g} · validation {validated:.5g}"
+    assert text == said
+    assert left >= 0
+
+
+def test_the_numbers_are_there_as_a_table_too(tab, pages):
+    tab.open(pages / "usual.html", width=390)
+    tab.evaluate("document.querySelector('details').open = true")
+    cells = tab.evaluate("""[...document.querySelectorAll('.numbers tr')]
+      .map(e => [...e.children].map(c => c.textContent))""")
+    head, rows = cells[0], {row[0]: row for row in cells[1:]}
+    assert head[:4] == ["step", "epoch", "loss", "validation"]
+    assert rows["0"][3] == "2.9000"
+    assert rows["10"][2] == f"{2.3 + 0.6 * math.exp(-10 / 120):.4f}"
+    assert rows["170"][2] == ""
+    assert len(rows) == 61
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_the_data_stand_beside_each_other(pages, tab):
+    tab.open(pages / "usual.html")
+    rows = tab.evaluate("""[...document.querySelectorAll('.data tr')]
+      .map(e => [...e.children].map(c => c.textContent))""")
+    told = {name: values for name, *values in rows}
+    assert told[""] == ["train", "valid"]
+    assert told["tokens"] == ["345,678"] * 2
+    assert told["something new"] == ["-"] * 2
+    assert "edges" not in told
+    bars = tab.evaluate("""[...document.querySelector('.bars').querySelectorAll('g')]
+      .map(e => [e.textContent, e.children[1].getBoundingClientRect().height])""")
+    names = ["1 to 64: 12", "65 to 128: 140", "129 to 256: 700", "257 to 512: 0"]
+    assert [name for name, _ in bars] == names
+    heights = [height / bars[2][1] for _, height in bars]
+    assert heights == pytest.approx([12 / 700, 140 / 700, 1, 0], abs=1e-3)

@@ -1,0 +1,910 @@
+"""The fine-tuning verb: a run is checked, planned, and never lost."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from commands import call, make_source, refuse
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import UNEVEN, weights_of
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.finetuning import state as training_state
+from mlx_openelm.finetuning import trainer as training
+from mlx_openelm.finetuning.preparation import prepare
+from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.run import finetune
+from mlx_openelm.finetuning.state import load_state, read_events
+from mlx_openelm.finetuning.trainer import Training
+from mlx_openelm.recipe_loader import bundled_recipes, load_recipe
+from mlx_openelm.storage.loading import load
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_source(tmp_path_factory.mktemp("base"))
+
+
+def write_data(path: Path, count: int = 40, seed: int = 0) -> Path:
+    """Records of a task that a tiny model can learn a little of."""
+    words = ["king", "gold", "wolf", "wood", "daughter", "eldest", "youngest", "said"]
+    numbers = np.random.default_rng(seed)
+    with path.open("w") as opened:
+        for i in range(count):
+            chosen = [words[n] for n in numbers.integers(0, len(words), 2 + i % 5)]
+            record = {"prompt": " ".join(chosen), "completion": chosen[-1] + "!"}
+            opened.write(json.dumps(record) + "\n")
+    return path
+
+
+def make_recipe(base: Path, folder: Path, **changes) -> FinetuneRecipe:
+    data = folder / "train.jsonl"
+    if not data.exists():
+        write_data(data)
+    recipe = FinetuneRecipe(
+        data=str(data),
+        model=str(base),
+        adapter_path=str(folder / "run"),
+        rank=4,
+        iters=STEPS,
+        batch_size=4,
+        learning_rate=3e-3,
+        dropout=0.1,
+        steps_per_report=2,
+        steps_per_eval=4,
+        save_every=3,
+        sample_prompt=("the king",),
+        sample_tokens=4,
+    )
+    return dataclasses.replace(recipe, **changes)
+
+
+@pytest.fixture
+def recipe(base, tmp_path) -> FinetuneRecipe:
+    return make_recipe(base, tmp_path)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapters.safetensors").read_bytes()
+
+
+def mean_loss(model, samples) -> float:
+    """Nats per token that counts, one sample at a time, by the plainest of means."""
+    losses: list[float] = []
+    for sample in samples:
+        logits = model(mx.array(sample.tokens[:-1])[None])[0]
+        logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        losses += [
+            -logits[int(i) - 1, int(sample.tokens[i])].item()
+            for i in np.flatnonzero(sample.counts)
+        ]
+    return float(np.mean(losses))
+
+
+# A run ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_a_run_learns_and_its_adapter_is_used(base, tmp_path, method):
+    recipe = make_recipe(base, tmp_path, fine_tune_type=method, iters=40)
+    report = finetune(recipe)
+    assert report.last_loss < report.first_loss - 0.1
+    assert report.path == tmp_path / "run"
+    model, tokenizer = load(None, report.path)  # the base is the adapter's own
+    tokens = mx.array([tokenizer.encode("the king")])
+    plain, _ = load(str(base))
+    assert mx.abs(model(tokens) - plain(tokens)).max().item() > 1e-3
+
+
+def test_the_validation_loss_is_that_of_the_saved_adapter(recipe):
+    """The loss that is reported is that of the folder's adapter on these records."""
+    report = finetune(recipe)
+    prepared = prepare(recipe)
+    model, _ = load(str(recipe.model), report.path)
+    assert report.last_loss == pytest.approx(mean_loss(model, prepared.valid), abs=1e-5)
+
+
+def test_the_command_prints_the_folder_and_writes_all_of_it(base, tmp_path):
+    data = write_data(tmp_path / "train.jsonl")
+    args = ("lora", "--data", data, "--model", base, "--iters", 4, "--rank", 2)
+    out = tmp_path / "adapters" / "train"
+    ran = call(*args, "--adapter-path", out)
+    assert (ran.exit_code, ran.stdout) == (0, f"{out}\n"), ran.stderr
+    assert {path.name for path in out.iterdir()} == {
+        *("adapter_config.json", "adapters.safetensors", "best", "data.json"),
+        *("metrics.jsonl", "recipe.yaml", "report.html", "state.safetensors"),
+    }
+    ran = call("generate", "the king", "--adapter-path", out, "-m", 3)
+    assert ran.exit_code == 0, ran.stderr
+    ran = call(*args, "--adapter-path", out, "--force", "--json", "--quiet")
+    report = json.loads(ran.stdout)
+    assert ran.stderr == ""
+    assert report["path"] == str(out)
+    assert report["steps"] == 4
+
+
+def test_the_saved_recipe_runs_the_same_again(recipe, tmp_path):
+    first = finetune(recipe)
+    again = load_recipe(FinetuneRecipe, str(first.path / "recipe.yaml"), {})
+    second = finetune(dataclasses.replace(again, adapter_path=str(tmp_path / "again")))
+    assert weights(second.path) == weights(first.path)
+
+
+def test_every_sample_is_trained_in_every_epoch(base, tmp_path, monkeypatch):
+    recipe = make_recipe(base, tmp_path, iters=None, epochs=2.0, batch_size=7)
+    seen: list[str] = []
+    collate = Training._collate
+
+    def note(self, samples):
+        seen.extend(sample.place for sample in samples)
+        return collate(self, samples)
+
+    monkeypatch.setattr(Training, "_collate", note)
+    monkeypatch.setattr(Training, "evaluate", lambda self, s: training.Validation(1, 1))
+    prepared = prepare(recipe)
+    finetune(recipe)
+    assert sorted(seen) == sorted(2 * [sample.place for sample in prepared.train])
+
+
+def worsen_after(monkeypatch, step: int) -> None:
+    """Let the validation find a loss of 99 after this step."""
+    evaluate = Training.evaluate
+
+    def worsen(self, samples):
+        late = self.progress.step > step
+        return training.Validation(99.0, 1) if late else evaluate(self, samples)
+
+    monkeypatch.setattr(Training, "evaluate", worsen)
+
+
+def test_patience_ends_a_run_that_gains_nothing_more(base, tmp_path, monkeypatch):
+    worsen_after(monkeypatch, 8)
+    recipe = make_recipe(base, tmp_path, patience=2, iters=100, average_last=2)
+    report = finetune(recipe)
+    assert (report.reason, report.steps, report.best_step) == ("patience", 16, 8)
+    # The last step was no one to save at, but is the last.
+    kept = sorted(report.path.glob("0*_adapters.safetensors"))
+    assert [path.name[:7] for path in kept] == ["0000015", "0000016"]
+
+
+def test_the_best_adapter_stays_beside_the_last(base, tmp_path, monkeypatch):
+    worsen_after(monkeypatch, 8)
+    recipe = make_recipe(base, tmp_path)
+    report = finetune(recipe)
+    assert (report.best_step, report.last_loss) == (8, 99.0)
+    prepared = prepare(recipe)
+    model, _ = load(None, report.path / "best")
+    assert mean_loss(model, prepared.valid) == pytest.approx(report.best_loss, abs=1e-5)
+
+
+def test_the_mean_of_the_last_saves_is_written_on_request(base, tmp_path):
+    recipe = make_recipe(base, tmp_path, average_last=3)
+    report = finetune(recipe)
+    kept = sorted(report.path.glob("0*_adapters.safetensors"))
+    assert [path.name[:7] for path in kept] == ["0000006", "0000009", "0000012"]
+    mean = mx.load(str(report.path / "average" / "adapters.safetensors"))
+    parts = [mx.load(str(path)) for path in kept]
+    for name, array in mean.items():
+        expected = np.mean([np.array(part[name], np.float64) for part in parts], axis=0)
+        np.testing.assert_allclose(array, expected, rtol=1e-6, atol=1e-8)
+    load(None, report.path / "average")
+
+
+def test_the_mean_is_the_same_after_interruptions(base, tmp_path, monkeypatch):
+    recipe = make_recipe(base, tmp_path, average_last=3)
+    whole = dataclasses.replace(recipe, adapter_path=str(tmp_path / "whole"))
+    keep = training.keep
+
+    def die_before_keeping(run, step, tensors, *, most):
+        if step == 6:
+            raise Killed
+        keep(run, step, tensors, most=most)
+
+    def stop(event):
+        if event["event"] == "step" and event["step"] == 8:
+            os.kill(os.getpid(), signal.SIGINT)  # 8 is no step to save at
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "keep", die_before_keeping)
+        with pytest.raises(Killed):
+            finetune(recipe)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe, resume=True, on_event=stop)
+    path = finetune(recipe, resume=True).path
+    assert weights(path / "average") == weights(finetune(whole).path / "average")
+
+
+def test_preferences_are_learnt(base, tmp_path):
+    data = tmp_path / "train.jsonl"
+    with data.open("w") as opened:
+        for i in range(30):
+            record = {"prompt": f"the {i} king", "chosen": "gold", "rejected": "wolf"}
+            opened.write(json.dumps(record) + "\n")
+    recipe = make_recipe(base, tmp_path, objective="dpo", iters=20, dpo_beta=0.5)
+    report = finetune(recipe)
+    assert report.first_loss == pytest.approx(np.log(2), abs=1e-4)
+    assert report.last_loss < 0.5
+    evals = [e for e in read_events(report.path) if e["event"] == "eval"]
+    assert evals[-1]["accuracy"] == 1
+
+
+RECORDS = {
+    "lora/openelm-peft": {"instruction": "Is gold?", "input": "", "output": "true"},
+    "lora/instruct": {"prompt": "Who?", "chosen": "the king", "rejected": "a wolf"},
+    "lora/oz": {"text": "the king had three daughters. " * 20},
+    "lora/small-mac": {"prompt": "Who?", "completion": "the king"},
+    "lora/qlora": {"messages": [{"role": "user", "content": "Who?"}]},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in bundled_recipes() if name.startswith("lora/")]
+)
+def test_every_bundled_recipe_runs(base, tmp_path, name):
+    record = RECORDS[name]
+    if "messages" in record:
+        answer = {"role": "assistant", "content": "the king"}
+        record = {"messages": [*record["messages"], answer]}
+    lines = (json.dumps(record | {"id": i}) + "\n" for i in range(12))
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    model = base
+    if name == "lora/qlora":
+        model = tmp_path / "packed"
+        ran = call("convert", base, "-q", "--q-group-size", 32, "--mlx-path", model)
+        assert ran.exit_code == 0, ran.stderr
+    changes = ("--iters", 2, "--max-seq-length", 64, "--rank", 4)
+    if name == "lora/instruct":
+        changes = ("--iters", 2, "--max-seq-length", 64, "--max-prompt-length", 32)
+        changes = (*changes, "--warmup-steps", 0)
+    elif name == "lora/openelm-peft":
+        changes = (*changes, "--warmup-steps", 0)
+    ran = call(
+        *("lora", "-c", name, "--model", model, "--data", tmp_path / "train.jsonl"),
+        *("--adapter-path", tmp_path / "run", *changes),
+    )
+    assert ran.exit_code == 0, ran.stderr
+    resolved = load_recipe(FinetuneRecipe, str(tmp_path / "run" / "recipe.yaml"), {})
+    bundled = load_recipe(FinetuneRecipe, name, {})
+    assert resolved.learning_rate == bundled.learning_rate
+    assert resolved.step_size == bundled.step_size
+
+
+# Never lost ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    recipe = make_recipe(base, folder)
+    return finetune(recipe).path
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd", "lion", "adafactor", "muon"])
+def test_every_optimizer_goes_on_with_the_same_bytes(base, tmp_path, name):
+    recipe = make_recipe(base, tmp_path, optimizer=name, weight_decay=0.01, iters=6)
+    whole = dataclasses.replace(recipe, adapter_path=str(tmp_path / "whole"))
+    interrupt_after(recipe, 3)
+    resumed = finetune(recipe, resume=True)
+    assert weights(resumed.path) == weights(finetune(whole).path)
+
+
+def test_a_full_fine_tune_with_decay_goes_on_with_the_same_bytes(base, tmp_path):
+    changes = {"fine_tune_type": "full", "weight_decay": 0.1, "grad_checkpoint": True}
+    recipe = make_recipe(base, tmp_path, iters=6, **changes)
+    whole = dataclasses.replace(recipe, adapter_path=str(tmp_path / "whole"))
+    interrupt_after(recipe, 3)
+    resumed = finetune(recipe, resume=True)
+    assert weights(resumed.path) == weights(finetune(whole).path)
+
+
+class Killed(Exception):
+    """What no handler in the product knows: as sudden as a kill."""
+
+
+@settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    deaths=st.lists(
+        st.tuples(st.integers(0, 28), st.sampled_from(["kill", "int", "term"])),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    base, tmp_path_factory, uninterrupted, deaths
+):
+    folder = tmp_path_factory.mktemp("resumed")
+    recipe = make_recipe(base, folder)
+    path, done = folder / "run", False
+    codes: list[object] = []
+    for number, how in deaths:
+        events = 0
+
+        def interrupt(event, number=number, how=how):
+            nonlocal events
+            events += 1
+            if events == number + 1:
+                if how == "kill":
+                    raise Killed
+                os.kill(os.getpid(), signal.SIGINT if how == "int" else signal.SIGTERM)
+
+        old = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        try:
+            finetune(recipe, resume=path.exists(), on_event=interrupt)
+            done = True
+            break
+        except Killed:
+            pass
+        except KeyboardInterrupt:
+            pass
+        except SystemExit as stopped:
+            codes.append(stopped.code)
+        finally:
+            signal.signal(signal.SIGTERM, old)
+    if not done:
+        finetune(recipe, resume=True)
+    assert set(codes) <= {143}
+    assert (path / "report.html").exists()
+    assert weights(path) == weights(uninterrupted)
+    best = path / "best"
+    assert weights(best) == weights(uninterrupted / "best")
+    shown = [
+        [
+            (e["step"], e["loss"])
+            for e in read_events(run)
+            if e["event"] in ("step", "eval")
+        ]
+        for run in (path, uninterrupted)
+    ]
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_a_signal_saves_and_says_how_to_go_on(
+    base, tmp_path, uninterrupted, number, code
+):
+    recipe = make_recipe(base, tmp_path, iters=2000, save_every=100000)
+    started = start(recipe, tmp_path)
+    wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 4')
+    started.send_signal(number)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == code, said
+    step = load_state(tmp_path / "run").progress.step
+    assert step >= 4
+    assert f"Saved at step {step}." in said
+    assert "mlx-openelm lora --resume --adapter-path" in said
+    assert not (tmp_path / "run" / "running.json").exists()
+
+
+def start(recipe: FinetuneRecipe, folder: Path, *args: str) -> subprocess.Popen:
+    path = folder / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    command = [sys.executable, "-m", "mlx_openelm", "lora", "-c", str(path), *args]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(path: Path, text: str) -> None:
+    until = time.monotonic() + 60
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < until, "nothing came"
+        time.sleep(0.02)
+
+
+@pytest.mark.proof
+def test_twenty_kills_do_not_stop_a_run(base, tmp_path):
+    numbers = np.random.default_rng(7)
+    recipe = make_recipe(base, tmp_path, iters=600, steps_per_report=1, save_every=5)
+    recipe = dataclasses.replace(recipe, steps_per_eval=50)
+    expected = finetune(dataclasses.replace(recipe, adapter_path=str(tmp_path / "w")))
+    run = tmp_path / "run"
+    for _ in range(20):
+        started = start(recipe, tmp_path, *(("--resume",) if run.exists() else ()))
+        # Some die while they start, the others after a few steps.
+        before, more = last_step(run), numbers.integers(-4, 20)
+        deadline = time.monotonic() + numbers.uniform(0.1, 1.0)
+        while (
+            time.monotonic() < deadline if more <= 0 else last_step(run) < before + more
+        ):
+            assert started.poll() is None, started.communicate()
+            time.sleep(0.002)
+        started.kill()
+        started.communicate()
+        if run.exists():
+            assert load_state(run).progress.step >= last_step(run) - 5
+    started = start(recipe, tmp_path, "--resume")
+    _, said = started.communicate(timeout=300)
+    assert started.returncode == 0, said
+    assert weights(run) == weights(expected.path)
+
+
+def last_step(folder: Path) -> int:
+    return max((e["step"] for e in read_events(folder)), default=0)
+
+
+def test_a_death_is_told_and_half_the_batch_goes_on(base, tmp_path):
+    recipe = make_recipe(base, tmp_path, dropout=0.0)
+    path = Path(recipe.adapter_path)
+
+    def die(event):
+        if event["event"] == "save" and event["step"] == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        finetune(recipe, on_event=die)
+    (path / "running.json").write_text("{}")  # what a killed process leaves behind
+    with pytest.raises(OpenELMError, match=r"killed without a word.*--batch-size 2"):
+        finetune(recipe)
+    said = []
+    half = dataclasses.replace(recipe, batch_size=2, grad_accumulation_steps=2)
+    report = finetune(half, resume=True, on_event=said.append)
+    assert report.steps == STEPS
+    [note] = [event["text"] for event in said if event["event"] == "note"]
+    assert "after step 6 was saved" in note
+    assert "--batch-size 1 --grad-accumulation-steps 4" in note
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"learning_rate": 1e-4}, "--learning-rate was 0.003 and is now 0.0001"),
+        ({"seed": 5}, "--seed was 0 and is now 5"),
+        ({"batch_size": 8}, "--batch-size times --grad-accumulation-steps was 4"),
+        ({"rank": 8}, "--rank was 4 and is now 8"),
+    ],
+)
+def test_other_options_are_not_resumed(recipe, changes, says):
+    interrupt_after(recipe, 3)
+    before = weights(Path(recipe.adapter_path))
+    with pytest.raises(OpenELMError, match=says):
+        finetune(dataclasses.replace(recipe, **changes), resume=True)
+    assert weights(Path(recipe.adapter_path)) == before
+
+
+def test_other_data_is_not_resumed(recipe):
+    interrupt_after(recipe, 3)
+    write_data(Path(recipe.data), seed=1)
+    with pytest.raises(OpenELMError, match="the data is not the same"):
+        finetune(recipe, resume=True)
+
+
+def test_another_base_is_not_resumed(recipe, tmp_path):
+    interrupt_after(recipe, 3)
+    other = make_source(tmp_path / "other", weights_of(UNEVEN, seed=1))
+    with pytest.raises(OpenELMError, match="another base"):
+        finetune(dataclasses.replace(recipe, model=str(other)), resume=True)
+
+
+def interrupt_after(recipe: FinetuneRecipe, step: int) -> None:
+    def interrupt(event):
+        if event["event"] == "save" and event["step"] == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        finetune(recipe, on_event=interrupt)
+
+
+def test_a_full_disk_costs_a_save_and_not_the_run(recipe, uninterrupted, monkeypatch):
+    save, refused = training_state.save_tensors, []
+
+    def sometimes_full(path, tensors, **options):
+        if (
+            "state" in path.name
+            and not refused
+            and len(list(path.parent.iterdir())) > 4
+        ):
+            refused.append(path)
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, tensors, **options)
+
+    said = []
+
+    def look(event):
+        said.append(event)
+        if event["event"] == "note":
+            load_state(Path(recipe.adapter_path))  # the old one is whole
+
+    monkeypatch.setattr(training_state, "save_tensors", sometimes_full)
+    finetune(recipe, on_event=look)
+    assert refused
+    notes = [event["text"] for event in said if event["event"] == "note"]
+    assert len(notes) == 1
+    assert "could not be saved" in notes[0]
+    assert weights(Path(recipe.adapter_path)) == weights(uninterrupted)
+
+
+def test_only_one_process_trains_a_folder(recipe):
+    path = Path(recipe.adapter_path)
+    said = []
+
+    def start_another(event):
+        if event["event"] == "save" and event["step"] == 3:
+            for options in ({"force": True}, {"resume": True}):
+                with pytest.raises(OpenELMError, match="in use by another process"):
+                    finetune(recipe, **options)
+                said.append(event)
+
+    finetune(recipe, on_event=start_another)
+    assert len(said) == 2
+    assert not (path / "running.json").exists()
+
+
+# Never NaN -----------------------------------------------------------------------
+
+
+def spoil(monkeypatch, *, steps: set[int]) -> None:
+    """Make the loss of these steps NaN."""
+    differentiate = Training._differentiate
+
+    def spoilt(self, share):
+        sums, gradients = differentiate(self, share)
+        if self.progress.step in steps:
+            sums.loss = float("nan")
+        return sums, gradients
+
+    monkeypatch.setattr(Training, "_differentiate", spoilt)
+
+
+def test_a_batch_that_is_not_finite_is_skipped_and_named(recipe, monkeypatch):
+    spoil(monkeypatch, steps={2, 5, 6})
+    said = []
+    report = finetune(recipe, on_event=said.append)
+    assert report.skipped == 3
+    skips = [event for event in said if event["event"] == "skip"]
+    order = prepare(recipe).order
+    for skip, step in zip(skips, (2, 5, 6), strict=True):
+        assert skip["step"] == step + 1
+        assert len(skip["samples"]) == len(order.batch(step))
+        assert all(place.startswith("train.jsonl:") for place in skip["samples"])
+    arrays = mx.load(str(report.path / "adapters.safetensors"))
+    assert all(mx.isfinite(array).all().item() for array in arrays.values())
+
+
+def test_three_in_a_row_stop_the_run_and_keep_the_last_state(recipe, monkeypatch):
+    spoil(monkeypatch, steps={7, 8, 9})
+    with pytest.raises(OpenELMError, match=r"3 batches in a row, .*state of step 9"):
+        finetune(recipe)
+    assert load_state(Path(recipe.adapter_path)).progress.step == 9
+
+
+def test_nan_is_never_saved(recipe, monkeypatch):
+    update = Training._update
+
+    def spoilt(self, stop):
+        stopping = update(self, stop)
+        if self.progress.step == 5:
+            self.model.update(
+                {
+                    "transformer": {
+                        "layers": [
+                            {"ffn": {"proj_1": {"lora_b": mx.full((4, 192), mx.nan)}}}
+                        ]
+                    }
+                }
+            )
+        return stopping
+
+    monkeypatch.setattr(Training, "_update", spoilt)
+    with pytest.raises(OpenELMError):
+        finetune(recipe)
+    path = Path(recipe.adapter_path)
+    for file in path.rglob("*.safetensors"):
+        for name, array in mx.load(str(file)).items():
+            assert mx.isfinite(array.astype(mx.float32)).all().item(), (file, name)
+
+
+def test_a_run_that_learns_nothing_fails(base, tmp_path):
+    recipe = make_recipe(base, tmp_path, learning_rate=0.0, final_learning_rate=0.0)
+    with pytest.raises(OpenELMError, match="nothing was learnt"):
+        finetune(recipe)
+
+
+# A plan before the start ---------------------------------------------------------
+
+
+def test_a_dry_run_plans_and_writes_nothing(base, tmp_path):
+    data = write_data(tmp_path / "train.jsonl")
+    out = tmp_path / "run"
+    args = ("lora", "--data", data, "--model", base, "--adapter-path", out, "--dry-run")
+    ran = call(*args)
+    assert (ran.exit_code, ran.stdout) == (0, "")
+    for words in ("36 records", "weights are trained", "memory: about", "epochs"):
+        assert words in ran.stderr, ran.stderr
+    plan = json.loads(call(*args, "--json").stdout)
+    assert plan["plan"]["trainable"] > 0
+    assert plan["data"]["train"]["records"] == 36
+    assert not out.exists()
+
+
+def test_what_does_not_fit_is_refused_and_fit_takes_smaller_settings(base, tmp_path):
+    recipe = make_recipe(base, tmp_path, batch_size=16)
+    whole = prepare(recipe).plan.memory.total
+    smaller = dict(prepare(recipe).plan.smaller)
+    least = min(smaller.values())
+    assert least < whole
+    limited = dataclasses.replace(recipe, memory_limit=(whole + least) / 2 / 1e9)
+    with pytest.raises(OpenELMError, match="or --fit to take that"):
+        finetune(limited)
+    assert not Path(recipe.adapter_path).exists()
+    report = finetune(limited, fit=True)
+    taken = load_recipe(FinetuneRecipe, str(report.path / "recipe.yaml"), {})
+    assert taken.step_size == recipe.step_size
+    assert taken.grad_checkpoint or taken.batch_size < 16
+
+
+def test_memory_that_runs_out_is_one_sentence(base, tmp_path, monkeypatch):
+    recipe = make_recipe(base, tmp_path, dropout=0.0)
+
+    def run_out(self, share):
+        raise RuntimeError("[metal::malloc] Attempting to allocate 1 bytes")
+
+    monkeypatch.setattr(Training, "_differentiate", run_out)
+    with pytest.raises(OpenELMError, match="--batch-size 2 --grad-accumulation-steps"):
+        finetune(recipe)
+
+
+# Bad input -----------------------------------------------------------------------
+
+
+def bad(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(content)
+    return path
+
+
+GOOD = b'{"prompt": "the king", "completion": "gold"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "args", "says"),
+    [
+        (b"", (), "holds no records"),
+        (GOOD * 999 + b'{"prompt": 1}\n' + GOOD, (), "train.jsonl:1000"),
+        (GOOD + b'{"text": "x"}\n', (), "train.jsonl:2 is text"),
+        (GOOD + b'{"prompt": "x", "completion": " "}\n', (), "train.jsonl:2"),
+        (GOOD + b'{"prompt": "x",\n', (), "train.jsonl:2:"),
+        (GOOD, ("--keys", "attn.nothing"), "choose among attn.out_proj, attn.qkv_proj"),
+        (GOOD, ("--rank", 1000), "--rank of 1 to"),
+        (GOOD, ("--rank", "auto"), "--rank is 'auto'"),
+        (GOOD, ("--num-layers", 9), "the model has 3 layers"),
+        (GOOD, ("--max-seq-length", 100), "the model's context is 64"),
+        (GOOD, ("--epochs", 1, "--iters", 3), "say one of them"),
+        (GOOD, ("--optimizer", "adamx"), "choose adamw"),
+        (GOOD, ("--template", "chat"), "chat"),
+        (GOOD, ("--test",), "needs a test file"),
+        (
+            b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+            ("--objective", "dpo", "--max-prompt-length", 64),
+            "--max-prompt-length is 64",
+        ),
+        (GOOD, ("--resume",), "nothing to go on from"),
+        (GOOD, ("--learning-rate", "nan"), "--learning-rate is nan"),
+        (GOOD, ("--model", "nowhere"), "nowhere"),
+    ],
+)
+def test_bad_input_is_named_before_anything_starts(base, tmp_path, content, args, says):
+    bad(tmp_path, content)
+    model = () if "--model" in args else ("--model", base)
+    out = ("--adapter-path", tmp_path / "run", "--offline")
+    data = ("--data", tmp_path / "train.jsonl")
+    refuse(tmp_path, "lora", *data, *model, *out, *args, says=says)
+
+
+def test_missing_data_says_what_was_looked_for(base, tmp_path):
+    out = ("--adapter-path", tmp_path / "run")
+    refuse(
+        tmp_path,
+        "lora",
+        "--data",
+        tmp_path / "no.jsonl",
+        "--model",
+        base,
+        *out,
+        says="no.jsonl",
+    )
+    (tmp_path / "d").mkdir()
+    refuse(
+        tmp_path,
+        "lora",
+        "--data",
+        tmp_path / "d",
+        "--model",
+        base,
+        *out,
+        says="train.jsonl",
+    )
+
+
+def test_a_folder_that_holds_a_run_is_kept(base, tmp_path, recipe):
+    finetune(recipe)
+    refuse(
+        tmp_path,
+        *("lora", "--data", recipe.data, "--model", base),
+        *("--adapter-path", recipe.adapter_path),
+        says=["--resume", "--force"],
+    )
+    refuse(
+        tmp_path,
+        "lora",
+        "--adapter-path",
+        recipe.adapter_path,
+        "--resume",
+        says="at its end",
+    )
+
+
+def test_force_does_not_replace_what_is_no_run(base, tmp_path, recipe):
+    Path(recipe.adapter_path).mkdir()
+    (Path(recipe.adapter_path) / "thesis.txt").write_text("all of it")
+    with pytest.raises(OpenELMError, match="--force does not replace it"):
+        finetune(recipe, force=True)
+    assert (Path(recipe.adapter_path) / "thesis.txt").exists()
+
+
+def test_force_keeps_the_old_run_until_the_new_one_has_begun(recipe):
+    path = finetune(recipe).path
+    before = weights(path)
+    with pytest.raises(OpenELMError, match="--rank"):
+        finetune(dataclasses.replace(recipe, rank=1000), force=True)
+    assert weights(path) == before
+    report = finetune(dataclasses.replace(recipe, seed=3), force=True)
+    assert weights(report.path) != before
+
+
+def test_an_unknown_key_of_a_recipe_is_named(tmp_path):
+    (tmp_path / "r.yaml").write_text("data: x\nlerning_rate: 1\n")
+    refuse(
+        tmp_path, "lora", "-c", tmp_path / "r.yaml", says="did you mean learning_rate?"
+    )
+
+
+def test_a_single_record_is_enough(base, tmp_path):
+    bad(tmp_path, GOOD)
+    report = finetune(make_recipe(base, tmp_path, batch_size=8, iters=3))
+    assert report.first_loss is None
+    assert report.steps == 3
+
+
+def test_a_damaged_state_is_one_sentence(recipe):
+    interrupt_after(recipe, 6)
+    state = Path(recipe.adapter_path) / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:500])
+    with pytest.raises(OpenELMError, match="damaged"):
+        finetune(recipe, resume=True)
+
+
+def test_it_trains_outside_the_main_thread(recipe):
+    reports = []
+    thread = threading.Thread(target=lambda: reports.append(finetune(recipe)))
+    thread.start()
+    thread.join(60)
+    assert reports[0].steps == STEPS
+
+
+@pytest.mark.parametrize("data", ["model", "run", "inside"])
+def test_force_replaces_neither_the_base_nor_the_data(tmp_path, data):
+    model = make_source(tmp_path / "model")
+    write_data(tmp_path / "train.jsonl")
+    run = tmp_path / "run"
+    args = ["--model", model, "--iters", 2, "--adapter-path", run]
+    assert call("lora", "--data", tmp_path / "train.jsonl", *args).exit_code == 0
+    if data == "model":
+        args, says = ["--model", model, "--adapter-path", model], "the source itself"
+        args += ["--data", tmp_path / "train.jsonl"]
+    else:
+        write_data(run / "train.jsonl")
+        chosen = run if data == "run" else run / "train.jsonl"
+        args, says = [*args, "--data", chosen], "--force does not replace it"
+    refuse(tmp_path, "lora", *args, "--force", says=says)
+
+
+def test_preferences_are_tested_at_the_end(base, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train", "test"):
+        records = (
+            {"prompt": f"the {i}", "chosen": "gold", "rejected": "wolf"}
+            for i in range(8)
+        )
+        lines = (json.dumps(record) + "\n" for record in records)
+        (data / f"{name}.jsonl").write_text("".join(lines))
+    recipe = make_recipe(
+        base, tmp_path, data=str(data), objective="dpo", test=True, iters=2
+    )
+    report = finetune(recipe)
+    assert report.unit == "pair"
+    assert 0 < report.test_loss < 1
+
+
+def test_preferences_report_the_same_after_an_interruption(base, tmp_path):
+    data = tmp_path / "train.jsonl"
+    records = (
+        {"prompt": f"the {i}", "chosen": "gold", "rejected": "wolf"} for i in range(30)
+    )
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    recipe = make_recipe(base, tmp_path, objective="dpo", steps_per_report=4)
+    whole = dataclasses.replace(recipe, adapter_path=str(tmp_path / "whole"))
+    interrupt_after(recipe, 6)
+    shown = [
+        [
+            {k: e[k] for k in ("step", "loss", "accuracy", "margin", "tokens")}
+            for e in read_events(run.path)
+            if e["event"] == "step"
+        ]
+        for run in (finetune(recipe, resume=True), finetune(whole))
+    ]
+    assert shown[0] == shown[1]
+
+
+def test_events_survive_odd_samples_and_damaged_lines(tmp_path):
+    append = training_state.append_event
+    append(tmp_path, {"event": "sample", "step": 1, "text": "a\u2028b\u0085c"})
+    with (tmp_path / "metrics.jsonl").open("a") as opened:
+        opened.write('{"step": 3}\n{"event": 5, "step": 3}\n[1]\n{"ev')
+    assert [e["text"] for e in read_events(tmp_path)] == ["a\u2028b\u0085c"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"epochs": float("nan"), "iters": None}, "--epochs is nan"),
+        ({"epochs": 1e9, "iters": None}, "--epochs is 1000000000.0"),
+        ({"betas": (1.0, 1.0)}, "betas are 1.0 and 1.0"),
+        ({"eps": 0.0}, "--eps is 0.0"),
+        ({"rank": "auto:" + "9" * 5000}, "--rank is"),
+        ({"batch_size": 2**30}, "--batch-size is 1073741824"),
+        ({"data": ""}, "--data is empty"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_named(base, tmp_path, changes, says):
+    with pytest.raises(OpenELMError, match=says):
+        make_recipe(base, tmp_path, **changes)
+
+
+# Several processes ---------------------------------------------------------------
+
+
+def test_two_processes_learn_what_one_does(base, tmp_path):
+    alone = make_recipe(base, tmp_path, dropout=0.0, batch_size=5)
+    together = dataclasses.replace(alone, adapter_path=str(tmp_path / "together"))
+    expected = finetune(alone)
+    (tmp_path / "recipe.yaml").write_text(together.to_yaml())
+    ran = subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("mlx.launch")), "-n", "2"),
+            *("--backend", "ring", sys.executable, "-m", "mlx_openelm", "lora"),
+            *("-c", str(tmp_path / "recipe.yaml"), "--json"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    [line] = [line for line in ran.stdout.splitlines() if line.startswith("{")]
+    found = json.loads(line)
+    assert found["tokens"] == expected.tokens
+    assert found["last_loss"] == pytest.approx(expected.last_loss, abs=1e-5)
+    ours = mx.load(str(Path(together.adapter_path) / "adapters.safetensors"))
+    for name, array in mx.load(str(expected.path / "adapters.safetensors")).items():
+        assert mx.abs(ours[name] - array).max().item() <= 1e-5, name

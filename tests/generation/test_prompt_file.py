@@ -1,0 +1,558 @@
+import contextlib
+import io
+import itertools
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import UNEVEN, build, small_tokenizer
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.batch_job import answer_prompts
+from mlx_openelm.generation.prompt_file import JSONL, LINES, Prompt, read_prompts
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.streaming import generate
+from mlx_openelm.storage import ordered_jsonl as answers_file
+from mlx_openelm.text.tokenizer import Tokenizer, Turn
+
+tokenizer = small_tokenizer()
+model = build(UNEVEN)
+SHORT = Sampling(max_tokens=6, logit_bias=((tokenizer.eos_id, 2.0),))
+
+
+# Reading ---------------------------------------------------------------------------
+
+
+def read(data: bytes, name="prompts.jsonl", folder=None):
+    path = Path(folder) / name
+    path.write_bytes(data)
+    return read_prompts(path)
+
+
+def test_a_line_is_a_text_an_object_or_a_conversation(tmp_path):
+    found = read(
+        b'\xef\xbb\xbf{"prompt": "a king", "id": "k1", "more": [1]}\r\n'
+        b"\n   \r\n"
+        b'"a \\u00e9 queen"\n'
+        b'{"id": 7, "messages": [{"role": "system", "content": ""}, '
+        b'{"role": "user", "content": "Hi"}]}',
+        folder=tmp_path,
+    )
+    assert found.format == JSONL
+    assert found.prompts == (
+        Prompt(1, "a king", "k1"),
+        Prompt(4, "a \xe9 queen"),
+        Prompt(5, (Turn("system", ""), Turn("user", "Hi")), 7),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "format"),
+    [
+        ("p.jsonl", b'"a"\nplain', JSONL),
+        ("p.NDJSON", b"plain", JSONL),
+        ("p.txt", b'{"prompt": "a"}', LINES),
+        ("p", b'\n {"prompt": "a', JSONL),
+        ("p", b'"a text"', JSONL),
+        ("p", b'"Come in," said the wolf', LINES),
+        ("p", b"[1, 2]", LINES),
+        ("p.md", b"a king", LINES),
+    ],
+)
+def test_the_name_or_the_first_line_tells_the_format(tmp_path, name, data, format):
+    assert read(data, name, tmp_path).format == format
+
+
+def test_stdin_is_read_as_well(monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"one\ntwo"))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    found = read_prompts("-")
+    assert (found.name, [p.said for p in found.prompts]) == ("stdin", ["one", "two"])
+
+
+plain = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\ufeff"),
+    max_size=20,
+)
+
+
+@settings(max_examples=200)
+@given(st.lists(plain), st.sampled_from(["\n", "\r\n"]), st.booleans(), st.booleans())
+def test_plain_lines_are_read_as_they_are(tmp_path_factory, texts, end, bom, last):
+    filled = [(n, t) for n, t in enumerate(texts, 1) if t.encode().strip()]
+    data = end.join(texts) + end * last
+    folder = tmp_path_factory.getbasetemp()
+    if not filled:
+        with pytest.raises(OpenELMError, match="no prompts"):
+            read(data.encode(), "p.txt", folder)
+        return
+    found = read(b"\xef\xbb\xbf" * bom + data.encode(), "p.txt", folder)
+    assert [(p.line, p.said) for p in found.prompts] == filled
+
+
+@settings(max_examples=200)
+@given(st.lists(plain.filter(str.strip), min_size=1), st.booleans())
+def test_json_lines_are_read_as_they_are(tmp_path_factory, texts, ascii):
+    values = [t if n % 2 else {"prompt": t} for n, t in enumerate(texts)]
+    data = "\n".join(json.dumps(v, ensure_ascii=ascii) for v in values).encode()
+    found = read(data, folder=tmp_path_factory.getbasetemp())
+    assert [p.said for p in found.prompts] == texts
+
+
+@settings(max_examples=300)
+@given(st.lists(st.binary(max_size=30) | st.sampled_from([b"{", b'"a"', b"[[[", b"0"])))
+def test_no_bytes_are_too_bad(tmp_path_factory, lines):
+    try:
+        found = read(b"\n".join(lines), folder=tmp_path_factory.getbasetemp())
+    except OpenELMError:
+        assert not b"".join(lines).removeprefix(b"\xef\xbb\xbf").strip()
+        return
+    for prompt in found.prompts:
+        assert prompt.said or prompt.problem.endswith(".")
+
+
+BAD = {
+    b'{"prompt": "a"': "no JSON (Expecting ',' delimiter, column 15)",
+    b"nope": "no JSON",
+    b"[" * 100_000: "cannot be read as JSON",
+    b"9" * 5000: "cannot be read as JSON",
+    b'"caf\xe9"': "no UTF-8 (the byte 0xe9, number 5)",
+    b"[1]": "This line is a list",
+    b"null": "This line is null",
+    b"3": "This line is a number",
+    b"{}": "no prompt and no messages, but nothing",
+    b'{"text": "a"}': "but 'text'",
+    b'{"prompt": null}': "no prompt",
+    b'{"prompt": 3}': "The prompt is a number",
+    b'{"prompt": " \\n"}': "The prompt is empty",
+    b'""': "The prompt is empty",
+    b'"\\ud800"': "The prompt holds \\ud800, half of a character",
+    b'{"prompt": "a", "id": [1]}': "The id is a list",
+    b'{"prompt": "a", "id": true}': "The id is true or false",
+    b'{"prompt": "a", "id": 1.5}': "The id is a number; it must be",
+    b'{"prompt": "a", "id": "\\udc00"}': "The id holds \\udc00",
+    b'{"prompt": "a", "messages": [1]}': "a prompt and messages",
+    b'{"messages": []}': "messages is an empty list",
+    b'{"messages": "a"}': "messages is a text",
+    b'{"messages": ["a"]}': "messages[0] is a text",
+    b'{"messages": [{"role": "tool", "content": "a"}]}': "messages[0].role is 'tool'",
+    b'{"messages": [{"role": [], "content": "a"}]}': "messages[0].role is []",
+    b'{"messages": [{"role": "user"}]}': "messages[0].content is null",
+    b'{"messages": [{"role": "user", "content": ""}]}': "messages[0].content is empty",
+    b'{"messages": [{"role": "assistant", "content": "a"}]}': "the assistant's",
+    b'{"messages": [{"role": "user", "content": "a"}, '
+    b'{"role": "system", "content": "a"}]}': "messages[1] is a system message",
+}
+
+
+def test_every_bad_line_is_named_and_the_rest_is_answered(tmp_path):
+    lines = [line for bad in BAD for line in (bad, b'"a king"')]
+    prompts = read(b"\n".join(lines), folder=tmp_path)
+    told, given = [], []
+    report = answer_prompts(
+        model, tokenizer, prompts, SHORT, on_answer=given.append, on_problem=told.append
+    )
+    text = generate(model, tokenizer, "a king", SHORT)
+    assert [answer["line"] for answer in given] == [*range(1, len(lines) + 1)]
+    for number, (answer, words) in enumerate(
+        zip(given[::2], BAD.values(), strict=True)
+    ):
+        line = 2 * number + 1
+        assert words in answer["error"]
+        assert told[number] == f"{tmp_path / 'prompts.jsonl'}:{line}: {answer['error']}"
+    assert {answer["text"] for answer in given[1::2]} == {text}
+    assert report.problems == tuple(told)
+    assert (report.prompts, report.kept) == (len(lines), 0)
+
+
+def test_prompts_that_do_not_fit_the_model_are_named_as_well(tmp_path):
+    data = b'"a king"\n"' + b"king " * 80 + b'"\n{"id": 1, "messages": ['
+    data += b'{"role": "system", "content": "b"}, {"role": "user", "content": "c"}]}'
+    prompts, given = read(data, folder=tmp_path), []
+    report = answer_prompts(model, tokenizer, prompts, SHORT, on_answer=given.append)
+    assert len(report.problems) == 2
+    assert "the model's context is 64" in given[1]["error"]
+    assert given[2]["id"] == 1
+    assert "no place" in given[2]["error"]
+
+
+def test_what_is_wrong_with_all_is_said_once(tmp_path):
+    prompts = read(b'"a king"', folder=tmp_path)
+    with pytest.raises(OpenELMError, match="no place for --system"):
+        answer_prompts(model, tokenizer, prompts, SHORT, system="Be kind.")
+    with pytest.raises(OpenELMError, match="No template is called"):
+        answer_prompts(model, tokenizer, prompts, SHORT, template="x")
+
+
+@pytest.mark.parametrize("missing", ["nowhere.txt", ".", "\0"])
+def test_a_file_that_cannot_be_read_is_named(missing):
+    with pytest.raises(OpenELMError, match="Cannot read the prompts of"):
+        read_prompts(missing)
+
+
+# Answers ---------------------------------------------------------------------------
+
+
+def test_an_answer_tells_what_generate_tells(tmp_path):
+    given = []
+    sampling = Sampling(max_tokens=5, logprobs=2)
+    prompts = read(b'{"prompt": "a king", "id": "x"}', folder=tmp_path)
+    answer_prompts(model, tokenizer, prompts, sampling, on_answer=given.append)
+    (answer,) = given
+    assert {"line": 1, "id": "x"}.items() <= answer.items()
+    assert answer["text"] == generate(model, tokenizer, "a king", sampling)
+    assert answer["finish_reason"] == "length"
+    assert answer["prompt_tokens"] == len(tokenizer.encode("a king"))
+    assert answer["generation_tokens"] == len(answer["tokens"]) == 5
+    assert [told["token"] for told in answer["logprobs"]] == answer["tokens"]
+    for told in answer["logprobs"]:
+        assert told["piece"] == tokenizer.piece(told["token"])
+        assert told["top"][0]["logprob"] == told["logprob"]
+        assert len(told["top"]) == 2
+    assert json.loads(json.dumps(answer)) == answer
+
+
+def test_turns_and_texts_get_the_template(tmp_path):
+    # Answers of one template's prompts are the prompts' own: their keys tell ids.
+    templated = Tokenizer(tokenizer.model_proto, template="instruct")
+    roomy = build(UNEVEN.__class__(**{**_fields(UNEVEN), "max_context_length": 512}))
+    data = b'"Hi"\n{"messages": [{"role": "user", "content": "Hi"}]}\n'
+    data += b'{"messages": [{"role": "system", "content": "Be kind."}, '
+    data += b'{"role": "user", "content": "Hi"}]}'
+    given = []
+    for system in ("", "Be kind."):
+        answer_prompts(
+            roomy,
+            templated,
+            read(data, folder=tmp_path),
+            SHORT,
+            system=system,
+            on_answer=given.append,
+        )
+    text, turns, kind_turns, kind, both, own = (a["prompt_tokens"] for a in given)
+    assert text == turns < kind_turns == kind == both == own
+    expected = generate(roomy, templated, "Hi", SHORT)
+    assert given[0]["text"] == given[1]["text"] == expected
+
+
+def _fields(config):
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+# The output file -------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+class Disk:
+    """Dies before or in the middle of a step, and leaves the folder as it was then."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.steps, self.dies_at, self.share = folder, 0, None, 0.0
+        self._left = {}
+        append, cut = answers_file._append, answers_file._cut
+
+        def dying_append(file, answer):
+            if self.must_die():
+                line = answers_file.to_line(answer).encode() + b"\n"
+                file.write(line[: int(self.share * len(line))])
+                file.flush()
+                self.die()
+            append(file, answer)
+
+        def dying_cut(file, size):
+            if self.must_die():
+                self.die()
+            cut(file, size)
+
+        monkeypatch.setattr(answers_file, "_append", dying_append)
+        monkeypatch.setattr(answers_file, "_cut", dying_cut)
+
+    def must_die(self):
+        self.steps += 1
+        return self.steps - 1 == self.dies_at
+
+    def die(self):
+        self._left = {p: p.read_bytes() for p in self.folder.iterdir()}
+        raise Killed
+
+    def leave(self):
+        """What tidying up did after the death did not happen."""
+        for path in self.folder.iterdir():
+            path.unlink()
+        for path, data in self._left.items():
+            path.write_bytes(data)
+
+
+def line_of(place, text="said"):
+    return {"line": place + 1, "text": f"{text} {place} \xe9", "key": f"k{place}"}
+
+
+def note(done, place):
+    done.append(place)
+    return line_of(place)
+
+
+def find_place(answer):
+    place = answer["line"] - 1
+    known = answer in (line_of(place), {"line": place + 1, "error": "bad"})
+    return place if known else None
+
+
+def write_answers(path, order, make=line_of, find_place=find_place, **options):
+    """Write what is not there yet, in this order; return what was given on."""
+    given = []
+    opened = answers_file.AnswersFile(path, find_place, given.append, **options)
+    with opened as answers:
+        for place in order:
+            if place not in answers:
+                answers.add(place, make(place))
+    return given
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99, 1.0])
+def test_nothing_is_lost_whenever_it_is_killed(tmp_path, monkeypatch, share):
+    disk = Disk(tmp_path, monkeypatch)
+    disk.share = share
+    path, count = tmp_path / "answers.jsonl", 7
+    for seed in range(4):
+        chance = random.Random(seed)
+        order = chance.sample(range(count), count)
+        for first in itertools.count():
+            disk.steps, disk.dies_at, done = 0, first, []
+            make = partial(note, done)
+            try:
+                write_answers(path, order, make)
+                break
+            except Killed:
+                disk.leave()
+            # The run that goes on is killed as well, in its first steps.
+            disk.steps, disk.dies_at = 0, chance.randrange(6)
+            try:
+                write_answers(path, chance.sample(order, count), make)
+            except Killed:
+                disk.leave()
+            disk.steps, disk.dies_at = 0, None
+            write_answers(path, order, make)
+            assert lines_of(path) == [line_of(place) for place in range(count)]
+            assert [p.name for p in tmp_path.iterdir()] == ["answers.jsonl"]
+            assert len(done) <= count + 2  # what was being written, at most
+            path.unlink()
+        assert first > count
+        path.unlink()
+
+
+def test_what_stands_behind_a_gap_is_kept(tmp_path, monkeypatch):
+    disk = Disk(tmp_path, monkeypatch)
+    path = tmp_path / "answers.jsonl"
+    for steps in itertools.count():
+        lines = [line_of(0), {"line": 2, "error": "It was."}, line_of(2), line_of(3)]
+        path.write_text("".join(answers_file.to_line(a) + "\n" for a in lines))
+        disk.steps, disk.dies_at, done = 0, steps, []
+        with contextlib.suppress(Killed):
+            write_answers(path, range(5), partial(note, done))
+        killed = disk.steps > steps
+        if killed:
+            disk.leave()
+            disk.dies_at = None
+            write_answers(path, range(5), partial(note, done))
+        assert lines_of(path) == [line_of(place) for place in range(5)]
+        assert set(done) == {1, 4}
+        if not killed:
+            break
+    assert steps > 6
+
+
+def test_a_torn_line_is_done_again(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    write_answers(path, range(3))
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        given = write_answers(path, range(3))
+        assert path.read_bytes() == whole
+        assert len(given) == 3 - whole[:size].count(b"\n")
+
+
+def test_answers_to_something_else_are_replaced_by_force_alone(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    write_answers(path, [0, 1, 3])
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    for known in (lambda a: None, lambda a: 1, lambda a: a["line"] - 1 or None):
+        with pytest.raises(OpenELMError, match=r"other settings .*--force"):
+            write_answers(path, [2], find_place=known)
+        assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+    write_answers(path, [0], find_place=lambda a: None, force=True)
+    assert lines_of(path) == [line_of(0)]
+    assert [p.name for p in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "data", [b"a diary\n", b"[]\n", b'{"line": 1}\n', b'{"line": [], "key": "a"}\n']
+)
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path, data):
+    path = tmp_path / "diary"
+    path.write_bytes(data)
+    for force in (False, True):
+        with pytest.raises(OpenELMError, match="diary:1 is no answer to a prompt"):
+            write_answers(path, range(3), force=force)
+        assert path.read_bytes() == data
+    with pytest.raises(OpenELMError, match="is no file"):
+        write_answers(tmp_path, range(3))
+    with pytest.raises(OpenELMError, match="Cannot write"):
+        write_answers(path / "below", range(3))
+
+
+def test_two_do_not_write_to_one_file(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with answers_file.AnswersFile(path, find_place, print) as answers:
+        answers.add(0, line_of(0))
+        with pytest.raises(OpenELMError, match="in use by another process"):
+            write_answers(path, range(3))
+    assert lines_of(path) == [line_of(0)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_said(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with (
+        open("/dev/full", "ab", buffering=0) as full,
+        answers_file.AnswersFile(path, find_place, lambda answer: None) as answers,
+    ):
+        answers.add(0, line_of(0))
+        answers.add(1, line_of(1))
+        file, answers._file = answers._file, full
+        with pytest.raises(OpenELMError, match=r"The disk of .* is full; make room"):
+            answers.add(2, line_of(2))
+        answers._file = file
+    assert lines_of(path) == [line_of(0), line_of(1)]
+
+
+def timeless(answers):
+    times = ("prompt_tps", "generation_tps", "time_to_first_token_s")
+    left_out = (*times, "peak_memory_bytes")
+    return [{k: v for k, v in a.items() if k not in left_out} for a in answers]
+
+
+def test_a_stopped_run_is_gone_on_with(tmp_path):
+    texts = [f'"king {n}"'.encode() for n in range(30)]
+    texts[4:6] = [b'"\xff"', b'"' + b"king " * 80 + b'"']
+    prompts = read(b"\n".join(texts), folder=tmp_path)
+    sampling = Sampling(max_tokens=30, temp=1.0, seed=1, logit_bias=SHORT.logit_bias)
+    options = {"model": model, "tokenizer": tokenizer, "prompts": prompts}
+
+    def run(name, sampling=sampling, **more):
+        path = tmp_path / name
+        report = answer_prompts(**options, sampling=sampling, output=path, **more)
+        return timeless(lines_of(path)), report
+
+    whole, report = run("whole")
+    assert (len(whole), len(report.problems), report.kept) == (30, 2, 0)
+    for stop_at in (3, 9, 25):
+
+        def stop(done, prompts, tokens, stop_at=stop_at):
+            assert prompts == 30
+            if done > stop_at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            run("stopped", on_progress=stop)
+        assert "The same command goes on from" in stopped.value.__notes__[0]
+        again, second = run("stopped", batch_size=3)
+        assert again == whole
+        assert stop_at - 2 < second.kept < 28
+        assert second.problems == report.problems
+        assert second.tokens < report.tokens
+        (tmp_path / "stopped").unlink()
+    given, told = [], []
+    again, third = run("whole", on_answer=given.append, on_problem=told.append)
+    assert (given, third.kept, third.tokens) == ([], 28, 0)
+    assert told == list(report.problems)
+
+    with pytest.raises(OpenELMError, match="--force"):
+        run("whole", sampling=Sampling(max_tokens=30))
+    with pytest.raises(OpenELMError, match="--force"):
+        run("whole", sampling=sampling, template="instruct")
+    options["model"] = build(UNEVEN, seed=1)
+    with pytest.raises(OpenELMError, match="--force"):
+        run("whole")
+    assert timeless(lines_of(tmp_path / "whole")) == whole
+    assert run("whole", force=True)[0] != whole
+
+
+def test_a_mended_line_is_all_that_is_done_again(tmp_path):
+    texts = [f'"king {n}"'.encode() for n in range(8)]
+    torn = [*texts[:2], b'"king', texts[3], b'"king', *texts[5:]]
+    path, given = tmp_path / "answers", []
+    answer_prompts(
+        model, tokenizer, read(b"\n".join(torn), folder=tmp_path), SHORT, output=path
+    )
+    mended = read(b"\n".join([*texts, b'"more"']), folder=tmp_path)
+    report = answer_prompts(model, tokenizer, mended, SHORT, output=path)
+    assert report.kept == 6
+    answer_prompts(model, tokenizer, mended, SHORT, on_answer=given.append)
+    assert timeless(lines_of(path)) == timeless(given)
+    fewer = read(b"\n".join(texts[:5]), folder=tmp_path)
+    with pytest.raises(OpenELMError, match="--force"):
+        answer_prompts(model, tokenizer, fewer, SHORT, output=path)
+
+
+RUN = """
+import sys
+from pathlib import Path
+import mlx_openelm
+from mlx_openelm.generation.batch_job import answer_prompts
+from mlx_openelm.generation.prompt_file import read_prompts
+from mlx_openelm.generation.sampling import Sampling
+model, tokenizer = mlx_openelm.load("demo")
+sampling = Sampling(max_tokens=60, stop=("the", ".", "of"))
+prompts = read_prompts(sys.argv[1])
+answer_prompts(model, tokenizer, prompts, sampling, output=Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.proof
+def test_a_run_that_is_killed_again_and_again_writes_the_same(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"The king {n} said to the\n" for n in range(150)))
+
+    def start(name):
+        command = [sys.executable, "-c", RUN, str(prompts), str(tmp_path / name)]
+        return subprocess.Popen(command)
+
+    assert start("whole").wait() == 0
+    kills, waiting, before = 0, tmp_path / ".killed.ahead", 0
+    for wanted in itertools.count(7, 11):
+        process = start("killed")
+        while process.poll() is None:
+            files = (tmp_path / "killed", waiting)
+            held = sum(p.read_bytes().count(b"\n") for p in files if p.exists())
+            if held >= wanted:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        if process.wait() == 0:
+            break
+        kills += 1
+        files = (tmp_path / "killed", waiting)
+        held = sum(p.read_bytes().count(b"\n") for p in files if p.exists())
+        assert held >= before
+        before = held
+    assert kills >= 5
+    killed, whole = (lines_of(tmp_path / name) for name in ("killed", "whole"))
+    assert timeless(killed) == timeless(whole)
+    assert not waiting.exists()

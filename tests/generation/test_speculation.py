@@ -1,0 +1,498 @@
+"""Guessing changes nothing but the time that a text takes."""
+
+import itertools
+import random
+from collections import Counter
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import UNEVEN, build, small_tokenizer
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation import draft_pacing as pacing
+from mlx_openelm.generation import speculation
+from mlx_openelm.generation.compact_caches import SlidingKVCache
+from mlx_openelm.generation.decoding import Context, draw_tokens
+from mlx_openelm.generation.draft_pacing import Pace
+from mlx_openelm.generation.drafters import (
+    Draft,
+    Drafter,
+    LookupDrafter,
+    ModelDrafter,
+    check_draft,
+)
+from mlx_openelm.generation.sampling import (
+    Sampling,
+    distribution,
+    shape_logits,
+)
+from mlx_openelm.generation.speculation import draw_speculatively
+
+model, other = build(UNEVEN), build(UNEVEN, seed=5)
+
+
+class Keen:
+    """Guesses always, so many tokens as are said in turn, whether it pays or not."""
+
+    def __init__(self, *counts):
+        self._counts = itertools.cycle(counts)
+
+    def choose(self, most):
+        return max(0, min(most, next(self._counts)))
+
+    def begin(self):
+        pass
+
+    def read_plain(self, queued):
+        pass
+
+    def read_round(self, guessed, right):
+        pass
+
+    def judge(self, right):
+        pass
+
+
+class Scripted(Drafter):
+    """Guesses what a function of the text says."""
+
+    is_free = False
+
+    def __init__(self, guess, length=4):
+        super().__init__(length, "length")
+        self._guess = guess
+
+    def begin(self, prompt):
+        pass
+
+    def propose(self, text, count, drawing):
+        guesses = self._guess(list(text), count)[:count]
+        return Draft(mx.array(guesses)) if guesses else None
+
+
+def keen(drafter, *counts):
+    drafter.pace = Keen(*(counts or (drafter.length,)))
+    return drafter
+
+
+def write(drafter, prompt, count, sampling=None, **options):
+    sampling = sampling or Sampling()
+    if drafter is None:
+        drawn = draw_tokens(model, prompt, sampling, count, **options)
+    else:
+        drawn = draw_speculatively(model, prompt, sampling, count, drafter, **options)
+    return list(drawn)
+
+
+def ids(tokens):
+    return [token.id for token in tokens]
+
+
+# Greedy: the same tokens ----------------------------------------------------------
+
+prompts = st.lists(st.integers(3, 40), min_size=1, max_size=40)
+controls = st.builds(
+    Sampling,
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    repetition_context=st.sampled_from([4, 256]),
+    no_repeat_ngram=st.sampled_from([0, 0, 2, 3]),
+    min_tokens=st.sampled_from([0, 0, 9]),
+    logit_bias=st.sampled_from([(), ((7, 2.0), (2, 3.0))]),
+)
+
+
+@settings(max_examples=100)
+@given(
+    prompts,
+    st.integers(1, 24),
+    controls,
+    st.sampled_from(["lookup", "same model", "another model"]),
+    st.lists(st.integers(0, 8), min_size=1, max_size=6).filter(any),
+)
+def test_a_greedy_text_is_the_same_token_for_token(
+    prompt, count, sampling, kind, counts
+):
+    plain = write(None, prompt, count, sampling)
+    drafter = {
+        "lookup": lambda: LookupDrafter(8),
+        "same model": lambda: ModelDrafter(model, 8),
+        "another model": lambda: ModelDrafter(other, 8),
+    }[kind]()
+    context = Context(model)
+    found = write(keen(drafter, *counts), prompt, count, sampling, context=context)
+    assert ids(found) == ids(plain)
+    assert context.tokens == [*prompt, *ids(plain)][:-1]
+    assert {layer.offset for layer in context.cache} == {len(context.tokens)}
+
+
+def test_it_is_the_same_whatever_the_clock_makes_of_it():
+    for seed in range(6):
+        prompt = random.Random(seed).choices(range(3, 30), k=20)
+        plain = ids(write(None, prompt, 40))
+        assert ids(write(LookupDrafter(4), prompt, 40)) == plain
+        assert ids(write(ModelDrafter(other), prompt, 40)) == plain
+
+
+@pytest.mark.parametrize("least", range(9))
+def test_eos_is_drawn_from_min_tokens_on_and_not_before(least):
+    sampling = Sampling(min_tokens=least, logit_bias=((2, 1e3),))
+    drafter = keen(ModelDrafter(model), 3)
+    found = ids(write(drafter, [1, 7], 14, sampling))
+    assert found == ids(write(None, [1, 7], 14, sampling))
+    assert [token == 2 for token in found] == [i >= least for i in range(14)]
+
+
+def test_a_model_agrees_with_itself():
+    drafter = keen(ModelDrafter(model), 4, 1, 3)
+    write(drafter, [1, 7, 9], 50)
+    assert drafter.accepted == drafter.drafted > 30
+
+
+@pytest.mark.parametrize("right", range(6))
+def test_every_number_of_right_guesses_is_found(right):
+    plain = ids(write(None, [1, 7], 20))
+
+    def guess(text, count):
+        place = len(text) - 2
+        true = plain[place : place + count]
+        return [t if i < right else (t + 1) % 300 for i, t in enumerate(true)]
+
+    drafter = keen(Scripted(guess, length=5))
+    found = write(drafter, [1, 7], 20)
+    assert ids(found) == plain
+    assert drafter.accepted == sum(token.drafted for token in found)
+    rounds = -(-19 // (right + 1))
+    assert drafter.accepted == 19 - rounds
+    marks = "".join("x" if token.drafted else "." for token in found)
+    assert marks == ("." + ("x" * right + ".") * 20)[:19] + "."
+
+
+def test_a_draft_is_no_longer_than_what_may_be_written():
+    asked = []
+
+    def guess(text, count):
+        asked.append((len(text), count))
+        return [5] * count
+
+    drafter = keen(Scripted(guess, length=8))
+    write(drafter, [1] * 50, 12)
+    assert asked
+    assert all(count <= 50 + 12 - length - 1 for length, count in asked)
+    assert all(count <= 64 - length for length, count in asked)
+
+
+@pytest.mark.parametrize("taken", range(1, 12))
+def test_a_reader_may_leave_at_any_token_and_go_on_in_the_same_context(taken):
+    prompt, sampling = [1, 9, 4, 9, 4], Sampling()
+    plain = ids(write(None, prompt, 12))
+    for drafter in (ModelDrafter(model), LookupDrafter(3), ModelDrafter(other)):
+        context = Context(model)
+        reading = draw_speculatively(
+            model, prompt, sampling, 12, keen(drafter), context=context
+        )
+        assert ids(itertools.islice(reading, taken)) == plain[:taken]
+        reading.close()
+        text = [*prompt, *plain[:taken]]
+        assert context.tokens in (text, text[:-1])
+        assert context.cache[0].offset >= len(context.tokens)
+        further = [*text, 8, 3]
+        assert ids(write(keen(drafter), further, 10, context=context)) == ids(
+            write(None, further, 10)
+        )
+
+
+def test_the_logprobs_are_those_of_plain_decoding():
+    sampling = Sampling(logprobs=3, repetition_penalty=1.2)
+    plain = write(None, [1, 7], 20, sampling)
+    found = write(keen(ModelDrafter(model)), [1, 7], 20, sampling)
+    assert any(token.drafted for token in found)
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours.id == theirs.id
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+        assert [i for i, _ in ours.alternatives] == [i for i, _ in theirs.alternatives]
+
+
+def test_a_draft_model_may_have_a_smaller_context():
+    short = build(replace(UNEVEN, max_context_length=16), seed=5)
+    for length in (3, 10, 14, 15, 16, 17, 30):
+        prompt = list(range(3, 3 + length))
+        drafter = keen(ModelDrafter(short))
+        assert ids(write(drafter, prompt, 20)) == ids(write(None, prompt, 20))
+        assert (drafter.drafted > 0) == (length < 15)
+
+
+@pytest.mark.parametrize("size", [8, 12, 16, 20])
+def test_a_cache_that_slides_is_guessed_for_until_it_does(size):
+    def slide():
+        return Context(model, lambda: SlidingKVCache(size, keep=2))
+
+    plain = ids(write(None, [1, 7, 9], 30, context=slide()))
+    for drafter in (ModelDrafter(model), ModelDrafter(other)):
+        assert ids(write(keen(drafter), [1, 7, 9], 30, context=slide())) == plain
+        assert drafter.drafted > 0
+        assert "slid" in drafter.note
+
+
+def test_equal_logits_are_counted_in_16_bits():
+    coarse = build(UNEVEN)
+    coarse.set_dtype(mx.bfloat16)
+    table = coarse.transformer.token_embeddings.weight
+    coarse.transformer.token_embeddings.weight = mx.concatenate([table[:150]] * 2)
+    drafter = keen(ModelDrafter(coarse))
+    found = list(draw_speculatively(coarse, [1, 7], Sampling(), 21, drafter))
+    rounds = 20 - drafter.accepted
+    assert drafter.equal_ties == drafter.accepted + rounds == len(found) - 1
+    exact = keen(ModelDrafter(model))
+    write(exact, [1, 7], 21)
+    assert exact.equal_ties == 0
+
+
+# Sampled: the same distribution ---------------------------------------------------
+
+
+class Chain:
+    """A model whose logits hang on the last token only: a Markov chain of 5 tokens."""
+
+    def __init__(self, seed, scale=1.0):
+        self.config = replace(UNEVEN, vocab_size=5, max_context_length=10**6)
+        self.layers = [None]
+        rng = np.random.default_rng(seed)
+        self._logits = mx.array(rng.normal(scale=scale, size=(5, 5)), mx.float32)
+
+    def transformer(self, tokens, cache):
+        cache[0].offset += tokens.shape[1]
+        return self._logits[tokens]
+
+    def head(self, hidden):
+        return hidden
+
+
+chain, other_chain = Chain(1), Chain(2, scale=2.0)
+LENGTH = 3000
+
+
+def exact_chances(sampling):
+    """What follows each two tokens; the controls look no further back."""
+    chances = {}
+    for pair in itertools.product(range(5), repeat=2):
+        shaped = shape_logits(
+            chain.transformer(mx.array([pair]), Context(chain).cache)[:, -1],
+            mx.array([pair]),
+            sampling,
+            written=99,
+            eos_id=2,
+        )
+        chances[pair] = np.exp(np.array(distribution(shaped, sampling)[0], np.float64))
+    return chances
+
+
+def surprise(drafter, sampling):
+    """How many deviations chi-square stands above what is expected of it."""
+    mx.random.seed(11)
+    drawn = draw_speculatively(chain, [1, 3], sampling, LENGTH, drafter)
+    text = [1, 3, *ids(drawn)]
+    counts = Counter(zip(text, text[1:], text[2:], strict=False))
+    chi_square, freedom = 0.0, 0
+    for pair, chances in exact_chances(sampling).items():
+        found = np.array([counts[*pair, token] for token in range(5)])
+        expected = chances * found.sum()
+        assert not found[chances == 0].any(), "a token that cannot come came"
+        many = expected >= 5
+        cells = [*zip(found[many], expected[many], strict=True)]
+        if expected[~many].sum() >= 5:
+            cells.append((found[~many].sum(), expected[~many].sum()))
+        if len(cells) > 1:
+            chi_square += sum((n - e) ** 2 / e for n, e in cells)
+            freedom += len(cells) - 1
+    assert freedom > 20
+    return (chi_square - freedom) / (2 * freedom) ** 0.5
+
+
+DRAFTERS = {
+    "lookup": lambda: LookupDrafter(3),
+    "a stubborn one": lambda: Scripted(lambda text, count: [3, 4, 3][:count]),
+    "another model": lambda: ModelDrafter(other_chain, 3),
+}
+MANNERS = {
+    "warm": Sampling(temp=1.3),
+    "controlled": Sampling(
+        temp=1.2,
+        top_p=0.9,
+        min_p=0.01,
+        repetition_penalty=1.4,
+        repetition_context=2,
+        logit_bias=((2, 1.0), (4, -0.5)),
+    ),
+}
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_a_sampled_text_is_distributed_as_without_guesses(kind, manner):
+    drafter = keen(DRAFTERS[kind]())
+    assert abs(surprise(drafter, MANNERS[manner])) < 3.5
+    assert 0 < drafter.accepted < drafter.drafted
+
+
+def redraw_from_everything(shaped, draft, sampling):
+    """What a refused guess leaves is drawn from all that the model would say."""
+    own = distribution(shaped, sampling)
+    guesses, count = draft.tokens[:, None], draft.tokens.size
+    ratios = mx.take_along_axis(own[:count], guesses, axis=-1)[:, 0]
+    if draft.logprobs is not None:
+        ratios -= mx.take_along_axis(draft.logprobs, guesses, axis=-1)[:, 0]
+    right = mx.log(mx.random.uniform(shape=(count,))) < ratios
+    right = mx.cumprod(right.astype(mx.int32)).sum()
+    tokens = mx.random.categorical(own).astype(mx.int32)
+    padded = mx.concatenate([draft.tokens, tokens[-1:]])
+    return mx.where(mx.arange(count + 1) < right, padded, tokens), right
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_a_wrong_rule_would_be_noticed(kind, monkeypatch):
+    monkeypatch.setattr(speculation, "accept", redraw_from_everything)
+    assert surprise(keen(DRAFTERS[kind]()), MANNERS["warm"]) > 6
+
+
+def test_a_seed_repeats_a_sampled_text():
+    def draw():
+        mx.random.seed(3)
+        drafter = keen(ModelDrafter(other))
+        return ids(write(drafter, [1, 7], 30, Sampling(temp=0.8, top_p=0.9)))
+
+    assert draw() == draw()
+
+
+# What is looked up ----------------------------------------------------------------
+
+
+def looked_up(text, count=4):
+    draft = LookupDrafter(8).propose(text, count, None)
+    return draft and draft.tokens.tolist()
+
+
+def test_what_followed_last_time_is_guessed():
+    assert looked_up([5, 6, 7, 8, 9, 1, 5, 6]) == [7, 8, 9, 1]
+    assert looked_up([5, 6, 7, 0, 5, 6, 8, 0, 5, 6], 1) == [8]  # the newest place
+    assert looked_up([4, 5, 6, 7, 0, 9, 5, 6, 8, 0, 4, 5, 6], 1) == [7]  # the longest
+    assert looked_up([1, 2, 3, 4]) is None
+    assert looked_up([5]) is None
+    assert looked_up([]) is None
+
+
+def test_a_loop_is_guessed_on_beyond_the_texts_end():
+    assert looked_up([9, 5, 6, 7, 5, 6, 7, 5, 6], 8) == [7, 5, 6, 7, 5, 6, 7, 5]
+
+
+@given(st.lists(st.integers(0, 3), max_size=40))
+def test_an_index_that_grows_finds_what_a_scan_finds(text):
+    drafter = LookupDrafter(4)
+    for end in range(len(text) + 1):
+        known = text[:end]
+        expected = None
+        for size in (4, 3, 2):
+            starts = [
+                i for i in range(end - size) if known[i : i + size] == known[-size:]
+            ]
+            if size <= end and starts:
+                expected = known[starts[-1] + size]
+                break
+        assert drafter.expect(known) == expected
+
+
+# Whether it pays ------------------------------------------------------------------
+
+
+def simulate(rate, *, length, count, verification, draft=0.0, free=False, seed=0):
+    """Speed over plain decoding, on a clock on which a plain step takes 1."""
+    rng, now = random.Random(seed), [0.0]
+    patch = pytest.MonkeyPatch()
+    patch.setattr(pacing.time, "perf_counter", lambda: now[0])
+    pace, left, queued, took = Pace(length), count, False, 0.0
+    while left:
+        ends = False
+        while not ends:
+            ends = left == 1 or pace.choose(left - 2) > 0
+            now[0] += took
+            took = 1.0
+            pace.read_plain(queued)
+            if free:
+                pace.judge(rng.random() < rate)
+            left, queued = left - 1, True
+        queued = False
+        while guessed := pace.choose(left - 1):
+            right = 0
+            while right < guessed and rng.random() < rate:
+                right += 1
+            now[0] += verification(guessed + 1) + draft * guessed
+            pace.read_round(guessed, right)
+            left -= right + 1
+    patch.undo()
+    return (count - 1) / now[0]
+
+
+def slowly(tokens):
+    return 1 + 0.1 * (tokens - 1)
+
+
+@pytest.mark.parametrize("count", [16, 32, 100, 1000])
+@pytest.mark.parametrize("draft", [0.0, 0.1, 0.3, 0.6])
+def test_guesses_in_vain_cost_less_than_a_twentieth(count, draft):
+    for seed, length in itertools.product(range(3), (1, 4, 16)):
+        speed = simulate(
+            0.0,
+            length=length,
+            count=count,
+            verification=slowly,
+            draft=draft,
+            free=draft == 0,
+            seed=seed,
+        )
+        assert speed > (0.985 if count == 1000 else 0.95)
+
+
+def test_guesses_that_hold_pay():
+    def mean(rate, **options):
+        return np.mean(
+            [
+                simulate(rate, length=4, verification=slowly, seed=seed, **options)
+                for seed in range(10)
+            ]
+        )
+
+    assert mean(0.7, count=400, free=True) > 1.85  # 2.77 tokens in 1.4 steps: 1.98
+    assert mean(0.95, count=400, draft=0.1) > 2.2  # 4.52 tokens in 1.8 steps: 2.5
+    assert mean(0.2, count=400, free=True) > 1.0  # one guess at a time
+    assert mean(0.5, count=400, draft=1.0) > 0.97  # never worth it
+
+
+def test_what_costs_too_much_at_a_length_is_tried_shorter():
+    def uneven(tokens):
+        return 1.2 if tokens <= 4 else 6.0
+
+    assert simulate(0.9, length=8, count=400, verification=uneven, free=True) > 2
+
+
+# Bad input ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [0, -1, 33, 10**9, 2.5, True, None])
+def test_an_absurd_length_is_refused(length):
+    with pytest.raises(OpenELMError, match=r"--lookup is .*1 to 32"):
+        LookupDrafter(length)
+    with pytest.raises(OpenELMError, match="draft"):
+        ModelDrafter(other, length)
+
+
+def test_a_draft_of_another_vocabulary_is_refused():
+    tokenizer = small_tokenizer()
+    check_draft(model, tokenizer, other, tokenizer)
+    wider = build(replace(UNEVEN, vocab_size=320))
+    with pytest.raises(OpenELMError, match=r"320 rows.*300"):
+        check_draft(model, tokenizer, wider, tokenizer)
+    with pytest.raises(OpenELMError, match=r"320 pieces and not 300"):
+        check_draft(model, tokenizer, other, small_tokenizer(320))

@@ -1,0 +1,194 @@
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import UNEVEN, build, read_golden
+
+import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
+from mlx_openelm.bench.selfcheck import made_weight
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.generation.cache import KVCache
+from mlx_openelm.model import openelm
+from mlx_openelm.model.openelm import OpenELM, Sequences
+from mlx_openelm.tensor_names import to_folder
+
+LIMIT = 1e-4
+
+
+def golden_difference() -> float:
+    metadata, shapes, tokens, positions, logits = read_golden("gpt-test")
+    model = OpenELM(OpenELMConfig.from_shapes(shapes))
+    seed = int(metadata["seed"])
+    model.load_weights(
+        [(to_folder(n), mx.array(made_weight(n, s, seed))) for n, s in shapes.items()]
+    )
+    found = np.array(model(mx.array(tokens)))[:, positions]
+    return float(np.abs(found - logits).max())
+
+
+def test_apples_answers_of_gpt_test():
+    assert golden_difference() <= LIMIT
+
+
+def swap_queries_and_keys(monkeypatch):
+    original = openelm.attend
+
+    def swapped(queries, keys, values, mask):
+        groups = queries.shape[1] // keys.shape[1]
+        asked = mx.repeat(keys, groups, axis=1)
+        return original(asked, queries, mx.repeat(values, groups, axis=1), mask)
+
+    monkeypatch.setattr(openelm, "attend", swapped)
+
+
+def drop_the_qk_norm(monkeypatch):
+    original = openelm.normalize
+
+    def only_wide(x, weight, eps):
+        return x if weight.ndim == 2 else original(x, weight, eps)
+
+    monkeypatch.setattr(openelm, "normalize", only_wide)
+
+
+def interleave_rope(monkeypatch):
+    def interleaved(offset, num_tokens, H, base, dtype):
+        rope = nn.RoPE(H, traditional=True, base=base)
+        return lambda x: rope(x.swapaxes(1, 2), offset=offset)
+
+    monkeypatch.setattr(openelm, "rotation_after", interleaved)
+
+
+def forget_rope(monkeypatch):
+    plain = lambda *given: lambda x: x.swapaxes(1, 2)  # noqa: E731
+    monkeypatch.setattr(openelm, "rotation_after", plain)
+
+
+def swap_gate_and_up(monkeypatch):
+    original = openelm.swiglu
+    monkeypatch.setattr(openelm, "swiglu", lambda gate, up: original(up, gate))
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        swap_queries_and_keys,
+        drop_the_qk_norm,
+        interleave_rope,
+        forget_rope,
+        swap_gate_and_up,
+    ],
+)
+def test_a_wrong_model_does_not_pass_for_apples(monkeypatch, mutation):
+    mutation(monkeypatch)
+    assert golden_difference() > 100 * LIMIT
+
+
+model = build(UNEVEN)
+sequences = st.lists(st.integers(0, UNEVEN.vocab_size - 1), min_size=1, max_size=40)
+
+
+@settings(max_examples=40)
+@given(sequences, st.data())
+def test_any_split_through_the_cache_gives_the_uncached_logits(tokens, data):
+    whole = np.array(model(mx.array([tokens])))
+    cache = [KVCache() for _ in model.layers]
+    parts, start = [], 0
+    while start < len(tokens):
+        end = data.draw(st.integers(start + 1, len(tokens)))
+        parts.append(np.array(model(mx.array([tokens[start:end]]), cache)))
+        start = end
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
+
+
+def test_the_caches_room_grows_and_shrinks_without_a_trace(monkeypatch):
+    monkeypatch.setattr(KVCache, "step", 3)
+    tokens = list(range(30))
+    whole = np.array(model(mx.array([tokens])))
+    cache = [KVCache() for _ in model.layers]
+    model(mx.array([tokens[:10]]), cache)
+    model(mx.array([[7, 7, 7]]), cache)  # a wrong turn, taken back
+    for layer in cache:
+        layer.trim(3)
+    rest = np.array(model(mx.array([tokens[10:]]), cache))
+    np.testing.assert_allclose(rest, whole[:, 10:], atol=2e-5)
+    assert cache[0].offset == 30
+
+
+def test_sequences_of_a_batch_do_not_touch_each_other():
+    a, b = list(range(20)), list(range(100, 120))
+    both = np.array(model(mx.array([a, b])))
+    np.testing.assert_allclose(both[1:], np.array(model(mx.array([b]))), atol=2e-5)
+
+
+def test_later_tokens_do_not_change_earlier_logits():
+    a, b = [1, 5, 9, 2], [1, 5, 9, 200]
+    first, second = np.array(model(mx.array([a]))), np.array(model(mx.array([b])))
+    np.testing.assert_allclose(first[:, :3], second[:, :3], atol=1e-6)
+    assert np.abs(first[:, 3] - second[:, 3]).max() > 1e-2
+
+
+def test_an_untied_head_is_its_own():
+    untied = build(replace(UNEVEN, share_input_output_layers=False))
+    tokens = mx.array([[1, 2, 3]])
+    assert untied(tokens).shape == (1, 3, UNEVEN.vocab_size)
+    hidden = untied.transformer(tokens)
+    assert mx.allclose(untied.head(hidden), hidden @ untied.lm_head.weight.T, atol=1e-5)
+    assert not mx.allclose(untied(tokens), model(tokens), atol=1e-2)
+
+
+@pytest.mark.interop
+def test_mlx_lms_caches_are_taken():
+    from mlx_lm.models.cache import KVCache as Theirs
+    from mlx_lm.models.cache import RotatingKVCache
+
+    tokens = list(range(24))
+    whole = np.array(model(mx.array([tokens])))
+    for make in (Theirs, lambda: RotatingKVCache(max_size=64)):
+        cache = [make() for _ in model.layers]
+        parts = [
+            np.array(model(mx.array([tokens[a:b]]), cache))
+            for a, b in ((0, 9), (9, 10), (10, 24))
+        ]
+        np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_new_norms_are_noticed(in_place):
+    changed = build(UNEVEN)
+    tokens = mx.array([[1, 2, 3]])
+    before = np.array(changed(tokens))
+    norm = changed.layers[0].attn.k_norm
+    if in_place:
+        norm.weight[:] = norm.weight * 2
+    else:
+        norm.weight = norm.weight * 2
+    assert np.abs(np.array(changed(tokens)) - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("lengths", [(5, 7), (40, 60)])
+def test_sequences_are_trained_in_the_models_own_dtype(lengths):
+    half = build(UNEVEN)
+    half.set_dtype(mx.bfloat16)
+    tokens = mx.arange(sum(lengths))[None]
+
+    def loss(weight):
+        half.layers[0].attn.qkv_proj.weight = weight
+        return half.transformer(tokens, row=Sequences(lengths)).sum()
+
+    weight = half.layers[0].attn.qkv_proj.weight
+    assert half.transformer(tokens, row=Sequences(lengths)).dtype == mx.bfloat16
+    assert mx.grad(loss)(weight).dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("rows", [2, 200])  # what is small has a form of its own
+def test_a_norm_is_its_formula(rows):
+    x = np.random.default_rng(0).standard_normal((1, rows, 6, 64), np.float32)
+    for shape in ((64,), (6, 64)):
+        weight = np.random.default_rng(1).standard_normal(shape, np.float32)
+        expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
+        found = openelm.normalize(mx.array(x), mx.array(weight), 1e-6)
+        np.testing.assert_allclose(np.array(found), expected, atol=1e-5)

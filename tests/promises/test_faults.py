@@ -1,0 +1,187 @@
+"""Faults of the machine: signals, full disks, closed pipes. Nothing half is left."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import call, refuse, snapshot
+from places import ROOT
+
+from converters.conversion import model_folder as folder_writing
+from mlx_openelm.errors import OpenELMError
+
+MAIN = "from mlx_openelm.cli.main import main; main()"
+WAIT = """
+import importlib, sys, time
+module, name = sys.argv[1:3]
+def wait(*args, **options):
+    print("ready", file=sys.stderr, flush=True)
+    time.sleep(60)
+setattr(importlib.import_module(module), name, wait)
+sys.argv[1:] = sys.argv[3:]
+"""
+CONVERT = ("convert", "source", "--mlx-path", "a/b", "--quiet")
+GENERATE = ("generate", "Once", "--model", "model", "--quiet")
+BUSY = {  # where each verb is stopped: before the first weight; the first token drawn
+    CONVERT: ("converters.conversion.model_folder", "ShardWriter"),
+    GENERATE: ("mlx_openelm.generation.decoding", "choose_tokens"),
+}
+WRITTEN = ("converters.conversion.model_folder", "write_tokenizer")  # all weights are
+
+
+def start(*args, code=MAIN, **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *args], env=environment, **pipes, **options
+    )
+
+
+def start_and_wait(args, busy):
+    """Start a verb and return the process once it stands at a busy place."""
+    process = start(*busy, *args, code=WAIT + MAIN)
+    assert process.stderr.readline() == b"ready\n"
+    return process
+
+
+# Signals -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [CONVERT, GENERATE], ids=["convert", "generate"])
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [(signal.SIGINT, 130, b"Interrupted."), (signal.SIGTERM, 143, b"")],
+)
+def test_a_stopped_verb_leaves_nothing_behind(here, args, number, code, says):
+    before = snapshot(here)
+    process = start_and_wait(args, BUSY[args])
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, b"")
+    assert b"Traceback" not in err
+    assert err.strip() in (says, b"")
+    assert snapshot(here) == before
+
+
+def check_it_goes_on(here):
+    """The target is not there; the next run takes over the shard that is whole."""
+    assert not (here / "a" / "b").exists()
+    (shard,) = (here / "a").glob(".b.*.part/model.safetensors")
+    inode = shard.stat().st_ino
+    assert call(*CONVERT).exit_code == 0
+    assert (here / "a" / "b" / "model.safetensors").stat().st_ino == inode
+    assert [path.name for path in (here / "a").iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_a_stopped_convert_keeps_whole_shards_and_says_so(here, number, code):
+    process = start_and_wait(CONVERT, WRITTEN)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, b"")
+    assert err.endswith(b"The same command goes on from 1 whole shard.\n")
+    assert len(err.splitlines()) <= 2
+    check_it_goes_on(here)
+
+
+def test_a_killed_convert_leaves_no_target_and_goes_on(here):
+    process = start_and_wait(CONVERT, WRITTEN)
+    process.kill()
+    process.communicate(timeout=60)
+    check_it_goes_on(here)
+
+
+def test_a_killed_replacement_leaves_the_old_model(here):
+    args = ("convert", "source", "--mlx-path", "model", "--force")
+    old = snapshot(here / "model")
+    process = start(*WRITTEN, *args, code=WAIT + MAIN)
+    while process.stderr.readline() != b"ready\n":
+        assert process.poll() is None
+    process.kill()
+    process.communicate(timeout=60)
+    assert snapshot(here / "model") == old
+    assert call(*args).exit_code == 0
+    assert {path.name for path in here.iterdir()} == {"model", "source"}
+
+
+@pytest.mark.parametrize(
+    "args", [GENERATE, ("recipes", "show", "pretrain/stories"), ("--help",)]
+)
+def test_a_closed_pipe_is_quiet(here, args):
+    with start(*args) as process:
+        process.stdout.close()  # as `head` does, before the first byte comes
+        err = process.stderr.read()
+    assert (process.returncode, err) == (0, b"")
+
+
+def test_output_into_head_is_cut_and_well(here):
+    with start(*GENERATE) as process:
+        head = subprocess.run(
+            ["head", "-c", "12"], stdin=process.stdout, capture_output=True, check=True
+        )
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert head.stdout == call(*GENERATE).stdout_bytes[:12]
+
+
+# Disks ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1000, 200_000])
+def test_a_write_that_fails_in_the_middle_is_said_and_undone(here, limit):
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    before = snapshot(here)
+    process = start(*CONVERT, "--dtype", "float32", preexec_fn=limited)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, b"")
+    assert err.startswith(b"error: Cannot write a/b: ")
+    assert len(err.splitlines()) == 1
+    assert snapshot(here) == before
+
+
+@pytest.mark.parametrize("step", ["write_json", "write_tokenizer"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_is_called_so(here, monkeypatch, step, wrapped):
+    def fail(*args):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            if wrapped:
+                raise OpenELMError("Cannot write.") from error
+            raise
+
+    monkeypatch.setattr(folder_writing, step, fail)
+    refuse(here, *CONVERT, says="The disk of a/b is full; nothing was kept.")
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_written(here, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(folder_writing.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(folder_writing, "ShardWriter", None)
+    refuse(here, *CONVERT, says=["a/b needs", "make room"])
+
+
+def test_a_full_disk_behind_stdout_is_no_traceback(here):
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full, which Linux has")
+    with full.open("wb") as stdout:
+        code = [sys.executable, "-c", MAIN, *GENERATE]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        ran = subprocess.run(
+            code, stdout=stdout, stderr=subprocess.PIPE, env=environment
+        )
+    assert ran.returncode == 1
+    assert ran.stderr.startswith(b"error: [Errno 28] No space left on device")
+    assert len(ran.stderr.splitlines()) == 1

@@ -1,0 +1,459 @@
+"""A result is written whole or not at all, and nothing that was there is lost."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from commands import call, make_source, refuse, snapshot
+from places import ROOT, SUPPORT
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage import staging
+from mlx_openelm.storage.model_folder import open_folder
+from mlx_openelm.storage.staging import staged_file, staged_folder
+
+CONVERT = ("convert", "source", "--quiet")
+
+
+def a_project(folder):
+    """Files as a person may have them, beside a config.json that is no model's."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "package.json").write_text("{}")
+
+
+def notes_in_a_model(folder):
+    shutil.copytree("model", folder)
+    (folder / "thesis.txt").write_text("a year's work")
+
+
+def a_folder_in_a_model(folder):
+    shutil.copytree("model", folder)
+    (folder / "thesis").mkdir()
+
+
+def a_link_to_a_model(folder):
+    folder.symlink_to("model")
+
+
+def a_link_to_nothing(folder):
+    folder.symlink_to("nowhere")
+
+
+def a_file(path):
+    path.write_text("a year's work")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (a_file, "is not a model or adapter folder"),
+        (a_project, "is not a model or adapter folder"),
+        (a_link_to_a_model, "is not a model or adapter folder"),
+        (a_link_to_nothing, "is not a model or adapter folder"),
+        (notes_in_a_model, "holds thesis.txt"),
+        (a_folder_in_a_model, "holds thesis"),
+    ],
+)
+def test_what_is_no_model_is_never_replaced(here, make, reason):
+    make(here / "out")
+    args = (*CONVERT, "--mlx-path", "out")
+    refuse(here, *args, says=["out exists already", "--force"])
+    refuse(here, *args, "--force", says=[f"out {reason}", "remove it yourself"])
+    assert os.path.lexists("out")
+
+
+def test_a_model_is_replaced_when_that_is_said(here):
+    args = (*CONVERT, "--mlx-path", "model", "--tokenizer", "none")
+    refuse(here, *args, says=["model exists already", "--force"])
+    (here / "model" / ".DS_Store").write_text("the Finder's")
+    ran = call(*args, "--force")
+    assert (ran.exit_code, ran.stdout) == (0, "model\n")
+    assert not (here / "model" / "tokenizer.model").exists()  # all is new
+    assert open_folder(here / "model")
+    assert sorted(path.name for path in here.iterdir()) == ["model", "source"]
+
+
+def test_an_empty_folder_is_filled_when_that_is_said(here):
+    (here / "out").mkdir()
+    args = (*CONVERT, "--mlx-path", "out")
+    refuse(here, *args, says="out exists already")
+    assert call(*args, "--force").exit_code == 0
+    assert open_folder(here / "out")
+
+
+def test_a_failed_replacement_leaves_the_old_model(here):
+    make_source(here / "odd", {"norm.weight": np.full(64, np.nan, "f")})
+    args = ("convert", "odd", "--mlx-path", "model", "--force")
+    refuse(here, *args, says="norm.weight holds NaN")
+
+
+def test_force_never_loses_the_source(here):
+    args = ("convert", "source", "--force", "--mlx-path")
+    refuse(here, *args, "source", says="source holds the source itself")
+    refuse(here, *args, str(here / "model" / ".." / "source"), says="the source itself")
+    (here / "link").symlink_to("source")
+    refuse(here, "convert", "link", *args[2:], "source", says="the source itself")
+    make_source(here / "model" / "inner")
+    inner = ("convert", "model/inner", "--force", "--mlx-path", "model")
+    refuse(here, *inner, says="model holds")
+
+
+@pytest.mark.parametrize("name", ["mit Leerzeichen", "日本/ü.model", "-x", "a/b/c/d"])
+def test_any_name_and_depth_of_target_is_made(here, name):
+    (here / "a").mkdir()
+    ran = call(*CONVERT, f"--mlx-path={name}")
+    assert (ran.exit_code, ran.stdout) == (0, f"{name}\n")
+    assert open_folder(here / name)
+    assert not list(here.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("source/config.json", "source/config.json exists already"),
+        ("source/config.json/out", "source/config.json"),
+        ("source/config.json/a/b", "source/config.json"),
+        ("x" * 250, "Cannot write"),
+        ("x" * 300, "name too long"),
+        (".", ". exists already"),
+        ("", ". exists already"),
+    ],
+)
+def test_a_target_that_cannot_be_is_named(here, name, says):
+    refuse(here, *CONVERT, "--mlx-path", name, says=says)
+
+
+def test_a_target_that_comes_while_we_write_is_not_lost(here):
+    def write_and_be_overtaken():
+        with staged_folder(here / "new"):
+            (here / "new").mkdir()
+            (here / "new" / "thesis.txt").write_text("a year's work")
+
+    with pytest.raises(OpenELMError, match="exists already"):
+        write_and_be_overtaken()
+    assert (here / "new" / "thesis.txt").read_text() == "a year's work"
+    assert sorted(path.name for path in here.iterdir()) == ["model", "new", "source"]
+
+
+@pytest.mark.parametrize("error", [OSError("stale"), KeyboardInterrupt()])
+def test_without_an_exchange_of_names_the_old_one_comes_back(here, monkeypatch, error):
+    """The file system cannot exchange names, and the second renaming fails."""
+    before = snapshot(here)
+    rename = staging.Path.rename
+
+    def fail(self, target):
+        if self.suffix == ".done":
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(staging, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(staging.Path, "rename", fail)
+    with (
+        pytest.raises((OpenELMError, KeyboardInterrupt)),
+        staged_folder(here / "model", force=True) as folder,
+    ):
+        (folder / "config.json").write_text("{}")
+    assert snapshot(here) == before
+
+
+def test_a_second_ctrl_c_does_not_leave_the_hidden_folder(here, monkeypatch):
+    before = snapshot(here)
+    rmtree = shutil.rmtree
+    calls = iter([KeyboardInterrupt])
+
+    def interrupted(path, **options):
+        for error in calls:
+            raise error
+        rmtree(path, **options)
+
+    def write_and_stop(target):
+        with staged_folder(target) as folder:
+            (folder / "config.json").write_text("{}")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(staging.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_and_stop(here / "a" / "b")
+    assert snapshot(here) == before
+
+
+def test_a_folder_is_readable_as_the_umask_says(here):
+    old = os.umask(0o022)
+    try:
+        with staged_folder(here / "new") as folder:
+            (folder / "config.json").write_text("{}")
+    finally:
+        os.umask(old)
+    assert (here / "new").stat().st_mode & 0o777 == 0o755
+
+
+# Stopped and continued -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["new", "force"])
+def test_killed_at_any_step_it_is_whole_or_not_there_and_goes_on(tmp_path, target):
+    """See killing.py, which asserts it after each death."""
+    ran = subprocess.run(
+        [sys.executable, SUPPORT / "killing.py", tmp_path, target],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert ran.returncode == 0, ran.stderr.decode()
+    assert int(ran.stdout) > 20
+
+
+def stop(target, error, *, job, shards=1):
+    """Write some shards and other files, and be stopped by an error; return it."""
+
+    def write_and_stop():
+        with staged_folder(target, job=job) as folder:
+            for i in range(1, shards + 1):
+                (folder / f"model-0000{i}-of-00003.safetensors").write_text("whole")
+            (folder / "model-00003-of-00003.safetensors.part").write_text("half")
+            (folder / "config.json").write_text("{}")
+            (folder / "more").mkdir()
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        write_and_stop()
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
+def test_who_stops_it_may_go_on(tmp_path, error):
+    target = tmp_path / "deep" / "out"
+    stopped = stop(target, error, job={"bits": 4}, shards=2)
+    assert stopped.__notes__ == ["The same command goes on from 2 whole shards."]
+    assert not target.exists()
+    with staged_folder(target, job={"bits": 4}) as folder:  # what is whole, no more
+        names = sorted(path.name for path in folder.iterdir())
+        assert names == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2)]
+    assert list(target.parent.iterdir()) == [target]
+    assert len(list(target.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "job", "shards"),
+    [
+        (KeyboardInterrupt(), {"bits": 4}, 0),
+        (KeyboardInterrupt(), None, 2),
+        (SystemExit(143), None, 2),
+        (OpenELMError("The source is damaged."), {"bits": 4}, 2),
+        (AssertionError(), {"bits": 4}, 2),
+    ],
+)
+def test_what_cannot_or_must_not_be_continued_is_removed(tmp_path, error, job, shards):
+    stopped = stop(tmp_path / "a" / "b" / "out", error, job=job, shards=shards)
+    assert not hasattr(stopped, "__notes__")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_job_starts_anew_and_tidies_up(tmp_path):
+    target = tmp_path / "out"
+    stop(target, KeyboardInterrupt(), job={"bits": 4})
+    with staged_folder(target, job={"bits": 5}) as folder:
+        assert not list(folder.iterdir())
+        assert {path.suffix for path in tmp_path.iterdir()} == {".lock", ".part"}
+        assert len(list(tmp_path.iterdir())) == 2  # this one's; the other is gone
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_run_without_a_job_tidies_up_and_continues_nothing(tmp_path):
+    target = tmp_path / "out"
+    stop(target, KeyboardInterrupt(), job={"bits": 4})
+    with staged_folder(target) as folder:
+        assert not list(folder.iterdir())
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_only_our_own_left_overs_are_removed(tmp_path):
+    stop(tmp_path / "other", KeyboardInterrupt(), job={})  # of another target
+    stop(tmp_path / "out.x", KeyboardInterrupt(), job={})
+    for name in (
+        ".out.part",
+        ".out.0123456789ab.part",  # no lock beside it
+        ".out.1123456789ab.part",  # a lock that is not ours
+        ".out.2123456789ab",
+        "out.3123456789ab.part",
+        ".out.not-hex-at-al.part",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("a year's work")
+    (tmp_path / ".out.1123456789ab.lock").write_text("4711")
+    shutil.copy(
+        next(tmp_path.glob(".other.*.lock")), tmp_path / ".out.not-hex-at-al.lock"
+    )
+    shutil.copy(
+        next(tmp_path.glob(".other.*.lock")), tmp_path / "out.3123456789ab.lock"
+    )
+    before = snapshot(tmp_path)
+    with staged_folder(tmp_path / "out", job={"bits": 4}):
+        pass
+    (tmp_path / "out").rmdir()
+    assert snapshot(tmp_path) == before
+
+
+def test_a_link_in_the_place_of_ours_is_not_followed(tmp_path):
+    stop(tmp_path / "out", KeyboardInterrupt(), job={})
+    (part,) = tmp_path.glob("*.part")
+    shutil.rmtree(part)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("a year's work")
+    part.symlink_to("precious")
+    with staged_folder(tmp_path / "out", job={}) as folder:
+        assert not list(folder.iterdir())
+    assert (tmp_path / "precious" / "thesis.txt").exists()
+    assert (tmp_path / "out").is_dir()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from mlx_openelm.storage.staging import staged_folder
+with staged_folder(Path(sys.argv[1]), job={"bits": 4}) as folder:
+    (folder / "model.safetensors").write_text("whole")
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_and_a_dead_one_is_no_hindrance(tmp_path):
+    target = tmp_path / "out"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, target],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    with holder:
+        assert holder.stdout.readline() == b"ready\n"
+        before = snapshot(tmp_path)
+        with (
+            pytest.raises(OpenELMError, match="out is being written by another proc"),
+            staged_folder(target, job={"bits": 4}),
+        ):
+            pass
+        with staged_folder(tmp_path / "out.2", job={"bits": 4}):
+            pass
+        (tmp_path / "out.2").rmdir()
+        with pytest.raises(KeyError), staged_folder(target, job={"bits": 5}):
+            raise KeyError  # another job may be tried, and leaves the first alone
+        assert snapshot(tmp_path) == before
+        holder.kill()
+    with staged_folder(target, job={"bits": 4}) as folder:
+        assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+# One file ------------------------------------------------------------------------
+
+PT, GGUF = b"PK\x03\x04 and so on", b"GGUF and so on"
+
+
+def test_a_file_is_there_when_it_is_whole(tmp_path):
+    target = tmp_path / "deep" / "out.gguf"
+    with staged_file(target) as path:
+        assert path.suffix == ".gguf"
+        path.write_bytes(GGUF)
+        assert not target.exists()
+    assert target.read_bytes() == GGUF
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    "error", [OpenELMError("No."), OSError("No."), KeyboardInterrupt(), SystemExit(1)]
+)
+def test_a_file_that_fails_leaves_what_was_there(tmp_path, error):
+    (tmp_path / "out.pt").write_bytes(PT)
+    before = snapshot(tmp_path)
+
+    def write_and_fail():
+        with staged_file(tmp_path / "out.pt", force=True) as path:
+            path.write_bytes(b"PK")
+            raise error
+
+    with pytest.raises((OpenELMError, KeyboardInterrupt, SystemExit)):
+        write_and_fail()
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.pt", PT), ("a.gguf", GGUF)])
+def test_a_file_of_its_kind_is_replaced_when_that_is_said(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content + b"old")
+    with (
+        pytest.raises(OpenELMError, match="exists already"),
+        staged_file(tmp_path / name),
+    ):
+        pass
+    with staged_file(tmp_path / name, force=True) as path:
+        path.write_bytes(content + b"new")
+    assert (tmp_path / name).read_bytes() == content + b"new"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.pt", GGUF),
+        ("a.gguf", PT),
+        ("a.gguf", b""),
+        ("a.txt", PT),
+        ("a", GGUF),
+        ("a.pt", None),
+        ("a.pt", "link.pt"),
+    ],
+)
+def test_what_is_no_such_file_is_never_replaced_by_one(tmp_path, name, content):
+    (tmp_path / "link.pt").write_bytes(PT)
+    if content is None:
+        (tmp_path / name).mkdir()
+    elif isinstance(content, str):
+        (tmp_path / name).symlink_to(content)
+    else:
+        (tmp_path / name).write_bytes(content)
+    before = snapshot(tmp_path)
+    with (
+        pytest.raises(OpenELMError, match=r"is not a .* file, so --force does not"),
+        staged_file(tmp_path / name, force=True),
+    ):
+        pass
+    assert snapshot(tmp_path) == before
+
+
+def test_a_file_that_comes_while_we_write_is_not_lost(tmp_path):
+    target = tmp_path / "out.pt"
+
+    def write_and_be_overtaken():
+        with staged_file(target) as path:
+            path.write_bytes(PT)
+            target.write_text("a year's work")
+
+    with pytest.raises(OpenELMError, match="exists already"):
+        write_and_be_overtaken()
+    assert target.read_text() == "a year's work"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_file_writer_left_is_gone_after_the_next(tmp_path):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from mlx_openelm.storage.staging import staged_file
+with staged_file(Path(sys.argv[1])) as path:
+    path.write_bytes(b"GG")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    target = tmp_path / "out.gguf"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", code, target], env=environment)
+    assert ran.returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2
+    assert not target.exists()
+    with staged_file(target) as path:
+        assert not path.exists()
+        path.write_bytes(GGUF)
+    assert list(tmp_path.iterdir()) == [target]

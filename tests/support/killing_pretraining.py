@@ -1,0 +1,89 @@
+"""Kills a training before the things it does to the disk, and goes on with it.
+
+A script, for it forks; the parent computes nothing. Python announces each open, rename
+and removal to an audit hook: there the child dies, as by SIGKILL.
+"""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from pretrainings import small_recipe, streamed_data
+
+from converters.pretraining.checkpoints import AVERAGE, LAST, RECIPE
+from converters.pretraining.recipe import PretrainRecipe
+from converters.pretraining.run import pretrain
+
+
+def run(recipe: PretrainRecipe, *, resume: bool, steps: int | None = None) -> bool:
+    """Train in a child, which dies before its deed of that number; was there one?"""
+    child = os.fork()
+    if child == 0:
+        left = steps
+
+        def die_in_time(event: str, args: tuple) -> None:
+            nonlocal left
+            if left is None or event not in ("open", "os.rename", "os.remove"):
+                return
+            writes = event != "open" or any(m in str(args[1]) for m in "wa+x")
+            if writes and str(args[0]).startswith(recipe.output):
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        code = 1
+        try:
+            sys.addaudithook(die_in_time)
+            pretrain(recipe, resume=resume)
+            code = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL), status
+    return status != 0
+
+
+def curve(recipe: PretrainRecipe) -> list[tuple]:
+    """Every step's numbers that do not depend on the clock, and every score."""
+    lines = (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()
+    return [
+        (r["event"], r["step"], r.get("loss"), r.get("bits_per_byte"), r.get("tokens"))
+        for r in map(json.loads, lines)
+        if r["event"] in ("trained", "evaluated")
+    ]
+
+
+def main(folder: Path, every: int) -> None:
+    torch.set_num_threads(1)
+    recipe = replace(
+        small_recipe(folder), steps=5, save_every=2, eval_every=2, report_every=2
+    )
+    recipe = replace(recipe, data=streamed_data(folder), keep_last=2)
+    heldout = (str(folder / "heldout.txt"),)
+    recipe = replace(recipe, data=replace(recipe.data, heldout=heldout))
+    whole = replace(recipe, output=str(folder / "whole"))
+    assert not run(whole, resume=False)
+    expected = torch.load(Path(whole.output) / AVERAGE, weights_only=True)
+    deaths = 0
+    while True:
+        killed = replace(recipe, output=str(folder / f"killed-{deaths}"))
+        if not run(killed, resume=False, steps=deaths * every):
+            break
+        output = Path(killed.output)
+        begun = (output / RECIPE).exists() or (output / LAST).exists()
+        assert not run(killed, resume=begun)
+        found = torch.load(output / AVERAGE, weights_only=True)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert curve(killed) == curve(whole), (curve(killed), curve(whole))
+        assert not list(output.glob(".*.part")), list(output.glob(".*.part"))
+        deaths += 1
+    print(deaths)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

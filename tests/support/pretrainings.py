@@ -1,0 +1,134 @@
+"""Small pre-training runs that several tests make."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from models import TEXT
+from places import ROOT
+
+from converters.pretraining.recipe import (
+    DataRecipe,
+    ModelRecipe,
+    OptimizerRecipe,
+    PretrainRecipe,
+    TokenizerRecipe,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For models as small as these; a test module imports it."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small_recipe(folder: Path) -> PretrainRecipe:
+    """Twelve steps on packed text, with files for it in `folder`."""
+    (folder / "train.txt").write_text(TEXT * 2)
+    (folder / "heldout.txt").write_text(TEXT[:600])
+    return PretrainRecipe(
+        model=ModelRecipe(
+            num_layers=2,
+            model_dim=32,
+            head_dim=16,
+            num_gqa_groups=1,
+            ffn_dim_divisor=16,
+            max_context_length=32,
+        ),
+        data=DataRecipe(
+            train=(str(folder / "train.txt"),),
+            heldout=(str(folder / "heldout.txt"),),
+            packing=True,
+        ),
+        tokenizer=TokenizerRecipe(vocab_size=300),
+        optimizer=OptimizerRecipe(learning_rate=5e-3, warmup_steps=4),
+        output=str(folder / "run"),
+        steps=12,
+        batch_size=4,
+        report_every=1,
+        eval_every=6,
+        save_every=4,
+        eval_window=16,
+        average_last=2,
+    )
+
+
+def streamed_data(folder: Path, documents: int = 40) -> DataRecipe:
+    """Documents of different length, streamed, one to a padded sequence."""
+    path = folder / "train.jsonl"
+    lines = (
+        json.dumps({"text": f"{number} {TEXT[: 40 + 7 * number % 90]}"})
+        for number in range(documents)
+    )
+    path.write_text("\n".join(lines))
+    return DataRecipe(
+        train=(str(path),), min_tokens=1, min_characters=1, shuffle_block=8
+    )
+
+
+def read_metrics(output: str | Path, event: str = "trained") -> list[dict]:
+    lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
+    return [record for x in lines if (record := json.loads(x))["event"] == event]
+
+
+def read_losses(output: str | Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(output)]
+
+
+def start_ranks(folder: Path, jobs: list[dict], count: int = 2) -> list:
+    """Start processes that do these jobs one after the other; see ranks.py."""
+    path = folder / "jobs.json"
+    with contextlib.ExitStack() as free:  # each job meets at a port of its own
+        for each in jobs:
+            opened = free.enter_context(socket.socket())
+            opened.bind(("127.0.0.1", 0))
+            each["port"] = opened.getsockname()[1]
+    path.write_text(json.dumps(jobs))
+    shared = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": str(count),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/support/ranks.py"), str(path)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def run_ranks(folder: Path, jobs: list[dict], count: int = 2) -> list[list[str]]:
+    """Do the jobs; return what each process was told at the end of each job."""
+    processes = start_ranks(folder, jobs, count)
+    try:
+        said = []
+        for process in processes:
+            out, err = process.communicate(timeout=200)
+            assert process.returncode == 0, err
+            said.append(out.splitlines())
+        return said
+    finally:
+        for process in processes:
+            with process:  # waits for it
+                process.kill()
+
+
+def job(recipe: PretrainRecipe, *, resume: bool = False, **files: str) -> dict:
+    """One run for ranks.py; `rankN="..."`: what data.train is in that process."""
+    return {"recipe": asdict(recipe), "resume": resume, "files": files}

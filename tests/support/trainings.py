@@ -1,0 +1,127 @@
+"""Small training runs that tests step through by hand."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from models import UNEVEN, build, small_tokenizer
+
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.finetuning.distributed import World
+from mlx_openelm.finetuning.plan import Order
+from mlx_openelm.finetuning.preparation import make_trainable
+from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.samples import Pair, Sample
+from mlx_openelm.finetuning.trainer import Training, lengths_of
+from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.signals import Stop
+
+UNTIED = replace(UNEVEN, share_input_output_layers=False)
+LENGTHS = (5, 33, 12, 20, 9, 41, 17, 28, 3, 50, 11, 24)
+
+
+def make_recipe(**options: Any) -> FinetuneRecipe:
+    """A recipe whose gradients are clipped, without a schedule."""
+    known = {
+        "rank": 4,
+        "iters": 3,
+        "batch_size": 3,
+        "grad_accumulation_steps": 2,
+        "learning_rate": 3e-4,
+        "final_learning_rate": 3e-5,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "clip_norm": 0.5,
+        "max_seq_length": 64,
+    }
+    return FinetuneRecipe(data="none", **{**known, **options})
+
+
+def make_samples(
+    lengths: Sequence[int] = LENGTHS, vocab_size: int = 300, seed: int = 0
+) -> list[Sample]:
+    """Samples of random tokens, each with a prompt that does not count."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for i, length in enumerate(lengths):
+        counts = np.arange(length) >= max(1, length // 3)
+        counts[-1] = i % 4 != 3 or length < 4  # some end with what does not count
+        tokens = rng.integers(3, vocab_size, length).astype(np.int32)
+        samples.append(Sample(tokens, counts, f"train.jsonl:{i + 1}"))
+    return samples
+
+
+def make_pairs(number: int = 6) -> list[Pair]:
+    """Pairs that share their prompt, with answers of different lengths."""
+    rng = np.random.default_rng(2)
+    pairs = []
+    for i in range(number):
+        prompt = rng.integers(3, 300, 3 + i)
+        answers = []
+        for length in (4 + 2 * i, 9 + (5 * i) % 7):
+            tokens = np.concatenate([prompt, rng.integers(3, 300, length)])
+            counts = np.arange(len(tokens)) >= len(prompt)
+            answers.append(Sample(tokens.astype(np.int32), counts, f"train.jsonl:{i}"))
+        pairs.append(Pair(*answers, f"train.jsonl:{i}"))
+    return pairs
+
+
+def make_model(
+    recipe: FinetuneRecipe, config: OpenELMConfig = UNEVEN, *, stir: bool = True
+) -> OpenELM:
+    """A model with an adapter; with `stir`, one that has learnt something already."""
+    model = build(config)
+    make_trainable(model, recipe)
+    if stir and recipe.fine_tune_type != "full":
+        rng = np.random.default_rng(1)
+        for module in model.modules():
+            for name in {"lora_b", "m"} & set(module):
+                array = np.array(module[name])
+                noise = 0.05 * rng.standard_normal(array.shape, dtype=np.float32)
+                module[name] = mx.array(array + noise)
+    return model
+
+
+def make_training(
+    recipe: FinetuneRecipe,
+    samples: Sequence[Sample] | Sequence[Pair],
+    model: OpenELM | None = None,
+    folder: Path = Path("none"),
+) -> Training:
+    return Training(
+        model or make_model(recipe),
+        small_tokenizer(),
+        recipe,
+        Order(lengths_of(samples), recipe),
+        samples,
+        [],
+        [],
+        folder,
+        {},
+        world=World(0, 1),
+        sampling=Sampling(),
+        on_event=lambda event: None,
+    )
+
+
+def step(training: Training) -> dict[str, np.ndarray]:
+    """Make one update; return the clipped gradients that the optimizer got."""
+    from mlx_openelm.finetuning.trainer import flatten
+
+    caught: dict[str, np.ndarray] = {}
+    update = training.optimizer.update
+
+    def watch(model: OpenELM, gradients: Any) -> None:
+        caught.update({n: np.array(g) for n, g in flatten(gradients).items()})
+        update(model, gradients)
+
+    training.optimizer.update = watch
+    try:
+        training._update(Stop())
+    finally:
+        training.optimizer.update = update
+    return caught

@@ -1,0 +1,273 @@
+"""A SentencePiece model and its tokenizer.json give the same ids, both ways."""
+
+import io
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from places import ROOT
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.tokenizer_finder import PROBES, prove_tokenizer, read_tokenizer
+from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.text.tokenizer_json import describe, rebuild
+
+SHARED = ROOT.parent / "shared" / "data"
+LLAMA = SHARED / "llama-tokenizer" / "tokenizer.model"
+STORIES = SHARED / "stories" / "text"
+SIZE = 600  # pieces of the small tokenizer
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def train(**options: Any) -> Tokenizer:
+    """Train a small tokenizer on made-up prose; `options` go over Llama's settings."""
+    rng = random.Random(0)
+    parts = ["the", "a", "on", "er", "ing", "st", "ré", "日本", "aba", "bab", "12", "-"]
+    words = ["".join(rng.choices(parts, k=rng.randint(1, 4))) for _ in range(300)]
+    lines = [
+        rng.choice(["", " ", "    ", "        "])
+        + rng.choice([" ", " ", "  "]).join(rng.choices(words, k=8))
+        for _ in range(300)
+    ]
+    written = io.BytesIO()
+    settings_of_llama: dict[str, Any] = {
+        "model_type": "bpe",
+        "vocab_size": SIZE,
+        "character_coverage": 0.9999,
+        "byte_fallback": True,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "pad_id": -1,
+        "num_threads": 1,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=written,
+        **settings_of_llama | options,
+    )
+    return Tokenizer(written.getvalue())
+
+
+def read_llama() -> Tokenizer:
+    if not LLAMA.is_file():
+        pytest.skip(f"needs Llama 2's tokenizer at {LLAMA}")
+    return Tokenizer.from_file(LLAMA)
+
+
+@pytest.fixture(scope="module")
+def small() -> Tokenizer:
+    return train()
+
+
+@pytest.fixture(scope="module", params=[train, read_llama], ids=["small", "llama"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    found: Tokenizer = request.param()
+    return found
+
+
+@pytest.fixture(scope="module")
+def described(tokenizer: Tokenizer) -> str:
+    return json.dumps(describe(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def fast(described: str) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer.from_str(described)
+
+
+@pytest.fixture(scope="module")
+def rebuilt(described: str) -> Tokenizer:
+    return rebuild(json.loads(described))
+
+
+def pieces_of(proto: bytes) -> Any:
+    """Parse a model with SentencePiece's own reader, as an oracle beside ours."""
+    pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    return pb2.ModelProto.FromString(proto)
+
+
+def edited(tokenizer: Tokenizer, folder: Path, edit: Edit) -> Path:
+    """Write the tokenizer.json, changed by `edit`, alone into a folder."""
+    found = json.loads(json.dumps(describe(tokenizer)))
+    edit(found)
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(found))
+    return file
+
+
+_snippets = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")),
+    st.text("ab the\n", max_size=30),
+    st.integers(1, 40).map(" ".__mul__),
+    st.sampled_from(["the", "aba", "bab", "日本", " string", "12", "\t", "<", ">"]),
+)
+texts = (
+    st.lists(_snippets, max_size=8)
+    .map("".join)
+    .filter(lambda text: not any(x in text for x in ("<s>", "</s>", "<unk>")))
+)
+
+
+# One tokenizer, described twice --------------------------------------------------
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example("")
+@example(" ")
+@example("  x")
+@given(texts)
+def test_any_text_has_the_same_ids_in_both_files(
+    tokenizer: Tokenizer, fast: HuggingFaceTokenizer, rebuilt: Tokenizer, text: str
+) -> None:
+    ids = tokenizer.encode(text)
+    assert fast.encode(text).ids == ids
+    assert rebuilt.encode(text) == ids
+    assert fast.decode(ids) == tokenizer.decode(ids) == rebuilt.decode(ids) == text
+
+
+def test_spaces_in_any_number_have_the_same_ids(
+    tokenizer: Tokenizer, fast: HuggingFaceTokenizer, rebuilt: Tokenizer
+) -> None:
+    # Llama's space pieces all score alike, so the order of ties decides.
+    for before in ("", "x", ".", "\n", "日"):
+        for after in ("", "x", "."):
+            for n in range(70):
+                text = before + " " * n + after
+                ids = tokenizer.encode(text)
+                assert fast.encode(text).ids == ids == rebuilt.encode(text), repr(text)
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"needs the stories at {STORIES}")
+def test_stories_have_the_same_ids(
+    tokenizer: Tokenizer, fast: HuggingFaceTokenizer, rebuilt: Tokenizer
+) -> None:
+    for file in sorted(STORIES.glob("*.txt"))[:40:8]:
+        text = file.read_text(encoding="utf-8")[:100_000]
+        ids = tokenizer.encode(text)
+        assert fast.encode(text).ids == ids, file.name
+        assert rebuilt.encode(text) == ids, file.name
+
+
+def test_rebuilt_model_says_what_the_original_says(
+    tokenizer: Tokenizer, rebuilt: Tokenizer
+) -> None:
+    ours, theirs = pieces_of(rebuilt.model_proto), pieces_of(tokenizer.model_proto)
+    assert [(p.piece, p.type) for p in ours.pieces] == [
+        (p.piece, p.type) for p in theirs.pieces
+    ]
+    for spec, names in {
+        "trainer_spec": "model_type vocab_size byte_fallback "
+        "unk_id bos_id eos_id pad_id unk_piece bos_piece eos_piece "
+        "treat_whitespace_as_suffix",
+        "normalizer_spec": "precompiled_charsmap add_dummy_prefix "
+        "remove_extra_whitespaces escape_whitespaces",
+    }.items():
+        for name in names.split():
+            values = [getattr(getattr(m, spec), name) for m in (ours, theirs)]
+            assert values[0] == values[1], name
+
+
+def test_literal_special_tokens_are_text_in_a_rebuilt_model(
+    tokenizer: Tokenizer, rebuilt: Tokenizer
+) -> None:
+    for text in ("<s>", "a</s>b", "<unk><0x0A>"):
+        assert rebuilt.encode(text) == tokenizer.encode(text)
+
+
+# SentencePiece -> tokenizer.json -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"model_type": "unigram", "vocab_size": 380}, "not BPE"),
+        ({"byte_fallback": False, "vocab_size": 300}, "byte fallback"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text .nmt_nfkc"),
+        ({"add_dummy_prefix": False}, "no dummy space"),
+        ({"remove_extra_whitespaces": True}, "extra white space"),
+        ({"treat_whitespace_as_suffix": True}, "behind words"),
+        ({"user_defined_symbols": ["<tag>"]}, "<tag>"),
+    ],
+)
+def test_what_tokenizer_json_cannot_express_is_refused(
+    options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(OpenELMError, match=said):
+        describe(train(**options))
+
+
+# tokenizer.json -> SentencePiece -------------------------------------------------
+
+
+def _join_merges(found: dict[str, Any]) -> None:
+    found["model"]["merges"] = [" ".join(pair) for pair in found["model"]["merges"]]
+
+
+def _use_metaspace(found: dict[str, Any]) -> None:
+    found["normalizer"] = None
+    found["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "\u2581",
+        "prepend_scheme": "first",
+        "split": False,
+    }
+
+
+def _add(found: dict[str, Any], text: str) -> None:
+    found["added_tokens"].append({"id": SIZE, "content": text, "special": True})
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        pytest.param(_join_merges, id="merges as older files spell them"),
+        pytest.param(_use_metaspace, id="spaces as transformers 5 handles them"),
+        pytest.param(lambda found: _add(found, "[PAD]"), id="a padding token behind"),
+    ],
+)
+def test_other_spellings_of_tokenizer_json_are_read(
+    small: Tokenizer, tmp_path: Path, edit: Edit
+) -> None:
+    found = read_tokenizer(edited(small, tmp_path, edit), template="instruct")
+    assert found.template == "instruct"
+    prove_tokenizer(found, SIZE)
+    for text in PROBES:
+        assert found.encode(text) == small.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda f: f["model"].update(type="Unigram"), "not BPE"),
+        (lambda f: f["model"].update(byte_fallback=False), "byte fallback"),
+        (lambda f: f["model"]["vocab"].update(x=SIZE + 5), "ids are not 0 to"),
+        (lambda f: f.update(normalizer={"type": "NFC"}), "NFC"),
+        (lambda f: f.update(normalizer=None), "one space in front"),
+        (lambda f: f.update(pre_tokenizer={"type": "ByteLevel"}), "ByteLevel"),
+        (lambda f: _add(f, "<|im_start|>"), "im_start"),
+        (lambda f: f["added_tokens"].pop(), "added tokens"),
+        (lambda f: f["model"]["merges"].pop(), "merges"),
+        (lambda f: f["model"]["merges"].append(["x"]), "laid out|Cannot read"),
+        (lambda f: f["model"].pop("vocab"), "laid out"),
+        (lambda f: f["model"].update(vocab=[["a", 0.0]]), "laid out"),
+        (dict.clear, "laid out"),
+    ],
+)
+def test_a_tokenizer_json_of_another_kind_is_refused(
+    small: Tokenizer, tmp_path: Path, edit: Edit, said: str
+) -> None:
+    file = edited(small, tmp_path, edit)
+    with pytest.raises(OpenELMError, match=said) as refusal:
+        read_tokenizer(file)
+    assert str(file) in str(refusal.value)
