@@ -227,7 +227,7 @@ def _take_away(part: str) -> None:
 
     from mlx_openelm.finetuning import losses as objective
     from mlx_openelm.finetuning import trainer as training
-    from mlx_openelm.model import openelm as model_room
+    from mlx_openelm.model import openelm, token_layout
     from mlx_openelm.model.likelihood import token_losses
     from mlx_openelm.model.lora import adapted_weight
 
@@ -244,8 +244,8 @@ def _take_away(part: str) -> None:
             hidden = hidden.reshape(-1, hidden.shape[-1])
         else:
             tokens = mx.array(batch.tokens)[None]
-            row = model_room.Sequences(batch.lengths)
-            hidden = model.transformer(tokens, row=row)[0]
+            layout = token_layout.Sequences(batch.lengths)
+            hidden = model.transformer(tokens, layout=layout)[0]
         at, targets = mx.array(positions), mx.array(batch.targets)
         if part in ("masking", "all"):  # logits and loss at every position
             every = mx.zeros(len(hidden), targets.dtype)
@@ -262,8 +262,8 @@ def _take_away(part: str) -> None:
     if part:
         objective.batch_losses = training.batch_losses = losses
     if part in ("kernels", "all"):
-        model_room.swiglu = lambda gate, up: nn.silu(gate) * up
-        model_room.attend = lambda queries, keys, values, mask: (
+        openelm.swiglu = lambda gate, up: nn.silu(gate) * up
+        token_layout.attend = lambda queries, keys, values, mask: (
             mx.fast.scaled_dot_product_attention(
                 queries, keys, values, scale=queries.shape[-1] ** -0.5, mask=mask
             )

@@ -117,9 +117,9 @@ def _run_mlx(source: Source, tokens: npt.NDArray[np.int64]) -> dict[str, Array]:
     )
     x = model.transformer.token_embeddings(mx.array(tokens))
     outputs = {"embedding": x}
-    rotate, mask = from_start(source.config, tokens.shape[1])
+    rotate, layout = from_start(source.config, tokens.shape[1])
     for i, layer in enumerate(model.layers):
-        x = layer(x, rotate, mask)
+        x = layer(x, rotate, layout)
         outputs[f"layer {i}"] = x
     outputs["final norm"] = model.transformer.norm(x)
     outputs["logits"] = model(mx.array(tokens))

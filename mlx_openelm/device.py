@@ -11,9 +11,14 @@ import mlx.core as mx
 from mlx_openelm import openblas
 
 
+def runs_on_gpu() -> bool:
+    """Whether MLX computes on a GPU: Metal's or CUDA's."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
 def runs_on_linux_cpu() -> bool:
     """Whether MLX computes on its Linux CPU back end, quick in float32 only."""
-    return sys.platform == "linux" and mx.default_device().type == mx.DeviceType.cpu
+    return sys.platform == "linux" and not runs_on_gpu()
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
@@ -55,7 +60,7 @@ class Machine:
 def describe_machine() -> Machine:
     """Return what a report of this machine needs."""
     backend = "CPU"
-    if mx.default_device().type == mx.DeviceType.gpu:
+    if runs_on_gpu():
         backend = "Metal" if sys.platform == "darwin" else "CUDA"
     info = mx.device_info()
     name = str(info.get("device_name", platform.processor() or platform.machine()))

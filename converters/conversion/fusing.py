@@ -237,10 +237,10 @@ def prove_fused(
         _Model(config, read),
     )
     hidden = [model.embed(windows) for model in models]
-    rotate, mask = from_start(config, windows.shape[1])
+    rotate, layout = from_start(config, windows.shape[1])
     for layer in range(config.num_transformer_layers):
         for i, model in enumerate(models):
-            hidden[i] = model.block(layer)(hidden[i], rotate, mask)
+            hidden[i] = model.block(layer)(hidden[i], rotate, layout)
             mx.eval(hidden[i])
         on_progress(
             Progress(layer + 1, config.num_transformer_layers, "layers of the proof")

@@ -178,23 +178,23 @@ def measure_prices(
 
     inputs = windows[:, :-1]
     original = embed(read, inputs)  # (N, T, D)
-    rotate, mask = from_start(config, inputs.shape[1])
+    rotate, layout = from_start(config, inputs.shape[1])
     variants = {}
     if EMBEDDING in packings:
         variants[EMBEDDING] = embed(pack, inputs)
     for layer in range(config.num_transformer_layers):
         block = read_block(config, layer, read)
         for name, hidden in variants.items():
-            variants[name] = block(hidden, rotate, mask)
+            variants[name] = block(hidden, rotate, layout)
             mx.eval(variants[name])
         prefix = f"layers.{layer}."
         for name in (n for n in packings if n.startswith(prefix)):
             own = name.removeprefix(prefix)
             block.load_weights([(own, pack(name))], strict=False)
-            variants[name] = block(original, rotate, mask)
+            variants[name] = block(original, rotate, layout)
             mx.eval(variants[name])
             block.load_weights([(own, read(name).astype(mx.float32))], strict=False)
-        original = block(original, rotate, mask)
+        original = block(original, rotate, layout)
         mx.eval(original)
         on_progress(layer + 1, config.num_transformer_layers)
     if HEAD in packings:

@@ -75,10 +75,10 @@ def measure(
     reads = (reference, quantized)
     inputs, targets = windows[:, :-1], windows[:, 1:].reshape(-1)
     hidden = [embed(read, inputs) for read in reads]  # (N, T, D) each
-    rotate, mask = from_start(config, inputs.shape[1])
+    rotate, layout = from_start(config, inputs.shape[1])
     for layer in range(config.num_transformer_layers):
         for i, read in enumerate(reads):
-            hidden[i] = read_block(config, layer, read)(hidden[i], rotate, mask)
+            hidden[i] = read_block(config, layer, read)(hidden[i], rotate, layout)
             mx.eval(hidden[i])
         on_progress(layer + 1, config.num_transformer_layers)
     before, after = (

@@ -17,7 +17,7 @@ from mlx_openelm import openblas
 from mlx_openelm.device import runs_on_linux_cpu
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.prefix_tree import count_common, plant, read_tree
-from mlx_openelm.model.likelihood import CHUNK
+from mlx_openelm.model.chunk_sizes import LOGIT_ROWS
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -227,13 +227,13 @@ def _score_places(
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     scores: list[tuple[float, bool]] = [(0.0, False)] * len(wanted)
     taken = hidden[mx.array(places)]
-    by_chunk = itertools.groupby(order, key=lambda i: rows[wanted[i][0]] // CHUNK)
+    by_chunk = itertools.groupby(order, key=lambda i: rows[wanted[i][0]] // LOGIT_ROWS)
     for chunk, group in by_chunk:
         members = list(group)
-        start = chunk * CHUNK
+        start = chunk * LOGIT_ROWS
         at = mx.array([rows[wanted[i][0]] - start for i in members])
         targets = mx.array([wanted[i][1] for i in members])
-        logits = model.head(taken[start : start + CHUNK]).astype(mx.float32)
+        logits = model.head(taken[start : start + LOGIT_ROWS]).astype(mx.float32)
         log_totals = mx.logsumexp(logits, axis=-1)
         nats = logits[at, targets] - log_totals[at]
         greedy = logits.argmax(axis=-1)[at] == targets

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_openelm.model.kernels import Rotation, attend, rotation_after
-from mlx_openelm.model.openelm import OpenELM, Row
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.model.token_layout import LayerCache, TokenLayout
 
 Span = tuple[int, int]  # places in the row, the second one excluded
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixTree(Row):
+class PrefixTree(TokenLayout):
     """Sequences of tokens in one row.
 
     Attributes:
@@ -47,7 +48,13 @@ class PrefixTree(Row):
         turn = rotation_after(mx.array(self.positions), 1, H, base, dtype)
         return lambda x: turn(x.swapaxes(0, 1)).swapaxes(0, 2)  # (1, heads, N, H)
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: LayerCache | None,
+    ) -> mx.array:
         ends = [spans[-1][1] for spans in self.segments]
         parts = [
             attend(own, _pick(keys, spans), _pick(values, spans), "causal")
@@ -110,7 +117,7 @@ def _join(spans: tuple[Span, ...], own: Span) -> tuple[Span, ...]:
 
 def read_tree(model: OpenELM, tree: PrefixTree) -> mx.array:
     """Return the normed hidden states of the row's tokens, (N, D)."""
-    return model.transformer(mx.array([tree.tokens]), row=tree)[0]
+    return model.transformer(mx.array([tree.tokens]), layout=tree)[0]
 
 
 def _pick(x: mx.array, spans: Sequence[Span]) -> mx.array:

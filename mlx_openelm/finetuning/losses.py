@@ -7,7 +7,8 @@ import mlx.core as mx
 from mlx_openelm.finetuning.batches import Batch
 from mlx_openelm.model.likelihood import token_losses
 from mlx_openelm.model.lora import adapted_weight
-from mlx_openelm.model.openelm import OpenELM, Sequences
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.model.token_layout import Sequences
 
 
 def batch_losses(
@@ -19,7 +20,7 @@ def batch_losses(
     Nothing is computed at the output head for positions that do not count.
     """
     tokens = mx.array(batch.tokens)[None]  # (1, N)
-    hidden = model.transformer(tokens, row=Sequences(batch.lengths))[0]  # (N, D)
+    hidden = model.transformer(tokens, layout=Sequences(batch.lengths))[0]  # (N, D)
     rows = hidden[mx.array(batch.positions)]  # (M, D)
     head = adapted_weight(model.head_module)  # (V, D)
     targets = mx.array(batch.targets)

@@ -16,8 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_openelm.finetuning.batches import plan_epoch, share_out
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.trainable import trained_tensors
-from mlx_openelm.model.kernels import QUERIES
-from mlx_openelm.model.likelihood import chunk_rows
+from mlx_openelm.model.chunk_sizes import QUERIES, training_logit_rows
 from mlx_openelm.model.openelm import OpenELM
 
 # Copies of the trained weights, in float32, that an optimizer keeps.
@@ -234,7 +233,7 @@ def _loss_bytes(model: OpenELM, recipe: FinetuneRecipe, load: Load) -> int:
     """Logits and their powers, and each counted row with its gradient."""
     V, D, M = model.config.vocab_size, model.config.model_dim, load.counted
     # Three chunks, for MLX begins the next ones while one is computed.
-    logits = min(3 * chunk_rows(V), M) * V * 4
+    logits = min(3 * training_logit_rows(V), M) * V * 4
     head = V * D * 4 * (_compute_size(model) != 4)  # widened to float32
     if recipe.fine_tune_type == "full":  # the head's gradient, from the logits' own
         head += V * D * 4 + logits

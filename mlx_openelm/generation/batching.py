@@ -25,9 +25,9 @@ from mlx_openelm.generation.sampling import (
     shape_logits,
     temper,
 )
-from mlx_openelm.generation.step import suit_threads
 from mlx_openelm.generation.stopping import Answer
 from mlx_openelm.generation.streaming import check_room
+from mlx_openelm.model.kernels import use_decoding_threads
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -201,7 +201,7 @@ class _Rows:
         longest = max(seat.offset for seat in self.seats) + 1
         for layer in self._cache:
             layer.offset, layer.reach = offsets, -(-longest // REACH) * REACH
-        suit_threads(self._model.config)
+        use_decoding_threads(self._model.config)
         hidden = self._model.transformer(self._tokens[:, None], self._cache)
         logits = self._model.head(hidden[:, -1])  # (R, V)
         self._tokens = self._draw(logits)

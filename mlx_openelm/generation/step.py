@@ -6,16 +6,13 @@ and gained little there (benchmarks/decoding.py), so the graph is built anew.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import mlx.core as mx
 
-from mlx_openelm import openblas
-from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.device import runs_on_gpu
 from mlx_openelm.generation.cache import KVCache, ModelCache
+from mlx_openelm.model.kernels import use_decoding_threads
 from mlx_openelm.model.openelm import OpenELM
-
-SMALL = 5 * 10**7  # parameters: so few are read by one CPU thread as quickly as by two
 
 # Takes a token (1,) and the caches, which get its keys and values; returns logits
 # (1, V).
@@ -24,28 +21,17 @@ Step = Callable[[mx.array, Sequence[ModelCache]], mx.array]
 
 def choose_step(model: OpenELM) -> Step:
     """Return the step that is meant for this machine's device."""
-    on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    return compiled_step(model) if on_gpu else plain_step(model)
+    return compiled_step(model) if runs_on_gpu() else plain_step(model)
 
 
 def plain_step(model: OpenELM) -> Step:
     """Return a step whose graph grows with the text."""
 
     def step(token: mx.array, cache: Sequence[ModelCache]) -> mx.array:
-        suit_threads(model.config)
+        use_decoding_threads(model.config)
         return model.head(model.transformer(token[None], cache)[:, -1])
 
     return step
-
-
-def suit_threads(config: OpenELMConfig) -> None:
-    """Let the CPU compute what follows, a few tokens, on as many threads as pay."""
-    openblas.use_threads(1 if _count_parameters(config) < SMALL else None)
-
-
-@cache
-def _count_parameters(config: OpenELMConfig) -> int:
-    return config.num_parameters
 
 
 def compiled_step(model: OpenELM) -> Step:
@@ -69,7 +55,7 @@ def compiled_step(model: OpenELM) -> Step:
     plain = plain_step(model)
 
     def step(token: mx.array, cache: Sequence[ModelCache]) -> mx.array:
-        suit_threads(model.config)
+        use_decoding_threads(model.config)
         layers = [layer for layer in cache if type(layer) is KVCache]
         if len(layers) < len(cache):
             return plain(token, cache)

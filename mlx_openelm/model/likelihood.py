@@ -3,14 +3,13 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_openelm.model.kernels import LOG2_E
+from mlx_openelm.model.chunk_sizes import LOGIT_ROWS, training_logit_rows
+from mlx_openelm.model.kernels import softmax_parts
 from mlx_openelm.model.openelm import OpenELM
-
-CHUNK = 512  # positions whose logits exist at a time: 65 MB for 32000 pieces
 
 
 def log_likelihoods(
-    model: OpenELM, inputs: mx.array, targets: mx.array, *, chunk: int = CHUNK
+    model: OpenELM, inputs: mx.array, targets: mx.array, *, chunk: int = LOGIT_ROWS
 ) -> mx.array:
     """Return log p(target | inputs so far), float32 (B, T), in nats.
 
@@ -28,11 +27,6 @@ def log_likelihoods(
         mx.eval(part)  # so that this chunk's logits are gone before the next ones come
         parts.append(part)
     return mx.concatenate(parts).reshape(B, T)
-
-
-def chunk_rows(vocab_size: int) -> int:
-    """Return how many positions' logits exist at a time in training: about 16 MB."""
-    return max(CHUNK * 8000 // vocab_size, 64)
 
 
 def token_losses(
@@ -55,7 +49,7 @@ def token_losses(
         targets: (M,), the token that stands next.
         gradient: off, nothing is computed for it.
     """
-    chunk = chunk_rows(head.shape[0])
+    chunk = training_logit_rows(head.shape[0])
     starts = range(0, rows.shape[0], chunk)
     parts = [slice(start, start + chunk) for start in starts]
     rows, head = rows.astype(mx.float32), head.astype(mx.float32)
@@ -67,7 +61,7 @@ def token_losses(
             own = rows[part]
             if found:  # a chunk waits for the one before
                 own = mx.depends(own, (pulls if gradient else found)[-1])
-            powers, total, log_total = _weigh(own, head)
+            powers, total, log_total = softmax_parts(own, head)
             wanted = head[targets[part]]
             loss = log_total - (own * wanted).sum(axis=-1)
             found.append(loss + z_loss * mx.square(log_total))
@@ -89,23 +83,10 @@ def token_losses(
         for_head = mx.zeros_like(head)
         for part in parts:
             own = mx.depends(rows[part], for_head)
-            powers, total, log_total = _weigh(own, head)
+            powers, total, log_total = softmax_parts(own, head)
             pull = weights[part] * (1 + 2 * z_loss * log_total)[:, None] / total
             for_head = for_head + powers.T @ (pull * own)
         return weights * outputs[1], for_head.at[targets].add(-weights * rows)
 
     found: mx.array = losses(rows, head)[0]  # type: ignore[index] # untyped
     return found
-
-
-def _weigh(rows: mx.array, head: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Return exp(logit - largest) (M, V), its sum (M, 1), and log Z (M,).
-
-    In powers of two: exp costs three times as much on the CPU.
-    """
-    logits = (rows * LOG2_E) @ head.T  # (M, V)
-    largest = logits.max(axis=-1, keepdims=True)
-    powers = mx.power(2.0, logits - largest)
-    total = powers.sum(axis=-1, keepdims=True)
-    log_total = (largest + mx.log2(total))[:, 0] / LOG2_E
-    return powers, total, log_total

@@ -12,7 +12,7 @@ from places import ROOT
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.bench import selfcheck as benchmark
 from mlx_openelm.bench.selfcheck import GOLDEN, PROMPT, check_machine
-from mlx_openelm.model import openelm
+from mlx_openelm.model import openelm, token_layout
 
 
 def test_this_machine_passes():
@@ -38,9 +38,9 @@ def test_a_wrong_activation_is_found(monkeypatch):
 
 
 def test_a_wrong_cache_is_found(monkeypatch):
-    original = openelm.rotation_after
+    original = token_layout.rotation_after
     monkeypatch.setattr(
-        openelm, "rotation_after", lambda offset, *given: original(0, *given)
+        token_layout, "rotation_after", lambda offset, *given: original(0, *given)
     )
     assert "cached against uncached, logits" in failed(check_machine())
 

@@ -120,7 +120,7 @@ def test_bfloat16_is_rotated_as_ever_and_weighed_in_float32():
 
 
 def test_logits_exist_for_some_places_at_a_time(monkeypatch):
-    monkeypatch.setattr("mlx_openelm.evaluation.loglikelihood.CHUNK", 7)
+    monkeypatch.setattr("mlx_openelm.evaluation.loglikelihood.LOGIT_ROWS", 7)
     stems = [(1, 40, n) for n in range(50, 56)]
     assert_right(model, [Request(s, (7, 8, 9, n)) for s in stems for n in (4, 5)])
 

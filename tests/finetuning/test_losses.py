@@ -25,10 +25,11 @@ from mlx_openelm.finetuning.losses import (
 )
 from mlx_openelm.finetuning.trainable import use_dropout
 from mlx_openelm.model import likelihood
-from mlx_openelm.model.kernels import QUERIES, attend, swiglu
+from mlx_openelm.model.chunk_sizes import QUERIES
+from mlx_openelm.model.kernels import attend, swiglu
 from mlx_openelm.model.likelihood import token_losses
 from mlx_openelm.model.lora import DoRALinear, LoRALinear
-from mlx_openelm.model.openelm import Sequences
+from mlx_openelm.model.token_layout import Sequences
 
 DEEP = replace(
     UNEVEN,
@@ -62,7 +63,7 @@ def plain_losses(rows, head, targets, z_loss):
 @pytest.mark.parametrize("M", [1, 106, 107, 250])
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 def test_losses_and_their_gradients_are_cross_entropys(monkeypatch, M, z_loss):
-    monkeypatch.setattr(likelihood, "chunk_rows", lambda vocab_size: 106)
+    monkeypatch.setattr(likelihood, "training_logit_rows", lambda vocab_size: 106)
     rows, head = normal(M, 24), normal(300, 24, seed=1)
     targets = mx.array(np.random.default_rng(2).integers(0, 300, M))
     weights = normal(M, seed=3)
@@ -142,7 +143,7 @@ def test_packed_sequences_give_their_own_logits_and_nothing_crosses():
 
     def logits(parts):
         row = mx.array(np.concatenate(parts))[None]
-        hidden = model.transformer(row, row=Sequences(tuple(map(len, parts))))
+        hidden = model.transformer(row, layout=Sequences(tuple(map(len, parts))))
         return np.split(np.array(model.head(hidden)[0]), np.cumsum(lengths)[:-1])
 
     found = logits(parts)

@@ -372,7 +372,7 @@ def test_a_stopped_answer_loses_no_prompt(file):
 WRITER = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 from test_prompt_cache import PROMPT, answer
 print("ready", flush=True)
 turn = 0
@@ -385,7 +385,8 @@ while True:
 
 
 def test_two_processes_at_one_file_read_no_torn_one(kept):
-    command = [sys.executable, "-c", WRITER, str(kept), str(SUPPORT)]
+    command = [sys.executable, "-c", WRITER, str(kept)]
+    command += [str(SUPPORT), str(Path(__file__).parent)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
         try:
             assert writer.stdout.readline() == b"ready\n"

@@ -12,8 +12,9 @@ import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.bench.selfcheck import made_weight
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.generation.cache import KVCache
-from mlx_openelm.model import openelm
-from mlx_openelm.model.openelm import OpenELM, Sequences
+from mlx_openelm.model import head_norm, openelm, token_layout
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.model.token_layout import Sequences
 from mlx_openelm.tensor_names import to_folder
 
 LIMIT = 1e-4
@@ -35,23 +36,23 @@ def test_apples_answers_of_gpt_test():
 
 
 def swap_queries_and_keys(monkeypatch):
-    original = openelm.attend
+    original = token_layout.attend
 
     def swapped(queries, keys, values, mask):
         groups = queries.shape[1] // keys.shape[1]
         asked = mx.repeat(keys, groups, axis=1)
         return original(asked, queries, mx.repeat(values, groups, axis=1), mask)
 
-    monkeypatch.setattr(openelm, "attend", swapped)
+    monkeypatch.setattr(token_layout, "attend", swapped)
 
 
 def drop_the_qk_norm(monkeypatch):
-    original = openelm.normalize
+    original = head_norm.normalize
 
     def only_wide(x, weight, eps):
         return x if weight.ndim == 2 else original(x, weight, eps)
 
-    monkeypatch.setattr(openelm, "normalize", only_wide)
+    monkeypatch.setattr(head_norm, "normalize", only_wide)
 
 
 def interleave_rope(monkeypatch):
@@ -59,12 +60,12 @@ def interleave_rope(monkeypatch):
         rope = nn.RoPE(H, traditional=True, base=base)
         return lambda x: rope(x.swapaxes(1, 2), offset=offset)
 
-    monkeypatch.setattr(openelm, "rotation_after", interleaved)
+    monkeypatch.setattr(token_layout, "rotation_after", interleaved)
 
 
 def forget_rope(monkeypatch):
     plain = lambda *given: lambda x: x.swapaxes(1, 2)  # noqa: E731
-    monkeypatch.setattr(openelm, "rotation_after", plain)
+    monkeypatch.setattr(token_layout, "rotation_after", plain)
 
 
 def swap_gate_and_up(monkeypatch):
@@ -177,10 +178,10 @@ def test_sequences_are_trained_in_the_models_own_dtype(lengths):
 
     def loss(weight):
         half.layers[0].attn.qkv_proj.weight = weight
-        return half.transformer(tokens, row=Sequences(lengths)).sum()
+        return half.transformer(tokens, layout=Sequences(lengths)).sum()
 
     weight = half.layers[0].attn.qkv_proj.weight
-    assert half.transformer(tokens, row=Sequences(lengths)).dtype == mx.bfloat16
+    assert half.transformer(tokens, layout=Sequences(lengths)).dtype == mx.bfloat16
     assert mx.grad(loss)(weight).dtype == mx.bfloat16
 
 

@@ -6,8 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_map
-from models import small_tokenizer, weights_of, write_hugging_face, write_pt
-from test_conversion import EVEN
+from models import EVEN, small_tokenizer, weights_of, write_hugging_face, write_pt
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from converters.conversion.run import convert

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from commands import call
 from mlx.utils import tree_flatten
-from models import build, small_tokenizer, weights_of, write_hugging_face
-from test_conversion import EVEN
+from models import EVEN, build, small_tokenizer, weights_of, write_hugging_face
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.errors import OpenELMError

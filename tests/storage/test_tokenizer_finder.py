@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from hub_server import Hub, connect, serve
-from test_tokenizer_json import LLAMA, SIZE, edited, pieces_of, read_llama, train
+from sentencepieces import LLAMA, SIZE, edited, pieces_of, read_llama, train
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage import tokenizer_finder

@@ -37,6 +37,7 @@ UNEVEN = OpenELMConfig(  # no two layers alike, groups of different size
     vocab_size=300,
     max_context_length=64,
 )
+EVEN = replace(UNEVEN, head_dim=32, ffn_dims=(64, 128, 192))  # groups of 64
 
 SCALED = OpenELMConfig(  # as the published ones are; groups of 64 divide its rows
     model_dim=64,

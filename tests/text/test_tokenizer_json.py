@@ -1,17 +1,14 @@
 """A SentencePiece model and its tokenizer.json give the same ids, both ways."""
 
-import io
 import json
-import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from places import ROOT
+from sentencepieces import SIZE, Edit, edited, pieces_of, read_llama, train
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from mlx_openelm.errors import OpenELMError
@@ -20,49 +17,7 @@ from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.text.tokenizer_json import describe, rebuild
 
 SHARED = ROOT.parent / "shared" / "data"
-LLAMA = SHARED / "llama-tokenizer" / "tokenizer.model"
 STORIES = SHARED / "stories" / "text"
-SIZE = 600  # pieces of the small tokenizer
-
-Edit = Callable[[dict[str, Any]], object]
-
-
-def train(**options: Any) -> Tokenizer:
-    """Train a small tokenizer on made-up prose; `options` go over Llama's settings."""
-    rng = random.Random(0)
-    parts = ["the", "a", "on", "er", "ing", "st", "ré", "日本", "aba", "bab", "12", "-"]
-    words = ["".join(rng.choices(parts, k=rng.randint(1, 4))) for _ in range(300)]
-    lines = [
-        rng.choice(["", " ", "    ", "        "])
-        + rng.choice([" ", " ", "  "]).join(rng.choices(words, k=8))
-        for _ in range(300)
-    ]
-    written = io.BytesIO()
-    settings_of_llama: dict[str, Any] = {
-        "model_type": "bpe",
-        "vocab_size": SIZE,
-        "character_coverage": 0.9999,
-        "byte_fallback": True,
-        "split_digits": True,
-        "allow_whitespace_only_pieces": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "pad_id": -1,
-        "num_threads": 1,
-        "minloglevel": 2,
-    }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=written,
-        **settings_of_llama | options,
-    )
-    return Tokenizer(written.getvalue())
-
-
-def read_llama() -> Tokenizer:
-    if not LLAMA.is_file():
-        pytest.skip(f"needs Llama 2's tokenizer at {LLAMA}")
-    return Tokenizer.from_file(LLAMA)
 
 
 @pytest.fixture(scope="module")
@@ -89,21 +44,6 @@ def fast(described: str) -> HuggingFaceTokenizer:
 @pytest.fixture(scope="module")
 def rebuilt(described: str) -> Tokenizer:
     return rebuild(json.loads(described))
-
-
-def pieces_of(proto: bytes) -> Any:
-    """Parse a model with SentencePiece's own reader, as an oracle beside ours."""
-    pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
-    return pb2.ModelProto.FromString(proto)
-
-
-def edited(tokenizer: Tokenizer, folder: Path, edit: Edit) -> Path:
-    """Write the tokenizer.json, changed by `edit`, alone into a folder."""
-    found = json.loads(json.dumps(describe(tokenizer)))
-    edit(found)
-    file = folder / "tokenizer.json"
-    file.write_text(json.dumps(found))
-    return file
 
 
 _snippets = st.one_of(

@@ -50,8 +50,8 @@ from models import (
     write_peft_folder,
     write_pt,
 )
+from pickles import mapping, tensor, zipped
 from places import ROOT
-from test_pt_file import mapping, tensor, zipped
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.storage.shards import INDEX, write_json

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import (
+    EVEN,
     UNEVEN,
     build,
     read_golden,
@@ -30,8 +31,6 @@ from mlx_openelm.storage.model_folder import open_folder
 from mlx_openelm.tensor_names import to_folder
 
 pytest.importorskip("torch", reason="needs PyTorch to write .pt files")
-
-EVEN = replace(UNEVEN, head_dim=32, ffn_dims=(64, 128, 192))  # groups of 64 divide it
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from commands import make_source, refuse
 from models import UNEVEN, make_factors, weights_of, write_mlx_lm_adapter, write_pt
-from test_pt_file import mapping, tensor, zipped
+from pickles import mapping, tensor, zipped
 
 from mlx_openelm.storage.model_folder import INDEX
 

@@ -1,0 +1,41 @@
+"""RMSNorm of all query and key heads in one call."""
+
+import operator
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_openelm.model.kernels import normalize
+
+
+class HeadNorm:
+    """Normalises query and key heads together, each with its own norm's weight.
+
+    The weights of both norms are joined into a row for each head. Decoding, where each
+    operation of a step counts, reuses the joined rows while the norms have the same
+    weights; a longer input, or training, joins them again.
+    """
+
+    def __init__(self) -> None:
+        self._weights: tuple[mx.array, mx.array] | None = None
+        self._joined: mx.array | None = None
+
+    def __call__(
+        self, x: mx.array, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm, num_query_heads: int
+    ) -> mx.array:
+        """Return the normalised heads (B, T, heads, H) of x, query heads first."""
+        T, heads = x.shape[1:3]
+        weights = q_norm.weight, k_norm.weight
+        joined = self._joined if T == 1 and self._are_of(weights) else None
+        if joined is None:
+            counts = num_query_heads, heads - num_query_heads
+            rows = zip(weights, counts, strict=True)
+            joined = mx.concatenate([mx.tile(w, (count, 1)) for w, count in rows])
+            if not q_norm.training:
+                self._weights, self._joined = weights, joined
+        return normalize(x, joined, q_norm.eps)
+
+    def _are_of(self, weights: tuple[mx.array, mx.array]) -> bool:
+        return self._weights is not None and all(
+            map(operator.is_, self._weights, weights)
+        )

@@ -1,0 +1,115 @@
+"""How the tokens of one call form sequences: their positions, and what they attend to.
+
+Letters as in `openelm`.
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlx_openelm.model.kernels import Rotation, attend, rotation_after, rotation_at
+
+
+class LayerCache(Protocol):
+    """What the model needs of one layer's cache; mlx-lm's caches have it, too."""
+
+    @property
+    def offset(self) -> int | mx.array: ...  # tokens held: of all, or of each, (B,)
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]: ...
+
+
+class TokenLayout(ABC):
+    """How the tokens (B, T) of one call form sequences."""
+
+    @abstractmethod
+    def rotation(self, H: int, base: float, dtype: mx.Dtype) -> Rotation:
+        """Return the rotation of each token to its position, for all layers."""
+
+    @abstractmethod
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: LayerCache | None,
+    ) -> mx.array:
+        """Return the attended values (B, Q, T, H).
+
+        Args:
+            queries: (B, Q, T, H); keys and values are (B, K, T, H).
+            cache: takes the new keys and values, where a layout allows one.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation(TokenLayout):
+    """Each row of tokens is one sequence, which follows what a cache holds of it.
+
+    Attributes:
+        num_tokens: T.
+        offset: tokens held, of all sequences, or of each one, (B,).
+        mask: see `kernels.attend`.
+    """
+
+    num_tokens: int
+    offset: int | mx.array = 0
+    mask: mx.array | str | None = "causal"
+
+    @classmethod
+    def after(
+        cls, cache: Sequence[LayerCache] | None, num_tokens: int
+    ) -> "Continuation":
+        """Return the layout of tokens that follow those in the layers' caches."""
+        mask: mx.array | str | None = "causal" if num_tokens > 1 else None
+        if not cache:
+            return cls(num_tokens, 0, mask)
+        if hasattr(cache[0], "make_mask"):  # a sliding window, or rows of their own
+            mask = cache[0].make_mask(num_tokens, return_array=False, window_size=None)
+        return cls(num_tokens, cache[0].offset, mask)
+
+    def rotation(self, H: int, base: float, dtype: mx.Dtype) -> Rotation:
+        return rotation_after(self.offset, self.num_tokens, H, base, dtype)
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: LayerCache | None,
+    ) -> mx.array:
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)  # (B, K, S, H)
+        return attend(queries, keys, values, self.mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences(TokenLayout):
+    """One row holds sequences of any lengths end to end, without padding.
+
+    No sequence attends to another one.
+    """
+
+    lengths: tuple[int, ...]
+
+    def rotation(self, H: int, base: float, dtype: mx.Dtype) -> Rotation:
+        positions = [mx.arange(length) for length in self.lengths]
+        return rotation_at(mx.concatenate(positions), H, base)
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: LayerCache | None,
+    ) -> mx.array:
+        ends = list(itertools.accumulate(self.lengths))[:-1]
+        split = (mx.split(x, ends, axis=2) for x in (queries, keys, values))
+        parts = [attend(q, k, v, "causal") for q, k, v in zip(*split, strict=True)]
+        return mx.concatenate(parts, axis=2)
