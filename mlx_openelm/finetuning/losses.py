@@ -1,7 +1,5 @@
 """What training makes small: the loss of a batch, and its gradient."""
 
-from collections.abc import Sequence
-
 import mlx.core as mx
 
 from mlx_openelm.finetuning.batches import Batch
@@ -56,9 +54,3 @@ def preference_losses(margins: mx.array, kind: str) -> mx.array:
     if kind == "hinge":
         return mx.maximum(1 - margins, 0)
     return mx.logaddexp(mx.zeros_like(margins), -margins)
-
-
-def total_norm(gradients: Sequence[mx.array]) -> mx.array:
-    """Return the length of all gradients together, float32."""
-    squares = [mx.square(g.astype(mx.float32)).sum() for g in gradients]
-    return mx.sqrt(mx.stack(squares).sum())

@@ -1,15 +1,12 @@
-"""The training loop: one for LoRA, DoRA and full, for texts and preferences.
+"""The training loop: one for LoRA, DoRA and full, for every objective.
 
-A step takes its samples from the order of the run, makes gradients share by share, sums
-them over shares and machines, divides by the tokens that counted, clips, and updates.
-What it must not lose stands in `Progress`, and is saved with weights and optimizer.
+A step takes its samples from the order of the run and updates the weights (`Step`).
+`Progress` is saved with weights and optimizer, so that a run can be resumed exactly.
 """
 
 import contextlib
-import hashlib
 import json
 import math
-import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_map_with_path, tree_unflatten
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.adapter_snapshots import (
@@ -30,26 +26,12 @@ from mlx_openelm.finetuning.adapter_snapshots import (
     replace_weights,
     write_average,
 )
-from mlx_openelm.finetuning.batches import Batch, collate, collate_pairs, share_out
-from mlx_openelm.finetuning.distributed import World
-from mlx_openelm.finetuning.losses import (
-    batch_losses,
-    preference_losses,
-    preference_margins,
-    sequence_likelihoods,
-    total_norm,
-)
-from mlx_openelm.finetuning.optimizer import make_optimizer
+from mlx_openelm.finetuning.advice import describe_resume, explain_out_of_memory
+from mlx_openelm.finetuning.batches import share_out
+from mlx_openelm.finetuning.objectives import make_objective
 from mlx_openelm.finetuning.plan import Order
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
-from mlx_openelm.finetuning.samples import Pair, Sample
-from mlx_openelm.finetuning.state import (
-    Progress,
-    State,
-    append_event,
-    load_state,
-    save_state,
-)
+from mlx_openelm.finetuning.samples import Pair, Sample, lengths_of
 from mlx_openelm.finetuning.trainable import (
     adapter_tensors,
     trained_tensors,
@@ -61,8 +43,19 @@ from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.signals import Stop, deferred_signals
 from mlx_openelm.storage.adapter_folder import BEST
 from mlx_openelm.text.tokenizer import Tokenizer
-
-MOST_IN_A_ROW = 3  # batches that are not finite
+from mlx_openelm.training.arrays import digest_arrays, flatten
+from mlx_openelm.training.distributed import World
+from mlx_openelm.training.non_finite import count_skipped, refuse_repeated
+from mlx_openelm.training.objective import Totals
+from mlx_openelm.training.optimizer import make_optimizer
+from mlx_openelm.training.state import (
+    Progress,
+    State,
+    append_event,
+    load_state,
+    save_state,
+)
+from mlx_openelm.training.step import Part, Step
 
 Event = Mapping[str, Any]
 Samples = Sequence[Sample] | Sequence[Pair]
@@ -75,22 +68,6 @@ class Validation:
     loss: float
     tokens: int
     accuracy: float | None = None
-
-
-@dataclass(slots=True)
-class _Sums:
-    """What a step or a validation adds up, over shares and machines."""
-
-    loss: float = 0.0
-    count: int = 0
-    wins: float = 0.0
-    margin: float = 0.0
-
-    def add(self, other: "_Sums") -> None:
-        self.loss += other.loss
-        self.count += other.count
-        self.wins += other.wins
-        self.margin += other.margin
 
 
 class Training:
@@ -121,19 +98,20 @@ class Training:
         self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
         self.order, self.folder, self.world = order, folder, world
         self.progress = Progress()
-        self.optimizer = make_optimizer(model, recipe)
+        self.optimizer = make_optimizer(
+            model, recipe.optimizer, recipe.betas, recipe.eps, recipe.weight_decay
+        )
         self._run, self._sampling, self._on_event = run, sampling, on_event
         self._train, self._valid = train, valid
         self._lengths = lengths_of(train)
-        self._gradient = nn.value_and_grad(model, self._lose)
-        self._window = _Sums()
+        self._window = Totals()
         self._last: dict[str, float] = {}
         self._saved_step = -1
-        self._begun = _digest(trained_tensors(self.model))
-        # What the model thinks of each answer before training is the policy's anchor.
-        self._references: dict[str, tuple[float, float]] = {}
-        if recipe.objective == "dpo":
-            self._refer([*train, *valid, *test])
+        self._initial_digest = digest_arrays(trained_tensors(self.model))
+        self.objective = make_objective(recipe, model, [*train, *valid, *test])
+        self._step = Step(
+            model, self.objective, self.optimizer, world, clip_norm=recipe.clip_norm
+        )
 
     # Going on ------------------------------------------------------------------
 
@@ -166,7 +144,7 @@ class Training:
             self.optimizer.state,
         )
         saved = self.progress
-        self._window = _Sums(
+        self._window = Totals(
             saved.window_loss,
             saved.window_tokens,
             saved.window_wins,
@@ -206,7 +184,7 @@ class Training:
         except (KeyboardInterrupt, SystemExit) as stopped:
             if not getattr(stopped, "__notes__", ()):  # the second one, at once
                 kept = self._describe_kept().capitalize()
-                stopped.add_note(f"{kept} {self._describe_way_on()}")
+                stopped.add_note(f"{kept} {describe_resume(self.folder)}")
             raise
         self._refuse_unchanged()
         self.save(last=True)
@@ -231,26 +209,15 @@ class Training:
             if last or self._ran_out_of_patience():
                 return "done" if last else "patience"
             if world.size > 1 or stop.number is None:
-                with self._out_of_memory_in_one_sentence():
+                with explain_out_of_memory(
+                    progress.step + 1, recipe, self._describe_kept
+                ):
                     stopping = self._update(stop)
                 done = progress.step == steps
                 if progress.step % recipe.steps_per_report == 0 or done:
                     self._report()
             else:
                 stopping = True
-
-    @contextlib.contextmanager
-    def _out_of_memory_in_one_sentence(self) -> Iterator[None]:
-        """Where MLX raises, that is; most back ends end the process."""
-        try:
-            yield
-        except RuntimeError as error:
-            if "alloc" not in str(error) and "emory" not in str(error):
-                raise
-            raise OpenELMError(
-                f"The memory ran out in step {self.progress.step + 1}; "
-                f"{self._describe_kept()} {advise_half_a_batch(self.recipe)}"
-            ) from error
 
     def emit(self, event: Event) -> None:
         """Write an event into the metrics, and show it."""
@@ -264,94 +231,42 @@ class Training:
 
     def _update(self, stop: Stop) -> bool:
         """Make one update; return whether any process was asked to stop."""
-        progress, recipe, world = self.progress, self.recipe, self.world
+        progress, recipe = self.progress, self.recipe
         started = time.perf_counter()
         indices = self.order.batch(progress.step)
-        parts = recipe.grad_accumulation_steps
-        shares = share_out(indices, self._lengths, parts * world.size)
-        sums, gradients, bad = _Sums(), None, list[int]()
-        for part in range(world.rank * parts, (world.rank + 1) * parts):
-            share = shares[part]
-            if not share:
-                continue
-            use_dropout(self.model, recipe.seed, progress.step, part)
-            found, gradient = self._differentiate(share)
-            sums.add(found)
-            if not math.isfinite(found.loss):
-                bad += share
-            gradients = (
-                gradient if gradients is None else tree_map(mx.add, gradients, gradient)
-            )
-            mx.eval(gradients)
-        use_dropout(self.model)
-        if gradients is None:  # fewer samples than processes
-            gradients = tree_map(mx.zeros_like, self.model.trainable_parameters())
-        if world.size > 1:
-            # A mean over processes, in few messages; what is wanted is the sum.
-            gradients = nn.average_gradients(gradients)
-            gradients = tree_map(lambda g: g * world.size, gradients)
-        asked = stop.number is not None
-        figures = [sums.loss, sums.count, sums.wins, sums.margin, asked]
-        heard = np.array(world.sum(mx.array(figures, mx.float32)), np.float64).tolist()
-        sums = _Sums(heard[0], round(heard[1]), heard[2], heard[3])
-        length = total_norm(list(flatten(gradients).values()))
-        norm = _number(length) / max(1, sums.count)
         rate = recipe.rate_at(progress.step, self.order.steps)
+        result = self._step.update(
+            self._parts(indices),
+            learning_rate=rate,
+            stop=lambda: stop.number is not None,
+        )
         progress.step += 1
-        if math.isfinite(sums.loss) and math.isfinite(norm):
-            clipped = (
-                min(1.0, recipe.clip_norm / (norm + 1e-6)) if recipe.clip_norm else 1.0
-            )
-            factor = clipped / sums.count
-            self.optimizer.learning_rate = rate
-            self.optimizer.update(
-                self.model, tree_map(lambda gradient: gradient * factor, gradients)
-            )
-            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        if result.applied:
             progress.skipped_in_row = 0
-            progress.tokens += sums.count
-            self._window.add(sums)
+            progress.tokens += result.totals.count
+            self._window.add(result.totals)
         else:
-            self._skip(bad or list(indices), sums.loss, norm)
-        self._last = {"learning_rate": rate, "grad_norm": norm}
+            skipped = result.non_finite or list(indices)
+            self._skip(skipped, result.totals.loss, result.norm)
+        self._last = {"learning_rate": rate, "grad_norm": result.norm}
         progress.seconds += time.perf_counter() - started
         progress.peak_memory = max(progress.peak_memory, mx.get_peak_memory())
-        return bool(heard[4] > 0)
+        return result.stop
 
-    def _differentiate(self, share: Sequence[int]) -> tuple[_Sums, Any]:
-        chosen: Samples = [self._train[i] for i in share]  # type: ignore[assignment]
-        batch, count, reference = self._collate(chosen)
-        (loss, margins), gradients = self._gradient(batch, reference)
-        mx.eval(loss, margins, gradients)
-        sums = _Sums(_number(loss), count)
-        if self.recipe.objective == "dpo":
-            sums.wins = _number((margins > 0).sum())
-            sums.margin = _number(margins.sum())
-        return sums, gradients
-
-    def _lose(self, batch: Batch, reference: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the sum of the losses, and the margins of pairs."""
-        if self.recipe.objective == "dpo":
-            likelihoods = sequence_likelihoods(self.model, batch)
-            margins = preference_margins(
-                likelihoods, reference, beta=self.recipe.dpo_beta
-            )
-            return preference_losses(margins, self.recipe.dpo_loss).sum(), margins
-        losses = batch_losses(self.model, batch, z_loss=self.recipe.z_loss)
-        return losses.sum(), reference
-
-    def _collate(self, samples: Samples) -> tuple[Batch, int, mx.array]:
-        """Return a batch, what its loss is divided by, and the reference's view."""
-        if self.recipe.objective == "dpo":
-            batch = collate_pairs(samples)  # type: ignore[arg-type]
-            return batch, len(samples), self._reference(samples)
-        batch = collate(samples)  # type: ignore[arg-type]
-        return batch, len(batch.positions), mx.zeros(0)
+    def _parts(self, indices: Sequence[int]) -> Iterator[Part]:
+        """Yield this process's parts of a step, each with its own dropout."""
+        count = self.recipe.grad_accumulation_steps
+        rank, size = self.world.rank, self.world.size
+        shares = share_out(indices, self._lengths, count * size)
+        for part in range(rank * count, (rank + 1) * count):
+            if shares[part]:
+                use_dropout(self.model, self.recipe.seed, self.progress.step, part)
+                yield Part(part, shares[part], [self._train[i] for i in shares[part]])
+        use_dropout(self.model)
 
     def _skip(self, indices: Sequence[int], loss: float, norm: float) -> None:
         progress = self.progress
-        progress.skipped += 1
-        progress.skipped_in_row += 1
+        count_skipped(progress)
         places = [self._train[i].place for i in indices]
         self.emit(
             {
@@ -362,13 +277,7 @@ class Training:
                 "samples": places,
             }
         )
-        if progress.skipped_in_row == MOST_IN_A_ROW:
-            raise OpenELMError(
-                f"Loss or gradient was not finite in {MOST_IN_A_ROW} batches in a "
-                f"row, up to step {progress.step} ({', '.join(places[:4])}); nothing "
-                "of them was learnt. Lower --learning-rate, or look at these records; "
-                f"{self._describe_kept()}"
-            )
+        refuse_repeated(progress, places, self._describe_kept())
 
     def _describe_kept(self) -> str:
         if self._saved_step <= 0:
@@ -382,7 +291,7 @@ class Training:
         count = max(1, window.count)
         seconds = max(progress.seconds - progress.reported, 1e-9)
         progress.reported = progress.seconds
-        pairs = self.recipe.objective == "dpo"
+        pairs = {"accuracy": window.wins / count, "margin": window.margin / count}
         self.emit(
             {
                 "event": "step",
@@ -390,11 +299,7 @@ class Training:
                 "epoch": round(self.order.epoch_after(progress.step), 4),
                 "loss": window.loss / count if window.count else math.nan,
                 **self._last,
-                **(
-                    {"accuracy": window.wins / count, "margin": window.margin / count}
-                    if pairs
-                    else {}
-                ),
+                **(pairs if self.objective.compares else {}),
                 "tokens": progress.tokens,
                 "tokens_per_second": round(window.count / seconds, 2),
                 "memory_bytes": mx.get_active_memory() + mx.get_cache_memory(),
@@ -402,7 +307,7 @@ class Training:
                 "seconds": round(progress.seconds, 3),
             }
         )
-        self._window = _Sums()
+        self._window = Totals()
 
     def _evaluate_and_sample(self) -> None:
         progress = self.progress
@@ -446,50 +351,19 @@ class Training:
 
     def evaluate(self, samples: Samples) -> Validation:
         """Return the mean loss of samples, every process taking its part of them."""
-        sums, size = _Sums(), self.recipe.batch_size
+        totals, size = Totals(), self.recipe.batch_size
         starts = range(0, len(samples), size)
         for start in starts[self.world.rank :: self.world.size]:
-            found = samples[start : start + size]
-            batch, count, reference = self._collate(found)
-            if self.recipe.objective == "dpo":
-                likelihoods = sequence_likelihoods(self.model, batch, gradient=False)
-                margins = preference_margins(
-                    likelihoods, reference, beta=self.recipe.dpo_beta
-                )
-                loss = preference_losses(margins, self.recipe.dpo_loss).sum()
-                sums.wins += _number((margins > 0).sum())
-            else:
-                loss = batch_losses(self.model, batch, gradient=False).sum()
-            sums.loss += _number(loss)
-            sums.count += count
-        figures = mx.array([sums.loss, sums.count, sums.wins], mx.float32)
-        loss_sum, count_sum, wins = np.array(
-            self.world.sum(figures), np.float64
-        ).tolist()
-        accuracy = wins / count_sum if self.recipe.objective == "dpo" else None
-        return Validation(loss_sum / count_sum, round(count_sum), accuracy)
+            batch = self.objective.collate(samples[start : start + size])
+            totals.add(self.objective.evaluate(self.model, batch))
+        figures = mx.array([totals.loss, totals.count, totals.wins], mx.float32)
+        loss, count, wins = np.array(self.world.sum(figures), np.float64).tolist()
+        accuracy = wins / count if self.objective.compares else None
+        return Validation(loss / count, round(count), accuracy)
 
     def _ran_out_of_patience(self) -> bool:
         patience = self.recipe.patience
         return patience is not None and self.progress.evals_since_best >= patience
-
-    # Preferences ---------------------------------------------------------------
-
-    def _refer(self, pairs: Sequence[Pair]) -> None:
-        """Compute what the model before training thinks of all answers."""
-        size = self.recipe.batch_size
-        for start in range(0, len(pairs), size):
-            chosen = pairs[start : start + size]
-            batch = collate_pairs(chosen)
-            both = sequence_likelihoods(self.model, batch, gradient=False)
-            found = np.array(both, np.float64).reshape(2, len(chosen)).T.tolist()
-            for pair, (better, worse) in zip(chosen, found, strict=True):
-                self._references[pair.place] = (better, worse)
-
-    def _reference(self, pairs: Samples) -> mx.array:
-        """Return the reference's log-likelihoods (2 P,), the better answers first."""
-        found = [self._references[pair.place] for pair in pairs]
-        return mx.array(found).T.reshape(-1)
 
     # What is kept --------------------------------------------------------------
 
@@ -560,56 +434,13 @@ class Training:
             KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
         )
         said = f"Saved at step {step}." if kept else self._describe_kept().capitalize()
-        leaving.add_note(f"{said} {self._describe_way_on()}")
+        leaving.add_note(f"{said} {describe_resume(self.folder)}")
         raise leaving
 
-    def _describe_way_on(self) -> str:
-        path = shlex.quote(str(self.folder))
-        return f"Go on with: mlx-openelm lora --resume --adapter-path {path}"
-
     def _refuse_unchanged(self) -> None:
-        if _digest(trained_tensors(self.model)) == self._begun:
+        if digest_arrays(trained_tensors(self.model)) == self._initial_digest:
             raise OpenELMError(
                 f"After {self.progress.step} steps the adapter is what it was at the "
                 "start: nothing was learnt. Look at --learning-rate and the data; "
                 f"{self.progress.skipped} batches were skipped."
             )
-
-
-def advise_half_a_batch(recipe: FinetuneRecipe) -> str:
-    """Return a sentence on what to say where the memory ran out."""
-    if recipe.dropout and not recipe.grad_checkpoint:
-        return "--resume --grad-checkpoint needs much less, and goes on the same."
-    if recipe.batch_size == 1 or recipe.dropout:
-        return "Begin anew with a smaller --max-seq-length or --batch-size."
-    return (
-        f"Half the batch needs half the memory: --resume --batch-size "
-        f"{recipe.batch_size // 2} --grad-accumulation-steps "
-        f"{recipe.grad_accumulation_steps * 2} goes on with the same steps."
-    )
-
-
-def lengths_of(samples: Samples) -> list[int]:
-    """Return the tokens of each sample; of a pair, of both its sequences."""
-    return [
-        len(s.tokens)
-        if isinstance(s, Sample)
-        else len(s.chosen.tokens) + len(s.rejected.tokens)
-        for s in samples
-    ]
-
-
-def flatten(tree: Any) -> dict[str, mx.array]:
-    """Return the arrays of a tree by their path."""
-    return dict(tree_flatten(tree))
-
-
-def _number(array: mx.array) -> float:
-    return float(array.item())  # type: ignore[arg-type] # it is real
-
-
-def _digest(arrays: Mapping[str, mx.array]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(np.array(arrays[name].astype(mx.float32)).tobytes())
-    return digest.hexdigest()

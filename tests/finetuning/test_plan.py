@@ -21,8 +21,8 @@ from mlx_openelm.finetuning.plan import (
     propose_smaller,
 )
 from mlx_openelm.finetuning.preparation import make_trainable
+from mlx_openelm.finetuning.samples import lengths_of
 from mlx_openelm.finetuning.trainable import trained_tensors
-from mlx_openelm.finetuning.trainer import lengths_of
 from mlx_openelm.model.openelm import OpenELM
 
 SIZES = np.random.default_rng(0).integers(2, 60, 37).tolist()
@@ -77,8 +77,14 @@ def test_a_run_takes_the_samples_that_its_order_says():
     samples = make_samples()
     training = make_training(make_recipe(batch_size=1), samples)
     seen: list[list[int]] = []
-    differentiate = training._differentiate
-    training._differentiate = lambda share: seen.append(share) or differentiate(share)
+    parts = training._parts
+
+    def watch(indices):
+        for part in parts(indices):
+            seen.append(part.indices)
+            yield part
+
+    training._parts = watch
     for _ in range(3):
         step(training)
     for i in range(3):

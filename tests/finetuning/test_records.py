@@ -8,7 +8,7 @@ import pytest
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.records import read_data, set_aside
-from mlx_openelm.text.tokenizer import Turn
+from mlx_openelm.text.templates import Turn
 
 TEXTS = [{"text": f"the {number}th story"} for number in range(40)]
 CHAT = {

@@ -20,15 +20,17 @@ from hypothesis import strategies as st
 from models import UNEVEN, weights_of
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning import state as training_state
 from mlx_openelm.finetuning import trainer as training
+from mlx_openelm.finetuning.objectives import Supervised
 from mlx_openelm.finetuning.preparation import prepare
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.run import finetune
-from mlx_openelm.finetuning.state import load_state, read_events
 from mlx_openelm.finetuning.trainer import Training
 from mlx_openelm.recipe_loader import bundled_recipes, load_recipe
 from mlx_openelm.storage.loading import load
+from mlx_openelm.training import state as training_state
+from mlx_openelm.training.state import load_state, read_events
+from mlx_openelm.training.step import Step
 
 STEPS = 12
 
@@ -146,13 +148,13 @@ def test_the_saved_recipe_runs_the_same_again(recipe, tmp_path):
 def test_every_sample_is_trained_in_every_epoch(base, tmp_path, monkeypatch):
     recipe = make_recipe(base, tmp_path, iters=None, epochs=2.0, batch_size=7)
     seen: list[str] = []
-    collate = Training._collate
+    collate = Supervised.collate
 
     def note(self, samples):
         seen.extend(sample.place for sample in samples)
         return collate(self, samples)
 
-    monkeypatch.setattr(Training, "_collate", note)
+    monkeypatch.setattr(Supervised, "collate", note)
     monkeypatch.setattr(Training, "evaluate", lambda self, s: training.Validation(1, 1))
     prepared = prepare(recipe)
     finetune(recipe)
@@ -554,15 +556,20 @@ def test_only_one_process_trains_a_folder(recipe):
 
 def spoil(monkeypatch, *, steps: set[int]) -> None:
     """Make the loss of these steps NaN."""
-    differentiate = Training._differentiate
+    differentiate, update, now = Step._compute_gradient, Training._update, [0]
 
-    def spoilt(self, share):
-        sums, gradients = differentiate(self, share)
-        if self.progress.step in steps:
-            sums.loss = float("nan")
-        return sums, gradients
+    def note(self, stop):
+        now[0] = self.progress.step
+        return update(self, stop)
 
-    monkeypatch.setattr(Training, "_differentiate", spoilt)
+    def spoilt(self, part):
+        totals, gradients = differentiate(self, part)
+        if now[0] in steps:
+            totals.loss = float("nan")
+        return totals, gradients
+
+    monkeypatch.setattr(Training, "_update", note)
+    monkeypatch.setattr(Step, "_compute_gradient", spoilt)
 
 
 def test_a_batch_that_is_not_finite_is_skipped_and_named(recipe, monkeypatch):
@@ -655,10 +662,10 @@ def test_what_does_not_fit_is_refused_and_fit_takes_smaller_settings(base, tmp_p
 def test_memory_that_runs_out_is_one_sentence(base, tmp_path, monkeypatch):
     recipe = make_recipe(base, tmp_path, dropout=0.0)
 
-    def run_out(self, share):
+    def run_out(self, part):
         raise RuntimeError("[metal::malloc] Attempting to allocate 1 bytes")
 
-    monkeypatch.setattr(Training, "_differentiate", run_out)
+    monkeypatch.setattr(Step, "_compute_gradient", run_out)
     with pytest.raises(OpenELMError, match="--batch-size 2 --grad-accumulation-steps"):
         finetune(recipe)
 

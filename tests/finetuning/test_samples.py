@@ -18,7 +18,7 @@ from mlx_openelm.finetuning.samples import (
     make_samples,
     tabulate,
 )
-from mlx_openelm.text.tokenizer import Turn, encode_prompt
+from mlx_openelm.text.templates import Turn, encode_prompt
 
 tokenizer = small_tokenizer()
 BOS, EOS = 1, 2

@@ -10,15 +10,15 @@ import numpy as np
 from models import UNEVEN, build, small_tokenizer
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.finetuning.distributed import World
 from mlx_openelm.finetuning.plan import Order
 from mlx_openelm.finetuning.preparation import make_trainable
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
-from mlx_openelm.finetuning.samples import Pair, Sample
-from mlx_openelm.finetuning.trainer import Training, lengths_of
+from mlx_openelm.finetuning.samples import Pair, Sample, lengths_of
+from mlx_openelm.finetuning.trainer import Training
 from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.signals import Stop
+from mlx_openelm.training.distributed import World
 
 UNTIED = replace(UNEVEN, share_input_output_layers=False)
 LENGTHS = (5, 33, 12, 20, 9, 41, 17, 28, 3, 50, 11, 24)
@@ -110,7 +110,7 @@ def make_training(
 
 def step(training: Training) -> dict[str, np.ndarray]:
     """Make one update; return the clipped gradients that the optimizer got."""
-    from mlx_openelm.finetuning.trainer import flatten
+    from mlx_openelm.training.arrays import flatten
 
     caught: dict[str, np.ndarray] = {}
     update = training.optimizer.update

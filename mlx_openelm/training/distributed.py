@@ -1,9 +1,13 @@
 """The processes that train one model together, by `mx.distributed`."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+
+from mlx_openelm.errors import OpenELMError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +38,20 @@ class World:
         length = int(np.array(self.from_first(mx.array(len(encoded)))))
         heard = self.from_first(mx.array(np.resize(encoded, length)))
         return np.array(heard).astype(np.uint8).tobytes().decode()[:-1]
+
+
+@contextlib.contextmanager
+def fail_on_all_ranks(world: World) -> Iterator[None]:
+    """End all processes if the first one raises; only the first one reports why.
+
+    Raises:
+        OpenELMError: in the first process, as raised there.
+        SystemExit: in the others.
+    """
+    error: OpenELMError | None = None
+    try:
+        yield
+    except OpenELMError as raised:
+        error = raised
+    if world.tell("failed" if error else "passed") == "failed":
+        raise error or SystemExit(1)

@@ -1,0 +1,33 @@
+"""Batches whose loss or gradient is not finite: skipped, and counted."""
+
+from collections.abc import Sequence
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.training.state import Progress
+
+MOST_IN_A_ROW = 3
+
+
+def count_skipped(progress: Progress) -> None:
+    """Count a batch that changed nothing; an applied one resets `skipped_in_row`."""
+    progress.skipped += 1
+    progress.skipped_in_row += 1
+
+
+def refuse_repeated(progress: Progress, places: Sequence[str], kept: str) -> None:
+    """Refuse to train on after `MOST_IN_A_ROW` skipped batches in a row.
+
+    Args:
+        places: files and lines of the last batch's samples.
+        kept: a clause on what is saved.
+
+    Raises:
+        OpenELMError: as many batches in a row were skipped.
+    """
+    if progress.skipped_in_row == MOST_IN_A_ROW:
+        raise OpenELMError(
+            f"Loss or gradient was not finite in {MOST_IN_A_ROW} batches in a "
+            f"row, up to step {progress.step} ({', '.join(places[:4])}); nothing "
+            "of them was learnt. Lower --learning-rate, or look at these records; "
+            f"{kept}"
+        )

@@ -1,0 +1,147 @@
+"""One update: gradients of parts, summed over processes, clipped and applied."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.training.arrays import flatten
+from mlx_openelm.training.distributed import World
+from mlx_openelm.training.objective import Objective, Totals
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The samples of one forward and backward pass.
+
+    Attributes:
+        number: of the part within the step, over all processes.
+        indices: of the samples in the training data.
+    """
+
+    number: int
+    indices: tuple[int, ...]
+    samples: Sequence[Any]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What an update did.
+
+    Attributes:
+        totals: over all parts and processes.
+        norm: of the gradient of the mean loss, before clipping.
+        applied: whether the weights changed: loss and gradient were finite.
+        non_finite: indices of samples in this process's parts with a non-finite loss.
+        stop: whether any process was asked to stop.
+    """
+
+    totals: Totals
+    norm: float
+    applied: bool
+    non_finite: list[int] = field(default_factory=list)
+    stop: bool = False
+
+
+class Step:
+    """Updates the trainable weights of a model.
+
+    Args:
+        clip_norm: largest norm of the gradient of the mean loss; 0 or None: no limit.
+    """
+
+    def __init__(
+        self,
+        model: OpenELM,
+        objective: Objective,
+        optimizer: optim.Optimizer,
+        world: World,
+        *,
+        clip_norm: float | None,
+    ) -> None:
+        self._model, self._objective, self._optimizer = model, objective, optimizer
+        self._world, self._clip_norm = world, clip_norm
+
+        def loss(batch: Any) -> tuple[mx.array, mx.array]:
+            return objective.loss(model, batch)
+
+        self._differentiate = nn.value_and_grad(model, loss)
+
+    def update(
+        self,
+        parts: Iterable[Part],
+        *,
+        learning_rate: float,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> StepResult:
+        """Apply one update; a loss or gradient that is not finite changes nothing.
+
+        Args:
+            parts: of this process. They are taken one by one, so that what belongs to
+                a part (dropout keys) can be set before it is yielded.
+            stop: whether this process was asked to stop; called after the parts.
+        """
+        totals, gradients, non_finite = Totals(), None, list[int]()
+        for part in parts:
+            found, gradient = self._compute_gradient(part)
+            totals.add(found)
+            if not math.isfinite(found.loss):
+                non_finite += part.indices
+            gradients = (
+                gradient if gradients is None else tree_map(mx.add, gradients, gradient)
+            )
+            mx.eval(gradients)
+        if gradients is None:  # fewer samples than processes
+            gradients = tree_map(mx.zeros_like, self._model.trainable_parameters())
+        if self._world.size > 1:
+            # MLX averages over processes, in few messages; the sum is needed.
+            gradients = nn.average_gradients(gradients)
+            gradients = tree_map(lambda g: g * self._world.size, gradients)
+        totals, stopping = self._sum_over_processes(totals, stop())
+        norm = number(gradient_norm(gradients)) / max(1, totals.count)
+        applied = math.isfinite(totals.loss) and math.isfinite(norm)
+        if applied:
+            self._apply(gradients, norm, totals.count, learning_rate)
+        return StepResult(totals, norm, applied, non_finite, stopping)
+
+    def _compute_gradient(self, part: Part) -> tuple[Totals, Any]:
+        batch = self._objective.collate(part.samples)
+        (loss, margins), gradient = self._differentiate(batch)
+        mx.eval(loss, margins, gradient)
+        return self._objective.totals(batch, loss, margins), gradient
+
+    def _sum_over_processes(self, totals: Totals, stop: bool) -> tuple[Totals, bool]:
+        figures = [totals.loss, totals.count, totals.wins, totals.margin, stop]
+        summed = self._world.sum(mx.array(figures, mx.float32))
+        loss, count, wins, margin, stops = np.array(summed, np.float64).tolist()
+        return Totals(loss, round(count), wins, margin), stops > 0
+
+    def _apply(
+        self, gradients: Any, norm: float, count: int, learning_rate: float
+    ) -> None:
+        limit = self._clip_norm
+        factor = (min(1.0, limit / (norm + 1e-6)) if limit else 1.0) / count
+        self._optimizer.learning_rate = learning_rate
+        self._optimizer.update(
+            self._model, tree_map(lambda gradient: gradient * factor, gradients)
+        )
+        mx.eval(self._model.trainable_parameters(), self._optimizer.state)
+
+
+def gradient_norm(gradients: Any) -> mx.array:
+    """Return the L2 norm of all gradients of a tree together, float32."""
+    arrays = flatten(gradients).values()
+    squares = [mx.square(array.astype(mx.float32)).sum() for array in arrays]
+    return mx.sqrt(mx.stack(squares).sum())
+
+
+def number(array: mx.array) -> float:
+    """Return the value of an array with one real element."""
+    return float(array.item())  # type: ignore[arg-type] # it is real
