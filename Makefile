@@ -2,7 +2,7 @@
 # make install    the package in .venv
 # make test       the test suite, at most 5 minutes on two cores
 # make proof      the tests that take longer
-# make check      style, types and the floors
+# make check      style, types and layers
 # make clean      remove what building and testing left (.venv stays)
 #
 # Variables: PYTHON     the Python to use; without it, the first below that fits
