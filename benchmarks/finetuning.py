@@ -194,8 +194,12 @@ def write_start(model: str, file: str) -> None:
     import mlx.core as mx
 
     import mlx_openelm
-    from mlx_openelm.finetuning.trainable import adapt, choose_modules, choose_ranks
-    from mlx_openelm.finetuning.trainer import trained_tensors
+    from mlx_openelm.finetuning.trainable import (
+        adapt,
+        choose_modules,
+        choose_ranks,
+        trained_tensors,
+    )
 
     network, _ = mlx_openelm.load(model)
     adapt(network, "lora", choose_ranks(choose_modules(network), RANK), scale=SCALE)
@@ -603,7 +607,7 @@ def main() -> None:
 
 def machine() -> dict:
     import mlx_openelm  # noqa: F401 - loads OpenBLAS
-    from mlx_openelm.finetuning.state import describe_arithmetic
+    from mlx_openelm.training.state import describe_arithmetic
 
     return describe_arithmetic()
 

@@ -1,57 +1,37 @@
-"""The shape of an OpenELM: layer-wise scaling, the released sizes, foreign configs.
+"""`OpenELMConfig`: the sizes of an OpenELM, as explicit per-layer lists.
 
-Source of the formula: Mehta et al., "OpenELM" (arXiv 2404.14619), section 2.1, as the
-released checkpoints apply it. `OpenELMConfig` holds the outcome, one number a layer;
-multipliers are a way of writing a config, not part of it.
+`layerwise_scaling` computes the lists from multipliers, which are not stored here;
+`config_formats` reads the configs of other tools.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from mlx_openelm.config_formats import read_config, read_shapes
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.layerwise_scaling import (
+    FFN_DIM_DIVISOR,
+    FFN_MULTIPLIERS,
+    PRESETS,
+    QKV_MULTIPLIERS,
+    interpolate_multipliers,
+    is_size,
+    make_divisible,
+    preset_fields,
+    scaled_fields,
+)
+from mlx_openelm.mapping_files import read_mapping
 
-QKV_MULTIPLIERS = (0.5, 1.0)  # first and last layer, all released sizes
-FFN_MULTIPLIERS = (0.5, 4.0)
-FFN_DIM_DIVISOR = 256
-MAX_LAYERS = 10_000  # more are a mistake, and their lists would fill the memory
 BOS_ID, EOS_ID = 1, 2
 LLAMA_PIECES, CORENET_ROWS = 32000, 32128  # the second has rows for padding
-
-
-def make_divisible(value: float, divisor: int) -> int:
-    """Return the multiple of `divisor` nearest to `value`, never below 90 % of it."""
-    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * value else rounded
 
 
 def pad_vocabulary(rows: int) -> int:
     """Return CoreNet's rows for a vocabulary: one more to pad with, then whole 128s."""
     return rows if rows == CORENET_ROWS else math.ceil((rows + 1) / 128) * 128
-
-
-def interpolate_multipliers(
-    multipliers: float | Sequence[float], num_layers: int
-) -> list[float]:
-    """Return one multiplier a layer, from a scalar, a (first, last) pair or a list.
-
-    A pair is spread linearly over the layers and rounded to two decimals.
-    """
-    if isinstance(multipliers, int | float):
-        return [float(multipliers)] * num_layers
-    if len(multipliers) == num_layers:
-        return [float(m) for m in multipliers]
-    if len(multipliers) != 2:
-        raise OpenELMError(
-            f"Expected one multiplier, a (first, last) pair or {num_layers} of them, "
-            f"found {len(multipliers)}: {list(multipliers)}."
-        )
-    first, last = multipliers
-    step = (last - first) / max(num_layers - 1, 1)
-    return [round(first + i * step, 2) for i in range(num_layers)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +57,7 @@ class OpenELMConfig:
         problems = [
             f"{name} is {value!r}, not a positive whole number below 2**31"
             for name in ("model_dim", "head_dim", "vocab_size", "max_context_length")
-            if not _is_size(value := getattr(self, name))
+            if not is_size(value := getattr(self, name))
         ]
         problems += [
             f"{name} is {value!r}, not a positive number"
@@ -97,7 +77,7 @@ class OpenELMConfig:
             f"{name} holds {values}, where each must be a positive whole number "
             "below 2**31"
             for name, values in lists.items()
-            if not all(map(_is_size, values))
+            if not all(map(is_size, values))
         ]
         if not problems:
             problems = [
@@ -138,25 +118,17 @@ class OpenELMConfig:
                 `interpolate_multipliers`.
             ffn_multipliers: FFN width over model_dim.
         """
-        if not 1 <= num_layers <= MAX_LAYERS:
-            raise OpenELMError(
-                f"The config has {num_layers} layers; an OpenELM has 1 to {MAX_LAYERS}."
-            )
-        query_heads = tuple(
-            make_divisible(model_dim * m, head_dim * num_gqa_groups) // head_dim
-            for m in interpolate_multipliers(qkv_multipliers, num_layers)
-        )
-        return cls(
+        fields = scaled_fields(
+            num_layers=num_layers,
             model_dim=model_dim,
             head_dim=head_dim,
-            num_query_heads=query_heads,
-            num_kv_heads=tuple(q // num_gqa_groups for q in query_heads),
-            ffn_dims=tuple(
-                make_divisible(m * model_dim, ffn_dim_divisor)
-                for m in interpolate_multipliers(ffn_multipliers, num_layers)
-            ),
-            vocab_size=vocab_size,
-            max_context_length=max_context_length,
+            num_gqa_groups=num_gqa_groups,
+            qkv_multipliers=qkv_multipliers,
+            ffn_multipliers=ffn_multipliers,
+            ffn_dim_divisor=ffn_dim_divisor,
+        )
+        return cls(
+            **fields, vocab_size=vocab_size, max_context_length=max_context_length
         )
 
     @classmethod
@@ -165,13 +137,7 @@ class OpenELMConfig:
 
         "gpt-test" is CoreNet's own one-layer model for tests.
         """
-        key = name.rsplit("/", 1)[-1].removeprefix("OpenELM-")
-        key = key.removesuffix("-Instruct").replace("_", ".")
-        if key not in PRESETS:
-            raise OpenELMError(
-                f"No OpenELM is called {name!r}; there are {', '.join(PRESETS)}."
-            )
-        return cls.scaled(**PRESETS[key], vocab_size=vocab_size)
+        return cls(**preset_fields(name), vocab_size=vocab_size)
 
     # Counting --------------------------------------------------------------------
 
@@ -225,112 +191,18 @@ class OpenELMConfig:
     def from_dict(cls, found: Mapping[str, Any]) -> Self:
         """Read a Hugging Face, mlx-lm, CoreNet or Apple-MLX config."""
         try:
-            if "model_dim" in found:
-                return cls._from_hugging_face(found)
-            if "model_name" in found:
-                return cls._from_apple_mlx(found)
-            if "model" in found or any(k.startswith("model.") for k in found):
-                return cls._from_corenet(found)
+            steps = read_config(found)
+            config = cls(**next(steps))
+            for fields in steps:
+                config = replace(config, **fields)
+            return config
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise OpenELMError(f"The config cannot be read: {error}.") from error
-        raise OpenELMError(
-            "The config is not an OpenELM's: found none of model_dim (Hugging Face), "
-            "model_name (Apple's MLX), model.language_modeling (CoreNet) among the "
-            f"keys {sorted(found)[:12]}."
-        )
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
         """Read a config from a .json or .yaml file."""
         return cls.from_dict(read_mapping(path))
-
-    @classmethod
-    def _from_hugging_face(cls, found: Mapping[str, Any]) -> Self:
-        model_type = found.get("model_type", "openelm")
-        if model_type != "openelm":
-            raise OpenELMError(
-                f'The config says model_type "{model_type}"; only "openelm" runs here.'
-            )
-        for key, only in _ONLY_FORM.items():
-            if found.get(key, only) != only:
-                raise OpenELMError(
-                    f"The config says {key} = {found[key]!r}; OpenELM has {only!r}."
-                )
-        wrong = [
-            f"{key} = {found.get(key)!r}"
-            for key in ("model_dim", "head_dim", "vocab_size")
-            if not _is_size(found.get(key))
-        ]
-        if wrong:
-            raise OpenELMError(
-                f"The config says {', '.join(wrong)}; expected positive whole numbers "
-                "below 2**31."
-            )
-        num_layers = found.get("num_transformer_layers")
-        if not isinstance(num_layers, int):
-            lists = (found.get("ffn_dims"), found.get("num_query_heads"))
-            num_layers = next((len(x) for x in lists if isinstance(x, list)), None)
-        if num_layers is None:
-            raise OpenELMError("The config lacks num_transformer_layers.")
-        groups = found.get("num_gqa_groups") or 4
-        config = cls.scaled(
-            num_layers=num_layers,
-            model_dim=found["model_dim"],
-            head_dim=found["head_dim"],
-            num_gqa_groups=groups,
-            qkv_multipliers=found.get("qkv_multipliers", QKV_MULTIPLIERS),
-            ffn_multipliers=found.get("ffn_multipliers", FFN_MULTIPLIERS),
-            ffn_dim_divisor=found.get("ffn_dim_divisor", FFN_DIM_DIVISOR),
-            vocab_size=found["vocab_size"],
-            max_context_length=found.get("max_context_length", 2048),
-        )
-        config = replace(
-            config,
-            rope_freq_constant=float(found.get("rope_freq_constant", 10000)),
-            rms_norm_eps=float(found.get("rms_norm_eps", 1e-6)),
-            share_input_output_layers=found.get("share_input_output_layers", True),
-        )
-        explicit: dict[str, Any] = {
-            name: _per_layer(name, found[name], num_layers)
-            for name in ("num_query_heads", "num_kv_heads", "ffn_dims")
-            if found.get(name) is not None
-        }
-        if "num_query_heads" in explicit and "num_kv_heads" not in explicit:
-            explicit["num_kv_heads"] = tuple(
-                q // groups for q in explicit["num_query_heads"]
-            )
-        return replace(config, **explicit)
-
-    @classmethod
-    def _from_apple_mlx(cls, found: Mapping[str, Any]) -> Self:
-        config = cls.preset(
-            found["model_name"], vocab_size=found.get("vocab_size", 32128)
-        )
-        return replace(
-            config,
-            max_context_length=found.get(
-                "max_context_length", config.max_context_length
-            ),
-        )
-
-    @classmethod
-    def _from_corenet(cls, found: Mapping[str, Any]) -> Self:
-        """Read a CoreNet YAML: nested, or flat with dotted keys."""
-        flat = _flatten(found)
-        prefix = "model.language_modeling."
-        model_name = flat.get(f"{prefix}general_gpt.model_name")
-        if model_name is None:
-            raise OpenELMError(
-                "The CoreNet config does not say "
-                "model.language_modeling.general_gpt.model_name."
-            )
-        vocab_size = flat.get(f"{prefix}general_gpt.vocab_size", 32000)
-        pad = flat.get(f"{prefix}general_gpt.padding_index")
-        if pad is not None:  # one row for it, then a multiple of 128 rows
-            vocab_size = max(vocab_size, math.ceil((pad + 1) / 128) * 128)
-        context = flat.get(f"{prefix}general_gpt.max_context_length", 2048)
-        config = cls.preset(model_name, vocab_size=vocab_size)
-        return replace(config, max_context_length=context)
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self:
@@ -342,59 +214,7 @@ class OpenELMConfig:
         Raises:
             OpenELMError: the tensors are not an OpenELM's (which are missing, say).
         """
-
-        def shape(name: str, num_dims: int) -> tuple[int, ...]:
-            if name not in shapes:
-                raise OpenELMError(
-                    f"This is not an OpenELM: there is no tensor {name}. "
-                    f"Found {_listed(sorted(shapes))}."
-                )
-            if len(shapes[name]) != num_dims:
-                raise OpenELMError(
-                    f"This is not an OpenELM: {name} has shape {shapes[name]}, "
-                    f"expected {num_dims} dimension(s)."
-                )
-            return shapes[name]
-
-        V, D = shape("token_embeddings.weight", 2)
-        parts = (name.split(".", 2) for name in shapes)
-        numbers = {part[1] for part in parts if len(part) == 3 and part[0] == "layers"}
-        num_layers = 0
-        while str(num_layers) in numbers:
-            num_layers += 1
-        missing = [
-            name
-            for i in range(num_layers)
-            for name in (f"layers.{i}.{part}.weight" for part in _LAYER_PARTS)
-            if name not in shapes
-        ]
-        if missing:
-            raise OpenELMError(
-                "This is not an OpenELM, or not all of one: there is no "
-                f"{_listed(missing, 50)}; found {_listed(sorted(shapes))}."
-            )
-        (H,) = shape("layers.0.attn.q_norm.weight", 1)
-        query_heads, kv_heads, ffn_dims = [], [], []
-        for i in range(num_layers):
-            _, attended = shape(f"layers.{i}.attn.out_proj.weight", 2)
-            projected, _ = shape(f"layers.{i}.attn.qkv_proj.weight", 2)
-            if H < 1 or attended % H or (projected - attended) % (2 * H):
-                raise OpenELMError(
-                    f"Layer {i} is not an OpenELM's: qkv_proj has {projected} rows and "
-                    f"out_proj {attended} columns, which no heads of width {H} give."
-                )
-            query_heads.append(attended // H)
-            kv_heads.append((projected - attended) // (2 * H))
-            ffn_dims.append(shape(f"layers.{i}.ffn.proj_2.weight", 2)[1])
-        return cls(
-            model_dim=D,
-            head_dim=H,
-            num_query_heads=tuple(query_heads),
-            num_kv_heads=tuple(kv_heads),
-            ffn_dims=tuple(ffn_dims),
-            vocab_size=V,
-            share_input_output_layers="lm_head.weight" not in shapes,
-        )
+        return cls(**read_shapes(shapes))
 
     # Writing ---------------------------------------------------------------------
 
@@ -440,89 +260,3 @@ class OpenELMConfig:
             "use_cache": True,
             "vocab_size": self.vocab_size,
         }
-
-
-_ONLY_FORM = {  # switches of Hugging Face's config that every OpenELM has set alike
-    "ffn_with_glu": True,
-    "normalize_qk_projections": True,
-    "activation_fn_name": "swish",
-    "normalization_layer_name": "rms_norm",
-}
-
-_LAYER_PARTS = (
-    *("attn.qkv_proj", "attn.q_norm", "attn.k_norm", "attn.out_proj", "attn_norm"),
-    *("ffn.proj_1", "ffn.proj_2", "ffn_norm"),
-)
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "gpt-test": {
-        "num_layers": 1,
-        "model_dim": 128,
-        "head_dim": 64,
-        "num_gqa_groups": 1,
-        "qkv_multipliers": (0.25, 0.5),
-        "ffn_multipliers": (0.25, 0.75),
-    },
-    "270M": {"num_layers": 16, "model_dim": 1280, "head_dim": 64},
-    "450M": {"num_layers": 20, "model_dim": 1536, "head_dim": 64},
-    "1.1B": {"num_layers": 28, "model_dim": 2048, "head_dim": 64},
-    "3B": {"num_layers": 36, "model_dim": 3072, "head_dim": 128},
-}
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a JSON or YAML file that holds one mapping.
-
-    Raises:
-        OpenELMError: the file is missing, is no JSON or YAML, or holds something else.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OpenELMError(f"Cannot read {path}: {error}.") from error
-    try:
-        if path.suffix == ".json":
-            found = json.loads(text)
-        else:
-            import yaml
-
-            found = yaml.safe_load(text)
-    except Exception as error:  # the parsers' errors have no common base
-        reason = " ".join(str(error).split())  # YAML's takes several lines
-        raise OpenELMError(f"{path} cannot be parsed: {reason}.") from error
-    if not isinstance(found, dict):
-        raise OpenELMError(f"{path} holds a {type(found).__name__}, not a mapping.")
-    return found
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 < value < 2**31  # a bool is none
-
-
-def _per_layer(name: str, value: object, num_layers: int) -> tuple[int, ...]:
-    values = [value] * num_layers if isinstance(value, int) else value
-    if not isinstance(values, list | tuple) or len(values) != num_layers:
-        raise OpenELMError(
-            f"The config's {name} is {value!r}; expected {num_layers} numbers, "
-            "one a layer."
-        )
-    return tuple(values)
-
-
-def _flatten(
-    found: Mapping[str, Any], prefix: str = "", depth: int = 0
-) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in found.items():
-        if depth > 50 or len(flat) > 10_000:  # YAML may repeat parts, without end even
-            raise ValueError("it is nested too deeply, or far too long")
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.", depth + 1)
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _listed(names: Sequence[str], most: int = 6) -> str:
-    shown = ", ".join(names[:most]) or "nothing"
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlx_openelm.config import read_mapping
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.mapping_files import read_mapping
 
 Recipe = TypeVar("Recipe")
 

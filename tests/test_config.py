@@ -6,12 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import GOLDEN, UNEVEN
 
-from mlx_openelm.config import (
-    OpenELMConfig,
-    interpolate_multipliers,
-    make_divisible,
-)
+from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.layerwise_scaling import interpolate_multipliers, make_divisible
 
 ARCH = json.loads((GOLDEN / "openelm-arch.json").read_text())
 RELEASED = ("270M", "450M", "1.1B", "3B")

@@ -26,8 +26,9 @@ from converters.conversion.options import Progress
 from converters.conversion.plan import Plan
 from converters.formats.pt_writer import TensorToWrite, to_numpy, write_pt
 from converters.formats.sources import Source, is_adapter, locate, open_path
-from mlx_openelm.config import OpenELMConfig, read_mapping
+from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.storage.model_folder import METADATA_KEY
 from mlx_openelm.storage.shards import write_json
 from mlx_openelm.storage.staging import refuse_existing, refuse_replacing, staged_folder

@@ -25,8 +25,9 @@ from converters.quantization.allocation import allocate, count_tokens, list_choi
 from converters.quantization.calibration import calibration_windows, read_calibration
 from converters.quantization.receipt import NUM_TOKENS as RECEIPT_TOKENS
 from converters.quantization.receipt import Receipt, measure
-from mlx_openelm.config import BOS_ID, EOS_ID, OpenELMConfig, read_mapping
+from mlx_openelm.config import BOS_ID, EOS_ID, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.quantization import Packing, describe_packings
 from mlx_openelm.storage.model_folder import METADATA_KEY, open_folder, spell_dtype
 from mlx_openelm.storage.shards import ShardWriter, write_json

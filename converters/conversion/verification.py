@@ -12,8 +12,9 @@ from converters.conversion.options import Options, Progress
 from converters.conversion.plan import Plan
 from converters.conversion.provenance import hash_file
 from converters.formats.sources import Source, locate
-from mlx_openelm.config import pad_vocabulary, read_mapping
+from mlx_openelm.config import pad_vocabulary
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.storage.loading import load_tokenizer, stored_dtype
 from mlx_openelm.storage.model_folder import (
     INDEX,

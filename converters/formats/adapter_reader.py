@@ -24,8 +24,9 @@ from converters.formats.adapter_tensors import (
 )
 from converters.formats.peft_config import read_peft_config
 from converters.formats.pt_reader import PtTensor
-from mlx_openelm.config import OpenELMConfig, read_mapping
+from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.storage.adapter_folder import (
     CONFIG,
     WEIGHTS,

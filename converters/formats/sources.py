@@ -11,8 +11,9 @@ import numpy as np
 
 from converters.formats.adapter_reader import Adapter, split_checkpoint
 from converters.formats.pt_reader import PtTensor, read_state_dict
-from mlx_openelm.config import OpenELMConfig, read_mapping
+from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.quantization import Packing, read_packing
 from mlx_openelm.storage.hub import find_model
 from mlx_openelm.storage.model_folder import (

@@ -33,8 +33,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from converters.pretraining.recipe import PretrainRecipe
 from converters.reference import ReferenceOpenELM
-from mlx_openelm.config import OpenELMConfig, read_mapping
+from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.tensor_names import EMBEDDING, map_to_corenet
 
 LAST = "training_checkpoint_last.pt"

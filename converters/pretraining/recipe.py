@@ -4,14 +4,13 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from mlx_openelm.config import (
+from mlx_openelm.config import OpenELMConfig, pad_vocabulary
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.layerwise_scaling import (
     FFN_DIM_DIVISOR,
     FFN_MULTIPLIERS,
     QKV_MULTIPLIERS,
-    OpenELMConfig,
-    pad_vocabulary,
 )
-from mlx_openelm.errors import OpenELMError
 
 Multipliers = float | tuple[float, ...]
 

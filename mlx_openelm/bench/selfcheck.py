@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
+from mlx_openelm.bench.plan import PROMPT
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.device import Machine, describe_machine
 from mlx_openelm.generation.cache import KVCache
@@ -30,7 +31,6 @@ from mlx_openelm.tensor_names import to_folder
 from mlx_openelm.version import __version__
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-PROMPT = "Once upon a time there was a king who"
 TEXT_TOKENS = 48
 
 

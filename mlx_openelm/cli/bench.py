@@ -1,5 +1,6 @@
-"""The command that measures: `bench`."""
+"""The command that measures speed: `bench`."""
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import Annotated
 import typer
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.options import Adapter, Json, Offline, Quiet
+from mlx_openelm.cli.options import Adapter, Json, Offline, Quiet, expand_path
 from mlx_openelm.errors import OpenELMError
 
 
-def bench(
+def bench_command(
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,12 +67,15 @@ def bench(
             "with none for the adapter's own base."
         )
     if chart is not None:
-        chart = Path(os.path.expanduser(chart))
+        chart = expand_path(chart)
         _check_chart(chart)
     numbers = _read_bits(bits or ())
-    from mlx_openelm.bench import measure as speed
+    from mlx_openelm.bench.machine import measure_bandwidth
+    from mlx_openelm.bench.measure import measure_cases
+    from mlx_openelm.bench.plan import Workload, make_subject, open_subject, plan_cases
+    from mlx_openelm.bench.report import Cell, report_bench
 
-    workload = speed.Workload(
+    workload = Workload(
         bits=numbers,
         batches=tuple(batch or (1,)),
         contexts=tuple(context or ()),
@@ -79,44 +83,42 @@ def bench(
         new_tokens=max_tokens,
         rounds=rounds,
     )
-    made = [speed.make_subject(name) for name in dict.fromkeys(size or ())]
-    adapter = None
-    if adapter_path is not None:
-        adapter = Path(os.path.expanduser(adapter_path))
+    made = [make_subject(name) for name in dict.fromkeys(size or ())]
+    adapter = expand_path(adapter_path)
     names: list[str | None] = list(dict.fromkeys(model or ()))
     if not names and not made:
         names = [os.environ.get("MLX_OPENELM_MODEL")]
-    opened = [speed.open_subject(name, adapter, offline=offline) for name in names]
-    cases = speed.plan([*opened, *made], workload)
+    opened = [open_subject(name, adapter, offline=offline) for name in names]
+    cases = plan_cases([*opened, *made], workload)
     if names == [None] and adapter is None:
         console.note(
             "[the built-in demo model; --model NAME or --size 270M is another]"
         )
 
-    cells: dict[int, speed.Cell] = {}
+    cells: dict[int, Cell] = {}
     stopped: BaseException | None = None
     console.note("[how fast memory is read]")
-    bandwidth = speed.measure_bandwidth()
+    bandwidth = measure_bandwidth()
     try:
         with console.progress("Measuring") as progress:
-            for number, cell in speed.measure(cases, bandwidth, rounds, console.note):
+            for number, cell in measure_cases(cases, bandwidth, rounds, console.note):
                 cells[number] = cell
                 done = sum(rounds if c.skipped else c.rounds for c in cells.values())
                 progress.update(done, rounds * len(cases), "rounds")
     except (KeyboardInterrupt, SystemExit, OpenELMError) as error:
         stopped = error  # what was measured until then is shown all the same
     told = [cells[number] for number in sorted(cells)]
-    report = speed.report_bench(bandwidth, told, len(cases), finished=stopped is None)
+    report = report_bench(bandwidth, told, len(cases), finished=stopped is None)
     if stopped is not None and not any(cell.rounds for cell in report.cells):
         raise stopped
-    from mlx_openelm.cli.bench_view import draw_bench, show_bench
-    from mlx_openelm.cli.conversion_view import as_json as fields
+    from mlx_openelm.cli.views.bench import show_bench
 
     if as_json:
-        console.answer_json(fields(report))
+        console.answer_json(dataclasses.asdict(report))
     else:
         show_bench(console, report)
     if chart is not None:
+        from mlx_openelm.cli.views.bench_picture import draw_bench
         from mlx_openelm.storage.staging import staged_file
 
         with staged_file(chart) as part:
@@ -138,7 +140,7 @@ def _read_bits(said: list[str] | tuple[str, ...]) -> tuple[int, ...]:
 
 
 def _check_chart(path: Path) -> None:
-    """Raise OpenELMError if no picture can be written there: sooner than afterwards."""
+    """Raise OpenELMError, before any measurement, if the picture cannot be written."""
     if path.suffix.lower() != ".svg":
         raise OpenELMError(
             f"--chart is {path}; the picture is an SVG, so say a name that ends in "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.conversion_view import generated_json
+from mlx_openelm.cli.views.generation import generated_json
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.signals import Stop, deferred_signals
 

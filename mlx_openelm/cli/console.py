@@ -1,4 +1,4 @@
-"""The only room that prints.
+"""Output on the terminal; no other module prints.
 
 stdout carries the answer; notes, progress, statistics and errors go to stderr. rich is
 imported when a bar or a table is drawn, and not before.
@@ -20,7 +20,7 @@ LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
 class Console:
-    """Where a verb's words go. `quiet` leaves the answer and the errors."""
+    """Output of a command. With `quiet`, only the answer and errors are written."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -57,7 +57,7 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, what: str) -> Iterator["Progress"]:
-        """Show how far a long work is: a bar on a terminal, now and then a line."""
+        """Show progress: a bar on a terminal, else a line from time to time."""
         shown = Progress(what, self)
         try:
             yield shown
@@ -66,7 +66,7 @@ class Console:
 
 
 class Progress:
-    """A bar with rate and time left; it appears after a second of work."""
+    """A progress bar with the time left; it appears after one second."""
 
     def __init__(self, what: str, console: Console) -> None:
         self._what, self._console = what, console

@@ -1,4 +1,4 @@
-"""The command that scores: `evaluate`."""
+"""The command that scores models: `evaluate`."""
 
 import gc
 import os
@@ -23,6 +23,7 @@ from mlx_openelm.cli.options import (
     Model,
     Offline,
     Quiet,
+    expand_path,
     open_model,
 )
 from mlx_openelm.errors import OpenELMError
@@ -35,7 +36,7 @@ TASKS = "Tasks"  # headings in --help
 REPORT = "The report"
 
 
-def evaluate(
+def evaluate_command(
     text: Annotated[
         list[Path] | None, typer.Option(help="A text file to score; repeatable.")
     ] = None,
@@ -155,7 +156,7 @@ def evaluate(
         raise typer.BadParameter("is of --text; say one, too", param_hint="--window")
     if batch_size < 1:
         raise OpenELMError(f"--batch-size is {batch_size}; it must be at least 1.")
-    csv, picture = (_expand(path) for path in (csv, picture))
+    csv, picture = (expand_path(path) for path in (csv, picture))
     _check_report(csv, "--csv", ".csv", force=force)
     _check_report(picture, "--picture", ".svg", force=force)
     entrants = list_entrants(model, adapter_path, compare or [], offline)
@@ -165,8 +166,8 @@ def evaluate(
         suite,
         limit=limit,
         num_fewshot=num_fewshot,
-        include_path=_expand(include_path),
-        tasks_dir=_expand(tasks_dir),
+        include_path=expand_path(include_path),
+        tasks_dir=expand_path(tasks_dir),
         offline=offline,
     )
     scores = []
@@ -179,7 +180,7 @@ def evaluate(
                 text or [],
                 window,
                 batch_size=batch_size,
-                output=_expand(output),
+                output=expand_path(output),
                 force=force,
                 offline=offline,
             )
@@ -203,7 +204,7 @@ def _evaluate_one(
     force: bool,
     offline: bool,
 ) -> "ModelScores":
-    """Load one model, and let it do all."""
+    """Load one model and score it on all texts and tasks."""
     from mlx_openelm.evaluation.results import ModelScores, describe_model
 
     where = _make_folder(output, entrant.label)
@@ -213,10 +214,10 @@ def _evaluate_one(
     card = describe_model(entrant.label, folder, entrant.method)
     score = None
     if text:
-        from mlx_openelm.evaluation.texts import evaluate as run
+        from mlx_openelm.evaluation.texts import evaluate
 
         with console.progress("Scoring") as progress:
-            score = run(
+            score = evaluate(
                 model,
                 tokenizer,
                 text=text,
@@ -301,10 +302,6 @@ def _run_named(
 # Files ---------------------------------------------------------------------------
 
 
-def _expand(path: Path | None) -> Path | None:
-    return None if path is None else Path(os.path.expanduser(path))
-
-
 def _make_folder(output: Path | None, label: str) -> Path | None:
     """Make and return the folder of one model's answers."""
     if output is None:
@@ -321,7 +318,7 @@ def _make_folder(output: Path | None, label: str) -> Path | None:
 
 
 def _check_report(path: Path | None, flag: str, suffix: str, *, force: bool) -> None:
-    """Raise OpenELMError if a report cannot be written: sooner than afterwards."""
+    """Raise OpenELMError, before any scoring, if a report cannot be written."""
     if path is None:
         return
     if path.suffix.lower() != suffix:
@@ -349,8 +346,8 @@ def _report(
     *,
     as_json: bool,
 ) -> None:
-    from mlx_openelm.cli.evaluation_picture import draw_scores
-    from mlx_openelm.cli.evaluation_view import scores_json, show_scores, to_csv
+    from mlx_openelm.cli.views.evaluation import scores_json, show_scores, to_csv
+    from mlx_openelm.cli.views.evaluation_picture import draw_scores
     from mlx_openelm.storage.staging import replaced_file
 
     if as_json:

@@ -1,8 +1,7 @@
-"""What `evaluate` will do: which models take part, and what they are asked."""
+"""The models and the tasks of an evaluation, read before the first model is loaded."""
 
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.options import expand_path
 from mlx_openelm.errors import OpenELMError
 
 if TYPE_CHECKING:
@@ -50,14 +50,14 @@ def list_entrants(
 
     said = [(model, adapter_path)]
     for name in compare:
-        path = Path(os.path.expanduser(name))
+        path = expand_path(name)
         is_adapter = (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file()
         said.append((model, name) if is_adapter else (name, None))
     entrants: list[Entrant] = []
     for base, adapter in said:
         label, method = base or DEMO, None
         if adapter is not None:
-            opened = open_adapter_folder(Path(os.path.expanduser(adapter)))
+            opened = open_adapter_folder(expand_path(adapter))
             label, method = adapter, opened.method
         if adapter is not None and base is None:
             folder = opened.find_base(offline=offline)
@@ -111,7 +111,7 @@ def plan_evaluation(
     named: list[tuple[str, int | None]] = []
     if suite is None:
         for task in dict.fromkeys(tasks):
-            path = Path(os.path.expanduser(task))
+            path = expand_path(task)
             if path.is_file() or path.suffix in (".json", ".jsonl"):
                 files.append(path)
             else:

@@ -1,4 +1,4 @@
-"""generate and chat: a prompt, or a conversation, and its answers."""
+"""The command that continues a prompt, or a file of prompts: `generate`."""
 
 import os
 import sys
@@ -9,126 +9,54 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.options import (
-    SAMPLING,
-    Adapter,
-    Json,
+from mlx_openelm.cli.decoding_options import (
+    SPEED_AND_MEMORY,
+    Bias,
+    DraftModel,
+    KvBits,
+    KvGroupSize,
+    Logprobs,
+    Lookup,
+    MaxKvSize,
     MaxTokens,
     MinP,
-    Model,
-    Offline,
+    MinTokens,
+    NoRepeat,
     Penalty,
-    Quiet,
-    Seed,
+    PenaltyContext,
+    StopLoops,
+    StopText,
+    System,
     Temp,
+    Template,
     TopK,
     TopP,
+    check_utf8,
+    make_drafter,
+    read_sampling_options,
+)
+from mlx_openelm.cli.options import (
+    Adapter,
+    Json,
+    Model,
+    Offline,
+    Quiet,
+    Seed,
+    expand_path,
     open_model,
 )
 from mlx_openelm.errors import OpenELMError
 
 if TYPE_CHECKING:
-    from mlx_openelm.generation.drafters import Drafter
     from mlx_openelm.generation.streaming import Piece
     from mlx_openelm.model.openelm import OpenELM
     from mlx_openelm.storage.model_folder import ModelFolder
     from mlx_openelm.text.tokenizer import Tokenizer
 
-_SHORT_CUTS = "Speed and memory"
-_MANY = "Many prompts"
-
-MinTokens = Annotated[
-    int | None,
-    typer.Option(
-        help="The model may not end it before so many.", rich_help_panel=SAMPLING
-    ),
-]
-PenaltyContext = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens that it looks back; default 256.", rich_help_panel=SAMPLING
-    ),
-]
-NoRepeat = Annotated[
-    int | None,
-    typer.Option(
-        "--no-repeat-ngram",
-        help="No N tokens in a row come twice.",
-        rich_help_panel=SAMPLING,
-    ),
-]
-Bias = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--logit-bias",
-        help="ID=BIAS, added to a token's logit; repeatable.",
-        rich_help_panel=SAMPLING,
-    ),
-]
-StopText = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--stop",
-        help="A text that ends the answer; repeatable.",
-        rich_help_panel=SAMPLING,
-    ),
-]
-StopLoops = Annotated[
-    int | None,
-    typer.Option(
-        help="End where the answer says one thing N times in a row.",
-        rich_help_panel=SAMPLING,
-    ),
-]
-Logprobs = Annotated[
-    int | None,
-    typer.Option(
-        help="With --json: each token's log-probability, the N likeliest.",
-        rich_help_panel=SAMPLING,
-    ),
-]
-Template = Annotated[
-    str, typer.Option(help="auto, raw, instruct, alpaca or openelm-peft.")
-]
-System = Annotated[str, typer.Option(help="System text of the template.")]
-Lookup = Annotated[
-    int | None,
-    typer.Option(
-        help="Guess up to N tokens from an earlier place in the text.",
-        rich_help_panel=_SHORT_CUTS,
-    ),
-]
-DraftModel = Annotated[
-    str | None,
-    typer.Option(
-        help="Let this smaller model guess; the same names as --model.",
-        rich_help_panel=_SHORT_CUTS,
-    ),
-]
-KvBits = Annotated[
-    int | None,
-    typer.Option(
-        help="Keep keys and values in 4 or 8 bits: less memory, slower.",
-        rich_help_panel=_SHORT_CUTS,
-    ),
-]
-KvGroupSize = Annotated[
-    int,
-    typer.Option(
-        help="Numbers that share a scale then; 32, 64 or 128.",
-        rich_help_panel=_SHORT_CUTS,
-    ),
-]
-MaxKvSize = Annotated[
-    int | None,
-    typer.Option(
-        help="Keep the first 4 and the newest tokens, N in all.",
-        rich_help_panel=_SHORT_CUTS,
-    ),
-]
+MANY_PROMPTS = "Many prompts"  # a heading in --help
 
 
-def generate(
+def generate_command(
     prompt: Annotated[
         str | None, typer.Argument(help='The prompt; "-" or a pipe: from stdin.')
     ] = None,
@@ -158,7 +86,7 @@ def generate(
         Path | None,
         typer.Option(
             help="A file that keeps the prompt as it was read.",
-            rich_help_panel=_SHORT_CUTS,
+            rich_help_panel=SPEED_AND_MEMORY,
         ),
     ] = None,
     kv_bits: KvBits = None,
@@ -168,14 +96,14 @@ def generate(
         str | None,
         typer.Option(
             help='Prompts, JSON lines or one a line; "-": from stdin.',
-            rich_help_panel=_MANY,
+            rich_help_panel=MANY_PROMPTS,
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
             help="Where --prompts-file's answers go; begun, it goes on.",
-            rich_help_panel=_MANY,
+            rich_help_panel=MANY_PROMPTS,
         ),
     ] = None,
     batch_size: Annotated[
@@ -184,7 +112,7 @@ def generate(
             min=1,
             max=1024,
             help="Prompts answered together; default 16.",
-            rich_help_panel=_MANY,
+            rich_help_panel=MANY_PROMPTS,
         ),
     ] = None,
     force: Annotated[
@@ -192,7 +120,7 @@ def generate(
         typer.Option(
             "--force",
             help="Replace an --output of other prompts.",
-            rich_help_panel=_MANY,
+            rich_help_panel=MANY_PROMPTS,
         ),
     ] = False,
     no_stream: Annotated[
@@ -205,7 +133,7 @@ def generate(
 ) -> None:
     """Continue a prompt. What is not said comes from the model's own defaults."""
     console = Console(quiet=quiet)
-    said = _decoding(
+    said = read_sampling_options(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         temp=temp,
@@ -232,7 +160,7 @@ def generate(
     if prompts_file is not None:
         for flag in (flag for flag, value in single.items() if value is not None):
             raise typer.BadParameter("does not go with --prompts-file", param_hint=flag)
-        _check_utf8(system, *(stop or ()))
+        check_utf8(system, *(stop or ()))
         _answer_file(
             console,
             open_model(console, model, adapter_path, offline),
@@ -241,7 +169,7 @@ def generate(
             template=template,
             system=system,
             batch_size=batch_size or 16,
-            output=_expand(output),
+            output=expand_path(output),
             force=force,
         )
         return
@@ -251,8 +179,8 @@ def generate(
     if logprobs and not as_json:
         raise typer.BadParameter("is shown with --json", param_hint="--logprobs")
     text = _read_prompt(prompt, prompt_option)
-    _check_utf8(text, system, *(stop or ()))
-    from mlx_openelm.cli.conversion_view import (
+    check_utf8(text, system, *(stop or ()))
+    from mlx_openelm.cli.views.generation import (
         generated_json,
         note_drafts,
         note_generated,
@@ -270,7 +198,7 @@ def generate(
         kv_group_size=kv_group_size,
         max_kv_size=max_kv_size,
     )
-    drafter = _make_drafter(lookup, draft_model, loaded, tokenizer, offline)
+    drafter = make_drafter(lookup, draft_model, loaded, tokenizer, offline)
     ids = prepare_prompt(tokenizer, text, template=template, system=system)
     shown: list[Piece] = []
     with ExitStack() as opened:
@@ -278,7 +206,7 @@ def generate(
             cache, context = None, Context(loaded, make_cache)
         else:
             name = (tokenizer.template or "raw") if template == "auto" else template
-            place = Path(os.path.expanduser(prompt_cache))
+            place = expand_path(prompt_cache)
             from mlx_openelm.generation.prompt_cache import open_prompt_cache
 
             cache = opened.enter_context(
@@ -309,73 +237,6 @@ def generate(
         note_drafts(console, drafter)
 
 
-def chat(
-    model: Model = None,
-    adapter_path: Adapter = None,
-    max_tokens: MaxTokens = None,
-    min_tokens: MinTokens = None,
-    temp: Temp = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = None,
-    repetition_context: PenaltyContext = None,
-    no_repeat_ngram: NoRepeat = None,
-    logit_bias: Bias = None,
-    stop: StopText = None,
-    stop_loops: StopLoops = None,
-    template: Template = "auto",
-    system: System = "",
-    lookup: Lookup = None,
-    draft_model: DraftModel = None,
-    kv_bits: KvBits = None,
-    kv_group_size: KvGroupSize = 64,
-    seed: Seed = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    offline: Offline = False,
-) -> None:
-    """Hold a conversation. Piped lines are messages; stdout has the answers only."""
-    console = Console(quiet=quiet)
-    said = _decoding(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        temp=temp,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        repetition_context=repetition_context,
-        no_repeat_ngram=no_repeat_ngram,
-        logit_bias=logit_bias,
-        stop=stop,
-        stop_loops=stop_loops,
-        seed=seed,
-    )
-    _check_utf8(system, *(stop or ()))
-    from mlx_openelm.cli.chat import run_chat
-    from mlx_openelm.generation.compact_caches import cache_maker
-    from mlx_openelm.generation.sampling import Sampling
-
-    folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
-    drafter = _make_drafter(lookup, draft_model, loaded, tokenizer, offline)
-    run_chat(
-        console,
-        folder,
-        loaded,
-        tokenizer,
-        Sampling.from_defaults(folder.generation_defaults, said),
-        template=template,
-        system=system,
-        adapter=_expand(None if adapter_path is None else Path(adapter_path)),
-        drafter=drafter,
-        make_cache=cache_maker(
-            folder.config, kv_bits=kv_bits, kv_group_size=kv_group_size
-        ),
-        as_json=as_json,
-    )
-
-
 def _answer_file(
     console: Console,
     opened: "tuple[ModelFolder, OpenELM, Tokenizer]",
@@ -388,7 +249,7 @@ def _answer_file(
     output: Path | None,
     force: bool,
 ) -> None:
-    from mlx_openelm.cli.conversion_view import note_prompts
+    from mlx_openelm.cli.views.generation import note_prompts
     from mlx_openelm.generation.batch_job import answer_prompts
     from mlx_openelm.generation.prompt_file import read_prompts
     from mlx_openelm.generation.sampling import Sampling
@@ -428,63 +289,6 @@ def _are_one_file(a: Path, b: Path) -> bool:
     return a.exists() and b.exists() and a.samefile(b)
 
 
-def _make_drafter(
-    lookup: int | None,
-    draft_model: str | None,
-    model: "OpenELM",
-    tokenizer: "Tokenizer",
-    offline: bool,
-) -> "Drafter | None":
-    if lookup is None and draft_model is None:
-        return None
-    if lookup is not None and draft_model is not None:
-        raise typer.BadParameter(
-            "does not go with --draft-model", param_hint="--lookup"
-        )
-    from mlx_openelm.generation.drafters import LookupDrafter, ModelDrafter, check_draft
-
-    if draft_model is not None and not draft_model.strip():
-        raise OpenELMError("--draft-model is empty; say a model, or leave it out.")
-    if draft_model is None:
-        assert lookup is not None
-        return LookupDrafter(lookup)
-    from mlx_openelm.storage.loading import load
-
-    smaller, its_tokenizer = load(draft_model, offline=offline)
-    check_draft(model, tokenizer, smaller, its_tokenizer)
-    return ModelDrafter(smaller)
-
-
-def _decoding(
-    *, logit_bias: list[str] | None, stop: list[str] | None, **said: float | None
-) -> dict[str, Any]:
-    """Return what was said of `Sampling`; a wrong value is named at once."""
-    from mlx_openelm.generation.sampling import Sampling
-
-    found: dict[str, Any] = {
-        **said,
-        "logit_bias": _read_bias(logit_bias),
-        "stop": tuple(stop) if stop else None,
-    }
-    Sampling.from_defaults({}, found)
-    return found
-
-
-def _read_bias(said: list[str] | None) -> tuple[tuple[int, float], ...] | None:
-    if not said:
-        return None
-    pairs = []
-    for pair in said:
-        token, _, bias = pair.partition("=")
-        try:
-            pairs.append((int(token), float(bias)))
-        except ValueError as error:
-            raise OpenELMError(
-                f"--logit-bias is {pair!r}; it must be ID=BIAS, 42=-5 say."
-            ) from error
-    return tuple(pairs)
-
-
 def _read_prompt(positional: str | None, option: str | None) -> str:
     if positional is not None and option is not None:
         raise typer.BadParameter("say the prompt once", param_hint="PROMPT")
@@ -499,18 +303,3 @@ def _read_prompt(positional: str | None, option: str | None) -> str:
         raise OpenELMError(
             f"The prompt on stdin is not UTF-8 text: {error}."
         ) from error
-
-
-def _expand(path: Path | None) -> Path | None:
-    """Return a path whose "~" the shell left, as it does behind "--option="."""
-    return None if path is None else Path(os.path.expanduser(path))
-
-
-def _check_utf8(*texts: str) -> None:
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # a terminal of another encoding
-            raise OpenELMError(
-                f"{text!a} is not UTF-8 text: {error.reason}."
-            ) from error

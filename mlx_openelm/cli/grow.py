@@ -1,5 +1,6 @@
 """The command that makes a model larger: `grow`."""
 
+import dataclasses
 import os
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from mlx_openelm.cli.options import Json, Offline, Quiet, Seed
 Force = Annotated[bool, typer.Option("--force", help="Replace what was grown before.")]
 
 
-def grow(
+def grow_command(
     source: Annotated[
         str, typer.Argument(help="A CoreNet .pt, a model folder, a Hub id or demo.")
     ],
@@ -51,11 +52,10 @@ def grow(
     console = Console(quiet=quiet)
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported
-    from converters.conversion.growing import grow as run
-    from mlx_openelm.cli.conversion_view import as_json as fields
+    from converters.conversion.growing import grow
 
     with console.progress("Growing") as progress:
-        report = run(
+        report = grow(
             source,
             None if output is None else os.path.expanduser(output),
             width=width,
@@ -69,7 +69,7 @@ def grow(
             on_progress=lambda p: progress.update(p.done, p.total, p.units),
         )
     if as_json:
-        console.answer_json(fields(report))
+        console.answer_json(dataclasses.asdict(report))
         return
     for note in report.notes:
         console.note(note)

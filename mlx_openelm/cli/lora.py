@@ -12,7 +12,7 @@ from mlx_openelm.cli.options import Force, Json, Offline, Quiet, Seed
 from mlx_openelm.errors import OpenELMError
 
 
-def lora(
+def lora_command(
     data: Annotated[
         str | None,
         typer.Option(help="A .jsonl or .json file, or a folder with train.jsonl."),
@@ -207,9 +207,12 @@ def lora(
             chosen = dataclasses.replace(chosen, epochs=epochs, iters=iters)
     rank_here = int(os.environ.get("MLX_RANK", "0"))  # of mlx.launch: the first speaks
     console = Console(quiet=quiet or rank_here > 0)
-    from mlx_openelm.cli.conversion_view import as_json as fields
-    from mlx_openelm.cli.conversion_view import note_plan, note_trained, plan_json
-    from mlx_openelm.cli.finetuning_view import TrainingView
+    from mlx_openelm.cli.views.finetuning import (
+        TrainingView,
+        note_plan,
+        note_trained,
+        plan_json,
+    )
     from mlx_openelm.finetuning.preparation import prepare
     from mlx_openelm.finetuning.run import finetune
 
@@ -233,7 +236,7 @@ def lora(
     if rank_here > 0:
         return
     if as_json:
-        console.answer_json(fields(report))
+        console.answer_json(dataclasses.asdict(report))
     else:
         note_trained(console, report)
         console.answer(str(report.path))

@@ -1,9 +1,9 @@
-"""Options that many commands have, and what they do with them first."""
+"""Options that many commands have, and opening the model that they name."""
 
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, overload
 
 import typer
 
@@ -27,30 +27,14 @@ Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the random numbers.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a model that is there.")]
 
-SAMPLING = "What is drawn"  # the heading of these in --help
-MaxTokens = Annotated[
-    int | None, typer.Option("-m", "--max-tokens", help="Default 256.")
-]
-Temp = Annotated[
-    float | None,
-    typer.Option(help="Temperature; 0 is greedy.", rich_help_panel=SAMPLING),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(help="Keep the likeliest of this mass.", rich_help_panel=SAMPLING),
-]
-TopK = Annotated[
-    int | None, typer.Option(help="Keep the N likeliest.", rich_help_panel=SAMPLING)
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        help="Keep what is this likely beside the likeliest.", rich_help_panel=SAMPLING
-    ),
-]
-Penalty = Annotated[
-    float | None, typer.Option(help="Above 1: repeat less.", rich_help_panel=SAMPLING)
-]
+
+@overload
+def expand_path(path: None) -> None: ...
+@overload
+def expand_path(path: str | Path) -> Path: ...
+def expand_path(path: str | Path | None) -> Path | None:
+    """Return a path with "~" expanded, which the shell does not do in "--option=~"."""
+    return None if path is None else Path(os.path.expanduser(path))
 
 
 def need_torch() -> None:
@@ -65,7 +49,7 @@ def need_torch() -> None:
 def open_model(
     console: Console, name: str | None, adapter_path: str | None, offline: bool
 ) -> Any:
-    """Open and load a model; say which where it was not said, and what is slow here."""
+    """Load a model, with an adapter if one is given; note defaults and slow set-ups."""
     from mlx_openelm.device import describe_slowness
     from mlx_openelm.storage.adapter_folder import attach, open_adapter_folder
     from mlx_openelm.storage.hub import DEMO, find_model
@@ -76,7 +60,7 @@ def open_model(
         raise OpenELMError("--model is empty; say demo, a model folder, or a Hub id.")
     adapter = None
     if adapter_path is not None:
-        adapter = open_adapter_folder(Path(os.path.expanduser(adapter_path)))
+        adapter = open_adapter_folder(expand_path(adapter_path))
     if adapter is not None and name is None:
         path = adapter.find_base(offline=offline)
         console.note(f"[the adapter's base, {adapter.base}; --model NAME says another]")

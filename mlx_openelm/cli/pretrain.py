@@ -1,4 +1,4 @@
-"""The command that trains from nothing, in PyTorch: `pretrain`."""
+"""The command that trains from random weights, in PyTorch: `pretrain`."""
 
 import os
 import time
@@ -12,7 +12,7 @@ from mlx_openelm.cli.options import Json, Quiet, Seed, need_torch
 SECONDS_TO_SPEAK = 10.0  # torchrun ends all processes when one ends
 
 
-def pretrain(
+def pretrain_command(
     recipe: Annotated[
         str, typer.Option("-c", "--recipe", help="A recipe: name or file.")
     ],
@@ -56,7 +56,7 @@ def pretrain(
         "seed": seed,
     }
     chosen = load_recipe(PretrainRecipe, recipe, said)
-    from mlx_openelm.cli.pretraining_view import (
+    from mlx_openelm.cli.views.pretraining import (
         PretrainingView,
         plan_as_json,
         show_plan,
@@ -73,11 +73,11 @@ def pretrain(
         return
     need_torch()
     from converters.pretraining.processes import SharedError
-    from converters.pretraining.run import pretrain as run  # seconds: torch is imported
+    from converters.pretraining.run import pretrain  # seconds: torch is imported
 
     with PretrainingView(console) as view:
         try:
-            path = run(chosen, resume=resume, on_event=view)
+            path = pretrain(chosen, resume=resume, on_event=view)
         except KeyboardInterrupt:
             console.note("\nSaved. The same command with --resume goes on.")
             raise

@@ -1,4 +1,4 @@
-"""The command that serves a model to other programs, and to a browser."""
+"""The command that serves a model over HTTP: `serve`."""
 
 import logging
 import re
@@ -8,24 +8,26 @@ from typing import Annotated, Any
 import typer
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.options import (
-    Adapter,
+from mlx_openelm.cli.decoding_options import (
     MaxTokens,
     MinP,
-    Model,
-    Offline,
     Penalty,
-    Quiet,
-    Seed,
     Temp,
     TopK,
     TopP,
+)
+from mlx_openelm.cli.options import (
+    Adapter,
+    Model,
+    Offline,
+    Quiet,
+    Seed,
     open_model,
 )
 from mlx_openelm.errors import OpenELMError
 
 
-def serve(
+def serve_command(
     model: Model = None,
     adapter_path: Adapter = None,
     host: Annotated[
@@ -73,7 +75,7 @@ def serve(
     """
     console = Console(quiet=quiet)
     from mlx_openelm.generation.sampling import Sampling
-    from mlx_openelm.text.tokenizer import TEMPLATE_NAMES
+    from mlx_openelm.text.templates import TEMPLATE_NAMES
 
     said: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -99,10 +101,10 @@ def serve(
     if log_level.upper() not in levels:
         raise OpenELMError(f"--log-level is {log_level}; say {', '.join(levels)}.")
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(message)s")
-    from mlx_openelm.generation.conversation import RAW
     from mlx_openelm.serving.engine import Load
     from mlx_openelm.serving.requests import Served
     from mlx_openelm.serving.server import Access, Server
+    from mlx_openelm.text.templates import RAW
 
     origins = tuple(o.strip().rstrip("/") for o in allowed_origins.split(",") if o)
     with Server(Access(host, port, api_key, origins)) as server:  # the port is ours
@@ -128,7 +130,7 @@ def serve(
 
 
 def _name(path: Path) -> str:
-    """Return what clients call a model folder: no path, which is nobody's business."""
+    """Return a model's name for clients, which does not reveal its path."""
     from mlx_openelm.storage.hub import DEMO, demo_folder, snapshot_of
 
     snapshot = snapshot_of(path)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.text.tokenizer import Turn, render
+from mlx_openelm.text.templates import Turn, render
 
 SEED = 83652  # of OpenELM's PEFT evaluation
 ANSWER_FORMAT = "Answer format:"

@@ -8,7 +8,6 @@ import mlx.core as mx
 
 from mlx_openelm.device import compute_dtype, describe_machine
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning.distributed import World
 from mlx_openelm.finetuning.plan import (
     MemoryPlan,
     Order,
@@ -26,6 +25,7 @@ from mlx_openelm.finetuning.samples import (
     SplitTable,
     TemplateChoice,
     choose_template,
+    lengths_of,
     make_pairs,
     make_samples,
     tabulate,
@@ -38,12 +38,13 @@ from mlx_openelm.finetuning.trainable import (
     trained_tensors,
     unfreeze,
 )
-from mlx_openelm.finetuning.trainer import lengths_of
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.hub import DEMO, find_model
 from mlx_openelm.storage.loading import load_tokenizer, make_quantized, stored_dtype
 from mlx_openelm.storage.model_folder import ModelFolder, open_folder
-from mlx_openelm.text.tokenizer import Tokenizer, encode_prompt
+from mlx_openelm.text.templates import encode_prompt
+from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.training.distributed import World
 
 FOLDERS = Path("adapters")  # where a run goes that is told no folder
 

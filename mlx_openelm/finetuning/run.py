@@ -22,10 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_openelm.config import read_mapping
-from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning.distributed import World
-from mlx_openelm.finetuning.plan import TrainingPlan
+from mlx_openelm.finetuning.advice import describe_death
 from mlx_openelm.finetuning.preparation import (
     Prepared,
     make_trainable,
@@ -33,49 +30,51 @@ from mlx_openelm.finetuning.preparation import (
     run_folder,
     stem,
 )
-from mlx_openelm.finetuning.recipe import FinetuneRecipe, differences
+from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.report import TrainingRun, render_page
-from mlx_openelm.finetuning.state import (
-    RUNNING,
-    STATE,
-    describe_arithmetic,
-    drop_events_after,
-    load_state,
-    read_events,
-    running,
+from mlx_openelm.finetuning.run_checks import (
+    PAGE,
+    RECIPE,
+    refuse_other_base,
+    refuse_other_run,
+    refuse_other_settings,
+    refuse_present_run,
+    refuse_too_large,
 )
 from mlx_openelm.finetuning.trainable import trained_tensors
 from mlx_openelm.finetuning.trainer import (
     Event,
     Training,
     Validation,
-    advise_half_a_batch,
 )
 from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import find_recipe, load_recipe
 from mlx_openelm.storage.adapter_folder import (
     BEST,
-    CONFIG,
     WEIGHTS,
     AdapterConfig,
-    read_sketch,
     write_config,
 )
-from mlx_openelm.storage.base_check import base_weights, check_base, sketch_base
+from mlx_openelm.storage.base_check import sketch_base
 from mlx_openelm.storage.loading import load_model
-from mlx_openelm.storage.model_folder import METADATA_KEY
 from mlx_openelm.storage.shards import write_json
 from mlx_openelm.storage.staging import (
     held,
-    refuse_existing,
     refuse_replacing,
     replaced_file,
     staged_folder,
 )
+from mlx_openelm.training.distributed import World, fail_on_all_ranks
+from mlx_openelm.training.state import (
+    describe_arithmetic,
+    drop_events_after,
+    read_events,
+    running,
+)
 from mlx_openelm.version import __version__
 
-RECIPE, TABLE, PAGE = "recipe.yaml", "data.json", "report.html"
+TABLE = "data.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,30 +143,30 @@ def finetune(
         recipe = load_recipe(FinetuneRecipe, str(recipe), {})
     world = World.join()
     path = run_folder(recipe)
-    with _one_sentence_for_all(world):
+    with fail_on_all_ranks(world):
         if world.rank == 0 and not resume:
-            _refuse_present_run(path, force)
+            refuse_present_run(path, force)
     holding = held(path) if world.rank == 0 else contextlib.nullcontext()
     with holding:
         prepared = prepare(recipe, world=world, fit=fit, offline=offline)
-        _refuse_other_settings(prepared, world)
-        _refuse_too_large(prepared.plan)
+        refuse_other_settings(prepared, world)
+        refuse_too_large(prepared.plan)
         sources += [*prepared.data_files, prepared.folder.path / "config.json"]
         run = {"data": prepared.table.digest, "arithmetic": describe_arithmetic()}
         told = _first_only(on_event, world)
-        with _one_sentence_for_all(world):
+        with fail_on_all_ranks(world):
             if world.rank == 0:
                 if resume:
-                    _refuse_other_run(prepared, run, told)
+                    refuse_other_run(prepared, run, told)
                 else:
                     refuse_replacing(path, sources)
         if world.rank == 0:
             on_prepared(prepared)
         with _limited_memory(prepared.plan.limit, prepared.plan.memory.total):
             training = _load(prepared, run, world, told)
-            with _one_sentence_for_all(world):
+            with fail_on_all_ranks(world):
                 if world.rank == 0 and resume:
-                    _refuse_other_base(path, training.model)
+                    refuse_other_base(path, training.model)
                 elif world.rank == 0:
                     with staged_folder(path, force=force) as staging:
                         _write_start(staging, prepared, training.model)
@@ -188,7 +187,7 @@ def _note_resume(prepared: Prepared, training: Training, *, died: bool) -> None:
     _write_text(path / RECIPE, prepared.recipe.to_yaml())
     training.emit({"event": "resume", "step": step})
     if died:
-        training.note(_describe_death(step, prepared.recipe))
+        training.note(describe_death(step, prepared.recipe))
 
 
 def _load(
@@ -254,125 +253,6 @@ def _finish(prepared: Prepared, training: Training, reason: str) -> FinetuneRepo
         except OSError as error:
             training.note(f"The report could not be written: {error}.")
     return report
-
-
-# What is refused -----------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _one_sentence_for_all(world: World) -> Iterator[None]:
-    """What the first process refuses ends all of them, and it alone says why."""
-    refused = None
-    try:
-        yield
-    except OpenELMError as error:
-        refused = error
-    if world.tell("refused" if refused else "going on") == "refused":
-        raise refused or SystemExit(1)
-
-
-def _refuse_other_settings(prepared: Prepared, world: World) -> None:
-    """Raise if this process would not train what the first one does."""
-    recipe = dataclasses.replace(
-        prepared.recipe, data="any", model="any", adapter_path=None, memory_limit=None
-    )
-    for what, ours in (
-        ("data", prepared.table.digest),
-        ("options", recipe.to_yaml()),
-        ("model", str(prepared.folder.config)),
-    ):
-        if world.tell(ours) != ours:
-            raise OpenELMError(
-                f"Process {world.rank} has other {what} than process 0; give every "
-                "machine the same files and the same command."
-            )
-
-
-def _refuse_too_large(plan: TrainingPlan) -> None:
-    if plan.fits:
-        return
-    fitting = [flags for flags, total in plan.smaller if total <= plan.limit]
-    advice = (
-        f"say {fitting[0]}, or --fit to take that"
-        if fitting
-        else "no smaller setting fits either; choose a smaller model"
-    )
-    raise OpenELMError(
-        f"The run needs about {plan.memory.total / 1e9:.2f} GB, and the limit is "
-        f"{plan.limit / 1e9:.2f} GB: {advice}, or raise --memory-limit."
-    )
-
-
-def _refuse_present_run(path: Path, force: bool) -> None:
-    if not force and (path / STATE).is_file():
-        step = load_state(path).progress.step
-        died = ""
-        if (path / RUNNING).exists():
-            recipe = load_recipe(FinetuneRecipe, str(path / RECIPE), {})
-            died = f" {_describe_death(step, recipe)}"
-        raise OpenELMError(
-            f"{path} holds a run, up to step {step}; go on with --resume, replace it "
-            f"with --force, or choose another --adapter-path.{died}"
-        )
-    refuse_existing(path, force=force)
-
-
-def _refuse_other_run(
-    prepared: Prepared, run: Mapping[str, Any], on_event: Callable[[Event], None]
-) -> None:
-    """Raise if the run in the folder is not the one that would go on."""
-    path = prepared.path
-    state = load_state(path)
-    if not (path / RECIPE).is_file():
-        raise OpenELMError(
-            f"{path} holds no {RECIPE}, so nobody knows how its run was begun; begin "
-            "anew with --force."
-        )
-    old = load_recipe(FinetuneRecipe, str(path / RECIPE), {})
-    found = differences(old, prepared.recipe)
-    if state.run.get("data") != run["data"]:
-        found.append("the data is not the same")
-    if found:
-        raise OpenELMError(
-            f"The run in {path} cannot go on with other settings: {'; '.join(found)}. "
-            "Say what was said then, or begin anew with --force."
-        )
-    ends = [event for event in read_events(path) if event["event"] == "end"]
-    if (
-        ends
-        and ends[-1].get("reason") in ("done", "patience")
-        and (path / PAGE).exists()
-    ):
-        raise OpenELMError(
-            f"The run in {path} is at its end, step {state.progress.step}; begin anew "
-            "with --force, or choose another --adapter-path."
-        )
-    then, now = state.run.get("arithmetic", {}), run["arithmetic"]
-    for name, value in now.items():
-        if then.get(name) != value:
-            text = (
-                f"The run was begun with {name} {then.get(name)} and goes on with "
-                f"{value}: last bits may differ from an uninterrupted run."
-            )
-            on_event({"event": "note", "step": state.progress.step, "text": text})
-
-
-def _refuse_other_base(path: Path, model: OpenELM) -> None:
-    """Raise if the model is not the one that the run was begun with."""
-    described = read_mapping(path / CONFIG).get(METADATA_KEY)
-    sketch = read_sketch(described) if isinstance(described, dict) else None
-    notes = check_base(sketch, base_weights(model), path, None) if sketch else ()
-    if notes:
-        raise OpenELMError(
-            f"The run in {path} cannot go on: {notes[0]} Say the same --model."
-        )
-
-
-def _describe_death(step: int, recipe: FinetuneRecipe) -> str:
-    return (
-        f"The last run here was killed without a word, after step {step} was saved: by "
-        f"a kill, or because the memory ran out. {advise_half_a_batch(recipe)}"
-    )
 
 
 # What is written -----------------------------------------------------------------

@@ -14,16 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning.records import (
+from mlx_openelm.finetuning.record_formats import (
     ALPACA,
     MESSAGES,
     PREFERENCE_MESSAGES,
     TEXT,
-    Data,
-    Dataset,
-    Record,
 )
-from mlx_openelm.text.tokenizer import EOS_TEXT, Exchange, Tokenizer, render
+from mlx_openelm.finetuning.records import Data, Dataset, Record
+from mlx_openelm.text.templates import Exchange, render
+from mlx_openelm.text.tokenizer import EOS_TEXT, Tokenizer
 
 _AT_ONCE = 4096  # records tokenized together: enough for all cores, little memory
 _BUCKETS = 8
@@ -437,3 +436,13 @@ def _warn(split: str, table: SplitTable) -> Iterator[str]:
         if count:
             are = "record of {split} is" if count == 1 else "records of {split} are"
             yield f"{count} {are} {what}.".format(split=split)
+
+
+def lengths_of(samples: "Sequence[Sample] | Sequence[Pair]") -> list[int]:
+    """Return the tokens of each sample; of a pair, of both its sequences."""
+    return [
+        len(s.tokens)
+        if isinstance(s, Sample)
+        else len(s.chosen.tokens) + len(s.rejected.tokens)
+        for s in samples
+    ]

@@ -19,7 +19,6 @@ from mlx_openelm.generation.batching import (
     Question,
     answer_together,
 )
-from mlx_openelm.generation.conversation import RAW, encode_turns
 from mlx_openelm.generation.decoding import Token
 from mlx_openelm.generation.penalties import check_bias
 from mlx_openelm.generation.prompt_file import Prompt, Prompts
@@ -28,7 +27,8 @@ from mlx_openelm.generation.streaming import check_room, prepare_prompt
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.ordered_jsonl import Answers, AnswersFile, Json
-from mlx_openelm.text.tokenizer import Tokenizer, Turn, render
+from mlx_openelm.text.templates import RAW, Turn, encode_turns, render
+from mlx_openelm.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,8 @@ from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.generation.streaming import Piece, stream
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.staging import replaced_file, staged_file
-from mlx_openelm.text.tokenizer import EOS_TEXT, TEMPLATE_NAMES, Tokenizer, Turn, render
-
-RAW = "raw"  # the template of a model that has none
+from mlx_openelm.text.templates import RAW, TEMPLATE_NAMES, Turn, encode_turns
+from mlx_openelm.text.tokenizer import EOS_TEXT, Tokenizer
 
 
 class Conversation:
@@ -268,38 +267,6 @@ class Conversation:
             ],
         }
         return json.dumps(described, indent=2, ensure_ascii=False) + "\n"
-
-
-def encode_turns(
-    tokenizer: Tokenizer, turns: Sequence[Turn], template: str, system: str = ""
-) -> tuple[list[int], bool]:
-    """Render turns, the last one the user's, into what the next answer follows.
-
-    Returns:
-        The ids, one BOS in front and an EOS behind each answer (but in a raw text);
-        whether a last space was left to the answer's first word, whose piece begins
-        with it.
-
-    Raises:
-        OpenELMError: no such template, or a text is no Unicode.
-    """
-    if template == RAW:
-        return tokenizer.encode(_join(turns)), False
-    first = [Turn("system", system)] if system else []
-    *before, last = render([*first, *turns, Turn("assistant", "")], template)
-    text = "".join(f"{e.context}{e.answer}{EOS_TEXT}" for e in before) + last.context
-    return tokenizer.encode_rendered(text.removesuffix(" ")), text.endswith(" ")
-
-
-def _join(turns: Sequence[Turn]) -> str:
-    """Return one text; what a user adds begins a new word."""
-    text = ""
-    for turn in turns:
-        new_word = turn.role == "user" and text and turn.text
-        if new_word and not (text[-1].isspace() or turn.text[0].isspace()):
-            text += " "
-        text += turn.text
-    return text
 
 
 # Saved conversations -------------------------------------------------------------

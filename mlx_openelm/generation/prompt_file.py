@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.text.tokenizer import Turn
+from mlx_openelm.text.templates import Turn
 
 STDIN = "-"
 JSONL = "JSON lines"

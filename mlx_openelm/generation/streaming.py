@@ -15,7 +15,8 @@ from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.generation.speculation import draw_speculatively
 from mlx_openelm.generation.stopping import Answer
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.text.tokenizer import Tokenizer, encode_prompt
+from mlx_openelm.text.templates import encode_prompt
+from mlx_openelm.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

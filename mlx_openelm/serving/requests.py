@@ -12,9 +12,9 @@ from functools import cache
 from typing import Any, NoReturn
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation.conversation import RAW, encode_turns
 from mlx_openelm.generation.sampling import Sampling
-from mlx_openelm.text.tokenizer import EOS_TEXT, Tokenizer, Turn
+from mlx_openelm.text.templates import RAW, Turn, encode_turns
+from mlx_openelm.text.tokenizer import EOS_TEXT, Tokenizer
 
 MOST_BYTES = 16 * 2**20  # of a request: a million tokens, which get a better answer
 MOST_STOPS = 16

@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_openelm.config import read_mapping
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.base_check import BaseWeight, base_weights, check_base

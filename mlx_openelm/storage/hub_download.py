@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_openelm.config import read_mapping
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.mapping_files import read_mapping
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling

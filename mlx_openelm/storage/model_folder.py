@@ -14,8 +14,9 @@ import mlx.core as mx
 import numpy as np
 import safetensors
 
-from mlx_openelm.config import OpenELMConfig, read_mapping
+from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.quantization import Packing, read_packing
 from mlx_openelm.storage.shards import DTYPES, INDEX
 from mlx_openelm.tensor_names import to_module

@@ -18,23 +18,34 @@ from commands import call, make_source, refuse
 from models import SCALED, UNEVEN, build
 
 import mlx_openelm
-from mlx_openelm.bench import measure as speed
-from mlx_openelm.bench.measure import (
-    Bandwidth,
-    BenchReport,
-    Case,
-    Cell,
-    Figure,
+from mlx_openelm.bench import machine, measure, models, plan
+from mlx_openelm.bench.machine import Bandwidth, measure_bandwidth
+from mlx_openelm.bench.measure import measure_cases, time_shell
+from mlx_openelm.bench.models import (
     Form,
+    choose_form,
+    count_step_bytes,
+    estimate_memory,
+    kv_bytes_per_token,
+    load_subject,
+    make_model,
+)
+from mlx_openelm.bench.plan import (
+    Case,
     Subject,
     Workload,
-    count_step_bytes,
+    make_subject,
+    open_subject,
+    plan_cases,
 )
 from mlx_openelm.bench.published_speeds import PUBLISHED, find_published
-from mlx_openelm.cli.bench_view import draw_bench
+from mlx_openelm.bench.report import BenchReport, Cell, Figure
+from mlx_openelm.cli.views.bench_picture import draw_bench
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.device import Machine, compute_dtype, describe_machine
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.decoding import draw_tokens
+from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.model.lora import LoRALinear
 from mlx_openelm.model.quantization import Quantization
 from mlx_openelm.storage.hub import demo_folder
@@ -45,7 +56,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture(autouse=True)
 def quick_bandwidth(monkeypatch):
-    monkeypatch.setattr(speed, "measure_bandwidth", lambda: SMALL)
+    monkeypatch.setattr(machine, "measure_bandwidth", lambda: SMALL)
     monkeypatch.delenv("MLX_OPENELM_MODEL", raising=False)
 
 
@@ -95,7 +106,7 @@ def test_of_an_untied_embedding_only_the_rows_of_the_tokens_are_read():
 def test_quantized_weights_are_counted_as_they_are_packed():
     """In groups of 64 with a scale and a bias, 16 bits each; the table in 8 bits."""
     form = Form(mx.bfloat16, Quantization(bits=4).packings(SCALED))
-    model = speed.make_model(SCALED, form)
+    model = make_model(SCALED, form)
     packed = sum(math.prod(s) * (4 / 8 + 2 * 2 / 64) for s in linears_of(SCALED))
     packed += SCALED.vocab_size * SCALED.model_dim * (8 / 8 + 2 * 2 / 64)
     expected = packed + 2 * norm_weights(SCALED) + 2 * 7 * cache_numbers(SCALED)
@@ -105,7 +116,7 @@ def test_quantized_weights_are_counted_as_they_are_packed():
 
 def reckoned(config, form, prompt_tokens=8):
     case = Case(Subject("made", config), 4, 1, prompt_tokens, 8)
-    return speed.reckon_memory(case, form)
+    return estimate_memory(case, form)
 
 
 def test_the_adapter_is_read_as_well():
@@ -121,7 +132,7 @@ def test_the_adapter_is_read_as_well():
 def test_the_released_sizes_keep_what_the_facts_say_of_their_caches(size):
     config = OpenELMConfig.preset(size)
     facts = {"270M": 16_128, "450M": 23_296, "1.1B": 43_264, "3B": 83_968}
-    assert speed.kv_bytes_per_token(config, mx.bfloat16) == facts[size]
+    assert kv_bytes_per_token(config, mx.bfloat16) == facts[size]
     form = Form(mx.bfloat16, {})
     weights = 2 * config.num_parameters
     assert weights < reckoned(config, form, 512) < 1.4 * weights
@@ -133,7 +144,7 @@ def test_the_released_sizes_keep_what_the_facts_say_of_their_caches(size):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_made_weights_are_packed_and_give_sane_logits(bits):
     packings = Quantization(bits=bits).packings(SCALED)
-    model = speed.make_model(SCALED, Form(mx.float32, packings))
+    model = make_model(SCALED, Form(mx.float32, packings))
     linear = model.layers[1].attn.qkv_proj
     assert isinstance(linear, nn.QuantizedLinear)
     assert linear.bits == bits
@@ -144,7 +155,7 @@ def test_made_weights_are_packed_and_give_sane_logits(bits):
 
 
 def test_made_weights_have_the_dtype_that_is_asked_for():
-    model = speed.make_model(UNEVEN, Form(mx.bfloat16, {}))
+    model = make_model(UNEVEN, Form(mx.bfloat16, {}))
     assert model.layers[2].ffn.proj_2.weight.shape == (64, 64)
     assert model.layers[2].ffn.proj_2.weight.dtype == mx.bfloat16
     assert 0.1 < model.layers[2].ffn.proj_2.weight.std().item() < 0.15  # 64 ** -0.5
@@ -158,19 +169,19 @@ def test_every_combination_is_a_cell():
         bits=(16, 8), batches=(1, 2), contexts=(20, 30), new_tokens=4, rounds=1
     )
     subjects = [Subject("a", UNEVEN), Subject("b", SCALED)]
-    cases = speed.plan(subjects, workload)
+    cases = plan_cases(subjects, workload)
     assert len({(c.subject, c.bits, c.batch, c.context) for c in cases}) == 16
     assert {c.prompt_tokens for c in cases} == {16, 26}
-    (usual,) = speed.plan([speed.make_subject("270M")], Workload())
+    (usual,) = plan_cases([make_subject("270M")], Workload())
     assert (usual.bits, usual.prompt_tokens, usual.new_tokens) == (16, 512, 64)
-    (small,) = speed.plan(subjects[:1], Workload())
+    (small,) = plan_cases(subjects[:1], Workload())
     assert (small.prompt_tokens, small.new_tokens) == (32, 32)  # it has room for 64
 
 
 def test_a_folder_is_measured_as_it_is_stored(here):
-    subject = speed.open_subject(str(here / "model"))
-    cases = speed.plan([subject], Workload(new_tokens=8, rounds=2, prompt_tokens=16))
-    *_, (number, cell) = speed.measure(cases, SMALL, 2)
+    subject = open_subject(str(here / "model"))
+    cases = plan_cases([subject], Workload(new_tokens=8, rounds=2, prompt_tokens=16))
+    *_, (number, cell) = measure_cases(cases, SMALL, 2)
     assert (number, cell.rounds, cell.made, cell.context) == (0, 2, False, 24)
     dtype = compute_dtype(mx.bfloat16)
     weights = UNEVEN.num_parameters * dtype.size
@@ -190,11 +201,11 @@ def test_a_batch_shares_the_weights_and_draws_what_one_sequence_draws():
     case = Case(Subject("made", UNEVEN), 16, 3, 9, 5)
     model = build(UNEVEN)
     prompts = mx.array([[1, 9, 17, 30, 4]] * 3)
-    steps = list(speed._draw_batch(model, prompts, 6))
-    alone = speed.draw_tokens(model, [1, 9, 17, 30, 4], speed.Sampling(), 6)
+    steps = list(measure._draw_batch(model, prompts, 6))
+    alone = draw_tokens(model, [1, 9, 17, 30, 4], Sampling(), 6)
     assert steps == [[token.id] * 3 for token in alone]
-    cell = speed._describe(case, Form(mx.float32, {}), None)
-    *_, found = speed._measure_case(model, case, cell, SMALL, 1)
+    cell = measure._describe(case, Form(mx.float32, {}), None)
+    *_, found = measure._measure_case(model, case, cell, SMALL, 1)
     single = count_step_bytes(model, 1, 11.5)
     cache = 4 * 11.5 * cache_numbers(UNEVEN)
     assert found.bytes_per_token == pytest.approx((single + 2 * cache) / 3)
@@ -204,21 +215,21 @@ def test_a_batch_shares_the_weights_and_draws_what_one_sequence_draws():
 def test_rates_are_of_all_sequences_and_without_the_prompt(monkeypatch):
     seconds = iter(range(100))
     clock = SimpleNamespace(perf_counter=lambda: next(seconds))
-    monkeypatch.setattr(speed, "time", clock)
-    monkeypatch.setattr(speed, "_draw", lambda model, case: range(case.new_tokens))
+    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(measure, "_draw", lambda model, case: range(case.new_tokens))
     case = Case(Subject("made", UNEVEN), 16, 3, 9, 5)
-    cell = speed._describe(case, Form(mx.float32, {}), None)
-    *_, found = speed._measure_case(build(UNEVEN), case, cell, SMALL, 2)
+    cell = measure._describe(case, Form(mx.float32, {}), None)
+    *_, found = measure._measure_case(build(UNEVEN), case, cell, SMALL, 2)
     assert found.generation_tps == Figure(3, 3, 3)  # a step each second
     assert found.prompt_tps == Figure(27, 27, 27)
     assert found.first_token_s == Figure(1, 1, 1)
 
 
 def test_what_does_not_fit_is_skipped_with_its_reason(monkeypatch):
-    monkeypatch.setattr(speed, "available_memory", lambda: 10**6)
-    sizes = [speed.make_subject("gpt-test"), speed.make_subject("3B")]
-    monkeypatch.setattr(speed, "load_subject", lambda *_: pytest.fail("was loaded"))
-    cells = dict(speed.measure(speed.plan(sizes, Workload()), SMALL))
+    monkeypatch.setattr(measure, "available_memory", lambda: 10**6)
+    sizes = [make_subject("gpt-test"), make_subject("3B")]
+    monkeypatch.setattr(measure, "load_subject", lambda *_: pytest.fail("was loaded"))
+    cells = dict(measure_cases(plan_cases(sizes, Workload()), SMALL))
     assert [bool(cell.skipped) for cell in cells.values()] == [True, True]
     assert cells[1].skipped.endswith("GB, and 0.0 GB are free")
     assert "takes about" in cells[1].skipped
@@ -226,32 +237,32 @@ def test_what_does_not_fit_is_skipped_with_its_reason(monkeypatch):
 
 def test_bits_that_no_group_divides_are_skipped():
     odd = Subject("odd", replace(UNEVEN, ffn_dims=(90, 160, 64)))
-    cells = dict(speed.measure(speed.plan([odd], Workload(bits=(4,))), SMALL))
+    cells = dict(measure_cases(plan_cases([odd], Workload(bits=(4,))), SMALL))
     assert cells[0].skipped == "no group of 32, 64, 128 weights divides its rows"
 
 
 @pytest.mark.skipif(compute_dtype(mx.bfloat16) != mx.float32, reason="widened no bits")
 def test_what_is_computed_alike_is_measured_once():
     workload = Workload(bits=(16, 4), new_tokens=2, rounds=1, prompt_tokens=4)
-    cases = speed.plan([Subject("made", SCALED)], workload)
-    cells = dict(speed.measure(cases, SMALL, 1))
+    cases = plan_cases([Subject("made", SCALED)], workload)
+    cells = dict(measure_cases(cases, SMALL, 1))
     assert cells[0].computed_with == "float32"
     assert cells[1].skipped == "computed in float32 here, as 16 bits are"
 
 
 def test_a_folder_can_be_measured_in_other_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "compute_dtype", lambda stored: stored)
+    monkeypatch.setattr(models, "compute_dtype", lambda stored: stored)
     make_source(tmp_path / "source", config=SCALED)
     mlx_openelm.convert(tmp_path / "source", tmp_path / "model", bits=4)
-    subject = speed.open_subject(str(tmp_path / "model"))
+    subject = open_subject(str(tmp_path / "model"))
     assert subject.bits == 4
-    assert speed.choose_form(subject, 4).packings == subject.folder.packings
+    assert choose_form(subject, 4).packings == subject.folder.packings
     for bits, kind in ((8, nn.QuantizedLinear), (16, nn.Linear)):
-        form = speed.choose_form(subject, bits)
-        linear = speed.load_subject(subject, bits, form).layers[0].ffn.proj_1
+        form = choose_form(subject, bits)
+        linear = load_subject(subject, bits, form).layers[0].ffn.proj_1
         assert type(linear) is kind
         assert getattr(linear, "bits", 16) == bits
-    assert str(speed.choose_form(subject, 8)) == "packed, bfloat16"
+    assert str(choose_form(subject, 8)) == "packed, bfloat16"
 
 
 def test_a_machine_that_runs_out_of_memory_costs_one_cell(monkeypatch):
@@ -259,14 +270,14 @@ def test_a_machine_that_runs_out_of_memory_costs_one_cell(monkeypatch):
         raise RuntimeError("[malloc] Unable to allocate 12 bytes.")
         yield
 
-    monkeypatch.setattr(speed, "_draw", fail)
-    cases = speed.plan([Subject("made", UNEVEN)], Workload(new_tokens=4))
-    assert "Unable to allocate" in dict(speed.measure(cases, SMALL))[0].skipped
+    monkeypatch.setattr(measure, "_draw", fail)
+    cases = plan_cases([Subject("made", UNEVEN)], Workload(new_tokens=4))
+    assert "Unable to allocate" in dict(measure_cases(cases, SMALL))[0].skipped
 
 
 def test_the_bandwidth_is_that_of_the_quickest_way(monkeypatch):
     monkeypatch.undo()
-    found = speed.measure_bandwidth(2**22, rounds=2)
+    found = measure_bandwidth(2**22, rounds=2)
     assert found.bytes_per_second == max(found.ways.values()) == found.ways[found.way]
     assert len(found.ways) == 4
     assert 1e7 < found.bytes_per_second < 1e14
@@ -300,10 +311,10 @@ def test_published_figures_stand_beside_the_four_sizes_alone():
     assert find_published("OpenELM-1_1B", 4).generation_tps == 117.90
     assert find_published("OpenELM-1_1B", 8) is None
     assert find_published("OpenELM", 16) is None
-    case = Case(speed.make_subject("3B"), 16, 1, 512, 64)
+    case = Case(make_subject("3B"), 16, 1, 512, 64)
     form = Form(mx.bfloat16, {})
-    assert speed._describe(case, form, None).published.generation_tps == 33.96
-    assert speed._describe(replace(case, batch=2), form, None).published is None
+    assert measure._describe(case, form, None).published.generation_tps == 33.96
+    assert measure._describe(replace(case, batch=2), form, None).published is None
 
 
 # The command ---------------------------------------------------------------------
@@ -328,7 +339,7 @@ def test_json_is_one_document(here):
 
 
 def test_the_table_says_what_was_measured(monkeypatch):
-    monkeypatch.setattr(speed, "time_shell", lambda *_: [0.5, 0.76])
+    monkeypatch.setattr(measure, "time_shell", lambda *_: [0.5, 0.76])
     ran = call("bench", *QUICK)
     assert ran.exit_code == 0, ran.stderr
     for words in ("demo", "1.00 GB/s: 0 MB by a sum", "0.63", "0.50-0.76", "share of"):
@@ -342,10 +353,10 @@ def test_the_table_says_what_was_measured(monkeypatch):
 def test_sizes_are_made_and_shown_beside_what_is_published(monkeypatch):
     small = replace(OpenELMConfig.preset("gpt-test"), vocab_size=300)
     monkeypatch.setattr(
-        speed, "make_subject", lambda size: Subject("OpenELM-270M", small)
+        plan, "make_subject", lambda size: Subject("OpenELM-270M", small)
     )
     ours = PUBLISHED[0]
-    monkeypatch.setattr(speed, "find_published", lambda size, bits: ours)
+    monkeypatch.setattr(measure, "find_published", lambda size, bits: ours)
     ran = call("bench", "--size", "270M", *QUICK)
     assert "made weights" in ran.stdout
     assert "prompt 1151, new 212" in " ".join(ran.stdout.split())
@@ -380,7 +391,7 @@ def test_sizes_are_made_and_shown_beside_what_is_published(monkeypatch):
 def test_bad_input_is_refused_before_anything_is_measured(
     here, monkeypatch, options, says
 ):
-    monkeypatch.setattr(speed, "measure_bandwidth", lambda: pytest.fail("measured"))
+    monkeypatch.setattr(machine, "measure_bandwidth", lambda: pytest.fail("measured"))
     (here / "there.svg").write_text("mine")
     refuse(here, "bench", *options, says=says)
 
@@ -396,7 +407,7 @@ def test_a_folder_that_is_read_only_is_refused(here):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OpenELMError("It broke.")])
 def test_what_was_measured_before_a_stop_is_shown(monkeypatch, tmp_path, error):
-    original, count = speed._draw, 0
+    original, count = measure._draw, 0
 
     def stop_later(model, case):
         nonlocal count
@@ -405,8 +416,8 @@ def test_what_was_measured_before_a_stop_is_shown(monkeypatch, tmp_path, error):
             raise error
         return original(model, case)
 
-    monkeypatch.setattr(speed, "_draw", stop_later)
-    monkeypatch.setattr(speed, "time_shell", lambda *_: [])
+    monkeypatch.setattr(measure, "_draw", stop_later)
+    monkeypatch.setattr(measure, "time_shell", lambda *_: [])
     chart = tmp_path / "a.svg"
     ran = call("bench", *QUICK, *BATCHES, "--json", "--chart", chart)
     found = json.loads(ran.stdout)
@@ -435,7 +446,7 @@ def stand_in(tmp_path, monkeypatch):
 
 def test_the_shells_time_is_that_of_the_first_byte(tmp_path, stand_in):
     stand_in(f'echo "$*" > {tmp_path}/said; sleep 0.3; echo king; sleep 1')
-    found = speed.time_shell(demo_folder(), tmp_path / "adapter", 1)
+    found = time_shell(demo_folder(), tmp_path / "adapter", 1)
     assert len(found) == 1
     assert 0.3 <= found[0] < 1.3
     said = (tmp_path / "said").read_text()
@@ -446,7 +457,7 @@ def test_the_shells_time_is_that_of_the_first_byte(tmp_path, stand_in):
 
 def test_a_folder_that_cannot_answer_has_no_time_from_the_shell(tmp_path, stand_in):
     stand_in("exit 1")
-    assert speed.time_shell(tmp_path, None, 3) == []
+    assert time_shell(tmp_path, None, 3) == []
 
 
 def test_a_stop_ends_the_process_that_was_timed(tmp_path, stand_in):
@@ -459,7 +470,7 @@ def test_a_stop_ends_the_process_that_was_timed(tmp_path, stand_in):
     signal.setitimer(signal.ITIMER_REAL, 0.5)
     try:
         with pytest.raises(KeyboardInterrupt):
-            speed.time_shell(tmp_path, None, 3)
+            time_shell(tmp_path, None, 3)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)

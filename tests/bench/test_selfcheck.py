@@ -11,7 +11,8 @@ from places import ROOT
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.bench import selfcheck as benchmark
-from mlx_openelm.bench.selfcheck import GOLDEN, PROMPT, check_machine
+from mlx_openelm.bench.plan import PROMPT
+from mlx_openelm.bench.selfcheck import GOLDEN, check_machine
 from mlx_openelm.model import openelm, token_layout
 
 

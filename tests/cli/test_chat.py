@@ -21,7 +21,7 @@ from typer.testing import Result
 
 import mlx_openelm
 from mlx_openelm import Sampling, generate, load
-from mlx_openelm.cli.chat import run_chat
+from mlx_openelm.cli.chat_session import run_chat
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.options import open_model
 from mlx_openelm.generation import conversation

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from models import UNEVEN, as_torch, build, small_tokenizer, weights_of
 
-from mlx_openelm.cli.evaluation_view import scores_json, to_csv
+from mlx_openelm.cli.views.evaluation import scores_json, to_csv
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation import harness_model
 from mlx_openelm.evaluation.harness import open_tasks, run_kept_task, run_task

@@ -15,10 +15,11 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.records import Dataset, Record
 from mlx_openelm.finetuning.samples import make_samples
 from mlx_openelm.generation import conversation as room
-from mlx_openelm.generation.conversation import Conversation, encode_turns, read_saved
+from mlx_openelm.generation.conversation import Conversation, read_saved
 from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.generation.streaming import Piece, stream
-from mlx_openelm.text.tokenizer import Tokenizer, Turn
+from mlx_openelm.text.templates import Turn, encode_turns
+from mlx_openelm.text.tokenizer import Tokenizer
 
 MODEL = build(replace(UNEVEN, max_context_length=512))
 TEMPLATES = ("instruct", "alpaca", "openelm-peft")
@@ -65,28 +66,6 @@ def prompts(monkeypatch) -> list[list[int]]:
 
 
 # What the model reads ------------------------------------------------------------
-
-
-def test_an_instruct_prompt_is_zephyrs_with_one_bos_and_an_eos_behind_each_turn():
-    tokenizer = small_tokenizer()
-    plain = tokenizer.processor.encode
-    bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    ids, left_space = encode_turns(
-        tokenizer, messages("Hi", "Yes?", "Who?"), "instruct", "Be kind."
-    )
-    assert not left_space
-    assert ids == [
-        bos,
-        *plain("<|system|>\nBe kind."),
-        eos,
-        *plain("\n<|user|>\nHi"),
-        eos,
-        *plain("\n<|assistant|>\nYes?"),
-        eos,
-        *plain("\n<|user|>\nWho?"),
-        eos,
-        *plain("\n<|assistant|>\n"),
-    ]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

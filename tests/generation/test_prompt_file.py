@@ -21,7 +21,8 @@ from mlx_openelm.generation.prompt_file import JSONL, LINES, Prompt, read_prompt
 from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.generation.streaming import generate
 from mlx_openelm.storage import ordered_jsonl as answers_file
-from mlx_openelm.text.tokenizer import Tokenizer, Turn
+from mlx_openelm.text.templates import Turn
+from mlx_openelm.text.tokenizer import Tokenizer
 
 tokenizer = small_tokenizer()
 model = build(UNEVEN)

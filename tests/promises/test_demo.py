@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from converters.pretraining.recipe import PretrainRecipe
-from mlx_openelm.bench.selfcheck import GOLDEN, PROMPT, TEXT_TOKENS
+from mlx_openelm.bench.plan import PROMPT
+from mlx_openelm.bench.selfcheck import GOLDEN, TEXT_TOKENS
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.evaluation.texts import evaluate
 from mlx_openelm.generation.sampling import Sampling

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from models import small_tokenizer
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.text.tokenizer import SPACE, Tokenizer, encode_prompt
+from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 
 tokenizer = small_tokenizer()
 texts = st.text(st.characters(exclude_characters=SPACE, exclude_categories=["Cs"]))
@@ -94,57 +94,3 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
         Tokenizer.from_file(path)
     with pytest.raises(OpenELMError, match="Cannot read"):
         Tokenizer.from_file(tmp_path / "missing.model")
-
-
-# Templates: the functional strings of OpenELM's training --------------------------
-
-INDENT = " " * 16
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that "
-    "appropriately completes the request."
-)
-
-
-def decoded_prompt(name, prompt, system=""):
-    ids = encode_prompt(tokenizer, prompt, template=name, system=system)
-    assert ids[0] == 1
-    assert ids.count(1) == 1
-    return ids
-
-
-def test_the_peft_template_is_apples_byte_for_byte():
-    ids = decoded_prompt("openelm-peft", "Do it.")
-    assert tokenizer.decode(ids) == (
-        f"{ALPACA}  \n\n{INDENT}### Instruction:\n{INDENT}Do it.\n{INDENT}\n"
-        f"{INDENT}### Response:\n{INDENT}"
-    )
-
-
-def test_the_instruct_template_has_real_eos_tokens_and_an_empty_system_turn():
-    ids = decoded_prompt("instruct", "Hi")
-    assert ids.count(2) == 2
-    segments = [
-        "<|system|>\n",
-        "\n<|user|>\nHi",
-        "\n<|assistant|>\n",
-    ]
-    expected = [1]
-    for i, segment in enumerate(segments):
-        expected += ([2] if i else []) + tokenizer.encode(segment, bos=False)
-    assert ids == expected
-    assert "Be brief" in tokenizer.decode(decoded_prompt("instruct", "Hi", "Be brief"))
-
-
-def test_auto_is_the_stored_template_and_else_raw():
-    assert encode_prompt(tokenizer, "Hi") == tokenizer.encode("Hi")
-    stored = Tokenizer(tokenizer.model_proto, template="alpaca")
-    assert encode_prompt(stored, "Hi") == encode_prompt(
-        tokenizer, "Hi", template="alpaca"
-    )
-
-
-def test_wrong_templates_are_refused_in_words():
-    with pytest.raises(OpenELMError, match="instruct"):
-        encode_prompt(tokenizer, "Hi", template="zephyr")
-    with pytest.raises(OpenELMError, match="--system"):
-        encode_prompt(tokenizer, "Hi", template="raw", system="x")

@@ -1,4 +1,4 @@
-"""One update, with an objective that is not fine-tuning's, against formulas in numpy."""
+"""One update, with an objective of its own, against formulas in numpy."""
 
 import math
 

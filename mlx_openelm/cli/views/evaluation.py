@@ -1,4 +1,4 @@
-"""What `evaluate` found: tables, JSON, CSV."""
+"""The scores of `evaluate` as tables, JSON and CSV."""
 
 import csv
 import io
@@ -8,28 +8,28 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.conversion_view import as_json, show_score
-from mlx_openelm.evaluation.results import (
-    Metric,
-    ModelScores,
-    SuiteReport,
-    TaskResult,
-    pair,
-    report_suite,
-)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mlx_openelm.evaluation.results import (
+        Metric,
+        ModelScores,
+        SuiteReport,
+        TaskResult,
+    )
     from mlx_openelm.evaluation.suites import Suite
+    from mlx_openelm.evaluation.texts import TextScore
 
 # Tables --------------------------------------------------------------------------
 
 
 def show_scores(
-    console: Console, scores: Sequence[ModelScores], suite: "Suite | None"
+    console: Console, scores: Sequence["ModelScores"], suite: "Suite | None"
 ) -> None:
-    """Show texts, then a suite beside the published, then tasks side by side."""
+    """Print the scores of texts, of a suite beside published scores, and of tasks."""
+    from mlx_openelm.evaluation.results import report_suite
+
     if len(scores) == 1 and scores[0].text is not None:
         show_score(console, scores[0].text)
     elif any(model.text is not None for model in scores):
@@ -54,8 +54,10 @@ def show_scores(
         console.answer(line)
 
 
-def explain(scores: Sequence[ModelScores], suite: "Suite | None") -> Iterator[str]:
-    """Yield what a reader of the tables must know."""
+def explain(scores: Sequence["ModelScores"], suite: "Suite | None") -> Iterator[str]:
+    """Yield the notes under the tables."""
+    from mlx_openelm.evaluation.results import report_suite
+
     yield "Shares in percent; behind \N{PLUS-MINUS SIGN} the standard error."
     if len(scores) > 1:
         yield (
@@ -74,7 +76,16 @@ def explain(scores: Sequence[ModelScores], suite: "Suite | None") -> Iterator[st
     yield from suite.notes
 
 
-def _table_texts(scores: Sequence[ModelScores]) -> "Table":
+def show_score(console: Console, score: "TextScore") -> None:
+    """Print the score of a text in one line."""
+    console.answer(
+        f"{score.bits_per_byte:.4f} bits per byte, {score.nats_per_token:.4f} nats per "
+        f"token, perplexity {score.perplexity:.2f} ({score.tokens:,} tokens, "
+        f"{score.bytes:,} bytes)"
+    )
+
+
+def _table_texts(scores: Sequence["ModelScores"]) -> "Table":
     table = _new_table("model")
     for header in ("bits per byte", "nats per token", "perplexity", "tokens"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -90,8 +101,10 @@ def _table_texts(scores: Sequence[ModelScores]) -> "Table":
     return table
 
 
-def _table_tasks(scores: Sequence[ModelScores]) -> "Table":
-    """One row a model and metric, and how far it is from the first model."""
+def _table_tasks(scores: Sequence["ModelScores"]) -> "Table":
+    """Return a row for each model and metric, with its difference from the first."""
+    from mlx_openelm.evaluation.results import pair
+
     several = len(scores) > 1
     table = _new_table("task", "metric")
     for header in ("shots", "n"):
@@ -123,7 +136,7 @@ def _table_tasks(scores: Sequence[ModelScores]) -> "Table":
     return table
 
 
-def _head(report: SuiteReport) -> str:
+def _head(report: "SuiteReport") -> str:
     row = report.published
     if row is None:
         return f"{report.model}: nothing is published of a model like it"
@@ -136,7 +149,7 @@ def _head(report: SuiteReport) -> str:
     return f"{report.model} beside {row.model}{method} ({row.source}, {checked}{note})"
 
 
-def _table_suite(report: SuiteReport) -> "Table":
+def _table_suite(report: "SuiteReport") -> "Table":
     table = _new_table("column", "task", "metric")
     for header in ("shots", "n", "here", "published", "difference"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -176,16 +189,16 @@ def _new_table(*columns: str) -> "Table":
     return table
 
 
-def is_share(metric: Metric) -> bool:
+def is_share(metric: "Metric") -> bool:
     """Whether a metric is a share of something, which is shown in percent."""
     return bool(metric.values) and all(0 <= value <= 1 for value in metric.values)
 
 
-def _factor(metric: Metric) -> float:
+def _factor(metric: "Metric") -> float:
     return 100.0 if is_share(metric) else 1.0
 
 
-def _show_metric(metric: Metric) -> str:
+def _show_metric(metric: "Metric") -> str:
     return show_value(metric.value, metric.stderr, _factor(metric))
 
 
@@ -205,23 +218,27 @@ def _show_signed(value: float | None, stderr: float | None, factor: float = 1.0)
 # JSON and CSV --------------------------------------------------------------------
 
 
-def scores_json(scores: Sequence[ModelScores], suite: "Suite | None") -> dict[str, Any]:
+def scores_json(
+    scores: Sequence["ModelScores"], suite: "Suite | None"
+) -> dict[str, Any]:
     """Return what `--json` shows.
 
     The first model's scores stand at the top, all models' under "models" where there
     are several; shares are fractions, but for a suite's, which are in percent.
     """
+    from mlx_openelm.evaluation.results import pair, report_suite
+
     first = scores[0]
     told: dict[str, Any] = {}
     if first.text is not None:
-        told |= as_json(first.text)
+        told |= asdict(first.text)
     if first.tasks:
         told["tasks"] = _tasks_json(first.tasks)
     if len(scores) > 1:
         told["models"] = [
             {
                 "model": model.card.name,
-                **(as_json(model.text) if model.text else {}),
+                **(asdict(model.text) if model.text else {}),
                 **({"tasks": _tasks_json(model.tasks)} if model.tasks else {}),
             }
             for model in scores
@@ -249,7 +266,7 @@ def scores_json(scores: Sequence[ModelScores], suite: "Suite | None") -> dict[st
     return told
 
 
-def _tasks_json(results: Sequence[TaskResult]) -> dict[str, Any]:
+def _tasks_json(results: Sequence["TaskResult"]) -> dict[str, Any]:
     told = {}
     for result in results:
         found = {
@@ -269,12 +286,14 @@ def _tasks_json(results: Sequence[TaskResult]) -> dict[str, Any]:
 
 
 def _finite(value: float | None) -> float | None:
-    """Return a figure that JSON has: neither infinite, nor no number at all."""
+    """Return a value that JSON can hold: None for an infinite value or NaN."""
     return value if value is not None and math.isfinite(value) else None
 
 
-def to_csv(scores: Sequence[ModelScores], suite: "Suite | None") -> str:
+def to_csv(scores: Sequence["ModelScores"], suite: "Suite | None") -> str:
     """Return one line for each model, task and metric; shares are in percent."""
+    from mlx_openelm.evaluation.results import pair, report_suite
+
     written = io.StringIO()
     lines = csv.writer(written, lineterminator="\n")
     lines.writerow(

@@ -1,4 +1,4 @@
-"""What `evaluate` found, as a picture: one SVG file that stands alone.
+"""The scores of `evaluate` as a picture: one self-contained SVG file.
 
 A dot for each score with its standard error, and a hollow one for the published score.
 """
@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlx_openelm.cli.evaluation_view import is_share, show_value
-from mlx_openelm.cli.svg import draw_line, escape, shorten, write_text
-from mlx_openelm.evaluation.results import ModelScores, SuiteScore, report_suite
+from mlx_openelm.cli.views.evaluation import is_share, show_value
+from mlx_openelm.cli.views.svg import draw_line, escape, shorten, write_text
 
 if TYPE_CHECKING:
+    from mlx_openelm.evaluation.results import ModelScores, SuiteScore
     from mlx_openelm.evaluation.suites import Suite
 
 WIDTH, LEFT, RIGHT = 760, 220, 620  # where scores from 0 to 100 stand
@@ -28,7 +28,7 @@ class _Dot:
     published: float | None
 
 
-def draw_scores(scores: Sequence[ModelScores], suite: "Suite | None") -> str:
+def draw_scores(scores: Sequence["ModelScores"], suite: "Suite | None") -> str:
     """Return the picture of all shares as an SVG document."""
     rows = _list_dots(scores, suite)
     tallest = max(len(scores) * LINE, LABEL) + GAP
@@ -68,9 +68,11 @@ def draw_scores(scores: Sequence[ModelScores], suite: "Suite | None") -> str:
 
 
 def _list_dots(
-    scores: Sequence[ModelScores], suite: "Suite | None"
+    scores: Sequence["ModelScores"], suite: "Suite | None"
 ) -> list[tuple[str, str, list[_Dot]]]:
     """Return a row for each column of a suite, else for each share of a task."""
+    from mlx_openelm.evaluation.results import report_suite
+
     rows: dict[tuple[str, str], list[_Dot]] = {}
     for place, model in enumerate(scores):
         if suite is not None:
@@ -93,7 +95,7 @@ def _list_dots(
     return [(name, label, dots) for (name, label), dots in rows.items()]
 
 
-def _label(score: SuiteScore) -> str:
+def _label(score: "SuiteScore") -> str:
     if score.task is None:
         return ""
     return f"{score.task.metric}, {score.task.num_fewshot} shots, n = {score.n or 0:,}"
@@ -116,9 +118,9 @@ def _place(percent: float) -> float:
 
 
 def _tell(
-    scores: Sequence[ModelScores], rows: Sequence[tuple[str, str, Sequence[_Dot]]]
+    scores: Sequence["ModelScores"], rows: Sequence[tuple[str, str, Sequence[_Dot]]]
 ) -> str:
-    """Say the picture in words."""
+    """Return the picture's text alternative."""
     said = [
         f"{scores[dot.place].card.name} in {name} ({label or 'percent'}): "
         f"{show_value(dot.value, dot.stderr)}"

@@ -1,21 +1,114 @@
-"""A fine-tuning run on the terminal, told by the rows of its metrics.jsonl."""
+"""A fine-tuning run on the terminal: its plan, its progress and its result."""
 
+import dataclasses
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from mlx_openelm.cli.console import Console, Progress
+
+if TYPE_CHECKING:
+    from mlx_openelm.finetuning.preparation import Prepared
+    from mlx_openelm.finetuning.run import FinetuneReport
 
 MOST_CHARACTERS = 300  # of a sample of text
 MOST_NAMES = 8  # of a skipped batch
 
+# The plan and the result -----------------------------------------------------------
+
+
+def plan_json(prepared: "Prepared") -> dict[str, Any]:
+    """Return the plan of a run for `--json`."""
+    plan = prepared.plan
+    return {
+        "path": str(prepared.path),
+        "plan": {
+            **dataclasses.asdict(plan),
+            "memory_bytes": plan.memory.total,
+            "fits": plan.fits,
+        },
+        "data": dataclasses.asdict(prepared.table),
+        "recipe": dataclasses.asdict(prepared.recipe),
+    }
+
+
+def note_plan(console: Console, prepared: "Prepared") -> None:
+    """Write the statistics of the data, and the plan of the run, to stderr."""
+    table, plan, recipe = prepared.table, prepared.plan, prepared.recipe
+    for name, split in (
+        ("train", table.train),
+        ("valid", table.valid),
+        ("test", table.test),
+    ):
+        if split is None:
+            continue
+        console.note(
+            f"{name}: {Path(split.file).name} ({split.format}), {split.records:,} "
+            f"records, {split.samples:,} samples of {split.shortest} to "
+            f"{split.longest} tokens (median {split.median}); {split.targets:,} of "
+            f"{split.tokens:,} tokens count"
+        )
+    if len(table.train.lengths) > 1:
+        bars = ", ".join(
+            f"{count:,} up to {edge}"
+            for edge, count in zip(
+                table.train.edges[1:], table.train.lengths, strict=True
+            )
+            if count
+        )
+        console.note(f"lengths in train: {bars} tokens")
+    console.note(f"template: {table.template} ({table.reason})")
+    for warning in table.warnings:
+        console.note(f"note: {warning}")
+    memory = plan.memory
+    console.note(
+        f"{plan.trainable:,} of {plan.parameters:,} weights are trained "
+        f"({plan.trainable / plan.parameters:.2%}), {plan.steps:,} steps of "
+        f"{recipe.step_size} {'row' if recipe.pack else 'sample'}"
+        f"{'s' * (recipe.step_size > 1)} "
+        f"({plan.epochs:.2f} epochs), {plan.targets:,} tokens to learn, no padding"
+    )
+    console.note(
+        f"memory: about {memory.total / 1e9:.2f} GB of {plan.limit / 1e9:.1f} GB "
+        f"(weights {memory.weights / 1e9:.2f}, adapter and optimizer "
+        f"{(memory.adapter + memory.gradients + memory.optimizer) / 1e9:.2f}, "
+        f"one batch {(memory.activations + memory.loss) / 1e9:.2f})"
+    )
+    if not plan.fits or plan.memory.total > plan.limit / 2:
+        for flags, total in plan.smaller[:4]:
+            console.note(f"  {total / 1e9:.2f} GB with {flags}")
+
+
+def note_trained(console: Console, report: "FinetuneReport") -> None:
+    """Write the result of a run to stderr."""
+    if report.first_loss is not None and report.last_loss is not None:
+        best = ""
+        if report.best_step not in (None, 0, report.steps):
+            best = f" (best {report.best_loss:.4f} at step {report.best_step})"
+        console.note(
+            f"validation loss {report.first_loss:.4f} -> {report.last_loss:.4f} nats "
+            f"per {report.unit}{best}"
+        )
+    if report.test_loss is not None:
+        console.note(f"test loss {report.test_loss:.4f} nats per {report.unit}")
+    console.note(
+        f"{report.steps:,} steps, {report.tokens:,} {report.unit}s in "
+        f"{report.seconds:,.0f} s ({report.tokens_per_second:,.0f} {report.unit}s/s), "
+        f"{report.peak_memory_bytes / 1e9:.2f} GB at most; "
+        f"look at {report.path / 'report.html'}"
+    )
+
+
+# The progress ------------------------------------------------------------------------
+
 
 class TrainingView:
-    """Shows each row as it comes: steps in a bar, the rest in a line each.
+    """Shows each event: steps in a progress bar, any other event in a line.
 
-    Besides the rows of metrics.jsonl it knows {"event": "note", "text": ...}, and any
-    row may tell the length of the run as "steps". Leaving the `with` block ends it.
+    Events are the rows of metrics.jsonl and {"event": "note", "text": ...}; any of them
+    may hold the length of the run as "steps". Leaving the `with` block ends the bar.
     """
 
     def __init__(self, console: Console) -> None:
@@ -98,7 +191,7 @@ def _show_loss(loss: float | None) -> str:
 
 
 def _describe_sample(event: Mapping[str, Any]) -> str:
-    """Return prompt and text on one line, without what a terminal would obey."""
+    """Return prompt and text on one line, without control characters."""
     text = " ".join(f"{event['prompt']}{event['text']}".split())
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."

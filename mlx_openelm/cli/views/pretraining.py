@@ -1,10 +1,9 @@
-"""A pre-training run on the terminal: what it will take, and how it goes."""
+"""A pre-training run on the terminal: its plan and its progress."""
 
 import dataclasses
 import types
 from typing import TYPE_CHECKING, Any, Self
 
-from converters.pretraining.recipe import PretrainRecipe
 from mlx_openelm.cli.console import Console, Progress
 
 if TYPE_CHECKING:
@@ -18,12 +17,13 @@ if TYPE_CHECKING:
         Trained,
     )
     from converters.pretraining.plan import Memory, Plan
+    from converters.pretraining.recipe import PretrainRecipe
 
 MOST_CHARACTERS = 300  # of a sample of text
 
 
 class PretrainingView:
-    """Shows each event: steps in a bar, the rest in a line each."""
+    """Shows each event: steps in a progress bar, any other event in a line."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -102,7 +102,7 @@ def _describe_dropped(dropped: dict[str, int]) -> str:
 
 
 def _show_text(text: str) -> str:
-    """Return a text on one line, without what a terminal would obey."""
+    """Return a text on one line, without control characters."""
     line = " ".join(text.split())
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     return line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]}..."
@@ -120,8 +120,8 @@ def _show_seconds(seconds: float) -> str:
 # The dry run -------------------------------------------------------------------------
 
 
-def show_plan(console: Console, recipe: PretrainRecipe, plan: "Plan") -> None:
-    """Draw what a run would take, and note what is missing."""
+def show_plan(console: Console, recipe: "PretrainRecipe", plan: "Plan") -> None:
+    """Print the plan of a run as a table; write what is missing to stderr."""
     import yaml
     from rich.table import Table
 
@@ -160,8 +160,8 @@ def show_plan(console: Console, recipe: PretrainRecipe, plan: "Plan") -> None:
         console.note(f"Missing: {sentence}")
 
 
-def plan_as_json(recipe: PretrainRecipe, plan: "Plan") -> dict[str, Any]:
-    """Return recipe and plan, in bytes and plain numbers."""
+def plan_as_json(recipe: "PretrainRecipe", plan: "Plan") -> dict[str, Any]:
+    """Return recipe and plan for `--json`; memory is in bytes."""
     import json
 
     found = {"recipe": dataclasses.asdict(recipe), "plan": dataclasses.asdict(plan)}

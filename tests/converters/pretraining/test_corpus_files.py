@@ -356,7 +356,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
         words = [str(rng.random()) for _ in range(5000)]
         write(path, [" ".join(rng.choices(words, k=500)) for _ in range(count)])
         program = (
-            "import resource, sys; from converters.pretraining.corpus_files import read_documents\n"
+            "import resource, sys\n"
+            "from converters.pretraining.corpus_files import read_documents\n"
             "assert sum(1 for _ in read_documents(sys.argv[1])) == int(sys.argv[2])\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )

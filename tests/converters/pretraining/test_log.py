@@ -29,7 +29,7 @@ from converters.pretraining.log import (  # noqa: E402
 from converters.pretraining.run import pretrain  # noqa: E402
 from converters.reference import ReferenceOpenELM  # noqa: E402
 from mlx_openelm.cli.console import Console  # noqa: E402
-from mlx_openelm.cli.pretraining_view import PretrainingView  # noqa: E402
+from mlx_openelm.cli.views.pretraining import PretrainingView  # noqa: E402
 from mlx_openelm.errors import OpenELMError  # noqa: E402
 
 

@@ -11,8 +11,8 @@ import pytest
 from commands import call, refuse
 from models import TEXT, UNEVEN, make_factors, weights_of, write_mlx_lm_adapter
 
-from mlx_openelm.cli import evaluation as evaluation_commands
-from mlx_openelm.cli.evaluation_picture import LEFT, RIGHT
+from mlx_openelm.cli import evaluate as evaluate_module
+from mlx_openelm.cli.views.evaluation_picture import LEFT, RIGHT
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.evaluation import harness_model
 from mlx_openelm.evaluation.multiple_choice import score_task
@@ -140,7 +140,7 @@ def test_the_adapter_of_the_first_model_is_not_the_others(work):
 
 def test_never_two_models_are_in_memory(work, monkeypatch):
     loaded, alive = [], []
-    opening = evaluation_commands.open_model
+    opening = evaluate_module.open_model
 
     def watch(*args):
         alive.append(sum(one() is not None for one in loaded))
@@ -148,7 +148,7 @@ def test_never_two_models_are_in_memory(work, monkeypatch):
         loaded.append(weakref.ref(opened[1]))
         return opened
 
-    monkeypatch.setattr(evaluation_commands, "open_model", watch)
+    monkeypatch.setattr(evaluate_module, "open_model", watch)
     others = ("--compare", "adapter", "--compare", "demo")
     run("--tasks", "tales.json", "--limit", "2", *others)
     assert alive == [0, 0, 0]
@@ -306,7 +306,7 @@ def test_wrong_usage_is_code_2(here, args):
     ],
 )
 def test_bad_input_is_one_sentence_and_changes_nothing(work, monkeypatch, args, says):
-    monkeypatch.setattr(evaluation_commands, "open_model", None)  # nothing is loaded
+    monkeypatch.setattr(evaluate_module, "open_model", None)  # nothing is loaded
     refuse(work, "evaluate", "--model", "model", *args, says=says)
 
 

@@ -13,9 +13,9 @@ import termios
 import pytest
 from places import ROOT
 
-from mlx_openelm.cli import console as console_room
+from mlx_openelm.cli import console as console_module
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.finetuning_view import TrainingView
+from mlx_openelm.cli.views.finetuning import TrainingView
 
 ROWS = [
     {"event": "note", "text": "3 [records] were cut"},
@@ -68,7 +68,7 @@ def test_quiet_is_silent(capsys):
 
 def test_a_log_gets_a_line_of_steps_now_and_then(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 20))
-    monkeypatch.setattr(console_room.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: next(clock))
     steps = [
         {"event": "step", "step": n, "loss": 2.0, "tokens_per_second": 9.0, "steps": 8}
         for n in range(1, 7)
@@ -80,7 +80,7 @@ def test_a_log_gets_a_line_of_steps_now_and_then(capsys, monkeypatch):
 
 def test_preferences_show_how_many_pairs_are_in_order(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 40))
-    monkeypatch.setattr(console_room.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: next(clock))
     row = {"event": "step", "step": 3, "loss": 0.5, "accuracy": 0.75, "margin": 0.1}
     show([{**row, "tokens_per_second": 5.0}])
     assert "loss 0.5000, accuracy 75%, 5 tokens/s" in capsys.readouterr().err
@@ -112,7 +112,7 @@ def test_a_terminal_of_80_columns_has_a_bar_with_all_figures():
     code = f"""
 import sys, time
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.finetuning_view import TrainingView
+from mlx_openelm.cli.views.finetuning import TrainingView
 with TrainingView(Console()) as view:
     time.sleep(1.0)
     for row in {ROWS[1:4] + ROWS[6:7] + ROWS[11:12]!r}:

@@ -1,0 +1,137 @@
+"""The zip archive that torch.save writes: its records, located in the mapped file."""
+
+import mmap
+import struct
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_openelm.errors import OpenELMError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_OTHER_FILES = {  # first bytes -> what the file is, and what to do
+    b"PK\x03\x04": "is a zip without a proper end; copy or download it again",
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19": "was saved in the form before torch "
+    "1.6; load it with a current torch and save it again",
+    b"version https://git-lfs": "is Git LFS's pointer to the file; run git lfs pull",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PtArchive:
+    """A memory-mapped file, and where its records are.
+
+    Attributes:
+        data: the bytes of the whole file.
+        records: name without "NAME/" -> start and length in bytes.
+    """
+
+    path: Path
+    data: Array
+    records: dict[str, tuple[int, int]]
+
+    def damaged(self, why: str) -> OpenELMError:
+        return OpenELMError(
+            f"{self.path} is damaged: {why}; copy or download it again."
+        )
+
+
+def open_archive(path: Path) -> PtArchive:
+    """Map a file and locate its records.
+
+    Raises:
+        OpenELMError: the file cannot be read, is damaged, or torch.save did not write
+            it.
+    """
+    head = b""
+    try:
+        if not path.is_file():  # opening a pipe would block
+            kind = "a folder" if path.is_dir() else "not there, or no file"
+            raise OpenELMError(f"{path} is {kind}; give a .pt or .bin file.")
+        with path.open("rb") as file:
+            head = file.read(64)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with zipfile.ZipFile(file) as zipped:
+                entries = zipped.infolist()
+    except OSError as error:
+        raise OpenELMError(f"Cannot read {path}: {error}.") from error
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        found = (said for start, said in _OTHER_FILES.items() if head.startswith(start))
+        begins = f"begins with {head[:12]!r}" if head else "is empty"
+        said = next(found, f"is not torch.save's: it {begins}; give a .pt or .bin file")
+        raise OpenELMError(f"{path} {said}.") from error
+    archive = PtArchive(path, np.frombuffer(mapped, np.uint8), {})
+    names = [entry.filename for entry in entries]
+    root = names[0].partition("/")[0] if names else ""
+    if f"{root}/data.pkl" not in names:
+        raise OpenELMError(
+            f"{path} is a zip without data.pkl, so not torch.save's; found "
+            f"{list_names(names)}; give a .pt or .bin file."
+        )
+    for entry in entries:
+        folder, _, name = entry.filename.partition("/")
+        if folder != root or name in archive.records:
+            raise archive.damaged(
+                f"record {list_names([entry.filename])} is there twice, or astray"
+            )
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise OpenELMError(
+                f"{path} is compressed or encrypted, which torch.save never does; load "
+                "it with torch and save it again."
+            )
+        archive.records[name] = _locate(archive, entry)
+    start, length = archive.records.get("byteorder", (0, 0))
+    if archive.data[start : start + min(length, 8)].tobytes() == b"big":
+        raise OpenELMError(
+            f"{path} was saved on a big-endian machine, whose numbers are not read "
+            "here; load it with torch there and save it as safetensors."
+        )
+    return archive
+
+
+def _locate(archive: PtArchive, entry: zipfile.ZipInfo) -> tuple[int, int]:
+    """Return the start and length of a record."""
+    at, size = entry.header_offset, archive.data.size
+    if 0 <= at <= size - 30:
+        # The lengths of the name and of torch's padding are in the local header alone.
+        header = archive.data[at : at + 30].tobytes()
+        name_length, extra_length = struct.unpack("<HH", header[26:])
+        start = at + 30 + name_length + extra_length
+        name = archive.data[at + 30 : at + 30 + name_length].tobytes()
+        extra = archive.data[start - extra_length : start].tobytes()
+        proper = (
+            header.startswith(b"PK\x03\x04")
+            and name == entry.orig_filename.encode(_encoding(entry), "replace")
+            and _is_extra(extra)
+            and start + entry.file_size <= size
+        )
+        if proper:
+            return start, entry.file_size
+    raise archive.damaged(f"{list_names([entry.filename])} is not where the zip says")
+
+
+def _encoding(entry: zipfile.ZipInfo) -> str:
+    """Return the encoding of the name of a record."""
+    return "utf-8" if entry.flag_bits & 0x800 else "cp437"
+
+
+def _is_extra(extra: bytes) -> bool:
+    """Whether an extra field is well-formed: kind, length and data of each entry."""
+    while len(extra) >= 4:
+        kind, length = struct.unpack("<HH", extra[:4])
+        if kind == 0 or length > len(extra) - 4:
+            return False
+        extra = extra[4 + length :]
+    return not extra
+
+
+def list_names(names: Iterable[object], most: int = 6) -> str:
+    """Return names for an error message: escaped, shortened, at most `most`."""
+    shown = [ascii(name)[:100] for name in names]
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return (", ".join(shown[:most]) or "nothing") + more

@@ -1,0 +1,175 @@
+"""The plan of `bench`: which models are measured, in which bits, and on what load."""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.quantization import AFFINE_BITS
+from mlx_openelm.storage.adapter_folder import open_adapter_folder
+from mlx_openelm.storage.hub import DEMO, find_model
+from mlx_openelm.storage.loading import stored_dtype
+from mlx_openelm.storage.model_folder import ModelFolder, open_folder
+from mlx_openelm.tensor_names import EMBEDDING, HEAD
+
+PROMPT = "Once upon a time there was a king who"  # of the self-check and `time_shell`
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 64, 3
+BITS = (16, *reversed(AFFINE_BITS))
+MADE_DTYPE = mx.bfloat16  # of synthetic weights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """A model to measure: a folder (and an adapter), or synthetic weights."""
+
+    name: str
+    config: OpenELMConfig
+    folder: ModelFolder | None = None
+    adapter: Path | None = None
+
+    @property
+    def bits(self) -> int:
+        """Bits of most linear layers, as stored."""
+        if self.folder is None:
+            return 8 * MADE_DTYPE.size
+        linears = [
+            packing.bits
+            for name, packing in self.folder.packings.items()
+            if name not in (EMBEDDING, HEAD)
+        ]
+        if linears:
+            return Counter(linears).most_common(1)[0][0]
+        return 8 * stored_dtype(self.folder).size
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One measurement: `batch` sequences of `prompt_tokens` + `new_tokens` tokens."""
+
+    subject: Subject
+    bits: int
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def context(self) -> int:
+        """Tokens in each sequence at the end."""
+        return self.prompt_tokens + self.new_tokens
+
+    @property
+    def as_stored(self) -> bool:
+        return self.bits == self.subject.bits
+
+
+def open_subject(
+    name: str | None, adapter_path: Path | None = None, *, offline: bool = False
+) -> Subject:
+    """Open a model folder, optionally with an adapter; see `loading.load`.
+
+    Raises:
+        OpenELMError: the model or the adapter is missing or damaged.
+    """
+    adapter = None if adapter_path is None else open_adapter_folder(adapter_path)
+    if adapter is not None and name is None:
+        path = adapter.find_base(offline=offline)
+    else:
+        path = find_model(name or DEMO, offline=offline)
+    folder = open_folder(path)
+    return Subject(Path(name or path.name).name, folder.config, folder, adapter_path)
+
+
+def make_subject(size: str) -> Subject:
+    """Return a released size ("270M", "1.1B") with synthetic weights.
+
+    Raises:
+        OpenELMError: the size is unknown.
+    """
+    config = OpenELMConfig.preset(size)
+    return Subject(config.size_name, config)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What to measure of every model: each combination of bits, batch and context.
+
+    Attributes:
+        bits: empty: as stored.
+        contexts: tokens of a sequence at the end; the prompt is `contexts` less the
+            new tokens.
+        prompt_tokens: only without `contexts`; None: 512, or as many as fit.
+        new_tokens: None: 64, or half of the model's context if that is less.
+    """
+
+    bits: tuple[int, ...] = ()
+    batches: tuple[int, ...] = (1,)
+    contexts: tuple[int, ...] = ()
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    rounds: int = ROUNDS
+
+    def __post_init__(self) -> None:
+        for flag, value, least in (
+            ("--prompt-tokens", self.prompt_tokens, 1),
+            (
+                "--max-tokens",
+                self.new_tokens,
+                2,
+            ),  # the first one's time is the prompt's
+            ("--rounds", self.rounds, 1),
+            *(("--batch", batch, 1) for batch in self.batches),
+        ):
+            if value is not None and value < least:
+                raise OpenELMError(f"{flag} is {value}; it is at least {least}.")
+        for bits in self.bits:
+            if bits not in BITS:
+                known = ", ".join(map(str, BITS))
+                raise OpenELMError(
+                    f"--bits is {bits}; weights are measured in {known}."
+                )
+        for context in self.contexts:
+            if context <= (self.new_tokens or 2):
+                raise OpenELMError(
+                    f"--context is {context}, which leaves no prompt before "
+                    f"{self.new_tokens or 2} new tokens; say more, or fewer "
+                    "--max-tokens."
+                )
+        if self.contexts and self.prompt_tokens is not None:
+            raise OpenELMError(
+                "--context says how long the prompt is, and so does --prompt-tokens; "
+                "leave one of them out."
+            )
+
+
+def plan_cases(subjects: Sequence[Subject], workload: Workload) -> list[Case]:
+    """Return every combination of subject and workload.
+
+    Raises:
+        OpenELMError: more tokens than the context of a model.
+    """
+    cases = list[Case]()
+    for subject in subjects:
+        room = subject.config.max_context_length
+        for bits, batch, context in itertools.product(
+            dict.fromkeys(workload.bits or (subject.bits,)),
+            dict.fromkeys(workload.batches),
+            dict.fromkeys(workload.contexts or (None,)),
+        ):
+            total = room if context is None else context
+            new_tokens = workload.new_tokens or max(2, min(NEW_TOKENS, total // 2))
+            prompt_tokens = total - new_tokens
+            if context is None:
+                usual = max(1, min(PROMPT_TOKENS, prompt_tokens))
+                prompt_tokens = workload.prompt_tokens or usual
+            if prompt_tokens + new_tokens > room:
+                raise OpenELMError(
+                    f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are "
+                    f"more than the context of {subject.name}, {room} tokens."
+                )
+            cases.append(Case(subject, bits, batch, prompt_tokens, new_tokens))
+    return cases

@@ -1,0 +1,34 @@
+"""The command that compares PyTorch and MLX: `parity`."""
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.options import Json, Quiet, need_torch
+from mlx_openelm.errors import OpenELMError
+
+
+def parity_command(
+    source: Annotated[str, typer.Argument(help="Anything that convert takes.")],
+    num_tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare PyTorch and MLX, layer by layer, on the same tokens (needs PyTorch)."""
+    need_torch()
+    from converters.parity import compare
+    from mlx_openelm.cli.views.parity import show_parity
+
+    console = Console(quiet=quiet)
+    report = compare(source, num_tokens=num_tokens, seed=seed)
+    if as_json:
+        console.answer_json(dataclasses.asdict(report))
+    else:
+        show_parity(console, report)
+    if not report.equal:
+        raise OpenELMError(
+            f"PyTorch and MLX differ on {source} by more than {report.limit:.0e}."
+        )

@@ -1,0 +1,115 @@
+"""Layer-wise scaling: the heads and FFN width of each layer, and the released sizes.
+
+Source of the formula: Mehta et al., "OpenELM" (arXiv 2404.14619), section 2.1, as the
+released checkpoints apply it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_openelm.errors import OpenELMError
+
+QKV_MULTIPLIERS = (0.5, 1.0)  # first and last layer, all released sizes
+FFN_MULTIPLIERS = (0.5, 4.0)
+FFN_DIM_DIVISOR = 256
+MAX_LAYERS = 10_000  # more are a mistake, and their lists would fill the memory
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt-test": {
+        "num_layers": 1,
+        "model_dim": 128,
+        "head_dim": 64,
+        "num_gqa_groups": 1,
+        "qkv_multipliers": (0.25, 0.5),
+        "ffn_multipliers": (0.25, 0.75),
+    },
+    "270M": {"num_layers": 16, "model_dim": 1280, "head_dim": 64},
+    "450M": {"num_layers": 20, "model_dim": 1536, "head_dim": 64},
+    "1.1B": {"num_layers": 28, "model_dim": 2048, "head_dim": 64},
+    "3B": {"num_layers": 36, "model_dim": 3072, "head_dim": 128},
+}
+
+
+def preset_fields(name: str) -> dict[str, Any]:
+    """Return the fields of a released size by any of its names, as `scaled_fields`.
+
+    Raises:
+        OpenELMError: no released size has this name.
+    """
+    key = name.rsplit("/", 1)[-1].removeprefix("OpenELM-")
+    key = key.removesuffix("-Instruct").replace("_", ".")
+    if key not in PRESETS:
+        raise OpenELMError(
+            f"No OpenELM is called {name!r}; there are {', '.join(PRESETS)}."
+        )
+    return scaled_fields(**PRESETS[key])
+
+
+def scaled_fields(
+    *,
+    num_layers: int,
+    model_dim: int,
+    head_dim: int,
+    num_gqa_groups: int = 4,
+    qkv_multipliers: float | Sequence[float] = QKV_MULTIPLIERS,
+    ffn_multipliers: float | Sequence[float] = FFN_MULTIPLIERS,
+    ffn_dim_divisor: int = FFN_DIM_DIVISOR,
+) -> dict[str, Any]:
+    """Return the widths and per-layer lists of an OpenELMConfig, not validated.
+
+    The arguments are those of `OpenELMConfig.scaled`; the result holds model_dim,
+    head_dim, num_query_heads, num_kv_heads and ffn_dims.
+
+    Raises:
+        OpenELMError: an impossible number of layers or of multipliers.
+    """
+    if not 1 <= num_layers <= MAX_LAYERS:
+        raise OpenELMError(
+            f"The config has {num_layers} layers; an OpenELM has 1 to {MAX_LAYERS}."
+        )
+    query_heads = tuple(
+        make_divisible(model_dim * m, head_dim * num_gqa_groups) // head_dim
+        for m in interpolate_multipliers(qkv_multipliers, num_layers)
+    )
+    return {
+        "model_dim": model_dim,
+        "head_dim": head_dim,
+        "num_query_heads": query_heads,
+        "num_kv_heads": tuple(q // num_gqa_groups for q in query_heads),
+        "ffn_dims": tuple(
+            make_divisible(m * model_dim, ffn_dim_divisor)
+            for m in interpolate_multipliers(ffn_multipliers, num_layers)
+        ),
+    }
+
+
+def make_divisible(value: float, divisor: int) -> int:
+    """Return the multiple of `divisor` nearest to `value`, never below 90 % of it."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+def interpolate_multipliers(
+    multipliers: float | Sequence[float], num_layers: int
+) -> list[float]:
+    """Return one multiplier a layer, from a scalar, a (first, last) pair or a list.
+
+    A pair is spread linearly over the layers and rounded to two decimals.
+    """
+    if isinstance(multipliers, int | float):
+        return [float(multipliers)] * num_layers
+    if len(multipliers) == num_layers:
+        return [float(m) for m in multipliers]
+    if len(multipliers) != 2:
+        raise OpenELMError(
+            f"Expected one multiplier, a (first, last) pair or {num_layers} of them, "
+            f"found {len(multipliers)}: {list(multipliers)}."
+        )
+    first, last = multipliers
+    step = (last - first) / max(num_layers - 1, 1)
+    return [round(first + i * step, 2) for i in range(num_layers)]
+
+
+def is_size(value: object) -> bool:
+    """Return whether `value` is a positive whole number below 2**31, not a bool."""
+    return type(value) is int and 0 < value < 2**31

@@ -1,0 +1,32 @@
+"""Reads a JSON or YAML file that holds one mapping."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm.errors import OpenELMError
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a JSON or YAML file that holds one mapping.
+
+    Raises:
+        OpenELMError: the file is missing, is no JSON or YAML, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OpenELMError(f"Cannot read {path}: {error}.") from error
+    try:
+        if path.suffix == ".json":
+            found = json.loads(text)
+        else:
+            import yaml
+
+            found = yaml.safe_load(text)
+    except Exception as error:  # the parsers' errors have no common base
+        reason = " ".join(str(error).split())  # YAML's takes several lines
+        raise OpenELMError(f"{path} cannot be parsed: {reason}.") from error
+    if not isinstance(found, dict):
+        raise OpenELMError(f"{path} holds a {type(found).__name__}, not a mapping.")
+    return found

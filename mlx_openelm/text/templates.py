@@ -1,0 +1,202 @@
+"""Prompt templates: turns of a conversation rendered as text, and encoded as ids."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.text.tokenizer import EOS_TEXT, Tokenizer
+
+RAW = "raw"  # the template name of models without a template
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation.
+
+    Attributes:
+        role: "system" (the first turn alone), "user" or "assistant".
+        input: the input of an Alpaca instruction; usually empty.
+    """
+
+    role: str
+    text: str
+    input: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A rendered answer, which an EOS follows, and the text before it.
+
+    The context starts after the EOS of the previous exchange.
+    """
+
+    context: str
+    answer: str
+
+
+_INDENT = " " * 16  # Apple's template contains the indent of its source code
+_TASK = "Below is an instruction that describes a task"
+_ALPACA = f"{_TASK}. Write a response that appropriately completes the request."
+_ALPACA_INPUT = (
+    f"{_TASK}, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+
+
+def _raw(turns: Sequence[Turn]) -> list[Exchange]:
+    roles = [turn.role for turn in turns]
+    if roles == ["assistant"]:
+        return [Exchange("", turns[0].text)]
+    if roles != ["user", "assistant"]:
+        raise OpenELMError(
+            "The raw template has no place for a conversation's turns "
+            f"({', '.join(roles)}); choose --template {_either(_TEMPLATES)}."
+        )
+    prompt, answer = _with_input(turns[0]), turns[1].text
+    joined = not prompt or prompt[-1].isspace() or answer[:1].isspace()
+    return [Exchange(prompt, answer if joined else f" {answer}")]
+
+
+def _instruct(turns: Sequence[Turn]) -> list[Exchange]:
+    # Zephyr's turns, with the empty system turn that OpenELM-Instruct was trained with.
+    if turns[0].role != "system":
+        turns = [Turn("system", ""), *turns]
+    exchanges, context = [], ""
+    for turn in turns:
+        context += f"<|{turn.role}|>\n"
+        if turn.role == "assistant":
+            exchanges.append(Exchange(context, turn.text))
+            context = "\n"
+        else:
+            context += f"{_with_input(turn)}{EOS_TEXT}\n"
+    return exchanges
+
+
+def _alpaca(turns: Sequence[Turn]) -> list[Exchange]:
+    return _sections(turns, indent="", header_ends=("", ""))
+
+
+def _openelm_peft(turns: Sequence[Turn]) -> list[Exchange]:
+    # Byte for byte Apple's PEFT template, without input and with.
+    return _sections(turns, indent=_INDENT, header_ends=("  ", " "))
+
+
+def _sections(
+    turns: Sequence[Turn], *, indent: str, header_ends: tuple[str, str]
+) -> list[Exchange]:
+    """Render Alpaca's sections; only the first exchange has the header."""
+    with_input = any(turn.input for turn in turns)
+    header = _ALPACA_INPUT if with_input else _ALPACA
+    if turns[0].role == "system":
+        header, turns = turns[0].text or header, turns[1:]
+    start, gap = f"\n\n{indent}", f"\n{indent}\n{indent}"
+    exchanges, context, before = [], header + header_ends[with_input], start
+    for turn in turns:
+        title = "Response" if turn.role == "assistant" else "Instruction"
+        context += f"{before}### {title}:\n{indent}"
+        if turn.role == "assistant":
+            exchanges.append(Exchange(context, turn.text))
+            context, before = "", start
+        else:
+            context += turn.text
+            if turn.input:
+                context += f"{gap}### Input:\n{indent}{turn.input}"
+            before = gap
+    return exchanges
+
+
+def _with_input(turn: Turn) -> str:
+    """Return the text and input as one, for templates without a section for inputs."""
+    return f"{turn.text}\n\n{turn.input}" if turn.input else turn.text
+
+
+_TEMPLATES = {"instruct": _instruct, "alpaca": _alpaca, "openelm-peft": _openelm_peft}
+TEMPLATE_NAMES = ("auto", RAW, *_TEMPLATES)
+
+
+def render(turns: Sequence[Turn], template: str) -> list[Exchange]:
+    """Render a conversation as text, with one exchange for each assistant turn.
+
+    Turns after the last answer are left out. `</s>` in the text is the EOS token,
+    except with the raw template.
+
+    Raises:
+        OpenELMError: no such template, or the template cannot hold these turns.
+    """
+    if template == RAW:
+        return _raw(turns)
+    if template not in _TEMPLATES:
+        raise OpenELMError(
+            f"No template is called {template!r}; there are {_either(TEMPLATE_NAMES)}."
+        )
+    return _TEMPLATES[template](turns)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    template: str = "auto",
+    system: str = "",
+    as_trained: bool = False,
+) -> list[int]:
+    """Render `prompt` and return its ids, with one BOS first and no EOS last.
+
+    Args:
+        template: one of `TEMPLATE_NAMES`; "auto" is the one stored with the model, and
+            raw if there is none.
+        as_trained: remove a trailing space, because the first piece of the answer
+            includes it when prompt and answer are tokenized as one text.
+
+    Raises:
+        OpenELMError: no such template, or a system text with the raw template.
+    """
+    name = (tokenizer.template or RAW) if template == "auto" else template
+    if name == RAW:
+        if system:
+            raise OpenELMError(
+                "A raw prompt has no place for --system; "
+                f"choose --template {_either(_TEMPLATES)}."
+            )
+        return tokenizer.encode(prompt.removesuffix(" ") if as_trained else prompt)
+    turns = [Turn("user", prompt), Turn("assistant", "")]
+    exchanges = render([Turn("system", system), *turns] if system else turns, name)
+    text = exchanges[-1].context
+    return tokenizer.encode_rendered(text.removesuffix(" ") if as_trained else text)
+
+
+def encode_turns(
+    tokenizer: Tokenizer, turns: Sequence[Turn], template: str, system: str = ""
+) -> tuple[list[int], bool]:
+    """Render turns that end with the user's, and return the prompt's ids.
+
+    Returns:
+        The ids, with one BOS first and an EOS after each answer (none in a raw text);
+        whether a trailing space was removed, because the first piece of the answer
+        includes it.
+
+    Raises:
+        OpenELMError: no such template, or a text is not valid Unicode.
+    """
+    if template == RAW:
+        return tokenizer.encode(_join(turns)), False
+    first = [Turn("system", system)] if system else []
+    *before, last = render([*first, *turns, Turn("assistant", "")], template)
+    text = "".join(f"{e.context}{e.answer}{EOS_TEXT}" for e in before) + last.context
+    return tokenizer.encode_rendered(text.removesuffix(" ")), text.endswith(" ")
+
+
+def _join(turns: Sequence[Turn]) -> str:
+    """Join turns as one raw text; a user turn starts a new word."""
+    text = ""
+    for turn in turns:
+        new_word = turn.role == "user" and text and turn.text
+        if new_word and not (text[-1].isspace() or turn.text[0].isspace()):
+            text += " "
+        text += turn.text
+    return text
+
+
+def _either(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"

@@ -1,0 +1,109 @@
+"""Every command's flags, which scripts rely on."""
+
+import pytest
+import typer
+from commands import call
+
+from mlx_openelm.cli.main import app
+
+FLAGS = {
+    "": "--version --install-completion --show-completion",
+    "generate": (
+        "-p --prompt --model --adapter-path -m --max-tokens --min-tokens --temp "
+        "--top-p --top-k --min-p --repetition-penalty --repetition-context "
+        "--no-repeat-ngram --logit-bias --stop --stop-loops --logprobs --template "
+        "--system --lookup --draft-model --prompt-cache --kv-bits --kv-group-size "
+        "--max-kv-size --prompts-file --output --batch-size --force --no-stream "
+        "--seed --json --quiet --offline"
+    ),
+    "chat": (
+        "--model --adapter-path -m --max-tokens --min-tokens --temp --top-p "
+        "--top-k --min-p --repetition-penalty --repetition-context "
+        "--no-repeat-ngram --logit-bias --stop --stop-loops --template --system "
+        "--lookup --draft-model --kv-bits --kv-group-size --seed --json --quiet "
+        "--offline"
+    ),
+    "convert": (
+        "--hf-path --model --mlx-path --to --dtype --allow-overflow -q --quantize "
+        "--q-bits --q-group-size --q-mode --q-embed-bits --q-keep --dequantize "
+        "--calibration --no-receipt --merge --adapter-out --average --tokenizer "
+        "--revision --force --json --quiet --offline"
+    ),
+    "fuse": (
+        "--adapter-path --save-path --model --dequantize -q --quantize --q-bits "
+        "--q-group-size --force --json --quiet --offline"
+    ),
+    "verify": "--against --json --quiet --offline",
+    "inspect": "--context --json --quiet --offline",
+    "selfcheck": "--json --quiet",
+    "parity": "--num-tokens --seed --json --quiet",
+    "evaluate": (
+        "--text --tasks --suite --model --adapter-path --compare --window --limit "
+        "--num-fewshot --batch-size --include-path --tasks-dir --output --csv "
+        "--picture --force --json --quiet --offline"
+    ),
+    "bench": (
+        "--model --size --bits --batch --context --prompt-tokens -m --max-tokens "
+        "--rounds --adapter-path --chart --json --quiet --offline"
+    ),
+    "lora": (
+        "--data --model --adapter-path -c --recipe --fine-tune-type --objective "
+        "--num-layers --rank --scale --dropout --keys --prompt-key "
+        "--completion-key --template --mask-prompt --no-mask-prompt --turns "
+        "--max-seq-length --max-prompt-length --pack --epochs --iters "
+        "--batch-size --grad-accumulation-steps --optimizer --learning-rate "
+        "--schedule --warmup-steps --weight-decay --clip-norm --z-loss --dpo-loss "
+        "--dpo-beta --grad-checkpoint --seed --steps-per-report --steps-per-eval "
+        "--val-batches --save-every --patience --average-last --sample-prompt "
+        "--memory-limit --test --resume --dry-run --fit --force --json --quiet "
+        "--offline"
+    ),
+    "pretrain": (
+        "-c --recipe --data --init --output --steps --seed --resume --dry-run "
+        "--devices --json --quiet"
+    ),
+    "grow": (
+        "--width --ffn --noise-db --seed -o --output --tokenizer --revision "
+        "--force --json --quiet --offline"
+    ),
+    "serve": (
+        "--model --adapter-path --host --port --api-key --allowed-origins "
+        "--template -m --max-tokens --temp --top-p --top-k --min-p "
+        "--repetition-penalty --seed --decode-concurrency --prompt-concurrency "
+        "--prompt-cache-size --log-level --quiet --offline"
+    ),
+    "recipes": "",
+    "recipes list": "--json",
+    "recipes show": "",
+    "recipes copy": "",
+}  # "": the program itself
+
+
+def list_commands(command, name=""):
+    """Yield each command and subcommand with its name."""
+    yield name, command
+    for part, subcommand in getattr(command, "commands", {}).items():
+        yield from list_commands(subcommand, f"{name} {part}".strip())
+
+
+def test_every_command_has_exactly_its_flags():
+    found = {
+        name: {
+            flag
+            for parameter in command.params
+            for flag in (*parameter.opts, *parameter.secondary_opts)
+            if flag.startswith("-")
+        }
+        for name, command in list_commands(typer.main.get_command(app))
+    }
+    assert found == {name: set(flags.split()) for name, flags in FLAGS.items()}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_help_lists_every_flag(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    ran = call(*name.split(), "--help")
+    assert ran.exit_code == 0
+    shown = ran.stdout.replace(",", " ").split()
+    assert {*FLAGS[name].split(), "-h", "--help"} <= {*shown}
+    assert call(*name.split(), "-h").stdout == ran.stdout
