@@ -12,7 +12,7 @@ class Scenario:
     """Commands that both sides run; all files are compared, and what is printed.
 
     Attributes:
-        status: the expected exit status; if it is not 0, stderr is compared, not stdout.
+        status: the expected exit status; if it is not 0, stderr is compared.
         needs: a module, without which the scenario is skipped.
         quick: part of --quick.
     """
@@ -33,17 +33,17 @@ class Resume:
         by: the signal.
         flag: added to the repeated command.
         before: commands that prepare the folder, under OLD.
-        kept: a glob of files that are there at the stop and must not be written again.
+        kept: the name of a file that is there at the stop and must be taken over.
         ignored: names of files that depend on the interruption.
     """
 
     name: str
     command: str
     ready: Callable[[Path], bool]
+    kept: str
     by: int = signal.SIGKILL
     flag: str = ""
     before: tuple[str, ...] = ()
-    kept: str = ""
     ignored: tuple[str, ...] = ()
     needs: str = "mlx"
     quick: bool = True
@@ -189,8 +189,9 @@ CHECKS: tuple[Scenario | Resume, ...] = (
     Scenario(
         "convert corenet and back",
         (
-            "convert demo --to corenet --mlx-path out.pt",
-            "convert out.pt --mlx-path back --tokenizer demo",
+            "convert demo --mlx-path source",
+            "convert source --to corenet --mlx-path out.pt",
+            "convert out.pt --mlx-path back --tokenizer source",
         ),
     ),
     Scenario(
@@ -199,7 +200,7 @@ CHECKS: tuple[Scenario | Resume, ...] = (
     Scenario(
         "lora, fuse, peft",
         (
-            f"{LORA} {SIX} --average-last 2 --sample-prompt Once --test",
+            f"{LORA} {SIX} --average-last 2 --sample-prompt Once",
             "fuse --adapter-path run --save-path fused",
             "convert run --to peft --mlx-path peft",
             "generate --adapter-path run -p Once -m 8",
@@ -248,6 +249,7 @@ CHECKS: tuple[Scenario | Resume, ...] = (
         "resume lora after Ctrl-C",
         f"{LORA} {LONG}",
         holds("run/metrics.jsonl", b'"save"'),
+        "metrics.jsonl",
         signal.SIGINT,
         "--resume",
         ignored=("report.html",),
@@ -256,6 +258,7 @@ CHECKS: tuple[Scenario | Resume, ...] = (
         "resume dora after kill",
         f"{LORA} {LONG} --fine-tune-type dora --grad-accumulation-steps 2",
         holds("run/metrics.jsonl", b'"save"', 3),
+        "metrics.jsonl",
         flag="--resume",
         ignored=("report.html",),
         quick=False,
@@ -264,19 +267,21 @@ CHECKS: tuple[Scenario | Resume, ...] = (
         "resume convert after kill",
         "convert source -q --mlx-path out",
         exists(".out.*.part/model.safetensors"),
-        kept="model.safetensors",
+        "model.safetensors",
         before=("convert demo --mlx-path source",),
     ),
     Resume(
         "resume --prompts-file after kill",
         f"{ANSWERS} -m 60 --seed 5 --model source",
         holds("answers.jsonl", b"\n", 3),
+        "answers.jsonl",
         before=("convert demo --mlx-path source",),
     ),
     Resume(
         "resume evaluate after kill",
         "evaluate --tasks tasks.jsonl --output out --model source",
         exists("out/*/*"),
+        "tasks.jsonl",
         before=("convert demo --mlx-path source",),
         quick=False,
     ),
@@ -284,6 +289,7 @@ CHECKS: tuple[Scenario | Resume, ...] = (
         "resume pretrain after kill",
         f"{PRETRAIN} --steps 60",
         holds("run/metrics.jsonl", b'"saved"', 2),
+        "metrics.jsonl",
         flag="--resume",
         needs="torch",
     ),
@@ -291,6 +297,7 @@ CHECKS: tuple[Scenario | Resume, ...] = (
         "resume pretrain after Ctrl-C",
         f"{PRETRAIN} --steps 60",
         holds("run/metrics.jsonl", b'"saved"'),
+        "metrics.jsonl",
         signal.SIGINT,
         "--resume",
         needs="torch",

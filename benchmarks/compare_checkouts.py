@@ -12,20 +12,19 @@ exit status is 1 if anything differs.
 Left out of the comparison, and nothing else:
 
 - the paths of the checkout and of the working folder, replaced by placeholders;
-- the numbers of the JSON keys in `VARYING`: times, speeds and measured memory;
+- the numbers of the JSON keys in `checkout_side.VARYING`: times, speeds and measured memory;
 - in report.html all numbers, and lines that are equal without them (axis ticks of the
   charts of speed); in resumed runs the file itself, which tells of the interruption;
 - in metrics.jsonl of resumed runs the events in `INTERRUPTION`;
+- of training_checkpoint_last.pt in resumed runs the pickle's form, not its values;
 - in packages what `read_data_files` leaves out.
 """
 
 import argparse
-import contextlib
 import io
 import json
 import os
 import re
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -34,160 +33,29 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
-from checkout_scenarios import CHECKS, INPUTS, Resume, Scenario
+from checkout_scenarios import CHECKS, Resume, Scenario
+from checkout_side import (
+    TIMEOUT_S,
+    CheckError,
+    Files,
+    Side,
+    ended,
+    last_line,
+    split_safetensors,
+)
 
-Files = dict[str, bytes]  # by name, or by "stdout of COMMAND"
-Process = subprocess.Popen[bytes]
-
-TIMEOUT_S = 600
 MOST_SHOWN = 5  # differences of one check
 
-_SPEEDS = (
-    *("prompt_tps", "generation_tps", "time_to_first_token_s", "peak_memory_bytes"),
-    *("seconds", "tokens_per_second"),
-)
-VARYING = {  # file name -> JSON keys whose numbers are not compared
-    "stdout": _SPEEDS,
-    "answers.jsonl": _SPEEDS,
-    "metrics.jsonl": (*_SPEEDS, "memory_bytes", "seconds_left"),
-    "state.safetensors": ("seconds", "reported", "peak_memory"),
-}
 INTERRUPTION = re.compile(  # a kill may come between a save and its line
-    rb'\{"event": "(?:save|saved|resume|started)".*\n'
+    rb'\{"event": "(?:save|saved|note|resume|started)".*\n'
     rb'|\{"event": "end".*"reason": "interrupted".*\n'
 )
-BINARY = (".pt", ".gguf", ".model", ".png")
-
-
-class CheckError(Exception):
-    """A command did not do what the check needs, so nothing is proved."""
-
-
-# Running ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Side:
-    """A checkout, and the folder in which its commands run."""
-
-    name: str
-    checkout: Path
-    folder: Path
-
-    def inside(self, name: str) -> "Side":
-        """Return the side with a new folder below its own; it holds the inputs."""
-        folder = self.folder / name
-        folder.mkdir(parents=True)
-        for file, text in INPUTS.items():
-            (folder / file).write_text(text)
-        return replace(self, folder=folder)
-
-    def environment(self) -> dict[str, str]:
-        ours = {
-            "PYTHONPATH": str(self.checkout),
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(self.folder.parent / ".hub"),
-            "COLUMNS": "100",
-        }
-        if sys.platform == "linux":
-            ours["MLX_DISABLE_COMPILE"] = "1"
-        others = ("MLX_", "PYTHON", "HF_", "OMP_")
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(others)}
-        return kept | ours
-
-    def start(self, command: str) -> Process:
-        environment = self.environment()
-        if command.startswith(("pretrain", "grow")):
-            environment["OMP_NUM_THREADS"] = "1"  # more are slower for a small model
-        return subprocess.Popen(
-            [sys.executable, "-m", "mlx_openelm", *shlex.split(command)],
-            cwd=self.folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    def run(self, command: str, status: int = 0) -> bytes:
-        """Return stdout; or stderr, where another exit status than 0 is expected."""
-        with ended(self.start(command)) as process:
-            out, err = process.communicate(timeout=TIMEOUT_S)
-        if process.returncode != status:
-            raise CheckError(
-                f"{self.name}: {command!r} exited with {process.returncode}: "
-                f"{last_line(err)}"
-            )
-        return err if status else out
-
-    def stop(self, command: str, ready: Callable[[Path], bool], by: int) -> None:
-        """Start a command, and send it a signal as soon as its folder is ready."""
-        deadline = time.monotonic() + TIMEOUT_S
-        with ended(self.start(command)) as process:
-            while process.poll() is None and not ready(self.folder):
-                if time.monotonic() > deadline:
-                    raise CheckError(
-                        f"{self.name}: {command!r} was never to be stopped"
-                    )
-                time.sleep(0.002)
-            process.send_signal(by)
-            _, err = process.communicate(timeout=TIMEOUT_S)
-        if process.returncode == 0 or not ready(self.folder):
-            raise CheckError(
-                f"{self.name}: {command!r} ended before it was stopped: {last_line(err)}"
-            )
-
-    def read_results(self) -> Files:
-        """Return the normalised content of all files but the inputs."""
-        paths = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
-        named = {path.relative_to(self.folder).as_posix(): path for path in paths}
-        return {
-            name: self.normalise(path.name, path.read_bytes())
-            for name, path in named.items()
-            if name not in INPUTS
-        }
-
-    def normalise(self, name: str, content: bytes) -> bytes:
-        """Replace what may vary in a file, or in what a command prints ("stdout")."""
-        if name.endswith(BINARY):
-            return content
-        if name.endswith(".safetensors"):
-            header, tensors = split_safetensors(content)
-            header = self._mask(name, header).rstrip()
-            return len(header).to_bytes(8, "little") + header + tensors
-        content = self._mask(name, content)
-        if name == "report.html":
-            lines = re.sub(rb"-?\d[\d.,]*", b"#", content).splitlines()
-            return b"\n".join(dict.fromkeys(lines))
-        return content
-
-    def _mask(self, name: str, content: bytes) -> bytes:
-        for path, mark in ((self.folder, b"<folder>"), (self.checkout, b"<checkout>")):
-            content = content.replace(os.fsencode(path), mark)
-        keys = "|".join(VARYING.get(name, ()))
-        number = rb'(\\?"(?:%s)\\?": )-?\d[-+.\de]*' % keys.encode()
-        return re.sub(number, rb"\1#", content) if keys else content
-
-
-@contextlib.contextmanager
-def ended(process: Process) -> Iterator[Process]:
-    """Kill the process at the end of the block, if it still runs."""
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def last_line(text: bytes) -> str:
-    return (text.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-
-
 # Scenarios -------------------------------------------------------------------------
 
 
@@ -218,28 +86,58 @@ def run_resume(resume: Resume, old: Side, new: Side) -> tuple[Files, Files]:
             side.run(command)
     whole.run(resume.command)
     stopped.stop(resume.command, resume.ready, resume.by)
-    kept = read_times(stopped.folder, resume.kept)
+    kept = read_marks(stopped.folder, resume.kept)
     resumed = replace(new, folder=stopped.folder)
     resumed.run(f"{resume.command} {resume.flag}")
-    if not kept <= read_times(stopped.folder, resume.kept):
-        raise CheckError(f"{resume.kept} was written again by the resumed command")
-    expected, found = (
-        {
-            name: INTERRUPTION.sub(b"", content)
-            if name.endswith("metrics.jsonl")
-            else content
-            for name, content in side.read_results().items()
-            if PurePosixPath(name).name not in resume.ignored
-        }
-        for side in (whole, resumed)
-    )
-    return expected, found
+    if not kept or not kept.items() <= read_marks(stopped.folder, resume.kept).items():
+        raise CheckError(f"NEW did not resume from {resume.kept}, but began again")
+    return read_resumed(whole, resume.ignored), read_resumed(resumed, resume.ignored)
 
 
-def read_times(folder: Path, pattern: str) -> set[tuple[str, int]]:
-    """Return name and time of writing of the files that match a pattern."""
-    found = folder.rglob(pattern) if pattern else ()
-    return {(path.name, path.stat().st_mtime_ns) for path in found}
+def read_marks(folder: Path, name: str) -> dict[Path, bytes | int]:
+    """Return what a file that is begun again would not have in common with the old one.
+
+    That is the first lines, which hold times, or the time of writing.
+    """
+    return {
+        path.relative_to(folder): b"\n".join(path.read_bytes().split(b"\n")[:3])
+        if path.suffix == ".jsonl"
+        else path.stat().st_mtime_ns
+        for path in folder.rglob(name)
+        if path.is_file()
+    }
+
+
+def read_resumed(side: Side, ignored: Collection[str]) -> Files:
+    files = side.read_results()
+    for name, content in files.items():
+        if name.endswith("metrics.jsonl"):
+            files[name] = INTERRUPTION.sub(b"", content)
+        if name.endswith("training_checkpoint_last.pt"):
+            files[name] = spell_checkpoint(content)
+    return {
+        name: content
+        for name, content in files.items()
+        if PurePosixPath(name).name not in ignored
+    }
+
+
+def spell_checkpoint(content: bytes) -> bytes:
+    """Spell all values out: pickle's references depend on which objects are shared."""
+    import torch
+
+    def spell(value: object) -> object:
+        match value:
+            case dict():
+                return {key: spell(inner) for key, inner in value.items()}
+            case list() | tuple():
+                return [spell(inner) for inner in value]
+            case torch.Tensor():
+                raw = value.contiguous().view(-1).view(torch.uint8)
+                return value.dtype, value.shape, raw.numpy().tobytes()
+        return value
+
+    return repr(spell(torch.load(io.BytesIO(content), weights_only=True))).encode()
 
 
 # Differences -----------------------------------------------------------------------
@@ -283,21 +181,17 @@ def describe_differences(expected: Files, found: Files) -> Iterator[str]:
 
 
 def describe_difference(name: str, old: bytes, new: bytes) -> str:
-    parts_of = {".safetensors": read_tensors, ".pt": read_zip}
-    read = parts_of.get(PurePosixPath(name).suffix)
+    read = read_tensors if name.endswith(".safetensors") else None
+    read = read_zip if old.startswith(b"PK") and new.startswith(b"PK") else read
     if read is not None:
-        parts = [read(old), read(new)]
-        names = sorted(parts[0].keys() | parts[1].keys())
-        unequal = [n for n in names if parts[0].get(n) != parts[1].get(n)]
+        before, after = read(old), read(new)
+        names = sorted(before.keys() | after.keys())
+        unequal = [n for n in names if before.get(n) != after.get(n)]
         return f"{len(unequal)} of {len(names)} parts, as {', '.join(unequal[:3])}"
-    place = len(os.path.commonprefix([old, new]))
+    pairs = enumerate(zip(old, new, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
     around = slice(max(0, place - 30), place + 40)
     return f"from byte {place}: {old[around]!r} | {new[around]!r}"
-
-
-def split_safetensors(content: bytes) -> tuple[bytes, bytes]:
-    end = 8 + int.from_bytes(content[:8], "little")
-    return content[8:end], content[end:]
 
 
 def read_tensors(content: bytes) -> Files:

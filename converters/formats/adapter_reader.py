@@ -23,7 +23,7 @@ from converters.formats.adapter_tensors import (
     read_torch,
 )
 from converters.formats.peft_config import read_peft_config
-from converters.formats.pt_reader import PtTensor
+from converters.formats.pickle_machine import PtTensor
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping

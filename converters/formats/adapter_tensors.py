@@ -20,7 +20,8 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from converters.formats.pt_reader import PtTensor, read_state_dict
+from converters.formats.pickle_machine import PtTensor
+from converters.formats.pt_reader import read_state_dict
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.model_folder import MOST_NAMED, read_headers
 from mlx_openelm.tensor_names import EMBEDDING, to_corenet

@@ -57,7 +57,7 @@ class PtTensor:
 
 
 def load_pickle(archive: PtArchive) -> tuple[object, set[str]]:
-    """Return the object in data.pkl, and the names of the storages that it does not use.
+    """Return the object in data.pkl, and the names of unused storages.
 
     Tensors are `PtTensor`; OrderedDicts become dicts, torch.Sizes tuples, Parameters
     their tensors.
@@ -83,9 +83,7 @@ def _read_opcodes(archive: PtArchive) -> _Opcodes:
         raise _too_large(archive.path)
     decoded = pickletools.genops(archive.data[start : start + length].tobytes())
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # about invalid escapes in strings
+        with warnings.catch_warnings(action="ignore"):  # of invalid escapes
             opcodes = [(op.name, arg) for op, arg, _ in islice(decoded, MAX_VALUES + 1)]
     except ValueError as error:
         raise archive.damaged(f"the pickle makes no sense ({error!a})") from error
@@ -109,9 +107,9 @@ def _check_globals(path: Path, opcodes: _Opcodes) -> None:
     if foreign:
         raise OpenELMError(
             f"{path} wants to run or make "
-            f"{list_names(name.replace(' ', '.') for name in foreign)}; nothing was run. "
-            "Only plain tensors are read: if you trust the file, load it with torch "
-            "and save the model's state_dict()."
+            f"{list_names(name.replace(' ', '.') for name in foreign)}; nothing was "
+            "run. Only plain tensors are read: if you trust the file, load it with "
+            "torch and save the model's state_dict()."
         )
 
 
@@ -215,7 +213,7 @@ class _Machine:
         if len(items) % 2:
             raise IndexError
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # A name, or the index of a parameter; hashing other keys may take very long.
+            # A name or the index of a parameter: hashing other keys may take very long.
             number = isinstance(key, int) and 0 <= key < 2**32
             if not (isinstance(key, str) or number):
                 raise self.strange(f"has a {type(key).__name__} for a key")
@@ -235,8 +233,8 @@ class _Machine:
         size = length * np.dtype(numpy_dtype).itemsize
         if size != num_bytes:
             raise self.archive.damaged(
-                f"record {list_names([f'data/{key}'])} is missing, too short or too long "
-                f"for {length} numbers of {dtype}"
+                f"record {list_names([f'data/{key}'])} is missing, too short or too "
+                f"long for {length} numbers of {dtype}"
             )
         self.unused.discard(f"data/{key}")
         return _Storage(

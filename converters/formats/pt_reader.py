@@ -79,7 +79,7 @@ def _read(path: Path) -> tuple[PtArchive, set[str], dict[str, Any]]:
 
 
 def _is_folded(array: Array) -> bool:
-    """Whether elements of an array overlap in memory, which those of weights never do."""
+    """Whether elements of an array overlap in memory; those of weights never do."""
     if array.size == 0:
         return False
     dims = zip(array.strides, array.shape, strict=True)

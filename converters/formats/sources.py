@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from converters.formats.adapter_reader import Adapter, split_checkpoint
-from converters.formats.pt_reader import PtTensor, read_state_dict
+from converters.formats.pickle_machine import PtTensor
+from converters.formats.pt_reader import read_state_dict
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping

@@ -101,9 +101,10 @@ def serve_command(
     if log_level.upper() not in levels:
         raise OpenELMError(f"--log-level is {log_level}; say {', '.join(levels)}.")
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(message)s")
+    from mlx_openelm.serving.access import Access
     from mlx_openelm.serving.engine import Load
     from mlx_openelm.serving.requests import Served
-    from mlx_openelm.serving.server import Access, Server
+    from mlx_openelm.serving.server import Server
     from mlx_openelm.text.templates import RAW
 
     origins = tuple(o.strip().rstrip("/") for o in allowed_origins.split(",") if o)

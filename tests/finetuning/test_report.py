@@ -11,14 +11,13 @@ from browser import find_browser, started
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_openelm.finetuning.report import (
-    TrainingRun,
+from mlx_openelm.finetuning.report import TrainingRun, render_page
+from mlx_openelm.finetuning.report_charts import choose_axis, thin_out
+from mlx_openelm.finetuning.report_history import (
     describe_end,
     describe_result,
     read_history,
-    render_page,
 )
-from mlx_openelm.finetuning.report_charts import choose_axis, thin_out
 
 EVIL = "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'>\"'&\x00\x1b"
 

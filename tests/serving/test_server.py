@@ -561,7 +561,7 @@ def test_a_refused_body_is_read_so_that_the_refusal_arrives(server):
 
 
 def test_a_client_that_breaks_off_its_request_is_let_go(server, monkeypatch):
-    from mlx_openelm.serving.server import Handler
+    from mlx_openelm.serving.handler import Handler
 
     data = request(server.url, "/v1/completions", b'{"pro', Content_Length="500")
     with connect(server.url) as connection:
@@ -666,7 +666,7 @@ def test_two_hundred_at_once_are_all_answered(server, small):
 
 
 def test_too_many_are_told_to_come_again(server, monkeypatch):
-    monkeypatch.setattr(server, "places", threading.Semaphore(0))
+    monkeypatch.setattr(server, "slots", threading.Semaphore(0))
     data = request(server.url, "/v1/completions", {"prompt": "a"})
     status, headers, body = send(server.url, data)
     assert (status, headers["retry-after"]) == (503, "1")
@@ -720,7 +720,7 @@ def test_the_generation_ends_when_its_client_goes(server, steps, streams, rude):
 
 
 def test_a_failure_of_ours_is_said_and_the_server_goes_on(server, monkeypatch, caplog):
-    from mlx_openelm.serving import server as room
+    from mlx_openelm.serving import handler as room
 
     def fail(*args):
         raise ZeroDivisionError("a bug")

@@ -26,8 +26,9 @@ def serving(
     **access,
 ) -> Iterator:
     """Serve at a free port; the server that is yielded has a `url`."""
+    from mlx_openelm.serving.access import Access
     from mlx_openelm.serving.engine import Load
-    from mlx_openelm.serving.server import Access, Server
+    from mlx_openelm.serving.server import Server
 
     config = model.config
     served = Served(

@@ -24,7 +24,8 @@ from converters.formats.adapter_writer import (
     write_mlx_adapter,
     write_peft_adapter,
 )
-from converters.formats.pt_reader import PtTensor, read_state_dict
+from converters.formats.pickle_machine import PtTensor
+from converters.formats.pt_reader import read_state_dict
 from converters.formats.pt_writer import TensorToWrite, write_pt
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError

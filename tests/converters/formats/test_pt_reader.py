@@ -39,7 +39,8 @@ from pickles import (
     zipped,
 )
 
-from converters.formats.pt_reader import PtTensor, read_pt, read_state_dict
+from converters.formats.pickle_machine import PtTensor
+from converters.formats.pt_reader import read_pt, read_state_dict
 from mlx_openelm.errors import OpenELMError
 
 
@@ -560,7 +561,7 @@ def doubled(once: bytes, times: int) -> bytes:
 def test_values_that_nobody_could_walk_through_are_refused(
     file: Callable[..., Path], value: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converters.formats.pt_reader.MAX_VALUES", 10_000)
+    monkeypatch.setattr("converters.formats.pickle_machine.MAX_VALUES", 10_000)
     path = file(mapping(w=value))
     with bounded(seconds=5, megabytes=5), refused(path, "levels"):
         read_pt(path)
@@ -582,12 +583,12 @@ def test_keys_that_take_long_to_hash_are_refused(
 def test_a_pickle_of_too_many_opcodes_is_refused(
     file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converters.formats.pt_reader.MAX_VALUES", 1000)
+    monkeypatch.setattr("converters.formats.pickle_machine.MAX_VALUES", 1000)
     path = file(mapping(w=MARK + b"N" * 1000 + TUPLE))
     with refused(path, "1,000"):
         read_pt(path)
     assert len(read_pt(file(mapping(w=MARK + b"N" * 900 + TUPLE)))["w"]) == 900
-    monkeypatch.setattr("converters.formats.pt_reader.MAX_PICKLE_BYTES", 900)
+    monkeypatch.setattr("converters.formats.pickle_machine.MAX_PICKLE_BYTES", 900)
     with refused(path):
         read_pt(path)
 
