@@ -40,7 +40,7 @@ class Resume:
     name: str
     command: str
     ready: Callable[[Path], bool]
-    kept: str
+    kept: str = ""
     by: int = signal.SIGKILL
     flag: str = ""
     before: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ INPUTS = {
                 "choices": ["the eldest", TEXT[i:30]],
                 "answer": 0,
             }
-            for i in range(4)
+            for i in range(24)
         ]
     ),
     "prompts.txt": "".join(f"{TEXT[i : i + 24].strip()}\n" for i in range(5, 25)),
@@ -200,10 +200,11 @@ CHECKS: tuple[Scenario | Resume, ...] = (
     Scenario(
         "lora, fuse, peft",
         (
-            f"{LORA} {SIX} --average-last 2 --sample-prompt Once",
+            "convert demo --mlx-path source",
+            f"{LORA} {SIX} --model source --average-last 2 --sample-prompt Once",
             "fuse --adapter-path run --save-path fused",
             "convert run --to peft --mlx-path peft",
-            "generate --adapter-path run -p Once -m 8",
+            "generate --adapter-path run -p Once -m 8 --seed 1",
         ),
     ),
     Scenario("dora", (f"{LORA} {SIX} --fine-tune-type dora --keys attn.qkv_proj",)),
@@ -281,7 +282,6 @@ CHECKS: tuple[Scenario | Resume, ...] = (
         "resume evaluate after kill",
         "evaluate --tasks tasks.jsonl --output out --model source",
         exists("out/*/*"),
-        "tasks.jsonl",
         before=("convert demo --mlx-path source",),
         quick=False,
     ),

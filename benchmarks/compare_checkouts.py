@@ -12,11 +12,12 @@ exit status is 1 if anything differs.
 Left out of the comparison, and nothing else:
 
 - the paths of the checkout and of the working folder, replaced by placeholders;
-- the numbers of the JSON keys in `checkout_side.VARYING`: times, speeds and measured memory;
-- in report.html all numbers, and lines that are equal without them (axis ticks of the
-  charts of speed); in resumed runs the file itself, which tells of the interruption;
+- the numbers of the JSON keys in `VARYING` (checkout_side.py): times,
+  speeds and measured memory;
+- in report.html all numbers, and the lines that are equal without them (the axes of
+  speed); in resumed runs the whole file, which tells of the interruption;
 - in metrics.jsonl of resumed runs the events in `INTERRUPTION`;
-- of training_checkpoint_last.pt in resumed runs the pickle's form, not its values;
+- in training_checkpoint_last.pt of resumed runs the pickle's form, not its values;
 - in packages what `read_data_files` leaves out.
 """
 
@@ -86,25 +87,24 @@ def run_resume(resume: Resume, old: Side, new: Side) -> tuple[Files, Files]:
             side.run(command)
     whole.run(resume.command)
     stopped.stop(resume.command, resume.ready, resume.by)
-    kept = read_marks(stopped.folder, resume.kept)
+    kept = read_marks(stopped.folder, resume.kept) if resume.kept else set()
     resumed = replace(new, folder=stopped.folder)
     resumed.run(f"{resume.command} {resume.flag}")
-    if not kept or not kept.items() <= read_marks(stopped.folder, resume.kept).items():
+    if resume.kept and not kept <= read_marks(stopped.folder, resume.kept):
         raise CheckError(f"NEW did not resume from {resume.kept}, but began again")
     return read_resumed(whole, resume.ignored), read_resumed(resumed, resume.ignored)
 
 
-def read_marks(folder: Path, name: str) -> dict[Path, bytes | int]:
-    """Return what a file that is begun again would not have in common with the old one.
+def read_marks(folder: Path, name: str) -> set[bytes | int]:
+    """Return what a file does not have any more after it was begun again.
 
-    That is the first lines, which hold times, or the time of writing.
+    That is the first lines, which hold measured times, or the time of writing.
     """
     return {
-        path.relative_to(folder): b"\n".join(path.read_bytes().split(b"\n")[:3])
+        b"\n".join(path.read_bytes().split(b"\n")[:3])
         if path.suffix == ".jsonl"
         else path.stat().st_mtime_ns
         for path in folder.rglob(name)
-        if path.is_file()
     }
 
 

@@ -209,9 +209,10 @@ def _render_sample(prompt: str, row: Event, best: float | None) -> str:
     when = f"After {step:,.0f} steps" if step else "Before training"
     if step == best and step:
         when += ", the best"
+    text = escape_text(str(row.get("text", "")))
     return (
         f"<figure><figcaption>{when}</figcaption><blockquote>"
-        f"<b>{escape_text(prompt)}</b>{escape_text(str(row.get('text', '')))}</blockquote></figure>"
+        f"<b>{escape_text(prompt)}</b>{text}</blockquote></figure>"
     )
 
 
@@ -219,7 +220,8 @@ def _render_commands(commands: Sequence[tuple[str, str]]) -> Iterable[str]:
     if commands:
         yield "<section><h2>Use it</h2>"
         for what, line in commands:
-            yield f"<p>{escape_text(what)}</p><pre><code>{escape_text(line)}</code></pre>"
+            command = escape_text(line)
+            yield f"<p>{escape_text(what)}</p><pre><code>{command}</code></pre>"
         yield "</section>"
 
 

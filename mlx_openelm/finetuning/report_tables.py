@@ -93,7 +93,7 @@ _FACTS = {  # of a split, in order; other facts follow
 
 
 def render_data(data: Mapping[str, Any]) -> Iterable[str]:
-    """Yield the HTML of the data: warnings, other facts, and the splits side by side."""
+    """Yield the HTML of the data: warnings, other facts, splits side by side."""
     splits = {name: facts for name, facts in data.items() if isinstance(facts, Mapping)}
     warnings = data.get("warnings") or ()
     rest = {
