@@ -2,7 +2,7 @@
 
     python benchmarks/compare_checkouts.py OLD NEW [--quick] [--only REGEX] [--rounds 7]
 
-Each side runs `PYTHONPATH=<checkout> python -m mlx_openelm ...` in folders of its own.
+Each side runs `PYTHONPATH=<checkout> python -m mlx_openelm ...` in an empty folder.
 The scenarios (checkout_scenarios.py) compare every file that a command writes and what
 it prints. The resume scenarios stop a command under OLD, repeat it under NEW, and
 compare the result with that of an uninterrupted run under OLD. The built packages are
@@ -11,11 +11,11 @@ exit status is 1 if anything differs.
 
 Left out of the comparison, and nothing else:
 
-- the paths of the checkout and of the working folder, replaced by placeholders;
+- the path of the checkout, replaced by a placeholder;
 - the numbers of the JSON keys in `VARYING` (checkout_side.py): times,
   speeds and measured memory;
 - in report.html all numbers, and the lines that are equal without them (the axes of
-  speed); in resumed runs the whole file, which tells of the interruption;
+  speed); in resumed runs the whole file, which reports the interruption;
 - in metrics.jsonl of resumed runs the events in `INTERRUPTION`;
 - in training_checkpoint_last.pt of resumed runs the pickle's form, not its values;
 - in packages what `read_data_files` leaves out.
@@ -63,13 +63,12 @@ INTERRUPTION = re.compile(  # a kill may come between a save and its line
 def run_check(check: Scenario | Resume, old: Side, new: Side) -> tuple[Files, Files]:
     """Return what is expected, and what was found."""
     if isinstance(check, Scenario):
-        sides = (side.inside(check.name) for side in (old, new))
-        expected, found = (run_scenario(check, side) for side in sides)
-        return expected, found
+        return run_scenario(check, old), run_scenario(check, new)
     return run_resume(check, old, new)
 
 
 def run_scenario(scenario: Scenario, side: Side) -> Files:
+    side = side.inside(scenario.name)
     stream = "stderr" if scenario.status else "stdout"
     printed = {
         f"{stream} of {command!r}": side.normalise(
@@ -81,24 +80,30 @@ def run_scenario(scenario: Scenario, side: Side) -> Files:
 
 
 def run_resume(resume: Resume, old: Side, new: Side) -> tuple[Files, Files]:
-    whole, stopped = old.inside(resume.name), old.inside(f"{resume.name}, stopped")
-    for side in (whole, stopped):
-        for command in resume.before:
-            side.run(command)
+    whole = begin_resume(resume, old)
     whole.run(resume.command)
+    expected = read_resumed(whole, resume.ignored)
+    stopped = begin_resume(resume, old)
     stopped.stop(resume.command, resume.ready, resume.by)
     kept = read_marks(stopped.folder, resume.kept) if resume.kept else set()
     resumed = replace(new, folder=stopped.folder)
     resumed.run(f"{resume.command} {resume.flag}")
     if resume.kept and not kept <= read_marks(stopped.folder, resume.kept):
-        raise CheckError(f"NEW did not resume from {resume.kept}, but began again")
-    return read_resumed(whole, resume.ignored), read_resumed(resumed, resume.ignored)
+        raise CheckError(f"NEW started again instead of resuming from {resume.kept}")
+    return expected, read_resumed(resumed, resume.ignored)
+
+
+def begin_resume(resume: Resume, side: Side) -> Side:
+    side = side.inside(resume.name)
+    for command in resume.before:
+        side.run(command)
+    return side
 
 
 def read_marks(folder: Path, name: str) -> set[bytes | int]:
-    """Return what a file does not have any more after it was begun again.
+    """Return what changes if a file is written from the start again.
 
-    That is the first lines, which hold measured times, or the time of writing.
+    That is its modification time, or of JSON lines the first three, with their times.
     """
     return {
         b"\n".join(path.read_bytes().split(b"\n")[:3])
@@ -114,7 +119,7 @@ def read_resumed(side: Side, ignored: Collection[str]) -> Files:
         if name.endswith("metrics.jsonl"):
             files[name] = INTERRUPTION.sub(b"", content)
         if name.endswith("training_checkpoint_last.pt"):
-            files[name] = spell_checkpoint(content)
+            files[name] = serialize_values(content)
     return {
         name: content
         for name, content in files.items()
@@ -122,22 +127,22 @@ def read_resumed(side: Side, ignored: Collection[str]) -> Files:
     }
 
 
-def spell_checkpoint(content: bytes) -> bytes:
-    """Spell all values out: pickle's references depend on which objects are shared."""
+def serialize_values(content: bytes) -> bytes:
+    """Return all values without pickle, whose references depend on shared objects."""
     import torch
 
-    def spell(value: object) -> object:
+    def plain(value: object) -> object:
         match value:
             case dict():
-                return {key: spell(inner) for key, inner in value.items()}
+                return {key: plain(inner) for key, inner in value.items()}
             case list() | tuple():
-                return [spell(inner) for inner in value]
+                return [plain(inner) for inner in value]
             case torch.Tensor():
                 raw = value.contiguous().view(-1).view(torch.uint8)
                 return value.dtype, value.shape, raw.numpy().tobytes()
         return value
 
-    return repr(spell(torch.load(io.BytesIO(content), weights_only=True))).encode()
+    return repr(plain(torch.load(io.BytesIO(content), weights_only=True))).encode()
 
 
 # Differences -----------------------------------------------------------------------
@@ -214,14 +219,17 @@ MOVED = {  # data files: the place in OLD -> the place in NEW
     "mlx_openelm/serving.html": "mlx_openelm/serving/page.html",
     "converters/calibration.txt": "converters/quantization/calibration.txt",
 }
-NAME_ONLY = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml", "RECORD")
+NAME_ONLY = (
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml"),
+)
 UNTRACKED = shutil.ignore_patterns(
     *(".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "dist")
 )
 
 
 def compare_packages(old: Side, new: Side) -> tuple[Files, Files]:
-    expected, found = (read_data_files(build(side)) for side in (old, new))
+    expected = read_data_files(build(old))
+    found = read_data_files(build(new))
     for kind in ("sdist", "wheel"):
         for before, after in MOVED.items():
             if f"{kind}: {after}" in found and f"{kind}: {before}" in expected:
@@ -231,7 +239,8 @@ def compare_packages(old: Side, new: Side) -> tuple[Files, Files]:
 
 def build(side: Side) -> Path:
     """Build sdist and wheel from a copy, so that the checkout stays as it is."""
-    copy, out = side.folder / "packages/copy", side.folder / "packages/out"
+    folder = side.inside("packages").folder
+    copy, out = folder / "copy", folder / "out"
     shutil.copytree(side.checkout, copy, ignore=UNTRACKED)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out)]
     ran = subprocess.run([*command, str(copy)], capture_output=True, timeout=TIMEOUT_S)
@@ -321,14 +330,12 @@ def compare_all(old: Side, new: Side, args: argparse.Namespace) -> Report:
     if wanted("packages", "build", "hatchling"):
         report.add("packages", partial(compare_packages, old, new))
     if wanted("start-up"):
-        sides = (side.inside("start-up") for side in (old, new))
-        compare_starts(*sides, rounds=args.rounds)
+        compare_starts(old, new, args.rounds)
     return report
 
 
 def check_imports(side: Side) -> None:
     """Exit if the side's Python would import the packages from another checkout."""
-    side.folder.mkdir()
     code = "import mlx_openelm, converters; print(mlx_openelm.__file__)"
     ran = subprocess.run(
         [sys.executable, "-c", code],
@@ -351,8 +358,8 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="compare-") as name:
         scratch = Path(name).resolve()
-        old = Side("OLD", args.old.resolve(), scratch / "old")
-        new = Side("NEW", args.new.resolve(), scratch / "new")
+        old = Side("OLD", args.old.resolve(), scratch)
+        new = Side("NEW", args.new.resolve(), scratch)
         for side in (old, new):
             check_imports(side)
         report = compare_all(old, new, args)

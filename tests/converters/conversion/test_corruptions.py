@@ -51,7 +51,7 @@ from models import (
     write_pt,
 )
 from pickles import mapping, tensor, zipped
-from places import ROOT
+from places import ROOT, SUPPORT
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.storage.shards import INDEX, write_json
@@ -841,7 +841,7 @@ def test_none_of_many_damages_gets_through_in_little_memory(tmp_path, kind):
     code = "import sys, test_corruptions; test_corruptions.corrupt_many(*sys.argv[1:])"
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, SUPPORT, Path(__file__).parent))),
         "MALLOC_ARENA_MAX": "2",  # each thread's arena would reserve 64 MB more
     }
     ran = subprocess.run(
