@@ -21,12 +21,23 @@ class HeadNorm:
         self._joined: mx.array | None = None
 
     def __call__(
-        self, x: mx.array, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm, num_query_heads: int
+        self,
+        x: mx.array,
+        q_norm: nn.RMSNorm,
+        k_norm: nn.RMSNorm,
+        num_query_heads: int,
+        *,
+        cached: bool,
     ) -> mx.array:
-        """Return the normalised heads (B, T, heads, H) of x, query heads first."""
+        """Return the normalised heads (B, T, heads, H) of x, query heads first.
+
+        Args:
+            cached: whether the tokens follow those of a cache, as in decoding.
+        """
         T, heads = x.shape[1:3]
+        decoding = cached and T == 1
         weights = q_norm.weight, k_norm.weight
-        joined = self._joined if T == 1 and self._are_of(weights) else None
+        joined = self._joined if decoding and self._are_of(weights) else None
         if joined is None:
             counts = num_query_heads, heads - num_query_heads
             rows = zip(weights, counts, strict=True)

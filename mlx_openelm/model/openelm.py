@@ -58,7 +58,8 @@ class Attention(nn.Module):
         Q, K, H = self.num_query_heads, self.num_kv_heads, self.head_dim
         qkv = self.qkv_proj(x).reshape(B, T, Q + 2 * K, H)
         qk, values = mx.split(qkv, [Q + K], axis=2)  # (B, T, heads, H)
-        qk = self._head_norm(qk, self.q_norm, self.k_norm, Q)
+        cached = cache is not None
+        qk = self._head_norm(qk, self.q_norm, self.k_norm, Q, cached=cached)
         queries, keys = mx.split(rotate(qk), [Q], axis=1)  # (B, heads, T, H)
         values = values.swapaxes(1, 2)  # (B, K, T, H)
         attended = layout.attend(queries, keys, values, cache)  # (B, Q, T, H)
