@@ -230,7 +230,7 @@ def _take_away(part: str) -> None:
     import numpy as np
 
     from mlx_openelm.finetuning import losses as objective
-    from mlx_openelm.finetuning import trainer as training
+    from mlx_openelm.finetuning import objectives
     from mlx_openelm.model import openelm, token_layout
     from mlx_openelm.model.likelihood import token_losses
     from mlx_openelm.model.lora import adapted_weight
@@ -264,7 +264,7 @@ def _take_away(part: str) -> None:
         return token_losses(rows, head, targets, gradient=gradient)
 
     if part:
-        objective.batch_losses = training.batch_losses = losses
+        objective.batch_losses = objectives.batch_losses = losses
     if part in ("kernels", "all"):
         openelm.swiglu = lambda gate, up: nn.silu(gate) * up
         token_layout.attend = lambda queries, keys, values, mask: (

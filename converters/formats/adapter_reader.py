@@ -1,6 +1,6 @@
 """Adapters in other people's files: CoreNet's .pt, PEFT's and mlx-lm's folders.
 
-The letters of the shapes are those of `adapter_parts`.
+The letters of the shapes are those of `adapter_tensors`.
 """
 
 import re

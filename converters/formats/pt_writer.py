@@ -1,6 +1,6 @@
 """torch.save's file written without torch, one tensor in memory at a time.
 
-What `pt_file` reads: a zip of uncompressed records, `archive/data.pkl` with the pickle
+What `pt_reader` reads: a zip of uncompressed records, `archive/data.pkl` with a pickle
 of a dict from names to calls of `_rebuild_tensor_v2`, and `archive/data/N` with the Nth
 tensor's numbers, each on a multiple of 64 bytes so that torch.load(mmap=True) finds
 them where the processor likes them. `archive` is what torch calls the zip's one folder

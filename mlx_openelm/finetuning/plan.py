@@ -1,7 +1,7 @@
 """What a run will take, before it starts: steps, trained weights, memory.
 
 The memory is reckoned from the real lengths of the batches and the widths of the
-layers. Letters as in `model`; N tokens of one batch, M of them counted in the loss.
+layers. Letters as in `model.openelm`; N tokens of one batch, M of them in the loss.
 """
 
 import bisect

@@ -1,4 +1,4 @@
-"""Samples become an adapter: checked, planned, and trained by the loop in `training`.
+"""Samples become an adapter: checked, planned, and trained by the loop in `trainer`.
 
 A run is a folder, an adapter folder from the first save on:
 

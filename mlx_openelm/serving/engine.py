@@ -1,10 +1,10 @@
 """mlx-lm's generation thread, with our model and our draws.
 
 Its continuous batches and its prompt cache are mlx-lm's. It has no public interface, so
-all that is bent of it lies in this room, with the reason; tests/test_serving.py holds
+all that is bent of it lies in this module, with the reason; test_server.py holds
 that mlx-lm is still what is bent here.
 
-Importing this room imports mlx-lm, which takes seconds: do it inside a function.
+Importing this module imports mlx-lm, which takes seconds: do it inside a function.
 """
 
 from argparse import Namespace
