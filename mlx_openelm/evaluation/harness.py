@@ -367,15 +367,15 @@ def _network(*, allowed: bool) -> Iterator[None]:
     import datasets.config  # type: ignore[import-untyped]
     from huggingface_hub import constants
 
-    rooms: tuple[Any, ...] = (datasets.config, constants)
-    former = [room.HF_HUB_OFFLINE for room in rooms]
+    modules: tuple[Any, ...] = (datasets.config, constants)
+    former = [module.HF_HUB_OFFLINE for module in modules]
     try:
-        for room in rooms:
-            room.HF_HUB_OFFLINE = True
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
         yield
     finally:
-        for room, value in zip(rooms, former, strict=True):
-            room.HF_HUB_OFFLINE = value
+        for module, value in zip(modules, former, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _network_errors() -> tuple[type[Exception], ...]:

@@ -16,8 +16,8 @@ from mlx_openelm.finetuning.losses import (
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.samples import Pair, Sample
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.training.arrays import to_float
 from mlx_openelm.training.objective import Objective, Totals
-from mlx_openelm.training.step import number
 
 
 class Supervised:
@@ -36,11 +36,11 @@ class Supervised:
         return losses.sum(), mx.zeros(0)
 
     def totals(self, batch: Batch, loss: mx.array, margins: mx.array) -> Totals:
-        return Totals(number(loss), len(batch.positions))
+        return Totals(to_float(loss), len(batch.positions))
 
     def evaluate(self, model: OpenELM, batch: Batch) -> Totals:
         loss = batch_losses(model, batch, gradient=False).sum()
-        return Totals(number(loss), len(batch.positions))
+        return Totals(to_float(loss), len(batch.positions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class PairBatch:
 class Preference:
     """DPO (Rafailov et al., arXiv 2305.18290): chosen answers over rejected ones.
 
-    The reference is the model before training: `reference` must have seen every pair
+    The reference is the model before training: `precompute_reference` takes every pair
     before the first update.
     """
 
@@ -94,18 +94,18 @@ class Preference:
 
     def totals(self, batch: PairBatch, loss: mx.array, margins: mx.array) -> Totals:
         return Totals(
-            number(loss),
+            to_float(loss),
             batch.num_pairs,
-            wins=number((margins > 0).sum()),
-            margin=number(margins.sum()),
+            wins=to_float((margins > 0).sum()),
+            margin=to_float(margins.sum()),
         )
 
     def evaluate(self, model: OpenELM, batch: PairBatch) -> Totals:
         likelihoods = sequence_likelihoods(model, batch.batch, gradient=False)
         margins = preference_margins(likelihoods, batch.reference, beta=self._beta)
         loss = preference_losses(margins, self._loss).sum()
-        wins = number((margins > 0).sum())
-        return Totals(number(loss), batch.num_pairs, wins=wins)
+        wins = to_float((margins > 0).sum())
+        return Totals(to_float(loss), batch.num_pairs, wins=wins)
 
 
 def make_objective(

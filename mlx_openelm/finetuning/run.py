@@ -231,7 +231,7 @@ def _finish(prepared: Prepared, training: Training, reason: str) -> FinetuneRepo
     report = FinetuneReport(
         path=prepared.path,
         reason=reason,
-        unit="pair" if prepared.recipe.objective == "dpo" else "token",
+        unit=training.objective.unit,
         steps=progress.step,
         epochs=round(prepared.order.epoch_after(progress.step), 4),
         trainable=plan.trainable,

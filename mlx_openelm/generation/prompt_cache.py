@@ -21,7 +21,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.cache import KVCache, ModelCache
 from mlx_openelm.generation.compact_caches import SlidingKVCache, describe_cache, refill
 from mlx_openelm.generation.decoding import Context
-from mlx_openelm.model.fingerprint import fingerprint, fingerprint_model
+from mlx_openelm.model.fingerprint import fingerprint_arrays, fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.model_folder import FLOATS
 from mlx_openelm.storage.staging import held, replaced_file
@@ -86,7 +86,7 @@ class PromptCache:
         }
         tensors["tokens"] = mx.array(prompt, dtype=mx.uint32)
         mx.eval(tensors)
-        said = asdict(self._binding) | {"content": fingerprint(tensors)}
+        said = asdict(self._binding) | {"content": fingerprint_arrays(tensors)}
         self._writing = self._executor.submit(_write, self._path, tensors, said)
 
     def wait(self) -> None:
@@ -203,7 +203,7 @@ def _read(
             raise _Useless(f"was kept with the {what} {theirs!a:.80}, not {ours!a}")
     tokens = _take_tokens(arrays, model)
     layers = _take_layers(arrays, len(tokens), model, make_cache)
-    if not tokens or not layers or fingerprint(arrays) != content:
+    if not tokens or not layers or fingerprint_arrays(arrays) != content:
         raise _Useless("is damaged")
     return tokens, layers
 

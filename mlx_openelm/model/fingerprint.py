@@ -28,10 +28,10 @@ def fingerprint_model(model: OpenELM) -> str:
         if isinstance(module, LoRALinear | LoRAEmbedding)
     }
     said = json.dumps([repr(model.config), scales])
-    return fingerprint(dict(tree_flatten(model.parameters())), said)
+    return fingerprint_arrays(dict(tree_flatten(model.parameters())), said)
 
 
-def fingerprint(arrays: Mapping[str, mx.array], said: str = "") -> str:
+def fingerprint_arrays(arrays: Mapping[str, mx.array], said: str = "") -> str:
     """Return a fingerprint of arrays, their names, and of what is said of them."""
     names = sorted(arrays)
     sums = [_sum_up(arrays[name]) for name in names]

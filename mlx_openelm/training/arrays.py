@@ -1,4 +1,4 @@
-"""Trees of arrays: flattened by path, and digested."""
+"""Arrays and trees of them: flattened by path, digested, and read as numbers."""
 
 import hashlib
 from collections.abc import Mapping
@@ -20,3 +20,8 @@ def digest_arrays(arrays: Mapping[str, mx.array]) -> str:
     for name in sorted(arrays):
         digest.update(np.array(arrays[name].astype(mx.float32)).tobytes())
     return digest.hexdigest()
+
+
+def to_float(array: mx.array) -> float:
+    """Return the value of an array with one real element."""
+    return float(array.item())  # type: ignore[arg-type] # it is real

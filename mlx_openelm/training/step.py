@@ -12,7 +12,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.training.arrays import flatten
+from mlx_openelm.training.arrays import flatten, to_float
 from mlx_openelm.training.distributed import World
 from mlx_openelm.training.objective import Objective, Totals
 
@@ -105,7 +105,7 @@ class Step:
             gradients = nn.average_gradients(gradients)
             gradients = tree_map(lambda g: g * self._world.size, gradients)
         totals, stopping = self._sum_over_processes(totals, stop())
-        norm = number(gradient_norm(gradients)) / max(1, totals.count)
+        norm = to_float(gradient_norm(gradients)) / max(1, totals.count)
         applied = math.isfinite(totals.loss) and math.isfinite(norm)
         if applied:
             self._apply(gradients, norm, totals.count, learning_rate)
@@ -140,8 +140,3 @@ def gradient_norm(gradients: Any) -> mx.array:
     arrays = flatten(gradients).values()
     squares = [mx.square(array.astype(mx.float32)).sum() for array in arrays]
     return mx.sqrt(mx.stack(squares).sum())
-
-
-def number(array: mx.array) -> float:
-    """Return the value of an array with one real element."""
-    return float(array.item())  # type: ignore[arg-type] # it is real

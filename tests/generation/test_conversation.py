@@ -14,7 +14,7 @@ from models import UNEVEN, build, small_tokenizer
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.records import Dataset, Record
 from mlx_openelm.finetuning.samples import make_samples
-from mlx_openelm.generation import conversation as room
+from mlx_openelm.generation import conversation as module
 from mlx_openelm.generation.conversation import Conversation, read_saved
 from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.generation.streaming import Piece, stream
@@ -61,7 +61,7 @@ def prompts(monkeypatch) -> list[list[int]]:
         seen.append(list(ids))
         return stream(model, tokenizer, ids, *args, **options)
 
-    monkeypatch.setattr(room, "stream", watched)
+    monkeypatch.setattr(module, "stream", watched)
     return seen
 
 
@@ -116,7 +116,7 @@ def test_without_a_template_both_sides_add_to_one_text(prompts):
 
 def test_the_templates_last_space_is_no_part_of_the_answer(monkeypatch):
     script = [piece(""), piece(" The"), piece(" wolf", "stop")]
-    monkeypatch.setattr(room, "stream", lambda *args, **options: iter(script))
+    monkeypatch.setattr(module, "stream", lambda *args, **options: iter(script))
     for template, said in (("openelm-peft", "The wolf"), ("instruct", " The wolf")):
         talk = begin(template)
         assert say(talk, "Who?") == said
@@ -135,7 +135,7 @@ def test_the_stored_template_is_the_default_and_an_unknown_one_is_refused():
 def test_an_answer_that_spells_eos_ends_there(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        room,
+        module,
         "stream",
         lambda m, t, ids, sampling, **o: asked.append(sampling) or iter([piece("x")]),
     )
@@ -208,7 +208,7 @@ def test_answers_are_those_of_a_model_that_reads_everything_afresh(monkeypatch):
         return talk.turns
 
     reused = {template: held(template=template) for template in ("instruct", "raw")}
-    monkeypatch.setattr(room, "stream", fresh)
+    monkeypatch.setattr(module, "stream", fresh)
     for template, turns in reused.items():
         assert held(template=template) == turns
 
@@ -259,7 +259,7 @@ def test_an_answer_stopped_before_a_word_changes_nothing(monkeypatch):
         yield piece("")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(room, "stream", fails)
+    monkeypatch.setattr(module, "stream", fails)
     for pieces in (talk.reply("Who?"), talk.retry()):
         with pytest.raises(KeyboardInterrupt):
             list(pieces)
@@ -268,7 +268,7 @@ def test_an_answer_stopped_before_a_word_changes_nothing(monkeypatch):
 
 def test_an_empty_answer_is_an_answer(monkeypatch):
     script = [piece("", "stop", token=2)]
-    monkeypatch.setattr(room, "stream", lambda *args, **options: iter(script))
+    monkeypatch.setattr(module, "stream", lambda *args, **options: iter(script))
     talk = begin()
     assert say(talk, "Hi") == ""
     assert talk.turns == messages("Hi", "")
@@ -311,7 +311,7 @@ def test_it_slides_by_whole_turns_and_no_further_than_it_must(
     def piece_of(text: str) -> Piece:
         return replace(ready, text=text)
 
-    monkeypatch.setattr(room, "stream", scripted)
+    monkeypatch.setattr(module, "stream", scripted)
     talk = begin("instruct", system=system, max_tokens=max_tokens)
     most = 512 - min(max_tokens, 256)
     rng = random.Random(7)

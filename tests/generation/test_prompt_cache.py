@@ -21,7 +21,7 @@ from mlx_openelm.generation.compact_caches import cache_maker
 from mlx_openelm.generation.decoding import draw_tokens
 from mlx_openelm.generation.prompt_cache import open_prompt_cache
 from mlx_openelm.generation.sampling import Sampling
-from mlx_openelm.model.fingerprint import fingerprint, fingerprint_model
+from mlx_openelm.model.fingerprint import fingerprint_arrays, fingerprint_model
 from mlx_openelm.model.lora import LoRALinear
 
 model, scaled = build(UNEVEN), build(SCALED)
@@ -236,7 +236,7 @@ def forge(file, change):
     change(arrays)
     said = json.loads(metadata["mlx_openelm_prompt"])
     fit = {n: a for n, a in arrays.items() if a.dtype.size <= 4 and a.dtype != mx.bool_}
-    said["content"] = fingerprint(fit)
+    said["content"] = fingerprint_arrays(fit)
     metadata["mlx_openelm_prompt"] = json.dumps(said)
     mx.eval(arrays)
     with file.open("wb") as opened:
@@ -426,11 +426,13 @@ def test_names_dtypes_and_shapes_count():
         *({"a": a}, {"b": a}, {"a": a.astype(mx.float16)}, {"a": a.T}, {"a": a + 1}),
         *({"a": a.astype(mx.uint8)}, {"a": a[0]}, {"a": a[:, :3]}, {"a": a[0, 0]}),
     )
-    assert len({fingerprint(v) for v in variants}) == len(variants)
+    assert len({fingerprint_arrays(v) for v in variants}) == len(variants)
     odd = mx.array(np.arange(15).reshape(5, 3)).astype(mx.bfloat16)
-    assert fingerprint({"a": odd}) == fingerprint({"a": odd + 0})
+    assert fingerprint_arrays({"a": odd}) == fingerprint_arrays({"a": odd + 0})
 
 
 def test_rows_that_change_places_are_other_weights():
     a = mx.random.normal((4, 6))
-    assert fingerprint({"a": a}) != fingerprint({"a": a[mx.array([1, 0, 2, 3])]})
+    assert fingerprint_arrays({"a": a}) != fingerprint_arrays(
+        {"a": a[mx.array([1, 0, 2, 3])]}
+    )

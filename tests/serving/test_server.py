@@ -720,18 +720,18 @@ def test_the_generation_ends_when_its_client_goes(server, steps, streams, rude):
 
 
 def test_a_failure_of_ours_is_said_and_the_server_goes_on(server, monkeypatch, caplog):
-    from mlx_openelm.serving import handler as room
+    from mlx_openelm.serving import handler as module
 
     def fail(*args):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(room, "read_completion", lambda *args, **options: fail())
+    monkeypatch.setattr(module, "read_completion", lambda *args, **options: fail())
     status, answer = post(server.url, {"prompt": "a"})
     assert (status, answer["error"]["code"]) == (503, "failed")
     assert "ZeroDivisionError" in caplog.text
     monkeypatch.undo()
     assert post(server.url, {"prompt": "a", "max_tokens": 2})[0] == 200
-    monkeypatch.setattr(room, "Answer", fail)  # where a stream has begun
+    monkeypatch.setattr(module, "Answer", fail)  # where a stream has begun
     data = request(server.url, "/v1/completions", {"prompt": "a", "stream": True})
     status, _, body = send(server.url, data)
     assert status == 200

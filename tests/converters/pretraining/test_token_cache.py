@@ -12,7 +12,7 @@ from models import TEXT, small_tokenizer
 
 pytest.importorskip("ftfy", reason="needs the torch extra")
 
-import converters.pretraining.token_cache as room
+from converters.pretraining import token_cache as module
 from converters.pretraining.cleaning import Rules, make_pieces
 from converters.pretraining.corpus_files import DamagedFileError
 from converters.pretraining.lanes import CUT
@@ -54,13 +54,13 @@ def found(cached):
 
 
 def count_makings(monkeypatch):
-    made, write = [], room._write
+    made, write = [], module._write
 
     def counted(path, source):
         made.append(path)
         write(path, source)
 
-    monkeypatch.setattr(room, "_write", counted)
+    monkeypatch.setattr(module, "_write", counted)
     return made
 
 
@@ -91,7 +91,7 @@ def test_a_vocabulary_over_65536_has_wider_tokens(tmp_path, source, monkeypatch)
         for piece in pieces(*arguments, **options):
             yield dataclasses.replace(piece, tokens=piece.tokens + (1 << 16))
 
-    monkeypatch.setattr(room, "make_pieces", shifted)
+    monkeypatch.setattr(module, "make_pieces", shifted)
     cached = CachedFile(str(tmp_path / "cache"), source)
     tokens = [ids for document in found(cached) for ids, _, _ in document]
     wide = [
@@ -123,7 +123,7 @@ def test_whatever_decides_the_tokens_makes_another_file(tmp_path, source, monkey
     refresh(make_source(tmp_path / "a.jsonl", TEXTS[::-1]))
     refresh(make_source(tmp_path / "a.jsonl", [*TEXTS, "more"]))
     assert len(made) == 10
-    monkeypatch.setattr(room.ftfy, "__version__", "another")  # repairs otherwise
+    monkeypatch.setattr(module.ftfy, "__version__", "another")  # repairs otherwise
     refresh(source)
     assert len(made) == 11
     path = tmp_path / "two.jsonl"
@@ -142,7 +142,7 @@ def test_a_file_that_could_not_be_read_once_is_not_damaged_for_ever(
 
     folder = str(tmp_path / "cache")
     with monkeypatch.context() as patched:
-        patched.setattr(room, "read_documents", refuse)
+        patched.setattr(module, "read_documents", refuse)
         with pytest.raises(DamagedFileError):
             CachedFile(folder, source)
     assert found(CachedFile(folder, source)) == expected(source)
@@ -202,7 +202,7 @@ def test_a_run_that_was_stopped_leaves_no_half_file(tmp_path, source, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(room, "make_pieces", stop)
+        patched.setattr(module, "make_pieces", stop)
         with pytest.raises(KeyboardInterrupt):
             CachedFile(str(tmp_path / "cache"), source)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
@@ -211,14 +211,14 @@ def test_a_run_that_was_stopped_leaves_no_half_file(tmp_path, source, monkeypatc
 
 def fill(path, folder, made, together):
     source = Source(path, "text", None, RULES, tokenizer)
-    write = room._write
+    write = module._write
 
     def counted(*arguments):
         made.put(1)
         time.sleep(0.5)  # so that the others come while it is made
         write(*arguments)
 
-    room._write = counted
+    module._write = counted
     together.wait()
     assert found(CachedFile(folder, source)) == expected(source)
 
