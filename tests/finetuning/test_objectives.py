@@ -1,0 +1,63 @@
+"""The figures that an objective reports of a batch, against sums by hand."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from models import UNEVEN, build
+from trainings import make_pairs, make_recipe, make_samples
+
+from mlx_openelm.finetuning.objectives import make_objective
+from mlx_openelm.finetuning.samples import Sample
+from mlx_openelm.model.openelm import OpenELM
+
+
+def log_likelihood(model: OpenELM, sample: Sample) -> float:
+    """Return log p of the tokens that count, from the plain logits."""
+    logits = np.array(model(mx.array(sample.tokens)[None, :-1]))[0].astype(np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    places = np.flatnonzero(sample.counts)
+    return float(sum(log_p[place - 1, sample.tokens[place]] for place in places))
+
+
+def figures(objective, model, samples):
+    batch = objective.collate(samples)
+    return objective.totals(batch, *objective.loss(model, batch)), objective.evaluate(
+        model, batch
+    )
+
+
+def test_supervised_sums_the_losses_of_the_tokens_that_count():
+    model, samples = build(UNEVEN), make_samples()
+    objective = make_objective(make_recipe(), model, samples)
+    loss = -sum(log_likelihood(model, sample) for sample in samples)
+    count = sum(int(sample.counts.sum()) for sample in samples)
+    for totals in figures(objective, model, samples):
+        assert totals.loss == pytest.approx(loss, rel=1e-5)
+        assert (totals.count, totals.wins, totals.margin) == (count, 0, 0)
+    assert (objective.unit, objective.compares) == ("token", False)
+
+
+def test_preferences_are_measured_against_the_model_before_training():
+    before, model, pairs = build(UNEVEN), build(UNEVEN, seed=1), make_pairs()
+    recipe = make_recipe(objective="dpo")
+    objective = make_objective(recipe, before, pairs)
+    margins = [
+        recipe.dpo_beta
+        * (
+            (log_likelihood(model, pair.chosen) - log_likelihood(before, pair.chosen))
+            - log_likelihood(model, pair.rejected)
+            + log_likelihood(before, pair.rejected)
+        )
+        for pair in pairs
+    ]
+    trained, evaluated = figures(objective, model, pairs)
+    loss = sum(math.log1p(math.exp(-margin)) for margin in margins)
+    for totals in (trained, evaluated):
+        assert totals.loss == pytest.approx(loss, rel=1e-4)
+        assert totals.count == len(pairs)
+        assert totals.wins == sum(margin > 0 for margin in margins)
+    assert trained.margin == pytest.approx(sum(margins), rel=1e-4)
+    assert (objective.unit, objective.compares) == ("pair", True)
