@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import mlx_openelm  # loads OpenBLAS before mlx.core
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.generation.batching import BATCH_SIZE, Question, answer_together
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import stream
 from mlx_openelm.model.openelm import OpenELM
 

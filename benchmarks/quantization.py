@@ -31,6 +31,7 @@ def main() -> None:
         read_calibration,
     )
     from converters.quantization.receipt import measure
+    from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
     from mlx_openelm.model.quantization import Packing, Quantization
     from mlx_openelm.storage.hub import demo_folder
     from mlx_openelm.storage.loading import load_tokenizer
@@ -60,7 +61,7 @@ def main() -> None:
             packing, weight = packings.get(name), whole.read(name)
             if packing is None:
                 return weight
-            return packing.unpack(packing.pack(weight), mx.float32)
+            return unpack_weight(packing, pack_weight(packing, weight), mx.float32)
 
         receipt = measure(config, whole.read, read, unseen, text="", bits_per_weight=0)
         return receipt.mean_kl

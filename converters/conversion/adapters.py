@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from converters.conversion.exports import corenet_tensors
 from converters.conversion.merging import fit_rows, open_base
-from converters.conversion.options import DTYPES, Options, Progress
+from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import Plan
 from converters.conversion.provenance import describe_source, hashing
 from converters.formats.adapter_reader import (
@@ -61,7 +63,7 @@ class AdapterReport:
 def convert_adapter(
     path: Path,
     target: Path | None,
-    options: Options,
+    options: ConversionOptions,
     *,
     force: bool = False,
     offline: bool = False,
@@ -111,7 +113,7 @@ def convert_adapter(
     )
 
 
-def _say_idle(options: Options) -> list[str]:
+def _say_idle(options: ConversionOptions) -> list[str]:
     said = options.idle()
     if options.dtype and options.to != "corenet":
         said.append("--dtype")
@@ -154,13 +156,13 @@ def _write_corenet(
     adapter: Adapter,
     base: Source,
     target: Path,
-    options: Options,
+    options: ConversionOptions,
     force: bool,
     on_progress: Callable[[Progress], None],
 ) -> tuple[str, ...]:
     """Write base and adapter into one .pt, not merged, as CoreNet has them."""
     refuse_existing_file(target, force=force)
-    dtype = DTYPES[options.dtype] if options.dtype else base.dtype
+    dtype = getattr(mx, options.dtype) if options.dtype else base.dtype
     tensors, notes = corenet_tensors(Plan(base, base.config, dtype, {}))
     rows = tensors["token_embeddings.weight"].shape[0]
     both, more = corenet_adapter_tensors(with_rows(adapter, rows), tensors)

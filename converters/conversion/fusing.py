@@ -25,7 +25,7 @@ from mlx.utils import tree_unflatten
 
 from converters.conversion.merging import merge_adapter, open_pair
 from converters.conversion.model_folder import Job
-from converters.conversion.options import Options, Progress
+from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.run import convert_model
 from converters.formats.adapter_reader import Adapter, with_rows
 from converters.formats.adapter_tensors import TABLE, AdapterModule
@@ -131,7 +131,7 @@ def fuse(
         raise OpenELMError(
             f"{target} is in the adapter's own folder; choose another --save-path."
         )
-    options = Options(
+    options = ConversionOptions(
         bits=None if bits is None else str(bits),
         group_size=group_size,
         dequantize=dequantize,

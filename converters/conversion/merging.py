@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from converters.conversion.options import Options
+from converters.conversion.options import ConversionOptions
 from converters.conversion.plan import Plan
 from converters.formats.adapter_reader import (
     Adapter,
@@ -30,6 +30,7 @@ from converters.formats.sources import (
 )
 from mlx_openelm.config import OpenELMConfig, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.storage.adapter_folder import read_sketch
 from mlx_openelm.storage.base_check import BaseWeight, check_base
 from mlx_openelm.storage.model_folder import check_shapes
@@ -39,7 +40,7 @@ _ROWS = 4096  # of a tensor that are compared at a time
 
 
 def open_model(
-    paths: Sequence[Path], options: Options, *, offline: bool = False
+    paths: Sequence[Path], options: ConversionOptions, *, offline: bool = False
 ) -> tuple[Source, Adapter | None]:
     """Return the model that is meant, and the adapter that stays apart from it.
 
@@ -269,13 +270,13 @@ def refuse_losing(plan: Plan) -> None:
         if packing is None:
             continue
         merged, base = plan.read(name), before.read()
-        packed = packing.pack(merged)
+        packed = pack_weight(packing, merged)
         for start in range(0, merged.shape[0], _ROWS):  # all at once: four copies
             rows = slice(start, start + _ROWS)
             exact = merged[rows].astype(mx.float32)
             parts = {suffix: part[rows] for suffix, part in packed.items()}
             moved += _square(exact - base[rows].astype(mx.float32))
-            rounded += _square(packing.unpack(parts, mx.float32) - exact)
+            rounded += _square(unpack_weight(packing, parts, mx.float32) - exact)
     if rounded > moved > 0:
         raise OpenELMError(
             f"Quantizing would lose the adapter: it moves the weights by "

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from converters.conversion.adapters import stage_adapter
 from converters.conversion.merging import refuse_losing
-from converters.conversion.options import Options, Progress
+from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import Plan
 from converters.conversion.provenance import (
     describe_source,
@@ -46,7 +46,7 @@ class Job:
             shall say of that, by key; it raises if the folder is not to be.
     """
 
-    options: Options
+    options: ConversionOptions
     source: Source
     adapter: Adapter | None
     target: Path
@@ -137,7 +137,7 @@ def _describe(
     metadata: dict[str, Any] = {
         "version": __version__,
         "source": described,
-        "options": job.options.said(),
+        "options": job.options.changed(),
     }
     if template := _find_template(source):
         metadata["template"] = template

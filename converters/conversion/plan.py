@@ -9,6 +9,7 @@ import mlx.core as mx
 from converters.formats.sources import Source
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.packed_weights import pack_weight
 from mlx_openelm.model.quantization import Packing
 from mlx_openelm.storage.model_folder import (
     expected_shapes,
@@ -86,7 +87,7 @@ class Plan:
             }
             wrong = _DAMAGED
         else:
-            parts = packing.pack(self.read(name))
+            parts = pack_weight(packing, self.read(name))
             wrong = (
                 "has values too far apart to share a scale; convert it without -q, or "
                 "--q-keep it"

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from converters.conversion.merging import open_model
-from converters.conversion.options import Options, Progress
+from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import Plan
 from converters.conversion.provenance import hash_file
 from converters.formats.sources import Source, locate
@@ -201,11 +201,11 @@ def _noted_options(folder: ModelFolder) -> dict[str, Any]:
     return noted if isinstance(noted, dict) else {}
 
 
-def _options(folder: ModelFolder) -> Options:
+def _options(folder: ModelFolder) -> ConversionOptions:
     """How the folder says that it was made of its source."""
     noted = _noted_options(folder)
     base = noted.get("base")
-    return Options(
+    return ConversionOptions(
         merge=noted.get("merge") is True,
         apart=noted.get("apart") is True,
         average=noted.get("average") is True,

@@ -15,6 +15,7 @@ from converters.formats.pt_reader import read_state_dict
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
 from mlx_openelm.storage.hub import find_model
 from mlx_openelm.storage.model_folder import (
@@ -342,7 +343,7 @@ def _packed(
         return {suffix: stored[f"{module}.{suffix}"].read() for suffix in suffixes}
 
     def read() -> mx.array:
-        return packing.unpack(read_parts(), mx.float32)
+        return unpack_weight(packing, read_parts(), mx.float32)
 
     return SourceTensor(shape, dtype, read, packing, read_parts)
 

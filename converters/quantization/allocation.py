@@ -25,6 +25,7 @@ from converters.quantization.receipt import (
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.openelm import from_start
+from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.model.quantization import AFFINE_BITS, GROUP_SIZES, Packing
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
 
@@ -174,7 +175,9 @@ def measure_prices(
 
     def pack(name: str) -> mx.array:
         packing = packings[name]
-        return packing.unpack(packing.pack(read(name).astype(dtype)), mx.float32)
+        return unpack_weight(
+            packing, pack_weight(packing, read(name).astype(dtype)), mx.float32
+        )
 
     inputs = windows[:, :-1]
     original = embed(read, inputs)  # (N, T, D)
@@ -271,7 +274,11 @@ def _measure_errors(weight: mx.array, packings: Sequence[Packing]) -> list[float
     rows = weight[:: max(1, weight.shape[0] // ERROR_ROWS)]
     exact = rows.astype(mx.float32)
     return [
-        _add_up(mx.square(packing.unpack(packing.pack(rows), mx.float32) - exact))
+        _add_up(
+            mx.square(
+                unpack_weight(packing, pack_weight(packing, rows), mx.float32) - exact
+            )
+        )
         for packing in packings
     ]
 

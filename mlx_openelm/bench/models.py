@@ -12,6 +12,7 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.generation.decoding import PREFILL_CHUNK
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.model.packed_weights import pack_weight
 from mlx_openelm.model.quantization import GROUP_SIZES, Packing, Quantization
 from mlx_openelm.storage.adapter_folder import attach
 from mlx_openelm.storage.loading import load_model, make_quantized, stored_dtype
@@ -157,7 +158,7 @@ def make_model(config: OpenELMConfig, form: Form) -> OpenELM:
         repeated = mx.broadcast_to(normals, (times, normals.size)).reshape(-1)
         weight = repeated[:count].reshape(shape) * shape[1] ** -0.5
         packing = form.packings.get(name)
-        parts = packing.pack(weight) if packing else {"weight": weight}
+        parts = pack_weight(packing, weight) if packing else {"weight": weight}
         mx.eval(parts)
         arrays += [(f"{to_module(name)}.{part}", a) for part, a in parts.items()]
     model.load_weights(arrays)

@@ -20,7 +20,7 @@ from mlx_openelm.bench.plan import PROMPT
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.device import Machine, describe_machine
 from mlx_openelm.generation.cache import KVCache
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.step import compiled_step
 from mlx_openelm.generation.streaming import generate
 from mlx_openelm.model.openelm import OpenELM

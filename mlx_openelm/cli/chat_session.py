@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlx_openelm.generation.cache import ModelCache
     from mlx_openelm.generation.conversation import Conversation
     from mlx_openelm.generation.drafters import Drafter
-    from mlx_openelm.generation.sampling import Sampling
+    from mlx_openelm.generation.options import Sampling
     from mlx_openelm.generation.streaming import Piece
     from mlx_openelm.model.openelm import OpenELM
     from mlx_openelm.storage.model_folder import ModelFolder

@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from mlx_openelm.cli.flags import show_flags
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -44,9 +46,9 @@ class Console:
         drawn.print(table)
 
     def note(self, text: str) -> None:
-        """Write a line to stderr."""
+        """Write a line to stderr; parameters in backticks appear as flags."""
         if not self.quiet:
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(show_flags(text) + "\n")
             sys.stderr.flush()
 
     def error(self, text: str) -> None:

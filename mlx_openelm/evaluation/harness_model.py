@@ -24,7 +24,7 @@ from mlx_openelm.evaluation.loglikelihood import (
     score_requests,
 )
 from mlx_openelm.generation.batching import BATCH_SIZE, Question, answer_together
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 

@@ -47,7 +47,7 @@ from mlx_openelm.finetuning.trainer import (
     Training,
     Validation,
 )
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import find_recipe, load_recipe
 from mlx_openelm.storage.adapter_folder import (

@@ -37,7 +37,7 @@ from mlx_openelm.finetuning.trainable import (
     trained_tensors,
     use_dropout,
 )
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import generate
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.signals import Stop, deferred_signals

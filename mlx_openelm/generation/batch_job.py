@@ -20,9 +20,9 @@ from mlx_openelm.generation.batching import (
     answer_together,
 )
 from mlx_openelm.generation.decoding import Token
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.penalties import check_bias
 from mlx_openelm.generation.prompt_file import Prompt, Prompts
-from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.generation.streaming import check_room, prepare_prompt
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM

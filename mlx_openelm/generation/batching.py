@@ -18,8 +18,8 @@ import mlx.core as mx
 from mlx_openelm import openblas
 from mlx_openelm.generation.cache import KVCache, SlotCache
 from mlx_openelm.generation.decoding import PREFILL_CHUNK, Drawn, Token
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.sampling import (
-    Sampling,
     choose_tokens,
     history_length,
     shape_logits,

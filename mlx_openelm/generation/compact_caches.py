@@ -9,6 +9,8 @@ import numpy as np
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.cache import KVCache, ModelCache
+from mlx_openelm.generation.options import CacheOptions
+from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.model.quantization import Packing
 
 KV_BITS = (4, 8)
@@ -35,7 +37,9 @@ class QuantizedKVCache:
         self, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Append keys and values (B, K, T, H); return all of them, (B, K, S, H)."""
-        packed_keys, packed_values = map(self.packing.pack, (keys, values))
+        packed_keys, packed_values = (
+            pack_weight(self.packing, x) for x in (keys, values)
+        )
         self.append(*packed_keys.values(), *packed_values.values())
         held = [part[..., : self.offset, :] for part in self._parts]
         return self._unpack(held[:3], keys.dtype), self._unpack(held[3:], keys.dtype)
@@ -74,7 +78,7 @@ class QuantizedKVCache:
 
     def _unpack(self, parts: Sequence[mx.array], dtype: mx.Dtype) -> mx.array:
         named = dict(zip(("weight", "scales", "biases"), parts, strict=True))
-        return self.packing.unpack(named, dtype)
+        return unpack_weight(self.packing, named, dtype)
 
 
 class SlidingKVCache(KVCache):
@@ -153,42 +157,35 @@ class SlidingKVCache(KVCache):
 
 
 def cache_maker(
-    config: OpenELMConfig,
-    *,
-    kv_bits: int | None = None,
-    kv_group_size: int = 64,
-    max_kv_size: int | None = None,
+    config: OpenELMConfig, options: CacheOptions
 ) -> Callable[[], ModelCache]:
-    """Return what makes a layer's cache, as a person asks for it.
-
-    Args:
-        kv_bits: pack keys and values in so many bits.
-        kv_group_size: numbers that share a scale and a bias then.
-        max_kv_size: tokens kept; the first four stay, the others slide.
+    """Return what makes a layer's cache, as the options say.
 
     Raises:
         OpenELMError: there is no such cache for this model.
     """
+    kv_bits, kv_group_size = options.kv_bits, options.kv_group_size
+    max_kv_size = options.max_kv_size
     if kv_bits is not None and max_kv_size is not None:
         raise OpenELMError(
-            "A cache slides or is packed in a few bits; leave out --kv-bits or "
-            "--max-kv-size."
+            "A cache slides or is packed in a few bits; leave out `kv_bits` or "
+            "`max_kv_size`."
         )
     if max_kv_size is not None:
         if max_kv_size <= KEPT_FIRST:
             raise OpenELMError(
-                f"--max-kv-size {max_kv_size} is too small: the first {KEPT_FIRST} "
+                f"`max_kv_size` {max_kv_size} is too small: the first {KEPT_FIRST} "
                 f"tokens always stay; say {KEPT_FIRST + 1} or more."
             )
         return partial(SlidingKVCache, max_kv_size)
     if kv_bits is None:
         return KVCache
     if kv_bits not in KV_BITS:
-        raise OpenELMError(f"--kv-bits is {' or '.join(map(str, KV_BITS))}.")
+        raise OpenELMError(f"`kv_bits` is {' or '.join(map(str, KV_BITS))}.")
     fitting = [size for size in KV_GROUP_SIZES if config.head_dim % size == 0]
     if kv_group_size not in fitting:
         raise OpenELMError(
-            f"--kv-group-size {kv_group_size} does not fit this model, whose heads are "
+            f"`kv_group_size` {kv_group_size} does not fit this model, whose heads are "
             f"{config.head_dim} wide; "
             + (f"say {' or '.join(map(str, fitting))}." if fitting else "none does.")
         )

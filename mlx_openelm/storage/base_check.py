@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from mlx_openelm.config import LLAMA_PIECES
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing
 
 NUM_ELEMENTS = 256  # in all
@@ -149,6 +150,6 @@ def _packed_weight(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> BaseWe
 
     def read_rows(rows: mx.array) -> mx.array:
         chosen = {name: part[rows] for name, part in parts.items()}
-        return packing.unpack(chosen, mx.float32)
+        return unpack_weight(packing, chosen, mx.float32)
 
     return BaseWeight((count, words * 32 // packing.bits), read_rows)

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing
 from mlx_openelm.storage.adapter_folder import attach, open_adapter_folder
 from mlx_openelm.storage.hub import DEMO, find_model
@@ -116,7 +117,7 @@ def _unpacked(
             for suffix in ("weight", "scales", "biases")
             if f"{module}.{suffix}" in arrays
         }
-        arrays[f"{module}.weight"] = packing.unpack(parts, dtype)
+        arrays[f"{module}.weight"] = unpack_weight(packing, parts, dtype)
     return arrays
 
 

@@ -17,6 +17,7 @@ import safetensors
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
 from mlx_openelm.storage.shards import DTYPES, INDEX
 from mlx_openelm.tensor_names import to_module
@@ -277,7 +278,7 @@ def unpacks_to_finite(
 ) -> bool:
     """Whether no number that packed parts stand for is infinite or NaN in `dtype`."""
     if packing.mode != "affine":
-        return is_finite(packing.unpack(parts, dtype))
+        return is_finite(unpack_weight(packing, parts, dtype))
     smallest = parts["biases"].astype(mx.float32)  # of each group, and the other end
     largest = parts["scales"].astype(mx.float32) * (2**packing.bits - 1) + smallest
     return all(is_finite(end.astype(dtype)) for end in (smallest, largest))

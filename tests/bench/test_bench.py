@@ -45,7 +45,7 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.device import Machine, compute_dtype, describe_machine
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.decoding import draw_tokens
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.lora import LoRALinear
 from mlx_openelm.model.quantization import Quantization
 from mlx_openelm.storage.hub import demo_folder

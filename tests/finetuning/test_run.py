@@ -468,10 +468,10 @@ def test_a_death_is_told_and_half_the_batch_goes_on(base, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"learning_rate": 1e-4}, "--learning-rate was 0.003 and is now 0.0001"),
-        ({"seed": 5}, "--seed was 0 and is now 5"),
-        ({"batch_size": 8}, "--batch-size times --grad-accumulation-steps was 4"),
-        ({"rank": 8}, "--rank was 4 and is now 8"),
+        ({"learning_rate": 1e-4}, "`learning_rate` was 0.003 and is now 0.0001"),
+        ({"seed": 5}, "`seed` was 0 and is now 5"),
+        ({"batch_size": 8}, "`batch_size` times `grad_accumulation_steps` was 4"),
+        ({"rank": 8}, "`rank` was 4 and is now 8"),
     ],
 )
 def test_other_options_are_not_resumed(recipe, changes, says):
@@ -695,7 +695,7 @@ GOOD = b'{"prompt": "the king", "completion": "gold"}\n'
         (GOOD, ("--rank", "auto"), "--rank is 'auto'"),
         (GOOD, ("--num-layers", 9), "the model has 3 layers"),
         (GOOD, ("--max-seq-length", 100), "the model's context is 64"),
-        (GOOD, ("--epochs", 1, "--iters", 3), "say one of them"),
+        (GOOD, ("--epochs", 1, "--iters", 3), "give one"),
         (GOOD, ("--optimizer", "adamx"), "choose adamw"),
         (GOOD, ("--template", "chat"), "chat"),
         (GOOD, ("--test",), "needs a test file"),
@@ -874,13 +874,13 @@ def test_events_survive_odd_samples_and_damaged_lines(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"epochs": float("nan"), "iters": None}, "--epochs is nan"),
-        ({"epochs": 1e9, "iters": None}, "--epochs is 1000000000.0"),
-        ({"betas": (1.0, 1.0)}, "betas are 1.0 and 1.0"),
-        ({"eps": 0.0}, "--eps is 0.0"),
-        ({"rank": "auto:" + "9" * 5000}, "--rank is"),
-        ({"batch_size": 2**30}, "--batch-size is 1073741824"),
-        ({"data": ""}, "--data is empty"),
+        ({"epochs": float("nan"), "iters": None}, "`epochs` is nan"),
+        ({"epochs": 1e9, "iters": None}, "`epochs` is 1000000000.0"),
+        ({"betas": (1.0, 1.0)}, "`betas` are 1.0 and 1.0"),
+        ({"eps": 0.0}, "`eps` is 0.0"),
+        ({"rank": "auto:" + "9" * 5000}, "`rank` is"),
+        ({"batch_size": 2**30}, "`batch_size` is 1073741824"),
+        ({"data": ""}, "`data` is empty"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_named(base, tmp_path, changes, says):

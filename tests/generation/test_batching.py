@@ -12,7 +12,7 @@ import mlx_openelm
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation import batching
 from mlx_openelm.generation.batching import Question, answer_together
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import stream
 
 tokenizer = small_tokenizer()

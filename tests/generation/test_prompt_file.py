@@ -17,8 +17,8 @@ from models import UNEVEN, build, small_tokenizer
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.batch_job import answer_prompts
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.prompt_file import JSONL, LINES, Prompt, read_prompts
-from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.generation.streaming import generate
 from mlx_openelm.storage import ordered_jsonl as answers_file
 from mlx_openelm.text.templates import Turn
@@ -518,7 +518,7 @@ from pathlib import Path
 import mlx_openelm
 from mlx_openelm.generation.batch_job import answer_prompts
 from mlx_openelm.generation.prompt_file import read_prompts
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 model, tokenizer = mlx_openelm.load("demo")
 sampling = Sampling(max_tokens=60, stop=("the", ".", "of"))
 prompts = read_prompts(sys.argv[1])

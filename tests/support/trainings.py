@@ -15,7 +15,7 @@ from mlx_openelm.finetuning.preparation import make_trainable
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.samples import Pair, Sample, lengths_of
 from mlx_openelm.finetuning.trainer import Training
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.signals import Stop
 from mlx_openelm.training.distributed import World

@@ -24,7 +24,7 @@ from converters.formats.gguf_writer import FILE_TYPES, write_gguf
 from converters.formats.pt_writer import TensorToWrite
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import stream
 from mlx_openelm.storage.hub import demo_folder
 from mlx_openelm.storage.loading import load_model, load_tokenizer

@@ -20,6 +20,7 @@ from converters.quantization.calibration import calibration_windows, read_calibr
 from converters.quantization.receipt import measure
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.model.quantization import Packing
 from mlx_openelm.storage.hub import demo_folder
 from mlx_openelm.storage.loading import load_tokenizer
@@ -101,7 +102,9 @@ def test_prices_are_those_of_whole_models():
     prices = measure_prices(UNEVEN, WEIGHTS.get, WINDOWS, probes, dtype=mx.float32)
     assert prices.keys() == CHOICES.keys()
     for name, price in prices.items():
-        packed = probes[name].unpack(probes[name].pack(WEIGHTS[name]), mx.float32)
+        packed = unpack_weight(
+            probes[name], pack_weight(probes[name], WEIGHTS[name]), mx.float32
+        )
         model.load_weights([(to_folder(name), packed)], strict=False)
         varied = log_p()
         model.load_weights([(to_folder(name), WEIGHTS[name])], strict=False)
@@ -158,7 +161,7 @@ def test_the_demo_loses_less_than_at_uniform_bits(shared, bits):
             packing, weight = packings.get(name), read(name)
             if packing is None:
                 return weight
-            return packing.unpack(packing.pack(weight), mx.float32)
+            return unpack_weight(packing, pack_weight(packing, weight), mx.float32)
 
         return measure(
             config, read, packed, unseen, text="", bits_per_weight=0.0

@@ -19,6 +19,7 @@ from converters.quantization.receipt import Receipt, measure
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.model.quantization import Packing
 from mlx_openelm.tensor_names import to_folder
 
@@ -36,7 +37,9 @@ def originals(config: OpenELMConfig) -> dict[str, mx.array]:
 def quantized(weights: dict[str, mx.array], bits: int = 4) -> dict[str, mx.array]:
     packing = Packing(bits, 32)
     return {
-        name: packing.unpack(packing.pack(w), mx.float32) if w.ndim == 2 else w
+        name: unpack_weight(packing, pack_weight(packing, w), mx.float32)
+        if w.ndim == 2
+        else w
         for name, w in weights.items()
     }
 
