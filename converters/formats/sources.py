@@ -285,7 +285,7 @@ def _find_files(path: Path) -> list[Path]:
     has_bins = (path / BIN_INDEX).is_file() or any(path.glob(BIN_FILES))
     if found is None and has_bins:
         return find_weight_files(path, BIN_FILES, BIN_INDEX)
-    checkpoints = sorted(file.name for file in path.glob("*.pt"))
+    checkpoints = sorted(file.name for file in path.glob("[!.]*.pt"))
     if found is None and checkpoints:  # of a training run, or grown
         raise OpenELMError(
             f"{path} holds no model*.safetensors but {', '.join(checkpoints[:8])}; "

@@ -33,7 +33,7 @@ from converters.pretraining.checkpoints import (
     restore_training,
     save_training,
     weights_on_disk,
-    write_whole,
+    write_atomically,
 )
 from converters.pretraining.heldout import continue_greedily
 from converters.pretraining.loader import join_states
@@ -286,7 +286,7 @@ class _Run:
             chosen = found[-self.recipe.average_last :]
             if self.processes.first:
                 average = average_checkpoints(chosen)
-                write_whole(path, lambda staged: torch.save(average, staged))
+                write_atomically(path, lambda staged: torch.save(average, staged))
         if self.heldout and len(chosen) > 1:
             load_weights(self.model, read_weights(path))
             self._tell(self.heldout.score(self.model, self.step, averaged=True))

@@ -17,8 +17,8 @@ from converters.pretraining.checkpoints import (
     lock_folder,
     read_initial,
     read_training,
-    write_json,
-    write_whole,
+    write_atomically,
+    write_json_atomically,
 )
 from converters.pretraining.heldout import HeldOut
 from converters.pretraining.loader import Loader, open_loader, read_documents
@@ -102,7 +102,7 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
         if processes.first and not (output / RECIPE).exists():
             tokenizer = _choose_tokenizer(recipe, corpus)
             proto = tokenizer.model_proto
-            write_whole(
+            write_atomically(
                 output / "tokenizer.model", lambda path: path.write_bytes(proto)
             )
     with processes.together():
@@ -121,9 +121,12 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
             loader.restore(progress.loader)
         heldout = HeldOut(recipe, tokenizer) if recipe.data.heldout else None
         if processes.first:
-            write_json(output / "config.json", config.to_dict())
-            write_json(output / "generation_config.json", generation_config(recipe))
-            write_json(output / RECIPE, as_json(recipe))
+            for name, value in (
+                ("config.json", config.to_dict()),
+                ("generation_config.json", generation_config(recipe)),
+                (RECIPE, as_json(recipe)),
+            ):
+                write_json_atomically(output / name, value)
     return Setup(config, tokenizer, loader, heldout, initial, saved, progress)
 
 

@@ -32,6 +32,7 @@ from converters.pretraining.cleaning import (
 )
 from converters.pretraining.corpus_files import DamagedFileError, read_documents
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.staging import replaced_file
 from mlx_openelm.text.tokenizer import Tokenizer
 
 _VERSION = 1
@@ -210,43 +211,34 @@ def _write(path: Path, source: Source) -> None:
     table: list[tuple[int, int, int, int]] = []
     document_ends: list[int] = []
     num_tokens, damage = 0, ""
-    part = path.with_suffix(".part")
-    try:
-        with part.open("wb") as written:
-            try:
-                for document in source.read():
-                    for piece in make_pieces(document, source.tokenizer, source.rules):
-                        stored = piece.tokens.astype(width).tobytes()
-                        written.write(stored)
-                        num_tokens += len(piece.tokens)
-                        reason = _REASONS.index(piece.dropped)
-                        table.append(
-                            (num_tokens, piece.num_cut, zlib.crc32(stored), reason)
-                        )
-                    document_ends.append(len(table))
-            except DamagedFileError as error:
-                if isinstance(error.__cause__, OSError) and error.__cause__.errno:
-                    raise  # the disk's or the permissions' fault; it may pass
-                damage = str(error)
-            tables = (
-                np.array(table, _PIECE).tobytes()
-                + np.array(document_ends, "<u8").tobytes()
-            )
-            about = {
-                "dtype": width.str,
-                "num_tokens": num_tokens,
-                "num_pieces": len(table),
-                "num_documents": len(document_ends),
-                "damage": damage,
-                "checksum": zlib.crc32(tables),
-                "source": source.path,  # for a person who looks inside
-            }
-            text = json.dumps(about).encode()
-            written.write(tables + text)
-            written.write(_TAIL.pack(len(text), zlib.crc32(text), _MAGIC))
-            written.flush()
-            os.fsync(written.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replaced_file(path) as part, part.open("wb") as written:
+        try:
+            for document in source.read():
+                for piece in make_pieces(document, source.tokenizer, source.rules):
+                    stored = piece.tokens.astype(width).tobytes()
+                    written.write(stored)
+                    num_tokens += len(piece.tokens)
+                    reason = _REASONS.index(piece.dropped)
+                    table.append(
+                        (num_tokens, piece.num_cut, zlib.crc32(stored), reason)
+                    )
+                document_ends.append(len(table))
+        except DamagedFileError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno:
+                raise  # the disk's or the permissions' fault; it may pass
+            damage = str(error)
+        tables = (
+            np.array(table, _PIECE).tobytes() + np.array(document_ends, "<u8").tobytes()
+        )
+        about = {
+            "dtype": width.str,
+            "num_tokens": num_tokens,
+            "num_pieces": len(table),
+            "num_documents": len(document_ends),
+            "damage": damage,
+            "checksum": zlib.crc32(tables),
+            "source": source.path,  # for a person who looks inside
+        }
+        text = json.dumps(about).encode()
+        written.write(tables + text)
+        written.write(_TAIL.pack(len(text), zlib.crc32(text), _MAGIC))

@@ -80,7 +80,7 @@ def test_the_pieces_are_those_of_the_text(tmp_path, source, monkeypatch):
     assert len(made) == 1
     (path,) = made
     assert path.stat().st_size < 3 * sum(len(t) for p in texts for t, _, _ in p) + 9999
-    assert not list(path.parent.glob("*.part"))
+    assert not list(path.parent.glob(".*"))
 
 
 def test_a_vocabulary_over_65536_has_wider_tokens(tmp_path, source, monkeypatch):
