@@ -9,7 +9,7 @@ from typing import Any
 from converters.conversion.exports import corenet_tensors
 from converters.conversion.merging import fit_rows, open_base
 from converters.conversion.options import DTYPES, Options, Progress
-from converters.conversion.plan import Plan
+from converters.conversion.plan import ConversionPlan
 from converters.conversion.provenance import describe_source, hashing
 from converters.formats.adapter_reader import (
     Adapter,
@@ -23,7 +23,7 @@ from converters.formats.adapter_writer import (
     write_peft_adapter,
 )
 from converters.formats.pt_writer import write_pt
-from converters.formats.sources import Source, name_folder
+from converters.formats.sources import ModelSource, name_folder
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.staging import (
@@ -152,7 +152,7 @@ def _write_folder(
 
 def _write_corenet(
     adapter: Adapter,
-    base: Source,
+    base: ModelSource,
     target: Path,
     options: Options,
     force: bool,
@@ -161,7 +161,7 @@ def _write_corenet(
     """Write base and adapter into one .pt, not merged, as CoreNet has them."""
     refuse_existing_file(target, force=force)
     dtype = DTYPES[options.dtype] if options.dtype else base.dtype
-    tensors, notes = corenet_tensors(Plan(base, base.config, dtype, {}))
+    tensors, notes = corenet_tensors(ConversionPlan(base, base.config, dtype, {}))
     rows = tensors["token_embeddings.weight"].shape[0]
     both, more = corenet_adapter_tensors(with_rows(adapter, rows), tensors)
     written = 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from converters.conversion.plan import Plan
+from converters.conversion.plan import ConversionPlan
 from converters.formats.gguf_writer import write_gguf
 from converters.formats.pt_writer import TensorToWrite
 from mlx_openelm.config import OpenELMConfig, pad_vocabulary
@@ -17,7 +17,9 @@ CLASSIFIER = "classifier.weight"  # CoreNet's name of an untied head
 GGUF_TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 
-def corenet_tensors(plan: Plan) -> tuple[dict[str, TensorToWrite], tuple[str, ...]]:
+def corenet_tensors(
+    plan: ConversionPlan,
+) -> tuple[dict[str, TensorToWrite], tuple[str, ...]]:
     """Return a model under CoreNet's names and shapes, and what a person should know.
 
     CoreNet's vocabulary has a row for padding and then as many as make a multiple of
@@ -50,7 +52,7 @@ def corenet_tensors(plan: Plan) -> tuple[dict[str, TensorToWrite], tuple[str, ..
 
 def write_gguf_file(
     path: Path,
-    plan: Plan,
+    plan: ConversionPlan,
     tokenizer: Tokenizer,
     *,
     bits: float | None,
@@ -85,11 +87,13 @@ def _as_inferred(config: OpenELMConfig) -> OpenELMConfig:
     return OpenELMConfig.from_shapes(config.tensor_shapes())
 
 
-def _reader(plan: Plan, name: str) -> Callable[[], mx.array]:
+def _reader(plan: ConversionPlan, name: str) -> Callable[[], mx.array]:
     return lambda: plan.read(name)
 
 
-def _padding_reader(plan: Plan, name: str, rows: int) -> Callable[[], mx.array]:
+def _padding_reader(
+    plan: ConversionPlan, name: str, rows: int
+) -> Callable[[], mx.array]:
     def read() -> mx.array:
         weight = plan.read(name)
         return mx.pad(weight, [(0, rows - weight.shape[0]), (0, 0)])

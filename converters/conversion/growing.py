@@ -23,9 +23,9 @@ import numpy as np
 
 from converters.conversion.model_folder import refuse_small_disk
 from converters.conversion.options import Progress
-from converters.conversion.plan import Plan
+from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import TensorToWrite, to_numpy, write_pt
-from converters.formats.sources import Source, is_adapter, locate, open_path
+from converters.formats.sources import ModelSource, is_adapter, locate, open_path
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
@@ -185,7 +185,7 @@ def grow(
     )
 
 
-def _open_plain(name: str, *, offline: bool, revision: str | None) -> Source:
+def _open_plain(name: str, *, offline: bool, revision: str | None) -> ModelSource:
     path = locate(name, offline=offline, revision=revision)
     source = None if is_adapter(path) else open_path(path)
     if source is None or source.adapter is not None:
@@ -197,7 +197,9 @@ def _open_plain(name: str, *, offline: bool, revision: str | None) -> Source:
     return source
 
 
-def _copy_beside(source: Source, found: FoundTokenizer | None, staging: Path) -> None:
+def _copy_beside(
+    source: ModelSource, found: FoundTokenizer | None, staging: Path
+) -> None:
     defaults = source.folder / "generation_config.json"
     if defaults.is_file():
         read_mapping(defaults)  # what is damaged is not handed on
@@ -207,7 +209,10 @@ def _copy_beside(source: Source, found: FoundTokenizer | None, staging: Path) ->
 
 
 def _notes(
-    source: Source, config: OpenELMConfig, growth: Growth, found: FoundTokenizer | None
+    source: ModelSource,
+    config: OpenELMConfig,
+    growth: Growth,
+    found: FoundTokenizer | None,
 ) -> tuple[str, ...]:
     notes = [*source.notes, *(found.notes if found else ())]
     packed = sum(tensor.packing is not None for tensor in source.tensors.values())
@@ -252,10 +257,10 @@ def grow_config(config: OpenELMConfig, growth: Growth) -> OpenELMConfig:
     )
 
 
-def grown_tensors(source: Source, growth: Growth) -> dict[str, TensorToWrite]:
+def grown_tensors(source: ModelSource, growth: Growth) -> dict[str, TensorToWrite]:
     """Return the larger model's tensors, by CoreNet name, each made when it is read."""
     shapes = grow_config(source.config, growth).tensor_shapes()
-    plan = Plan(source, source.config, mx.float32, {})
+    plan = ConversionPlan(source, source.config, mx.float32, {})
     return {
         name: TensorToWrite(shape, mx.float32, _reader(plan, name, number, growth))
         for number, (name, shape) in enumerate(shapes.items())
@@ -263,7 +268,7 @@ def grown_tensors(source: Source, growth: Growth) -> dict[str, TensorToWrite]:
 
 
 def _reader(
-    plan: Plan, name: str, number: int, growth: Growth
+    plan: ConversionPlan, name: str, number: int, growth: Growth
 ) -> Callable[[], mx.array]:
     stored = EMBEDDING if name not in plan.source.tensors else name  # a head untied
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 from converters.conversion.adapters import stage_adapter
 from converters.conversion.merging import refuse_losing
 from converters.conversion.options import Options, Progress
-from converters.conversion.plan import Plan
+from converters.conversion.plan import ConversionPlan
 from converters.conversion.provenance import (
     describe_source,
     hash_file,
@@ -20,11 +20,11 @@ from converters.conversion.provenance import (
     write_card,
 )
 from converters.formats.adapter_reader import Adapter
-from converters.formats.sources import Source, open_path
+from converters.formats.sources import ModelSource, open_path
 from converters.quantization.allocation import allocate, count_tokens, list_choices
 from converters.quantization.calibration import calibration_windows, read_calibration
 from converters.quantization.receipt import NUM_TOKENS as RECEIPT_TOKENS
-from converters.quantization.receipt import Receipt, measure
+from converters.quantization.receipt import Receipt, measure_quantization
 from mlx_openelm.config import BOS_ID, EOS_ID, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
@@ -47,7 +47,7 @@ class Job:
     """
 
     options: Options
-    source: Source
+    source: ModelSource
     adapter: Adapter | None
     target: Path
     adapter_out: Path | None
@@ -69,8 +69,8 @@ class Job:
 
 
 def write_folder(
-    job: Job, plan: Plan, found: FoundTokenizer | None
-) -> tuple[Plan, Receipt | None]:
+    job: Job, plan: ConversionPlan, found: FoundTokenizer | None
+) -> tuple[ConversionPlan, Receipt | None]:
     """Write a model folder; return the plan with the bits chosen, and the receipt."""
     source, options = plan.source, job.options
     calibration = _Calibration.read(job, plan, found)
@@ -170,7 +170,7 @@ class _Calibration:
 
     @classmethod
     def read(
-        cls, job: Job, plan: Plan, found: FoundTokenizer | None
+        cls, job: Job, plan: ConversionPlan, found: FoundTokenizer | None
     ) -> "_Calibration | None":
         """Return it if it is needed and there is a tokenizer."""
         options, tensors = job.options, plan.source.tensors
@@ -188,7 +188,7 @@ class _Calibration:
 
 
 def _write_weights(
-    writer: ShardWriter, plan: Plan, on_progress: Callable[[Progress], None]
+    writer: ShardWriter, plan: ConversionPlan, on_progress: Callable[[Progress], None]
 ) -> None:
     names = plan.config.tensor_shapes()
     for done, name in enumerate(names, start=1):
@@ -200,7 +200,9 @@ def _write_weights(
     writer.close(plan.config.num_parameters)
 
 
-def _price(job: Job, plan: Plan, calibration: _Calibration) -> dict[str, Packing]:
+def _price(
+    job: Job, plan: ConversionPlan, calibration: _Calibration
+) -> dict[str, Packing]:
     options = job.options
     assert options.auto_bits is not None
     options.check_keep(plan.config)
@@ -222,10 +224,10 @@ def _price(job: Job, plan: Plan, calibration: _Calibration) -> dict[str, Packing
 
 
 def _measure(
-    job: Job, plan: Plan, staging: Path, windows: mx.array, text: str
+    job: Job, plan: ConversionPlan, staging: Path, windows: mx.array, text: str
 ) -> Receipt:
     written = open_path(staging)
-    return measure(
+    return measure_quantization(
         plan.config,
         plan.read_whole,
         lambda name: written.tensors[name].read(),
@@ -240,7 +242,7 @@ def _report(job: Job, units: str) -> Callable[[int, int], None]:
     return lambda done, total: job.on_progress(Progress(done, total, units))
 
 
-def _find_template(source: Source) -> str | None:
+def _find_template(source: ModelSource) -> str | None:
     found = source.metadata.get("template")
     if isinstance(found, str):
         return found
@@ -257,7 +259,7 @@ def _write_generation_defaults(source: Path, staging: Path) -> None:
         write_json(staging / defaults.name, ids)
 
 
-def _tell(plan: Plan, receipt: Receipt | None) -> list[str]:
+def _tell(plan: ConversionPlan, receipt: Receipt | None) -> list[str]:
     """Return what the model card says of the model, in sentences."""
     config = plan.config
     facts = [f"{config.size_name}, {config.num_parameters:,} parameters."]

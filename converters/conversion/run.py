@@ -12,12 +12,12 @@ from converters.conversion.adapters import (
     convert_adapter,
 )
 from converters.conversion.exports import corenet_tensors, write_gguf_file
-from converters.conversion.merging import open_model
+from converters.conversion.merging import open_sources
 from converters.conversion.model_folder import Job, refuse_small_disk, write_folder
 from converters.conversion.options import DTYPES, Options, Progress
-from converters.conversion.plan import Plan
+from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import write_pt
-from converters.formats.sources import Source, is_adapter, locate
+from converters.formats.sources import ModelSource, is_adapter, locate
 from converters.quantization.receipt import Receipt
 from mlx_openelm.config import (
     CORENET_ROWS,
@@ -159,7 +159,7 @@ def convert(
             offline=offline,
             on_progress=on_progress,
         )
-    opened, adapter = open_model(paths, options, offline=offline)
+    opened, adapter = open_sources(paths, options, offline=offline)
     if to == "peft":
         raise OpenELMError(
             f"{names[0]} is a model, and --to peft writes an adapter; give an adapter "
@@ -207,7 +207,7 @@ def convert_model(job: Job) -> ConversionReport:
     config = source.config
     if options.to != "corenet":
         config = _cut_vocabulary(config, found)
-    plan = Plan(
+    plan = ConversionPlan(
         source,
         config,
         _choose_dtype(source, config, options),
@@ -295,7 +295,9 @@ def _cut_vocabulary(
     return replace(config, vocab_size=pieces)
 
 
-def _choose_dtype(source: Source, config: OpenELMConfig, options: Options) -> mx.Dtype:
+def _choose_dtype(
+    source: ModelSource, config: OpenELMConfig, options: Options
+) -> mx.Dtype:
     chosen = DTYPES[options.dtype] if options.dtype else source.dtype
     taken_over = any(t.packing for t in source.tensors.values()) and not (
         options.quantizes or options.dequantize
@@ -314,7 +316,7 @@ def _choose_dtype(source: Source, config: OpenELMConfig, options: Options) -> mx
 
 
 def _choose_packings(
-    source: Source, config: OpenELMConfig, options: Options
+    source: ModelSource, config: OpenELMConfig, options: Options
 ) -> dict[str, Packing]:
     """Return how tensors are packed: as asked for, else as the source has them."""
     if options.dequantize or options.to not in ("mlx", "hf"):
@@ -330,14 +332,14 @@ def _choose_packings(
     return asked.packings(config) | kept
 
 
-def _count_bits(plan: Plan, options: Options) -> float | None:
+def _count_bits(plan: ConversionPlan, options: Options) -> float | None:
     """Return the bits that were asked for, or what the source's linears have."""
     if options.quantizes or not plan.packings:
         return options.asked_bits
     return float(describe_packings(plan.packings, plan.config)["bits"])
 
 
-def _default_name(source: Source, options: Options) -> str:
+def _default_name(source: ModelSource, options: Options) -> str:
     match options.to:
         case "corenet":
             return f"{source.name}-corenet.pt"
@@ -349,7 +351,9 @@ def _default_name(source: Source, options: Options) -> str:
 # Writing -------------------------------------------------------------------------
 
 
-def _write_file(job: Job, plan: Plan, found: FoundTokenizer | None) -> tuple[str, ...]:
+def _write_file(
+    job: Job, plan: ConversionPlan, found: FoundTokenizer | None
+) -> tuple[str, ...]:
     """Write a .pt or GGUF file; return what a person should know."""
     total = len(plan.config.tensor_shapes())
     done = 0

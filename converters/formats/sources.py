@@ -66,7 +66,7 @@ class SourceTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ModelSource:
     """A model that can be converted.
 
     Attributes:
@@ -102,7 +102,7 @@ class Source:
 
 def open_source(
     name: str, *, offline: bool = False, revision: str | None = None
-) -> Source:
+) -> ModelSource:
     """Recognise a CoreNet .pt file, or Hugging Face's, mlx-lm's or Apple's MLX folder.
 
     Raises:
@@ -137,7 +137,7 @@ def is_adapter(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
 
 
-def open_path(path: Path) -> Source:
+def open_path(path: Path) -> ModelSource:
     """Recognise what lies at a path, as `open_source` does."""
     if path.is_dir():
         return _open_folder(path)
@@ -156,7 +156,7 @@ def open_path(path: Path) -> Source:
 # CoreNet's checkpoints -----------------------------------------------------------
 
 
-def _open_checkpoint(path: Path) -> Source:
+def _open_checkpoint(path: Path) -> ModelSource:
     read = read_state_dict(path)
     mapped = map_to_corenet(read)
     stored, adapter = split_checkpoint(
@@ -178,7 +178,7 @@ def _open_checkpoint(path: Path) -> Source:
     where = path.name if given is None else f"{path.name}, read with {given.name},"
     check_shapes(config.tensor_shapes(), shapes, where=where)
     method = {"lora": "LoRA ", "dora": "DoRA "}[adapter.method] if adapter else ""
-    return Source(
+    return ModelSource(
         name=path.stem,
         kind=f"CoreNet {method}checkpoint",
         config=config,
@@ -224,7 +224,7 @@ def _from_pt(stored: PtTensor, name: str, path: Path) -> SourceTensor:
 # Folders -------------------------------------------------------------------------
 
 
-def _open_folder(path: Path) -> Source:
+def _open_folder(path: Path) -> ModelSource:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise OpenELMError(
@@ -259,7 +259,7 @@ def _open_folder(path: Path) -> Source:
     check_dtypes(config, packings, dtypes, where=str(path))
     model_dtype = by_name[NORM].dtype
     metadata = raw.get(METADATA_KEY)
-    return Source(
+    return ModelSource(
         name=name_folder(path),
         kind=_name_kind(raw, files, bool(packings)),
         config=config,

@@ -46,7 +46,7 @@ Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class ResumePoint:
     """How far a run is.
 
     Attributes:
@@ -64,7 +64,7 @@ class Progress:
 
 def save_training(
     folder: Path,
-    progress: Progress,
+    progress: ResumePoint,
     model: ReferenceOpenELM,
     optimizers: list[torch.optim.Optimizer],
     *,
@@ -124,7 +124,7 @@ def restore_training(
         ) from error
 
 
-def read_training(folder: Path) -> tuple[dict[str, Any], Progress]:
+def read_training(folder: Path) -> tuple[dict[str, Any], ResumePoint]:
     """Read the last state. The tensors stay on the disk until they are used.
 
     Raises:
@@ -133,7 +133,7 @@ def read_training(folder: Path) -> tuple[dict[str, Any], Progress]:
     path = folder / LAST
     state = read_weights(path)
     try:
-        return state, Progress(**json.loads(state["resume"]))
+        return state, ResumePoint(**json.loads(state["resume"]))
     except (KeyError, TypeError, ValueError) as error:
         raise OpenELMError(
             f"{path} does not say where its run was ({first_line(error)}), so it "

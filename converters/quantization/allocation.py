@@ -153,7 +153,9 @@ def choose(
     costs, unpacked = _count_costs(config, choices, dtype)
     budget = int(bits_per_weight * config.num_parameters / 8) - unpacked
     names = list(choices)
-    picked = share_out([costs[n] for n in names], [losses[n] for n in names], budget)
+    picked = solve_knapsack(
+        [costs[n] for n in names], [losses[n] for n in names], budget
+    )
     return {n: choices[n][i] for n, i in zip(names, picked, strict=True)}
 
 
@@ -226,7 +228,7 @@ def _compare(
     return {name: max(0.0, kl / before.shape[0]) for name, kl in sums.items()}
 
 
-def share_out(
+def solve_knapsack(
     costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int
 ) -> list[int]:
     """Pick one choice of each item: the least loss whose costs fit the budget.

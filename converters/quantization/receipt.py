@@ -48,7 +48,7 @@ class Receipt:
     perplexity_after: float
 
 
-def measure(
+def measure_quantization(
     config: OpenELMConfig,
     reference: Read,
     quantized: Read,

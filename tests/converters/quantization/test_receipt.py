@@ -15,7 +15,7 @@ from converters.quantization.calibration import (
     calibration_windows,
     read_calibration,
 )
-from converters.quantization.receipt import Receipt, measure
+from converters.quantization.receipt import Receipt, measure_quantization
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.openelm import OpenELM
@@ -47,7 +47,7 @@ def receipt_of(
     after: dict[str, mx.array],
     **options: int,
 ) -> Receipt:
-    return measure(
+    return measure_quantization(
         config,
         before.__getitem__,
         after.__getitem__,
@@ -133,7 +133,7 @@ def test_of_the_weights_one_layer_at_a_time_is_read():
         order.append(name)
         return weights[name]
 
-    measure(UNEVEN, read, read, some_windows(), text="", bits_per_weight=4)
+    measure_quantization(UNEVEN, read, read, some_windows(), text="", bits_per_weight=4)
     layers = [int(n.split(".")[1]) for n in order if n.startswith("layers.")]
     assert layers == sorted(layers)
     assert len(layers) == 2 * 8 * 3  # each tensor once a model
@@ -142,7 +142,7 @@ def test_of_the_weights_one_layer_at_a_time_is_read():
 def test_progress_is_told():
     weights, told = originals(UNEVEN), []
     read = weights.__getitem__
-    measure(
+    measure_quantization(
         UNEVEN,
         read,
         read,
