@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converters.conversion.exports import corenet_tensors
+from converters.conversion.exports import corenet_tensors, count_tensors
 from converters.conversion.merging import fit_rows, open_base
 from converters.conversion.options import DTYPES, Options, Progress
 from converters.conversion.plan import ConversionPlan
@@ -164,13 +164,6 @@ def _write_corenet(
     tensors, notes = corenet_tensors(ConversionPlan(base, base.config, dtype, {}))
     rows = tensors["token_embeddings.weight"].shape[0]
     both, more = corenet_adapter_tensors(with_rows(adapter, rows), tensors)
-    written = 0
-
-    def count(name: str) -> None:
-        nonlocal written
-        written += 1
-        on_progress(Progress(written, len(both), "tensors"))
-
     with staged_file(target, force=force) as staging:
-        write_pt(staging, both, on_written=count)
+        write_pt(staging, both, on_written=count_tensors(on_progress, len(both)))
     return (*notes, *more)

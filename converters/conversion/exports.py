@@ -1,10 +1,12 @@
 """Results that are one file: CoreNet's .pt and GGUF."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 
+from converters.conversion.options import Progress
 from converters.conversion.plan import ConversionPlan
 from converters.formats.gguf_writer import write_gguf
 from converters.formats.pt_writer import TensorToWrite
@@ -80,6 +82,14 @@ def write_gguf_file(
         tokenizer=tokenizer,
         on_written=on_written,
     )
+
+
+def count_tensors(
+    on_progress: Callable[[Progress], None], total: int
+) -> Callable[[str], None]:
+    """Return what reports progress each time that a tensor has been written."""
+    numbers = itertools.count(1)
+    return lambda name: on_progress(Progress(next(numbers), total, "tensors"))
 
 
 def _as_inferred(config: OpenELMConfig) -> OpenELMConfig:

@@ -36,6 +36,8 @@ from mlx_openelm.storage.tokenizer_finder import FoundTokenizer, write_tokenizer
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.version import __version__
 
+GENERATION_CONFIG = "generation_config.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -102,7 +104,9 @@ def write_folder(
         receipt = None
         if calibration and windows is not None:
             receipt = _measure(job, plan, staging, windows, calibration.name)
-        _write_generation_defaults(source.folder, staging)
+        if not copy_generation_config(source.folder, staging):
+            ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+            write_json(staging / GENERATION_CONFIG, ids)
         if found is not None:
             write_tokenizer(found.tokenizer, staging)
         proved = job.prove(staging) if job.prove else {}
@@ -157,6 +161,20 @@ def refuse_small_disk(target: Path, num_bytes: int) -> None:
             f"{target} needs {num_bytes / 1e6:.0f} MB and its disk has "
             f"{free / 1e6:.0f} MB left; make room or choose another place."
         )
+
+
+def copy_generation_config(source: Path, target: Path) -> bool:
+    """Copy a folder's generation_config.json; return whether there is one.
+
+    Raises:
+        OpenELMError: it is damaged.
+    """
+    defaults = source / GENERATION_CONFIG
+    if not defaults.is_file():
+        return False
+    read_mapping(defaults)
+    shutil.copyfile(defaults, target / GENERATION_CONFIG)
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,16 +265,6 @@ def _find_template(source: ModelSource) -> str | None:
     if isinstance(found, str):
         return found
     return "instruct" if "instruct" in source.name.lower() else None
-
-
-def _write_generation_defaults(source: Path, staging: Path) -> None:
-    defaults = source / "generation_config.json"
-    if defaults.is_file():
-        read_mapping(defaults)  # what is damaged is not handed on
-        shutil.copyfile(defaults, staging / defaults.name)
-    else:
-        ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
-        write_json(staging / defaults.name, ids)
 
 
 def _tell(plan: ConversionPlan, receipt: Receipt | None) -> list[str]:

@@ -11,7 +11,11 @@ from converters.conversion.adapters import (
     AdapterReport,
     convert_adapter,
 )
-from converters.conversion.exports import corenet_tensors, write_gguf_file
+from converters.conversion.exports import (
+    corenet_tensors,
+    count_tensors,
+    write_gguf_file,
+)
 from converters.conversion.merging import open_sources
 from converters.conversion.model_folder import Job, refuse_small_disk, write_folder
 from converters.conversion.options import DTYPES, Options, Progress
@@ -355,14 +359,7 @@ def _write_file(
     job: Job, plan: ConversionPlan, found: FoundTokenizer | None
 ) -> tuple[str, ...]:
     """Write a .pt or GGUF file; return what a person should know."""
-    total = len(plan.config.tensor_shapes())
-    done = 0
-
-    def count(name: str) -> None:
-        nonlocal done
-        done += 1
-        job.on_progress(Progress(done, total, "tensors"))
-
+    count = count_tensors(job.on_progress, len(plan.config.tensor_shapes()))
     with staged_file(job.target, force=job.force) as staging:
         refuse_small_disk(job.target, plan.num_bytes)
         if job.options.to == "corenet":

@@ -12,6 +12,7 @@ from converters.conversion.options import Options, Progress
 from converters.conversion.plan import ConversionPlan
 from converters.conversion.provenance import hash_file
 from converters.formats.sources import ModelSource, locate
+from converters.formats.tensor_readers import read_safetensor
 from mlx_openelm.config import pad_vocabulary
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
@@ -138,9 +139,7 @@ def _read_parts(folder: ModelFolder, name: str) -> dict[str, mx.array]:
     module, parts = to_module(name), {}
     for suffix in ("weight", "scales", "biases"):
         if stored := folder.tensors.get(f"{module}.{suffix}"):
-            loaded = mx.load(str(stored.file))  # lazy, and dropped with its one tensor
-            assert isinstance(loaded, dict)
-            parts[suffix] = loaded[f"{module}.{suffix}"]
+            parts[suffix] = read_safetensor(stored.file, f"{module}.{suffix}")
     return parts
 
 

@@ -3,19 +3,21 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from converters.formats.adapter_reader import Adapter, split_checkpoint
 from converters.formats.pickle_machine import PtTensor
 from converters.formats.pt_reader import read_state_dict
+from converters.formats.tensor_readers import read_pt_tensor, read_safetensor
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.quantization import Packing, read_packing
+from mlx_openelm.storage.adapter_folder import CONFIG
 from mlx_openelm.storage.hub import find_model
 from mlx_openelm.storage.model_folder import (
     DTYPES,
@@ -34,7 +36,6 @@ from mlx_openelm.tensor_names import (
     to_module,
 )
 
-ADAPTER_CONFIG = "adapter_config.json"
 APPLE_WEIGHTS = "weights.safetensors"  # of Apple's own MLX folders
 BIN_FILES, BIN_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
 PT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -134,7 +135,7 @@ def name_folder(path: Path) -> str:
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder is an adapter's and no model's."""
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+    return (path / CONFIG).is_file() and not (path / "config.json").is_file()
 
 
 def open_path(path: Path) -> ModelSource:
@@ -208,17 +209,7 @@ def _is_openelm(found: Mapping[str, Any]) -> bool:
 
 def _from_pt(stored: PtTensor, name: str, path: Path) -> SourceTensor:
     dtype = _float_dtype(stored.dtype, name, path)
-
-    def read() -> mx.array:
-        view = stored.array
-        if stored.dtype == "bfloat16":
-            return mx.array(view).view(mx.bfloat16)
-        with np.errstate(over="ignore"):  # infinity is found and said later
-            return mx.array(
-                view.astype(np.float32) if stored.dtype == "float64" else view
-            )
-
-    return SourceTensor(stored.shape, dtype, read)
+    return SourceTensor(stored.shape, dtype, partial(read_pt_tensor, stored))
 
 
 # Folders -------------------------------------------------------------------------
@@ -309,7 +300,9 @@ def _name_kind(raw: Mapping[str, Any], files: list[Path], packed: bool) -> str:
 def _read_tensors(files: list[Path]) -> dict[str, SourceTensor]:
     return {
         name: SourceTensor(
-            header.shape, DTYPES[header.dtype], _reader(header.file, name)
+            header.shape,
+            DTYPES[header.dtype],
+            partial(read_safetensor, header.file, name),
         )
         for name, header in read_headers(files).items()
     }
@@ -356,15 +349,6 @@ def _refuse_other_head(
             f"{path} says that the output head is tied to the embedding, but {called} "
             "differs from it; correct share_input_output_layers in config.json."
         )
-
-
-def _reader(file: Path, name: str) -> Callable[[], mx.array]:
-    def read() -> mx.array:
-        loaded = mx.load(str(file))  # lazy: the header alone is read here
-        assert isinstance(loaded, dict)
-        return loaded[name]
-
-    return read
 
 
 def _float_dtype(dtype: str, name: str, path: Path) -> mx.Dtype:
