@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from models import TEXT, UNEVEN, small_tokenizer, weights_of
 
+from converters.quantization import receipt as module
 from converters.quantization.calibration import (
     SAMPLE_NAME,
     calibration_windows,
@@ -45,7 +46,6 @@ def receipt_of(
     config: OpenELMConfig,
     before: dict[str, mx.array],
     after: dict[str, mx.array],
-    **options: int,
 ) -> Receipt:
     return measure_quantization(
         config,
@@ -54,7 +54,6 @@ def receipt_of(
         some_windows(),
         text="a test",
         bits_per_weight=5.0,
-        **options,
     )
 
 
@@ -110,11 +109,12 @@ def test_fewer_bits_cost_more():
     assert costs[0] > 0
 
 
-def test_the_chunks_do_not_show():
+def test_the_chunks_do_not_show(monkeypatch):
     before = originals(UNEVEN)
     after = quantized(before)
-    whole = dataclasses.asdict(receipt_of(UNEVEN, before, after, chunk=96))
-    parts = dataclasses.asdict(receipt_of(UNEVEN, before, after, chunk=7))
+    whole = dataclasses.asdict(receipt_of(UNEVEN, before, after))
+    monkeypatch.setattr(module, "CHUNK", 7)
+    parts = dataclasses.asdict(receipt_of(UNEVEN, before, after))
     for key in ("mean_kl", "p99_kl", "perplexity_before", "perplexity_after"):
         assert parts[key] == pytest.approx(whole[key], rel=1e-4)
     assert parts["top1_agreement"] == whole["top1_agreement"]
