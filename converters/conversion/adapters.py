@@ -8,10 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from converters.conversion.exports import corenet_tensors
+from converters.conversion.exports import corenet_tensors, count_tensors
 from converters.conversion.merging import fit_rows, open_base
 from converters.conversion.options import ConversionOptions, Progress
-from converters.conversion.plan import Plan
+from converters.conversion.plan import ConversionPlan
 from converters.conversion.provenance import describe_source, hashing
 from converters.formats.adapter_reader import (
     Adapter,
@@ -25,7 +25,7 @@ from converters.formats.adapter_writer import (
     write_peft_adapter,
 )
 from converters.formats.pt_writer import write_pt
-from converters.formats.sources import Source, name_folder
+from converters.formats.sources import ModelSource, name_folder
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.staging import (
@@ -154,7 +154,7 @@ def _write_folder(
 
 def _write_corenet(
     adapter: Adapter,
-    base: Source,
+    base: ModelSource,
     target: Path,
     options: ConversionOptions,
     force: bool,
@@ -163,16 +163,9 @@ def _write_corenet(
     """Write base and adapter into one .pt, not merged, as CoreNet has them."""
     refuse_existing_file(target, force=force)
     dtype = getattr(mx, options.dtype) if options.dtype else base.dtype
-    tensors, notes = corenet_tensors(Plan(base, base.config, dtype, {}))
+    tensors, notes = corenet_tensors(ConversionPlan(base, base.config, dtype, {}))
     rows = tensors["token_embeddings.weight"].shape[0]
     both, more = corenet_adapter_tensors(with_rows(adapter, rows), tensors)
-    written = 0
-
-    def count(name: str) -> None:
-        nonlocal written
-        written += 1
-        on_progress(Progress(written, len(both), "tensors"))
-
     with staged_file(target, force=force) as staging:
-        write_pt(staging, both, on_written=count)
+        write_pt(staging, both, on_written=count_tensors(on_progress, len(both)))
     return (*notes, *more)

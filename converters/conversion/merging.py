@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from converters.conversion.options import ConversionOptions
-from converters.conversion.plan import Plan
+from converters.conversion.plan import ConversionPlan
 from converters.formats.adapter_reader import (
     Adapter,
     AdapterModule,
@@ -21,7 +21,7 @@ from converters.formats.adapter_reader import (
 )
 from converters.formats.adapter_tensors import TABLE
 from converters.formats.sources import (
-    Source,
+    ModelSource,
     SourceTensor,
     is_adapter,
     locate,
@@ -39,9 +39,9 @@ from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_module
 _ROWS = 4096  # of a tensor that are compared at a time
 
 
-def open_model(
+def open_sources(
     paths: Sequence[Path], options: ConversionOptions, *, offline: bool = False
-) -> tuple[Source, Adapter | None]:
+) -> tuple[ModelSource, Adapter | None]:
     """Return the model that is meant, and the adapter that stays apart from it.
 
     Raises:
@@ -74,7 +74,7 @@ def open_model(
 
 def open_pair(
     path: Path, said: str | None, *, offline: bool = False
-) -> tuple[Source, Adapter]:
+) -> tuple[ModelSource, Adapter]:
     """Return the base and the adapter that an adapter folder stands for.
 
     Args:
@@ -104,7 +104,7 @@ def _row_reader(tensor: SourceTensor) -> Callable[[mx.array], mx.array]:
     return lambda rows: tensor.read()[rows].astype(mx.float32)
 
 
-def open_base(adapter: Adapter, said: str | None, *, offline: bool) -> Source:
+def open_base(adapter: Adapter, said: str | None, *, offline: bool) -> ModelSource:
     """Return an adapter's base: what was said, else what the adapter's files say.
 
     Raises:
@@ -136,7 +136,7 @@ def _locate_base(adapter: Adapter, said: str | None, *, offline: bool) -> Path:
         ) from error
 
 
-def average(sources: Sequence[Source]) -> Source:
+def average(sources: Sequence[ModelSource]) -> ModelSource:
     """Return the element-wise mean of checkpoints of one model.
 
     The sum is float64, the mean has the first one's dtype: so Apple's release weights
@@ -185,7 +185,7 @@ def average(sources: Sequence[Source]) -> Source:
     )
 
 
-def merge_adapter(base: Source, adapter: Adapter) -> Source:
+def merge_adapter(base: ModelSource, adapter: Adapter) -> ModelSource:
     """Return the model that base and adapter are together.
 
     It has the prompt template that the adapter was trained with. An adapter of the
@@ -232,7 +232,7 @@ def fit_rows(adapter: Adapter, base: OpenELMConfig) -> Adapter:
     return with_rows(adapter, rows) if pad_vocabulary(fewer) == more else adapter
 
 
-def take_apart(source: Source) -> tuple[Source, Adapter]:
+def take_apart(source: ModelSource) -> tuple[ModelSource, Adapter]:
     """Return the base and the adapter of a file that carries both.
 
     mlx-lm would add an embedding's adapter to the tied logits as well, which CoreNet
@@ -258,7 +258,7 @@ def _merged(tensor: SourceTensor, part: AdapterModule) -> SourceTensor:
     return SourceTensor(tensor.shape, tensor.dtype, read)
 
 
-def refuse_losing(plan: Plan) -> None:
+def refuse_losing(plan: ConversionPlan) -> None:
     """Raise OpenELMError if rounding would move the weights more than the adapter did.
 
     Compared are the lengths (Frobenius) of both moves, over all merged and quantized

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from converters.formats.sources import Source
+from converters.formats.sources import ModelSource
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.packed_weights import pack_weight
@@ -27,7 +27,7 @@ _DAMAGED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ConversionPlan:
     """A source, and what becomes of it.
 
     Attributes:
@@ -36,7 +36,7 @@ class Plan:
         packings: of what is, by CoreNet name.
     """
 
-    source: Source
+    source: ModelSource
     config: OpenELMConfig
     dtype: mx.Dtype
     packings: Mapping[str, Packing]

@@ -12,13 +12,17 @@ from converters.conversion.adapters import (
     AdapterReport,
     convert_adapter,
 )
-from converters.conversion.exports import corenet_tensors, write_gguf_file
-from converters.conversion.merging import open_model
+from converters.conversion.exports import (
+    corenet_tensors,
+    count_tensors,
+    write_gguf_file,
+)
+from converters.conversion.merging import open_sources
 from converters.conversion.model_folder import Job, refuse_small_disk, write_folder
 from converters.conversion.options import ConversionOptions, Progress
-from converters.conversion.plan import Plan
+from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import write_pt
-from converters.formats.sources import Source, is_adapter, locate
+from converters.formats.sources import ModelSource, is_adapter, locate
 from converters.quantization.receipt import Receipt
 from mlx_openelm.config import (
     CORENET_ROWS,
@@ -116,7 +120,7 @@ def convert(
             offline=offline,
             on_progress=on_progress,
         )
-    opened, adapter = open_model(paths, chosen, offline=offline)
+    opened, adapter = open_sources(paths, chosen, offline=offline)
     if chosen.to == "peft":
         raise OpenELMError(
             f"{names[0]} is a model, and `to` peft writes an adapter; give an adapter "
@@ -164,7 +168,7 @@ def convert_model(job: Job) -> ConversionReport:
     config = source.config
     if options.to != "corenet":
         config = _cut_vocabulary(config, found)
-    plan = Plan(
+    plan = ConversionPlan(
         source,
         config,
         _choose_dtype(source, config, options),
@@ -251,7 +255,7 @@ def _cut_vocabulary(
 
 
 def _choose_dtype(
-    source: Source, config: OpenELMConfig, options: ConversionOptions
+    source: ModelSource, config: OpenELMConfig, options: ConversionOptions
 ) -> mx.Dtype:
     chosen = getattr(mx, options.dtype) if options.dtype else source.dtype
     taken_over = any(t.packing for t in source.tensors.values()) and not (
@@ -271,7 +275,7 @@ def _choose_dtype(
 
 
 def _choose_packings(
-    source: Source, config: OpenELMConfig, options: ConversionOptions
+    source: ModelSource, config: OpenELMConfig, options: ConversionOptions
 ) -> dict[str, Packing]:
     """Return how tensors are packed: as asked for, else as the source has them."""
     if options.dequantize or options.to not in ("mlx", "hf"):
@@ -287,14 +291,14 @@ def _choose_packings(
     return asked.packings(config) | kept
 
 
-def _count_bits(plan: Plan, options: ConversionOptions) -> float | None:
+def _count_bits(plan: ConversionPlan, options: ConversionOptions) -> float | None:
     """Return the bits that were asked for, or what the source's linears have."""
     if options.quantizes or not plan.packings:
         return options.asked_bits
     return float(describe_packings(plan.packings, plan.config)["bits"])
 
 
-def _default_name(source: Source, options: ConversionOptions) -> str:
+def _default_name(source: ModelSource, options: ConversionOptions) -> str:
     match options.to:
         case "corenet":
             return f"{source.name}-corenet.pt"
@@ -306,16 +310,11 @@ def _default_name(source: Source, options: ConversionOptions) -> str:
 # Writing -------------------------------------------------------------------------
 
 
-def _write_file(job: Job, plan: Plan, found: FoundTokenizer | None) -> tuple[str, ...]:
+def _write_file(
+    job: Job, plan: ConversionPlan, found: FoundTokenizer | None
+) -> tuple[str, ...]:
     """Write a .pt or GGUF file; return what a person should know."""
-    total = len(plan.config.tensor_shapes())
-    done = 0
-
-    def count(name: str) -> None:
-        nonlocal done
-        done += 1
-        job.on_progress(Progress(done, total, "tensors"))
-
+    count = count_tensors(job.on_progress, len(plan.config.tensor_shapes()))
     with staged_file(job.target, force=job.force) as staging:
         refuse_small_disk(job.target, plan.num_bytes)
         if job.options.to == "corenet":

@@ -19,11 +19,11 @@ def parity_command(
 ) -> None:
     """Compare PyTorch and MLX, layer by layer, on the same tokens (needs PyTorch)."""
     need_torch()
-    from converters.parity import compare
+    from converters.parity import compare_with_reference
     from mlx_openelm.cli.views.parity import show_parity
 
     console = Console(quiet=quiet)
-    report = compare(source, num_tokens=num_tokens, seed=seed)
+    report = compare_with_reference(source, num_tokens=num_tokens, seed=seed)
     if as_json:
         console.answer_json(dataclasses.asdict(report))
     else:

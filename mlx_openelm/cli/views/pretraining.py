@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         Started,
         Trained,
     )
-    from converters.pretraining.plan import Memory, Plan
+    from converters.pretraining.plan import Memory, PretrainingPlan
     from converters.pretraining.recipe import PretrainRecipe
 
 MOST_CHARACTERS = 300  # of a sample of text
@@ -120,7 +120,9 @@ def _show_seconds(seconds: float) -> str:
 # The dry run -------------------------------------------------------------------------
 
 
-def show_plan(console: Console, recipe: "PretrainRecipe", plan: "Plan") -> None:
+def show_plan(
+    console: Console, recipe: "PretrainRecipe", plan: "PretrainingPlan"
+) -> None:
     """Print the plan of a run as a table; write what is missing to stderr."""
     import yaml
     from rich.table import Table
@@ -160,7 +162,7 @@ def show_plan(console: Console, recipe: "PretrainRecipe", plan: "Plan") -> None:
         console.note(f"Missing: {sentence}")
 
 
-def plan_as_json(recipe: "PretrainRecipe", plan: "Plan") -> dict[str, Any]:
+def plan_as_json(recipe: "PretrainRecipe", plan: "PretrainingPlan") -> dict[str, Any]:
     """Return recipe and plan for `--json`; memory is in bytes."""
     import json
 

@@ -14,10 +14,10 @@ from converters.quantization.allocation import (
     allocate,
     list_choices,
     measure_prices,
-    share_out,
+    solve_knapsack,
 )
 from converters.quantization.calibration import calibration_windows, read_calibration
-from converters.quantization.receipt import measure
+from converters.quantization.receipt import measure_quantization
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
@@ -59,7 +59,7 @@ def test_the_best_choice_is_found(data):
     losses = [[loss for _, loss in item] for item in items]
     least = sum(map(min, costs))
     budget = data.draw(st.integers(least, least + 400))
-    picked = share_out(costs, losses, budget)
+    picked = solve_knapsack(costs, losses, budget)
     spent = sum(item[i] for item, i in zip(costs, picked, strict=True))
     found = sum(item[i] for item, i in zip(losses, picked, strict=True))
     best = min(
@@ -76,7 +76,7 @@ def test_costs_without_a_common_divisor_stay_within_the_budget():
     costs = [sorted(map(int, rng.integers(10**6, 10**7, 6))) for _ in range(20)]
     losses = [[1.0 / (i + 1) for i in range(6)] for _ in range(20)]
     budget = 20 * 4_000_003
-    picked = share_out(costs, losses, budget)
+    picked = solve_knapsack(costs, losses, budget)
     spent = sum(item[i] for item, i in zip(costs, picked, strict=True))
     assert 0.99 * budget < spent <= budget
 
@@ -163,7 +163,7 @@ def test_the_demo_loses_less_than_at_uniform_bits(shared, bits):
                 return weight
             return unpack_weight(packing, pack_weight(packing, weight), mx.float32)
 
-        return measure(
+        return measure_quantization(
             config, read, packed, unseen, text="", bits_per_weight=0.0
         ).mean_kl
 
