@@ -81,7 +81,7 @@ def inspect(path: Path, *, context: int | None = None) -> Inspection:
     dtype = compute_dtype(stored_dtype(folder))
     widened = dtype != stored_dtype(folder)
     working_bytes = config.num_parameters * dtype.size if widened else weight_bytes
-    kv_bytes = 2 * sum(config.num_kv_heads) * config.head_dim * dtype.size
+    kv_bytes = config.kv_bytes_per_token(dtype.size)
     tokens = context or config.max_context_length
     return Inspection(
         path=path,
