@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,6 +43,15 @@ class Console:
         )
         drawn.print(table)
 
+    def answer_facts(self, facts: Iterable[tuple[str, str]]) -> None:
+        """Draw names and values in two columns on stdout."""
+        from rich.table import Table
+
+        grid = Table.grid(padding=(0, 2))
+        for name, value in facts:
+            grid.add_row(name, value)
+        self.answer_table(grid)
+
     def note(self, text: str) -> None:
         """Write a line to stderr."""
         if not self.quiet:
@@ -51,21 +60,20 @@ class Console:
 
     def error(self, text: str) -> None:
         """Write one line; a damaged file's names may hold what would break it."""
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        sys.stderr.write(f"error: {line}\n")
+        sys.stderr.write(f"error: {escape_controls(text)}\n")
         sys.stderr.flush()
 
     @contextlib.contextmanager
-    def progress(self, what: str) -> Iterator["Progress"]:
+    def progress(self, what: str) -> Iterator["ProgressBar"]:
         """Show progress: a bar on a terminal, else a line from time to time."""
-        shown = Progress(what, self)
+        shown = ProgressBar(what, self)
         try:
             yield shown
         finally:
             shown.close()
 
 
-class Progress:
+class ProgressBar:
     """A progress bar with the time left; it appears after one second."""
 
     def __init__(self, what: str, console: Console) -> None:
@@ -95,12 +103,12 @@ class Progress:
             from rich.progress import (
                 BarColumn,
                 MofNCompleteColumn,
+                Progress,
                 TextColumn,
                 TimeRemainingColumn,
             )
-            from rich.progress import Progress as RichProgress
 
-            self._bar = RichProgress(
+            self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -112,6 +120,11 @@ class Progress:
             self._bar.start()
             self._task = self._bar.add_task(self._what, total=total, unit=unit)
         self._bar.update(self._task, completed=done, total=total, unit=unit)
+
+
+def escape_controls(text: str) -> str:
+    """Return a text whose control characters are spelled out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def prepare_streams() -> None:
