@@ -110,11 +110,7 @@ class Workload:
     def __post_init__(self) -> None:
         for flag, value, least in (
             ("--prompt-tokens", self.prompt_tokens, 1),
-            (
-                "--max-tokens",
-                self.new_tokens,
-                2,
-            ),  # the first one's time is the prompt's
+            ("--max-tokens", self.new_tokens, 2),  # the first one is the prompt's
             ("--rounds", self.rounds, 1),
             *(("--batch", batch, 1) for batch in self.batches),
         ):

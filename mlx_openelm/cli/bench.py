@@ -1,6 +1,5 @@
 """The command that measures speed: `bench`."""
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated
@@ -119,10 +118,7 @@ def bench_command(
         raise stopped
     from mlx_openelm.cli.views.bench import show_bench
 
-    if as_json:
-        console.answer_json(dataclasses.asdict(report))
-    else:
-        show_bench(console, report)
+    console.answer_report(report, show_bench, as_json=as_json)
     if chart is not None:
         from mlx_openelm.cli.views.bench_picture import draw_bench
         from mlx_openelm.storage.staging import staged_file

@@ -5,12 +5,13 @@ imported when a bar or a table is drawn, and not before.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,6 +33,15 @@ class Console:
 
     def answer_json(self, value: Mapping[str, Any]) -> None:
         self.answer(json.dumps(value, ensure_ascii=False, default=str))
+
+    def answer_report(
+        self, report: Any, show: Callable[["Console", Any], None], *, as_json: bool
+    ) -> None:
+        """Write a dataclass as JSON, or let a view show it."""
+        if as_json:
+            self.answer_json(dataclasses.asdict(report))
+        else:
+            show(self, report)
 
     def answer_table(self, table: "RenderableType") -> None:
         """Draw a rich table on stdout, wide enough for its cells in a pipe."""

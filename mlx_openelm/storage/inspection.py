@@ -148,11 +148,7 @@ def _tensor_dtype(folder: ModelFolder, name: str) -> mx.Dtype:
 
 
 def _count_pieces(folder: ModelFolder) -> int | None:
-    if not any(
-        (folder.path / n).is_file() for n in ("tokenizer.model", "tokenizer.json")
-    ):
-        return None
     try:
         return read_tokenizer(folder.path).vocab_size
-    except OpenELMError:
+    except OpenELMError:  # there is none, or it is damaged
         return None

@@ -19,7 +19,12 @@ from mlx_openelm.storage.adapter_folder import (
 )
 from mlx_openelm.storage.hub import DEMO, find_model
 from mlx_openelm.storage.model_folder import DTYPES, ModelFolder, open_folder
-from mlx_openelm.storage.tokenizer_finder import JSON_FILE, MODEL_FILE, read_tokenizer
+from mlx_openelm.storage.tokenizer_finder import (
+    JSON_FILE,
+    MODEL_FILE,
+    find_tokenizer_file,
+    read_tokenizer,
+)
 from mlx_openelm.tensor_names import to_folder, to_module
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -100,7 +105,7 @@ def load_tokenizer(
     Raises:
         OpenELMError: there is none, or it has more pieces than the embedding has rows.
     """
-    if not any((folder.path / n).is_file() for n in (MODEL_FILE, JSON_FILE)):
+    if find_tokenizer_file(folder.path) is None:
         raise OpenELMError(
             f"{folder.path} holds no {MODEL_FILE} or {JSON_FILE}; convert the model "
             f"again with --tokenizer, or put Llama 2's {MODEL_FILE} there "

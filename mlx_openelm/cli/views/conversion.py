@@ -50,8 +50,8 @@ def note_adapter(console: Console, report: "AdapterReport") -> None:
     )
 
 
-def note_fused(console: Console, report: "FusionReport") -> None:
-    """Write a summary of a fused model, and its check, to stderr."""
+def show_fused(console: Console, report: "FusionReport") -> None:
+    """Print a fused model's path; write a summary of it and its check to stderr."""
     for note in report.notes:
         console.note(note)
     proof = report.proof
@@ -68,6 +68,7 @@ def note_fused(console: Console, report: "FusionReport") -> None:
         f"{proof.tokens} tokens of {proof.text}"
     )
     console.note(f"Try it: mlx-openelm generate --model {report.path} --prompt ...")
+    console.answer(str(report.path))
 
 
 _FIGURES = (
