@@ -74,16 +74,15 @@ def run_chat(
     """
     from mlx_openelm.generation.cache import KVCache
     from mlx_openelm.generation.conversation import Conversation
-    from mlx_openelm.storage.hub import DEMO, find_model
+    from mlx_openelm.storage.hub import DEMO, is_demo
 
-    is_demo = folder.path.resolve() == find_model(DEMO).resolve()
     conversation = Conversation(
         model,
         tokenizer,
         sampling,
         template=template,
         system=system,
-        name=DEMO if is_demo else str(folder.path.resolve()),
+        name=DEMO if is_demo(folder.path) else str(folder.path.resolve()),
         adapter=None if adapter is None else str(adapter.resolve()),
         drafter=drafter,
         make_cache=make_cache or KVCache,

@@ -1,6 +1,5 @@
 """The command that merges an adapter into its base: `fuse`."""
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated
@@ -46,7 +45,7 @@ def fuse_command(
     if quantize and bits is None:
         bits = 4
     from converters.conversion.fusing import fuse
-    from mlx_openelm.cli.views.conversion import note_fused
+    from mlx_openelm.cli.views.conversion import show_fused
 
     with console.progress("Fusing") as progress:
         report = fuse(
@@ -60,8 +59,4 @@ def fuse_command(
             offline=offline,
             on_progress=lambda p: progress.update(p.done, p.total, p.units),
         )
-    if as_json:
-        console.answer_json(dataclasses.asdict(report))
-        return
-    note_fused(console, report)
-    console.answer(str(report.path))
+    console.answer_report(report, show_fused, as_json=as_json)

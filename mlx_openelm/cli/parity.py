@@ -1,6 +1,5 @@
 """The command that compares PyTorch and MLX: `parity`."""
 
-import dataclasses
 from typing import Annotated
 
 import typer
@@ -24,10 +23,7 @@ def parity_command(
 
     console = Console(quiet=quiet)
     report = compare_with_reference(source, num_tokens=num_tokens, seed=seed)
-    if as_json:
-        console.answer_json(dataclasses.asdict(report))
-    else:
-        show_parity(console, report)
+    console.answer_report(report, show_parity, as_json=as_json)
     if not report.equal:
         raise OpenELMError(
             f"PyTorch and MLX differ on {source} by more than {report.limit:.0e}."

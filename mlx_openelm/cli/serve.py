@@ -117,9 +117,9 @@ def serve_command(
 
 def _name(path: Path) -> str:
     """Return a model's name for clients, which does not reveal its path."""
-    from mlx_openelm.storage.hub import DEMO, demo_folder, snapshot_of
+    from mlx_openelm.storage.hub import DEMO, is_demo, snapshot_of
 
     snapshot = snapshot_of(path)
     if snapshot is not None:
         return snapshot[0]
-    return DEMO if path == demo_folder() else path.resolve().name
+    return DEMO if is_demo(path) else path.resolve().name

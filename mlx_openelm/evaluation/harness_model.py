@@ -83,7 +83,7 @@ def wrap_model(
     need_harness()
     stderr = sys.stderr
     with quiet():
-        from lm_eval.api.model import LM  # type: ignore[import-untyped]
+        from lm_eval.api.model import LM  # type: ignore[import-untyped] # it has no stubs
 
     class HarnessModel(LM):  # type: ignore[misc] # untyped
         tokenizer_name = "openelm"
@@ -204,7 +204,7 @@ def _generate(
 
 def _read_settings(said: Mapping[str, Any]) -> Sampling:
     """Return a task's generation_kwargs; greedy unless they say `do_sample`."""
-    from lm_eval.models.utils import (  # type: ignore[import-untyped]
+    from lm_eval.models.utils import (  # type: ignore[import-untyped] # it has no stubs
         normalize_gen_kwargs,
     )
 

@@ -26,7 +26,7 @@ from mlx_openelm.generation.prompt_file import Prompt, Prompts
 from mlx_openelm.generation.streaming import check_room, prepare_prompt
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.storage.ordered_jsonl import Answers, AnswersFile, Json
+from mlx_openelm.storage.ordered_jsonl import Answers, AnswersFile, JsonObject
 from mlx_openelm.text.templates import RAW, Turn, encode_turns, render
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -59,7 +59,7 @@ def answer_prompts(
     batch_size: int = BATCH_SIZE,
     output: Path | None = None,
     force: bool = False,
-    on_answer: Callable[[Json], None] = lambda answer: None,
+    on_answer: Callable[[JsonObject], None] = lambda answer: None,
     on_problem: Callable[[str], None] = lambda sentence: None,
     on_progress: Callable[[int, int, int], None] = lambda done, prompts, tokens: None,
 ) -> PromptsReport:
@@ -116,7 +116,7 @@ def answer_prompts(
 
 
 def _open_answers(
-    output: Path | None, job: "_Job", give: Callable[[Json], None], force: bool
+    output: Path | None, job: "_Job", give: Callable[[JsonObject], None], force: bool
 ) -> contextlib.AbstractContextManager[Answers]:
     if output is None:
         return contextlib.nullcontext(Answers(give))
@@ -166,7 +166,7 @@ class _Job:
             return [], str(error)
         return ids, ""
 
-    def describe(self, answered: Answered) -> tuple[int, Json]:
+    def describe(self, answered: Answered) -> tuple[int, JsonObject]:
         """Return the place of an answer, and its object."""
         place = self._places[answered.question.number]
         prompt = self._prompts[place]
@@ -187,11 +187,11 @@ class _Job:
             described["logprobs"] = list(map(self._describe_token, said))
         return place, {**described, "key": self._key(prompt, answered.question.ids)}
 
-    def refuse(self, prompt: Prompt, problem: str) -> Json:
+    def refuse(self, prompt: Prompt, problem: str) -> JsonObject:
         """Return the object of a prompt that has no answer."""
         return {**_name(prompt), "error": problem}
 
-    def find_place(self, answer: Json) -> int | None:
+    def find_place(self, answer: JsonObject) -> int | None:
         """Return the place of an object that this job would write, too, but for times.
 
         There is none for answers to other prompts, or with other settings.
@@ -226,16 +226,16 @@ class _Job:
         said = json.dumps([_name(prompt), list(ids), self._settings])
         return hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
 
-    def _describe_token(self, token: Token) -> Json:
+    def _describe_token(self, token: Token) -> JsonObject:
         """Return a token and what was likely in its place, as `--json` does."""
         top = [self._spell(*alternative) for alternative in token.alternatives]
         return {**self._spell(token.id, token.logprob), "top": top}
 
-    def _spell(self, token: int, logprob: float | None) -> Json:
+    def _spell(self, token: int, logprob: float | None) -> JsonObject:
         piece = self._tokenizer.piece(token)
         return {"token": token, "piece": piece, "logprob": logprob}
 
 
-def _name(prompt: Prompt) -> Json:
+def _name(prompt: Prompt) -> JsonObject:
     own = {} if prompt.id is None else {"id": prompt.id}
     return {"line": prompt.line, **own}

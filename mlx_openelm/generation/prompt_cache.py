@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.cache import KVCache, ModelCache
-from mlx_openelm.generation.compact_caches import SlidingKVCache, describe_cache, refill
+from mlx_openelm.generation.compact_caches import SlidingKVCache, describe_cache
 from mlx_openelm.generation.decoding import Context
 from mlx_openelm.model.fingerprint import fingerprint_arrays, fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
@@ -134,7 +134,7 @@ def open_prompt_cache(
             on_note(f"{path} {useless}; the prompt is read anew.")
         else:
             for cache, parts in zip(context.cache, layers, strict=True):
-                refill(cache, parts)
+                cache.append(*parts)
             context.tokens += tokens
     with ThreadPoolExecutor(1, thread_name_prefix="prompt") as executor:
         opened = PromptCache(path, context, binding, executor)

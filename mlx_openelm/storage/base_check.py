@@ -62,7 +62,7 @@ def base_weights(model: nn.Module) -> dict[str, BaseWeight]:
     return found
 
 
-def compare(sketch: str, weights: Mapping[str, BaseWeight]) -> float:
+def sketch_distance(sketch: str, weights: Mapping[str, BaseWeight]) -> float:
     """Return how far a base is from a sketch: 0 for the same one, about 1.4 for others.
 
     Raises:
@@ -97,7 +97,7 @@ def check_base(
     """
     named = f", {base}" if base else ""
     try:
-        distance = compare(sketch, weights)
+        distance = sketch_distance(sketch, weights)
     except ValueError as error:
         raise OpenELMError(
             f"The sketch of its base that {adapter} holds is damaged ({error}); copy "

@@ -55,6 +55,11 @@ def demo_folder() -> Path:
     return folder
 
 
+def is_demo(path: Path) -> bool:
+    """Whether a folder is the built-in model's."""
+    return path.resolve() == demo_folder().resolve()
+
+
 def find_model(
     name: str, *, offline: bool = False, revision: str | None = None
 ) -> Path:

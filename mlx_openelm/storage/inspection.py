@@ -81,7 +81,7 @@ def inspect(path: Path, *, context: int | None = None) -> Inspection:
     dtype = compute_dtype(stored_dtype(folder))
     widened = dtype != stored_dtype(folder)
     working_bytes = config.num_parameters * dtype.size if widened else weight_bytes
-    kv_bytes = 2 * sum(config.num_kv_heads) * config.head_dim * dtype.size
+    kv_bytes = config.kv_bytes_per_token(dtype.size)
     tokens = context or config.max_context_length
     return Inspection(
         path=path,
@@ -148,11 +148,7 @@ def _tensor_dtype(folder: ModelFolder, name: str) -> mx.Dtype:
 
 
 def _count_pieces(folder: ModelFolder) -> int | None:
-    if not any(
-        (folder.path / n).is_file() for n in ("tokenizer.model", "tokenizer.json")
-    ):
-        return None
     try:
         return read_tokenizer(folder.path).vocab_size
-    except OpenELMError:
+    except OpenELMError:  # there is none, or it is damaged
         return None

@@ -42,20 +42,15 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFolder:
-    """A model on disk whose headers were read and whose weights were not.
+class ConfiguredFolder:
+    """A folder of a model or of an adapter, with our metadata in its config.
 
     Attributes:
-        raw: config.json.
-        tensors: by the names in the files.
-        packings: how the quantized tensors are packed, by CoreNet name.
+        raw: config.json, or adapter_config.json.
     """
 
     path: Path
-    config: OpenELMConfig
     raw: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
-    packings: Mapping[str, Packing]
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -64,8 +59,23 @@ class ModelFolder:
 
     @property
     def template(self) -> str | None:
+        """The prompt template that it was trained with."""
         found = self.metadata.get("template")
         return found if isinstance(found, str) else None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder(ConfiguredFolder):
+    """A model on disk whose headers were read and whose weights were not.
+
+    Attributes:
+        tensors: by the names in the files.
+        packings: how the quantized tensors are packed, by CoreNet name.
+    """
+
+    config: OpenELMConfig
+    tensors: Mapping[str, StoredTensor]
+    packings: Mapping[str, Packing]
 
     @property
     def generation_defaults(self) -> dict[str, Any]:
@@ -105,7 +115,7 @@ def open_folder(path: Path) -> ModelFolder:
     )
     dtypes = {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
     check_dtypes(config, packings, dtypes, where=str(path))
-    return ModelFolder(path, config, raw, tensors, packings)
+    return ModelFolder(path, raw, config, tensors, packings)
 
 
 def find_weight_files(
