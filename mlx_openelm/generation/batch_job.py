@@ -16,7 +16,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.batching import (
     BATCH_SIZE,
     Answered,
-    Question,
+    BatchPrompt,
     answer_together,
 )
 from mlx_openelm.generation.decoding import Token
@@ -83,13 +83,13 @@ def answer_prompts(
     problems: list[str] = []
     tokens = 0
 
-    def find_questions(answers: Answers) -> Iterator[Question]:
+    def encode_prompts(answers: Answers) -> Iterator[BatchPrompt]:
         for place, prompt in enumerate(prompts.prompts):
             if place in answers and place not in job.refused:
                 continue
             ids, problem = job.encode(prompt)
             if not problem:
-                yield Question(prompt.line, ids)
+                yield BatchPrompt(prompt.line, ids)
                 continue
             problems.append(f"{prompts.name}:{prompt.line}: {problem}")
             on_problem(problems[-1])
@@ -106,7 +106,7 @@ def answer_prompts(
         for answered in answer_together(
             model,
             tokenizer,
-            find_questions(answers),
+            encode_prompts(answers),
             sampling,
             batch_size=batch_size,
             on_step=count,
@@ -168,14 +168,14 @@ class _Job:
 
     def describe(self, answered: Answered) -> tuple[int, Json]:
         """Return the place of an answer, and its object."""
-        place = self._places[answered.question.number]
+        place = self._places[answered.prompt.number]
         prompt = self._prompts[place]
         described = {
             **_name(prompt),
             "text": answered.text,
             "tokens": list(answered.tokens),
             "finish_reason": answered.finish_reason,
-            "prompt_tokens": len(answered.question.ids),
+            "prompt_tokens": len(answered.prompt.ids),
             "generation_tokens": len(answered.drawn),
             "prompt_tps": answered.prompt_tps,
             "generation_tps": answered.generation_tps,
@@ -185,7 +185,7 @@ class _Job:
         if self._sampling.logprobs:
             said = answered.drawn[: len(answered.tokens)]  # EOS is left out
             described["logprobs"] = list(map(self._describe_token, said))
-        return place, {**described, "key": self._key(prompt, answered.question.ids)}
+        return place, {**described, "key": self._key(prompt, answered.prompt.ids)}
 
     def refuse(self, prompt: Prompt, problem: str) -> Json:
         """Return the object of a prompt that has no answer."""
