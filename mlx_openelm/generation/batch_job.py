@@ -16,7 +16,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.batching import (
     BATCH_SIZE,
     Answered,
-    Question,
+    BatchPrompt,
     answer_together,
 )
 from mlx_openelm.generation.decoding import Token
@@ -83,15 +83,15 @@ def answer_prompts(
     problems: list[str] = []
     tokens = 0
 
-    def find_questions(answers: Answers) -> Iterator[Question]:
+    def encode_prompts(answers: Answers) -> Iterator[BatchPrompt]:
         for place, prompt in enumerate(prompts.prompts):
             if place in answers and place not in job.refused:
                 continue
             ids, problem = job.encode(prompt)
             if not problem:
-                yield Question(prompt.line, ids)
+                yield BatchPrompt(prompt.number, ids)
                 continue
-            problems.append(f"{prompts.name}:{prompt.line}: {problem}")
+            problems.append(f"{prompts.name}:{prompt.place}: {problem}")
             on_problem(problems[-1])
             answers.add(place, job.refuse(prompt, problem))
 
@@ -106,7 +106,7 @@ def answer_prompts(
         for answered in answer_together(
             model,
             tokenizer,
-            find_questions(answers),
+            encode_prompts(answers),
             sampling,
             batch_size=batch_size,
             on_step=count,
@@ -151,7 +151,7 @@ class _Job:
         self._template = (tokenizer.template or RAW) if template == "auto" else template
         self._system = system
         self._prompts = prompts.prompts
-        self._places = {prompt.line: i for i, prompt in enumerate(prompts.prompts)}
+        self._places = {prompt.number: i for i, prompt in enumerate(prompts.prompts)}
         self._settings = json.dumps([fingerprint_model(model), asdict(sampling)])
         self.refused: set[int] = set()
 
@@ -160,7 +160,7 @@ class _Job:
         if prompt.problem:
             return [], prompt.problem
         try:
-            ids = self._encode(prompt.said)
+            ids = self._encode(prompt.content)
             check_room(ids, self._model, self._sampling)
         except OpenELMError as error:
             return [], str(error)
@@ -168,14 +168,14 @@ class _Job:
 
     def describe(self, answered: Answered) -> tuple[int, JsonObject]:
         """Return the place of an answer, and its object."""
-        place = self._places[answered.question.number]
+        place = self._places[answered.prompt.number]
         prompt = self._prompts[place]
         described = {
             **_name(prompt),
             "text": answered.text,
             "tokens": list(answered.tokens),
             "finish_reason": answered.finish_reason,
-            "prompt_tokens": len(answered.question.ids),
+            "prompt_tokens": len(answered.prompt.ids),
             "generation_tokens": len(answered.drawn),
             "prompt_tps": answered.prompt_tps,
             "generation_tps": answered.generation_tps,
@@ -185,7 +185,7 @@ class _Job:
         if self._sampling.logprobs:
             said = answered.drawn[: len(answered.tokens)]  # EOS is left out
             described["logprobs"] = list(map(self._describe_token, said))
-        return place, {**described, "key": self._key(prompt, answered.question.ids)}
+        return place, {**described, "key": self._key(prompt, answered.prompt.ids)}
 
     def refuse(self, prompt: Prompt, problem: str) -> JsonObject:
         """Return the object of a prompt that has no answer."""
@@ -208,18 +208,18 @@ class _Job:
             return place
         return place if answer.get("key") == self._key(prompt, ids) else None
 
-    def _encode(self, said: str | tuple[Turn, ...]) -> list[int]:
-        if isinstance(said, str):
+    def _encode(self, content: str | tuple[Turn, ...]) -> list[int]:
+        if isinstance(content, str):
             return prepare_prompt(
-                self._tokenizer, said, template=self._template, system=self._system
+                self._tokenizer, content, template=self._template, system=self._system
             )
         if (
             self._template == RAW
         ):  # it has a place for one turn, or says that it has not
-            render([*said, Turn("assistant", "")], RAW)
-            return self._tokenizer.encode(said[0].text)
-        system = "" if said[0].role == "system" else self._system
-        ids, _ = encode_turns(self._tokenizer, said, self._template, system)
+            render([*content, Turn("assistant", "")], RAW)
+            return self._tokenizer.encode(content[0].text)
+        system = "" if content[0].role == "system" else self._system
+        ids, _ = encode_turns(self._tokenizer, content, self._template, system)
         return ids
 
     def _key(self, prompt: Prompt, ids: Sequence[int]) -> str:
@@ -238,4 +238,4 @@ class _Job:
 
 def _name(prompt: Prompt) -> JsonObject:
     own = {} if prompt.id is None else {"id": prompt.id}
-    return {"line": prompt.line, **own}
+    return {"line": prompt.number, **own}

@@ -445,7 +445,9 @@ def test_an_error_in_a_worker_is_one_sentence_behind_the_good_batches(tmp_path):
     try:
         for _ in range(4):
             loader.next_batch()
-        with pytest.raises(OpenELMError, match=r"^Record 9 of .*a\.jsonl is no JSON"):
+        with pytest.raises(
+            OpenELMError, match=r"^Record 9 of .*a\.jsonl:9:2 is no JSON"
+        ):
             loader.next_batch()
     finally:
         loader.close()
