@@ -44,7 +44,7 @@ class AdapterReport:
 
     Attributes:
         to: mlx, peft or corenet.
-        base: what the adapter is for, as its files or --model say.
+        base: what the adapter is for, as its files or `model` say.
     """
 
     path: Path
@@ -79,8 +79,8 @@ def convert_adapter(
     wrong = options.quantizes or options.dequantize or options.apart
     if options.to not in ("mlx", "peft", "corenet") or wrong:
         raise OpenELMError(
-            f"{path} is an adapter, which becomes --to mlx, peft or corenet as it is; "
-            "for a model of it and its base say --merge."
+            f"{path} is an adapter, which becomes `to` mlx, peft or corenet as it is; "
+            "for a model of it and its base say `merge`."
         )
     base = None
     if options.base is not None or options.to == "corenet":
@@ -116,7 +116,7 @@ def convert_adapter(
 def _say_idle(options: ConversionOptions) -> list[str]:
     said = options.idle()
     if options.dtype and options.to != "corenet":
-        said.append("--dtype")
+        said.append("`dtype`")
     return [f"Of no use for an adapter: {', '.join(said)}."] if said else []
 
 

@@ -67,7 +67,7 @@ def write_gguf_file(
     """
     if bits not in (None, 8):
         raise OpenELMError(
-            f"--to gguf writes F32, F16, BF16 and, with --q-bits 8, Q8_0; not {bits} "
+            f"`to` gguf writes F32, F16, BF16 and, with `bits` 8, Q8_0; not {bits} "
             "bits: quantize the GGUF file with llama.cpp's own tool."
         )
     write_gguf(

@@ -134,7 +134,7 @@ def fuse(
     path, target = locate(str(adapter_path), offline=offline), Path(save_path)
     if target.resolve().is_relative_to(path.resolve()):
         raise OpenELMError(
-            f"{target} is in the adapter's own folder; choose another --save-path."
+            f"{target} is in the adapter's own folder; choose another `save_path`."
         )
     options = ConversionOptions(
         bits=None if bits is None else str(bits),
@@ -195,9 +195,9 @@ def _describe_loss(proof: FusionProof, staging: Path) -> str:
     bits = [t.packing.bits for t in source.tensors.values() if t.packing]
     stored = f"{min(bits)} bits" if bits else spell_dtype(source.dtype)
     instead = (
-        "say --dequantize, or more bits with --q-bits"
+        "say `dequantize`, or more bits with `bits`"
         if bits
-        else "use the base with --adapter-path as it is"
+        else "use the base with `adapter_path` as it is"
     )
     return (
         f"Weights of {stored} would lose the adapter: the fused model is "

@@ -61,20 +61,20 @@ class Growth:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("--width", self.width), ("--ffn", self.ffn)):
+        for name, value in (("`width`", self.width), ("`ffn`", self.ffn)):
             if value < 1:
                 raise OpenELMError(f"{name} is {value}; it must be at least 1.")
         if self.width == self.ffn == 1:
             raise OpenELMError(
-                "--width 1 and --ffn 1 leave the model as it is; raise one of them."
+                "`width` 1 and `ffn` 1 leave the model as it is; raise one of them."
             )
         if self.noise_db is not None and not 0 <= self.noise_db <= 100:
             raise OpenELMError(
-                f"--noise-db is {self.noise_db:g}; it must be 0 (as strong as the "
+                f"`noise_db` is {self.noise_db:g}; it must be 0 (as strong as the "
                 "weights) to 100 (float32 hardly holds it); 10 is usual."
             )
         if not 0 <= self.seed < 2**63:
-            raise OpenELMError(f"--seed is {self.seed}; it must be 0 to 2**63 - 1.")
+            raise OpenELMError(f"`seed` is {self.seed}; it must be 0 to 2**63 - 1.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def grow(
     target = Path(f"{opened.name}-grown" if output is None else output)
     if target.suffix == ".pt":
         raise OpenELMError(
-            f"--output is {target}, but a folder is written; leave out the .pt."
+            f"`output` is {target}, but a folder is written; leave out the .pt."
         )
     refuse_existing(target, force=force)
     refuse_replacing(target, opened.files)
@@ -208,16 +208,16 @@ def _notes(
         )
     if growth.noise_db is None:
         notes.append(
-            "Without noise the copies are alike and will learn alike; --noise-db 10 "
+            "Without noise the copies are alike and will learn alike; `noise_db` 10 "
             "lets them part."
         )
     elif growth.width == 1:
         notes.append(
-            "--width 1 leaves most inputs single, where noise has no pair to cancel "
+            "`width` 1 leaves most inputs single, where noise has no pair to cancel "
             "in: only the FFNs' second linear got some."
         )
     if found is None:
-        notes.append("No tokenizer was written: pretrain --init needs one to be said.")
+        notes.append("No tokenizer was written: pretrain `init` needs one to be said.")
     return tuple(notes)
 
 

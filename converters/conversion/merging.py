@@ -52,14 +52,14 @@ def open_sources(
         return replace(merge_adapter(base, adapter), name=adapter.name), None
     if options.base is not None:
         raise OpenELMError(
-            f"{paths[0]} is a model and --model {options.base} another; --model is the "
+            f"{paths[0]} is a model and `model` {options.base} another; `model` is the "
             "base of an adapter folder."
         )
     sources = [open_path(path) for path in paths]
     source = average(sources) if options.average else sources[0]
     if source.adapter is None:
         if options.merge or options.apart:
-            said = "--merge" if options.merge else "--adapter-out"
+            said = "`merge`" if options.merge else "`adapter_out`"
             raise OpenELMError(f"{paths[0]} carries no adapter; leave out {said}.")
         return source, None
     if options.merge:
@@ -67,8 +67,8 @@ def open_sources(
     if options.apart:
         return take_apart(source)
     raise OpenELMError(
-        f"{paths[0]} carries an adapter ({source.adapter.method}); say --merge to put "
-        "it into the weights, or --adapter-out DIR to write it apart."
+        f"{paths[0]} carries an adapter ({source.adapter.method}); say `merge` to put "
+        "it into the weights, or `adapter_out` DIR to write it apart."
     )
 
 
@@ -114,7 +114,7 @@ def open_base(adapter: Adapter, said: str | None, *, offline: bool) -> ModelSour
     base = open_path(path)
     if base.adapter is not None:
         raise OpenELMError(
-            f"The base {path} carries an adapter itself; convert it with --merge first."
+            f"The base {path} carries an adapter itself; convert it with `merge` first."
         )
     return base
 
@@ -123,7 +123,7 @@ def _locate_base(adapter: Adapter, said: str | None, *, offline: bool) -> Path:
     name = said or adapter.base
     if name is None:
         raise OpenELMError(
-            f"{adapter.files[0].parent} does not say its base; say --model BASE."
+            f"{adapter.files[0].parent} does not say its base; say `model` BASE."
         )
     try:
         return locate(name, offline=offline)
@@ -132,7 +132,7 @@ def _locate_base(adapter: Adapter, said: str | None, *, offline: bool) -> Path:
             raise
         raise OpenELMError(
             f"The base that {adapter.files[0].parent} names is not to be had: "
-            f"{str(error).rstrip('.')}; say --model BASE."
+            f"{str(error).rstrip('.')}; say `model` BASE."
         ) from error
 
 
@@ -147,12 +147,12 @@ def average(sources: Sequence[ModelSource]) -> ModelSource:
     """
     first, *others = sources
     if not others:
-        raise OpenELMError("--average needs two or more sources; found one.")
+        raise OpenELMError("`average` needs two or more sources; found one.")
     adapted = next((source for source in sources if source.adapter), None)
     if adapted is not None:
         raise OpenELMError(
             f"{adapted.files[0]} carries an adapter, whose factors cannot be averaged; "
-            "convert each with --merge first."
+            "convert each with `merge` first."
         )
     for other in others:
         check_shapes(
@@ -281,7 +281,7 @@ def refuse_losing(plan: ConversionPlan) -> None:
         raise OpenELMError(
             f"Quantizing would lose the adapter: it moves the weights by "
             f"{moved**0.5:.3g}, rounding to these bits by {rounded**0.5:.3g}; choose "
-            "more bits, or leave out -q."
+            "more bits, or leave out `bits`."
         )
 
 

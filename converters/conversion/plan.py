@@ -89,8 +89,8 @@ class ConversionPlan:
         else:
             parts = pack_weight(packing, self.read(name))
             wrong = (
-                "has values too far apart to share a scale; convert it without -q, or "
-                "--q-keep it"
+                "has values too far apart to share a scale; convert it without `bits`, or "
+                "`keep` it"
             )
         mx.eval(parts)
         if not unpacks_to_finite(packing, parts, self.dtype):
@@ -106,7 +106,7 @@ class ConversionPlan:
             if is_finite(weight):
                 raise OpenELMError(
                     f"{name} has values beyond {spell_dtype(self.dtype)}'s range; "
-                    "choose --dtype bfloat16."
+                    "choose `dtype` bfloat16."
                 )
             raise OpenELMError(f"{name} {_DAMAGED}.")
         return cast

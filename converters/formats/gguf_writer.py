@@ -111,14 +111,14 @@ def _check_shapes(config: OpenELMConfig, file_type: str) -> None:
     if not config.share_input_output_layers:
         raise OpenELMError(
             "The model has an output head of its own, which llama.cpp's OpenELM has "
-            "not; choose --to mlx or --to hf."
+            "not; choose `to` mlx or `to` hf."
         )
     for name, shape in config.tensor_shapes().items():
         block, _ = _block(_packing(shape, file_type))
         if shape[-1] % block:
             raise OpenELMError(
                 f"{name} has {shape[-1]} columns, and {file_type} packs {block} at a "
-                "time; choose --dtype bfloat16."
+                "time; choose `dtype` bfloat16."
             )
 
 
@@ -128,7 +128,7 @@ def _check_tokenizer(tokenizer: Tokenizer, config: OpenELMConfig) -> None:
         raise OpenELMError(
             f"The tokenizer has {tokenizer.vocab_size} pieces and the model's "
             f"embedding {config.vocab_size} rows, where llama.cpp needs one row a "
-            "piece; say the --tokenizer that the model was trained with."
+            "piece; say the `tokenizer` that the model was trained with."
         )
     try:
         describe(tokenizer)
@@ -143,7 +143,7 @@ def _check_range(array: mx.array, name: str, packing: str) -> None:
     if largest > _LARGEST[packing]:
         raise OpenELMError(
             f"{name} holds a number of size {largest.item():g}, beyond the range of "
-            f"{packing}; choose --dtype bfloat16."
+            f"{packing}; choose `dtype` bfloat16."
         )
 
 

@@ -197,7 +197,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save knows the second one alone
         raise OpenELMError(
             f"Cannot write {path} ({first_line(error)}); free some space there, then "
-            "say --resume."
+            "say `resume`."
         ) from error
 
 
@@ -221,14 +221,14 @@ def check_folder(recipe: PretrainRecipe, *, resume: bool) -> None:
     if not resume:
         if begun:
             raise OpenELMError(
-                f"{output} holds a run already; say --resume to go on, or another "
-                "--output."
+                f"{output} holds a run already; say `resume` to go on, or another "
+                "`output`."
             )
         foreign = [p.name for form in _FORMS for p in sorted(output.glob(form))]
         if foreign:
             raise OpenELMError(
                 f"{output} holds {', '.join(foreign[:5])} of something else; say "
-                "another --output."
+                "another `output`."
             )
         return
     if not begun:

@@ -177,7 +177,7 @@ class PackedSequences:
     """Documents in a row, each closed by EOS; every window is begun with BOS.
 
     Each epoch cuts at another offset, so that borders fall elsewhere. The form is that
-    of `evaluate --text`: N tokens to predict, the first from BOS alone.
+    of `evaluate`: N tokens to predict, the first from BOS alone.
 
     Attributes:
         checksum: tells this stream of tokens from another.

@@ -254,7 +254,7 @@ def _missing_text(recipe: PretrainRecipe) -> list[str]:
     data = recipe.data
     sets = [corpus.files for corpus in data.corpora] or [data.train]
     if not any(sets):
-        return ["The recipe names no text: set data.train, or say --data."]
+        return ["The recipe names no text: set data.train, or say `data`."]
     missing = []
     for patterns in (*sets, *([data.heldout] if data.heldout else [])):
         try:

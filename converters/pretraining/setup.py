@@ -76,7 +76,7 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OpenELMError(
-            f"Cannot make the folder {path} ({error.strerror}); say another --output."
+            f"Cannot make the folder {path} ({error.strerror}); say another `output`."
         ) from error
 
 
@@ -133,7 +133,7 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
 def _check(recipe: PretrainRecipe, processes: Processes) -> None:
     share_batch(recipe, processes.count)
     if not recipe.data.train and not recipe.data.corpora:
-        raise OpenELMError("The recipe names no text: set data.train, or say --data.")
+        raise OpenELMError("The recipe names no text: set data.train, or say `data`.")
     if recipe.optimizer.name == "muon" and recipe.parallel == "fsdp":
         raise OpenELMError(
             "Muon needs whole matrices, which fsdp does not leave on a device; say "

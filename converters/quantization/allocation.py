@@ -70,8 +70,8 @@ def list_choices(
     indivisible = [name for name, packings in choices.items() if not packings]
     if indivisible:
         raise OpenELMError(
-            f"No group size divides the rows of {', '.join(indivisible)}; --q-keep "
-            "them, or choose another --q-group-size."
+            f"No group size divides the rows of {', '.join(indivisible)}; `keep` "
+            "them, or choose another `group_size`."
         )
     return choices
 
@@ -313,7 +313,7 @@ def _refuse_unreachable(
     )
     if not least <= bits_per_weight <= most:
         raise OpenELMError(
-            f"--q-bits auto:{bits_per_weight:g} cannot be reached: this model takes "
+            f"`bits` auto:{bits_per_weight:g} cannot be reached: this model takes "
             f"{math.ceil(1000 * least) / 1000:g} to {math.floor(1000 * most) / 1000:g} "
             "bits a weight in all."
         )

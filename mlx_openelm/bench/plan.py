@@ -109,10 +109,10 @@ class Workload:
 
     def __post_init__(self) -> None:
         for flag, value, least in (
-            ("--prompt-tokens", self.prompt_tokens, 1),
-            ("--max-tokens", self.new_tokens, 2),  # the first one is the prompt's
-            ("--rounds", self.rounds, 1),
-            *(("--batch", batch, 1) for batch in self.batches),
+            ("`prompt_tokens`", self.prompt_tokens, 1),
+            ("`max_tokens`", self.new_tokens, 2),  # the first one is the prompt's
+            ("`rounds`", self.rounds, 1),
+            *(("`batch`", batch, 1) for batch in self.batches),
         ):
             if value is not None and value < least:
                 raise OpenELMError(f"{flag} is {value}; it is at least {least}.")
@@ -120,18 +120,18 @@ class Workload:
             if bits not in BITS:
                 known = ", ".join(map(str, BITS))
                 raise OpenELMError(
-                    f"--bits is {bits}; weights are measured in {known}."
+                    f"`bits` is {bits}; weights are measured in {known}."
                 )
         for context in self.contexts:
             if context <= (self.new_tokens or 2):
                 raise OpenELMError(
-                    f"--context is {context}, which leaves no prompt before "
+                    f"`context` is {context}, which leaves no prompt before "
                     f"{self.new_tokens or 2} new tokens; say more, or fewer "
-                    "--max-tokens."
+                    "`max_tokens`."
                 )
         if self.contexts and self.prompt_tokens is not None:
             raise OpenELMError(
-                "--context says how long the prompt is, and so does --prompt-tokens; "
+                "`context` says how long the prompt is, and so does `prompt_tokens`; "
                 "leave one of them out."
             )
 

@@ -40,7 +40,7 @@ class _CommandGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: Any) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        use_flags_of(command)
+        use_flags_of(command, self.commands.values())
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:

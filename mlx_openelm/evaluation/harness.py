@@ -70,7 +70,7 @@ def open_tasks(
     """
     need_harness()
     if include_path is not None and not include_path.is_dir():
-        raise OpenELMError(f"--include-path: there is no folder {include_path}.")
+        raise OpenELMError(f"`include_path` is {include_path}, where no folder is.")
     names = [name for name, _ in wanted]
     with quiet(), _network(allowed=not offline):
         manager = _open_manager(names, include_path)
@@ -307,7 +307,7 @@ def _read_file(
                 return None
             raise OpenELMError(
                 f"{path} holds scores of another model or with other settings; choose "
-                "another folder, or say --force to replace them."
+                "another folder, or say `force` to replace them."
             )
         return tuple(
             TaskResult(
@@ -327,7 +327,7 @@ def _read_file(
         if force:
             return None
         raise OpenELMError(
-            f"{path} holds no scores that can be read; remove it, or say --force."
+            f"{path} holds no scores that can be read; remove it, or say `force`."
         ) from error
 
 

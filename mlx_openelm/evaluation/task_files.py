@@ -89,7 +89,7 @@ def read_task(path: Path, *, limit: int | None = None) -> Task:
             named with the number of its record.
     """
     if limit is not None and limit < 1:
-        raise OpenELMError(f"--limit is {limit}; it must be at least 1.")
+        raise OpenELMError(f"`limit` is {limit}; it must be at least 1.")
     questions, problems = list[Question](), list[str]()
     for number, record in _read_records(path):
         try:

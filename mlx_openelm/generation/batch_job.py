@@ -227,7 +227,7 @@ class _Job:
         return hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
 
     def _describe_token(self, token: Token) -> JsonObject:
-        """Return a token and what was likely in its place, as `--json` does."""
+        """Return a token and what was likely in its place, as JSON has it."""
         top = [self._spell(*alternative) for alternative in token.alternatives]
         return {**self._spell(token.id, token.logprob), "top": top}
 

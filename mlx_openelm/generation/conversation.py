@@ -132,7 +132,7 @@ class Conversation:
         if text and self.is_raw:
             *others, last = (n for n in TEMPLATE_NAMES if n not in ("auto", RAW))
             raise OpenELMError(
-                "A raw prompt has no place for a system text; choose --template "
+                "A raw prompt has no place for a system text; choose `template` "
                 f"{', '.join(others)} or {last}."
             )
         self._fit((Turn("user", ""),), text)

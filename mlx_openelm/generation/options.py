@@ -15,7 +15,7 @@ SPEED_AND_MEMORY = "Speed and memory"
 
 
 def _read_biases(texts: Sequence[str]) -> tuple[tuple[int, float], ...]:
-    """Return the token ids and biases that `--logit-bias` was given."""
+    """Return the token ids and biases that the flag of `logit_bias` was given."""
     pairs = []
     for text in texts:
         token, _, bias = text.partition("=")

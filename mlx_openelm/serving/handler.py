@@ -160,7 +160,7 @@ class Handler(theirs.APIHandler):
         if origin is not None and not self._is_allowed(origin):
             raise RequestError(
                 f"Pages of {origin[:100]!r} may not ask this server; start it with "
-                "--allowed-origins if they are to.",
+                "`allowed_origins` if they are to.",
                 status=403,
                 code="wrong_origin",
             )

@@ -51,13 +51,13 @@ class AdapterFolder(ConfiguredFolder):
             OpenELMError: it does not say its base, or that is not to be had.
         """
         if self.base is None:
-            raise OpenELMError(f"{self.path} does not say its base; say --model BASE.")
+            raise OpenELMError(f"{self.path} does not say its base; say `model` BASE.")
         try:
             return find_model(self.base, offline=offline)
         except OpenELMError as error:
             raise OpenELMError(
                 f"The base that {self.path} names is not to be had: "
-                f"{str(error).rstrip('.')}; say --model BASE."
+                f"{str(error).rstrip('.')}; say `model` BASE."
             ) from error
 
     def check_base(self, weights: Mapping[str, BaseWeight]) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ def load_tokenizer(
     if find_tokenizer_file(folder.path) is None:
         raise OpenELMError(
             f"{folder.path} holds no {MODEL_FILE} or {JSON_FILE}; convert the model "
-            f"again with --tokenizer, or put Llama 2's {MODEL_FILE} there "
+            f"again with `tokenizer`, or put Llama 2's {MODEL_FILE} there "
             "(NousResearch/Llama-2-7b-hf has a copy that is open to all)."
         )
     template = (adapter.template if adapter else None) or folder.template

@@ -142,7 +142,7 @@ class AnswersFile(Answers):
             elif "error" not in answer:
                 raise _Stale(
                     f"{self._path} holds answers to other prompts or with other "
-                    f"settings (line {index + 1}); choose another file, or say --force "
+                    f"settings (line {index + 1}); choose another file, or say `force` "
                     "to replace them."
                 )
         whole = 0
@@ -155,7 +155,7 @@ class AnswersFile(Answers):
                 raise _Stale(
                     f"{self._waiting.name} holds answers of a stopped run to other "
                     "prompts or with other settings; choose another file, or say "
-                    "--force to replace them."
+                    "`force` to replace them."
                 )
         _cut(self._waiting, whole)
         for place, answer in behind.items():

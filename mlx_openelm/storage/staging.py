@@ -177,13 +177,13 @@ def _refuse(target: Path, force: bool, describe: Callable[[Path], str]) -> None:
         return
     if not force:
         raise OpenELMError(
-            f"{target} exists already; choose another place, or say --force to replace "
+            f"{target} exists already; choose another place, or say `force` to replace "
             "it."
         )
     foreign = describe(target)
     if foreign:
         raise OpenELMError(
-            f"{target} {foreign}, so --force does not replace it; choose another place "
+            f"{target} {foreign}, so `force` does not replace it; choose another place "
             "or remove it yourself."
         )
 

@@ -103,7 +103,7 @@ def find_tokenizer(
 
     Args:
         source: the model's folder or file.
-        given: what --tokenizer says: a file, a folder, or a repository on the Hub.
+        given: what `tokenizer` says: a file, a folder, or a repository on the Hub.
         num_rows: rows of the model's embedding.
         offline: of the Hub, use only what is on this machine already.
 
@@ -126,7 +126,7 @@ def find_tokenizer(
         tried = f" ({' '.join(notes[1:][-4:])})" if notes[1:] else ""
         raise OpenELMError(
             f"No tokenizer was found beside {source}{tried}, and OpenELM's own "
-            f"repositories carry none. {GET_ONE}, or --tokenizer none to convert "
+            f"repositories carry none. {GET_ONE}, or `tokenizer` none to convert "
             "without one."
         )
     return found
@@ -161,7 +161,7 @@ def _search_beside(
         if _describe(other.tokenizer) != _describe(first.tokenizer):
             raise OpenELMError(
                 f"{first.path} and {other.path} both fit the model and differ; say "
-                "which is its own with --tokenizer."
+                "which is its own with `tokenizer`."
             )
     return first
 
@@ -231,7 +231,7 @@ def _try(
     said = (
         "it gives Llama's ids for every probe"
         if tokenizer.vocab_size == LLAMA_SIZE
-        else f"it fits {num_rows} rows; if the model has another, say --tokenizer"
+        else f"it fits {num_rows} rows; if the model has another, say `tokenizer`"
     )
     taken = f"The tokenizer is {file}, {where}: {said}."
     return FoundTokenizer(tokenizer, file, (*notes, taken))
@@ -323,7 +323,7 @@ def prove_tokenizer(tokenizer: Tokenizer, num_rows: int) -> None:
         raise OpenELMError(
             f"The tokenizer has {size} pieces and the model's embedding {num_rows} "
             f"rows, where {size} would fit or, as CoreNet pads them, {padded}. Say the "
-            "--tokenizer that the model was trained with."
+            "`tokenizer` that the model was trained with."
         )
     # Mistral's has the same size and special ids and passes all of the above.
     for text, ids in LLAMA_VECTORS.items() if size == LLAMA_SIZE else ():

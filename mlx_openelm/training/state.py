@@ -128,11 +128,11 @@ def load_state(folder: Path) -> State:
     if not path.is_file():
         raise OpenELMError(
             f"{folder} holds no {STATE}, so there is nothing to go on from; leave out "
-            "--resume to begin."
+            "`resume` to begin."
         )
     wrong = OpenELMError(
         f"{path} is damaged or was written by another version of mlx-openelm; begin "
-        "anew with --force."
+        "anew with `force`."
     )
     try:
         with safetensors.safe_open(path, framework="numpy") as opened:
