@@ -89,8 +89,8 @@ class ConversionPlan:
         else:
             parts = pack_weight(packing, self.read(name))
             wrong = (
-                "has values too far apart to share a scale; convert it without `bits`, or "
-                "`keep` it"
+                "has values too far apart to share a scale; convert it without `bits`, "
+                "or `keep` it"
             )
         mx.eval(parts)
         if not unpacks_to_finite(packing, parts, self.dtype):
