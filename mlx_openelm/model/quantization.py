@@ -7,7 +7,7 @@ head, where errors cost most, and small: it has bits of its own, 8 unless said.
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_openelm.config import OpenELMConfig
@@ -141,20 +141,12 @@ def describe_packings(
     """Return config.json's "quantization": the commonest packing, then exceptions."""
     linears = [p for n, p in packings.items() if n not in (EMBEDDING, HEAD)]
     (usual, _), *_ = Counter(linears or packings.values()).most_common(1)
-    entry = _spell(usual)
+    entry = asdict(usual)
     for name, shape in config.tensor_shapes().items():
         packing = packings.get(name)
         if len(shape) == 2 and packing != usual:
-            entry[to_module(name)] = _spell(packing) if packing else False
+            entry[to_module(name)] = asdict(packing) if packing else False
     return entry
-
-
-def _spell(packing: Packing) -> dict[str, Any]:
-    return {
-        "bits": packing.bits,
-        "group_size": packing.group_size,
-        "mode": packing.mode,
-    }
 
 
 def read_packing(entry: Mapping[str, Any], module_path: str) -> Packing:

@@ -6,19 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.loading import stored_dtype
-from mlx_openelm.storage.model_folder import (
-    DTYPES,
-    ModelFolder,
-    open_folder,
-    spell_dtype,
-)
+from mlx_openelm.storage.model_folder import ModelFolder, open_folder, spell_dtype
 from mlx_openelm.storage.tokenizer_finder import read_tokenizer
-from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_folder
+from mlx_openelm.tensor_names import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +121,7 @@ def _storage(folder: ModelFolder) -> dict[str, str]:
             group = "linears" if len(shape) == 2 else "norms"
         packing = folder.packings.get(name)
         if packing is None:
-            spelled = spell_dtype(_tensor_dtype(folder, name))
+            spelled = spell_dtype(folder.dtype_of(name))
         else:
             spelled = (
                 f"{packing.bits} bits ({packing.mode}, group {packing.group_size})"
@@ -141,10 +134,6 @@ def _storage(folder: ModelFolder) -> dict[str, str]:
         )
         for group, counts in groups.items()
     }
-
-
-def _tensor_dtype(folder: ModelFolder, name: str) -> mx.Dtype:
-    return DTYPES[folder.tensors[to_folder(name)].dtype]
 
 
 def _count_pieces(folder: ModelFolder) -> int | None:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,14 +19,14 @@ from mlx_openelm.storage.adapter_folder import (
     open_adapter_folder,
 )
 from mlx_openelm.storage.hub import DEMO, find_model
-from mlx_openelm.storage.model_folder import DTYPES, ModelFolder, open_folder
+from mlx_openelm.storage.model_folder import ModelFolder, open_folder
 from mlx_openelm.storage.tokenizer_finder import (
     JSON_FILE,
     MODEL_FILE,
     find_tokenizer_file,
     read_tokenizer,
 )
-from mlx_openelm.tensor_names import to_folder, to_module
+from mlx_openelm.tensor_names import to_module
 from mlx_openelm.text.tokenizer import Tokenizer
 
 
@@ -51,10 +51,7 @@ class ModelChoice:
 
 
 def choose_model(
-    name: str | None = None,
-    adapter_path: str | Path | None = None,
-    *,
-    offline: bool = False,
+    name: str | None, adapter_path: str | Path | None, *, offline: bool
 ) -> ModelChoice:
     """Open the named model, else the adapter's own base, else the demo model.
 
@@ -150,7 +147,7 @@ def load_model(folder: ModelFolder, dtype: mx.Dtype | None = None) -> OpenELM:
 
 def stored_dtype(folder: ModelFolder) -> mx.Dtype:
     """Return the dtype of what is not packed: the norms have it in every folder."""
-    return DTYPES[folder.tensors[to_folder("norm.weight")].dtype]
+    return folder.dtype_of("norm.weight")
 
 
 def _unpacked(
@@ -174,13 +171,7 @@ def make_quantized(model: OpenELM, packings: Mapping[str, Packing]) -> None:
 
     def choose(path: str, module: nn.Module) -> bool | dict[str, int | str]:
         packing = by_module.get(path)
-        if packing is None:
-            return False
-        return {
-            "bits": packing.bits,
-            "group_size": packing.group_size,
-            "mode": packing.mode,
-        }
+        return False if packing is None else asdict(packing)
 
     nn.quantize(model, class_predicate=choose)
 

@@ -20,7 +20,7 @@ from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
 from mlx_openelm.storage.shards import DTYPES, INDEX
-from mlx_openelm.tensor_names import to_module
+from mlx_openelm.tensor_names import to_folder, to_module
 
 METADATA_KEY = "mlx_openelm"
 
@@ -81,6 +81,10 @@ class ModelFolder(ConfiguredFolder):
     def generation_defaults(self) -> dict[str, Any]:
         path = self.path / "generation_config.json"
         return read_mapping(path) if path.is_file() else {}
+
+    def dtype_of(self, name: str) -> mx.Dtype:
+        """Return the dtype of a tensor (CoreNet name) that is not packed."""
+        return DTYPES[self.tensors[to_folder(name)].dtype]
 
     def read(self) -> dict[str, mx.array]:
         """Return every tensor, lazily: bytes are read when it is evaluated."""

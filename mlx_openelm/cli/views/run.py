@@ -1,6 +1,5 @@
 """What the views of fine-tuning and of pre-training share."""
 
-import types
 from typing import Self
 
 from mlx_openelm.cli.console import Console, ProgressBar, escape_controls
@@ -22,12 +21,7 @@ class RunView:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._progress.close()
 
     def _note(self, step: int, text: str) -> None:
