@@ -9,7 +9,7 @@ import typer
 
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.derived_options import GivenOptions, OptionsOf, derive_options
-from mlx_openelm.cli.options import Force, Json, Offline, Quiet
+from mlx_openelm.cli.options import MODEL_VARIABLE, Force, Json, Offline, Quiet
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 
@@ -77,7 +77,7 @@ def lora_command(
         if any(value is not None for value in length.values()):  # not the recipe's
             chosen = dataclasses.replace(chosen, **length)
     elif "data" in options:
-        options.setdefault("model", os.environ.get("MLX_OPENELM_MODEL") or "demo")
+        options.setdefault("model", os.environ.get(MODEL_VARIABLE) or "demo")
         chosen = make_recipe(FinetuneRecipe, options, "the options")
     else:
         raise typer.BadParameter("give the examples to learn from", param_hint="--data")
