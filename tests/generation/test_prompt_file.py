@@ -204,7 +204,7 @@ BAD = {
     b'{"messages": ["a"]}': "messages[0] is a text",
     b'{"messages": [{"role": "tool", "content": "a"}]}': "messages[0].role is 'tool'",
     b'{"messages": [{"role": [], "content": "a"}]}': "messages[0].role is []",
-    b'{"messages": [{"role": "user"}]}': "messages[0].content is null",
+    b'{"messages": [{"role": "user"}]}': "messages[0] has no content",
     b'{"messages": [{"role": "user", "content": ""}]}': "messages[0].content is empty",
     b'{"messages": [{"role": "assistant", "content": "a"}]}': "the assistant's",
     b'{"messages": [{"role": "user", "content": "a"}, '
