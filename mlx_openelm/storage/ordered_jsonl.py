@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -106,10 +107,8 @@ class AnswersFile(Answers):
         with contextlib.ExitStack() as opened:
             with explain_write_errors(self._path):
                 opened.enter_context(held(self._path))
-                self._file = JsonLinesFile(self._path)
-                opened.callback(self._file.close)
-                self._waiting = JsonLinesFile(waiting)
-                opened.callback(self._waiting.close)
+                self._file = opened.enter_context(closing(JsonLinesFile(self._path)))
+                self._waiting = opened.enter_context(closing(JsonLinesFile(waiting)))
                 opened.callback(_remove_empty, waiting)
                 self._find_answers()
             self.give_on()  # what waited for its turn, and has it now
