@@ -430,7 +430,7 @@ def test_a_full_disk_is_not_the_task_s_fault(model, folder, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     kept = tmp_path / "tales.answers.jsonl"
-    said = f"In the task tales: Cannot write {kept}: File too large; make room"
+    said = f"In the task tales: Cannot write {kept}: File too large. The answers"
     assert str(caught.value).startswith(said)
     assert kept.stat().st_size == 1000
     told = []
