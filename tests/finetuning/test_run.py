@@ -763,7 +763,7 @@ def test_a_folder_that_holds_a_run_is_kept(base, tmp_path, recipe):
 def test_force_does_not_replace_what_is_no_run(base, tmp_path, recipe):
     Path(recipe.adapter_path).mkdir()
     (Path(recipe.adapter_path) / "thesis.txt").write_text("all of it")
-    with pytest.raises(OpenELMError, match="--force does not replace it"):
+    with pytest.raises(OpenELMError, match="`force` does not replace it"):
         finetune(recipe, force=True)
     assert (Path(recipe.adapter_path) / "thesis.txt").exists()
 

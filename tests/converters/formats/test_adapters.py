@@ -863,7 +863,7 @@ def test_what_a_format_cannot_hold_is_refused_with_a_way_out(tmp_path):
 
     inputs = read("lora", [TABLE, *LINEARS])
     for config in (UNEVEN, None):
-        refuse_write(tmp_path, write_mlx, inputs, config, "logits as well", "--merge")
+        refuse_write(tmp_path, write_mlx, inputs, config, "logits as well", "`merge`")
     both = replace(inputs, adapts_tied_head=True)
     for config in (UNEVEN, None):
         refuse_write(tmp_path, write_peft, both, config, "inputs alone", "--merge")

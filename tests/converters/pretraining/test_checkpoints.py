@@ -173,7 +173,7 @@ def test_runs_are_not_overwritten_and_recipes_not_mixed_up(recipe):
     with pytest.raises(OpenELMError, match="nothing to resume"):
         pretrain(recipe, resume=True)
     pretrain(replace(recipe, steps=4))
-    with pytest.raises(OpenELMError, match="--resume"):
+    with pytest.raises(OpenELMError, match="`resume`"):
         pretrain(recipe)
     with pytest.raises(OpenELMError, match="steps: 4 -> 12"):
         pretrain(recipe, resume=True)
