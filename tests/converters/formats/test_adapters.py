@@ -866,9 +866,9 @@ def test_what_a_format_cannot_hold_is_refused_with_a_way_out(tmp_path):
         refuse_write(tmp_path, write_mlx, inputs, config, "logits as well", "`merge`")
     both = replace(inputs, adapts_tied_head=True)
     for config in (UNEVEN, None):
-        refuse_write(tmp_path, write_peft, both, config, "inputs alone", "--merge")
+        refuse_write(tmp_path, write_peft, both, config, "inputs alone", "`merge`")
     tensors = base_tensors(WEIGHTS)
-    refuses(lambda: corenet_adapter_tensors(both, tensors), "CoreNet", "--merge")
+    refuses(lambda: corenet_adapter_tensors(both, tensors), "CoreNet", "`merge`")
     mixed = read("dora", [TABLE, *LINEARS])
     for write in (write_mlx, write_peft):
         refuse_write(tmp_path, write, mixed, UNTIED, "LoRA on token_embeddings and")
