@@ -1,4 +1,4 @@
-"""What all tests share: MLX at its quickest on Linux, and the project's data."""
+"""What all tests share: the environment, small models, and the project's data."""
 
 import os
 import shutil
@@ -9,7 +9,11 @@ import pytest
 from hypothesis import settings
 from places import ROOT
 
-import mlx_openelm
+# The models are small, and the workers of pytest-xdist share the cores. It is read when
+# OpenBLAS and PyTorch are loaded, here and in the processes that tests start.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
+
+import mlx_openelm  # loads OpenBLAS before a test imports mlx.core
 
 if sys.platform == "linux":
     # The first mx.compile on the CPU calls the C++ compiler: 13 s or more. A test that
