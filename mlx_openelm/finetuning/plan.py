@@ -15,9 +15,9 @@ from mlx.utils import tree_flatten
 
 from mlx_openelm.finetuning.batches import plan_epoch, share_out
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
-from mlx_openelm.finetuning.trainable import trained_tensors
 from mlx_openelm.model.chunk_sizes import QUERIES, training_logit_rows
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.training.arrays import trained_tensors
 
 # Copies of the trained weights, in float32, that an optimizer keeps.
 _OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}
@@ -88,32 +88,37 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """The heaviest work that is in memory at a time: one share of a step's samples.
+class BatchShape:
+    """What the memory of one forward and backward pass depends on.
 
     Attributes:
         tokens: N, of all its sequences.
-        counted: M, tokens that count.
+        targets: M, tokens that count.
         longest: tokens of its longest sequence.
     """
 
     tokens: int
-    counted: int
+    targets: int
     longest: int
 
 
-def heaviest_load(
-    order: Order, lengths: Sequence[int], counted: Sequence[int], parts: int
-) -> Load:
-    """Return the heaviest share of the run, or of its first 1000 steps."""
-    most = Load(1, 1, 1)
+def largest_batch(
+    order: Order, lengths: Sequence[int], targets: Sequence[int], parts: int
+) -> BatchShape:
+    """Return the largest share of a step, in the run or in its first 1000 steps.
+
+    Args:
+        lengths, targets: of each sample, in tokens.
+        parts: into which each step is shared out.
+    """
+    largest = BatchShape(1, 1, 1)
     for step in range(min(order.steps, 1000)):
         for share in share_out(order.batch(step), lengths, parts):
             tokens = sum(lengths[i] for i in share)
-            if tokens > most.tokens:
+            if tokens > largest.tokens:
                 longest = max(lengths[i] for i in share)
-                most = Load(tokens, sum(counted[i] for i in share), longest)
-    return most
+                largest = BatchShape(tokens, sum(targets[i] for i in share), longest)
+    return largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +167,16 @@ class TrainingPlan:
         return self.memory.total <= self.limit
 
 
-def plan_memory(model: OpenELM, recipe: FinetuneRecipe, load: Load) -> MemoryPlan:
+def plan_memory(
+    model: OpenELM, recipe: FinetuneRecipe, batch: BatchShape
+) -> MemoryPlan:
     """Reckon the memory of a run.
 
     Args:
         model: as it will be trained, adapter included; nothing of it is computed.
     """
     adapter = 4 * sum(array.size for array in trained_tensors(model).values())
-    kept, work = _activation_bytes(model, recipe, load)
+    kept, work = _activation_bytes(model, recipe, batch)
     return MemoryPlan(
         weights=count_bytes(model) - adapter,
         adapter=adapter,
@@ -179,7 +186,7 @@ def plan_memory(model: OpenELM, recipe: FinetuneRecipe, load: Load) -> MemoryPla
         optimizer=int(_OPTIMIZER_COPIES.get(recipe.optimizer, 0.1) * adapter),
         activations=int(_OVERHEAD * (kept + work)),
         # Its own work is done when that of the blocks begins.
-        loss=max(0, _loss_bytes(model, recipe, load) - work),
+        loss=max(0, _loss_bytes(model, recipe, batch) - work),
     )
 
 
@@ -190,11 +197,11 @@ def count_bytes(model: OpenELM) -> int:
 
 
 def _activation_bytes(
-    model: OpenELM, recipe: FinetuneRecipe, load: Load
+    model: OpenELM, recipe: FinetuneRecipe, batch: BatchShape
 ) -> tuple[int, int]:
     """What the blocks keep for their gradients, and the widest block's own work."""
     config = model.config
-    D, H, N, T = config.model_dim, config.head_dim, load.tokens, load.longest
+    D, H, N, T = config.model_dim, config.head_dim, batch.tokens, batch.longest
     size = _compute_size(model)
     dropout, dora = recipe.dropout > 0, recipe.fine_tune_type == "dora"
     kept, widest = [0], 0
@@ -229,9 +236,9 @@ def _first_trained_block(model: OpenELM) -> int:
     return min(blocks)
 
 
-def _loss_bytes(model: OpenELM, recipe: FinetuneRecipe, load: Load) -> int:
+def _loss_bytes(model: OpenELM, recipe: FinetuneRecipe, batch: BatchShape) -> int:
     """Logits and their powers, and each counted row with its gradient."""
-    V, D, M = model.config.vocab_size, model.config.model_dim, load.counted
+    V, D, M = model.config.vocab_size, model.config.model_dim, batch.targets
     # Three chunks, for MLX begins the next ones while one is computed.
     logits = min(3 * training_logit_rows(V), M) * V * 4
     head = V * D * 4 * (_compute_size(model) != 4)  # widened to float32

@@ -9,10 +9,10 @@ import pytest
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.training.distributed import World
-from mlx_openelm.training.non_finite import count_skipped, refuse_repeated
+from mlx_openelm.training.non_finite import refuse_repeated
 from mlx_openelm.training.objective import Totals
 from mlx_openelm.training.optimizer import make_optimizer
-from mlx_openelm.training.state import Progress
+from mlx_openelm.training.state import TrainingProgress
 from mlx_openelm.training.step import Part, Step
 
 RATE = 0.1
@@ -109,11 +109,11 @@ def test_stop_is_asked_after_the_parts(samples):
 
 
 def test_the_third_skipped_batch_in_a_row_is_refused():
-    progress = Progress(step=7)
+    progress = TrainingProgress(step=7)
     for _ in range(2):
-        count_skipped(progress)
+        progress.add_skipped()
         refuse_repeated(progress, ["a.jsonl:1"], "nothing is kept.")
-    count_skipped(progress)
+    progress.add_skipped()
     with pytest.raises(OpenELMError, match=r"step 7 \(a.jsonl:1\).* nothing is kept"):
         refuse_repeated(progress, ["a.jsonl:1"], "nothing is kept.")
     assert progress.skipped == 3
