@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 
 import mlx_openelm  # loads OpenBLAS before mlx.core
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.generation.batching import BATCH_SIZE, Question, answer_together
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.batching import BATCH_SIZE, BatchPrompt, answer_together
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import stream
 from mlx_openelm.model.openelm import OpenELM
 
@@ -48,8 +48,8 @@ def compare(
     name: str, model, tokenizer, words: Sequence[int], sampling: Sampling, options
 ) -> None:
     chance = random.Random(0)
-    questions = [
-        Question(n, [1, *chance.choices(words, k=chance.randint(3, 39))])
+    prompts = [
+        BatchPrompt(n, [1, *chance.choices(words, k=chance.randint(3, 39))])
         for n in range(options.prompts)
     ]
 
@@ -60,14 +60,14 @@ def compare(
                 for piece in stream(model, tokenizer, q.ids, sampling)
                 if piece.token != tokenizer.eos_id
             )
-            for q in questions
+            for q in prompts
         }
 
     def together() -> Answers:
         answered = answer_together(
-            model, tokenizer, questions, sampling, batch_size=options.batch_size
+            model, tokenizer, prompts, sampling, batch_size=options.batch_size
         )
-        return {a.question.number: a.tokens for a in answered}
+        return {a.prompt.number: a.tokens for a in answered}
 
     expected = together()  # also warms up
     times: dict[Callable[[], Answers], list[float]] = {one_by_one: [], together: []}

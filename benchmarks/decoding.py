@@ -69,7 +69,7 @@ def prompt(model) -> list[int]:
 
 def ours(model) -> Callable[[int], Iterable[int]]:
     from mlx_openelm.generation.decoding import draw_tokens
-    from mlx_openelm.generation.sampling import Sampling
+    from mlx_openelm.generation.options import Sampling
     from mlx_openelm.generation.step import plain_step
 
     return lambda count: (
@@ -82,7 +82,7 @@ def ours(model) -> Callable[[int], Iterable[int]]:
 
 def ours_compiled(model) -> Callable[[int], Iterable[int]]:
     from mlx_openelm.generation.decoding import draw_tokens
-    from mlx_openelm.generation.sampling import Sampling
+    from mlx_openelm.generation.options import Sampling
     from mlx_openelm.generation.step import compiled_step
 
     step = compiled_step(model)

@@ -4,11 +4,11 @@
         [--limit 100] [--rounds 3] [--naive 8] [--only ARC-Easy,piqa]
 
 The 270M with made weights answers the first questions of every file in the folder, in
-float32. Both ways are the same engine: no padding, rows of the same size, the output
-head at scored places alone; what is compared is whether what requests have in common is
-computed once. They are measured in turn in one process, and the ratio of the medians is
-printed. All log-likelihoods must agree. Of some questions also the naive way: a forward
-pass and all logits for every choice.
+float32. Both ways are the same engine: no padding, the output head at scored places
+alone; what is compared is whether all requests are given at once, so that what they
+have in common is computed once, or one after the other. They are measured in turn in
+one process, and the ratio of the medians is printed. All log-likelihoods must agree. Of
+some questions also the naive way: a forward pass and all logits for every choice.
 """
 
 import argparse
@@ -32,8 +32,12 @@ from mlx_openelm.text.tokenizer import Tokenizer  # and OpenBLAS, before mlx.cor
 
 
 def score(model: OpenELM, requests: list[Request], *, shared: bool) -> list[float]:
-    found = dict(score_requests(model, requests, shared=shared))
-    return [found[i].nats for i in range(len(requests))]
+    found: dict[int, float] = {}
+    size = len(requests) if shared else 1
+    for start in range(0, len(requests), size):
+        for i, scored in score_requests(model, requests[start : start + size]):
+            found[start + i] = scored.nats
+    return [found[i] for i in range(len(requests))]
 
 
 def score_naively(model: OpenELM, requests: list[Request]) -> list[float]:

@@ -23,8 +23,8 @@ from mlx.utils import tree_map
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.generation.decoding import Context, draw_tokens
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.prompt_cache import open_prompt_cache
-from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
 

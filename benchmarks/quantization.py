@@ -18,7 +18,7 @@ def main() -> None:
     # isort: split
     import mlx.core as mx
 
-    from converters.conversion.plan import Plan
+    from converters.conversion.plan import ConversionPlan
     from converters.formats.sources import open_source
     from converters.quantization.allocation import (
         choose,
@@ -30,7 +30,8 @@ def main() -> None:
         calibration_windows,
         read_calibration,
     )
-    from converters.quantization.receipt import measure
+    from converters.quantization.receipt import measure_quantization
+    from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
     from mlx_openelm.model.quantization import Packing, Quantization
     from mlx_openelm.storage.hub import demo_folder
     from mlx_openelm.storage.loading import load_tokenizer
@@ -43,7 +44,7 @@ def main() -> None:
     tokenizer = load_tokenizer(open_folder(demo_folder()))
     source = open_source("demo")
     config = source.config
-    whole = Plan(source, config, mx.bfloat16, {})
+    whole = ConversionPlan(source, config, mx.bfloat16, {})
     _, sample = read_calibration(None)
     priced_on = calibration_windows(
         tokenizer, sample, config, num_tokens=count_tokens(config)
@@ -60,9 +61,11 @@ def main() -> None:
             packing, weight = packings.get(name), whole.read(name)
             if packing is None:
                 return weight
-            return packing.unpack(packing.pack(weight), mx.float32)
+            return unpack_weight(packing, pack_weight(packing, weight), mx.float32)
 
-        receipt = measure(config, whole.read, read, unseen, text="", bits_per_weight=0)
+        receipt = measure_quantization(
+            config, whole.read, read, unseen, text="", bits_per_weight=0
+        )
         return receipt.mean_kl
 
     choices = list_choices(config)
@@ -71,7 +74,7 @@ def main() -> None:
     for bits in (3, 4):
         for embed_bits in (4, 5, 6, 8):
             uniform = Quantization(bits, 64, embed_bits).packings(config)
-            num_bytes = Plan(source, config, mx.bfloat16, uniform).num_bytes
+            num_bytes = ConversionPlan(source, config, mx.bfloat16, uniform).num_bytes
             average = 8 * num_bytes / config.num_parameters
             a = mean_kl(choose(config, average, choices, losses))
             b = mean_kl(uniform)

@@ -26,7 +26,7 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.generation.cache import ModelCache
 from mlx_openelm.generation.decoding import Drawing, draw_tokens
 from mlx_openelm.generation.drafters import Draft, Drafter
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.speculation import draw_speculatively
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.hub import demo_folder

@@ -51,7 +51,7 @@ def measure(engine: str, folder: str, prompt_tokens: int, new_tokens: int) -> No
 
 def _ours(folder: str) -> Callable:
     from mlx_openelm.generation.decoding import draw_tokens
-    from mlx_openelm.generation.sampling import Sampling
+    from mlx_openelm.generation.options import Sampling
     from mlx_openelm.storage.loading import load_model
     from mlx_openelm.storage.model_folder import open_folder
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from converters.conversion.merging import merge_adapter
-from converters.formats.sources import Source, open_source
+from converters.formats.sources import ModelSource, open_source
 from converters.reference import ReferenceOpenELM
 from mlx_openelm.model.openelm import OpenELM, from_start
 from mlx_openelm.tensor_names import to_folder
@@ -18,7 +18,7 @@ LIMIT = 1e-4  # largest logit difference that is still rounding
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class OutputDifference:
     """Largest absolute difference and largest value at a place in the model."""
 
     place: str
@@ -33,13 +33,15 @@ class ParityReport:
     source: str
     size: str
     num_tokens: int
-    places: tuple[Difference, ...]
+    places: tuple[OutputDifference, ...]
     same_top_token: float
     limit: float
     equal: bool
 
 
-def compare(name: str, *, num_tokens: int = 64, seed: int = 0) -> ParityReport:
+def compare_with_reference(
+    name: str, *, num_tokens: int = 64, seed: int = 0
+) -> ParityReport:
     """Run random tokens through both models and compare what comes out of each layer.
 
     Args:
@@ -59,7 +61,7 @@ def compare(name: str, *, num_tokens: int = 64, seed: int = 0) -> ParityReport:
     theirs = _run_torch(source, tokens)
     ours = _run_mlx(source, tokens)
     places = tuple(
-        Difference(
+        OutputDifference(
             place,
             float(np.abs(ours[place] - theirs[place]).max()),
             float(np.abs(theirs[place]).max()),
@@ -80,7 +82,7 @@ def compare(name: str, *, num_tokens: int = 64, seed: int = 0) -> ParityReport:
 
 
 @torch.no_grad()
-def _run_torch(source: Source, tokens: npt.NDArray[np.int64]) -> dict[str, Array]:
+def _run_torch(source: ModelSource, tokens: npt.NDArray[np.int64]) -> dict[str, Array]:
     with torch.device("meta"):
         model = ReferenceOpenELM(source.config)
     state = {
@@ -107,7 +109,7 @@ def _run_torch(source: Source, tokens: npt.NDArray[np.int64]) -> dict[str, Array
     return outputs
 
 
-def _run_mlx(source: Source, tokens: npt.NDArray[np.int64]) -> dict[str, Array]:
+def _run_mlx(source: ModelSource, tokens: npt.NDArray[np.int64]) -> dict[str, Array]:
     model = OpenELM(source.config)
     model.load_weights(
         [

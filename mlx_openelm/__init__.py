@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlx_openelm.finetuning.run import finetune
     from mlx_openelm.generation.decoding import Context
     from mlx_openelm.generation.drafters import LookupDrafter, ModelDrafter
-    from mlx_openelm.generation.sampling import Sampling
+    from mlx_openelm.generation.options import Sampling
     from mlx_openelm.generation.streaming import generate, stream
     from mlx_openelm.storage.loading import load
 
@@ -35,7 +35,7 @@ _HOMES = {
     "ModelDrafter": "mlx_openelm.generation.drafters",
     "OpenELMConfig": "mlx_openelm.config",
     "OpenELMError": "mlx_openelm.errors",
-    "Sampling": "mlx_openelm.generation.sampling",
+    "Sampling": "mlx_openelm.generation.options",
     "convert": "converters.conversion.run",
     "evaluate": "mlx_openelm.evaluation.texts",
     "finetune": "mlx_openelm.finetuning.run",

@@ -177,6 +177,10 @@ class OpenELMConfig:
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
+    def kv_bytes_per_token(self, number_bytes: int) -> int:
+        """Return the bytes of the keys and values of one token in all layers."""
+        return 2 * sum(self.num_kv_heads) * self.head_dim * number_bytes
+
     @property
     def size_name(self) -> str:
         """The preset with these sizes ("OpenELM-1_1B", say), or "OpenELM"."""

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converters.conversion.exports import corenet_tensors
+import mlx.core as mx
+
+from converters.conversion.exports import corenet_tensors, count_tensors
 from converters.conversion.merging import fit_rows, open_base
-from converters.conversion.options import DTYPES, Options, Progress
-from converters.conversion.plan import Plan
+from converters.conversion.options import ConversionOptions, Progress
+from converters.conversion.plan import ConversionPlan
 from converters.conversion.provenance import describe_source, hashing
 from converters.formats.adapter_reader import (
     Adapter,
@@ -23,7 +25,7 @@ from converters.formats.adapter_writer import (
     write_peft_adapter,
 )
 from converters.formats.pt_writer import write_pt
-from converters.formats.sources import Source, name_folder
+from converters.formats.sources import ModelSource, name_folder
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.staging import (
@@ -42,7 +44,7 @@ class AdapterReport:
 
     Attributes:
         to: mlx, peft or corenet.
-        base: what the adapter is for, as its files or --model say.
+        base: what the adapter is for, as its files or `model` say.
     """
 
     path: Path
@@ -61,7 +63,7 @@ class AdapterReport:
 def convert_adapter(
     path: Path,
     target: Path | None,
-    options: Options,
+    options: ConversionOptions,
     *,
     force: bool = False,
     offline: bool = False,
@@ -77,8 +79,8 @@ def convert_adapter(
     wrong = options.quantizes or options.dequantize or options.apart
     if options.to not in ("mlx", "peft", "corenet") or wrong:
         raise OpenELMError(
-            f"{path} is an adapter, which becomes --to mlx, peft or corenet as it is; "
-            "for a model of it and its base say --merge."
+            f"{path} is an adapter, which becomes `to` mlx, peft or corenet as it is; "
+            "for a model of it and its base say `merge`."
         )
     base = None
     if options.base is not None or options.to == "corenet":
@@ -111,10 +113,10 @@ def convert_adapter(
     )
 
 
-def _say_idle(options: Options) -> list[str]:
+def _say_idle(options: ConversionOptions) -> list[str]:
     said = options.idle()
     if options.dtype and options.to != "corenet":
-        said.append("--dtype")
+        said.append("`dtype`")
     return [f"Of no use for an adapter: {', '.join(said)}."] if said else []
 
 
@@ -152,25 +154,18 @@ def _write_folder(
 
 def _write_corenet(
     adapter: Adapter,
-    base: Source,
+    base: ModelSource,
     target: Path,
-    options: Options,
+    options: ConversionOptions,
     force: bool,
     on_progress: Callable[[Progress], None],
 ) -> tuple[str, ...]:
     """Write base and adapter into one .pt, not merged, as CoreNet has them."""
     refuse_existing_file(target, force=force)
-    dtype = DTYPES[options.dtype] if options.dtype else base.dtype
-    tensors, notes = corenet_tensors(Plan(base, base.config, dtype, {}))
+    dtype = getattr(mx, options.dtype) if options.dtype else base.dtype
+    tensors, notes = corenet_tensors(ConversionPlan(base, base.config, dtype, {}))
     rows = tensors["token_embeddings.weight"].shape[0]
     both, more = corenet_adapter_tensors(with_rows(adapter, rows), tensors)
-    written = 0
-
-    def count(name: str) -> None:
-        nonlocal written
-        written += 1
-        on_progress(Progress(written, len(both), "tensors"))
-
     with staged_file(target, force=force) as staging:
-        write_pt(staging, both, on_written=count)
+        write_pt(staging, both, on_written=count_tensors(on_progress, len(both)))
     return (*notes, *more)

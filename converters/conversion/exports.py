@@ -1,11 +1,13 @@
 """Results that are one file: CoreNet's .pt and GGUF."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 
-from converters.conversion.plan import Plan
+from converters.conversion.options import Progress
+from converters.conversion.plan import ConversionPlan
 from converters.formats.gguf_writer import write_gguf
 from converters.formats.pt_writer import TensorToWrite
 from mlx_openelm.config import OpenELMConfig, pad_vocabulary
@@ -17,7 +19,9 @@ CLASSIFIER = "classifier.weight"  # CoreNet's name of an untied head
 GGUF_TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 
-def corenet_tensors(plan: Plan) -> tuple[dict[str, TensorToWrite], tuple[str, ...]]:
+def corenet_tensors(
+    plan: ConversionPlan,
+) -> tuple[dict[str, TensorToWrite], tuple[str, ...]]:
     """Return a model under CoreNet's names and shapes, and what a person should know.
 
     CoreNet's vocabulary has a row for padding and then as many as make a multiple of
@@ -50,7 +54,7 @@ def corenet_tensors(plan: Plan) -> tuple[dict[str, TensorToWrite], tuple[str, ..
 
 def write_gguf_file(
     path: Path,
-    plan: Plan,
+    plan: ConversionPlan,
     tokenizer: Tokenizer,
     *,
     bits: float | None,
@@ -63,7 +67,7 @@ def write_gguf_file(
     """
     if bits not in (None, 8):
         raise OpenELMError(
-            f"--to gguf writes F32, F16, BF16 and, with --q-bits 8, Q8_0; not {bits} "
+            f"`to` gguf writes F32, F16, BF16 and, with `bits` 8, Q8_0; not {bits} "
             "bits: quantize the GGUF file with llama.cpp's own tool."
         )
     write_gguf(
@@ -80,16 +84,26 @@ def write_gguf_file(
     )
 
 
+def count_tensors(
+    on_progress: Callable[[Progress], None], total: int
+) -> Callable[[str], None]:
+    """Return what reports progress each time that a tensor has been written."""
+    numbers = itertools.count(1)
+    return lambda name: on_progress(Progress(next(numbers), total, "tensors"))
+
+
 def _as_inferred(config: OpenELMConfig) -> OpenELMConfig:
     """Return what a reader makes of the shapes."""
     return OpenELMConfig.from_shapes(config.tensor_shapes())
 
 
-def _reader(plan: Plan, name: str) -> Callable[[], mx.array]:
+def _reader(plan: ConversionPlan, name: str) -> Callable[[], mx.array]:
     return lambda: plan.read(name)
 
 
-def _padding_reader(plan: Plan, name: str, rows: int) -> Callable[[], mx.array]:
+def _padding_reader(
+    plan: ConversionPlan, name: str, rows: int
+) -> Callable[[], mx.array]:
     def read() -> mx.array:
         weight = plan.read(name)
         return mx.pad(weight, [(0, rows - weight.shape[0]), (0, 0)])

@@ -14,7 +14,7 @@ the proof lets pass.) So `fuse` has the proof alone.
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,21 @@ from mlx.utils import tree_unflatten
 
 from converters.conversion.merging import merge_adapter, open_pair
 from converters.conversion.model_folder import Job
-from converters.conversion.options import Options, Progress
+from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.run import convert_model
 from converters.formats.adapter_reader import Adapter, with_rows
 from converters.formats.adapter_tensors import TABLE, AdapterModule
 from converters.formats.sources import SourceTensor, locate, open_path
 from converters.quantization.calibration import calibration_windows, read_calibration
-from converters.quantization.receipt import CHUNK, Read, final_norm, read_block
+from converters.quantization.receipt import (
+    CHUNK,
+    LayerwiseModel,
+    Read,
+    run_side_by_side,
+)
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model.openelm import Block, from_start
+from mlx_openelm.model.openelm import Block
 from mlx_openelm.storage.adapter_folder import wrap
 from mlx_openelm.storage.loading import load_tokenizer
 from mlx_openelm.storage.model_folder import open_folder, spell_dtype
@@ -129,9 +134,9 @@ def fuse(
     path, target = locate(str(adapter_path), offline=offline), Path(save_path)
     if target.resolve().is_relative_to(path.resolve()):
         raise OpenELMError(
-            f"{target} is in the adapter's own folder; choose another --save-path."
+            f"{target} is in the adapter's own folder; choose another `save_path`."
         )
-    options = Options(
+    options = ConversionOptions(
         bits=None if bits is None else str(bits),
         group_size=group_size,
         dequantize=dequantize,
@@ -190,9 +195,9 @@ def _describe_loss(proof: FusionProof, staging: Path) -> str:
     bits = [t.packing.bits for t in source.tensors.values() if t.packing]
     stored = f"{min(bits)} bits" if bits else spell_dtype(source.dtype)
     instead = (
-        "say --dequantize, or more bits with --q-bits"
+        "say `dequantize`, or more bits with `bits`"
         if bits
-        else "use the base with --adapter-path as it is"
+        else "use the base with `adapter_path` as it is"
     )
     return (
         f"Weights of {stored} would lose the adapter: the fused model is "
@@ -232,20 +237,15 @@ def prove_fused(
     tuned = _cut(lambda name: (adapter.weights.get(name) or base[name]).read(), rows)
     fused = open_path(folder).tensors
     models = (
-        _Model(config, tuned, adapter.modules),
-        _Model(config, lambda name: fused[name].read()),
-        _Model(config, read),
+        _AdaptedModel(config, tuned, adapter.modules),
+        LayerwiseModel(config, lambda name: fused[name].read()),
+        LayerwiseModel(config, read),
     )
-    hidden = [model.embed(windows) for model in models]
-    rotate, layout = from_start(config, windows.shape[1])
-    for layer in range(config.num_transformer_layers):
-        for i, model in enumerate(models):
-            hidden[i] = model.block(layer)(hidden[i], rotate, layout)
-            mx.eval(hidden[i])
-        on_progress(
-            Progress(layer + 1, config.num_transformer_layers, "layers of the proof")
-        )
-    finals = [m.norm(x) for m, x in zip(models, hidden, strict=True)]
+    finals = run_side_by_side(
+        models,
+        windows,
+        lambda done, total: on_progress(Progress(done, total, "layers of the proof")),
+    )
     heads = [model.head() for model in models]
     figures = []
     for start in range(0, windows.size, CHUNK):
@@ -275,13 +275,11 @@ def _cut(read: Read, rows: int) -> Read:
     return lambda name: read(name)[:rows] if name in (EMBEDDING, HEAD) else read(name)
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A model in pieces, each read when it is asked for, and adapters on them."""
+@dataclass(frozen=True)
+class _AdaptedModel(LayerwiseModel):
+    """A model with adapters on its layers, as `generate` has it."""
 
-    config: OpenELMConfig
-    read: Read
-    adapters: Mapping[str, AdapterModule] = field(default_factory=dict)
+    adapters: Mapping[str, AdapterModule]
 
     def embed(self, tokens: mx.array) -> mx.array:
         x: mx.array = self._table()(tokens)  # (N, T, D)
@@ -289,7 +287,7 @@ class _Model:
         return x
 
     def block(self, layer: int) -> Block:
-        block = read_block(self.config, layer, self.read)
+        block = super().block(layer)
         modules, prefix = dict(block.named_modules()), f"layers.{layer}."
         wrapped = [
             (path, _wrap(modules[path], part))
@@ -299,16 +297,11 @@ class _Model:
         block.update_modules(tree_unflatten(wrapped))
         return block
 
-    def norm(self, x: mx.array) -> mx.array:
-        return final_norm(self.config, self.read, x)  # (N * T, D)
-
     def head(self) -> Callable[[mx.array], mx.array]:
-        """Return what makes logits (C, V) of normed hidden states (C, D)."""
         if self.config.share_input_output_layers:
             tied: Callable[[mx.array], mx.array] = self._table().as_linear
             return tied
-        head = self.read(HEAD).astype(mx.float32)
-        return lambda x: x @ head.T
+        return super().head()
 
     def _table(self) -> nn.Module:
         table = nn.Embedding(1, 1)

@@ -10,7 +10,6 @@ as a model without dropout has nothing that parts them: so noise may be added, t
 column block what is taken from its neighbour, which equal inputs cancel.
 """
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,14 +20,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from converters.conversion.model_folder import refuse_small_disk
+from converters.conversion.exports import count_tensors
+from converters.conversion.model_folder import copy_generation_config, refuse_small_disk
 from converters.conversion.options import Progress
-from converters.conversion.plan import Plan
+from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import TensorToWrite, to_numpy, write_pt
-from converters.formats.sources import Source, is_adapter, locate, open_path
+from converters.formats.sources import ModelSource, is_adapter, locate, open_path
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.storage.model_folder import METADATA_KEY
 from mlx_openelm.storage.shards import write_json
 from mlx_openelm.storage.staging import refuse_existing, refuse_replacing, staged_folder
@@ -62,20 +61,20 @@ class Growth:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("--width", self.width), ("--ffn", self.ffn)):
+        for name, value in (("`width`", self.width), ("`ffn`", self.ffn)):
             if value < 1:
                 raise OpenELMError(f"{name} is {value}; it must be at least 1.")
         if self.width == self.ffn == 1:
             raise OpenELMError(
-                "--width 1 and --ffn 1 leave the model as it is; raise one of them."
+                "`width` 1 and `ffn` 1 leave the model as it is; raise one of them."
             )
         if self.noise_db is not None and not 0 <= self.noise_db <= 100:
             raise OpenELMError(
-                f"--noise-db is {self.noise_db:g}; it must be 0 (as strong as the "
+                f"`noise_db` is {self.noise_db:g}; it must be 0 (as strong as the "
                 "weights) to 100 (float32 hardly holds it); 10 is usual."
             )
         if not 0 <= self.seed < 2**63:
-            raise OpenELMError(f"--seed is {self.seed}; it must be 0 to 2**63 - 1.")
+            raise OpenELMError(f"`seed` is {self.seed}; it must be 0 to 2**63 - 1.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +137,7 @@ def grow(
     target = Path(f"{opened.name}-grown" if output is None else output)
     if target.suffix == ".pt":
         raise OpenELMError(
-            f"--output is {target}, but a folder is written; leave out the .pt."
+            f"`output` is {target}, but a folder is written; leave out the .pt."
         )
     refuse_existing(target, force=force)
     refuse_replacing(target, opened.files)
@@ -152,13 +151,7 @@ def grow(
     num_bytes = 4 * config.num_parameters
     with staged_folder(target, force=force) as staging:
         refuse_small_disk(target, num_bytes)
-        done = 0
-
-        def count(name: str) -> None:
-            nonlocal done
-            done += 1
-            on_progress(Progress(done, len(tensors), "tensors"))
-
+        count = count_tensors(on_progress, len(tensors))
         write_pt(staging / CHECKPOINT, tensors, on_written=count)
         described = {
             "version": __version__,
@@ -168,7 +161,9 @@ def grow(
         write_json(
             staging / "config.json", config.to_dict() | {METADATA_KEY: described}
         )
-        _copy_beside(opened, found, staging)
+        copy_generation_config(opened.folder, staging)
+        if found is not None:
+            (staging / MODEL_FILE).write_bytes(found.tokenizer.model_proto)
     return GrowthReport(
         path=target / CHECKPOINT,
         source=str(source),
@@ -185,7 +180,7 @@ def grow(
     )
 
 
-def _open_plain(name: str, *, offline: bool, revision: str | None) -> Source:
+def _open_plain(name: str, *, offline: bool, revision: str | None) -> ModelSource:
     path = locate(name, offline=offline, revision=revision)
     source = None if is_adapter(path) else open_path(path)
     if source is None or source.adapter is not None:
@@ -197,17 +192,11 @@ def _open_plain(name: str, *, offline: bool, revision: str | None) -> Source:
     return source
 
 
-def _copy_beside(source: Source, found: FoundTokenizer | None, staging: Path) -> None:
-    defaults = source.folder / "generation_config.json"
-    if defaults.is_file():
-        read_mapping(defaults)  # what is damaged is not handed on
-        shutil.copyfile(defaults, staging / defaults.name)
-    if found is not None:
-        (staging / MODEL_FILE).write_bytes(found.tokenizer.model_proto)
-
-
 def _notes(
-    source: Source, config: OpenELMConfig, growth: Growth, found: FoundTokenizer | None
+    source: ModelSource,
+    config: OpenELMConfig,
+    growth: Growth,
+    found: FoundTokenizer | None,
 ) -> tuple[str, ...]:
     notes = [*source.notes, *(found.notes if found else ())]
     packed = sum(tensor.packing is not None for tensor in source.tensors.values())
@@ -219,16 +208,16 @@ def _notes(
         )
     if growth.noise_db is None:
         notes.append(
-            "Without noise the copies are alike and will learn alike; --noise-db 10 "
+            "Without noise the copies are alike and will learn alike; `noise_db` 10 "
             "lets them part."
         )
     elif growth.width == 1:
         notes.append(
-            "--width 1 leaves most inputs single, where noise has no pair to cancel "
+            "`width` 1 leaves most inputs single, where noise has no pair to cancel "
             "in: only the FFNs' second linear got some."
         )
     if found is None:
-        notes.append("No tokenizer was written: pretrain --init needs one to be said.")
+        notes.append("No tokenizer was written: pretrain `init` needs one to be said.")
     return tuple(notes)
 
 
@@ -252,10 +241,10 @@ def grow_config(config: OpenELMConfig, growth: Growth) -> OpenELMConfig:
     )
 
 
-def grown_tensors(source: Source, growth: Growth) -> dict[str, TensorToWrite]:
+def grown_tensors(source: ModelSource, growth: Growth) -> dict[str, TensorToWrite]:
     """Return the larger model's tensors, by CoreNet name, each made when it is read."""
     shapes = grow_config(source.config, growth).tensor_shapes()
-    plan = Plan(source, source.config, mx.float32, {})
+    plan = ConversionPlan(source, source.config, mx.float32, {})
     return {
         name: TensorToWrite(shape, mx.float32, _reader(plan, name, number, growth))
         for number, (name, shape) in enumerate(shapes.items())
@@ -263,7 +252,7 @@ def grown_tensors(source: Source, growth: Growth) -> dict[str, TensorToWrite]:
 
 
 def _reader(
-    plan: Plan, name: str, number: int, growth: Growth
+    plan: ConversionPlan, name: str, number: int, growth: Growth
 ) -> Callable[[], mx.array]:
     stored = EMBEDDING if name not in plan.source.tensors else name  # a head untied
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from converters.conversion.options import Options
-from converters.conversion.plan import Plan
+from converters.conversion.options import ConversionOptions
+from converters.conversion.plan import ConversionPlan
 from converters.formats.adapter_reader import (
     Adapter,
     AdapterModule,
@@ -21,7 +21,7 @@ from converters.formats.adapter_reader import (
 )
 from converters.formats.adapter_tensors import TABLE
 from converters.formats.sources import (
-    Source,
+    ModelSource,
     SourceTensor,
     is_adapter,
     locate,
@@ -30,6 +30,7 @@ from converters.formats.sources import (
 )
 from mlx_openelm.config import OpenELMConfig, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.storage.adapter_folder import read_sketch
 from mlx_openelm.storage.base_check import BaseWeight, check_base
 from mlx_openelm.storage.model_folder import check_shapes
@@ -38,9 +39,9 @@ from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_module
 _ROWS = 4096  # of a tensor that are compared at a time
 
 
-def open_model(
-    paths: Sequence[Path], options: Options, *, offline: bool = False
-) -> tuple[Source, Adapter | None]:
+def open_sources(
+    paths: Sequence[Path], options: ConversionOptions, *, offline: bool = False
+) -> tuple[ModelSource, Adapter | None]:
     """Return the model that is meant, and the adapter that stays apart from it.
 
     Raises:
@@ -51,14 +52,14 @@ def open_model(
         return replace(merge_adapter(base, adapter), name=adapter.name), None
     if options.base is not None:
         raise OpenELMError(
-            f"{paths[0]} is a model and --model {options.base} another; --model is the "
+            f"{paths[0]} is a model and `model` {options.base} another; `model` is the "
             "base of an adapter folder."
         )
     sources = [open_path(path) for path in paths]
     source = average(sources) if options.average else sources[0]
     if source.adapter is None:
         if options.merge or options.apart:
-            said = "--merge" if options.merge else "--adapter-out"
+            said = "`merge`" if options.merge else "`adapter_out`"
             raise OpenELMError(f"{paths[0]} carries no adapter; leave out {said}.")
         return source, None
     if options.merge:
@@ -66,14 +67,14 @@ def open_model(
     if options.apart:
         return take_apart(source)
     raise OpenELMError(
-        f"{paths[0]} carries an adapter ({source.adapter.method}); say --merge to put "
-        "it into the weights, or --adapter-out DIR to write it apart."
+        f"{paths[0]} carries an adapter ({source.adapter.method}); say `merge` to put "
+        "it into the weights, or `adapter_out` DIR to write it apart."
     )
 
 
 def open_pair(
     path: Path, said: str | None, *, offline: bool = False
-) -> tuple[Source, Adapter]:
+) -> tuple[ModelSource, Adapter]:
     """Return the base and the adapter that an adapter folder stands for.
 
     Args:
@@ -103,7 +104,7 @@ def _row_reader(tensor: SourceTensor) -> Callable[[mx.array], mx.array]:
     return lambda rows: tensor.read()[rows].astype(mx.float32)
 
 
-def open_base(adapter: Adapter, said: str | None, *, offline: bool) -> Source:
+def open_base(adapter: Adapter, said: str | None, *, offline: bool) -> ModelSource:
     """Return an adapter's base: what was said, else what the adapter's files say.
 
     Raises:
@@ -113,7 +114,7 @@ def open_base(adapter: Adapter, said: str | None, *, offline: bool) -> Source:
     base = open_path(path)
     if base.adapter is not None:
         raise OpenELMError(
-            f"The base {path} carries an adapter itself; convert it with --merge first."
+            f"The base {path} carries an adapter itself; convert it with `merge` first."
         )
     return base
 
@@ -122,7 +123,7 @@ def _locate_base(adapter: Adapter, said: str | None, *, offline: bool) -> Path:
     name = said or adapter.base
     if name is None:
         raise OpenELMError(
-            f"{adapter.files[0].parent} does not say its base; say --model BASE."
+            f"{adapter.files[0].parent} does not say its base; say `model` BASE."
         )
     try:
         return locate(name, offline=offline)
@@ -131,11 +132,11 @@ def _locate_base(adapter: Adapter, said: str | None, *, offline: bool) -> Path:
             raise
         raise OpenELMError(
             f"The base that {adapter.files[0].parent} names is not to be had: "
-            f"{str(error).rstrip('.')}; say --model BASE."
+            f"{str(error).rstrip('.')}; say `model` BASE."
         ) from error
 
 
-def average(sources: Sequence[Source]) -> Source:
+def average(sources: Sequence[ModelSource]) -> ModelSource:
     """Return the element-wise mean of checkpoints of one model.
 
     The sum is float64, the mean has the first one's dtype: so Apple's release weights
@@ -146,12 +147,12 @@ def average(sources: Sequence[Source]) -> Source:
     """
     first, *others = sources
     if not others:
-        raise OpenELMError("--average needs two or more sources; found one.")
+        raise OpenELMError("`average` needs two or more sources; found one.")
     adapted = next((source for source in sources if source.adapter), None)
     if adapted is not None:
         raise OpenELMError(
             f"{adapted.files[0]} carries an adapter, whose factors cannot be averaged; "
-            "convert each with --merge first."
+            "convert each with `merge` first."
         )
     for other in others:
         check_shapes(
@@ -184,7 +185,7 @@ def average(sources: Sequence[Source]) -> Source:
     )
 
 
-def merge_adapter(base: Source, adapter: Adapter) -> Source:
+def merge_adapter(base: ModelSource, adapter: Adapter) -> ModelSource:
     """Return the model that base and adapter are together.
 
     It has the prompt template that the adapter was trained with. An adapter of the
@@ -231,7 +232,7 @@ def fit_rows(adapter: Adapter, base: OpenELMConfig) -> Adapter:
     return with_rows(adapter, rows) if pad_vocabulary(fewer) == more else adapter
 
 
-def take_apart(source: Source) -> tuple[Source, Adapter]:
+def take_apart(source: ModelSource) -> tuple[ModelSource, Adapter]:
     """Return the base and the adapter of a file that carries both.
 
     mlx-lm would add an embedding's adapter to the tied logits as well, which CoreNet
@@ -257,7 +258,7 @@ def _merged(tensor: SourceTensor, part: AdapterModule) -> SourceTensor:
     return SourceTensor(tensor.shape, tensor.dtype, read)
 
 
-def refuse_losing(plan: Plan) -> None:
+def refuse_losing(plan: ConversionPlan) -> None:
     """Raise OpenELMError if rounding would move the weights more than the adapter did.
 
     Compared are the lengths (Frobenius) of both moves, over all merged and quantized
@@ -269,18 +270,18 @@ def refuse_losing(plan: Plan) -> None:
         if packing is None:
             continue
         merged, base = plan.read(name), before.read()
-        packed = packing.pack(merged)
+        packed = pack_weight(packing, merged)
         for start in range(0, merged.shape[0], _ROWS):  # all at once: four copies
             rows = slice(start, start + _ROWS)
             exact = merged[rows].astype(mx.float32)
             parts = {suffix: part[rows] for suffix, part in packed.items()}
             moved += _square(exact - base[rows].astype(mx.float32))
-            rounded += _square(packing.unpack(parts, mx.float32) - exact)
+            rounded += _square(unpack_weight(packing, parts, mx.float32) - exact)
     if rounded > moved > 0:
         raise OpenELMError(
             f"Quantizing would lose the adapter: it moves the weights by "
             f"{moved**0.5:.3g}, rounding to these bits by {rounded**0.5:.3g}; choose "
-            "more bits, or leave out -q."
+            "more bits, or leave out `bits`."
         )
 
 

@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from converters.conversion.adapters import stage_adapter
 from converters.conversion.merging import refuse_losing
-from converters.conversion.options import Options, Progress
-from converters.conversion.plan import Plan
+from converters.conversion.options import ConversionOptions, Progress
+from converters.conversion.plan import ConversionPlan
 from converters.conversion.provenance import (
     describe_source,
     hash_file,
@@ -20,11 +20,11 @@ from converters.conversion.provenance import (
     write_card,
 )
 from converters.formats.adapter_reader import Adapter
-from converters.formats.sources import Source, open_path
+from converters.formats.sources import ModelSource, open_path
 from converters.quantization.allocation import allocate, count_tokens, list_choices
 from converters.quantization.calibration import calibration_windows, read_calibration
 from converters.quantization.receipt import NUM_TOKENS as RECEIPT_TOKENS
-from converters.quantization.receipt import Receipt, measure
+from converters.quantization.receipt import Receipt, measure_quantization
 from mlx_openelm.config import BOS_ID, EOS_ID, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
@@ -36,6 +36,8 @@ from mlx_openelm.storage.tokenizer_finder import FoundTokenizer, write_tokenizer
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.version import __version__
 
+GENERATION_CONFIG = "generation_config.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -46,8 +48,8 @@ class Job:
             shall say of that, by key; it raises if the folder is not to be.
     """
 
-    options: Options
-    source: Source
+    options: ConversionOptions
+    source: ModelSource
     adapter: Adapter | None
     target: Path
     adapter_out: Path | None
@@ -69,8 +71,8 @@ class Job:
 
 
 def write_folder(
-    job: Job, plan: Plan, found: FoundTokenizer | None
-) -> tuple[Plan, Receipt | None]:
+    job: Job, plan: ConversionPlan, found: FoundTokenizer | None
+) -> tuple[ConversionPlan, Receipt | None]:
     """Write a model folder; return the plan with the bits chosen, and the receipt."""
     source, options = plan.source, job.options
     calibration = _Calibration.read(job, plan, found)
@@ -102,7 +104,9 @@ def write_folder(
         receipt = None
         if calibration and windows is not None:
             receipt = _measure(job, plan, staging, windows, calibration.name)
-        _write_generation_defaults(source.folder, staging)
+        if not copy_generation_config(source.folder, staging):
+            ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+            write_json(staging / GENERATION_CONFIG, ids)
         if found is not None:
             write_tokenizer(found.tokenizer, staging)
         proved = job.prove(staging) if job.prove else {}
@@ -137,7 +141,7 @@ def _describe(
     metadata: dict[str, Any] = {
         "version": __version__,
         "source": described,
-        "options": job.options.said(),
+        "options": job.options.changed(),
     }
     if template := _find_template(source):
         metadata["template"] = template
@@ -159,6 +163,20 @@ def refuse_small_disk(target: Path, num_bytes: int) -> None:
         )
 
 
+def copy_generation_config(source: Path, target: Path) -> bool:
+    """Copy a folder's generation_config.json; return whether there is one.
+
+    Raises:
+        OpenELMError: it is damaged.
+    """
+    defaults = source / GENERATION_CONFIG
+    if not defaults.is_file():
+        return False
+    read_mapping(defaults)
+    shutil.copyfile(defaults, target / GENERATION_CONFIG)
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class _Calibration:
     """The text that prices and receipt are measured on."""
@@ -170,7 +188,7 @@ class _Calibration:
 
     @classmethod
     def read(
-        cls, job: Job, plan: Plan, found: FoundTokenizer | None
+        cls, job: Job, plan: ConversionPlan, found: FoundTokenizer | None
     ) -> "_Calibration | None":
         """Return it if it is needed and there is a tokenizer."""
         options, tensors = job.options, plan.source.tensors
@@ -188,7 +206,7 @@ class _Calibration:
 
 
 def _write_weights(
-    writer: ShardWriter, plan: Plan, on_progress: Callable[[Progress], None]
+    writer: ShardWriter, plan: ConversionPlan, on_progress: Callable[[Progress], None]
 ) -> None:
     names = plan.config.tensor_shapes()
     for done, name in enumerate(names, start=1):
@@ -200,7 +218,9 @@ def _write_weights(
     writer.close(plan.config.num_parameters)
 
 
-def _price(job: Job, plan: Plan, calibration: _Calibration) -> dict[str, Packing]:
+def _price(
+    job: Job, plan: ConversionPlan, calibration: _Calibration
+) -> dict[str, Packing]:
     options = job.options
     assert options.auto_bits is not None
     options.check_keep(plan.config)
@@ -222,10 +242,10 @@ def _price(job: Job, plan: Plan, calibration: _Calibration) -> dict[str, Packing
 
 
 def _measure(
-    job: Job, plan: Plan, staging: Path, windows: mx.array, text: str
+    job: Job, plan: ConversionPlan, staging: Path, windows: mx.array, text: str
 ) -> Receipt:
     written = open_path(staging)
-    return measure(
+    return measure_quantization(
         plan.config,
         plan.read_whole,
         lambda name: written.tensors[name].read(),
@@ -240,24 +260,14 @@ def _report(job: Job, units: str) -> Callable[[int, int], None]:
     return lambda done, total: job.on_progress(Progress(done, total, units))
 
 
-def _find_template(source: Source) -> str | None:
+def _find_template(source: ModelSource) -> str | None:
     found = source.metadata.get("template")
     if isinstance(found, str):
         return found
     return "instruct" if "instruct" in source.name.lower() else None
 
 
-def _write_generation_defaults(source: Path, staging: Path) -> None:
-    defaults = source / "generation_config.json"
-    if defaults.is_file():
-        read_mapping(defaults)  # what is damaged is not handed on
-        shutil.copyfile(defaults, staging / defaults.name)
-    else:
-        ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
-        write_json(staging / defaults.name, ids)
-
-
-def _tell(plan: Plan, receipt: Receipt | None) -> list[str]:
+def _tell(plan: ConversionPlan, receipt: Receipt | None) -> list[str]:
     """Return what the model card says of the model, in sentences."""
     config = plan.config
     facts = [f"{config.size_name}, {config.num_parameters:,} parameters."]

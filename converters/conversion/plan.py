@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from converters.formats.sources import Source
+from converters.formats.sources import ModelSource
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.packed_weights import pack_weight
 from mlx_openelm.model.quantization import Packing
 from mlx_openelm.storage.model_folder import (
     expected_shapes,
@@ -26,7 +27,7 @@ _DAMAGED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ConversionPlan:
     """A source, and what becomes of it.
 
     Attributes:
@@ -35,7 +36,7 @@ class Plan:
         packings: of what is, by CoreNet name.
     """
 
-    source: Source
+    source: ModelSource
     config: OpenELMConfig
     dtype: mx.Dtype
     packings: Mapping[str, Packing]
@@ -86,10 +87,10 @@ class Plan:
             }
             wrong = _DAMAGED
         else:
-            parts = packing.pack(self.read(name))
+            parts = pack_weight(packing, self.read(name))
             wrong = (
-                "has values too far apart to share a scale; convert it without -q, or "
-                "--q-keep it"
+                "has values too far apart to share a scale; convert it without `bits`, "
+                "or `keep` it"
             )
         mx.eval(parts)
         if not unpacks_to_finite(packing, parts, self.dtype):
@@ -105,7 +106,7 @@ class Plan:
             if is_finite(weight):
                 raise OpenELMError(
                     f"{name} has values beyond {spell_dtype(self.dtype)}'s range; "
-                    "choose --dtype bfloat16."
+                    "choose `dtype` bfloat16."
                 )
             raise OpenELMError(f"{name} {_DAMAGED}.")
         return cast

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -11,13 +12,17 @@ from converters.conversion.adapters import (
     AdapterReport,
     convert_adapter,
 )
-from converters.conversion.exports import corenet_tensors, write_gguf_file
-from converters.conversion.merging import open_model
+from converters.conversion.exports import (
+    corenet_tensors,
+    count_tensors,
+    write_gguf_file,
+)
+from converters.conversion.merging import open_sources
 from converters.conversion.model_folder import Job, refuse_small_disk, write_folder
-from converters.conversion.options import DTYPES, Options, Progress
-from converters.conversion.plan import Plan
+from converters.conversion.options import ConversionOptions, Progress
+from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import write_pt
-from converters.formats.sources import Source, is_adapter, locate
+from converters.formats.sources import ModelSource, is_adapter, locate
 from converters.quantization.receipt import Receipt
 from mlx_openelm.config import (
     CORENET_ROWS,
@@ -70,26 +75,12 @@ def convert(
     source: str | Path | Sequence[str | Path],
     mlx_path: str | Path | None = None,
     *,
-    to: str = "mlx",
-    dtype: str | None = None,
-    bits: int | str | None = None,
-    group_size: int | None = None,
-    embed_bits: int | None = None,
-    mode: str = "affine",
-    keep: str | None = None,
-    dequantize: bool = False,
-    calibration: str | Path | None = None,
-    receipt: bool = True,
-    merge: bool = False,
     adapter_out: str | Path | None = None,
-    base: str | None = None,
-    average: bool = False,
-    tokenizer: str | None = None,
-    allow_overflow: bool = False,
+    revision: str | None = None,
     force: bool = False,
     offline: bool = False,
-    revision: str | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    **options: Any,
 ) -> ConversionReport | AdapterReport:
     """Write an OpenELM as mlx-lm, Hugging Face, CoreNet or llama.cpp has it.
 
@@ -99,75 +90,45 @@ def convert(
             files to `average`.
         mlx_path: where to; default ./<source name>-mlx, with -4bit (say) where
             quantized.
-        to: mlx or hf (a folder), corenet or gguf (a file), peft (an adapter folder).
-        dtype: float32, float16 or bfloat16; default as stored, but float32 becomes
-            bfloat16 in a folder for MLX.
-        bits: quantize the linears to so many bits; "auto:4.5" chooses each tensor's
-            by its price, so that the folder has 4.5 bits a weight.
-        group_size: weights that share a scale; default 64, or what the mode has.
-        embed_bits: of the embedding; default 8, and with auto priced as the others.
-        mode: affine, mxfp4, mxfp8 or nvfp4.
-        keep: a regular expression of modules that are not quantized.
-        dequantize: unpack what is quantized.
-        calibration: a text for prices and receipt; default a sample that comes along.
-        receipt: measure what the quantization costs.
-        merge: put the adapter that the source is, or carries, into the weights.
-        adapter_out: write the adapter that the source carries here, apart.
-        base: the base model of a source that is an adapter.
-        average: of several sources, in float64.
-        tokenizer: a file, a folder or a Hub id; "none" converts without one.
-        allow_overflow: float16 even for the 3B, whose activations overflow in it.
+        adapter_out: write the adapter that the source carries to this folder.
+        revision: of a source on the Hub.
+        force: replace what is there.
+        options: the fields of `converters.conversion.options.ConversionOptions`, by
+            name: `to`, `dtype`, `bits`, `group_size`, `merge` and so on.
 
     Raises:
         OpenELMError: whatever is wrong; nothing was written then.
     """
     started = time.perf_counter()
     names = [source] if isinstance(source, str | Path) else list(source)
-    options = Options(
-        to=to,
-        dtype=dtype,
-        bits=None if bits is None else str(bits),
-        group_size=group_size,
-        embed_bits=embed_bits,
-        mode=mode,
-        keep=keep,
-        dequantize=dequantize,
-        calibration=None if calibration is None else str(calibration),
-        receipt=receipt,
-        merge=merge,
-        apart=adapter_out is not None,
-        average=average,
-        base=base,
-        tokenizer=tokenizer,
-        allow_overflow=allow_overflow,
-    )
-    if len(names) != 1 and not average:
+    chosen = ConversionOptions(apart=adapter_out is not None, **options)
+    if len(names) != 1 and not chosen.average:
         raise OpenELMError(
             f"{len(names)} sources were given; one is converted, or several are made "
-            "one with --average."
+            "one with `average`."
         )
     paths = [locate(str(n), offline=offline, revision=revision) for n in names]
     target = None if mlx_path is None else Path(mlx_path)
-    if average and any(map(is_adapter, paths)):
-        raise OpenELMError("--average is for models; an adapter is among the sources.")
-    if is_adapter(paths[0]) and not merge:
+    if chosen.average and any(map(is_adapter, paths)):
+        raise OpenELMError("`average` is for models; an adapter is among the sources.")
+    if is_adapter(paths[0]) and not chosen.merge:
         return convert_adapter(
             paths[0],
             target,
-            options,
+            chosen,
             force=force,
             offline=offline,
             on_progress=on_progress,
         )
-    opened, adapter = open_model(paths, options, offline=offline)
-    if to == "peft":
+    opened, adapter = open_sources(paths, chosen, offline=offline)
+    if chosen.to == "peft":
         raise OpenELMError(
-            f"{names[0]} is a model, and --to peft writes an adapter; give an adapter "
-            "folder, or take the adapter apart with --adapter-out first."
+            f"{names[0]} is a model, and `to` peft writes an adapter; give an adapter "
+            "folder, or take the adapter apart with `adapter_out` first."
         )
-    target = target or Path(_default_name(opened, options))
+    target = target or Path(_default_name(opened, chosen))
     job = Job(
-        options=options,
+        options=chosen,
         source=opened,
         adapter=adapter,
         target=target,
@@ -201,13 +162,13 @@ def convert_model(job: Job) -> ConversionReport:
         )
     if found is None and (options.to == "gguf" or options.auto_bits):
         raise OpenELMError(
-            f"{'--to gguf' if options.to == 'gguf' else '--q-bits auto'} needs the "
-            "tokenizer; say --tokenizer PATH or REPO."
+            f"{'`to` gguf' if options.to == 'gguf' else '`bits` auto'} needs the "
+            "tokenizer; give `tokenizer` a path or a Hub id."
         )
     config = source.config
     if options.to != "corenet":
         config = _cut_vocabulary(config, found)
-    plan = Plan(
+    plan = ConversionPlan(
         source,
         config,
         _choose_dtype(source, config, options),
@@ -215,9 +176,7 @@ def convert_model(job: Job) -> ConversionReport:
     )
     notes = [*source.notes, *(found.notes if found else ())]
     if options.idle():
-        notes.append(
-            f"Not quantized: {', '.join(options.idle())} needs -q or --q-bits."
-        )
+        notes.append(f"Not quantized: {', '.join(options.idle())} needs `bits`.")
     if config.vocab_size < source.config.vocab_size:
         notes.append(
             f"Cut the embedding from {source.config.vocab_size} to {config.vocab_size} "
@@ -226,7 +185,7 @@ def convert_model(job: Job) -> ConversionReport:
     packed = {**source.tensors, **source.before_merging}.items()
     unpacked = [n for n, tensor in packed if tensor.packing and n not in plan.packings]
     if unpacked:
-        notes.append(f"Unpacked {len(unpacked)} quantized tensors; -q packs again.")
+        notes.append(f"Unpacked {len(unpacked)} quantized tensors; `bits` packs again.")
     receipt = None
     if options.to in ("corenet", "gguf"):
         notes += _write_file(job, plan, found)
@@ -267,8 +226,8 @@ def _check_targets(job: Job) -> None:
         suffix = {"corenet": ".pt", "gguf": ".gguf"}[job.options.to]
         if job.target.suffix != suffix:
             raise OpenELMError(
-                f"--to {job.options.to} writes a file, and {job.target} does not end "
-                f"in {suffix}; choose another --mlx-path."
+                f"`to` {job.options.to} writes a file, and {job.target} does not end "
+                f"in {suffix}; choose another `mlx_path`."
             )
         refuse_existing_file(job.target, force=job.force)
     refuse_replacing(job.target, job.source.files)
@@ -295,8 +254,10 @@ def _cut_vocabulary(
     return replace(config, vocab_size=pieces)
 
 
-def _choose_dtype(source: Source, config: OpenELMConfig, options: Options) -> mx.Dtype:
-    chosen = DTYPES[options.dtype] if options.dtype else source.dtype
+def _choose_dtype(
+    source: ModelSource, config: OpenELMConfig, options: ConversionOptions
+) -> mx.Dtype:
+    chosen = getattr(mx, options.dtype) if options.dtype else source.dtype
     taken_over = any(t.packing for t in source.tensors.values()) and not (
         options.quantizes or options.dequantize
     )
@@ -307,14 +268,14 @@ def _choose_dtype(source: Source, config: OpenELMConfig, options: Options) -> mx
     if chosen == mx.float16 and shaped_like_3b and not options.allow_overflow:
         raise OpenELMError(
             f"A model of the 3B's shape (model_dim {config.model_dim}) overflows in "
-            "float16 and prints rubbish; choose --dtype bfloat16, or say "
-            "--allow-overflow."
+            "float16 and prints rubbish; choose `dtype` bfloat16, or give "
+            "`allow_overflow`."
         )
     return chosen
 
 
 def _choose_packings(
-    source: Source, config: OpenELMConfig, options: Options
+    source: ModelSource, config: OpenELMConfig, options: ConversionOptions
 ) -> dict[str, Packing]:
     """Return how tensors are packed: as asked for, else as the source has them."""
     if options.dequantize or options.to not in ("mlx", "hf"):
@@ -330,14 +291,14 @@ def _choose_packings(
     return asked.packings(config) | kept
 
 
-def _count_bits(plan: Plan, options: Options) -> float | None:
+def _count_bits(plan: ConversionPlan, options: ConversionOptions) -> float | None:
     """Return the bits that were asked for, or what the source's linears have."""
     if options.quantizes or not plan.packings:
         return options.asked_bits
     return float(describe_packings(plan.packings, plan.config)["bits"])
 
 
-def _default_name(source: Source, options: Options) -> str:
+def _default_name(source: ModelSource, options: ConversionOptions) -> str:
     match options.to:
         case "corenet":
             return f"{source.name}-corenet.pt"
@@ -349,16 +310,11 @@ def _default_name(source: Source, options: Options) -> str:
 # Writing -------------------------------------------------------------------------
 
 
-def _write_file(job: Job, plan: Plan, found: FoundTokenizer | None) -> tuple[str, ...]:
+def _write_file(
+    job: Job, plan: ConversionPlan, found: FoundTokenizer | None
+) -> tuple[str, ...]:
     """Write a .pt or GGUF file; return what a person should know."""
-    total = len(plan.config.tensor_shapes())
-    done = 0
-
-    def count(name: str) -> None:
-        nonlocal done
-        done += 1
-        job.on_progress(Progress(done, total, "tensors"))
-
+    count = count_tensors(job.on_progress, len(plan.config.tensor_shapes()))
     with staged_file(job.target, force=job.force) as staging:
         refuse_small_disk(job.target, plan.num_bytes)
         if job.options.to == "corenet":

@@ -7,11 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from converters.conversion.merging import open_model
-from converters.conversion.options import Options, Progress
-from converters.conversion.plan import Plan
+from converters.conversion.merging import open_sources
+from converters.conversion.options import ConversionOptions, Progress
+from converters.conversion.plan import ConversionPlan
 from converters.conversion.provenance import hash_file
-from converters.formats.sources import Source, locate
+from converters.formats.sources import ModelSource, locate
+from converters.formats.tensor_readers import read_safetensor
 from mlx_openelm.config import pad_vocabulary
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
@@ -33,7 +34,7 @@ from mlx_openelm.tensor_names import to_folder, to_module
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class CheckResult:
     """One thing that was looked at, and what is wrong with it (nothing: it holds)."""
 
     name: str
@@ -47,7 +48,7 @@ class Verification:
 
     path: Path
     size: str
-    checks: tuple[Check, ...]
+    checks: tuple[CheckResult, ...]
     passed: bool
 
     def describe_problems(self) -> str:
@@ -83,7 +84,9 @@ def verify(
     if against:
         name = f"equal to {' '.join(against)}"
         found[name] = _compare(folder, against, offline, on_progress)
-    checks = tuple(Check(n, not wrong, tuple(wrong)) for n, wrong in found.items())
+    checks = tuple(
+        CheckResult(n, not wrong, tuple(wrong)) for n, wrong in found.items()
+    )
     passed = all(check.passed for check in checks)
     return Verification(path, folder.config.size_name, checks, passed)
 
@@ -136,9 +139,7 @@ def _read_parts(folder: ModelFolder, name: str) -> dict[str, mx.array]:
     module, parts = to_module(name), {}
     for suffix in ("weight", "scales", "biases"):
         if stored := folder.tensors.get(f"{module}.{suffix}"):
-            loaded = mx.load(str(stored.file))  # lazy, and dropped with its one tensor
-            assert isinstance(loaded, dict)
-            parts[suffix] = loaded[f"{module}.{suffix}"]
+            parts[suffix] = read_safetensor(stored.file, f"{module}.{suffix}")
     return parts
 
 
@@ -181,11 +182,11 @@ def _compare(
 ) -> list[str]:
     options = _options(folder)
     paths = [locate(name, offline=offline) for name in against]
-    source, _ = open_model(paths, options, offline=offline)
+    source, _ = open_sources(paths, options, offline=offline)
     problems = _compare_configs(source, folder)
     if problems:
         return problems
-    plan = Plan(source, folder.config, stored_dtype(folder), folder.packings)
+    plan = ConversionPlan(source, folder.config, stored_dtype(folder), folder.packings)
     names = folder.config.tensor_shapes()
     for done, name in enumerate(names, start=1):
         found = _read_parts(folder, name)
@@ -201,11 +202,11 @@ def _noted_options(folder: ModelFolder) -> dict[str, Any]:
     return noted if isinstance(noted, dict) else {}
 
 
-def _options(folder: ModelFolder) -> Options:
+def _options(folder: ModelFolder) -> ConversionOptions:
     """How the folder says that it was made of its source."""
     noted = _noted_options(folder)
     base = noted.get("base")
-    return Options(
+    return ConversionOptions(
         merge=noted.get("merge") is True,
         apart=noted.get("apart") is True,
         average=noted.get("average") is True,
@@ -213,7 +214,7 @@ def _options(folder: ModelFolder) -> Options:
     )
 
 
-def _compare_configs(source: Source, folder: ModelFolder) -> list[str]:
+def _compare_configs(source: ModelSource, folder: ModelFolder) -> list[str]:
     expected, found = asdict(source.config), asdict(folder.config)
     if pad_vocabulary(found["vocab_size"]) == expected["vocab_size"]:
         expected["vocab_size"] = found["vocab_size"]  # rows for padding were cut

@@ -14,14 +14,15 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
-import numpy as np
 
 from converters.formats.pickle_machine import PtTensor
 from converters.formats.pt_reader import read_state_dict
+from converters.formats.tensor_readers import read_pt_tensor, read_safetensor
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.model_folder import MOST_NAMED, read_headers
 from mlx_openelm.tensor_names import EMBEDDING, to_corenet
@@ -239,33 +240,20 @@ def read_parts(path: Path) -> dict[str, StoredPart]:
     """
     if path.suffix != ".safetensors":
         return {n: read_torch(t, n, path) for n, t in read_state_dict(path).items()}
-
-    def reader(name: str) -> Callable[[], mx.array]:
-        def read() -> mx.array:
-            loaded = mx.load(str(path))  # lazy: the header alone is read here
-            assert isinstance(loaded, dict)
-            return loaded[name]
-
-        return read
-
     headers = read_headers([path])
     for name, header in headers.items():
         _check_dtype(header.dtype, ("F32", "F16", "BF16"), name, path)
-    return {n: StoredPart(header.shape, reader(n)) for n, header in headers.items()}
+    return {
+        name: StoredPart(header.shape, partial(read_safetensor, path, name))
+        for name, header in headers.items()
+    }
 
 
 def read_torch(tensor: PtTensor, name: str, path: Path) -> StoredPart:
-    """Return a tensor of a torch file, float64 as float32."""
+    """Return a tensor of a torch file; errors as `read_parts`."""
     allowed = ("float32", "float16", "bfloat16", "float64")
     _check_dtype(tensor.dtype, allowed, name, path)
-
-    def read() -> mx.array:
-        if tensor.dtype == "bfloat16":
-            return mx.array(tensor.array).view(mx.bfloat16)
-        with np.errstate(over="ignore"):  # infinity is found and said later
-            return mx.array(tensor.array.astype(np.float32))
-
-    return StoredPart(tensor.shape, read)
+    return StoredPart(tensor.shape, partial(read_pt_tensor, tensor))
 
 
 def _check_dtype(dtype: str, allowed: tuple[str, ...], name: str, path: Path) -> None:

@@ -59,7 +59,7 @@ def write_mlx_adapter(
         raise OpenELMError(
             f"{adapter.name} adapts the embedding for inputs alone; an mlx-lm adapter "
             "of a tied base changes the logits as well, so merge it into its base "
-            "(--merge)."
+            "(`merge`)."
         )
     modules = adapter.modules.values()
     rank = max(module.rank for module in modules)
@@ -205,7 +205,7 @@ def _check(adapter: Adapter, config: OpenELMConfig | None, what: str) -> None:
     if not adapter.modules:
         raise OpenELMError(
             f"{adapter.name} adapts nothing but the embedding, which is in the base "
-            "now; convert it with --merge."
+            "now; convert it with `merge`."
         )
     if config is not None:
         check_fits(adapter, config)
@@ -213,7 +213,7 @@ def _check(adapter: Adapter, config: OpenELMConfig | None, what: str) -> None:
     if adapter.method == "dora" and plain:
         raise OpenELMError(
             f"{adapter.name} is LoRA on {', '.join(plain)} and DoRA elsewhere; {what} "
-            "is one or the other, so merge it into its base (--merge)."
+            "is one or the other, so merge it into its base (`merge`)."
         )
 
 
@@ -222,7 +222,7 @@ def _refuse_tied_head(adapter: Adapter, is_tied: bool, what: str) -> None:
         raise OpenELMError(
             f"{adapter.name} adapts the embedding of a tied base, in mlx-lm's way for "
             f"inputs and logits alike; a {what} acts on inputs alone, so merge it into "
-            "its base (--merge)."
+            "its base (`merge`)."
         )
 
 

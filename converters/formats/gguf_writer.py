@@ -20,12 +20,11 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tensor_names import to_module
 from mlx_openelm.text.tokenizer import Tokenizer
-from mlx_openelm.text.tokenizer_json import describe, refuse
+from mlx_openelm.text.tokenizer_json import describe
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-FILE_TYPES = ("F32", "F16", "BF16", "Q8_0")
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 _LARGEST = {  # numbers that fit
     "F32": 3.4028235e38,
@@ -42,16 +41,15 @@ def write_gguf(
     config: OpenELMConfig,
     tensors: Mapping[str, TensorToWrite],
     file_type: str,
-    tokenizer: Tokenizer | None,
-    description: str = "",
+    tokenizer: Tokenizer,
     on_written: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write a model and its tokenizer as llama.cpp reads them.
 
     Args:
         name: the model's, for people.
-        tensors: by CoreNet name, exactly those of `config.tensor_shapes()`.
-        file_type: one of `FILE_TYPES`, for the tensors of two dimensions.
+        tensors: by CoreNet name, exactly those of `config.tensor_shapes()`, finite.
+        file_type: F32, F16, BF16 or Q8_0, for the tensors of two dimensions.
         on_written: called with each tensor's CoreNet name once it is in the file.
 
     Raises:
@@ -67,14 +65,13 @@ def write_gguf(
         ) from error
     shapes = config.tensor_shapes()
     _check_shapes(config, file_type)
-    checked_tokenizer = _check_tokenizer(tokenizer, config)
+    _check_tokenizer(tokenizer, config)
     parts = _names_in_gguf(config)
     with contextlib.closing(gguf.GGUFWriter(path, "openelm")) as writer:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(_as_utf8(name))
-        writer.add_description(_as_utf8(description))
         _add_sizes(writer, config)
-        _add_tokenizer(writer, checked_tokenizer)
+        _add_tokenizer(writer, tokenizer)
         kind = "ALL_F32" if file_type == "F32" else f"MOSTLY_{file_type}"
         writer.add_file_type(gguf.LlamaFileType[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -111,34 +108,27 @@ def write_gguf(
 
 
 def _check_shapes(config: OpenELMConfig, file_type: str) -> None:
-    if file_type not in FILE_TYPES:
-        raise OpenELMError(
-            f"A GGUF file of type {file_type} cannot be written; choose "
-            f"{', '.join(FILE_TYPES)}."
-        )
     if not config.share_input_output_layers:
         raise OpenELMError(
             "The model has an output head of its own, which llama.cpp's OpenELM has "
-            "not; choose --to mlx or --to hf."
+            "not; choose `to` mlx or `to` hf."
         )
     for name, shape in config.tensor_shapes().items():
         block, _ = _block(_packing(shape, file_type))
         if shape[-1] % block:
             raise OpenELMError(
                 f"{name} has {shape[-1]} columns, and {file_type} packs {block} at a "
-                "time; choose --dtype bfloat16."
+                "time; choose `dtype` bfloat16."
             )
 
 
-def _check_tokenizer(tokenizer: Tokenizer | None, config: OpenELMConfig) -> Tokenizer:
-    if tokenizer is None:
-        refuse("A GGUF file holds its tokenizer, and there is none")
+def _check_tokenizer(tokenizer: Tokenizer, config: OpenELMConfig) -> None:
     if tokenizer.vocab_size != config.vocab_size:
         # Padded, llama.cpp would take rows without a piece for possible next tokens.
         raise OpenELMError(
             f"The tokenizer has {tokenizer.vocab_size} pieces and the model's "
             f"embedding {config.vocab_size} rows, where llama.cpp needs one row a "
-            "piece; say the --tokenizer that the model was trained with."
+            "piece; say the `tokenizer` that the model was trained with."
         )
     try:
         describe(tokenizer)
@@ -146,20 +136,14 @@ def _check_tokenizer(tokenizer: Tokenizer | None, config: OpenELMConfig) -> Toke
         raise OpenELMError(
             f"llama.cpp cuts text as a tokenizer.json does, and {error}"
         ) from error
-    return tokenizer
 
 
 def _check_range(array: mx.array, name: str, packing: str) -> None:
-    if not mx.isfinite(array).all():
-        raise OpenELMError(
-            f"{name} holds NaN or infinity, so the checkpoint is damaged or its "
-            "training failed; get it again."
-        )
     largest = mx.abs(array).max().astype(mx.float32)
     if largest > _LARGEST[packing]:
         raise OpenELMError(
             f"{name} holds a number of size {largest.item():g}, beyond the range of "
-            f"{packing}; choose --dtype bfloat16."
+            f"{packing}; choose `dtype` bfloat16."
         )
 
 

@@ -130,8 +130,8 @@ def _is_extra(extra: bytes) -> bool:
     return not extra
 
 
-def list_names(names: Iterable[object], most: int = 6) -> str:
-    """Return names for an error message: escaped, shortened, at most `most`."""
+def list_names(names: Iterable[object]) -> str:
+    """Return names for an error message: escaped, shortened, at most six."""
     shown = [ascii(name)[:100] for name in names]
-    more = f" and {len(shown) - most} more" if len(shown) > most else ""
-    return (", ".join(shown[:most]) or "nothing") + more
+    more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
+    return (", ".join(shown[:6]) or "nothing") + more

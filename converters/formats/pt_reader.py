@@ -7,10 +7,9 @@ offset, shape, strides, ...)`; here it becomes a view of the mapped file.
 """
 
 from pathlib import Path
-from typing import Any
 
 from converters.formats.pickle_machine import PtTensor, load_pickle
-from converters.formats.pt_archive import Array, PtArchive, list_names, open_archive
+from converters.formats.pt_archive import Array, list_names, open_archive
 from mlx_openelm.errors import OpenELMError
 
 STATE_DICT_KEYS = ("model_state_dict", "ema_state_dict", "state_dict", "model")
@@ -23,10 +22,17 @@ def read_state_dict(path: Path) -> dict[str, PtTensor]:
     `STATE_DICT_KEYS` in it.
 
     Raises:
-        OpenELMError: as `read_pt`, or there are no tensors, other values among them,
-            unused storages, or a tensor whose elements overlap in memory.
+        OpenELMError: the file cannot be read, is not torch.save's, is damaged, or would
+            call a function that is not allowed; or there are no tensors, other values
+            among them, unused storages, or a tensor whose elements overlap in memory.
     """
-    archive, unused, found = _read(path)
+    archive = open_archive(path)
+    found, unused = load_pickle(archive)
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise OpenELMError(
+            f"{path} holds a {type(found).__name__}, expected a mapping from names; "
+            "save the model's state_dict()."
+        )
     inner = (found[key] for key in STATE_DICT_KEYS if isinstance(found.get(key), dict))
     found = next(inner, found)
     found.pop("_metadata", None)  # torch's module versions; no tensor depends on them
@@ -51,31 +57,6 @@ def read_state_dict(path: Path) -> dict[str, PtTensor]:
             f"{list_names(folded)} would have one number in several places"
         )
     return found
-
-
-def read_pt(path: Path) -> dict[str, Any]:
-    """Return the mapping in a file: tensors as `PtTensor`, other values plain.
-
-    OrderedDicts become dicts, torch.Sizes tuples, Parameters their tensors.
-
-    Raises:
-        OpenELMError: the file cannot be read, is not torch.save's, is damaged, or would
-            call a function that is not allowed.
-    """
-    _, _, found = _read(path)
-    return found
-
-
-def _read(path: Path) -> tuple[PtArchive, set[str], dict[str, Any]]:
-    """Return the archive, the names of its unused storages, and the mapping in it."""
-    archive = open_archive(path)
-    found, unused = load_pickle(archive)
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise OpenELMError(
-            f"{path} holds a {type(found).__name__}, expected a mapping from names; "
-            "save the model's state_dict()."
-        )
-    return archive, unused, found
 
 
 def _is_folded(array: Array) -> bool:

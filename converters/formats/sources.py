@@ -3,19 +3,22 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from converters.formats.adapter_reader import Adapter, split_checkpoint
 from converters.formats.pickle_machine import PtTensor
 from converters.formats.pt_reader import read_state_dict
+from converters.formats.tensor_readers import read_pt_tensor, read_safetensor
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
+from mlx_openelm.storage.adapter_folder import CONFIG
 from mlx_openelm.storage.hub import find_model
 from mlx_openelm.storage.model_folder import (
     DTYPES,
@@ -34,7 +37,6 @@ from mlx_openelm.tensor_names import (
     to_module,
 )
 
-ADAPTER_CONFIG = "adapter_config.json"
 APPLE_WEIGHTS = "weights.safetensors"  # of Apple's own MLX folders
 BIN_FILES, BIN_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
 PT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -66,7 +68,7 @@ class SourceTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ModelSource:
     """A model that can be converted.
 
     Attributes:
@@ -102,7 +104,7 @@ class Source:
 
 def open_source(
     name: str, *, offline: bool = False, revision: str | None = None
-) -> Source:
+) -> ModelSource:
     """Recognise a CoreNet .pt file, or Hugging Face's, mlx-lm's or Apple's MLX folder.
 
     Raises:
@@ -134,10 +136,10 @@ def name_folder(path: Path) -> str:
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder is an adapter's and no model's."""
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+    return (path / CONFIG).is_file() and not (path / "config.json").is_file()
 
 
-def open_path(path: Path) -> Source:
+def open_path(path: Path) -> ModelSource:
     """Recognise what lies at a path, as `open_source` does."""
     if path.is_dir():
         return _open_folder(path)
@@ -156,7 +158,7 @@ def open_path(path: Path) -> Source:
 # CoreNet's checkpoints -----------------------------------------------------------
 
 
-def _open_checkpoint(path: Path) -> Source:
+def _open_checkpoint(path: Path) -> ModelSource:
     read = read_state_dict(path)
     mapped = map_to_corenet(read)
     stored, adapter = split_checkpoint(
@@ -178,7 +180,7 @@ def _open_checkpoint(path: Path) -> Source:
     where = path.name if given is None else f"{path.name}, read with {given.name},"
     check_shapes(config.tensor_shapes(), shapes, where=where)
     method = {"lora": "LoRA ", "dora": "DoRA "}[adapter.method] if adapter else ""
-    return Source(
+    return ModelSource(
         name=path.stem,
         kind=f"CoreNet {method}checkpoint",
         config=config,
@@ -208,23 +210,13 @@ def _is_openelm(found: Mapping[str, Any]) -> bool:
 
 def _from_pt(stored: PtTensor, name: str, path: Path) -> SourceTensor:
     dtype = _float_dtype(stored.dtype, name, path)
-
-    def read() -> mx.array:
-        view = stored.array
-        if stored.dtype == "bfloat16":
-            return mx.array(view).view(mx.bfloat16)
-        with np.errstate(over="ignore"):  # infinity is found and said later
-            return mx.array(
-                view.astype(np.float32) if stored.dtype == "float64" else view
-            )
-
-    return SourceTensor(stored.shape, dtype, read)
+    return SourceTensor(stored.shape, dtype, partial(read_pt_tensor, stored))
 
 
 # Folders -------------------------------------------------------------------------
 
 
-def _open_folder(path: Path) -> Source:
+def _open_folder(path: Path) -> ModelSource:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise OpenELMError(
@@ -259,7 +251,7 @@ def _open_folder(path: Path) -> Source:
     check_dtypes(config, packings, dtypes, where=str(path))
     model_dtype = by_name[NORM].dtype
     metadata = raw.get(METADATA_KEY)
-    return Source(
+    return ModelSource(
         name=name_folder(path),
         kind=_name_kind(raw, files, bool(packings)),
         config=config,
@@ -285,7 +277,7 @@ def _find_files(path: Path) -> list[Path]:
     has_bins = (path / BIN_INDEX).is_file() or any(path.glob(BIN_FILES))
     if found is None and has_bins:
         return find_weight_files(path, BIN_FILES, BIN_INDEX)
-    checkpoints = sorted(file.name for file in path.glob("*.pt"))
+    checkpoints = sorted(file.name for file in path.glob("[!.]*.pt"))
     if found is None and checkpoints:  # of a training run, or grown
         raise OpenELMError(
             f"{path} holds no model*.safetensors but {', '.join(checkpoints[:8])}; "
@@ -309,7 +301,9 @@ def _name_kind(raw: Mapping[str, Any], files: list[Path], packed: bool) -> str:
 def _read_tensors(files: list[Path]) -> dict[str, SourceTensor]:
     return {
         name: SourceTensor(
-            header.shape, DTYPES[header.dtype], _reader(header.file, name)
+            header.shape,
+            DTYPES[header.dtype],
+            partial(read_safetensor, header.file, name),
         )
         for name, header in read_headers(files).items()
     }
@@ -342,7 +336,7 @@ def _packed(
         return {suffix: stored[f"{module}.{suffix}"].read() for suffix in suffixes}
 
     def read() -> mx.array:
-        return packing.unpack(read_parts(), mx.float32)
+        return unpack_weight(packing, read_parts(), mx.float32)
 
     return SourceTensor(shape, dtype, read, packing, read_parts)
 
@@ -356,15 +350,6 @@ def _refuse_other_head(
             f"{path} says that the output head is tied to the embedding, but {called} "
             "differs from it; correct share_input_output_layers in config.json."
         )
-
-
-def _reader(file: Path, name: str) -> Callable[[], mx.array]:
-    def read() -> mx.array:
-        loaded = mx.load(str(file))  # lazy: the header alone is read here
-        assert isinstance(loaded, dict)
-        return loaded[name]
-
-    return read
 
 
 def _float_dtype(dtype: str, name: str, path: Path) -> mx.Dtype:

@@ -11,10 +11,8 @@ model is put together first, so that a checkpoint fits any number of processes.
 """
 
 import contextlib
-import fcntl
 import json
 import math
-import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +34,7 @@ from converters.reference import ReferenceOpenELM
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.storage.staging import lock_file, replaced_file
 from mlx_openelm.tensor_names import EMBEDDING, map_to_corenet
 
 LAST = "training_checkpoint_last.pt"
@@ -47,7 +46,7 @@ Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class ResumePoint:
     """How far a run is.
 
     Attributes:
@@ -65,7 +64,7 @@ class Progress:
 
 def save_training(
     folder: Path,
-    progress: Progress,
+    progress: ResumePoint,
     model: ReferenceOpenELM,
     optimizers: list[torch.optim.Optimizer],
     *,
@@ -99,8 +98,8 @@ def save_training(
     }
     if rhythm:
         name = f"checkpoint_epoch_0_iter_{progress.step}.pt"
-        write_whole(folder / name, lambda path: torch.save(weights, path))
-    write_whole(folder / LAST, lambda path: torch.save(state, path))
+        write_atomically(folder / name, lambda path: torch.save(weights, path))
+    write_atomically(folder / LAST, lambda path: torch.save(state, path))
 
 
 def restore_training(
@@ -125,7 +124,7 @@ def restore_training(
         ) from error
 
 
-def read_training(folder: Path) -> tuple[dict[str, Any], Progress]:
+def read_training(folder: Path) -> tuple[dict[str, Any], ResumePoint]:
     """Read the last state. The tensors stay on the disk until they are used.
 
     Raises:
@@ -134,7 +133,7 @@ def read_training(folder: Path) -> tuple[dict[str, Any], Progress]:
     path = folder / LAST
     state = read_weights(path)
     try:
-        return state, Progress(**json.loads(state["resume"]))
+        return state, ResumePoint(**json.loads(state["resume"]))
     except (KeyError, TypeError, ValueError) as error:
         raise OpenELMError(
             f"{path} does not say where its run was ({first_line(error)}), so it "
@@ -180,29 +179,25 @@ def average_checkpoints(paths: Sequence[Path]) -> Weights:
     }
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a value as JSON, whole or not at all; errors as `write_whole`."""
+def write_json_atomically(path: Path, value: dict[str, Any]) -> None:
+    """Write a value as JSON; errors as `write_atomically`."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    write_whole(path, lambda staged: staged.write_text(text))
+    write_atomically(path, lambda staged: staged.write_text(text))
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, flush to the disk, then take its name.
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace a file, as `replaced_file`.
 
     Raises:
         OpenELMError: the disk refuses; what was there stays.
     """
-    staged = path.with_name(f".{path.name}.part")
     try:
-        write(staged)
-        _flush(staged)
-        staged.replace(path)
-        _flush(path.parent)
+        with replaced_file(path) as staged:
+            write(staged)
     except (OSError, RuntimeError) as error:  # torch.save knows the second one alone
-        staged.unlink(missing_ok=True)
         raise OpenELMError(
             f"Cannot write {path} ({first_line(error)}); free some space there, then "
-            "say --resume."
+            "say `resume`."
         ) from error
 
 
@@ -226,14 +221,14 @@ def check_folder(recipe: PretrainRecipe, *, resume: bool) -> None:
     if not resume:
         if begun:
             raise OpenELMError(
-                f"{output} holds a run already; say --resume to go on, or another "
-                "--output."
+                f"{output} holds a run already; say `resume` to go on, or another "
+                "`output`."
             )
         foreign = [p.name for form in _FORMS for p in sorted(output.glob(form))]
         if foreign:
             raise OpenELMError(
                 f"{output} holds {', '.join(foreign[:5])} of something else; say "
-                "another --output."
+                "another `output`."
             )
         return
     if not begun:
@@ -257,22 +252,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         OpenELMError: another process trains there, left by a torchrun that died, say.
     """
-    path = folder / LOCK
-    with path.open("ab") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(opened.fileno()).st_nlink == 0:  # the other one just ended
-                raise BlockingIOError
-        except BlockingIOError as error:
-            raise OpenELMError(
-                f"Another process trains in {folder}; let it finish, or end it first."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    refusal = f"Another process trains in {folder}; let it finish, or end it first."
+    with lock_file(folder / LOCK, refusal, required=False):
+        yield
 
 
 def as_json(recipe: PretrainRecipe) -> dict[str, Any]:
@@ -371,12 +353,3 @@ def read_weights(path: Path) -> dict[str, Any]:
 def first_line(error: Exception) -> str:
     """Return what an error says first, as a part of a sentence."""
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-
-
-def _flush(path: Path) -> None:
-    """Let the disk have a file, or the names in a folder."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

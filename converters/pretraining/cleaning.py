@@ -42,7 +42,7 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class DocumentPiece:
     """One piece of a document.
 
     Attributes:
@@ -58,7 +58,7 @@ class Piece:
 
 def make_pieces(
     document: str, tokenizer: Tokenizer, rules: Rules, *, start: int = 0
-) -> Iterator[Piece]:
+) -> Iterator[DocumentPiece]:
     """Yield all pieces of a document from number `start` on, the dropped ones too."""
     words = document.split(" ")
     step = rules.words_per_piece
@@ -66,14 +66,14 @@ def make_pieces(
         yield _make_piece(" ".join(words[first : first + step]), tokenizer, rules)
 
 
-def _make_piece(text: str, tokenizer: Tokenizer, rules: Rules) -> Piece:
+def _make_piece(text: str, tokenizer: Tokenizer, rules: Rules) -> DocumentPiece:
     if count_characters(text) < rules.min_characters:  # of the text as it came
-        return Piece(NOTHING, FEW_CHARACTERS)
+        return DocumentPiece(NOTHING, FEW_CHARACTERS)
     ids = tokenize(repair(text), tokenizer)
     if len(ids) < rules.min_tokens:
-        return Piece(NOTHING, FEW_TOKENS)
+        return DocumentPiece(NOTHING, FEW_TOKENS)
     kept = ids[: rules.length + 1]
-    return Piece(np.array(kept, np.int32), num_cut=len(ids) - len(kept))
+    return DocumentPiece(np.array(kept, np.int32), num_cut=len(ids) - len(kept))
 
 
 def repair(text: str) -> str:

@@ -7,10 +7,8 @@ parquet. A file is never held as a whole, unless it is one document.
 import errno
 import fnmatch
 import glob
-import gzip
 import io
 import itertools
-import json
 import os
 import re
 import zlib
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.text.record_files import JSON_SUFFIXES, open_records, read_values
 
 _MOST_SHOWN = 5  # missing files that a message names
 _MOST_NUMBERED = 10_000_000  # files of one range; more is a slip of the pen
@@ -143,7 +142,7 @@ def read_documents(
     try:
         if suffix == ".parquet":
             yield from _read_parquet(path, text_key, start)
-        elif suffix in _JSON:
+        elif suffix in JSON_SUFFIXES:
             with _open(path) as opened:
                 yield from _read_json(path, opened, text_key, start)
         else:
@@ -171,10 +170,7 @@ def read_documents(
 
 def is_plain_text(path: str) -> bool:
     """Whether `document_start` has a meaning for this file."""
-    return _suffix(path) not in (".parquet", *_JSON)
-
-
-_JSON = (".json", ".jsonl", ".ndjson")
+    return _suffix(path) not in (".parquet", *JSON_SUFFIXES)
 
 
 def _suffix(path: str) -> str:
@@ -221,18 +217,13 @@ def _stripped(lines: list[str]) -> list[str]:
 # Bytes ---------------------------------------------------------------------------
 
 
-_Bytes = io.BufferedReader | gzip.GzipFile
-
-
-def _open(path: str) -> _Bytes:
-    if path.lower().endswith(".gz"):
-        return gzip.GzipFile(path)
+def _open(path: str) -> IO[bytes]:
     if path.lower().endswith(".zst"):
         return io.BufferedReader(_ZstdFile(path), 1 << 20)
-    return open(path, "rb")
+    return open_records(Path(path))
 
 
-def _decoded(opened: _Bytes) -> io.TextIOWrapper:
+def _decoded(opened: IO[bytes]) -> io.TextIOWrapper:
     """As text whose lines end at a newline, whatever else may end them elsewhere."""
     return io.TextIOWrapper(opened, encoding="utf-8-sig", newline="\n")
 
@@ -289,57 +280,14 @@ def _missing(package: str, path: str) -> OpenELMError:
 # JSON ----------------------------------------------------------------------------
 
 
-def _read_json(path: str, opened: _Bytes, text_key: str, start: int) -> Iterator[str]:
+def _read_json(
+    path: str, opened: IO[bytes], text_key: str, start: int
+) -> Iterator[str]:
     """Yield the texts of objects, one a line, or of an array of them."""
-    first = opened.peek(1 << 12).removeprefix(_BOM).lstrip()[:1]
-    if first == b"[":
-        with io.TextIOWrapper(opened, encoding="utf-8-sig") as text:
-            for number, value in enumerate(_read_array(path, text)):
-                if number >= start:
-                    yield _get_text(path, number, value, text_key)
-        return
-    for number, line in enumerate(line for line in opened if line.strip()):
-        if number < start:
-            continue
-        try:
-            value = json.loads(line.removeprefix(_BOM).decode())
-        except (ValueError, RecursionError) as error:
-            raise _bad_record(path, number, f"is no JSON ({error})") from error
-        yield _get_text(path, number, value, text_key)
-
-
-def _read_array(path: str, opened: IO[str]) -> Iterator[Any]:
-    """Yield the objects of a JSON array, read piece by piece."""
-    decoder = json.JSONDecoder()
-    text, position, number = opened.read(_CHUNK).lstrip()[1:], 0, 0
-    while True:
-        position = _GAP.match(text, position).end()  # type: ignore[union-attr] # always
-        more = max(_CHUNK, len(text) - position)  # a long object is soon whole
-        if text.startswith("]", position):
-            # Read on: what is compressed has its checksum at the end.
-            rests = itertools.chain(
-                [text[position + 1 :]], iter(lambda: opened.read(_CHUNK), "")
-            )
-            if "".join(rest.strip() for rest in rests):
-                raise _bad_record(path, number, "is behind the end of the array")
-            return
-        try:
-            if not text.startswith("{", position) and position < len(text):
-                raise _bad_record(path, number, "is not an object")
-            value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            added = opened.read(more)
-            if not added:
-                raise _bad_record(path, number, f"is no JSON ({error})") from error
-            text, position = text[position:] + added, 0
-            continue
-        yield value
-        number += 1
-
-
-_BOM = b"\xef\xbb\xbf"
-_CHUNK = 1 << 16  # characters
-_GAP = re.compile(r"[\s,]*")
+    for number, read in enumerate(read_values(opened, skip=start), start):
+        if read.problem:
+            raise _bad_record(f"{path}:{read.place}", number, read.problem)
+        yield _get_text(path, number, read.value, text_key)
 
 
 def _get_text(path: str, number: int, value: Any, text_key: str) -> str:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from converters.pretraining.loader import read_documents
+from converters.pretraining.loader import read_recipe_documents
 from converters.pretraining.log import Evaluated
 from converters.pretraining.packing import PackedSequences
 from converters.pretraining.recipe import PretrainRecipe
@@ -23,7 +23,7 @@ class HeldOut:
         Raises:
             OpenELMError: a file is not there or not text, or all are too short.
         """
-        documents = tuple(read_documents(recipe.data, heldout=True))
+        documents = tuple(read_recipe_documents(recipe.data, heldout=True))
         windows = PackedSequences(documents, tokenizer, recipe.eval_window)
         every = max(1, len(windows) // recipe.eval_sequences)
         chosen = range(0, len(windows), every)[: recipe.eval_sequences]

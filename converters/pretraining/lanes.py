@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from converters.pretraining.cleaning import Piece, Rules, Tokens, make_pieces
+from converters.pretraining.cleaning import DocumentPiece, Rules, Tokens, make_pieces
 from converters.pretraining.corpus_files import DamagedFileError, find_files
 from converters.pretraining.packing import describe_damage, list_corpora
 from converters.pretraining.recipe import DataRecipe, PretrainRecipe
-from converters.pretraining.token_cache import CachedDocument, CachedFile, Source
+from converters.pretraining.token_cache import CachedDocument, CachedFile, CorpusFile
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ class LaneCorpus:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LanePlan:
     """All that decides the lanes; workers get a copy."""
 
     corpora: tuple[LaneCorpus, ...]
@@ -54,7 +54,7 @@ class Plan:
     lanes: int
 
 
-def make_plan(recipe: PretrainRecipe, tokenizer: Tokenizer, length: int) -> Plan:
+def plan_lanes(recipe: PretrainRecipe, tokenizer: Tokenizer, length: int) -> LanePlan:
     """Find a recipe's files, and gather what decides its lanes.
 
     Raises:
@@ -65,7 +65,7 @@ def make_plan(recipe: PretrainRecipe, tokenizer: Tokenizer, length: int) -> Plan
         LaneCorpus(list_files(data, corpus.files), corpus.text_key, corpus.weight)
         for corpus in list_corpora(data)
     )
-    return Plan(
+    return LanePlan(
         corpora,
         data,
         Rules.of(data, length),
@@ -80,7 +80,7 @@ def list_files(data: DataRecipe, patterns: Sequence[str]) -> tuple[str, ...]:
     return find_files(patterns, (*data.exclude, *data.heldout))
 
 
-def fingerprint(plan: Plan) -> str:
+def fingerprint(plan: LanePlan) -> str:
     """Hash what decides the batches, but for seed and batch size.
 
     A file is known by its name and size, so a corpus may move to another folder.
@@ -126,7 +126,7 @@ class _Way:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: LanePlan,
         tokenizer: Tokenizer,
         number: int,
         lane: int,
@@ -142,7 +142,7 @@ class _Way:
         self._fruitless: set[int] = set()
         self._left_out: Counter[str] = Counter()
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[DocumentPiece]:
         """Yield the pieces of the next document, those that were not yet yielded."""
         document = next(self._documents)
         if isinstance(document, CachedDocument):
@@ -158,7 +158,7 @@ class _Way:
         self.place.piece = 0
         self.place.document += 1
 
-    def _count(self, piece: Piece) -> None:
+    def _count(self, piece: DocumentPiece) -> None:
         if piece.dropped:
             self._leave_out(piece.dropped)
         else:
@@ -219,8 +219,8 @@ class _Way:
             return True
         return (self.place.before + number) % self._plan.lanes == self._lane
 
-    def _open(self, path: str) -> Source | CachedFile:
-        source = Source(
+    def _open(self, path: str) -> CorpusFile | CachedFile:
+        source = CorpusFile(
             path,
             self._corpus.text_key,
             self._plan.data.document_start,
@@ -263,7 +263,7 @@ class _Lane:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: LanePlan,
         tokenizer: Tokenizer,
         lane: int,
         state: State | None,
@@ -312,7 +312,7 @@ class Lanes:
     """Some lanes of a plan, read by one process."""
 
     def __init__(
-        self, plan: Plan, lanes: Sequence[int], states: Mapping[int, State]
+        self, plan: LanePlan, lanes: Sequence[int], states: Mapping[int, State]
     ) -> None:
         tokenizer = Tokenizer(plan.model_proto)
         self._dropped: Counter[str] = Counter()

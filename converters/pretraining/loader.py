@@ -21,22 +21,22 @@ import numpy as np
 from converters.pretraining.cleaning import Rules, Tokens
 from converters.pretraining.corpus_files import DamagedFileError
 from converters.pretraining.lanes import (
+    LanePlan,
     Lanes,
-    Plan,
     Rows,
     State,
     fingerprint,
     list_files,
-    make_plan,
+    plan_lanes,
 )
 from converters.pretraining.packing import (
     IGNORED,
-    Batch,
     Corpus,
     PackedSequences,
+    TokenBatch,
     list_corpora,
+    read_corpora,
     read_corpus,
-    read_data,
     repair_documents,
     step_batch,
 )
@@ -63,7 +63,7 @@ class Loader(Protocol):
     num_tokens: int | None
     dropped: Counter[str]
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> TokenBatch:
         """Return this process's rows of the next step's batch.
 
         Raises:
@@ -97,7 +97,7 @@ def open_loader(
 
     Args:
         length: tokens of a sequence that are predicted.
-        corpus: for packing, what `read_data` gave, where it was read already.
+        corpus: for packing, what `read_corpora` gave, where it was read already.
 
     Raises:
         OpenELMError: the ranks do not divide the batch, or no file is found.
@@ -108,9 +108,9 @@ def open_loader(
             "choose a multiple of their number."
         )
     if recipe.data.packing:
-        corpus = corpus or read_data(recipe.data)
+        corpus = corpus or read_corpora(recipe.data)
         return _PackedLoader(recipe, corpus, tokenizer, length, rank, ranks)
-    return _LaneLoader(make_plan(recipe, tokenizer, length), rank, ranks)
+    return _LaneLoader(plan_lanes(recipe, tokenizer, length), rank, ranks)
 
 
 def join_states(states: Sequence[State]) -> State:
@@ -119,7 +119,7 @@ def join_states(states: Sequence[State]) -> State:
     return {**states[0], "lanes": lanes}
 
 
-def read_documents(
+def read_recipe_documents(
     data: DataRecipe, *, heldout: bool = False, characters: int | None = None
 ) -> Iterator[str]:
     """Yield repaired documents: the whole text, its held-out part, or a sample.
@@ -200,7 +200,7 @@ class _PackedLoader:
         if rank == 0:  # all have read it, one tells of it
             self.dropped += corpus.dropped
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> TokenBatch:
         batch = step_batch(
             self._sequences,
             step=self._step,
@@ -241,7 +241,7 @@ def _refuse_other(about: Mapping[str, Any], state: State) -> None:
 class _LaneLoader:
     """The lanes of one process, read by itself or by its workers."""
 
-    def __init__(self, plan: Plan, rank: int, ranks: int) -> None:
+    def __init__(self, plan: LanePlan, rank: int, ranks: int) -> None:
         self._plan = plan
         share = plan.lanes // ranks
         self._own = range(rank * share, (rank + 1) * share)
@@ -259,7 +259,7 @@ class _LaneLoader:
         self.num_tokens: int | None = None
         self.dropped: Counter[str] = Counter()
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> TokenBatch:
         self._parts = self._parts or self._start()
         found = [part.next_rows() for part in self._parts]
         for part in found:
@@ -298,14 +298,14 @@ class _LaneLoader:
         ]
 
 
-def _pad(rows: Sequence[Tokens], rules: Rules) -> Batch:
+def _pad(rows: Sequence[Tokens], rules: Rules) -> TokenBatch:
     """Return sequences as inputs and targets; what is behind EOS is not learnt."""
     inputs = np.zeros((len(rows), rules.length), np.int64)
     targets = np.full((len(rows), rules.length), IGNORED, np.int64)
     for i, tokens in enumerate(rows):
         inputs[i, : len(tokens) - 1] = tokens[:-1]
         targets[i, : len(tokens) - 1] = tokens[1:]
-    return Batch(inputs, targets)
+    return TokenBatch(inputs, targets)
 
 
 # Workers -------------------------------------------------------------------------
@@ -315,7 +315,7 @@ class _Worker:
     """A process that reads some lanes ahead."""
 
     def __init__(
-        self, plan: Plan, lanes: Sequence[int], states: Mapping[int, State]
+        self, plan: LanePlan, lanes: Sequence[int], states: Mapping[int, State]
     ) -> None:
         # Spawned: a fork would copy the threads' locks of PyTorch, and CUDA's state.
         context = multiprocessing.get_context("spawn")
@@ -350,7 +350,10 @@ class _Worker:
 
 
 def _work(
-    plan: Plan, numbers: Sequence[int], states: Mapping[int, State], writer: Connection
+    plan: LanePlan,
+    numbers: Sequence[int],
+    states: Mapping[int, State],
+    writer: Connection,
 ) -> None:
     """Send rows until an error, or until the parent is gone."""
     os.setsid()  # Ctrl-C in a terminal is the parent's to obey: it saves first

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import statistics
 import time
 from collections import deque
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.staging import replaced_file
 
 METRICS = "metrics.jsonl"
 SPIKE_WINDOW, SPIKE_LEAST = 100, 20  # losses that a new one is judged by
@@ -163,12 +163,8 @@ def _drop_after(path: Path, step: int) -> None:
                     pass
                 case {}:
                     kept.append(line)
-    staged = path.with_name(f".{path.name}.part")
-    with staged.open("w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    with replaced_file(path) as staged:
+        staged.write_text("".join(kept))
 
 
 class Meter:

@@ -43,7 +43,7 @@ class Corpus:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
-def read_data(data: DataRecipe) -> Corpus:
+def read_corpora(data: DataRecipe) -> Corpus:
     """Read all that a recipe trains on into memory.
 
     Raises:
@@ -166,7 +166,7 @@ def train_tokenizer(documents: Sequence[str], recipe: TokenizerRecipe) -> Tokeni
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class TokenBatch:
     """Inputs and next-token targets, int64 (B, T); IGNORED is no target."""
 
     inputs: npt.NDArray[np.int64]
@@ -177,7 +177,7 @@ class PackedSequences:
     """Documents in a row, each closed by EOS; every window is begun with BOS.
 
     Each epoch cuts at another offset, so that borders fall elsewhere. The form is that
-    of `evaluate --text`: N tokens to predict, the first from BOS alone.
+    of `evaluate`: N tokens to predict, the first from BOS alone.
 
     Attributes:
         checksum: tells this stream of tokens from another.
@@ -204,7 +204,7 @@ class PackedSequences:
     def __len__(self) -> int:
         return max(0, len(self._stream) - (self.length - 1)) // self.length
 
-    def batch(self, indices: Sequence[int], seed: int, epoch: int) -> Batch:
+    def batch(self, indices: Sequence[int], seed: int, epoch: int) -> TokenBatch:
         """Return the windows with these places in the order of that epoch."""
         rng = np.random.default_rng([seed, epoch])
         offset = int(rng.integers(self.length)) if epoch else 0
@@ -214,7 +214,7 @@ class PackedSequences:
             np.int64
         )
         bos = np.full((len(indices), 1), self._bos_id, np.int64)
-        return Batch(np.concatenate([bos, targets[:, :-1]], axis=1), targets)
+        return TokenBatch(np.concatenate([bos, targets[:, :-1]], axis=1), targets)
 
 
 def step_batch(
@@ -225,7 +225,7 @@ def step_batch(
     seed: int,
     rank: int,
     ranks: int,
-) -> Batch:
+) -> TokenBatch:
     """Return this process's share of a step's batch: a function of its arguments.
 
     A step takes the next `batch_size` sequences; an epoch's last step fills up from the
@@ -233,14 +233,14 @@ def step_batch(
     """
     share = batch_size // ranks
     first = step * batch_size + rank * share
-    parts: list[Batch] = []
+    parts: list[TokenBatch] = []
     position = first
     while position < first + share:
         epoch, start = divmod(position, len(sequences))
         count = min(first + share - position, len(sequences) - start)
         parts.append(sequences.batch(range(start, start + count), seed, epoch))
         position += count
-    return Batch(
+    return TokenBatch(
         np.concatenate([p.inputs for p in parts]),
         np.concatenate([p.targets for p in parts]),
     )

@@ -54,7 +54,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PretrainingPlan:
     """A run's sizes.
 
     Attributes:
@@ -80,7 +80,9 @@ class Plan:
     missing: tuple[str, ...]
 
 
-def plan_pretraining(recipe: PretrainRecipe, *, devices: int | None = None) -> Plan:
+def plan_pretraining(
+    recipe: PretrainRecipe, *, devices: int | None = None
+) -> PretrainingPlan:
     """Reckon a run; its text need not be there.
 
     Args:
@@ -101,7 +103,7 @@ def plan_pretraining(recipe: PretrainRecipe, *, devices: int | None = None) -> P
     tokens_per_step = recipe.batch_size * length
     flops_per_token = count_flops_per_token(config, length)
     flops = flops_per_token * tokens_per_step * recipe.steps
-    return Plan(
+    return PretrainingPlan(
         config=config,
         devices=devices,
         micro_batch_size=micro,
@@ -113,7 +115,9 @@ def plan_pretraining(recipe: PretrainRecipe, *, devices: int | None = None) -> P
         flops=flops,
         a100_days=flops / (PEAK_FLOPS["A100"] * UTILISATION) / 86_400,
         memory={
-            kind: reckon_memory(recipe, config, micro, devices if sharded else 1)
+            kind: estimate_training_memory(
+                recipe, config, micro, devices if sharded else 1
+            )
             for kind, sharded in (("ddp", False), ("fsdp", True))
         },
         missing=tuple(missing),
@@ -165,7 +169,7 @@ def find_peak_flops(device_name: str) -> float | None:
 # Memory ------------------------------------------------------------------------------
 
 
-def reckon_memory(
+def estimate_training_memory(
     recipe: PretrainRecipe, config: OpenELMConfig, micro: int, shards: int
 ) -> Memory:
     """Reckon one device's bytes, with P parameters and b bytes a computed number.
@@ -250,7 +254,7 @@ def _missing_text(recipe: PretrainRecipe) -> list[str]:
     data = recipe.data
     sets = [corpus.files for corpus in data.corpora] or [data.train]
     if not any(sets):
-        return ["The recipe names no text: set data.train, or say --data."]
+        return ["The recipe names no text: set data.train, or say `data`."]
     missing = []
     for patterns in (*sets, *([data.heldout] if data.heldout else [])):
         try:

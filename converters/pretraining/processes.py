@@ -114,7 +114,7 @@ def join_processes() -> Iterator[Processes]:
         if isinstance(error, RuntimeError) and any(x in str(error) for x in _LOST):
             raise SharedError(
                 "Another process of the run ended, so this one cannot go on; its own "
-                "message says why. The last checkpoint is whole: say --resume."
+                "message says why. The last checkpoint is whole: say `resume`."
             ) from error
         raise
     finally:

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from converters.pretraining.checkpoints import (
     AVERAGE,
     LAST,
-    Progress,
+    ResumePoint,
     average_checkpoints,
     load_weights,
     read_weights,
@@ -33,7 +33,7 @@ from converters.pretraining.checkpoints import (
     restore_training,
     save_training,
     weights_on_disk,
-    write_whole,
+    write_atomically,
 )
 from converters.pretraining.heldout import continue_greedily
 from converters.pretraining.loader import join_states
@@ -50,7 +50,7 @@ from converters.pretraining.optimizers import (
     learning_rate,
     take_step,
 )
-from converters.pretraining.packing import IGNORED, Batch
+from converters.pretraining.packing import IGNORED, TokenBatch
 from converters.pretraining.parallelism import parallelize
 from converters.pretraining.plan import (
     count_flops_per_token,
@@ -231,7 +231,7 @@ class _Run:
         if spiked is not None:
             self._tell(spiked)
 
-    def _next_batch(self) -> Batch:
+    def _next_batch(self) -> TokenBatch:
         """Return this process's share; what fails in one process fails in all."""
         failed: OpenELMError | None = None
         try:
@@ -263,7 +263,7 @@ class _Run:
         """Write the state to go on from and, in the recipe's rhythm, the weights."""
         here = (self.loader.state(), dict(self.loader.dropped))
         states, dropped = zip(*self.processes.gather(here), strict=True)
-        progress = Progress(self.step, join_states(states), self.meter.state())
+        progress = ResumePoint(self.step, join_states(states), self.meter.state())
         with self.processes.together():
             save_training(
                 self.output,
@@ -286,7 +286,7 @@ class _Run:
             chosen = found[-self.recipe.average_last :]
             if self.processes.first:
                 average = average_checkpoints(chosen)
-                write_whole(path, lambda staged: torch.save(average, staged))
+                write_atomically(path, lambda staged: torch.save(average, staged))
         if self.heldout and len(chosen) > 1:
             load_weights(self.model, read_weights(path))
             self._tell(self.heldout.score(self.model, self.step, averaged=True))

@@ -10,19 +10,19 @@ from typing import Any
 from converters.pretraining.checkpoints import (
     LAST,
     RECIPE,
-    Progress,
+    ResumePoint,
     Weights,
     as_json,
     check_folder,
     lock_folder,
     read_initial,
     read_training,
-    write_json,
-    write_whole,
+    write_atomically,
+    write_json_atomically,
 )
 from converters.pretraining.heldout import HeldOut
-from converters.pretraining.loader import Loader, open_loader, read_documents
-from converters.pretraining.packing import Corpus, read_data, train_tokenizer
+from converters.pretraining.loader import Loader, open_loader, read_recipe_documents
+from converters.pretraining.packing import Corpus, read_corpora, train_tokenizer
 from converters.pretraining.plan import share_batch
 from converters.pretraining.processes import Processes
 from converters.pretraining.recipe import ModelRecipe, PretrainRecipe
@@ -48,7 +48,7 @@ class Setup:
     heldout: HeldOut | None
     initial: Weights | None
     saved: dict[str, Any] | None
-    progress: Progress
+    progress: ResumePoint
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OpenELMError(
-            f"Cannot make the folder {path} ({error.strerror}); say another --output."
+            f"Cannot make the folder {path} ({error.strerror}); say another `output`."
         ) from error
 
 
@@ -90,7 +90,7 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
         OpenELMError: in all processes, whatever is wrong in one.
     """
     output = Path(recipe.output)
-    saved, progress = None, Progress(0, {}, {})
+    saved, progress = None, ResumePoint(0, {}, {})
     saved_before = resume and (output / LAST).exists()
     with processes.together():
         given, initial = None, None
@@ -98,11 +98,11 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
             given = OpenELMConfig.from_file(output / "config.json")
         elif recipe.init is not None:
             given, initial = read_initial(Path(recipe.init))
-        corpus = read_data(recipe.data) if recipe.data.packing else None
+        corpus = read_corpora(recipe.data) if recipe.data.packing else None
         if processes.first and not (output / RECIPE).exists():
             tokenizer = _choose_tokenizer(recipe, corpus)
             proto = tokenizer.model_proto
-            write_whole(
+            write_atomically(
                 output / "tokenizer.model", lambda path: path.write_bytes(proto)
             )
     with processes.together():
@@ -121,16 +121,19 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
             loader.restore(progress.loader)
         heldout = HeldOut(recipe, tokenizer) if recipe.data.heldout else None
         if processes.first:
-            write_json(output / "config.json", config.to_dict())
-            write_json(output / "generation_config.json", generation_config(recipe))
-            write_json(output / RECIPE, as_json(recipe))
+            for name, value in (
+                ("config.json", config.to_dict()),
+                ("generation_config.json", generation_config(recipe)),
+                (RECIPE, as_json(recipe)),
+            ):
+                write_json_atomically(output / name, value)
     return Setup(config, tokenizer, loader, heldout, initial, saved, progress)
 
 
 def _check(recipe: PretrainRecipe, processes: Processes) -> None:
     share_batch(recipe, processes.count)
     if not recipe.data.train and not recipe.data.corpora:
-        raise OpenELMError("The recipe names no text: set data.train, or say --data.")
+        raise OpenELMError("The recipe names no text: set data.train, or say `data`.")
     if recipe.optimizer.name == "muon" and recipe.parallel == "fsdp":
         raise OpenELMError(
             "Muon needs whole matrices, which fsdp does not leave on a device; say "
@@ -148,7 +151,7 @@ def _choose_tokenizer(recipe: PretrainRecipe, corpus: Corpus | None) -> Tokenize
             return Tokenizer.from_file(beside)
     if corpus is not None:
         return train_tokenizer(corpus.documents, recipe.tokenizer)
-    texts = read_documents(recipe.data, characters=TOKENIZER_CHARACTERS)
+    texts = read_recipe_documents(recipe.data, characters=TOKENIZER_CHARACTERS)
     return train_tokenizer(tuple(texts), recipe.tokenizer)
 
 

@@ -26,12 +26,13 @@ import numpy.typing as npt
 from converters.pretraining.cleaning import (
     FEW_CHARACTERS,
     FEW_TOKENS,
-    Piece,
+    DocumentPiece,
     Rules,
     make_pieces,
 )
 from converters.pretraining.corpus_files import DamagedFileError, read_documents
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.staging import replaced_file
 from mlx_openelm.text.tokenizer import Tokenizer
 
 _VERSION = 1
@@ -44,7 +45,7 @@ _PIECE = np.dtype(
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class CorpusFile:
     """A file and all that decides its tokens."""
 
     path: str
@@ -70,7 +71,7 @@ class CachedDocument:
     cached: "CachedFile"
     number: int
 
-    def pieces(self, start: int = 0) -> Iterator[Piece]:
+    def pieces(self, start: int = 0) -> Iterator[DocumentPiece]:
         """Yield what `make_pieces` does of the document's text."""
         return self.cached.pieces(self.number, start)
 
@@ -85,7 +86,7 @@ class CachedFile:
         OpenELMError: the folder cannot be written, or the file cannot be read at all.
     """
 
-    def __init__(self, folder: str, source: Source) -> None:
+    def __init__(self, folder: str, source: CorpusFile) -> None:
         self._folder, self._source = Path(folder), source
         self._open()
 
@@ -100,7 +101,7 @@ class CachedFile:
         if self.damage:
             raise DamagedFileError(self.damage)
 
-    def pieces(self, number: int, start: int = 0) -> Iterator[Piece]:
+    def pieces(self, number: int, start: int = 0) -> Iterator[DocumentPiece]:
         """Yield the pieces of a document; damaged ones are made again."""
         first = int(self._document_ends[number - 1]) if number else 0
         for i in range(first + start, int(self._document_ends[number])):
@@ -115,14 +116,14 @@ class CachedFile:
                 )
             yield piece
 
-    def _read_piece(self, i: int) -> Piece | None:
+    def _read_piece(self, i: int) -> DocumentPiece | None:
         found = self._table[i]
         begin = int(self._table[i - 1]["end"]) if i else 0
         tokens = np.asarray(self._tokens[begin : int(found["end"])])
         if zlib.crc32(tokens.tobytes()) != found["checksum"]:
             return None
         reason = _REASONS[int(found["reason"])]
-        return Piece(tokens.astype(np.int32), reason, int(found["num_cut"]))
+        return DocumentPiece(tokens.astype(np.int32), reason, int(found["num_cut"]))
 
     def _open(self, *, again: bool = False) -> None:
         """Map the cache file, made first where it is absent, damaged, or `again`."""
@@ -175,7 +176,7 @@ class CachedFile:
         return True
 
 
-def _make_name(source: Source) -> str:
+def _make_name(source: CorpusFile) -> str:
     """Hash what decides the tokens; a file's content by its size and time."""
     try:
         stat = os.stat(source.path)
@@ -203,50 +204,41 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _write(path: Path, source: Source) -> None:
+def _write(path: Path, source: CorpusFile) -> None:
     """Read and tokenize a file, and write its cache file whole."""
     few = source.tokenizer.vocab_size <= 1 << 16
     width = np.dtype("<u2" if few else "<u4")
     table: list[tuple[int, int, int, int]] = []
     document_ends: list[int] = []
     num_tokens, damage = 0, ""
-    part = path.with_suffix(".part")
-    try:
-        with part.open("wb") as written:
-            try:
-                for document in source.read():
-                    for piece in make_pieces(document, source.tokenizer, source.rules):
-                        stored = piece.tokens.astype(width).tobytes()
-                        written.write(stored)
-                        num_tokens += len(piece.tokens)
-                        reason = _REASONS.index(piece.dropped)
-                        table.append(
-                            (num_tokens, piece.num_cut, zlib.crc32(stored), reason)
-                        )
-                    document_ends.append(len(table))
-            except DamagedFileError as error:
-                if isinstance(error.__cause__, OSError) and error.__cause__.errno:
-                    raise  # the disk's or the permissions' fault; it may pass
-                damage = str(error)
-            tables = (
-                np.array(table, _PIECE).tobytes()
-                + np.array(document_ends, "<u8").tobytes()
-            )
-            about = {
-                "dtype": width.str,
-                "num_tokens": num_tokens,
-                "num_pieces": len(table),
-                "num_documents": len(document_ends),
-                "damage": damage,
-                "checksum": zlib.crc32(tables),
-                "source": source.path,  # for a person who looks inside
-            }
-            text = json.dumps(about).encode()
-            written.write(tables + text)
-            written.write(_TAIL.pack(len(text), zlib.crc32(text), _MAGIC))
-            written.flush()
-            os.fsync(written.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replaced_file(path) as part, part.open("wb") as written:
+        try:
+            for document in source.read():
+                for piece in make_pieces(document, source.tokenizer, source.rules):
+                    stored = piece.tokens.astype(width).tobytes()
+                    written.write(stored)
+                    num_tokens += len(piece.tokens)
+                    reason = _REASONS.index(piece.dropped)
+                    table.append(
+                        (num_tokens, piece.num_cut, zlib.crc32(stored), reason)
+                    )
+                document_ends.append(len(table))
+        except DamagedFileError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno:
+                raise  # the disk's or the permissions' fault; it may pass
+            damage = str(error)
+        tables = (
+            np.array(table, _PIECE).tobytes() + np.array(document_ends, "<u8").tobytes()
+        )
+        about = {
+            "dtype": width.str,
+            "num_tokens": num_tokens,
+            "num_pieces": len(table),
+            "num_documents": len(document_ends),
+            "damage": damage,
+            "checksum": zlib.crc32(tables),
+            "source": source.path,  # for a person who looks inside
+        }
+        text = json.dumps(about).encode()
+        written.write(tables + text)
+        written.write(_TAIL.pack(len(text), zlib.crc32(text), _MAGIC))

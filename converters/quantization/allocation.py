@@ -14,17 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from converters.quantization.receipt import (
-    CHUNK,
-    Read,
-    embed,
-    final_norm,
-    read_block,
-    read_head,
-)
+from converters.quantization.receipt import CHUNK, LayerwiseModel, Read
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.openelm import from_start
+from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.model.quantization import AFFINE_BITS, GROUP_SIZES, Packing
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
 
@@ -76,8 +70,8 @@ def list_choices(
     indivisible = [name for name, packings in choices.items() if not packings]
     if indivisible:
         raise OpenELMError(
-            f"No group size divides the rows of {', '.join(indivisible)}; --q-keep "
-            "them, or choose another --q-group-size."
+            f"No group size divides the rows of {', '.join(indivisible)}; `keep` "
+            "them, or choose another `group_size`."
         )
     return choices
 
@@ -153,7 +147,9 @@ def choose(
     costs, unpacked = _count_costs(config, choices, dtype)
     budget = int(bits_per_weight * config.num_parameters / 8) - unpacked
     names = list(choices)
-    picked = share_out([costs[n] for n in names], [losses[n] for n in names], budget)
+    picked = solve_knapsack(
+        [costs[n] for n in names], [losses[n] for n in names], budget
+    )
     return {n: choices[n][i] for n, i in zip(names, picked, strict=True)}
 
 
@@ -174,16 +170,19 @@ def measure_prices(
 
     def pack(name: str) -> mx.array:
         packing = packings[name]
-        return packing.unpack(packing.pack(read(name).astype(dtype)), mx.float32)
+        return unpack_weight(
+            packing, pack_weight(packing, read(name).astype(dtype)), mx.float32
+        )
 
     inputs = windows[:, :-1]
-    original = embed(read, inputs)  # (N, T, D)
+    model, packed = LayerwiseModel(config, read), LayerwiseModel(config, pack)
+    original = model.embed(inputs)  # (N, T, D)
     rotate, layout = from_start(config, inputs.shape[1])
     variants = {}
     if EMBEDDING in packings:
-        variants[EMBEDDING] = embed(pack, inputs)
+        variants[EMBEDDING] = packed.embed(inputs)
     for layer in range(config.num_transformer_layers):
-        block = read_block(config, layer, read)
+        block = model.block(layer)
         for name, hidden in variants.items():
             variants[name] = block(hidden, rotate, layout)
             mx.eval(variants[name])
@@ -199,34 +198,33 @@ def measure_prices(
         on_progress(layer + 1, config.num_transformer_layers)
     if HEAD in packings:
         variants[HEAD] = original
-    return _compare(config, read, pack, original, variants)
+    return _compare(model, packed, original, variants)
 
 
 def _compare(
-    config: OpenELMConfig,
-    read: Read,
-    pack: Read,
+    model: LayerwiseModel,
+    packed: LayerwiseModel,
     original: mx.array,
     variants: Mapping[str, mx.array],
 ) -> dict[str, float]:
     """Return each variant's mean KL from the original, from hidden states (N, T, D)."""
-    before = final_norm(config, read, original)  # (N T, D)
-    head = read_head(config, read)
-    table = EMBEDDING if config.share_input_output_layers else HEAD
-    heads = {table: read_head(config, pack)} if table in variants else {}
+    before = model.norm(original)  # (N T, D)
+    head = model.head()
+    table = EMBEDDING if model.config.share_input_output_layers else HEAD
+    heads = {table: packed.head()} if table in variants else {}
     sums = dict.fromkeys(variants, 0.0)
     for start in range(0, before.shape[0], CHUNK):
         rows = slice(start, start + CHUNK)
-        p = nn.log_softmax(before[rows] @ head.T)
+        p = nn.log_softmax(head(before[rows]))
         weights = mx.exp(p)
         for name, hidden in variants.items():
-            after = final_norm(config, read, hidden.reshape(before.shape)[rows])
-            q = nn.log_softmax(after @ heads.get(name, head).T)
+            after = model.norm(hidden.reshape(before.shape)[rows])
+            q = nn.log_softmax(heads.get(name, head)(after))
             sums[name] += _add_up(weights * (p - q))
     return {name: max(0.0, kl / before.shape[0]) for name, kl in sums.items()}
 
 
-def share_out(
+def solve_knapsack(
     costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int
 ) -> list[int]:
     """Pick one choice of each item: the least loss whose costs fit the budget.
@@ -271,7 +269,11 @@ def _measure_errors(weight: mx.array, packings: Sequence[Packing]) -> list[float
     rows = weight[:: max(1, weight.shape[0] // ERROR_ROWS)]
     exact = rows.astype(mx.float32)
     return [
-        _add_up(mx.square(packing.unpack(packing.pack(rows), mx.float32) - exact))
+        _add_up(
+            mx.square(
+                unpack_weight(packing, pack_weight(packing, rows), mx.float32) - exact
+            )
+        )
         for packing in packings
     ]
 
@@ -311,7 +313,7 @@ def _refuse_unreachable(
     )
     if not least <= bits_per_weight <= most:
         raise OpenELMError(
-            f"--q-bits auto:{bits_per_weight:g} cannot be reached: this model takes "
+            f"`bits` auto:{bits_per_weight:g} cannot be reached: this model takes "
             f"{math.ceil(1000 * least) / 1000:g} to {math.floor(1000 * most) / 1000:g} "
             "bits a weight in all."
         )

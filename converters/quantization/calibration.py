@@ -40,7 +40,7 @@ def read_calibration(path: Path | None) -> tuple[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise OpenELMError(
             f"Cannot read {path or SAMPLE} as UTF-8 text: {error}; give a plain text "
-            "file as --calibration."
+            "file as `calibration`."
         ) from error
     return (path.name if path else SAMPLE_NAME), text
 
@@ -69,7 +69,7 @@ def calibration_windows(
     if N == 0:
         raise OpenELMError(
             f"The calibration text has {len(ids)} tokens, and {T} are needed; give a "
-            "longer one as --calibration."
+            "longer one as `calibration`."
         )
     starts = [i * (len(ids) // N) for i in range(N)]
     return mx.array([[tokenizer.bos_id, *ids[s : s + T]] for s in starts])

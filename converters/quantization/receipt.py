@@ -5,7 +5,7 @@ in memory than one layer of one model, and the two heads at the end.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -48,7 +48,7 @@ class Receipt:
     perplexity_after: float
 
 
-def measure(
+def measure_quantization(
     config: OpenELMConfig,
     reference: Read,
     quantized: Read,
@@ -57,7 +57,6 @@ def measure(
     text: str,
     bits_per_weight: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    chunk: int = CHUNK,
 ) -> Receipt:
     """Compare two models of one shape, in float32, on windows of text.
 
@@ -67,29 +66,19 @@ def measure(
         windows: token ids (N, 1 + T); all but the first of each are predicted.
         text: what the windows are from.
         on_progress: called with layers done and layers in all.
-        chunk: positions whose logits exist at a time.
 
     Raises:
         OpenELMError: a model's figures are not finite.
     """
-    reads = (reference, quantized)
+    models = [LayerwiseModel(config, read) for read in (reference, quantized)]
     inputs, targets = windows[:, :-1], windows[:, 1:].reshape(-1)
-    hidden = [embed(read, inputs) for read in reads]  # (N, T, D) each
-    rotate, layout = from_start(config, inputs.shape[1])
-    for layer in range(config.num_transformer_layers):
-        for i, read in enumerate(reads):
-            hidden[i] = read_block(config, layer, read)(hidden[i], rotate, layout)
-            mx.eval(hidden[i])
-        on_progress(layer + 1, config.num_transformer_layers)
-    before, after = (
-        final_norm(config, read, x) for read, x in zip(reads, hidden, strict=True)
-    )
-    heads = [read_head(config, read) for read in reads]
+    before, after = run_side_by_side(models, inputs, on_progress)
+    before_head, after_head = (model.head() for model in models)
     parts = []
-    for start in range(0, targets.size, chunk):
-        rows = slice(start, start + chunk)
+    for start in range(0, targets.size, CHUNK):
+        rows = slice(start, start + CHUNK)
         parts.append(
-            _compare(before[rows] @ heads[0].T, after[rows] @ heads[1].T, targets[rows])
+            _compare(before_head(before[rows]), after_head(after[rows]), targets[rows])
         )
     kl, agrees, nats_before, nats_after = np.concatenate(parts, axis=1)
     if not np.isfinite([kl, nats_before, nats_after]).all():
@@ -134,32 +123,59 @@ def _perplexity(nats: npt.NDArray[np.float64]) -> float:
 # The model in pieces ---------------------------------------------------------------
 
 
-def embed(read: Read, tokens: mx.array) -> mx.array:
-    """Return the token embeddings (N, T, D) in float32."""
-    x = read(EMBEDDING)[tokens].astype(mx.float32)
-    mx.eval(x)
-    return x
+@dataclass(frozen=True)
+class LayerwiseModel:
+    """A model in float32 whose weights are read where they are used, and dropped."""
+
+    config: OpenELMConfig
+    read: Read
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Return the token embeddings (N, T, D)."""
+        x = self.read(EMBEDDING)[tokens].astype(mx.float32)
+        mx.eval(x)
+        return x
+
+    def block(self, layer: int) -> Block:
+        block = Block(self.config, layer)
+        prefix = f"layers.{layer}."
+        names = [n for n in self.config.tensor_shapes() if n.startswith(prefix)]
+        block.load_weights(
+            [(n.removeprefix(prefix), self.read(n).astype(mx.float32)) for n in names]
+        )
+        return block
+
+    def norm(self, x: mx.array) -> mx.array:
+        """Return what the head sees (N * T, D) for hidden states (N, T, D)."""
+        weight = self.read("norm.weight").astype(mx.float32)
+        rows = x.reshape(-1, self.config.model_dim)
+        return mx.fast.rms_norm(rows, weight, self.config.rms_norm_eps)
+
+    def head(self) -> Callable[[mx.array], mx.array]:
+        """Return what makes logits (C, V) of normed hidden states (C, D)."""
+        name = EMBEDDING if self.config.share_input_output_layers else HEAD
+        head = self.read(name).astype(mx.float32)
+        return lambda x: x @ head.T
 
 
-def read_block(config: OpenELMConfig, layer: int, read: Read) -> Block:
-    """Return one layer with its weights in float32."""
-    block = Block(config, layer)
-    prefix = f"layers.{layer}."
-    names = [name for name in config.tensor_shapes() if name.startswith(prefix)]
-    block.load_weights(
-        [(name.removeprefix(prefix), read(name).astype(mx.float32)) for name in names]
-    )
-    return block
+def run_side_by_side(
+    models: Sequence[LayerwiseModel],
+    tokens: mx.array,
+    on_progress: Callable[[int, int], None],
+) -> list[mx.array]:
+    """Return each model's normed hidden states (N * T, D), one layer read at a time.
 
-
-def final_norm(config: OpenELMConfig, read: Read, x: mx.array) -> mx.array:
-    """Return what the head sees, one row a position, for hidden states (N, T, D)."""
-    weight = read("norm.weight").astype(mx.float32)
-    rows = x.reshape(-1, config.model_dim)
-    return mx.fast.rms_norm(rows, weight, config.rms_norm_eps)
-
-
-def read_head(config: OpenELMConfig, read: Read) -> mx.array:
-    """Return the output head (V, D) in float32."""
-    name = EMBEDDING if config.share_input_output_layers else HEAD
-    return read(name).astype(mx.float32)
+    Args:
+        models: of one shape.
+        tokens: ids (N, T).
+        on_progress: called with layers done and layers in all.
+    """
+    config = models[0].config
+    hidden = [model.embed(tokens) for model in models]  # (N, T, D) each
+    rotate, layout = from_start(config, tokens.shape[1])
+    for layer in range(config.num_transformer_layers):
+        for i, model in enumerate(models):
+            hidden[i] = model.block(layer)(hidden[i], rotate, layout)
+            mx.eval(hidden[i])
+        on_progress(layer + 1, config.num_transformer_layers)
+    return [model.norm(x) for model, x in zip(models, hidden, strict=True)]

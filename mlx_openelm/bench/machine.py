@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm.device import describe_machine, runs_on_linux_cpu
+from mlx_openelm.device import describe_machine, runs_on_gpu, runs_on_linux_cpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,7 @@ def measure_bandwidth(num_bytes: int | None = None, rounds: int = 5) -> Bandwidt
             less if memory is short.
     """
     if num_bytes is None:
-        on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        enough = 2**30 if on_gpu else 2**29
+        enough = 2**30 if runs_on_gpu() else 2**29
         num_bytes = max(2**28, min(enough, available_memory() // 8))
     ways = _time_reads(num_bytes, rounds)
     mx.clear_cache()
@@ -88,5 +87,4 @@ def available_memory() -> int:
 
 def is_compiled() -> bool:
     """Whether decoding steps are compiled with mx.compile on this device."""
-    on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    return on_gpu and os.environ.get("MLX_DISABLE_COMPILE") is None
+    return runs_on_gpu() and os.environ.get("MLX_DISABLE_COMPILE") is None

@@ -27,7 +27,7 @@ from mlx_openelm.bench.published_speeds import find_published
 from mlx_openelm.bench.report import Cell, Figure
 from mlx_openelm.generation.cache import KVCache
 from mlx_openelm.generation.decoding import PREFILL_CHUNK, draw_tokens
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.model.quantization import GROUP_SIZES
 

@@ -12,6 +12,7 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.generation.decoding import PREFILL_CHUNK
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.model.packed_weights import pack_weight
 from mlx_openelm.model.quantization import GROUP_SIZES, Packing, Quantization
 from mlx_openelm.storage.adapter_folder import attach
 from mlx_openelm.storage.loading import load_model, make_quantized, stored_dtype
@@ -84,7 +85,7 @@ def estimate_memory(case: Case, form: Form) -> int:
     if case.subject.folder is not None and not (case.as_stored and form.packings):
         tensors = case.subject.folder.tensors.values()
         weights += max(tensor.num_bytes for tensor in tensors)  # one is read, then cast
-    cache = case.batch * case.context * kv_bytes_per_token(config, form.dtype)
+    cache = case.batch * case.context * config.kv_bytes_per_token(form.dtype.size)
     chunk = min(case.prompt_tokens, PREFILL_CHUNK)
     tokens = case.batch * chunk
     scores = 2 * max(config.num_query_heads) * case.context
@@ -92,11 +93,6 @@ def estimate_memory(case: Case, form: Form) -> int:
     logits = 4 * case.batch * config.vocab_size * size
     # While a cache grows, the old and the new array exist.
     return int(weights + 2 * cache + work + logits)
-
-
-def kv_bytes_per_token(config: OpenELMConfig, dtype: mx.Dtype) -> int:
-    """Return the bytes of the keys and values of one token in all layers."""
-    return 2 * sum(config.num_kv_heads) * config.head_dim * dtype.size
 
 
 def count_step_bytes(model: OpenELM, batch: int, attended: float) -> float:
@@ -117,8 +113,8 @@ def count_step_bytes(model: OpenELM, batch: int, attended: float) -> float:
             read += min(batch / config.vocab_size, 1) * array.nbytes
         else:
             read += array.nbytes
-    dtype = model.transformer.norm.weight.dtype
-    return read + batch * attended * kv_bytes_per_token(config, dtype)
+    size = model.transformer.norm.weight.dtype.size
+    return read + batch * attended * config.kv_bytes_per_token(size)
 
 
 def load_subject(
@@ -157,7 +153,7 @@ def make_model(config: OpenELMConfig, form: Form) -> OpenELM:
         repeated = mx.broadcast_to(normals, (times, normals.size)).reshape(-1)
         weight = repeated[:count].reshape(shape) * shape[1] ** -0.5
         packing = form.packings.get(name)
-        parts = packing.pack(weight) if packing else {"weight": weight}
+        parts = pack_weight(packing, weight) if packing else {"weight": weight}
         mx.eval(parts)
         arrays += [(f"{to_module(name)}.{part}", a) for part, a in parts.items()]
     model.load_weights(arrays)

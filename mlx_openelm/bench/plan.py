@@ -11,10 +11,8 @@ import mlx.core as mx
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.quantization import AFFINE_BITS
-from mlx_openelm.storage.adapter_folder import open_adapter_folder
-from mlx_openelm.storage.hub import DEMO, find_model
-from mlx_openelm.storage.loading import stored_dtype
-from mlx_openelm.storage.model_folder import ModelFolder, open_folder
+from mlx_openelm.storage.loading import choose_model, stored_dtype
+from mlx_openelm.storage.model_folder import ModelFolder
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
 
 PROMPT = "Once upon a time there was a king who"  # of the self-check and `time_shell`
@@ -70,18 +68,14 @@ class Case:
 def open_subject(
     name: str | None, adapter_path: Path | None = None, *, offline: bool = False
 ) -> Subject:
-    """Open a model folder, optionally with an adapter; see `loading.load`.
+    """Open a model folder, optionally with an adapter; see `choose_model`.
 
     Raises:
         OpenELMError: the model or the adapter is missing or damaged.
     """
-    adapter = None if adapter_path is None else open_adapter_folder(adapter_path)
-    if adapter is not None and name is None:
-        path = adapter.find_base(offline=offline)
-    else:
-        path = find_model(name or DEMO, offline=offline)
-    folder = open_folder(path)
-    return Subject(Path(name or path.name).name, folder.config, folder, adapter_path)
+    folder = choose_model(name, adapter_path, offline=offline).folder
+    shown = Path(name or folder.path.name).name
+    return Subject(shown, folder.config, folder, adapter_path)
 
 
 def make_subject(size: str) -> Subject:
@@ -115,14 +109,10 @@ class Workload:
 
     def __post_init__(self) -> None:
         for flag, value, least in (
-            ("--prompt-tokens", self.prompt_tokens, 1),
-            (
-                "--max-tokens",
-                self.new_tokens,
-                2,
-            ),  # the first one's time is the prompt's
-            ("--rounds", self.rounds, 1),
-            *(("--batch", batch, 1) for batch in self.batches),
+            ("`prompt_tokens`", self.prompt_tokens, 1),
+            ("`max_tokens`", self.new_tokens, 2),  # the first one is the prompt's
+            ("`rounds`", self.rounds, 1),
+            *(("`batch`", batch, 1) for batch in self.batches),
         ):
             if value is not None and value < least:
                 raise OpenELMError(f"{flag} is {value}; it is at least {least}.")
@@ -130,18 +120,18 @@ class Workload:
             if bits not in BITS:
                 known = ", ".join(map(str, BITS))
                 raise OpenELMError(
-                    f"--bits is {bits}; weights are measured in {known}."
+                    f"`bits` is {bits}; weights are measured in {known}."
                 )
         for context in self.contexts:
             if context <= (self.new_tokens or 2):
                 raise OpenELMError(
-                    f"--context is {context}, which leaves no prompt before "
+                    f"`context` is {context}, which leaves no prompt before "
                     f"{self.new_tokens or 2} new tokens; say more, or fewer "
-                    "--max-tokens."
+                    "`max_tokens`."
                 )
         if self.contexts and self.prompt_tokens is not None:
             raise OpenELMError(
-                "--context says how long the prompt is, and so does --prompt-tokens; "
+                "`context` says how long the prompt is, and so does `prompt_tokens`; "
                 "leave one of them out."
             )
 

@@ -1,15 +1,21 @@
 """The command that measures speed: `bench`."""
 
-import dataclasses
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.options import Adapter, Json, Offline, Quiet, expand_path
+from mlx_openelm.cli.options import (
+    MODEL_VARIABLE,
+    Adapter,
+    Json,
+    Offline,
+    Quiet,
+    check_report_file,
+    expand_path,
+)
 from mlx_openelm.errors import OpenELMError
 
 
@@ -66,9 +72,8 @@ def bench_command(
             "An adapter belongs to one model; say --adapter-path with one --model, or "
             "with none for the adapter's own base."
         )
-    if chart is not None:
-        chart = expand_path(chart)
-        _check_chart(chart)
+    chart = expand_path(chart)
+    check_report_file(chart, "--chart", ".svg")
     numbers = _read_bits(bits or ())
     from mlx_openelm.bench.machine import measure_bandwidth
     from mlx_openelm.bench.measure import measure_cases
@@ -87,7 +92,7 @@ def bench_command(
     adapter = expand_path(adapter_path)
     names: list[str | None] = list(dict.fromkeys(model or ()))
     if not names and not made:
-        names = [os.environ.get("MLX_OPENELM_MODEL")]
+        names = [os.environ.get(MODEL_VARIABLE) or None]
     opened = [open_subject(name, adapter, offline=offline) for name in names]
     cases = plan_cases([*opened, *made], workload)
     if names == [None] and adapter is None:
@@ -113,10 +118,7 @@ def bench_command(
         raise stopped
     from mlx_openelm.cli.views.bench import show_bench
 
-    if as_json:
-        console.answer_json(dataclasses.asdict(report))
-    else:
-        show_bench(console, report)
+    console.answer_report(report, show_bench, as_json=as_json)
     if chart is not None:
         from mlx_openelm.cli.views.bench_picture import draw_bench
         from mlx_openelm.storage.staging import staged_file
@@ -136,23 +138,4 @@ def _read_bits(said: list[str] | tuple[str, ...]) -> tuple[int, ...]:
     except ValueError as error:
         raise OpenELMError(
             f"--bits is {','.join(said)}; say numbers such as 16,8,4."
-        ) from error
-
-
-def _check_chart(path: Path) -> None:
-    """Raise OpenELMError, before any measurement, if the picture cannot be written."""
-    if path.suffix.lower() != ".svg":
-        raise OpenELMError(
-            f"--chart is {path}; the picture is an SVG, so say a name that ends in "
-            ".svg (a browser opens it)."
-        )
-    if os.path.lexists(path):
-        raise OpenELMError(f"{path} exists already; say another name with --chart.")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OpenELMError(
-            f"Cannot write {path}: {error.strerror or error}; say another place with "
-            "--chart."
         ) from error

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlx_openelm.generation.cache import ModelCache
     from mlx_openelm.generation.conversation import Conversation
     from mlx_openelm.generation.drafters import Drafter
-    from mlx_openelm.generation.sampling import Sampling
+    from mlx_openelm.generation.options import Sampling
     from mlx_openelm.generation.streaming import Piece
     from mlx_openelm.model.openelm import OpenELM
     from mlx_openelm.storage.model_folder import ModelFolder
@@ -54,12 +54,12 @@ def run_chat(
     tokenizer: "Tokenizer",
     sampling: "Sampling",
     *,
-    template: str = "auto",
-    system: str = "",
-    adapter: Path | None = None,
-    drafter: "Drafter | None" = None,
-    make_cache: "Callable[[], ModelCache] | None" = None,
-    as_json: bool = False,
+    template: str,
+    system: str,
+    adapter: Path | None,
+    drafter: "Drafter | None",
+    make_cache: "Callable[[], ModelCache]",
+    as_json: bool,
 ) -> None:
     """Hold a conversation until the input ends.
 
@@ -72,21 +72,19 @@ def run_chat(
         OpenELMError: no such template, or the system text has no place; through a pipe
             also, at the end, that messages were refused.
     """
-    from mlx_openelm.generation.cache import KVCache
     from mlx_openelm.generation.conversation import Conversation
-    from mlx_openelm.storage.hub import DEMO, find_model
+    from mlx_openelm.storage.hub import DEMO, is_demo
 
-    is_demo = folder.path.resolve() == find_model(DEMO).resolve()
     conversation = Conversation(
         model,
         tokenizer,
         sampling,
         template=template,
         system=system,
-        name=DEMO if is_demo else str(folder.path.resolve()),
+        name=DEMO if is_demo(folder.path) else str(folder.path.resolve()),
         adapter=None if adapter is None else str(adapter.resolve()),
         drafter=drafter,
-        make_cache=make_cache or KVCache,
+        make_cache=make_cache,
     )
     _Chat(console, conversation, tokenizer, as_json).run()
 

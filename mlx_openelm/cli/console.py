@@ -5,13 +5,16 @@ imported when a bar or a table is drawn, and not before.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from mlx_openelm.cli.flags import show_flags
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,6 +36,15 @@ class Console:
     def answer_json(self, value: Mapping[str, Any]) -> None:
         self.answer(json.dumps(value, ensure_ascii=False, default=str))
 
+    def answer_report(
+        self, report: Any, show: Callable[["Console", Any], None], *, as_json: bool
+    ) -> None:
+        """Write a dataclass as JSON, or let a view show it."""
+        if as_json:
+            self.answer_json(dataclasses.asdict(report))
+        else:
+            show(self, report)
+
     def answer_table(self, table: "RenderableType") -> None:
         """Draw a rich table on stdout, wide enough for its cells in a pipe."""
         from rich.console import Console as RichConsole
@@ -43,29 +55,37 @@ class Console:
         )
         drawn.print(table)
 
+    def answer_facts(self, facts: Iterable[tuple[str, str]]) -> None:
+        """Draw names and values in two columns on stdout."""
+        from rich.table import Table
+
+        grid = Table.grid(padding=(0, 2))
+        for name, value in facts:
+            grid.add_row(name, value)
+        self.answer_table(grid)
+
     def note(self, text: str) -> None:
-        """Write a line to stderr."""
+        """Write a line to stderr; parameters in backticks appear as flags."""
         if not self.quiet:
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(show_flags(text) + "\n")
             sys.stderr.flush()
 
     def error(self, text: str) -> None:
         """Write one line; a damaged file's names may hold what would break it."""
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        sys.stderr.write(f"error: {line}\n")
+        sys.stderr.write(f"error: {escape_controls(text)}\n")
         sys.stderr.flush()
 
     @contextlib.contextmanager
-    def progress(self, what: str) -> Iterator["Progress"]:
+    def progress(self, what: str) -> Iterator["ProgressBar"]:
         """Show progress: a bar on a terminal, else a line from time to time."""
-        shown = Progress(what, self)
+        shown = ProgressBar(what, self)
         try:
             yield shown
         finally:
             shown.close()
 
 
-class Progress:
+class ProgressBar:
     """A progress bar with the time left; it appears after one second."""
 
     def __init__(self, what: str, console: Console) -> None:
@@ -95,12 +115,12 @@ class Progress:
             from rich.progress import (
                 BarColumn,
                 MofNCompleteColumn,
+                Progress,
                 TextColumn,
                 TimeRemainingColumn,
             )
-            from rich.progress import Progress as RichProgress
 
-            self._bar = RichProgress(
+            self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -112,6 +132,11 @@ class Progress:
             self._bar.start()
             self._task = self._bar.add_task(self._what, total=total, unit=unit)
         self._bar.update(self._task, completed=done, total=total, unit=unit)
+
+
+def escape_controls(text: str) -> str:
+    """Return a text whose control characters are spelled out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def prepare_streams() -> None:

@@ -7,11 +7,18 @@ from typing import Annotated
 
 import typer
 
+from converters.conversion.options import (  # noqa: TID253 - needs no mlx
+    QUANTIZATION,
+    ConversionOptions,
+)
 from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.derived_options import GivenOptions, OptionsOf, derive_options
 from mlx_openelm.cli.options import Force, Json, Offline, Quiet, expand_path
 
 
+@derive_options
 def convert_command(
+    *,
     source: Annotated[
         list[str] | None,
         typer.Argument(
@@ -28,59 +35,19 @@ def convert_command(
     mlx_path: Annotated[
         Path | None, typer.Option(help="Where to; default ./<source name>-mlx[-4bit].")
     ] = None,
-    to: Annotated[
-        str, typer.Option(help="mlx, hf, corenet, gguf; of an adapter peft, corenet.")
-    ] = "mlx",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float16, bfloat16 or float32; default as stored, and for --to mlx "
-            "float32 -> bfloat16."
-        ),
-    ] = None,
-    allow_overflow: Annotated[
-        bool, typer.Option("--allow-overflow", help="float16 even for the 3B.")
-    ] = False,
+    options: Annotated[GivenOptions, OptionsOf(ConversionOptions)],
     quantize: Annotated[
-        bool, typer.Option("-q", "--quantize", help="Quantize to --q-bits.")
-    ] = False,
-    q_bits: Annotated[
-        str | None,
-        typer.Option(help="Bits of the linears, default 4; auto:X: X on average."),
-    ] = None,
-    q_group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale, default 64.")
-    ] = None,
-    q_mode: Annotated[
-        str | None, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4.")
-    ] = None,
-    q_embed_bits: Annotated[
-        int | None, typer.Option(help="Bits of the embedding, default 8.")
-    ] = None,
-    q_keep: Annotated[
-        str | None,
-        typer.Option(help="Leave modules that this regex finds as they are."),
-    ] = None,
-    dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Unpack what is quantized.")
-    ] = False,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Text for prices and receipt.")
-    ] = None,
-    no_receipt: Annotated[
-        bool, typer.Option("--no-receipt", help="Do not measure what bits cost.")
-    ] = False,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Put an adapter into the weights.")
+        bool,
+        typer.Option(
+            "-q",
+            "--quantize",
+            help="Quantize, to 4 bits unless --q-bits or --q-mode is given.",
+            rich_help_panel=QUANTIZATION,
+        ),
     ] = False,
     adapter_out: Annotated[
-        Path | None, typer.Option(help="Write the source's adapter here, apart.")
-    ] = None,
-    average: Annotated[
-        bool, typer.Option("--average", help="The mean of several sources.")
-    ] = False,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="A file, a folder, a Hub id, or none.")
+        Path | None,
+        typer.Option(help="Write the adapter of the source here."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
     force: Force = False,
@@ -92,7 +59,7 @@ def convert_command(
     console = Console(quiet=quiet)
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported
-    if source and hf_path and average:
+    if source and hf_path and options.get("average"):
         raise typer.BadParameter("say the sources once", param_hint="--model")
     named = list(source or ())
     base = hf_path if named else None
@@ -100,35 +67,23 @@ def convert_command(
         named = [hf_path]
     if not named:
         raise typer.BadParameter("say what to convert", param_hint="SOURCE")
-    bits = q_bits
-    if bits is None and (quantize or q_mode) and q_mode in (None, "affine"):
-        bits = "4"  # the other modes have their own
+    if quantize and not options.keys() & {"bits", "mode"}:
+        options["bits"] = "4"
+    if options.get("mode") == "affine":
+        options.setdefault("bits", "4")
     from converters.conversion.run import convert
 
     with console.progress("Converting") as progress:
         report = convert(
             named,
             expand_path(mlx_path),
-            to=to,
-            dtype=dtype,
-            bits=bits,
-            group_size=q_group_size,
-            embed_bits=q_embed_bits,
-            mode=q_mode or "affine",
-            keep=q_keep,
-            dequantize=dequantize,
-            calibration=expand_path(calibration),
-            receipt=not no_receipt,
-            merge=merge,
             adapter_out=expand_path(adapter_out),
-            base=base,
-            average=average,
-            tokenizer=tokenizer,
-            allow_overflow=allow_overflow,
+            revision=revision,
             force=force,
             offline=offline,
-            revision=revision,
+            base=base,
             on_progress=lambda p: progress.update(p.done, p.total, p.units),
+            **options,
         )
     from converters.conversion.adapters import AdapterReport
     from mlx_openelm.cli.views.conversion import note_adapter, note_converted

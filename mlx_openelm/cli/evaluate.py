@@ -1,9 +1,7 @@
 """The command that scores models: `evaluate`."""
 
 import gc
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +21,7 @@ from mlx_openelm.cli.options import (
     Model,
     Offline,
     Quiet,
+    check_report_file,
     expand_path,
     open_model,
 )
@@ -157,8 +156,8 @@ def evaluate_command(
     if batch_size < 1:
         raise OpenELMError(f"--batch-size is {batch_size}; it must be at least 1.")
     csv, picture = (expand_path(path) for path in (csv, picture))
-    _check_report(csv, "--csv", ".csv", force=force)
-    _check_report(picture, "--picture", ".svg", force=force)
+    check_report_file(csv, "--csv", ".csv", force=force)
+    check_report_file(picture, "--picture", ".svg", force=force)
     entrants = list_entrants(model, adapter_path, compare or [], offline)
     plan = plan_evaluation(
         console,
@@ -315,26 +314,6 @@ def _make_folder(output: Path | None, label: str) -> Path | None:
             "place with --output."
         ) from error
     return folder
-
-
-def _check_report(path: Path | None, flag: str, suffix: str, *, force: bool) -> None:
-    """Raise OpenELMError, before any scoring, if a report cannot be written."""
-    if path is None:
-        return
-    if path.suffix.lower() != suffix:
-        raise OpenELMError(f"{flag} is {path}; say a name that ends in {suffix}.")
-    if os.path.lexists(path) and not force:
-        raise OpenELMError(
-            f"{path} exists already; say another name with {flag}, or --force."
-        )
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OpenELMError(
-            f"Cannot write {path}: {error.strerror or error}; say another place with "
-            f"{flag}."
-        ) from error
 
 
 def _report(

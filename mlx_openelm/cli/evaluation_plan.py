@@ -44,9 +44,8 @@ def list_entrants(
     Raises:
         OpenELMError: one of them is not to be had.
     """
-    from mlx_openelm.storage.adapter_folder import open_adapter_folder
-    from mlx_openelm.storage.hub import ADAPTER_CONFIG, CONFIG, DEMO, find_model
-    from mlx_openelm.storage.model_folder import open_folder
+    from mlx_openelm.storage.hub import ADAPTER_CONFIG, CONFIG
+    from mlx_openelm.storage.loading import choose_model
 
     said = [(model, adapter_path)]
     for name in compare:
@@ -55,15 +54,9 @@ def list_entrants(
         said.append((model, name) if is_adapter else (name, None))
     entrants: list[Entrant] = []
     for base, adapter in said:
-        label, method = base or DEMO, None
-        if adapter is not None:
-            opened = open_adapter_folder(expand_path(adapter))
-            label, method = adapter, opened.method
-        if adapter is not None and base is None:
-            folder = opened.find_base(offline=offline)
-        else:
-            folder = find_model(base or DEMO, offline=offline)
-        open_folder(folder)
+        choice = choose_model(base, expand_path(adapter), offline=offline)
+        label = adapter or choice.name
+        method = choice.adapter.method if choice.adapter else None
         if label in (entrant.label for entrant in entrants):
             raise OpenELMError(f"{label} takes part twice; leave one out.")
         entrants.append(Entrant(label, base, adapter, method))

@@ -1,6 +1,5 @@
 """The command that merges an adapter into its base: `fuse`."""
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated
@@ -25,11 +24,13 @@ def fuse_command(
     quantize: Annotated[
         bool, typer.Option("-q", "--quantize", help="Quantize to --q-bits.")
     ] = False,
-    q_bits: Annotated[
-        int | None, typer.Option(help="Bits of the linears; default the base's own.")
+    bits: Annotated[
+        int | None,
+        typer.Option("--q-bits", help="Bits of the linears; default the base's own."),
     ] = None,
-    q_group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale, default 64.")
+    group_size: Annotated[
+        int | None,
+        typer.Option("--q-group-size", help="Weights that share a scale, default 64."),
     ] = None,
     force: Force = False,
     as_json: Json = False,
@@ -41,9 +42,10 @@ def fuse_command(
     Nothing is written if the weights' bits would lose it.
     """
     console = Console(quiet=quiet)
-    bits = 4 if quantize and q_bits is None else q_bits
+    if quantize and bits is None:
+        bits = 4
     from converters.conversion.fusing import fuse
-    from mlx_openelm.cli.views.conversion import note_fused
+    from mlx_openelm.cli.views.conversion import show_fused
 
     with console.progress("Fusing") as progress:
         report = fuse(
@@ -52,13 +54,9 @@ def fuse_command(
             base=model,
             dequantize=dequantize,
             bits=bits,
-            group_size=q_group_size,
+            group_size=group_size,
             force=force,
             offline=offline,
             on_progress=lambda p: progress.update(p.done, p.total, p.units),
         )
-    if as_json:
-        console.answer_json(dataclasses.asdict(report))
-        return
-    note_fused(console, report)
-    console.answer(str(report.path))
+    console.answer_report(report, show_fused, as_json=as_json)

@@ -4,48 +4,30 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.decoding_options import (
-    SPEED_AND_MEMORY,
-    Bias,
-    DraftModel,
-    KvBits,
-    KvGroupSize,
-    Logprobs,
-    Lookup,
-    MaxKvSize,
-    MaxTokens,
-    MinP,
-    MinTokens,
-    NoRepeat,
-    Penalty,
-    PenaltyContext,
-    StopLoops,
-    StopText,
-    System,
-    Temp,
-    Template,
-    TopK,
-    TopP,
-    check_utf8,
-    make_drafter,
-    read_sampling_options,
-)
+from mlx_openelm.cli.decoding_options import check_sampling, check_utf8, make_drafter
+from mlx_openelm.cli.derived_options import GivenOptions, OptionsOf, derive_options
 from mlx_openelm.cli.options import (
     Adapter,
     Json,
     Model,
     Offline,
     Quiet,
-    Seed,
     expand_path,
     open_model,
 )
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.options import (
+    SPEED_AND_MEMORY,
+    CacheOptions,
+    DraftOptions,
+    PromptOptions,
+    Sampling,
+)
 
 if TYPE_CHECKING:
     from mlx_openelm.generation.streaming import Piece
@@ -56,7 +38,9 @@ if TYPE_CHECKING:
 MANY_PROMPTS = "Many prompts"  # a heading in --help
 
 
+@derive_options
 def generate_command(
+    *,
     prompt: Annotated[
         str | None, typer.Argument(help='The prompt; "-" or a pipe: from stdin.')
     ] = None,
@@ -65,23 +49,9 @@ def generate_command(
     ] = None,
     model: Model = None,
     adapter_path: Adapter = None,
-    max_tokens: MaxTokens = None,
-    min_tokens: MinTokens = None,
-    temp: Temp = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = None,
-    repetition_context: PenaltyContext = None,
-    no_repeat_ngram: NoRepeat = None,
-    logit_bias: Bias = None,
-    stop: StopText = None,
-    stop_loops: StopLoops = None,
-    logprobs: Logprobs = None,
-    template: Template = "auto",
-    system: System = "",
-    lookup: Lookup = None,
-    draft_model: DraftModel = None,
+    sampling: Annotated[GivenOptions, OptionsOf(Sampling)],
+    prompting: Annotated[GivenOptions, OptionsOf(PromptOptions)],
+    drafting: Annotated[GivenOptions, OptionsOf(DraftOptions)],
     prompt_cache: Annotated[
         Path | None,
         typer.Option(
@@ -89,9 +59,7 @@ def generate_command(
             rich_help_panel=SPEED_AND_MEMORY,
         ),
     ] = None,
-    kv_bits: KvBits = None,
-    kv_group_size: KvGroupSize = 64,
-    max_kv_size: MaxKvSize = None,
+    caching: Annotated[GivenOptions, OptionsOf(CacheOptions)],
     prompts_file: Annotated[
         str | None,
         typer.Option(
@@ -126,46 +94,33 @@ def generate_command(
     no_stream: Annotated[
         bool, typer.Option("--no-stream", help="Print the answer when it is whole.")
     ] = False,
-    seed: Seed = None,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
     """Continue a prompt. What is not said comes from the model's own defaults."""
     console = Console(quiet=quiet)
-    said = read_sampling_options(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        temp=temp,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        repetition_context=repetition_context,
-        no_repeat_ngram=no_repeat_ngram,
-        logit_bias=logit_bias,
-        stop=stop,
-        stop_loops=stop_loops,
-        logprobs=logprobs,
-        seed=seed,
-    )
+    check_sampling(sampling)
+    prompt_options = PromptOptions(**prompting)
+    template, system = prompt_options.template, prompt_options.system
+    stop = sampling.get("stop", ())
     single = {
         "PROMPT": prompt if prompt is not None else prompt_option,
-        "--lookup": lookup,
-        "--draft-model": draft_model,
+        "--lookup": drafting.get("lookup"),
+        "--draft-model": drafting.get("draft_model"),
         "--prompt-cache": prompt_cache,
-        "--kv-bits": kv_bits,
-        "--max-kv-size": max_kv_size,
+        "--kv-bits": caching.get("kv_bits"),
+        "--max-kv-size": caching.get("max_kv_size"),
     }
     if prompts_file is not None:
         for flag in (flag for flag, value in single.items() if value is not None):
             raise typer.BadParameter("does not go with --prompts-file", param_hint=flag)
-        check_utf8(system, *(stop or ()))
+        check_utf8(system, *stop)
         _answer_file(
             console,
             open_model(console, model, adapter_path, offline),
             prompts_file,
-            said,
+            sampling,
             template=template,
             system=system,
             batch_size=batch_size or 16,
@@ -176,10 +131,10 @@ def generate_command(
     many = {"--output": output, "--batch-size": batch_size, "--force": force or None}
     for flag in (flag for flag, value in many.items() if value is not None):
         raise typer.BadParameter("is for --prompts-file", param_hint=flag)
-    if logprobs and not as_json:
+    if sampling.get("logprobs") and not as_json:
         raise typer.BadParameter("is shown with --json", param_hint="--logprobs")
     text = _read_prompt(prompt, prompt_option)
-    check_utf8(text, system, *(stop or ()))
+    check_utf8(text, system, *stop)
     from mlx_openelm.cli.views.generation import (
         generated_json,
         note_drafts,
@@ -187,18 +142,12 @@ def generate_command(
     )
     from mlx_openelm.generation.compact_caches import cache_maker
     from mlx_openelm.generation.decoding import Context
-    from mlx_openelm.generation.sampling import Sampling
     from mlx_openelm.generation.streaming import prepare_prompt, stream
 
     folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
-    sampling = Sampling.from_defaults(folder.generation_defaults, said)
-    make_cache = cache_maker(
-        folder.config,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        max_kv_size=max_kv_size,
-    )
-    drafter = make_drafter(lookup, draft_model, loaded, tokenizer, offline)
+    chosen = Sampling.from_defaults(folder.generation_defaults, sampling)
+    make_cache = cache_maker(folder.config, CacheOptions(**caching))
+    drafter = make_drafter(DraftOptions(**drafting), loaded, tokenizer, offline)
     ids = prepare_prompt(tokenizer, text, template=template, system=system)
     shown: list[Piece] = []
     with ExitStack() as opened:
@@ -214,7 +163,7 @@ def generate_command(
             )
             context = cache.context
         for piece in stream(
-            loaded, tokenizer, ids, sampling, context=context, drafter=drafter
+            loaded, tokenizer, ids, chosen, context=context, drafter=drafter
         ):
             shown.append(piece)
             if piece.text and not (as_json or no_stream):
@@ -241,7 +190,7 @@ def _answer_file(
     console: Console,
     opened: "tuple[ModelFolder, OpenELM, Tokenizer]",
     prompts_file: str,
-    said: dict[str, Any],
+    sampling: GivenOptions,
     *,
     template: str,
     system: str,
@@ -252,7 +201,6 @@ def _answer_file(
     from mlx_openelm.cli.views.generation import note_prompts
     from mlx_openelm.generation.batch_job import answer_prompts
     from mlx_openelm.generation.prompt_file import read_prompts
-    from mlx_openelm.generation.sampling import Sampling
 
     folder, model, tokenizer = opened
     source = os.path.expanduser(prompts_file)
@@ -267,7 +215,7 @@ def _answer_file(
             model,
             tokenizer,
             prompts,
-            Sampling.from_defaults(folder.generation_defaults, said),
+            Sampling.from_defaults(folder.generation_defaults, sampling),
             template=template,
             system=system,
             batch_size=batch_size,

@@ -9,8 +9,6 @@ import typer
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.options import Json, Offline, Quiet, Seed
 
-Force = Annotated[bool, typer.Option("--force", help="Replace what was grown before.")]
-
 
 def grow_command(
     source: Annotated[
@@ -40,7 +38,9 @@ def grow_command(
         str | None, typer.Option(help="A file, a folder, a Hub id, or none.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
-    force: Force = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what was grown before.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,

@@ -1,6 +1,5 @@
 """The command that describes a model folder: `inspect`."""
 
-import dataclasses
 from typing import Annotated
 
 import typer
@@ -25,7 +24,4 @@ def inspect_command(
 
     console = Console(quiet=quiet)
     found = inspect(find_model(model, offline=offline), context=context)
-    if as_json:
-        console.answer_json(dataclasses.asdict(found))
-    else:
-        show_inspection(console, found)
+    console.answer_report(found, show_inspection, as_json=as_json)

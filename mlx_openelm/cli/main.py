@@ -15,6 +15,7 @@ from mlx_openelm.cli.chat import chat_command
 from mlx_openelm.cli.console import Console, close_broken_pipe, prepare_streams
 from mlx_openelm.cli.convert import convert_command
 from mlx_openelm.cli.evaluate import evaluate_command
+from mlx_openelm.cli.flags import show_flags, use_flags_of
 from mlx_openelm.cli.fuse import fuse_command
 from mlx_openelm.cli.generate import generate_command
 from mlx_openelm.cli.grow import grow_command
@@ -37,6 +38,11 @@ class _CommandGroup(TyperGroup):
         with _errors_in_one_line():  # --help and --version print here
             return super().make_context(*args, **kwargs)
 
+    def resolve_command(self, ctx: Any, args: Any) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        use_flags_of(command, self.commands.values())
+        return name, command, rest
+
     def invoke(self, ctx: Any) -> Any:
         with _errors_in_one_line():
             return super().invoke(ctx)
@@ -52,7 +58,10 @@ def _errors_in_one_line() -> Iterator[None]:
     except (OpenELMError, OSError) as error:  # OSError: a full disk behind stdout, say
         if os.environ.get("MLX_OPENELM_DEBUG") == "1":
             raise
-        Console().error(str(error) if isinstance(error, OpenELMError) else f"{error}.")
+        if isinstance(error, OpenELMError):
+            Console().error(show_flags(str(error)))
+        else:
+            Console().error(f"{error}.")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as stopped:
         Console().note(" ".join(("\nInterrupted.", *_notes(stopped))))

@@ -1,6 +1,5 @@
 """The command that compares PyTorch and MLX: `parity`."""
 
-import dataclasses
 from typing import Annotated
 
 import typer
@@ -19,15 +18,12 @@ def parity_command(
 ) -> None:
     """Compare PyTorch and MLX, layer by layer, on the same tokens (needs PyTorch)."""
     need_torch()
-    from converters.parity import compare
+    from converters.parity import compare_with_reference
     from mlx_openelm.cli.views.parity import show_parity
 
     console = Console(quiet=quiet)
-    report = compare(source, num_tokens=num_tokens, seed=seed)
-    if as_json:
-        console.answer_json(dataclasses.asdict(report))
-    else:
-        show_parity(console, report)
+    report = compare_with_reference(source, num_tokens=num_tokens, seed=seed)
+    console.answer_report(report, show_parity, as_json=as_json)
     if not report.equal:
         raise OpenELMError(
             f"PyTorch and MLX differ on {source} by more than {report.limit:.0e}."

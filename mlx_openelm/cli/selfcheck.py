@@ -1,7 +1,5 @@
 """The command that checks the machine: `selfcheck`."""
 
-import dataclasses
-
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.options import Json, Quiet
 from mlx_openelm.errors import OpenELMError
@@ -14,10 +12,7 @@ def selfcheck_command(as_json: Json = False, quiet: Quiet = False) -> None:
     from mlx_openelm.cli.views.selfcheck import show_selfcheck
 
     report = check_machine(on_check=lambda name: console.note(f"checking {name} ..."))
-    if as_json:
-        console.answer_json(dataclasses.asdict(report))
-    else:
-        show_selfcheck(console, report)
+    console.answer_report(report, show_selfcheck, as_json=as_json)
     if not report.passed:
         raise OpenELMError(
             "This machine does not compute OpenELM rightly; please send the report "

@@ -3,31 +3,32 @@
 import logging
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.decoding_options import (
-    MaxTokens,
-    MinP,
-    Penalty,
-    Temp,
-    TopK,
-    TopP,
-)
+from mlx_openelm.cli.decoding_options import check_sampling
+from mlx_openelm.cli.derived_options import GivenOptions, OptionsOf, derive_options
 from mlx_openelm.cli.options import (
     Adapter,
     Model,
     Offline,
     Quiet,
-    Seed,
     open_model,
 )
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.options import Sampling
+
+_SAMPLING = (
+    *("max_tokens", "temp", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "seed"),
+)
 
 
+@derive_options
 def serve_command(
+    *,
     model: Model = None,
     adapter_path: Adapter = None,
     host: Annotated[
@@ -47,13 +48,7 @@ def serve_command(
     template: Annotated[
         str, typer.Option(help="Of chats: auto, raw, instruct, alpaca, openelm-peft.")
     ] = "auto",
-    max_tokens: MaxTokens = None,
-    temp: Temp = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = None,
-    seed: Seed = None,
+    sampling: Annotated[GivenOptions, OptionsOf(Sampling, only=_SAMPLING)],
     decode_concurrency: Annotated[
         int, typer.Option(min=1, help="Answers written at a time, in one batch.")
     ] = 32,
@@ -74,19 +69,9 @@ def serve_command(
     What a request does not say comes from these options, then from the model.
     """
     console = Console(quiet=quiet)
-    from mlx_openelm.generation.sampling import Sampling
     from mlx_openelm.text.templates import TEMPLATE_NAMES
 
-    said: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temp": temp,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-    }
-    Sampling.from_defaults({}, said)  # a wrong flag is named before anything is loaded
+    check_sampling(sampling)
     if template not in TEMPLATE_NAMES:
         raise OpenELMError(
             f"No template is called {template!r}; there are "
@@ -114,7 +99,7 @@ def serve_command(
         served = Served(
             name=_name(folder.path),
             tokenizer=tokenizer,
-            defaults=Sampling.from_defaults(folder.generation_defaults, said),
+            defaults=Sampling.from_defaults(folder.generation_defaults, sampling),
             template=chosen,
             context_length=folder.config.max_context_length,
             rows=folder.config.vocab_size,
@@ -132,9 +117,9 @@ def serve_command(
 
 def _name(path: Path) -> str:
     """Return a model's name for clients, which does not reveal its path."""
-    from mlx_openelm.storage.hub import DEMO, demo_folder, snapshot_of
+    from mlx_openelm.storage.hub import DEMO, is_demo, snapshot_of
 
     snapshot = snapshot_of(path)
     if snapshot is not None:
         return snapshot[0]
-    return DEMO if path == demo_folder() else path.resolve().name
+    return DEMO if is_demo(path) else path.resolve().name

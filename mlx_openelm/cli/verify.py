@@ -1,6 +1,5 @@
 """The command that checks a model folder: `verify`."""
 
-import dataclasses
 from typing import Annotated
 
 import typer
@@ -33,10 +32,7 @@ def verify_command(
             offline=offline,
             on_progress=lambda p: progress.update(p.done, p.total, p.units),
         )
-    if as_json:
-        console.answer_json(dataclasses.asdict(found))
-    else:
-        show_verification(console, found)
+    console.answer_report(found, show_verification, as_json=as_json)
     if not found.passed:
         raise OpenELMError(
             f"{model} is not what it should be: {found.describe_problems()}; convert "

@@ -70,7 +70,7 @@ def open_tasks(
     """
     need_harness()
     if include_path is not None and not include_path.is_dir():
-        raise OpenELMError(f"--include-path: there is no folder {include_path}.")
+        raise OpenELMError(f"`include_path` is {include_path}, where no folder is.")
     names = [name for name, _ in wanted]
     with quiet(), _network(allowed=not offline):
         manager = _open_manager(names, include_path)
@@ -82,7 +82,7 @@ def open_tasks(
 
 def _open_manager(names: Sequence[str], include_path: Path | None) -> Any:
     """Return lm_eval's TaskManager; to know all its tasks takes it seconds."""
-    from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+    from lm_eval.tasks import TaskManager  # type: ignore[import-untyped] # it has no stubs
 
     if include_path is not None:
         own = TaskManager(include_path=str(include_path), include_defaults=False)
@@ -142,7 +142,7 @@ def run_task(
     Raises:
         OpenELMError: the model or the task fails.
     """
-    import lm_eval  # type: ignore[import-untyped]
+    import lm_eval  # type: ignore[import-untyped] # it has no stubs
 
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])
@@ -307,7 +307,7 @@ def _read_file(
                 return None
             raise OpenELMError(
                 f"{path} holds scores of another model or with other settings; choose "
-                "another folder, or say --force to replace them."
+                "another folder, or say `force` to replace them."
             )
         return tuple(
             TaskResult(
@@ -327,7 +327,7 @@ def _read_file(
         if force:
             return None
         raise OpenELMError(
-            f"{path} holds no scores that can be read; remove it, or say --force."
+            f"{path} holds no scores that can be read; remove it, or say `force`."
         ) from error
 
 
@@ -364,7 +364,7 @@ def _network(*, allowed: bool) -> Iterator[None]:
     if allowed:
         yield
         return
-    import datasets.config  # type: ignore[import-untyped]
+    import datasets.config  # type: ignore[import-untyped] # it has no stubs
     from huggingface_hub import constants
 
     modules: tuple[Any, ...] = (datasets.config, constants)

@@ -23,8 +23,8 @@ from mlx_openelm.evaluation.loglikelihood import (
     rolling_requests,
     score_requests,
 )
-from mlx_openelm.generation.batching import BATCH_SIZE, Question, answer_together
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.batching import BATCH_SIZE, BatchPrompt, answer_together
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -83,7 +83,7 @@ def wrap_model(
     need_harness()
     stderr = sys.stderr
     with quiet():
-        from lm_eval.api.model import LM  # type: ignore[import-untyped]
+        from lm_eval.api.model import LM  # type: ignore[import-untyped] # it has no stubs
 
     class HarnessModel(LM):  # type: ignore[misc] # untyped
         tokenizer_name = "openelm"
@@ -192,19 +192,19 @@ def _generate(
                 f"Up to {sampling.max_tokens} new tokens are wanted, and the model's "
                 f"context is {context}; say another task."
             )
-        questions = (  # what is too long is cut at the left, as the harness does
-            Question(number, tokenizer.encode(prompts[number][0])[-room:])
+        numbered = (  # what is too long is cut at the left, as the harness does
+            BatchPrompt(number, tokenizer.encode(prompts[number][0])[-room:])
             for number in members
         )
         for said in answer_together(
-            model, tokenizer, questions, sampling, batch_size=batch_size
+            model, tokenizer, numbered, sampling, batch_size=batch_size
         ):
-            yield said.question.number, said.text
+            yield said.prompt.number, said.text
 
 
 def _read_settings(said: Mapping[str, Any]) -> Sampling:
     """Return a task's generation_kwargs; greedy unless they say `do_sample`."""
-    from lm_eval.models.utils import (  # type: ignore[import-untyped]
+    from lm_eval.models.utils import (  # type: ignore[import-untyped] # it has no stubs
         normalize_gen_kwargs,
     )
 

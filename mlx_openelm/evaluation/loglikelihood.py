@@ -7,7 +7,7 @@ a continuation goes through no layer at all. The output head sees the scored pla
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_openelm import openblas
 from mlx_openelm.device import runs_on_linux_cpu
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.evaluation.prefix_tree import count_common, plant, read_tree
+from mlx_openelm.evaluation.prefix_tree import build_tree, count_common, read_tree
 from mlx_openelm.model.chunk_sizes import LOGIT_ROWS
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
@@ -39,11 +39,6 @@ class LogLikelihood:
 
     nats: float
     is_greedy: bool
-
-
-def encode_request(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
-    """Encode one pair; see `encode_requests`."""
-    return encode_requests(tokenizer, [(context, continuation)])[0]
 
 
 def encode_requests(
@@ -88,26 +83,11 @@ def rolling_requests(
     return windows
 
 
-def score_all(
-    model: OpenELM,
-    requests: Sequence[Request],
-    *,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[LogLikelihood]:
-    """Return the log-likelihoods in the order of the requests; see `score_requests`."""
-    found = dict[int, LogLikelihood]()
-    for index, scored in score_requests(model, requests):
-        found[index] = scored
-        on_progress(len(found), len(requests))
-    return [found[index] for index in range(len(requests))]
-
-
 def score_requests(
     model: OpenELM,
     requests: Sequence[Request],
     *,
     row_tokens: int = ROW_TOKENS,
-    shared: bool = True,
 ) -> Iterator[tuple[int, LogLikelihood]]:
     """Yield every request's index and log-likelihood, in any order, as they come.
 
@@ -116,7 +96,6 @@ def score_requests(
 
     Args:
         row_tokens: that go through the model together, about.
-        shared: off, every request is computed for itself.
 
     Raises:
         OpenELMError: a context is empty, a continuation has no place in the model's
@@ -127,8 +106,8 @@ def score_requests(
     most = model.config.max_context_length
     openblas.use_threads(None)
     sequences = [_Sequence.of(i, request, most) for i, request in enumerate(requests)]
-    for row in _fill_rows(sorted(sequences), row_tokens, shared):
-        yield from _score_row(model, row, shared)
+    for row in _fill_rows(sorted(sequences), row_tokens):
+        yield from _score_row(model, row)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -169,7 +148,7 @@ def check_request(request: Request, model: OpenELM) -> None:
 
 
 def _fill_rows(
-    sequences: Sequence[_Sequence], row_tokens: int, shared: bool
+    sequences: Sequence[_Sequence], row_tokens: int
 ) -> Iterator[list[_Sequence]]:
     """Yield neighbours that are computed together: about so many tokens.
 
@@ -178,7 +157,7 @@ def _fill_rows(
     row, filled = list[_Sequence](), 0
     for sequence in sequences:
         inputs = sequence.inputs
-        common = count_common(row[-1].inputs, inputs) if row and shared else 0
+        common = count_common(row[-1].inputs, inputs) if row else 0
         new = len(inputs) - common
         if row and filled + new > (
             row_tokens if new > common else _MOST_ROWS * row_tokens
@@ -192,9 +171,9 @@ def _fill_rows(
 
 
 def _score_row(
-    model: OpenELM, row: Sequence[_Sequence], shared: bool
+    model: OpenELM, row: Sequence[_Sequence]
 ) -> Iterator[tuple[int, LogLikelihood]]:
-    tree = plant([sequence.inputs for sequence in row], shared=shared)
+    tree = build_tree([sequence.inputs for sequence in row])
     wanted = [  # a place in the row and a target, for every token that is scored
         (tree.place(i, len(sequence.inputs) - len(sequence.targets) + j), target)
         for i, sequence in enumerate(row)

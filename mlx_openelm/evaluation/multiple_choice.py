@@ -22,7 +22,7 @@ from mlx_openelm.evaluation.loglikelihood import (
 from mlx_openelm.evaluation.task_files import Question, Task
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.storage.ordered_jsonl import Answers, AnswersFile, Json
+from mlx_openelm.storage.ordered_jsonl import Answers, AnswersFile, JsonObject
 from mlx_openelm.text.tokenizer import Tokenizer
 
 TOGETHER = 64  # questions: several rows' worth, and not much to lose
@@ -181,7 +181,7 @@ class _Job:
                 lengths = tuple(map(len, question.choices))
                 yield place, Outcome(question.line, nats, lengths, question.answer)
 
-    def describe(self, place: int, outcome: Outcome) -> Json:
+    def describe(self, place: int, outcome: Outcome) -> JsonObject:
         """Return the object that is written of an outcome."""
         return {
             **asdict(outcome),
@@ -192,7 +192,7 @@ class _Job:
             "key": self._key(place),
         }
 
-    def find_place(self, answer: Json) -> int | None:
+    def find_place(self, answer: JsonObject) -> int | None:
         """Return the place of an outcome that this job would write, too."""
         place = self._places.get(answer["line"])
         if place is None or answer.get("key") != self._key(place):

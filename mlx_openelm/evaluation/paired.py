@@ -1,4 +1,4 @@
-"""Two models answered the same questions: is one better, or was it luck?
+"""Paired differences: two models' scores on the same questions.
 
 The difference is taken question by question. Its standard error is smaller than what
 two separate accuracies suggest, since most questions come out alike.
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.evaluation.multiple_choice import ScoredTask, mean_and_stderr
+from mlx_openelm.evaluation.multiple_choice import mean_and_stderr
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class PairedDifference:
     """The second mean less the first, and its paired standard error.
 
     Attributes:
@@ -27,36 +27,9 @@ class Difference:
     lost: int
 
 
-@dataclass(frozen=True, slots=True)
-class TaskDifference:
-    """How much better the second model does on a task."""
-
-    task: str
-    acc: Difference
-    acc_norm: Difference
-
-
-def compare(first: ScoredTask, second: ScoredTask) -> TaskDifference:
-    """Compare two models' outcomes on a task.
-
-    Raises:
-        OpenELMError: they did not answer the same questions.
-    """
-    if (first.task, first.digest) != (second.task, second.digest):
-        raise OpenELMError(
-            f"{first.task} ({first.score.n} questions) and {second.task} "
-            f"({second.score.n}) are not the same questions; score both models on one "
-            "file with one limit."
-        )
-    pairs = first.outcomes, second.outcomes
-    acc = ([float(o.right) for o in outcomes] for outcomes in pairs)
-    acc_norm = ([float(o.right_norm) for o in outcomes] for outcomes in pairs)
-    return TaskDifference(
-        first.task, paired_difference(*acc), paired_difference(*acc_norm)
-    )
-
-
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+def paired_difference(
+    first: Sequence[float], second: Sequence[float]
+) -> PairedDifference:
     """Return the mean difference of scores of the same questions in the same order.
 
     Raises:
@@ -70,4 +43,4 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
     changes = [b - a for a, b in zip(first, second, strict=True)]
     value, stderr = mean_and_stderr(changes)
     gained, lost = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
-    return Difference(value, stderr, len(changes), gained, lost)
+    return PairedDifference(value, stderr, len(changes), gained, lost)

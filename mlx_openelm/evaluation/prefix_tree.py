@@ -65,21 +65,14 @@ class PrefixTree(TokenLayout):
         return mx.concatenate(parts, axis=2)
 
 
-def plant(sequences: Sequence[Sequence[int]], *, shared: bool = True) -> PrefixTree:
-    """Return the tree of sequences, none of them empty.
-
-    Args:
-        sequences: in lexicographic order.
-        shared: off, every sequence is a segment of its own.
-    """
+def build_tree(sequences: Sequence[Sequence[int]]) -> PrefixTree:
+    """Return the tree of sequences, none of them empty, in lexicographic order."""
     tokens, positions = list[int](), list[int]()
     segments = list[tuple[Span, ...]]()
     paths: list[tuple[Span, ...]] = [()] * len(sequences)
-    alone = [(i, i + 1) for i in range(len(sequences))]
     # Sequences (first, last) that agree up to a depth, and where that stands in the row
     waiting: list[tuple[int, int, int, tuple[Span, ...]]]
-    waiting = [(*span, 0, ()) for span in ([(0, len(sequences))] if shared else alone)]
-    waiting.reverse()
+    waiting = [(0, len(sequences), 0, ())]
     while waiting:
         first, last, depth, above = waiting.pop()
         # In this order, what the first and the last one share is shared by all.

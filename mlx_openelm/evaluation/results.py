@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_openelm.evaluation.multiple_choice import ScoredTask, mean_and_stderr
-from mlx_openelm.evaluation.paired import Difference, paired_difference
+from mlx_openelm.evaluation.paired import PairedDifference, paired_difference
 from mlx_openelm.evaluation.published_scores import (
     PublishedScores,
     find_published_scores,
@@ -120,7 +120,7 @@ class PairedScore:
 
     task: str
     metric: str
-    difference: Difference
+    difference: PairedDifference
 
 
 def pair(

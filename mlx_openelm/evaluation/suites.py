@@ -42,7 +42,7 @@ class Suite:
     """Tasks that are reported together.
 
     Attributes:
-        local: whether its tasks are files of --tasks-dir instead of the harness's.
+        local: whether its tasks are files of `tasks_dir` instead of the harness's.
         notes: what a reader of its table must know.
     """
 

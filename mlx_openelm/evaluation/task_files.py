@@ -1,6 +1,6 @@
 """A local file becomes a task: multiple-choice questions.
 
-A file is a JSON array of records or JSON lines. A record is one of
+A file is a JSON array of records or JSON lines, plain or with .gz. A record is one of
 
     {"instruction", "input", "output", "answer"}    as CommonSense-170k's test files
     {"context", "choices": [...], "answer"}         the context as it stands
@@ -21,6 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.text.record_files import (
+    READ_ERRORS,
+    open_records,
+    read_values,
+    without_gz,
+)
 from mlx_openelm.text.templates import Turn, render
 
 SEED = 83652  # of OpenELM's PEFT evaluation
@@ -55,7 +61,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The questions of a file, whose stem is the `name`."""
+    """The questions of a file; `name` is the file's, without its endings."""
 
     name: str
     questions: tuple[Question, ...]
@@ -83,7 +89,7 @@ def read_task(path: Path, *, limit: int | None = None) -> Task:
             named with the number of its record.
     """
     if limit is not None and limit < 1:
-        raise OpenELMError(f"--limit is {limit}; it must be at least 1.")
+        raise OpenELMError(f"`limit` is {limit}; it must be at least 1.")
     questions, problems = list[Question](), list[str]()
     for number, record in _read_records(path):
         try:
@@ -97,7 +103,7 @@ def read_task(path: Path, *, limit: int | None = None) -> Task:
     if not questions:
         raise OpenELMError(f"{path} holds no questions; it is empty.")
     random.Random(SEED).shuffle(questions)
-    return Task(path.stem, tuple(questions[:limit]))
+    return Task(_name_of(path), tuple(questions[:limit]))
 
 
 def read_tasks(paths: Sequence[Path], *, limit: int | None = None) -> list[Task]:
@@ -108,48 +114,31 @@ def read_tasks(paths: Sequence[Path], *, limit: int | None = None) -> list[Task]
     """
     for i, path in enumerate(paths):
         for other in paths[:i]:
-            if path.stem == other.stem:
+            if _name_of(path) == _name_of(other):
                 raise OpenELMError(
-                    f"{other} and {path} are both called {path.stem}; rename one, or "
-                    "score them one after the other."
+                    f"{other} and {path} are both called {_name_of(path)}; rename one, "
+                    "or score them one after the other."
                 )
     return [read_task(path, limit=limit) for path in paths]
 
 
-# Bytes to records ----------------------------------------------------------------
+def _name_of(path: Path) -> str:
+    return without_gz(path).stem
 
 
 def _read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the number and the value of each record."""
     try:
-        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode()
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise OpenELMError(
-            f"{path}:{line} is no UTF-8 (the byte 0x{error.object[error.start]:02x}); "
-            "save it as UTF-8."
-        ) from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        with open_records(path) as file:
+            for number, read in enumerate(read_values(file), 1):
+                if read.problem:
+                    raise OpenELMError(
+                        f"{path}:{read.place} {read.problem}; a task is a JSON array "
+                        "of questions, or one JSON object a line."
+                    )
+                yield number, read.value
+    except READ_ERRORS as error:
         raise OpenELMError(f"Cannot read the task {path}: {error}.") from error
-    if text.lstrip().startswith("["):
-        yield from enumerate(_parse(text, path, 1), 1)
-        return
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for number, (line, content) in enumerate(lines, 1):
-        yield number, _parse(content, path, line)
-
-
-def _parse(text: str, path: Path, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{path}:{line + error.lineno - 1}:{error.colno}"
-        raise OpenELMError(
-            f"{place} is no JSON ({error.msg}); a task is a JSON array of questions, "
-            "or one JSON object a line."
-        ) from error
-    except (ValueError, RecursionError) as error:  # an endless number, or nesting
-        raise OpenELMError(f"{path}:{line} cannot be read as JSON: {error}.") from error
 
 
 # Records to questions ------------------------------------------------------------

@@ -144,7 +144,7 @@ def score_text(
     window = context if window is None else window
     if not 1 <= window <= context:
         raise OpenELMError(
-            f"--window is {window}; it must be between 1 and the model's context, "
+            f"`window` is {window}; it must be between 1 and the model's context, "
             f"{context}."
         )
     windows: list[list[int]] = []

@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx.utils import tree_flatten
-
 from mlx_openelm.finetuning.batches import plan_epoch, share_out
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.model.chunk_sizes import QUERIES, training_logit_rows
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.training.arrays import trained_tensors
+from mlx_openelm.training.arrays import flatten, trained_tensors
 
 # Copies of the trained weights, in float32, that an optimizer keeps.
 _OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}
@@ -192,8 +190,7 @@ def plan_memory(
 
 def count_bytes(model: OpenELM) -> int:
     """Return the bytes of all weights, adapter included."""
-    flat: list[tuple[str, Any]] = tree_flatten(model.parameters())  # type: ignore[assignment]
-    return sum(array.nbytes for _, array in flat)
+    return sum(array.nbytes for array in flatten(model.parameters()).values())
 
 
 def _activation_bytes(
@@ -257,31 +254,29 @@ def propose_smaller(
 ) -> list[tuple[str, FinetuneRecipe]]:
     """Return recipes that need less memory, the mildest first, each with its flags."""
     found: list[tuple[str, FinetuneRecipe]] = []
-    flags: list[str] = []
+    flags: dict[str, str] = {}
+
+    def add(option: str, flag: str, **changes: Any) -> None:
+        nonlocal recipe
+        recipe = dataclasses.replace(recipe, **changes)
+        flags[option] = flag
+        found.append((" ".join(flags.values()), recipe))
+
     if not recipe.grad_checkpoint:
-        recipe = dataclasses.replace(recipe, grad_checkpoint=True)
-        flags.append("--grad-checkpoint")
-        found.append((" ".join(flags), recipe))
+        add("activations", "--grad-checkpoint", grad_checkpoint=True)
     while recipe.batch_size % 2 == 0:
-        recipe = dataclasses.replace(
-            recipe,
-            batch_size=recipe.batch_size // 2,
-            grad_accumulation_steps=recipe.grad_accumulation_steps * 2,
+        size, steps = recipe.batch_size // 2, recipe.grad_accumulation_steps * 2
+        add(
+            "batch",
+            f"--batch-size {size} --grad-accumulation-steps {steps}",
+            batch_size=size,
+            grad_accumulation_steps=steps,
         )
-        spelt = (
-            f"--batch-size {recipe.batch_size} "
-            f"--grad-accumulation-steps {recipe.grad_accumulation_steps}"
-        )
-        found.append((" ".join([*flags, spelt]), recipe))
-    if found and recipe.batch_size == 1:
-        flags.append(found[-1][0].removeprefix(" ".join(flags)).strip())
-    while (recipe.max_seq_length or 0) // 2 >= shortest_useful:
-        longest = (recipe.max_seq_length or 0) // 2
-        prompt = min(recipe.max_prompt_length or longest, longest // 2)
-        recipe = dataclasses.replace(
-            recipe, max_seq_length=longest, max_prompt_length=prompt
-        )
-        found.append(
-            (" ".join([*filter(None, flags), f"--max-seq-length {longest}"]), recipe)
+    while (longest := (recipe.max_seq_length or 0) // 2) >= shortest_useful:
+        add(
+            "length",
+            f"--max-seq-length {longest}",
+            max_seq_length=longest,
+            max_prompt_length=min(recipe.max_prompt_length or longest, longest // 2),
         )
     return found

@@ -49,7 +49,6 @@ class Prepared:
 
     recipe: FinetuneRecipe
     objective: FinetuneObjective
-    path: Path
     folder: ModelFolder
     tokenizer: Tokenizer
     table: DataTable
@@ -59,6 +58,10 @@ class Prepared:
     test: Samples
     order: Order
     plan: TrainingPlan
+
+    @property
+    def path(self) -> Path:
+        return run_folder(self.recipe)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -96,11 +99,10 @@ def prepare(
         default_length=objective.default_length,
         default_rate=objective.default_rate,
     )
-    path = run_folder(recipe)
-    resolved = dataclasses.replace(resolved, adapter_path=str(path))
+    resolved = dataclasses.replace(resolved, adapter_path=str(run_folder(recipe)))
     candidates = [resolved, *(smaller for _, smaller in propose_smaller(resolved))]
     for candidate in candidates if fit else candidates[:1]:
-        prepared = _prepare(candidate, path, folder, tokenizer, data, choice, world)
+        prepared = _prepare(candidate, folder, tokenizer, data, choice, world)
         if prepared.plan.fits:
             break
     return prepared
@@ -108,7 +110,6 @@ def prepare(
 
 def _prepare(
     recipe: FinetuneRecipe,
-    path: Path,
     folder: ModelFolder,
     tokenizer: Tokenizer,
     data: Data,
@@ -135,7 +136,6 @@ def _prepare(
     return Prepared(
         recipe,
         objective,
-        path,
         folder,
         tokenizer,
         table,

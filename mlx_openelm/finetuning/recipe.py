@@ -5,126 +5,290 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.options import check_options, option
 
-METHODS = ("lora", "dora", "full")
 OBJECTIVES = ("sft", "dpo")
-OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "adafactor", "muon")
-SCHEDULES = ("cosine", "linear", "constant")
-TURNS = ("all", "last")
-PREFERENCES = ("sigmoid", "hinge")
 
 _AUTO = "auto:"
+_BIG = 2**31 - 1
+
+
+_DATA = "Data"  # headings in --help
+_MODEL = "Model and adapter"
+_OPTIMIZATION = "Optimization"
+_BATCHES = "Batches and memory"
+_SCHEDULE = "Schedule and checkpoints"
+
+
+def _read_rank(text: str) -> int | str:
+    return int(text) if text.isdecimal() and len(text) < 9 else text
 
 
 @dataclass(frozen=True, slots=True)
 class FinetuneRecipe:
-    """Everything that decides a fine-tuning run; names are those of the flags.
+    """Every option of a fine-tuning run, as a recipe and the command line have them.
 
-    Steps are updates of the optimizer; one update takes `batch_size` samples (of
-    `--pack`: rows), `grad_accumulation_steps` times. What is None is settled when data
-    and model are known: the resolved recipe says it.
-
-    Attributes:
-        rank: a number, or "auto:N": mean N, each module's in proportion to its width.
-        scale: the multiplier of A B, not alpha / rank.
-        betas: of AdamW, Adam and Lion; SGD's momentum is the first, Muon's the second.
-        mask_prompt: no loss on prompts; None: wherever there is a prompt.
-        turns: of a conversation learn "all" answers, or the "last".
-        template: how prompts are rendered; None: what is stored with the model, else
-            what suits the data.
-        final_learning_rate: None: a tenth of `learning_rate`.
-        warmup_steps: None: a tenth of the run, at most 100.
-        max_seq_length: None: 2048, or the model's context if that is shorter.
-        max_prompt_length: of a preference pair; None: half of `max_seq_length`.
-        average_last: the mean of the last N saved states, in "average".
-        memory_limit: GB that the run must stay below; None: this machine's.
+    Steps are updates of the optimizer; one update takes `batch_size` samples (with
+    `pack`: rows), `grad_accumulation_steps` times. What is None is settled when data
+    and model are known; the resolved recipe has the values.
     """
 
-    data: str
-    model: str = "demo"
-    adapter_path: str | None = None
-    fine_tune_type: str = "lora"
-    objective: str = "sft"
-    num_layers: int = -1
-    rank: int | str = 16
-    scale: float = 2.0
-    dropout: float = 0.0
-    keys: tuple[str, ...] = ()
-    prompt_key: str | None = None
-    completion_key: str | None = None
-    template: str | None = None
-    mask_prompt: bool | None = None
-    turns: str = "all"
-    max_seq_length: int | None = None
-    max_prompt_length: int | None = None
-    pack: bool = False
-    epochs: float | None = None
-    iters: int | None = None
-    batch_size: int = 4
-    grad_accumulation_steps: int = 1
-    optimizer: str = "adamw"
-    learning_rate: float | None = None
-    final_learning_rate: float | None = None
-    schedule: str = "cosine"
-    warmup_steps: int | None = None
+    data: str = option(
+        help="A .jsonl or .json file of examples, or a folder with train.jsonl.",
+        panel=_DATA,
+    )
+    model: str = option(
+        "demo", "The model to train: demo, a folder, or a Hub id.", panel=_MODEL
+    )
+    adapter_path: str | None = option(
+        None,
+        "The folder to write.",
+        panel="Output",
+        shown_default="adapters/<data name>",
+    )
+    fine_tune_type: str = option(
+        "lora",
+        "Train low-rank adapters (lora, dora) or all weights (full).",
+        panel=_MODEL,
+        choices=("lora", "dora", "full"),
+    )
+    objective: str = option(
+        "sft",
+        "sft learns the answers; dpo learns to prefer one answer to another.",
+        panel=_OPTIMIZATION,
+        choices=OBJECTIVES,
+    )
+    num_layers: int = option(
+        -1, "Train the last N transformer blocks; -1 trains all.", panel=_MODEL
+    )
+    rank: int | str = option(
+        16,
+        "Rank of the adapter; auto:N gives each module a rank in proportion to its "
+        "width, N on average.",
+        panel=_MODEL,
+        read=_read_rank,
+    )
+    scale: float = option(
+        2.0,
+        "Multiplier of the low-rank product (not alpha / rank).",
+        panel=_MODEL,
+        least=1e-9,
+        most=1e9,
+    )
+    dropout: float = option(
+        0.0,
+        "Dropout on the input of each adapter.",
+        panel=_MODEL,
+        least=0.0,
+        most=0.99,
+    )
+    keys: tuple[str, ...] = option(
+        (),
+        "A module to adapt, attn.qkv_proj for example; repeatable.",
+        panel=_MODEL,
+        shown_default="all linear layers",
+    )
+    prompt_key: str | None = option(
+        None, "The key of the prompt in each record.", panel=_DATA
+    )
+    completion_key: str | None = option(
+        None, "The key of the answer in each record.", panel=_DATA
+    )
+    template: str | None = option(
+        None,
+        "Prompt template: raw, instruct, alpaca or openelm-peft.",
+        panel=_DATA,
+        shown_default="the model's, or what suits the data",
+    )
+    mask_prompt: bool | None = option(
+        None,
+        "Compute no loss on prompts.",
+        panel=_DATA,
+        flags=("--mask-prompt/--no-mask-prompt",),
+        shown_default="where records have prompts",
+    )
+    turns: str = option(
+        "all",
+        "Learn all answers of a conversation, or the last one.",
+        panel=_DATA,
+        choices=("all", "last"),
+    )
+    max_seq_length: int | None = option(
+        None,
+        "Tokens of a sample; longer ones are cut.",
+        panel=_BATCHES,
+        shown_default="2048, or the model's context if shorter",
+        least=2,
+        most=_BIG,
+    )
+    max_prompt_length: int | None = option(
+        None,
+        "Tokens of the prompt of a preference pair.",
+        panel=_BATCHES,
+        shown_default="half of {max_seq_length}",
+        least=1,
+        most=_BIG,
+    )
+    pack: bool = option(
+        False,
+        "Fill rows of {max_seq_length} tokens with several samples.",
+        panel=_BATCHES,
+    )
+    epochs: float | None = option(
+        None,
+        "Passes over the data.",
+        panel=_SCHEDULE,
+        shown_default="3",
+        least=1e-6,
+        most=1e5,
+    )
+    iters: int | None = option(
+        None,
+        "Training steps, instead of {epochs}.",
+        panel=_SCHEDULE,
+        least=1,
+        most=_BIG,
+    )
+    batch_size: int = option(
+        4,
+        "Samples (with {pack}: rows) in a batch.",
+        panel=_BATCHES,
+        least=1,
+        most=2**16,
+    )
+    grad_accumulation_steps: int = option(
+        1, "Batches in one training step.", panel=_BATCHES, least=1, most=2**16
+    )
+    optimizer: str = option(
+        "adamw",
+        "The optimizer.",
+        panel=_OPTIMIZATION,
+        choices=("adamw", "adam", "sgd", "lion", "adafactor", "muon"),
+    )
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate.",
+        panel=_OPTIMIZATION,
+        shown_default="3e-4; for dpo 5e-5",
+        least=0.0,
+        most=1e3,
+    )
+    final_learning_rate: float | None = option(None, least=0.0, most=1e3)
+    schedule: str = option(
+        "cosine",
+        "How the learning rate falls after the warm-up.",
+        panel=_OPTIMIZATION,
+        choices=("cosine", "linear", "constant"),
+    )
+    warmup_steps: int | None = option(
+        None,
+        "Steps in which the learning rate rises.",
+        panel=_OPTIMIZATION,
+        shown_default="a tenth of the run, at most 100",
+        least=0,
+        most=_BIG,
+    )
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    z_loss: float = 0.0
-    dpo_loss: str = "sigmoid"
-    dpo_beta: float = 0.1
-    grad_checkpoint: bool = False
-    seed: int = 0
-    steps_per_report: int = 10
-    steps_per_eval: int = 200
-    val_batches: int = 25
-    save_every: int = 100
-    patience: int | None = None
-    average_last: int = 0
-    sample_prompt: tuple[str, ...] = ()
-    sample_tokens: int = 64
-    memory_limit: float | None = None
-    test: bool = False
+    eps: float = option(1e-8, least=1e-30, most=1.0)
+    weight_decay: float = option(
+        0.0, "Weight decay.", panel=_OPTIMIZATION, least=0.0, most=1e3
+    )
+    clip_norm: float = option(
+        1.0,
+        "Clip the gradient to this norm; 0 does not clip.",
+        panel=_OPTIMIZATION,
+        least=0.0,
+        most=1e9,
+    )
+    z_loss: float = option(
+        0.0,
+        "Weight of the squared log-partition function in the loss.",
+        panel=_OPTIMIZATION,
+        least=0.0,
+        most=1e3,
+    )
+    dpo_loss: str = option(
+        "sigmoid",
+        "The loss of dpo.",
+        panel=_OPTIMIZATION,
+        choices=("sigmoid", "hinge"),
+    )
+    dpo_beta: float = option(
+        0.1,
+        "The beta of dpo: a larger one keeps nearer to the base model.",
+        panel=_OPTIMIZATION,
+        least=1e-9,
+        most=1e3,
+    )
+    grad_checkpoint: bool = option(
+        False,
+        "Compute activations twice: less memory, a third more work.",
+        panel=_BATCHES,
+    )
+    seed: int = option(0, "Seed of the random numbers.", least=0, most=_BIG)
+    steps_per_report: int = option(
+        10, "Steps between two reports.", panel=_SCHEDULE, least=1, most=_BIG
+    )
+    steps_per_eval: int = option(
+        200, "Steps between two validations.", panel=_SCHEDULE, least=1, most=_BIG
+    )
+    val_batches: int = option(
+        25,
+        "Batches of a validation; -1 takes all.",
+        panel=_SCHEDULE,
+        least=-1,
+        most=_BIG,
+    )
+    save_every: int = option(
+        100, "Steps between two checkpoints.", panel=_SCHEDULE, least=1, most=_BIG
+    )
+    patience: int | None = option(
+        None,
+        "Stop after N validations without an improvement.",
+        panel=_SCHEDULE,
+        least=1,
+        most=_BIG,
+    )
+    average_last: int = option(
+        0,
+        "Also write the mean of the last N checkpoints, to the folder average.",
+        panel="Output",
+        least=0,
+        most=1000,
+    )
+    sample_prompt: tuple[str, ...] = option(
+        (),
+        "Show how the model continues this at every validation; repeatable.",
+        panel="Output",
+    )
+    sample_tokens: int = option(64, least=1, most=_BIG)
+    memory_limit: float | None = option(
+        None,
+        "GB that training may use.",
+        panel=_BATCHES,
+        shown_default="the memory of this machine",
+        least=1e-3,
+        most=1e6,
+    )
+    test: bool = option(False, "Score the test file at the end.", panel=_DATA)
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("fine_tune_type", METHODS),
-            ("objective", OBJECTIVES),
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("turns", TURNS),
-            ("dpo_loss", PREFERENCES),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise OpenELMError(
-                    f"{_flag(name)} is {value!r}; choose {', '.join(known)}."
-                )
-        for name, (least, most) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise OpenELMError(
-                    f"{_flag(name)} is {value}; it must be a number from {least:g} to "
-                    f"{most:g}."
-                )
+        check_options(self)
         if self.num_layers != -1 and self.num_layers < 1:
             raise OpenELMError(
-                f"--num-layers is {self.num_layers}; say how many of the last layers "
-                "to train, or -1 for all."
+                f"`num_layers` is {self.num_layers}; give the number of last layers to "
+                "train, or -1 for all."
             )
         if self.epochs is not None and self.iters is not None:
-            raise OpenELMError("Both --epochs and --iters were said; say one of them.")
+            raise OpenELMError("Both `epochs` and `iters` were given; give one.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise OpenELMError(
-                f"betas are {self.betas[0]} and {self.betas[1]}; they must be from 0 "
+                f"`betas` are {self.betas[0]} and {self.betas[1]}; they must be from 0 "
                 "to below 1."
             )
         if not self.data:
-            raise OpenELMError("--data is empty; say a file or a folder of records.")
+            raise OpenELMError("`data` is empty; give a file or a folder of records.")
         _ = self.mean_rank
 
     @property
@@ -137,7 +301,7 @@ class FinetuneRecipe:
         text = str(self.rank).removeprefix(_AUTO)
         if not (text.isascii() and text.isdigit() and len(text) < 9 and int(text)):
             raise OpenELMError(
-                f"--rank is {self.rank!r}; say a number from 1 on, or auto:16 for "
+                f"`rank` is {self.rank!r}; give a number from 1 on, or auto:16 for "
                 "ranks in proportion to each layer's width."
             )
         return int(text)
@@ -172,8 +336,8 @@ class FinetuneRecipe:
         longest = self.max_seq_length or min(default_length, context_length)
         if longest > context_length:
             raise OpenELMError(
-                f"--max-seq-length is {longest}, but the model's context is "
-                f"{context_length}; say at most that."
+                f"`max_seq_length` is {longest}, but the model's context is "
+                f"{context_length}; give at most that."
             )
         rate = default_rate if self.learning_rate is None else self.learning_rate
         return dataclasses.replace(
@@ -214,6 +378,8 @@ class FinetuneRecipe:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
         }
+        import yaml
+
         text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         return text
 
@@ -230,7 +396,7 @@ MAY_CHANGE = (
 def differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
     """Return what forbids going on with `new` where `old` stopped, in words."""
     found = [
-        f"{_flag(field.name)} was {getattr(old, field.name)!r} and is now "
+        f"`{field.name}` was {getattr(old, field.name)!r} and is now "
         f"{getattr(new, field.name)!r}"
         for field in dataclasses.fields(FinetuneRecipe)
         if field.name not in MAY_CHANGE
@@ -238,46 +404,12 @@ def differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
     ]
     if old.dropout and old.batch_size != new.batch_size:
         found.append(
-            f"--batch-size was {old.batch_size} and is now {new.batch_size}, which "
+            f"`batch_size` was {old.batch_size} and is now {new.batch_size}, which "
             "changes what dropout drops"
         )
     if old.step_size != new.step_size:
         found.append(
-            f"--batch-size times --grad-accumulation-steps was {old.step_size} and is "
+            f"`batch_size` times `grad_accumulation_steps` was {old.step_size} and is "
             f"now {new.step_size}"
         )
     return found
-
-
-_BIG = 2**31 - 1
-_RANGES: dict[str, tuple[float, float]] = {
-    "scale": (1e-9, 1e9),
-    "dropout": (0.0, 0.99),
-    "max_seq_length": (2, _BIG),
-    "max_prompt_length": (1, _BIG),
-    "iters": (1, _BIG),
-    "epochs": (1e-6, 1e5),
-    "batch_size": (1, 2**16),
-    "grad_accumulation_steps": (1, 2**16),
-    "learning_rate": (0.0, 1e3),
-    "final_learning_rate": (0.0, 1e3),
-    "warmup_steps": (0, _BIG),
-    "eps": (1e-30, 1.0),
-    "weight_decay": (0.0, 1e3),
-    "clip_norm": (0.0, 1e9),
-    "z_loss": (0.0, 1e3),
-    "dpo_beta": (1e-9, 1e3),
-    "seed": (0, 2**31 - 1),
-    "steps_per_report": (1, _BIG),
-    "steps_per_eval": (1, _BIG),
-    "val_batches": (-1, _BIG),
-    "save_every": (1, _BIG),
-    "patience": (1, _BIG),
-    "average_last": (0, 1000),
-    "sample_tokens": (1, _BIG),
-    "memory_limit": (1e-3, 1e6),
-}
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -96,7 +96,7 @@ def make_pairs(
     """
     if not 2 <= max_prompt_length < max_length:
         raise OpenELMError(
-            f"--max-prompt-length is {max_prompt_length} and --max-seq-length "
+            f"`max_prompt_length` is {max_prompt_length} and `max_seq_length` "
             f"{max_length}; a pair needs 2 tokens or more of a prompt, and room for an "
             "answer."
         )

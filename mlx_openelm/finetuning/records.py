@@ -9,12 +9,14 @@ import hashlib
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO, Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.record_formats import RecordChecks, RecordFormats
-from mlx_openelm.text.record_files import SUFFIXES, open_records, read_objects
+from mlx_openelm.text.record_files import describe_type, open_records, read_values
 from mlx_openelm.text.templates import Turn
 
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _MOST_SET_ASIDE = 256  # records: enough to see a loss move, quick to evaluate
 _MOST_SHOWN = 20  # problems
 _OTHER_NAMES = ("val", "validation", "dev", "eval")
@@ -206,7 +208,7 @@ def _read_file(path: Path, formats: RecordFormats, problems: list[str]) -> Datas
         with path.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         with open_records(path) as lines:
-            found = list(read_objects(path, lines, problems))
+            found = _read_objects(path, lines, problems)
     except (EOFError, zlib.error) as error:
         raise OpenELMError(
             f"{path} is damaged or cut off: {error}; get it anew."
@@ -245,6 +247,21 @@ def _read_file(path: Path, formats: RecordFormats, problems: list[str]) -> Datas
                 key = _make_key(turns, rejected)
                 records.append(Record(f"{path.name}:{place}", turns, key, rejected))
     return Dataset(path, name, known.fields, tuple(records), digest)
+
+
+def _read_objects(
+    path: Path, file: IO[bytes], problems: list[str]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return the place and the object of every record."""
+    found = []
+    for read in read_values(file):
+        value, problem = read.value, read.problem
+        if problem or not isinstance(value, dict):
+            problem = problem or f"is {describe_type(value)}, not an object"
+            problems.append(f"{path}:{read.place} {problem}")
+        else:
+            found.append((read.place, value))
+    return found
 
 
 def _make_key(turns: tuple[Turn, ...], rejected: str | None) -> bytes:

@@ -31,7 +31,7 @@ from mlx_openelm.finetuning.run_files import RECIPE, write_start, write_text
 from mlx_openelm.finetuning.run_saver import RunSaver
 from mlx_openelm.finetuning.trainer import Trainer
 from mlx_openelm.finetuning.validation import Validator
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import generate
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import find_recipe, load_recipe
@@ -128,7 +128,6 @@ def _load(
         recipe=recipe,
         folder=prepared.path,
         objective=prepared.objective,
-        model=model,
         order=order,
         world=world,
         state=state,

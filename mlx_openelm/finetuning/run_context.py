@@ -24,11 +24,14 @@ class RunContext:
     recipe: FinetuneRecipe
     folder: Path
     objective: FinetuneObjective
-    model: OpenELM
     order: Order
     world: World
     state: TrainingState
     log: EventLog
+
+    @property
+    def model(self) -> OpenELM:
+        return self.state.model
 
     @property
     def progress(self) -> TrainingProgress:

@@ -17,7 +17,6 @@ class Validation:
     """Mean loss in nats per unit of the objective, and the share of pairs won."""
 
     loss: float
-    tokens: int
     accuracy: float | None = None
 
 
@@ -75,7 +74,7 @@ class Validator:
         figures = mx.array([totals.loss, totals.count, totals.wins], mx.float32)
         loss, count, wins = np.array(run.world.sum(figures), np.float64).tolist()
         accuracy = wins / count if run.objective.compares else None
-        return Validation(loss / count, round(count), accuracy)
+        return Validation(loss / count, accuracy)
 
     @property
     def out_of_patience(self) -> bool:

@@ -16,17 +16,17 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.batching import (
     BATCH_SIZE,
     Answered,
-    Question,
+    BatchPrompt,
     answer_together,
 )
 from mlx_openelm.generation.decoding import Token
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.penalties import check_bias
 from mlx_openelm.generation.prompt_file import Prompt, Prompts
-from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.generation.streaming import check_room, prepare_prompt
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.storage.ordered_jsonl import Answers, AnswersFile, Json
+from mlx_openelm.storage.ordered_jsonl import Answers, AnswersFile, JsonObject
 from mlx_openelm.text.templates import RAW, Turn, encode_turns, render
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -59,7 +59,7 @@ def answer_prompts(
     batch_size: int = BATCH_SIZE,
     output: Path | None = None,
     force: bool = False,
-    on_answer: Callable[[Json], None] = lambda answer: None,
+    on_answer: Callable[[JsonObject], None] = lambda answer: None,
     on_problem: Callable[[str], None] = lambda sentence: None,
     on_progress: Callable[[int, int, int], None] = lambda done, prompts, tokens: None,
 ) -> PromptsReport:
@@ -83,15 +83,15 @@ def answer_prompts(
     problems: list[str] = []
     tokens = 0
 
-    def find_questions(answers: Answers) -> Iterator[Question]:
+    def encode_prompts(answers: Answers) -> Iterator[BatchPrompt]:
         for place, prompt in enumerate(prompts.prompts):
             if place in answers and place not in job.refused:
                 continue
             ids, problem = job.encode(prompt)
             if not problem:
-                yield Question(prompt.line, ids)
+                yield BatchPrompt(prompt.number, ids)
                 continue
-            problems.append(f"{prompts.name}:{prompt.line}: {problem}")
+            problems.append(f"{prompts.name}:{prompt.place}: {problem}")
             on_problem(problems[-1])
             answers.add(place, job.refuse(prompt, problem))
 
@@ -106,7 +106,7 @@ def answer_prompts(
         for answered in answer_together(
             model,
             tokenizer,
-            find_questions(answers),
+            encode_prompts(answers),
             sampling,
             batch_size=batch_size,
             on_step=count,
@@ -116,7 +116,7 @@ def answer_prompts(
 
 
 def _open_answers(
-    output: Path | None, job: "_Job", give: Callable[[Json], None], force: bool
+    output: Path | None, job: "_Job", give: Callable[[JsonObject], None], force: bool
 ) -> contextlib.AbstractContextManager[Answers]:
     if output is None:
         return contextlib.nullcontext(Answers(give))
@@ -151,7 +151,7 @@ class _Job:
         self._template = (tokenizer.template or RAW) if template == "auto" else template
         self._system = system
         self._prompts = prompts.prompts
-        self._places = {prompt.line: i for i, prompt in enumerate(prompts.prompts)}
+        self._places = {prompt.number: i for i, prompt in enumerate(prompts.prompts)}
         self._settings = json.dumps([fingerprint_model(model), asdict(sampling)])
         self.refused: set[int] = set()
 
@@ -160,22 +160,22 @@ class _Job:
         if prompt.problem:
             return [], prompt.problem
         try:
-            ids = self._encode(prompt.said)
+            ids = self._encode(prompt.content)
             check_room(ids, self._model, self._sampling)
         except OpenELMError as error:
             return [], str(error)
         return ids, ""
 
-    def describe(self, answered: Answered) -> tuple[int, Json]:
+    def describe(self, answered: Answered) -> tuple[int, JsonObject]:
         """Return the place of an answer, and its object."""
-        place = self._places[answered.question.number]
+        place = self._places[answered.prompt.number]
         prompt = self._prompts[place]
         described = {
             **_name(prompt),
             "text": answered.text,
             "tokens": list(answered.tokens),
             "finish_reason": answered.finish_reason,
-            "prompt_tokens": len(answered.question.ids),
+            "prompt_tokens": len(answered.prompt.ids),
             "generation_tokens": len(answered.drawn),
             "prompt_tps": answered.prompt_tps,
             "generation_tps": answered.generation_tps,
@@ -185,13 +185,13 @@ class _Job:
         if self._sampling.logprobs:
             said = answered.drawn[: len(answered.tokens)]  # EOS is left out
             described["logprobs"] = list(map(self._describe_token, said))
-        return place, {**described, "key": self._key(prompt, answered.question.ids)}
+        return place, {**described, "key": self._key(prompt, answered.prompt.ids)}
 
-    def refuse(self, prompt: Prompt, problem: str) -> Json:
+    def refuse(self, prompt: Prompt, problem: str) -> JsonObject:
         """Return the object of a prompt that has no answer."""
         return {**_name(prompt), "error": problem}
 
-    def find_place(self, answer: Json) -> int | None:
+    def find_place(self, answer: JsonObject) -> int | None:
         """Return the place of an object that this job would write, too, but for times.
 
         There is none for answers to other prompts, or with other settings.
@@ -208,34 +208,34 @@ class _Job:
             return place
         return place if answer.get("key") == self._key(prompt, ids) else None
 
-    def _encode(self, said: str | tuple[Turn, ...]) -> list[int]:
-        if isinstance(said, str):
+    def _encode(self, content: str | tuple[Turn, ...]) -> list[int]:
+        if isinstance(content, str):
             return prepare_prompt(
-                self._tokenizer, said, template=self._template, system=self._system
+                self._tokenizer, content, template=self._template, system=self._system
             )
         if (
             self._template == RAW
         ):  # it has a place for one turn, or says that it has not
-            render([*said, Turn("assistant", "")], RAW)
-            return self._tokenizer.encode(said[0].text)
-        system = "" if said[0].role == "system" else self._system
-        ids, _ = encode_turns(self._tokenizer, said, self._template, system)
+            render([*content, Turn("assistant", "")], RAW)
+            return self._tokenizer.encode(content[0].text)
+        system = "" if content[0].role == "system" else self._system
+        ids, _ = encode_turns(self._tokenizer, content, self._template, system)
         return ids
 
     def _key(self, prompt: Prompt, ids: Sequence[int]) -> str:
         said = json.dumps([_name(prompt), list(ids), self._settings])
         return hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
 
-    def _describe_token(self, token: Token) -> Json:
-        """Return a token and what was likely in its place, as `--json` does."""
+    def _describe_token(self, token: Token) -> JsonObject:
+        """Return a token and what was likely in its place, as JSON has it."""
         top = [self._spell(*alternative) for alternative in token.alternatives]
         return {**self._spell(token.id, token.logprob), "top": top}
 
-    def _spell(self, token: int, logprob: float | None) -> Json:
+    def _spell(self, token: int, logprob: float | None) -> JsonObject:
         piece = self._tokenizer.piece(token)
         return {"token": token, "piece": piece, "logprob": logprob}
 
 
-def _name(prompt: Prompt) -> Json:
+def _name(prompt: Prompt) -> JsonObject:
     own = {} if prompt.id is None else {"id": prompt.id}
-    return {"line": prompt.line, **own}
+    return {"line": prompt.number, **own}

@@ -18,8 +18,8 @@ import mlx.core as mx
 from mlx_openelm import openblas
 from mlx_openelm.generation.cache import KVCache, SlotCache
 from mlx_openelm.generation.decoding import PREFILL_CHUNK, Drawn, Token
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.sampling import (
-    Sampling,
     choose_tokens,
     history_length,
     shape_logits,
@@ -36,7 +36,7 @@ REACH = 32  # slots by which a step's look at the caches grows
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class BatchPrompt:
     """A prompt's ids, and its number: what is drawn for it depends on both alone."""
 
     number: int
@@ -54,7 +54,7 @@ class Answered:
         generation_tps: of this answer alone; those beside it come on top.
     """
 
-    question: Question
+    prompt: BatchPrompt
     text: str
     drawn: tuple[Token, ...]
     tokens: tuple[int, ...]
@@ -68,30 +68,30 @@ class Answered:
 def answer_together(
     model: OpenELM,
     tokenizer: Tokenizer,
-    questions: Iterable[Question],
+    prompts: Iterable[BatchPrompt],
     sampling: Sampling,
     *,
     batch_size: int = BATCH_SIZE,
     on_step: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Answered]:
-    """Answer questions, `batch_size` at a time; yield each answer when it has ended.
+    """Answer prompts, `batch_size` at a time; yield each answer when it has ended.
 
     A greedy answer is what `generation.stream` says to the prompt alone. With a
     temperature, every token is drawn with a key of its own, made of the seed, the
-    question's number and the place: neither the batch nor the order changes it.
+    prompt's number and the place: neither the batch nor the order changes it.
 
     The caches hold `batch_size` times the longest sequence so far (in steps of 256
     tokens) times the bytes that `inspect` tells for a token.
 
     Args:
-        questions: taken one by one, when there is a row for them.
+        prompts: taken one by one, when there is a row for them.
         on_step: told how many tokens the answers have grown by, after each step.
 
     Raises:
         OpenELMError: a prompt is empty, too long, or holds ids that there are not.
     """
     mx.reset_peak_memory()
-    waiting = iter(questions)
+    waiting = iter(prompts)
     rows = _Rows(model, tokenizer, sampling, islice(waiting, batch_size))
     queued = None
     try:
@@ -108,7 +108,7 @@ def answer_together(
 
 
 class _Seat:
-    """A question in its row, and its answer so far.
+    """A prompt in its row, and its answer so far.
 
     Attributes:
         is_new: whether its prompt is yet to be read.
@@ -118,16 +118,16 @@ class _Seat:
 
     def __init__(
         self,
-        question: Question,
+        prompt: BatchPrompt,
         model: OpenELM,
         tokenizer: Tokenizer,
         sampling: Sampling,
     ) -> None:
-        budget = check_room(question.ids, model, sampling)
-        self.question = question
-        self.answer = Answer(tokenizer, question.ids, sampling, budget)
+        budget = check_room(prompt.ids, model, sampling)
+        self.prompt = prompt
+        self.answer = Answer(tokenizer, prompt.ids, sampling, budget)
         self.is_new = True
-        self.offset = len(question.ids) - 1  # the last one goes with the next step
+        self.offset = len(prompt.ids) - 1  # the last one goes with the next step
         self.written = 0
         self._text: list[str] = []
         self._drawn: list[Token] = []
@@ -147,12 +147,12 @@ class _Seat:
         since = time.perf_counter() - self._first
         more = len(self._drawn) - 1
         return Answered(
-            question=self.question,
+            prompt=self.prompt,
             text="".join(self._text),
             drawn=tuple(self._drawn),
             tokens=tuple(self.answer.tokens),
             finish_reason=self.answer.finish_reason,
-            prompt_tps=len(self.question.ids) / until_first,
+            prompt_tps=len(self.prompt.ids) / until_first,
             generation_tps=more / since if more else 0.0,
             time_to_first_token_s=until_first,
             peak_memory_bytes=mx.get_peak_memory(),
@@ -176,17 +176,17 @@ class _Step:
 
 
 class _Rows:
-    """The questions that are answered now, and their rows in the caches."""
+    """The prompts that are answered now, and their rows in the caches."""
 
     def __init__(
         self,
         model: OpenELM,
         tokenizer: Tokenizer,
         sampling: Sampling,
-        questions: Iterable[Question],
+        prompts: Iterable[BatchPrompt],
     ) -> None:
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
-        self.seats = [self._seat(question) for question in questions]
+        self.seats = [self._seat(prompt) for prompt in prompts]
         rows = len(self.seats)
         self._cache = [SlotCache(rows) for _ in model.layers]
         self._history_length = history_length(sampling, model.config.max_context_length)
@@ -215,13 +215,13 @@ class _Rows:
             self._history = joined[:, 1:]
         return _Step(tuple(self.seats), drawn)
 
-    def replace_ended(self, waiting: Iterator[Question]) -> None:
+    def replace_ended(self, waiting: Iterator[BatchPrompt]) -> None:
         """Give the rows of ended answers to who is waiting; else close the ranks."""
         ended = [i for i, seat in enumerate(self.seats) if seat.answer.finish_reason]
         if not ended:
             return
-        for row, question in zip(ended, waiting, strict=False):
-            self.seats[row] = self._seat(question)
+        for row, prompt in zip(ended, waiting, strict=False):
+            self.seats[row] = self._seat(prompt)
         kept = list(range(len(self.seats)))
         for row in reversed(ended):
             if not self.seats[row].answer.finish_reason:
@@ -238,8 +238,8 @@ class _Rows:
                 self._history = self._history[mx.array(kept)]
             self._take_in()
 
-    def _seat(self, question: Question) -> _Seat:
-        return _Seat(question, self._model, self._tokenizer, self._sampling)
+    def _seat(self, prompt: BatchPrompt) -> _Seat:
+        return _Seat(prompt, self._model, self._tokenizer, self._sampling)
 
     def _draw(self, logits: mx.array) -> mx.array:
         """Return the next token of every row, (R,)."""
@@ -253,7 +253,7 @@ class _Rows:
         )
         if self._sampling.temp == 0:
             return choose_tokens(shaped, self._sampling)
-        numbers = [seat.question.number for seat in self.seats]
+        numbers = [seat.prompt.number for seat in self.seats]
         keys = [_make_key(self._seed, *at) for at in zip(numbers, written, strict=True)]
         tempered = temper(shaped, self._sampling)
         tokens: mx.array = mx.vmap(_draw_one)(tempered, mx.array(keys, mx.uint32))
@@ -267,12 +267,12 @@ class _Rows:
         for row in rows:
             seat, L = self.seats[row], self._history_length
             seat.is_new = False
-            ids = list(seat.question.ids)
+            ids = list(seat.prompt.ids)
             self._tokens[row] = ids[-1]
             if L:
                 self._history[row] = mx.array(([-1] * L + ids)[-L:])
         for group in _group_by_length(rows, [self.seats[row].offset for row in rows]):
-            self._read([(row, self.seats[row].question.ids[:-1]) for row in group])
+            self._read([(row, self.seats[row].prompt.ids[:-1]) for row in group])
 
     def _read(self, prompts: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Read prompts together, padded at the right, and put them into their rows.

@@ -4,6 +4,7 @@ It keeps mlx-lm's calling contract (`offset`, `update_and_fetch`), so the model 
 either. Keys are stored rotated.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -19,6 +20,8 @@ class ModelCache(Protocol):
         self, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]: ...
 
+    def append(self, *parts: mx.array) -> None: ...
+
     def can_trim(self, count: int) -> bool: ...
 
     def trim(self, count: int) -> None: ...
@@ -27,8 +30,8 @@ class ModelCache(Protocol):
     def state(self) -> tuple[mx.array, ...]: ...
 
 
-class KVCache:
-    """One layer's keys and values, with room that grows in steps.
+class GrowingCache:
+    """One layer's tokens in arrays (B, K, S, any), whose room grows in steps.
 
     Attributes:
         offset: tokens held.
@@ -38,22 +41,20 @@ class KVCache:
 
     def __init__(self) -> None:
         self.offset = 0
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
+        self._parts: list[mx.array] = []
 
-    def update_and_fetch(
-        self, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """Append keys and values (B, K, T, H); return all of them, (B, K, S, H)."""
-        start, end = self.offset, self.offset + keys.shape[2]
-        if self._keys is None or end > self._keys.shape[2]:
-            self._grow(keys, values, end)
-        assert self._keys is not None
-        assert self._values is not None
-        self._keys[..., start:end, :] = keys
-        self._values[..., start:end, :] = values
+    def append(self, *parts: mx.array) -> None:
+        """Append tokens: arrays (B, K, T, any) in the order of `state`."""
+        start, end = self.offset, self.offset + parts[0].shape[2]
+        if not self._parts or end > self._parts[0].shape[2]:
+            self._grow(parts, end)
+        for part, new in zip(self._parts, parts, strict=True):
+            part[..., start:end, :] = new
         self.offset = end
-        return self._keys[..., :end, :], self._values[..., :end, :]
+
+    def held(self) -> list[mx.array]:
+        """Return the arrays without their spare room."""
+        return [part[..., : self.offset, :] for part in self._parts]
 
     def can_trim(self, count: int) -> bool:
         """Whether the last `count` tokens can be forgotten."""
@@ -66,30 +67,35 @@ class KVCache:
     @property
     def state(self) -> tuple[mx.array, ...]:
         """The arrays to evaluate."""
-        return tuple(a for a in (self._keys, self._values) if a is not None)
+        return tuple(self._parts)
+
+    def _grow(self, like: Sequence[mx.array], end: int) -> None:
+        size = _round_up(end, self.step)
+        self._parts = _with_room(self.held(), like, like[0].shape[0], size)
+
+
+class KVCache(GrowingCache):
+    """One layer's keys and values."""
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Append keys and values (B, K, T, H); return all of them, (B, K, S, H)."""
+        self.append(keys, values)
+        all_keys, all_values = self.held()
+        return all_keys, all_values
 
     def lend_slots(self) -> tuple[mx.array, mx.array]:
         """Return keys and values with room for a further token; it holds a token."""
-        assert self._keys is not None
-        assert self._values is not None
-        if self.offset == self._keys.shape[2]:
-            self._grow(self._keys, self._values, self.offset + 1)
-        return self._keys, self._values
+        if self.offset == self._parts[0].shape[2]:
+            self._grow(self._parts, self.offset + 1)
+        keys, values = self._parts
+        return keys, values
 
     def take_back(self, keys: mx.array, values: mx.array) -> None:
         """Take what was lent, with one token more."""
-        self._keys, self._values = keys, values
+        self._parts = [keys, values]
         self.offset += 1
-
-    def _grow(self, keys: mx.array, values: mx.array, end: int) -> None:
-        B, K, _, H = keys.shape
-        room = -(-end // self.step) * self.step - self.offset
-        for name, like in (("_keys", keys), ("_values", values)):
-            held: mx.array | None = getattr(self, name)
-            fresh = mx.zeros((B, K, room, H), like.dtype)
-            if held is not None:
-                held = mx.concatenate([held[..., : self.offset, :], fresh], axis=2)
-            setattr(self, name, fresh if held is None else held)
 
 
 class SlotCache:
@@ -108,8 +114,7 @@ class SlotCache:
     def __init__(self, rows: int) -> None:
         self.offset, self.reach = mx.zeros((rows,), mx.int32), 1
         self._rows = rows
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
+        self._parts: list[mx.array] = []
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
@@ -119,11 +124,11 @@ class SlotCache:
         Returns:
             (R, K, reach, H), of which `make_mask` tells what is seen.
         """
-        held = self._make_room(keys, values, self.reach)
+        self._make_room((keys, values), self.reach)
         rows = keys.shape[0]
-        for slots, new in zip(held, (keys, values), strict=True):
+        for slots, new in zip(self._parts, (keys, values), strict=True):
             slots[mx.arange(rows), :, self.offset] = new.squeeze(2)
-        all_keys, all_values = held
+        all_keys, all_values = self._parts
         return all_keys[:rows, :, : self.reach], all_values[:rows, :, : self.reach]
 
     def make_mask(
@@ -135,33 +140,37 @@ class SlotCache:
     def put(self, row: int, keys: mx.array, values: mx.array) -> None:
         """Begin a row anew, with keys and values (1, K, T, H)."""
         length = keys.shape[2]
-        for slots, new in zip(
-            self._make_room(keys, values, length), (keys, values), strict=True
-        ):
+        self._make_room((keys, values), length)
+        for slots, new in zip(self._parts, (keys, values), strict=True):
             slots[row : row + 1, :, :length] = new
 
     def move(self, source: int, target: int, length: int) -> None:
         """Let a row have what the first slots of another one hold."""
-        for slots in self.state:
+        for slots in self._parts:
             slots[target, :, :length] = slots[source, :, :length]
 
     @property
     def state(self) -> tuple[mx.array, ...]:
         """The arrays to evaluate, (rows, K, slots, H) each."""
-        return tuple(a for a in (self._keys, self._values) if a is not None)
+        return tuple(self._parts)
 
-    def _make_room(
-        self, keys: mx.array, values: mx.array, slots: int
-    ) -> tuple[mx.array, mx.array]:
-        self._keys = self._with_room(self._keys, keys, slots)
-        self._values = self._with_room(self._values, values, slots)
-        return self._keys, self._values
+    def _make_room(self, like: Sequence[mx.array], slots: int) -> None:
+        if not self._parts or slots > self._parts[0].shape[2]:
+            size = _round_up(slots, self.step)
+            self._parts = _with_room(self._parts, like, self._rows, size)
 
-    def _with_room(self, held: mx.array | None, like: mx.array, slots: int) -> mx.array:
-        there = 0 if held is None else held.shape[2]
-        if held is not None and slots <= there:
-            return held
-        _, K, _, H = like.shape
-        room = -(-slots // self.step) * self.step - there
-        fresh = mx.zeros((self._rows, K, room, H), like.dtype)
-        return fresh if held is None else mx.concatenate([held, fresh], axis=2)
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _with_room(
+    held: Sequence[mx.array], like: Sequence[mx.array], rows: int, size: int
+) -> list[mx.array]:
+    """Return arrays (rows, K, size, any): what is held, if anything, then zeros."""
+    room = size - (held[0].shape[2] if held else 0)
+    fresh = [mx.zeros((rows, p.shape[1], room, p.shape[3]), p.dtype) for p in like]
+    if not held:
+        return fresh
+    pairs = zip(held, fresh, strict=True)
+    return [mx.concatenate(list(pair), axis=2) for pair in pairs]

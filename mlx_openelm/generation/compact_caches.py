@@ -8,7 +8,9 @@ import numpy as np
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation.cache import KVCache, ModelCache
+from mlx_openelm.generation.cache import GrowingCache, KVCache, ModelCache
+from mlx_openelm.generation.options import CacheOptions
+from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.model.quantization import Packing
 
 KV_BITS = (4, 8)
@@ -16,65 +18,33 @@ KV_GROUP_SIZES = (32, 64, 128)  # that MLX packs
 KEPT_FIRST = 4  # tokens: attention leans on the first ones, whatever they say
 
 
-class QuantizedKVCache:
+class QuantizedKVCache(GrowingCache):
     """One layer's keys and values in 4 or 8 bits, unpacked whenever they are read.
 
+    `state` has the words, scales and biases of the keys, then those of the values.
+
     Attributes:
-        offset: tokens held.
         packing: of each head's vector, in groups with a scale and a bias.
     """
 
-    step = 256  # tokens by which the room grows
-
     def __init__(self, bits: int = 8, group_size: int = 64) -> None:
-        self.offset = 0
+        super().__init__()
         self.packing = Packing(bits, group_size)
-        self._parts: list[mx.array] = []
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Append keys and values (B, K, T, H); return all of them, (B, K, S, H)."""
-        packed_keys, packed_values = map(self.packing.pack, (keys, values))
+        packed_keys, packed_values = (
+            pack_weight(self.packing, x) for x in (keys, values)
+        )
         self.append(*packed_keys.values(), *packed_values.values())
-        held = [part[..., : self.offset, :] for part in self._parts]
+        held = self.held()
         return self._unpack(held[:3], keys.dtype), self._unpack(held[3:], keys.dtype)
-
-    def append(self, *parts: mx.array) -> None:
-        """Append packed tokens: words, scales, biases of keys, then of values.
-
-        Args:
-            parts: (B, K, T, any), in the order of `state`.
-        """
-        start, end = self.offset, self.offset + parts[0].shape[2]
-        if not self._parts or end > self._parts[0].shape[2]:
-            room = -(-end // self.step) * self.step - start
-            fresh = [mx.zeros((*p.shape[:2], room, p.shape[3]), p.dtype) for p in parts]
-            held = [part[..., :start, :] for part in self._parts]
-            self._parts = fresh
-            if held:
-                pairs = zip(held, fresh, strict=True)
-                self._parts = [mx.concatenate(list(pair), axis=2) for pair in pairs]
-        for part, new in zip(self._parts, parts, strict=True):
-            part[..., start:end, :] = new
-        self.offset = end
-
-    def can_trim(self, count: int) -> bool:
-        """Whether the last `count` tokens can be forgotten."""
-        return count <= self.offset
-
-    def trim(self, count: int) -> None:
-        """Forget the last `count` tokens."""
-        self.offset -= min(count, self.offset)
-
-    @property
-    def state(self) -> tuple[mx.array, ...]:
-        """The arrays to evaluate."""
-        return tuple(self._parts)
 
     def _unpack(self, parts: Sequence[mx.array], dtype: mx.Dtype) -> mx.array:
         named = dict(zip(("weight", "scales", "biases"), parts, strict=True))
-        return self.packing.unpack(named, dtype)
+        return unpack_weight(self.packing, named, dtype)
 
 
 class SlidingKVCache(KVCache):
@@ -103,9 +73,10 @@ class SlidingKVCache(KVCache):
         end = self.offset + keys.shape[2]
         if end <= self.max_size:
             return super().update_and_fetch(keys, values)
-        self._keys, seen_keys = self._slide(self._keys, keys)
-        self._values, seen_values = self._slide(self._values, values)
-        self.offset = end
+        held = self._parts or [new[..., :0, :] for new in (keys, values)]
+        slid_keys, seen_keys = self._slide(held[0], keys)
+        slid_values, seen_values = self._slide(held[1], values)
+        self._parts, self.offset = [slid_keys, slid_values], end
         return seen_keys, seen_values
 
     def make_mask(
@@ -129,10 +100,9 @@ class SlidingKVCache(KVCache):
         """Whether the last `count` tokens can be forgotten: not once it has slid."""
         return count == 0 or count <= self.offset <= self.max_size
 
-    def _slide(self, held: mx.array | None, new: mx.array) -> tuple[mx.array, mx.array]:
+    def _slide(self, slots: mx.array, new: mx.array) -> tuple[mx.array, mx.array]:
         """Return the slots with the new ones among them, and what those see."""
         B, K, T, H = new.shape
-        slots = mx.zeros((B, K, 0, H), new.dtype) if held is None else held
         known = slots[..., : min(self.offset, self.max_size), :]
         seen = mx.concatenate([known, new], axis=2)
         room = self.max_size - slots.shape[2]
@@ -153,42 +123,35 @@ class SlidingKVCache(KVCache):
 
 
 def cache_maker(
-    config: OpenELMConfig,
-    *,
-    kv_bits: int | None = None,
-    kv_group_size: int = 64,
-    max_kv_size: int | None = None,
+    config: OpenELMConfig, options: CacheOptions
 ) -> Callable[[], ModelCache]:
-    """Return what makes a layer's cache, as a person asks for it.
-
-    Args:
-        kv_bits: pack keys and values in so many bits.
-        kv_group_size: numbers that share a scale and a bias then.
-        max_kv_size: tokens kept; the first four stay, the others slide.
+    """Return what makes a layer's cache, as the options say.
 
     Raises:
         OpenELMError: there is no such cache for this model.
     """
+    kv_bits, kv_group_size = options.kv_bits, options.kv_group_size
+    max_kv_size = options.max_kv_size
     if kv_bits is not None and max_kv_size is not None:
         raise OpenELMError(
-            "A cache slides or is packed in a few bits; leave out --kv-bits or "
-            "--max-kv-size."
+            "A cache slides or is packed in a few bits; leave out `kv_bits` or "
+            "`max_kv_size`."
         )
     if max_kv_size is not None:
         if max_kv_size <= KEPT_FIRST:
             raise OpenELMError(
-                f"--max-kv-size {max_kv_size} is too small: the first {KEPT_FIRST} "
+                f"`max_kv_size` {max_kv_size} is too small: the first {KEPT_FIRST} "
                 f"tokens always stay; say {KEPT_FIRST + 1} or more."
             )
         return partial(SlidingKVCache, max_kv_size)
     if kv_bits is None:
         return KVCache
     if kv_bits not in KV_BITS:
-        raise OpenELMError(f"--kv-bits is {' or '.join(map(str, KV_BITS))}.")
+        raise OpenELMError(f"`kv_bits` is {' or '.join(map(str, KV_BITS))}.")
     fitting = [size for size in KV_GROUP_SIZES if config.head_dim % size == 0]
     if kv_group_size not in fitting:
         raise OpenELMError(
-            f"--kv-group-size {kv_group_size} does not fit this model, whose heads are "
+            f"`kv_group_size` {kv_group_size} does not fit this model, whose heads are "
             f"{config.head_dim} wide; "
             + (f"say {' or '.join(map(str, fitting))}." if fitting else "none does.")
         )
@@ -203,11 +166,3 @@ def describe_cache(cache: ModelCache) -> str:
     if isinstance(cache, SlidingKVCache):
         return f"a window of {cache.max_size} tokens"
     return "full width"
-
-
-def refill(cache: ModelCache, parts: Sequence[mx.array]) -> None:
-    """Put tokens of another cache's `state`, of the same kind, into an empty cache."""
-    if isinstance(cache, QuantizedKVCache):
-        cache.append(*parts)
-    else:
-        cache.update_and_fetch(*parts)

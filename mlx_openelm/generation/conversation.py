@@ -19,7 +19,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.cache import KVCache, ModelCache
 from mlx_openelm.generation.decoding import Context
 from mlx_openelm.generation.drafters import Drafter
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import Piece, stream
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.staging import replaced_file, staged_file
@@ -132,7 +132,7 @@ class Conversation:
         if text and self.is_raw:
             *others, last = (n for n in TEMPLATE_NAMES if n not in ("auto", RAW))
             raise OpenELMError(
-                "A raw prompt has no place for a system text; choose --template "
+                "A raw prompt has no place for a system text; choose `template` "
                 f"{', '.join(others)} or {last}."
             )
         self._fit((Turn("user", ""),), text)

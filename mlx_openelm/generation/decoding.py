@@ -10,8 +10,8 @@ from mlx_openelm import openblas
 from mlx_openelm.device import runs_on_linux_cpu
 from mlx_openelm.generation.cache import KVCache, ModelCache
 from mlx_openelm.generation.compact_caches import SlidingKVCache
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.sampling import (
-    Sampling,
     choose_tokens,
     history_length,
     shape_logits,

@@ -95,7 +95,7 @@ class LookupDrafter(Drafter):
         Raises:
             OpenELMError: that is none or too many.
         """
-        super().__init__(length, "--lookup")
+        super().__init__(length, "`lookup`")
         self.begin(())
 
     def begin(self, prompt: Sequence[int]) -> None:
@@ -196,7 +196,7 @@ def check_draft(
     if rows != draft_rows:
         raise OpenELMError(
             f"The draft model has a vocabulary of {draft_rows} rows, the model one of "
-            f"{rows}; say a --draft-model with the same vocabulary."
+            f"{rows}; say a `draft_model` with the same vocabulary."
         )
     if draft_tokenizer.model_proto == tokenizer.model_proto:
         return
@@ -210,7 +210,7 @@ def check_draft(
             found = f"{theirs!r} and not {ours!r} as piece {place}"
         raise OpenELMError(
             f"The draft model's tokenizer is another one: it has {found}; "
-            "say a --draft-model with the same tokenizer."
+            "say a `draft_model` with the same tokenizer."
         )
 
 

@@ -21,7 +21,7 @@ def check_bias(bias: Sequence[tuple[int, float]], rows: int) -> None:
     unknown = [token for token, _ in bias if token >= rows]
     if unknown:
         raise OpenELMError(
-            f"--logit-bias names the token {unknown[0]}; "
+            f"`logit_bias` names the token {unknown[0]}; "
             f"the model's tokens are 0 to {rows - 1}."
         )
 

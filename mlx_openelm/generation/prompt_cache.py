@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.cache import KVCache, ModelCache
-from mlx_openelm.generation.compact_caches import SlidingKVCache, describe_cache, refill
+from mlx_openelm.generation.compact_caches import SlidingKVCache, describe_cache
 from mlx_openelm.generation.decoding import Context
 from mlx_openelm.model.fingerprint import fingerprint_arrays, fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
@@ -121,7 +121,7 @@ def open_prompt_cache(
     path = Path(os.path.realpath(path))
     if isinstance(make_cache(), SlidingKVCache):
         raise OpenELMError(
-            "--prompt-cache keeps every token of the prompt, and --max-kv-size throws "
+            "`prompt_cache` keeps every token of the prompt, and `max_kv_size` throws "
             "some away; leave one of them out."
         )
     _check_place(path)
@@ -134,7 +134,7 @@ def open_prompt_cache(
             on_note(f"{path} {useless}; the prompt is read anew.")
         else:
             for cache, parts in zip(context.cache, layers, strict=True):
-                refill(cache, parts)
+                cache.append(*parts)
             context.tokens += tokens
     with ThreadPoolExecutor(1, thread_name_prefix="prompt") as executor:
         opened = PromptCache(path, context, binding, executor)
@@ -165,7 +165,7 @@ def _check_place(path: Path) -> None:
     if not os.path.lexists(path):
         return
     if not path.is_file():
-        raise OpenELMError(f"{path} is no file; say another place for --prompt-cache.")
+        raise OpenELMError(f"{path} is no file; say another place for `prompt_cache`.")
     try:
         with path.open("rb") as opened:
             beginning = opened.read(_BEGINNING_BYTES)
@@ -174,7 +174,7 @@ def _check_place(path: Path) -> None:
     ours = beginning[8:].startswith(_BEGINNING) and _KEY.encode() in beginning
     if beginning and not ours:
         raise OpenELMError(
-            f"{path} is no prompt cache, and --prompt-cache would replace it; say "
+            f"{path} is no prompt cache, and `prompt_cache` would replace it; say "
             "another file, or remove it yourself."
         )
 

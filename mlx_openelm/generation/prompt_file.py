@@ -1,36 +1,46 @@
-"""A file of prompts is read, whatever is wrong with some of its lines."""
+"""Files of prompts: JSON records or plain lines, kept with what is wrong with them."""
 
-import json
+import io
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.text.record_files import (
+    JSON_SUFFIXES,
+    READ_ERRORS,
+    is_array,
+    open_records,
+    read_values,
+    without_gz,
+)
 from mlx_openelm.text.templates import Turn
 
 STDIN = "-"
+ARRAY = "a JSON array"
 JSONL = "JSON lines"
 LINES = "one prompt a line"
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
 LINES_SUFFIXES = (".txt",)
 ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What stands in one line.
+    """One record or line of a file.
 
     Attributes:
-        line: its number, from 1.
-        said: a text, or the turns of a conversation, whose last one is the user's.
-        id: what the line calls itself, or None.
+        number: of its line, in an array of the record; from 1.
+        place: its line, in an array with the column: "17" or "17:3".
+        content: a text, or the turns of a conversation, whose last one is the user's.
+        id: what the record calls itself, or None.
         problem: why it is no prompt; empty where it is one.
     """
 
-    line: int
-    said: str | tuple[Turn, ...] = ""
+    number: int
+    place: str
+    content: str | tuple[Turn, ...] = ""
     id: str | int | None = None
     problem: str = ""
 
@@ -45,75 +55,97 @@ class Prompts:
 
 
 def read_prompts(path: str | Path) -> Prompts:
-    """Read a file, or "-" for stdin: JSON lines, or one prompt a line.
+    """Read a file, or "-" for stdin: JSON lines, a JSON array, or one prompt a line.
 
-    The name decides (.jsonl, .ndjson; .txt); where it does not, it is JSON lines if the
-    first line that is not blank begins with "{" or is a JSON string. In JSON lines each
-    is a string, or an object with "prompt" (a text) or "messages" (a list of role and
-    content, the last one a user's), and perhaps an "id" (a text or a whole number).
-    Blank lines are skipped. What is wrong with a line is kept as its `problem`.
+    The name decides (.jsonl, .json, .ndjson; .txt; each also with .gz). Where it does
+    not, it is JSON if it begins with "{", with an array of objects or texts, or with a
+    line that is a JSON string. A record is a string, or an object with "prompt" (a
+    text) or "messages" (a list of role and content, the last one a user's), and perhaps
+    an "id" (a text or a whole number). Blank lines are skipped. What is wrong with a
+    record is kept as its `problem`.
 
     Raises:
-        OpenELMError: the file cannot be read, or holds nothing but blank lines.
+        OpenELMError: the file cannot be read, or holds no prompts.
     """
     from_stdin = str(path) == STDIN
     name = "stdin" if from_stdin else str(path)
     if from_stdin and sys.stdin is None:
         raise OpenELMError("stdin is closed; say a file of prompts.")
     try:
-        data = sys.stdin.buffer.read() if from_stdin else Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        data = sys.stdin.buffer.read() if from_stdin else _read_bytes(Path(path))
+    except READ_ERRORS as error:
         raise OpenELMError(f"Cannot read the prompts of {name}: {error}.") from error
-    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    filled = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not filled:
+    format = _find_format(name, data)
+    read = _read_lines(data) if format == LINES else _read_json(data, format)
+    prompts = tuple(read)
+    if not prompts:
         raise OpenELMError(f"{name} holds no prompts; it is empty.")
-    format = _find_format(name, filled[0][1])
-    read = _read_json if format == JSONL else _read_line
-    prompts = tuple(read(n, line.removesuffix(b"\r")) for n, line in filled)
     return Prompts(name, format, prompts)
 
 
-def _find_format(name: str, first: bytes) -> str:
-    suffix = Path(name).suffix.lower()
+def _read_bytes(path: Path) -> bytes:
+    with open_records(path) as file:
+        return file.read()
+
+
+def _find_format(name: str, data: bytes) -> str:
+    suffix = without_gz(Path(name)).suffix.lower()
     if suffix in LINES_SUFFIXES:
         return LINES
-    if suffix in JSONL_SUFFIXES or first.lstrip().startswith(b"{"):
-        return JSONL
-    try:
-        return JSONL if isinstance(json.loads(first), str) else LINES
-    except (ValueError, RecursionError):
-        return LINES
+    if is_array(data):
+        return ARRAY
+    first = next(read_values(io.BytesIO(data)), None)
+    begins_object = data.removeprefix(_BOM).lstrip().startswith(b"{")
+    is_text = first is not None and isinstance(first.value, str)
+    return JSONL if suffix in JSON_SUFFIXES or begins_object or is_text else LINES
+
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def _read_lines(data: bytes) -> Iterator[Prompt]:
+    for number, line in enumerate(data.removeprefix(_BOM).split(b"\n"), 1):
+        if line.strip():
+            yield _read_line(number, line.removesuffix(b"\r"))
 
 
 def _read_line(number: int, line: bytes) -> Prompt:
     try:
-        return Prompt(number, line.decode())
+        return Prompt(number, str(number), line.decode())
     except UnicodeDecodeError as error:
-        return Prompt(number, problem=_describe_bytes(line, error))
+        at = f"the byte 0x{line[error.start]:02x}, number {error.start + 1}"
+        problem = f"This line is no UTF-8 ({at}); save it as UTF-8."
+        return Prompt(number, str(number), problem=problem)
 
 
-def _read_json(number: int, line: bytes) -> Prompt:
+def _read_json(data: bytes, format: str) -> Iterator[Prompt]:
+    for number, read in enumerate(read_values(io.BytesIO(data)), 1):
+        if format == ARRAY:
+            prompt = Prompt(number, read.place)
+        else:
+            prompt = Prompt(read.line, str(read.line))
+        if read.problem:
+            column = "" if read.column is None else f", column {read.column}"
+            problem = f"Line {read.line}{column} {read.problem}."
+            yield replace(prompt, problem=problem)
+        else:
+            yield _read_record(prompt, read.value)
+
+
+def _read_record(prompt: Prompt, value: Any) -> Prompt:
+    """Return the prompt with what its record holds, or with the record's problem."""
     own = None
     try:
-        value = json.loads(line.decode())
         if isinstance(value, str):
             value = {"prompt": value}
         if not isinstance(value, dict):
             raise OpenELMError(
-                f"This line is {_kind(value)}; it must be an object or a text."
+                f"The record is {_kind(value)}; it must be an object or a text."
             )
         own = _check_id(value.get("id"))
-        return Prompt(number, _read_object(value), own)
-    except UnicodeDecodeError as error:
-        problem = _describe_bytes(line, error)
-    except json.JSONDecodeError as error:
-        problem = f"This line is no JSON ({error.msg}, column {error.colno})."
-    except (ValueError, RecursionError) as error:  # an endless number, or nesting
-        problem = f"This line cannot be read as JSON ({error})."
+        return replace(prompt, content=_read_object(value), id=own)
     except OpenELMError as error:
-        problem = str(error)
-    return Prompt(number, id=own, problem=problem)
+        return replace(prompt, id=own, problem=str(error))
 
 
 def _check_id(value: Any) -> str | int | None:
@@ -182,11 +214,6 @@ def _check_unicode(value: str, what: str) -> str:
         half = ascii(value[error.start])[1:-1]
         raise OpenELMError(f"{what} holds {half}, half of a character.") from error
     return value
-
-
-def _describe_bytes(line: bytes, error: UnicodeDecodeError) -> str:
-    at = f"the byte 0x{line[error.start]:02x}, number {error.start + 1}"
-    return f"This line is no UTF-8 ({at}); save it as UTF-8."
 
 
 def _kind(value: Any) -> str:

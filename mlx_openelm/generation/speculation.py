@@ -13,7 +13,8 @@ from mlx_openelm import openblas
 from mlx_openelm.generation.compact_caches import SlidingKVCache
 from mlx_openelm.generation.decoding import Context, Drawing, Drawn, Token
 from mlx_openelm.generation.drafters import Draft, Drafter
-from mlx_openelm.generation.sampling import Sampling, choose_tokens, distribution
+from mlx_openelm.generation.options import Sampling
+from mlx_openelm.generation.sampling import choose_tokens, distribution
 from mlx_openelm.generation.step import Step
 from mlx_openelm.model.openelm import OpenELM
 

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.text.tokenizer import Tokenizer
 
 LONGEST_BLOCK = 64  # tokens that are said again and again, in a loop

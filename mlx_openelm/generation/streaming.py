@@ -10,8 +10,8 @@ import mlx.core as mx
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.decoding import Context, draw_tokens
 from mlx_openelm.generation.drafters import Drafter
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.penalties import check_bias
-from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.generation.speculation import draw_speculatively
 from mlx_openelm.generation.stopping import Answer
 from mlx_openelm.model.openelm import OpenELM

@@ -1,4 +1,4 @@
-"""Which tensor gets how many bits.
+"""Which tensor gets how many bits; `packed_weights` computes them.
 
 Linears and the embedding are quantized, norms never. The embedding is also the output
 head, where errors cost most, and small: it has bits of its own, 8 unless said.
@@ -7,10 +7,8 @@ head, where errors cost most, and small: it has bits of its own, 8 unless said.
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
-
-import mlx.core as mx
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
@@ -41,31 +39,6 @@ class Packing:
         }
         return parts | ({"biases": scales} if self.mode == "affine" else {})
 
-    def pack(self, weight: mx.array) -> dict[str, mx.array]:
-        """Return the packed weight and what decodes it, by the suffix of its name."""
-        packed = mx.quantize(
-            weight, group_size=self.group_size, bits=self.bits, mode=self.mode
-        )
-        return dict(zip(("weight", "scales", "biases"), packed, strict=False))
-
-    def unpack(self, parts: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.array:
-        """Return the weight (out, in) that the packed parts stand for.
-
-        Rounded once, to `dtype`: mx.dequantize alone computes in the scales' dtype.
-        """
-        scales, biases = parts["scales"], parts.get("biases")
-        if biases is not None:
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        return mx.dequantize(
-            parts["weight"],
-            scales,
-            biases,
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-            dtype=mx.float32,
-        ).astype(dtype)
-
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
@@ -86,28 +59,28 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise OpenELMError(f"--q-mode is {self.mode}; MLX has {', '.join(MODES)}.")
+            raise OpenELMError(f"`mode` is {self.mode}; MLX has {', '.join(MODES)}.")
         if self.mode in FIXED_MODES:
             bits, group_size = FIXED_MODES[self.mode]
             known_bits: tuple[int, ...] = (bits,)
             known_sizes: tuple[int, ...] = (group_size,)
         else:
             known_bits, known_sizes = AFFINE_BITS, tuple(sorted(GROUP_SIZES))
-        for flag, value, known in (
-            ("--q-bits", self.bits, known_bits),
-            ("--q-group-size", self.group_size, known_sizes),
-            ("--q-embed-bits", self.embed_bits, AFFINE_BITS),
+        for name, value, known in (
+            ("bits", self.bits, known_bits),
+            ("group_size", self.group_size, known_sizes),
+            ("embed_bits", self.embed_bits, AFFINE_BITS),
         ):
             if value is not None and value not in known:
-                has = "MLX" if self.mode == "affine" else f"--q-mode {self.mode}"
+                has = "MLX" if self.mode == "affine" else f"`mode` {self.mode}"
                 raise OpenELMError(
-                    f"{flag} is {value}; {has} has {', '.join(map(str, known))}."
+                    f"`{name}` is {value}; {has} has {', '.join(map(str, known))}."
                 )
         try:
             re.compile(self.keep or "")
         except (re.error, RecursionError, OverflowError) as error:
             raise OpenELMError(
-                f"--q-keep {self.keep!r} is no regular expression: {error}."
+                f"`keep` {self.keep!r} is no regular expression: {error}."
             ) from error
 
     @property
@@ -137,8 +110,8 @@ class Quantization:
         if indivisible:
             raise OpenELMError(
                 f"A group size of {self.linear.group_size} does not divide the rows of "
-                f"{', '.join(indivisible)}; choose another --q-group-size "
-                f"({', '.join(map(str, sorted(GROUP_SIZES)))}), or --q-keep them."
+                f"{', '.join(indivisible)}; choose another `group_size` "
+                f"({', '.join(map(str, sorted(GROUP_SIZES)))}), or `keep` them."
             )
         self.check_keep(config)
         return chosen
@@ -152,7 +125,7 @@ class Quantization:
         modules = [n for n, shape in config.tensor_shapes().items() if len(shape) == 2]
         if self.keep and not any(map(self.keeps, modules)):
             raise OpenELMError(
-                f"--q-keep {self.keep!r} finds no module; there are "
+                f"`keep` {self.keep!r} finds no module; there are "
                 f"{', '.join(to_module(name) for name in modules[:5])} and the like."
             )
 
@@ -168,20 +141,12 @@ def describe_packings(
     """Return config.json's "quantization": the commonest packing, then exceptions."""
     linears = [p for n, p in packings.items() if n not in (EMBEDDING, HEAD)]
     (usual, _), *_ = Counter(linears or packings.values()).most_common(1)
-    entry = _spell(usual)
+    entry = asdict(usual)
     for name, shape in config.tensor_shapes().items():
         packing = packings.get(name)
         if len(shape) == 2 and packing != usual:
-            entry[to_module(name)] = _spell(packing) if packing else False
+            entry[to_module(name)] = asdict(packing) if packing else False
     return entry
-
-
-def _spell(packing: Packing) -> dict[str, Any]:
-    return {
-        "bits": packing.bits,
-        "group_size": packing.group_size,
-        "mode": packing.mode,
-    }
 
 
 def read_packing(entry: Mapping[str, Any], module_path: str) -> Packing:

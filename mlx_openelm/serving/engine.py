@@ -20,8 +20,8 @@ from mlx_lm.models.cache import LRUPromptCache, trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_openelm.generation.decoding import PREFILL_CHUNK
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.sampling import (
-    Sampling,
     choose_tokens,
     distribution,
     history_length,

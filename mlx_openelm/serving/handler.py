@@ -23,7 +23,7 @@ from mlx_openelm.generation.stopping import Answer
 from mlx_openelm.serving.access import Access
 from mlx_openelm.serving.engine import Engine
 from mlx_openelm.serving.logprobs import (
-    Part,
+    ResponseChunk,
     describe_for_chat,
     describe_for_completions,
 )
@@ -160,7 +160,7 @@ class Handler(theirs.APIHandler):
         if origin is not None and not self._is_allowed(origin):
             raise RequestError(
                 f"Pages of {origin[:100]!r} may not ask this server; start it with "
-                "--allowed-origins if they are to.",
+                "`allowed_origins` if they are to.",
                 status=403,
                 code="wrong_origin",
             )
@@ -224,7 +224,7 @@ class Handler(theirs.APIHandler):
 
     def _pieces(
         self, request: Completion, responses: Iterable[theirs.Response]
-    ) -> Iterator[Part]:
+    ) -> Iterator[ResponseChunk]:
         """Yield texts with the tokens that they were made of.
 
         What is held back (half a character, the beginning of a stop text) waits for
@@ -246,7 +246,7 @@ class Handler(theirs.APIHandler):
             if reason or text:
                 if reason == "stop" and not ended_itself and not text:
                     waiting = []  # they spelled the stop text
-                yield Part(text, waiting, reason, count)
+                yield ResponseChunk(text, waiting, reason, count)
                 waiting = []
             if reason:
                 return
@@ -256,7 +256,7 @@ class Handler(theirs.APIHandler):
         self,
         request: Completion,
         context: theirs.GenerationContext,
-        pieces: Iterable[Part],
+        pieces: Iterable[ResponseChunk],
     ) -> None:
         self._set_stream_headers(200)
         self.end_headers()
@@ -280,7 +280,7 @@ class Handler(theirs.APIHandler):
         self,
         request: Completion,
         context: theirs.GenerationContext,
-        pieces: Sequence[Part],
+        pieces: Sequence[ResponseChunk],
     ) -> None:
         reason: Any = pieces[-1].finish_reason
         whole = self.generate_response(
@@ -298,7 +298,7 @@ class Handler(theirs.APIHandler):
         self,
         response: dict[str, Any],
         request: Completion,
-        pieces: Iterable[Part],
+        pieces: Iterable[ResponseChunk],
         place: int,
     ) -> None:
         describe = describe_for_chat if request.chat else describe_for_completions

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 
 
-class Drawn(Protocol):
+class ResponseToken(Protocol):
     """A drawn token, as mlx-lm tells of it."""
 
     token: int
@@ -16,17 +16,17 @@ class Drawn(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ResponseChunk:
     """A text, the tokens that it was made of, and how many there were in all."""
 
     text: str
-    tokens: Sequence[Drawn]
+    tokens: Sequence[ResponseToken]
     finish_reason: str | None
     count: int
 
 
 def describe_for_completions(
-    tokenizer: Tokenizer, parts: Iterable[Part], place: int
+    tokenizer: Tokenizer, parts: Iterable[ResponseChunk], place: int
 ) -> dict[str, Any]:
     """Return a completion's "logprobs"; `place` is where the first text stands."""
     tokens, own, others, places = [], [], [], []
@@ -48,7 +48,7 @@ def describe_for_completions(
 
 
 def describe_for_chat(
-    tokenizer: Tokenizer, parts: Iterable[Part], place: int
+    tokenizer: Tokenizer, parts: Iterable[ResponseChunk], place: int
 ) -> dict[str, Any]:
     """Return a chat completion's "logprobs"."""
 
@@ -65,7 +65,7 @@ def describe_for_chat(
     return {"content": content, "refusal": None}
 
 
-def _likeliest(token: Drawn) -> list[tuple[int, float]]:
+def _likeliest(token: ResponseToken) -> list[tuple[int, float]]:
     found = [(other["id"], _finite(other["logprob"])) for other in token.top_tokens]
     return sorted(found, key=lambda pair: -pair[1])
 

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, NoReturn
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.text.templates import RAW, Turn, encode_turns
 from mlx_openelm.text.tokenizer import EOS_TEXT, Tokenizer
 

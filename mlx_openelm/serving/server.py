@@ -65,7 +65,7 @@ class Server(ThreadingHTTPServer):
         except (OSError, UnicodeError) as error:
             raise OpenELMError(
                 f"There is no host {access.host!r} to listen at ({error}); choose "
-                "another with --host."
+                "another with `host`."
             ) from error
         address: Any
         self.address_family, _, _, _, address = found[0]
@@ -73,7 +73,7 @@ class Server(ThreadingHTTPServer):
         if not self.is_loopback and not access.api_key:
             raise OpenELMError(
                 f"Other machines would reach {access.host}, and anybody could ask; set "
-                "a key with --api-key, or listen at 127.0.0.1."
+                "a key with `api_key`, or listen at 127.0.0.1."
             )
         self.access, self.stopping = access, False
         self.started = int(time.time())
@@ -137,7 +137,7 @@ class Server(ThreadingHTTPServer):
         if not self.engine.generation_available():
             raise OpenELMError(
                 "The model's thread has ended, see above; start the server again, with "
-                "a smaller --decode-concurrency if memory ran out."
+                "a smaller `decode_concurrency` if memory ran out."
             )
 
     def server_bind(self) -> None:
@@ -165,9 +165,9 @@ class Server(ThreadingHTTPServer):
             if error.errno == errno.EADDRINUSE:
                 raise OpenELMError(
                     f"Another program listens at {where}; choose another port with "
-                    "--port."
+                    "`port`."
                 ) from error
             raise OpenELMError(
                 f"Cannot listen at {where} ({error.strerror}); choose another with "
-                "--port or --host."
+                "`port` or `host`."
             ) from error

@@ -18,7 +18,12 @@ from mlx_openelm.model.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.base_check import BaseWeight, base_weights, check_base
 from mlx_openelm.storage.hub import find_model
-from mlx_openelm.storage.model_folder import METADATA_KEY, check_shapes, read_headers
+from mlx_openelm.storage.model_folder import (
+    METADATA_KEY,
+    ConfiguredFolder,
+    check_shapes,
+    read_headers,
+)
 from mlx_openelm.storage.shards import write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
@@ -29,27 +34,10 @@ Method = Literal["lora", "dora", "full"]
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterFolder:
-    """An adapter on disk whose config was read and whose tensors were not.
+class AdapterFolder(ConfiguredFolder):
+    """An adapter on disk whose config was read and whose tensors were not."""
 
-    Attributes:
-        raw: adapter_config.json.
-    """
-
-    path: Path
     method: Method
-    raw: Mapping[str, Any]
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        found = self.raw.get(METADATA_KEY)
-        return found if isinstance(found, dict) else {}
-
-    @property
-    def template(self) -> str | None:
-        """The prompt template that it was trained with."""
-        found = self.metadata.get("template")
-        return found if isinstance(found, str) else None
 
     @property
     def base(self) -> str | None:
@@ -63,13 +51,13 @@ class AdapterFolder:
             OpenELMError: it does not say its base, or that is not to be had.
         """
         if self.base is None:
-            raise OpenELMError(f"{self.path} does not say its base; say --model BASE.")
+            raise OpenELMError(f"{self.path} does not say its base; say `model` BASE.")
         try:
             return find_model(self.base, offline=offline)
         except OpenELMError as error:
             raise OpenELMError(
                 f"The base that {self.path} names is not to be had: "
-                f"{str(error).rstrip('.')}; say --model BASE."
+                f"{str(error).rstrip('.')}; say `model` BASE."
             ) from error
 
     def check_base(self, weights: Mapping[str, BaseWeight]) -> tuple[str, ...]:
@@ -103,7 +91,7 @@ def open_adapter_folder(path: Path) -> AdapterFolder:
             f"{path / CONFIG} says fine_tune_type {method!a}; expected lora, dora or "
             "full."
         )
-    return AdapterFolder(path, method, raw)
+    return AdapterFolder(path, raw, method)
 
 
 def find_weights(path: Path) -> Path:

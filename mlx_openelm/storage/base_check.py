@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from mlx_openelm.config import LLAMA_PIECES
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing
 
 NUM_ELEMENTS = 256  # in all
@@ -61,7 +62,7 @@ def base_weights(model: nn.Module) -> dict[str, BaseWeight]:
     return found
 
 
-def compare(sketch: str, weights: Mapping[str, BaseWeight]) -> float:
+def sketch_distance(sketch: str, weights: Mapping[str, BaseWeight]) -> float:
     """Return how far a base is from a sketch: 0 for the same one, about 1.4 for others.
 
     Raises:
@@ -96,7 +97,7 @@ def check_base(
     """
     named = f", {base}" if base else ""
     try:
-        distance = compare(sketch, weights)
+        distance = sketch_distance(sketch, weights)
     except ValueError as error:
         raise OpenELMError(
             f"The sketch of its base that {adapter} holds is damaged ({error}); copy "
@@ -149,6 +150,6 @@ def _packed_weight(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> BaseWe
 
     def read_rows(rows: mx.array) -> mx.array:
         chosen = {name: part[rows] for name, part in parts.items()}
-        return packing.unpack(chosen, mx.float32)
+        return unpack_weight(packing, chosen, mx.float32)
 
     return BaseWeight((count, words * 32 // packing.bits), read_rows)

@@ -50,9 +50,14 @@ def demo_folder() -> Path:
     if not (folder / CONFIG).is_file():
         raise OpenELMError(
             f"The built-in model is missing from {folder}; reinstall mlx-openelm, or "
-            "say --model NAME."
+            "say `model` NAME."
         )
     return folder
+
+
+def is_demo(path: Path) -> bool:
+    """Whether a folder is the built-in model's."""
+    return path.resolve() == demo_folder().resolve()
 
 
 def find_model(
@@ -71,7 +76,7 @@ def find_model(
     path = Path(os.path.expanduser(name))  # Path.expanduser raises on "~nobody"
     if revision is not None and (path.exists() or name == DEMO):
         raise OpenELMError(
-            f"--revision is of a Hub id, and {name} is here already; leave it out."
+            f"`revision` is of a Hub id, and {name} is here already; leave it out."
         )
     if path.is_dir():
         return path
@@ -112,7 +117,7 @@ def download(
     if offline or constants.HF_HUB_OFFLINE:
         raise OpenELMError(
             f"{repo} is no folder here, and {state}; check the name, or let it be "
-            "downloaded, without --offline and HF_HUB_OFFLINE."
+            "downloaded, without `offline` and HF_HUB_OFFLINE."
         )
     folder = fetch(repo, wanted, revision=revision, state=state)
     if missing := _missing(folder, wanted):

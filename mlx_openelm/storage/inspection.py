@@ -6,19 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.loading import stored_dtype
-from mlx_openelm.storage.model_folder import (
-    DTYPES,
-    ModelFolder,
-    open_folder,
-    spell_dtype,
-)
+from mlx_openelm.storage.model_folder import ModelFolder, open_folder, spell_dtype
 from mlx_openelm.storage.tokenizer_finder import read_tokenizer
-from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_folder
+from mlx_openelm.tensor_names import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +74,7 @@ def inspect(path: Path, *, context: int | None = None) -> Inspection:
     dtype = compute_dtype(stored_dtype(folder))
     widened = dtype != stored_dtype(folder)
     working_bytes = config.num_parameters * dtype.size if widened else weight_bytes
-    kv_bytes = 2 * sum(config.num_kv_heads) * config.head_dim * dtype.size
+    kv_bytes = config.kv_bytes_per_token(dtype.size)
     tokens = context or config.max_context_length
     return Inspection(
         path=path,
@@ -128,7 +121,7 @@ def _storage(folder: ModelFolder) -> dict[str, str]:
             group = "linears" if len(shape) == 2 else "norms"
         packing = folder.packings.get(name)
         if packing is None:
-            spelled = spell_dtype(_tensor_dtype(folder, name))
+            spelled = spell_dtype(folder.dtype_of(name))
         else:
             spelled = (
                 f"{packing.bits} bits ({packing.mode}, group {packing.group_size})"
@@ -143,16 +136,8 @@ def _storage(folder: ModelFolder) -> dict[str, str]:
     }
 
 
-def _tensor_dtype(folder: ModelFolder, name: str) -> mx.Dtype:
-    return DTYPES[folder.tensors[to_folder(name)].dtype]
-
-
 def _count_pieces(folder: ModelFolder) -> int | None:
-    if not any(
-        (folder.path / n).is_file() for n in ("tokenizer.model", "tokenizer.json")
-    ):
-        return None
     try:
         return read_tokenizer(folder.path).vocab_size
-    except OpenELMError:
+    except OpenELMError:  # there is none, or it is damaged
         return None

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,13 +11,62 @@ import mlx.nn as nn
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing
-from mlx_openelm.storage.adapter_folder import attach, open_adapter_folder
+from mlx_openelm.storage.adapter_folder import (
+    AdapterFolder,
+    attach,
+    open_adapter_folder,
+)
 from mlx_openelm.storage.hub import DEMO, find_model
-from mlx_openelm.storage.model_folder import DTYPES, ModelFolder, open_folder
-from mlx_openelm.storage.tokenizer_finder import JSON_FILE, MODEL_FILE, read_tokenizer
-from mlx_openelm.tensor_names import to_folder, to_module
+from mlx_openelm.storage.model_folder import ModelFolder, open_folder
+from mlx_openelm.storage.tokenizer_finder import (
+    JSON_FILE,
+    MODEL_FILE,
+    find_tokenizer_file,
+    read_tokenizer,
+)
+from mlx_openelm.tensor_names import to_module
 from mlx_openelm.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """The model that a command runs, and the adapter for it.
+
+    Attributes:
+        name: what was named, else the adapter's base, else "demo".
+        is_base: nothing was named, so the model is the adapter's own base.
+    """
+
+    name: str
+    folder: ModelFolder
+    adapter: AdapterFolder | None
+    is_base: bool
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the built-in model without an adapter."""
+        return self.adapter is None and self.name == DEMO
+
+
+def choose_model(
+    name: str | None, adapter_path: str | Path | None, *, offline: bool
+) -> ModelChoice:
+    """Open the named model, else the adapter's own base, else the demo model.
+
+    Raises:
+        OpenELMError: the model or the adapter is missing or damaged.
+    """
+    adapter = None
+    if adapter_path is not None:
+        adapter = open_adapter_folder(Path(adapter_path))
+    if adapter is not None and name is None:
+        path = adapter.find_base(offline=offline)
+        return ModelChoice(adapter.base or "", open_folder(path), adapter, is_base=True)
+    name = name or DEMO
+    folder = open_folder(find_model(name, offline=offline))
+    return ModelChoice(name, folder, adapter, is_base=False)
 
 
 def load(
@@ -36,36 +86,31 @@ def load(
     Raises:
         OpenELMError: the model or its tokenizer is missing or damaged.
     """
-    adapter = None
-    if adapter_path is not None:
-        adapter = open_adapter_folder(Path(adapter_path))
-    if adapter is not None and name is None:
-        path = adapter.find_base(offline=offline)
-    else:
-        path = find_model(name or DEMO, offline=offline)
-    folder = open_folder(path)
-    tokenizer = load_tokenizer(folder)
-    model = load_model(folder)
-    if adapter is not None:
-        tokenizer.template = adapter.template or tokenizer.template
-        for note in attach(model, adapter.path):
+    choice = choose_model(name, adapter_path, offline=offline)
+    tokenizer = load_tokenizer(choice.folder, choice.adapter)
+    model = load_model(choice.folder)
+    if choice.adapter is not None:
+        for note in attach(model, choice.adapter.path):
             warnings.warn(note, stacklevel=2)
     return model, tokenizer
 
 
-def load_tokenizer(folder: ModelFolder) -> Tokenizer:
-    """Load the folder's tokenizer, with the prompt template that is stored there.
+def load_tokenizer(
+    folder: ModelFolder, adapter: AdapterFolder | None = None
+) -> Tokenizer:
+    """Load the folder's tokenizer, with the prompt template of the adapter or folder.
 
     Raises:
         OpenELMError: there is none, or it has more pieces than the embedding has rows.
     """
-    if not any((folder.path / n).is_file() for n in (MODEL_FILE, JSON_FILE)):
+    if find_tokenizer_file(folder.path) is None:
         raise OpenELMError(
             f"{folder.path} holds no {MODEL_FILE} or {JSON_FILE}; convert the model "
-            f"again with --tokenizer, or put Llama 2's {MODEL_FILE} there "
+            f"again with `tokenizer`, or put Llama 2's {MODEL_FILE} there "
             "(NousResearch/Llama-2-7b-hf has a copy that is open to all)."
         )
-    tokenizer = read_tokenizer(folder.path, template=folder.template)
+    template = (adapter.template if adapter else None) or folder.template
+    tokenizer = read_tokenizer(folder.path, template=template)
     if tokenizer.vocab_size > folder.config.vocab_size:
         raise OpenELMError(
             f"The tokenizer in {folder.path} has {tokenizer.vocab_size} pieces, the "
@@ -102,7 +147,7 @@ def load_model(folder: ModelFolder, dtype: mx.Dtype | None = None) -> OpenELM:
 
 def stored_dtype(folder: ModelFolder) -> mx.Dtype:
     """Return the dtype of what is not packed: the norms have it in every folder."""
-    return DTYPES[folder.tensors[to_folder("norm.weight")].dtype]
+    return folder.dtype_of("norm.weight")
 
 
 def _unpacked(
@@ -116,7 +161,7 @@ def _unpacked(
             for suffix in ("weight", "scales", "biases")
             if f"{module}.{suffix}" in arrays
         }
-        arrays[f"{module}.weight"] = packing.unpack(parts, dtype)
+        arrays[f"{module}.weight"] = unpack_weight(packing, parts, dtype)
     return arrays
 
 
@@ -126,13 +171,7 @@ def make_quantized(model: OpenELM, packings: Mapping[str, Packing]) -> None:
 
     def choose(path: str, module: nn.Module) -> bool | dict[str, int | str]:
         packing = by_module.get(path)
-        if packing is None:
-            return False
-        return {
-            "bits": packing.bits,
-            "group_size": packing.group_size,
-            "mode": packing.mode,
-        }
+        return False if packing is None else asdict(packing)
 
     nn.quantize(model, class_predicate=choose)
 

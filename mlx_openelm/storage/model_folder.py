@@ -17,9 +17,10 @@ import safetensors
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
 from mlx_openelm.storage.shards import DTYPES, INDEX
-from mlx_openelm.tensor_names import to_module
+from mlx_openelm.tensor_names import to_folder, to_module
 
 METADATA_KEY = "mlx_openelm"
 
@@ -41,20 +42,15 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFolder:
-    """A model on disk whose headers were read and whose weights were not.
+class ConfiguredFolder:
+    """A folder of a model or of an adapter, with our metadata in its config.
 
     Attributes:
-        raw: config.json.
-        tensors: by the names in the files.
-        packings: how the quantized tensors are packed, by CoreNet name.
+        raw: config.json, or adapter_config.json.
     """
 
     path: Path
-    config: OpenELMConfig
     raw: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
-    packings: Mapping[str, Packing]
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -63,13 +59,32 @@ class ModelFolder:
 
     @property
     def template(self) -> str | None:
+        """The prompt template that it was trained with."""
         found = self.metadata.get("template")
         return found if isinstance(found, str) else None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder(ConfiguredFolder):
+    """A model on disk whose headers were read and whose weights were not.
+
+    Attributes:
+        tensors: by the names in the files.
+        packings: how the quantized tensors are packed, by CoreNet name.
+    """
+
+    config: OpenELMConfig
+    tensors: Mapping[str, StoredTensor]
+    packings: Mapping[str, Packing]
 
     @property
     def generation_defaults(self) -> dict[str, Any]:
         path = self.path / "generation_config.json"
         return read_mapping(path) if path.is_file() else {}
+
+    def dtype_of(self, name: str) -> mx.Dtype:
+        """Return the dtype of a tensor (CoreNet name) that is not packed."""
+        return DTYPES[self.tensors[to_folder(name)].dtype]
 
     def read(self) -> dict[str, mx.array]:
         """Return every tensor, lazily: bytes are read when it is evaluated."""
@@ -104,7 +119,7 @@ def open_folder(path: Path) -> ModelFolder:
     )
     dtypes = {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
     check_dtypes(config, packings, dtypes, where=str(path))
-    return ModelFolder(path, config, raw, tensors, packings)
+    return ModelFolder(path, raw, config, tensors, packings)
 
 
 def find_weight_files(
@@ -277,7 +292,7 @@ def unpacks_to_finite(
 ) -> bool:
     """Whether no number that packed parts stand for is infinite or NaN in `dtype`."""
     if packing.mode != "affine":
-        return is_finite(packing.unpack(parts, dtype))
+        return is_finite(unpack_weight(packing, parts, dtype))
     smallest = parts["biases"].astype(mx.float32)  # of each group, and the other end
     largest = parts["scales"].astype(mx.float32) * (2**packing.bits - 1) + smallest
     return all(is_finite(end.astype(dtype)) for end in (smallest, largest))

@@ -17,7 +17,7 @@ from typing import IO, Any, Self
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.staging import held
 
-Json = dict[str, Any]
+JsonObject = dict[str, Any]
 _BEGINNING = b'{"line": '  # of every answer's line
 
 
@@ -29,9 +29,9 @@ class Answers:
         ahead: answers that wait for their turn, by place.
     """
 
-    def __init__(self, give: Callable[[Json], None]) -> None:
+    def __init__(self, give: Callable[[JsonObject], None]) -> None:
         self.turn = 0
-        self.ahead: dict[int, Json] = {}
+        self.ahead: dict[int, JsonObject] = {}
         self._give = give
 
     def __contains__(self, place: int) -> bool:
@@ -40,7 +40,7 @@ class Answers:
     def __len__(self) -> int:
         return self.turn + len(self.ahead)
 
-    def add(self, place: int, answer: Json) -> None:
+    def add(self, place: int, answer: JsonObject) -> None:
         """Take an answer, unless there is one at its place."""
         if place not in self:
             self.ahead[place] = answer
@@ -54,10 +54,10 @@ class Answers:
             self._give(self.ahead.pop(self.turn))
             self.turn += 1
 
-    def _keep(self, place: int, answer: Json) -> None:
+    def _keep(self, place: int, answer: JsonObject) -> None:
         """Keep an answer, if it has to wait."""
 
-    def _write(self, answer: Json) -> None:
+    def _write(self, answer: JsonObject) -> None:
         """Write an answer whose turn it is."""
 
 
@@ -67,8 +67,8 @@ class AnswersFile(Answers):
     def __init__(
         self,
         path: Path,
-        find_place: Callable[[Json], int | None],
-        give: Callable[[Json], None],
+        find_place: Callable[[JsonObject], int | None],
+        give: Callable[[JsonObject], None],
         *,
         force: bool = False,
     ) -> None:
@@ -142,7 +142,7 @@ class AnswersFile(Answers):
             elif "error" not in answer:
                 raise _Stale(
                     f"{self._path} holds answers to other prompts or with other "
-                    f"settings (line {index + 1}); choose another file, or say --force "
+                    f"settings (line {index + 1}); choose another file, or say `force` "
                     "to replace them."
                 )
         whole = 0
@@ -155,7 +155,7 @@ class AnswersFile(Answers):
                 raise _Stale(
                     f"{self._waiting.name} holds answers of a stopped run to other "
                     "prompts or with other settings; choose another file, or say "
-                    "--force to replace them."
+                    "`force` to replace them."
                 )
         _cut(self._waiting, whole)
         for place, answer in behind.items():
@@ -164,12 +164,12 @@ class AnswersFile(Answers):
                 _append(self._waiting, answer)
         _cut(self._file, size)
 
-    def _keep(self, place: int, answer: Json) -> None:
+    def _keep(self, place: int, answer: JsonObject) -> None:
         if place > self.turn:
             with self._in_one_sentence():
                 _append(self._waiting, answer)
 
-    def _write(self, answer: Json) -> None:
+    def _write(self, answer: JsonObject) -> None:
         with self._in_one_sentence():
             _append(self._file, answer)
 
@@ -195,7 +195,7 @@ def _remove_empty(path: Path) -> None:
             path.unlink()
 
 
-def _append(file: IO[bytes], answer: Json) -> None:
+def _append(file: IO[bytes], answer: JsonObject) -> None:
     rest = to_line(answer).encode() + b"\n"
     while rest:
         rest = rest[file.write(rest) :]
@@ -205,12 +205,12 @@ def _cut(file: IO[bytes], size: int) -> None:
     file.truncate(size)
 
 
-def to_line(answer: Json) -> str:
+def to_line(answer: JsonObject) -> str:
     """Return an answer as its line has it."""
     return json.dumps(answer, ensure_ascii=False)
 
 
-def _read_answers(file: IO[bytes], path: Path) -> Iterator[tuple[int, Json]]:
+def _read_answers(file: IO[bytes], path: Path) -> Iterator[tuple[int, JsonObject]]:
     """Yield each whole line's answer, and where the line ends.
 
     Raises:

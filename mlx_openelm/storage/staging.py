@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from mlx_openelm.errors import OpenELMError
 
@@ -86,19 +86,36 @@ def held(target: Path) -> Iterator[None]:
         OpenELMError: another process holds it.
     """
     lock = target.parent / f".{target.name}.held"
-    with _parents(target):
+    refusal = (
+        f"{target} is in use by another process; wait for it, or choose another place."
+    )
+    with _parents(target), lock_file(lock, refusal):
+        yield
+
+
+@contextlib.contextmanager
+def lock_file(path: Path, refusal: str, *, required: bool = True) -> Iterator[None]:
+    """Hold a lock file, which is removed at the end, or unlocked if the process dies.
+
+    Args:
+        refusal: the message where another process holds it.
+        required: fail where the file system has no locks; else go on without one.
+
+    Raises:
+        OpenELMError: another process holds it.
+    """
+    with path.open("ab") as opened:
         try:
-            locked = _lock(lock, "a+b")
+            _lock(opened)
         except BlockingIOError as error:
-            raise OpenELMError(
-                f"{target} is in use by another process; wait for it, or choose "
-                "another place."
-            ) from error
-        with locked:
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
+            raise OpenELMError(refusal) from error
+        except OSError:
+            if required:
+                raise
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -160,13 +177,13 @@ def _refuse(target: Path, force: bool, describe: Callable[[Path], str]) -> None:
         return
     if not force:
         raise OpenELMError(
-            f"{target} exists already; choose another place, or say --force to replace "
+            f"{target} exists already; choose another place, or say `force` to replace "
             "it."
         )
     foreign = describe(target)
     if foreign:
         raise OpenELMError(
-            f"{target} {foreign}, so --force does not replace it; choose another place "
+            f"{target} {foreign}, so `force` does not replace it; choose another place "
             "or remove it yourself."
         )
 
@@ -222,7 +239,7 @@ def _workplace(target: Path, job: Mapping[str, Any] | None = None) -> Iterator[P
     lock = target.parent / f".{target.name}.{digest[:12]}.lock"
     part = lock.with_suffix(".part")
     try:
-        locked = _lock(lock, "a+b")
+        locked = _open_locked(lock, "a+b")
     except BlockingIOError as error:
         raise OpenELMError(
             f"{target} is being written by another process; wait for it, or choose "
@@ -259,21 +276,26 @@ def _whole_shards(part: Path, job: Mapping[str, Any] | None) -> set[Path]:
     return set() if job is None else set(part.glob(SHARD_FILES))
 
 
-def _lock(path: Path, mode: Literal["a+b", "r+b"]) -> FileIO:
-    """Open a file and lock it until it is closed, by whatever death of the process.
-
-    Raises:
-        BlockingIOError: another process has it, or has just finished and removed it.
-    """
+def _open_locked(path: Path, mode: Literal["a+b", "r+b"]) -> FileIO:
+    """Open a file and lock it; errors as `_lock`."""
     opened = path.open(mode, buffering=0)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(opened.fileno()).st_nlink == 0:
-            raise BlockingIOError(errno.EWOULDBLOCK, "removed", str(path))
+        _lock(opened)
     except BaseException:
         opened.close()
         raise
     return opened
+
+
+def _lock(opened: IO[bytes]) -> None:
+    """Lock a file until it is closed, by whatever death of the process.
+
+    Raises:
+        BlockingIOError: another process has it, or has just finished and removed it.
+    """
+    fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if os.fstat(opened.fileno()).st_nlink == 0:
+        raise BlockingIOError(errno.EWOULDBLOCK, "removed", opened.name)
 
 
 def _remove_leftovers(target: Path, own: Path) -> None:
@@ -281,7 +303,7 @@ def _remove_leftovers(target: Path, own: Path) -> None:
     pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{12}\.lock")
     for lock in sorted(target.parent.iterdir()):
         if pattern.fullmatch(lock.name) and lock != own and lock.is_file():
-            with contextlib.suppress(OSError), _lock(lock, "r+b") as locked:
+            with contextlib.suppress(OSError), _open_locked(lock, "r+b") as locked:
                 if locked.read() == _MARK:
                     _remove_with_lock(lock)
 

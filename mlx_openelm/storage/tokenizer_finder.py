@@ -103,7 +103,7 @@ def find_tokenizer(
 
     Args:
         source: the model's folder or file.
-        given: what --tokenizer says: a file, a folder, or a repository on the Hub.
+        given: what `tokenizer` says: a file, a folder, or a repository on the Hub.
         num_rows: rows of the model's embedding.
         offline: of the Hub, use only what is on this machine already.
 
@@ -112,11 +112,11 @@ def find_tokenizer(
     """
     folder = source if source.is_dir() else source.parent
     if given is not None:
-        file = _tokenizer_file(_locate(given, offline=offline))
+        file = find_tokenizer_file(_locate(given, offline=offline))
         if file is None:
             refuse(f"{given} holds neither {MODEL_FILE} nor {JSON_FILE}")
         return FoundTokenizer(_read_and_prove(file, num_rows), file)
-    if own := _tokenizer_file(folder):
+    if own := find_tokenizer_file(folder):
         return FoundTokenizer(_read_and_prove(own, num_rows), own)
     notes = [f"There is no tokenizer in {folder}."]
     found = _search_beside(folder, num_rows, notes)
@@ -126,7 +126,7 @@ def find_tokenizer(
         tried = f" ({' '.join(notes[1:][-4:])})" if notes[1:] else ""
         raise OpenELMError(
             f"No tokenizer was found beside {source}{tried}, and OpenELM's own "
-            f"repositories carry none. {GET_ONE}, or --tokenizer none to convert "
+            f"repositories carry none. {GET_ONE}, or `tokenizer` none to convert "
             "without one."
         )
     return found
@@ -161,7 +161,7 @@ def _search_beside(
         if _describe(other.tokenizer) != _describe(first.tokenizer):
             raise OpenELMError(
                 f"{first.path} and {other.path} both fit the model and differ; say "
-                "which is its own with --tokenizer."
+                "which is its own with `tokenizer`."
             )
     return first
 
@@ -175,7 +175,7 @@ def _files_beside(folder: Path) -> Iterator[Path]:
         for path in found:
             file = None
             with contextlib.suppress(OSError):
-                file = _tokenizer_file(path) if path.is_dir() else None
+                file = find_tokenizer_file(path) if path.is_dir() else None
             if file is not None:
                 yield file
 
@@ -193,7 +193,7 @@ def _search_hub(
         notes.append(f"Offline, so {repo} was not asked for its copy.")
         return None
     try:
-        copy = _tokenizer_file(download(repo, TOKENIZER))
+        copy = find_tokenizer_file(download(repo, TOKENIZER))
     except OpenELMError as error:
         reason, *_ = str(error).split("; ")
         notes.append(f"The download of a copy failed: {reason.rstrip('.')}.")
@@ -206,7 +206,8 @@ def _files_in_cache() -> Iterator[tuple[str, Path]]:
     snapshots = cached_snapshots()
     for pattern in OPEN_COPIES:
         for repo, folder in snapshots:
-            if fnmatch.fnmatchcase(repo, pattern) and (file := _tokenizer_file(folder)):
+            file = find_tokenizer_file(folder)
+            if file is not None and fnmatch.fnmatchcase(repo, pattern):
                 yield repo, file
     for repo, folder in snapshots:
         copy = folder / MODEL_FILE
@@ -230,7 +231,7 @@ def _try(
     said = (
         "it gives Llama's ids for every probe"
         if tokenizer.vocab_size == LLAMA_SIZE
-        else f"it fits {num_rows} rows; if the model has another, say --tokenizer"
+        else f"it fits {num_rows} rows; if the model has another, say `tokenizer`"
     )
     taken = f"The tokenizer is {file}, {where}: {said}."
     return FoundTokenizer(tokenizer, file, (*notes, taken))
@@ -252,7 +253,7 @@ def _locate(given: str, *, offline: bool) -> Path:
     return download(given, TOKENIZER, offline=offline)
 
 
-def _tokenizer_file(path: Path) -> Path | None:
+def find_tokenizer_file(path: Path) -> Path | None:
     """Return the tokenizer's file in a folder; a file stands for itself."""
     files = (path / MODEL_FILE, path / JSON_FILE) if path.is_dir() else (path,)
     return next((file for file in files if file.is_file()), None)
@@ -266,7 +267,7 @@ def read_tokenizer(path: Path, *, template: str | None = None) -> Tokenizer:
     Raises:
         OpenELMError: there is none, or it cannot be read as SentencePiece BPE.
     """
-    file = _tokenizer_file(path)
+    file = find_tokenizer_file(path)
     if file is None:
         refuse(f"{path} holds neither {MODEL_FILE} nor {JSON_FILE}")
     if file.suffix != ".json":
@@ -322,7 +323,7 @@ def prove_tokenizer(tokenizer: Tokenizer, num_rows: int) -> None:
         raise OpenELMError(
             f"The tokenizer has {size} pieces and the model's embedding {num_rows} "
             f"rows, where {size} would fit or, as CoreNet pads them, {padded}. Say the "
-            "--tokenizer that the model was trained with."
+            "`tokenizer` that the model was trained with."
         )
     # Mistral's has the same size and special ids and passes all of the above.
     for text, ids in LLAMA_VECTORS.items() if size == LLAMA_SIZE else ():

@@ -50,7 +50,7 @@ def _raw(turns: Sequence[Turn]) -> list[Exchange]:
     if roles != ["user", "assistant"]:
         raise OpenELMError(
             "The raw template has no place for a conversation's turns "
-            f"({', '.join(roles)}); choose --template {_either(_TEMPLATES)}."
+            f"({', '.join(roles)}); choose `template` {_either(_TEMPLATES)}."
         )
     prompt, answer = _with_input(turns[0]), turns[1].text
     joined = not prompt or prompt[-1].isspace() or answer[:1].isspace()
@@ -155,8 +155,8 @@ def encode_prompt(
     if name == RAW:
         if system:
             raise OpenELMError(
-                "A raw prompt has no place for --system; "
-                f"choose --template {_either(_TEMPLATES)}."
+                "A raw prompt has no place for `system`; "
+                f"choose `template` {_either(_TEMPLATES)}."
             )
         return tokenizer.encode(prompt.removesuffix(" ") if as_trained else prompt)
     turns = [Turn("user", prompt), Turn("assistant", "")]

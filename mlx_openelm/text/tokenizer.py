@@ -35,12 +35,12 @@ class Tokenizer:
             loaded = self.processor.LoadFromSerializedProto(model_proto)
         except (RuntimeError, OSError) as error:
             raise OpenELMError(
-                f"This is not a SentencePiece model: {error}. Say another --tokenizer."
+                f"This is not a SentencePiece model: {error}. Say another `tokenizer`."
             ) from error
         if not loaded or self.processor.bos_id() < 0 or self.processor.eos_id() < 0:
             raise OpenELMError(
                 "The tokenizer has no BOS or no EOS piece, so OpenELM cannot use it; "
-                "say another --tokenizer."
+                "say another `tokenizer`."
             )
         self.model_proto = model_proto
         self.template = template

@@ -17,8 +17,8 @@ from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 UNK_ID = 0
 BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 GET_ONE = (
-    "Say --tokenizer FILE, FOLDER or REPO with Llama 2's tokenizer.model, such as "
-    "--tokenizer NousResearch/Llama-2-7b-hf (a copy that is open to all)"
+    "Say `tokenizer` FILE, FOLDER or REPO with Llama 2's tokenizer.model, such as "
+    "`tokenizer` NousResearch/Llama-2-7b-hf (a copy that is open to all)"
 )
 
 

@@ -24,6 +24,6 @@ def refuse_repeated(
         raise OpenELMError(
             f"Loss or gradient was not finite in {MOST_IN_A_ROW} batches in a "
             f"row, up to step {progress.step} ({', '.join(places[:4])}); nothing "
-            "of them was learnt. Lower --learning-rate, or look at these records; "
+            "of them was learnt. Lower `learning_rate`, or look at these records; "
             f"{kept}"
         )

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import safetensors
 from mlx.utils import tree_map_with_path, tree_unflatten
 
 from mlx_openelm import openblas
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.adapter_folder import save_tensors
 from mlx_openelm.storage.staging import flush, replaced_file
 from mlx_openelm.training.arrays import flatten, trained_tensors
@@ -109,7 +109,7 @@ class SavedState:
 class TrainingState:
     """All that updates change: a model's trained weights, optimizer and progress."""
 
-    model: nn.Module
+    model: OpenELM
     optimizer: optim.Optimizer
     progress: TrainingProgress = field(default_factory=TrainingProgress)
 
@@ -191,11 +191,11 @@ def load_state(folder: Path) -> SavedState:
     if not path.is_file():
         raise OpenELMError(
             f"{folder} holds no {STATE}, so there is nothing to go on from; leave out "
-            "--resume to begin."
+            "`resume` to begin."
         )
     wrong = OpenELMError(
         f"{path} is damaged or was written by another version of mlx-openelm; begin "
-        "anew with --force."
+        "anew with `force`."
     )
     try:
         with safetensors.safe_open(path, framework="numpy") as opened:

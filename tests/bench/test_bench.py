@@ -26,7 +26,6 @@ from mlx_openelm.bench.models import (
     choose_form,
     count_step_bytes,
     estimate_memory,
-    kv_bytes_per_token,
     load_subject,
     make_model,
 )
@@ -45,7 +44,7 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.device import Machine, compute_dtype, describe_machine
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.decoding import draw_tokens
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.lora import LoRALinear
 from mlx_openelm.model.quantization import Quantization
 from mlx_openelm.storage.hub import demo_folder
@@ -132,7 +131,7 @@ def test_the_adapter_is_read_as_well():
 def test_the_released_sizes_keep_what_the_facts_say_of_their_caches(size):
     config = OpenELMConfig.preset(size)
     facts = {"270M": 16_128, "450M": 23_296, "1.1B": 43_264, "3B": 83_968}
-    assert kv_bytes_per_token(config, mx.bfloat16) == facts[size]
+    assert config.kv_bytes_per_token(mx.bfloat16.size) == facts[size]
     form = Form(mx.bfloat16, {})
     weights = 2 * config.num_parameters
     assert weights < reckoned(config, form, 512) < 1.4 * weights

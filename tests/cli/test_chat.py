@@ -25,6 +25,7 @@ from mlx_openelm.cli.chat_session import run_chat
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.options import open_model
 from mlx_openelm.generation import conversation
+from mlx_openelm.generation.cache import KVCache
 
 PROGRAM = (sys.executable, "-m", "mlx_openelm", "chat", "--model", "model")
 ENDLESS = "50000"  # tokens: some half a minute
@@ -351,7 +352,19 @@ def test_ctrl_c_before_the_first_word_takes_the_message_back(here, monkeypatch, 
     monkeypatch.setattr(conversation, "stream", breaks)
     monkeypatch.setattr(sys, "stdin", Typed(io.BytesIO(b"Hi\n/save talk.json\n")))
     folder, model, tokenizer = open_model(Console(), "model", None, True)
-    run_chat(Console(), folder, model, tokenizer, Sampling())
+    run_chat(
+        Console(),
+        folder,
+        model,
+        tokenizer,
+        Sampling(),
+        template="auto",
+        system="",
+        adapter=None,
+        drafter=None,
+        make_cache=KVCache,
+        as_json=False,
+    )
     told = capsys.readouterr()
     assert told.out == ""
     assert "[stopped before the first word; nothing was kept]" in told.err

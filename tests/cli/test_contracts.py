@@ -14,7 +14,7 @@ from places import ROOT
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.texts import evaluate
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import generate
 from mlx_openelm.recipe_loader import bundled_recipes
 from mlx_openelm.storage.loading import load

@@ -14,7 +14,7 @@ import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
 from converters.formats.sources import open_source  # noqa: E402
-from converters.parity import compare  # noqa: E402
+from converters.parity import compare_with_reference  # noqa: E402
 from converters.pretraining.plan import count_flops_per_token  # noqa: E402
 from converters.reference import ReferenceOpenELM, summed_loss  # noqa: E402
 from mlx_openelm.bench.selfcheck import made_weight  # noqa: E402
@@ -84,7 +84,7 @@ def test_the_cache_gives_the_uncached_logits():
 def test_every_layer_agrees_through_the_converter(tmp_path, tied):
     config = replace(UNEVEN, share_input_output_layers=tied)
     path = write_pt(tmp_path / "uneven.pt", weights_of(config))
-    report = compare(str(path))
+    report = compare_with_reference(str(path))
     assert report.equal
     assert [p.place for p in report.places] == [
         "embedding",
@@ -100,7 +100,7 @@ def test_every_layer_agrees_through_the_converter(tmp_path, tied):
 def test_a_difference_is_reported(tmp_path, monkeypatch):
     path = write_pt(tmp_path / "uneven.pt", weights_of(UNEVEN))
     monkeypatch.setattr(openelm, "swiglu", lambda gate, up: up)
-    report = compare(str(path))
+    report = compare_with_reference(str(path))
     assert not report.equal
     assert report.places[0].difference == 0
     assert report.places[1].difference > 1e-3

@@ -13,13 +13,11 @@ from models import SCALED, TEXT, UNEVEN, build, small_tokenizer
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.loglikelihood import (
     Request,
-    encode_request,
     encode_requests,
     rolling_requests,
-    score_all,
     score_requests,
 )
-from mlx_openelm.evaluation.prefix_tree import plant
+from mlx_openelm.evaluation.prefix_tree import build_tree
 from mlx_openelm.model.lora import LoRAEmbedding, LoRALinear
 
 tokenizer = small_tokenizer()
@@ -70,6 +68,12 @@ def score_alone(model, request):
     return nats, list(log_probs.argmax(-1)) == list(request.continuation)
 
 
+def score(model, requests):
+    """Return the log-likelihoods in the order of the requests."""
+    found = dict(score_requests(model, requests))
+    return [found[index] for index in range(len(requests))]
+
+
 def assert_right(model, requests, **options):
     found = dict(score_requests(model, requests, **options))
     assert sorted(found) == list(range(len(requests)))
@@ -97,12 +101,6 @@ def test_each_request_is_scored_as_if_it_were_alone(requests, kind, row):
     assert_right(MODELS[kind], requests, row_tokens=row)
 
 
-@settings(max_examples=5)
-@given(requests=requests)
-def test_sharing_can_be_switched_off(requests):
-    assert_right(model, requests, row_tokens=40, shared=False)
-
-
 def test_an_adapter_counts_in_every_layer_and_in_the_embedding():
     with_adapter = adapted()
     request = Request((1, 40, 50), (60, 70))
@@ -115,7 +113,7 @@ def test_bfloat16_is_rotated_as_ever_and_weighed_in_float32():
     half.set_dtype(mx.bfloat16)
     whole = Request((1,), tuple(range(10, 70)))
     alone, _ = score_alone(half, whole)
-    (scored,) = score_all(half, [whole])
+    (scored,) = score(half, [whole])
     assert scored.nats == pytest.approx(alone, abs=1e-4)
 
 
@@ -132,7 +130,7 @@ def test_greedy_means_the_likeliest_token_at_every_place():
     context, said = tuple(ids[:3]), tuple(ids[3:])
     first = (said[0] ^ 1, *said[1:])
     last = (*said[:-1], said[-1] ^ 1)
-    scored = score_all(model, [Request(context, c) for c in (said, first, last)])
+    scored = score(model, [Request(context, c) for c in (said, first, last)])
     assert [s.is_greedy for s in scored] == [True, False, False]
 
 
@@ -140,7 +138,7 @@ def test_greedy_means_the_likeliest_token_at_every_place():
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1))
 def test_a_row_holds_every_shared_beginning_once(sequences):
     sequences.sort()
-    tree = plant(sequences)
+    tree = build_tree(sequences)
     beginnings = {tuple(s[: n + 1]) for s in sequences for n in range(len(s))}
     assert len(tree.tokens) == len(beginnings)
     for i, sequence in enumerate(sequences):
@@ -154,23 +152,19 @@ def test_a_row_holds_every_shared_beginning_once(sequences):
 def test_labels_that_differ_in_their_last_token_cost_nothing_more(monkeypatch):
     rows = []
     monkeypatch.setattr(
-        "mlx_openelm.evaluation.loglikelihood.plant",
-        lambda sequences, shared: (
-            rows.append(plant(sequences, shared=shared)) or rows[-1]
-        ),
+        "mlx_openelm.evaluation.loglikelihood.build_tree",
+        lambda sequences: rows.append(build_tree(sequences)) or rows[-1],
     )
     prompt, label = (1, 40, 50, 60), (7, 8)
-    score_all(model, [Request(prompt, (*label, n)) for n in (10, 11, 12, 13)])
+    score(model, [Request(prompt, (*label, n)) for n in (10, 11, 12, 13)])
     assert [row.tokens for row in rows] == [(*prompt, *label)]
 
 
 def test_a_row_grows_beyond_its_size_for_what_nearly_all_of_it_shares(monkeypatch):
     sizes = []
     monkeypatch.setattr(
-        "mlx_openelm.evaluation.loglikelihood.plant",
-        lambda sequences, shared: (
-            sizes.append(len(sequences)) or plant(sequences, shared=shared)
-        ),
+        "mlx_openelm.evaluation.loglikelihood.build_tree",
+        lambda sequences: sizes.append(len(sequences)) or build_tree(sequences),
     )
     stem = (1, *range(10, 30))
     few_shot = [Request((*stem, n, n), (5,)) for n in range(40, 80)]
@@ -182,24 +176,17 @@ def test_a_row_grows_beyond_its_size_for_what_nearly_all_of_it_shares(monkeypatc
     assert max(sizes) == 6  # one token is shared, which is no reason to grow
 
 
-def test_progress_is_told_of_every_request():
-    told = []
-    many = [Request((1, n), (5, n)) for n in range(10, 20)]
-    score_all(model, many, on_progress=lambda done, total: told.append((done, total)))
-    assert told == [(n, 10) for n in range(1, 11)]
-
-
 def test_what_cannot_be_scored_is_named():
     with pytest.raises(OpenELMError, match=r"65 tokens.*between 1 and.*64"):
-        score_all(model, [Request((1,), (5,) * 65)])
+        score(model, [Request((1,), (5,) * 65)])
     with pytest.raises(OpenELMError, match="0 tokens"):
-        score_all(model, [Request((1,), ())])
+        score(model, [Request((1,), ())])
     with pytest.raises(OpenELMError, match="begin it with BOS"):
-        score_all(model, [Request((), (5,))])
+        score(model, [Request((), (5,))])
     damaged = build(UNEVEN)
     damaged.transformer.norm.weight = mx.full((64,), mx.nan)
     with pytest.raises(OpenELMError, match="weights are damaged"):
-        score_all(damaged, [Request((1,), (5,))])
+        score(damaged, [Request((1,), (5,))])
 
 
 # Encoding ------------------------------------------------------------------------
@@ -241,12 +228,12 @@ def test_pairs_are_encoded_as_the_harness_does():
 
 
 def test_white_space_goes_to_the_continuation_and_bos_to_the_front():
-    request = encode_request(tokenizer, "Once upon \n", " a time")
+    pairs = [("Once upon \n", " a time"), ("", "Once")]
+    request, alone = encode_requests(tokenizer, pairs)
     assert request.context == tuple(tokenizer.encode("Once upon"))
     whole = tuple(tokenizer.encode("Once upon \n a time"))
     assert request.context + request.continuation == whole
     assert whole[0] == tokenizer.bos_id
-    alone = encode_request(tokenizer, "", "Once")
     assert alone.context == (tokenizer.bos_id,)
     assert alone.continuation == tuple(tokenizer.encode("Once", bos=False))
 

@@ -10,7 +10,7 @@ from models import SCALED, UNEVEN, build, small_tokenizer
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation import multiple_choice as scoring
-from mlx_openelm.evaluation.loglikelihood import encode_request, score_all
+from mlx_openelm.evaluation.loglikelihood import encode_requests, score_requests
 from mlx_openelm.evaluation.multiple_choice import (
     Outcome,
     mean_and_stderr,
@@ -40,6 +40,11 @@ def few_together(monkeypatch):
     monkeypatch.setattr(scoring, "TOGETHER", 4)
 
 
+def score_alone(request):
+    ((_, scored),) = score_requests(model, [request])
+    return scored.nats
+
+
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -48,11 +53,8 @@ def test_every_choice_is_scored_behind_its_own_context():
     scored = score_task(model, tokenizer, TASK)
     assert [o.line for o in scored.outcomes] == list(range(1, 21))
     for question, outcome in zip(TASK.questions, scored.outcomes, strict=True):
-        requests = [
-            encode_request(tokenizer, question.context, f" {choice}")
-            for choice in question.choices
-        ]
-        alone = [score_all(model, [request])[0].nats for request in requests]
+        pairs = [(question.context, f" {choice}") for choice in question.choices]
+        alone = list(map(score_alone, encode_requests(tokenizer, pairs)))
         assert outcome.loglikelihoods == pytest.approx(alone, abs=1e-4)
         assert outcome.lengths == tuple(map(len, question.choices))
         assert outcome.answer == question.answer
@@ -221,6 +223,6 @@ def test_a_long_context_is_cut_at_its_beginning():
     for (context, continuation), nats in zip(
         long.pairs, scored.outcomes[0].loglikelihoods, strict=True
     ):
-        request = encode_request(tokenizer, context, continuation)
+        (request,) = encode_requests(tokenizer, [(context, continuation)])
         assert len(request.context) > UNEVEN.max_context_length
-        assert nats == pytest.approx(score_all(model, [request])[0].nats, abs=1e-4)
+        assert nats == pytest.approx(score_alone(request), abs=1e-4)

@@ -136,7 +136,7 @@ def test_a_model_is_known_by_its_sizes_and_where_it_came_from(
     tmp_path, size, name, metadata, method, expected
 ):
     raw = {"mlx_openelm": metadata}
-    folder = ModelFolder(tmp_path, OpenELMConfig.preset(size), raw, {}, {})
+    folder = ModelFolder(tmp_path, raw, OpenELMConfig.preset(size), {}, {})
     card = describe_model(name, folder, method)
     assert (card.size_name, card.instruct, card.method) == expected
     assert card.name == name

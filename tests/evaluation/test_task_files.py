@@ -1,5 +1,6 @@
 """Files of questions."""
 
+import gzip
 import json
 import random
 from pathlib import Path
@@ -96,6 +97,9 @@ def test_arrays_and_json_lines_are_alike(tmp_path):
         read_task(write(tmp_path, records, name)) for name in ("a.json", "a.jsonl")
     )
     assert array == lines
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    assert read_task(packed) == array
     assert array.name == "a"
     assert array.digest == lines.digest
     assert array.digest != read_task(write(tmp_path, records[:2])).digest
@@ -173,8 +177,8 @@ def test_many_problems_are_not_all_listed(tmp_path):
         (b"\xef\xbb\xbf \n\n", "holds no questions"),
         (b"hello", r"task:1:1 is no JSON"),
         (b'[{"a": 1}\n,\n', r"task:\d:\d is no JSON"),
-        (b'{"a": 1}\n\n{"a": ', r"task:3:7 is no JSON"),
-        (b"\n\xff", r"task:2 is no UTF-8 \(the byte 0xff\)"),
+        (b'{"a": 1}\n\n{"a": ', r"task:3:6 is no JSON"),
+        (b"\n\xff", r"task:2:1 is no UTF-8 \(the byte 0xff\)"),
         (b'[{"answer": ' + b"9" * 5000 + b"}]", "cannot be read as JSON"),
         (b"[" * 100000, "cannot be read as JSON"),
     ],

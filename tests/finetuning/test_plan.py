@@ -218,3 +218,13 @@ def test_every_proposal_takes_less_than_the_one_before():
         "--max-seq-length 128",
     ]
     assert all(smaller.step_size == 4 for _, smaller in proposals)
+
+
+def test_the_flags_of_every_proposal_are_all_its_changes():
+    recipe = make_recipe(batch_size=6, grad_accumulation_steps=1, max_seq_length=256)
+    assert [flags for flags, _ in propose_smaller(recipe)] == [
+        "--grad-checkpoint",
+        "--grad-checkpoint --batch-size 3 --grad-accumulation-steps 2",
+        "--grad-checkpoint --batch-size 3 --grad-accumulation-steps 2 "
+        "--max-seq-length 128",
+    ]

@@ -157,7 +157,7 @@ def test_every_sample_is_trained_in_every_epoch(base, tmp_path, monkeypatch):
         return collate(self, samples)
 
     monkeypatch.setattr(Supervised, "collate", note)
-    monkeypatch.setattr(Validator, "evaluate", lambda self, s: Validation(1, 1))
+    monkeypatch.setattr(Validator, "evaluate", lambda self, s: Validation(1.0))
     prepared = prepare(recipe)
     finetune(recipe)
     assert sorted(seen) == sorted(2 * [sample.place for sample in prepared.train])
@@ -169,7 +169,7 @@ def worsen_after(monkeypatch, step: int) -> None:
 
     def worsen(self, samples):
         late = self._run.progress.step > step
-        return Validation(99.0, 1) if late else evaluate(self, samples)
+        return Validation(99.0) if late else evaluate(self, samples)
 
     monkeypatch.setattr(Validator, "evaluate", worsen)
 
@@ -470,10 +470,10 @@ def test_a_death_is_told_and_half_the_batch_goes_on(base, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"learning_rate": 1e-4}, "--learning-rate was 0.003 and is now 0.0001"),
-        ({"seed": 5}, "--seed was 0 and is now 5"),
-        ({"batch_size": 8}, "--batch-size times --grad-accumulation-steps was 4"),
-        ({"rank": 8}, "--rank was 4 and is now 8"),
+        ({"learning_rate": 1e-4}, "`learning_rate` was 0.003 and is now 0.0001"),
+        ({"seed": 5}, "`seed` was 0 and is now 5"),
+        ({"batch_size": 8}, "`batch_size` times `grad_accumulation_steps` was 4"),
+        ({"rank": 8}, "`rank` was 4 and is now 8"),
     ],
 )
 def test_other_options_are_not_resumed(recipe, changes, says):
@@ -697,7 +697,7 @@ GOOD = b'{"prompt": "the king", "completion": "gold"}\n'
         (GOOD, ("--rank", "auto"), "--rank is 'auto'"),
         (GOOD, ("--num-layers", 9), "the model has 3 layers"),
         (GOOD, ("--max-seq-length", 100), "the model's context is 64"),
-        (GOOD, ("--epochs", 1, "--iters", 3), "say one of them"),
+        (GOOD, ("--epochs", 1, "--iters", 3), "give one"),
         (GOOD, ("--optimizer", "adamx"), "choose adamw"),
         (GOOD, ("--template", "chat"), "chat"),
         (GOOD, ("--test",), "needs a test file"),
@@ -765,7 +765,7 @@ def test_a_folder_that_holds_a_run_is_kept(base, tmp_path, recipe):
 def test_force_does_not_replace_what_is_no_run(base, tmp_path, recipe):
     Path(recipe.adapter_path).mkdir()
     (Path(recipe.adapter_path) / "thesis.txt").write_text("all of it")
-    with pytest.raises(OpenELMError, match="--force does not replace it"):
+    with pytest.raises(OpenELMError, match="`force` does not replace it"):
         finetune(recipe, force=True)
     assert (Path(recipe.adapter_path) / "thesis.txt").exists()
 
@@ -875,13 +875,13 @@ def test_events_survive_odd_samples_and_damaged_lines(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"epochs": float("nan"), "iters": None}, "--epochs is nan"),
-        ({"epochs": 1e9, "iters": None}, "--epochs is 1000000000.0"),
-        ({"betas": (1.0, 1.0)}, "betas are 1.0 and 1.0"),
-        ({"eps": 0.0}, "--eps is 0.0"),
-        ({"rank": "auto:" + "9" * 5000}, "--rank is"),
-        ({"batch_size": 2**30}, "--batch-size is 1073741824"),
-        ({"data": ""}, "--data is empty"),
+        ({"epochs": float("nan"), "iters": None}, "`epochs` is nan"),
+        ({"epochs": 1e9, "iters": None}, "`epochs` is 1000000000.0"),
+        ({"betas": (1.0, 1.0)}, "`betas` are 1.0 and 1.0"),
+        ({"eps": 0.0}, "`eps` is 0.0"),
+        ({"rank": "auto:" + "9" * 5000}, "`rank` is"),
+        ({"batch_size": 2**30}, "`batch_size` is 1073741824"),
+        ({"data": ""}, "`data` is empty"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_named(base, tmp_path, changes, says):

@@ -11,8 +11,8 @@ from models import UNEVEN, build, small_tokenizer
 import mlx_openelm
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation import batching
-from mlx_openelm.generation.batching import Question, answer_together
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.batching import BatchPrompt, answer_together
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import stream
 
 tokenizer = small_tokenizer()
@@ -21,27 +21,27 @@ EOS = tokenizer.eos_id
 SOMETIMES = ((EOS, 2.0),)  # so that some answers end at once, and some never
 
 
-def make_questions(count, *, seed=0, longest=50, vocabulary=300):
+def make_prompts(count, *, seed=0, longest=50, vocabulary=300):
     chance = random.Random(seed)
     return [
-        Question(n, [1, *chance.choices(range(3, vocabulary), k=k)])
+        BatchPrompt(n, [1, *chance.choices(range(3, vocabulary), k=k)])
         for n in range(count)
         for k in [min(int(chance.expovariate(0.1)), longest)]
     ]
 
 
-def alone(question, sampling, model=model, tokenizer=tokenizer):
-    return list(stream(model, tokenizer, question.ids, sampling))
+def alone(prompt, sampling, model=model, tokenizer=tokenizer):
+    return list(stream(model, tokenizer, prompt.ids, sampling))
 
 
-def together(questions, sampling, batch_size=16, **options):
+def together(prompts, sampling, batch_size=16, **options):
     answered = list(
         answer_together(
-            model, tokenizer, questions, sampling, batch_size=batch_size, **options
+            model, tokenizer, prompts, sampling, batch_size=batch_size, **options
         )
     )
-    assert len(answered) == len(questions)
-    return {a.question.number: a for a in answered}
+    assert len(answered) == len(prompts)
+    return {a.prompt.number: a for a in answered}
 
 
 def assert_same(answered, pieces):
@@ -70,14 +70,14 @@ CONTROLS = {
 @pytest.mark.parametrize("name", CONTROLS)
 def test_answers_are_those_of_the_prompts_alone(name):
     sampling = CONTROLS[name]
-    questions = make_questions(60, seed=len(name))
-    expected = {q.number: alone(q, sampling) for q in questions}
+    prompts = make_prompts(60, seed=len(name))
+    expected = {q.number: alone(q, sampling) for q in prompts}
     ended = Counter(pieces[-1].finish_reason for pieces in expected.values())
     if sampling.logit_bias and not sampling.logprobs:
         assert ended["stop"] > 5
     for batch_size in (3, 16):
-        random.Random(batch_size).shuffle(questions)
-        answers = together(questions, sampling, batch_size)
+        random.Random(batch_size).shuffle(prompts)
+        answers = together(prompts, sampling, batch_size)
         for number, pieces in expected.items():
             assert_same(answers[number], pieces)
 
@@ -86,10 +86,10 @@ def test_answers_are_those_of_the_prompts_alone(name):
 def test_the_batch_may_be_of_any_size(batch_size):
     sampling = CONTROLS["EOS"]
     for count in (1, 2, 20):
-        questions = make_questions(count, seed=5)
-        answers = together(questions, sampling, batch_size)
-        for question in questions:
-            assert_same(answers[question.number], alone(question, sampling))
+        prompts = make_prompts(count, seed=5)
+        answers = together(prompts, sampling, batch_size)
+        for prompt in prompts:
+            assert_same(answers[prompt.number], alone(prompt, sampling))
     assert together([], sampling, batch_size) == {}
 
 
@@ -97,22 +97,20 @@ def test_rows_grow_beyond_their_first_slots(monkeypatch):
     monkeypatch.setattr(batching, "PREFILL_CHUNK", 37)
     large = build(replace(UNEVEN, max_context_length=700))
     lengths = (250, 1, 255, 256, 257, 2, 520, 64, 600)
-    questions = [Question(n, [1, *range(3, k + 2)][:k]) for n, k in enumerate(lengths)]
-    questions = [Question(q.number, [i % 300 for i in q.ids]) for q in questions]
+    prompts = [BatchPrompt(n, [1, *range(3, k + 2)][:k]) for n, k in enumerate(lengths)]
+    prompts = [BatchPrompt(q.number, [i % 300 for i in q.ids]) for q in prompts]
     sampling = Sampling(max_tokens=12)
-    for answered in answer_together(
-        large, tokenizer, questions, sampling, batch_size=4
-    ):
-        pieces = alone(answered.question, sampling, large)
+    for answered in answer_together(large, tokenizer, prompts, sampling, batch_size=4):
+        pieces = alone(answered.prompt, sampling, large)
         assert_same(answered, pieces)
 
 
 def test_the_demo_says_the_same_in_company():
     demo, words = mlx_openelm.load("demo")
-    questions = make_questions(12, longest=30, vocabulary=4000)
+    prompts = make_prompts(12, longest=30, vocabulary=4000)
     sampling = Sampling(max_tokens=16, logprobs=1)
-    for answered in answer_together(demo, words, questions, sampling, batch_size=5):
-        assert_same(answered, alone(answered.question, sampling, demo, words))
+    for answered in answer_together(demo, words, prompts, sampling, batch_size=5):
+        assert_same(answered, alone(answered.prompt, sampling, demo, words))
 
 
 # Rows ------------------------------------------------------------------------------
@@ -134,10 +132,10 @@ def watch(lengths, batch_size):
     """Answers of such lengths: the context ends them."""
     watched = Watched()
     context = model.config.max_context_length
-    questions = [Question(n, [7] * (context - k)) for n, k in enumerate(lengths)]
+    prompts = [BatchPrompt(n, [7] * (context - k)) for n, k in enumerate(lengths)]
     sampling = Sampling(max_tokens=99, logit_bias=((EOS, -100.0),))
     answered = list(
-        answer_together(watched, tokenizer, questions, sampling, batch_size=batch_size)
+        answer_together(watched, tokenizer, prompts, sampling, batch_size=batch_size)
     )
     assert sorted(len(a.tokens) for a in answered) == sorted(lengths)
     return [rows for rows, count in watched.shapes if count == 1]
@@ -157,26 +155,30 @@ def test_an_idle_row_costs_nothing():
 
 def test_prompts_are_taken_when_there_is_a_row():
     taken = itertools.count()
-    questions = (q for q, _ in zip(make_questions(40), taken, strict=False))
+    prompts = (q for q, _ in zip(make_prompts(40), taken, strict=False))
     sampling = Sampling(max_tokens=3, logit_bias=((EOS, -100.0),))
-    answers = answer_together(model, tokenizer, questions, sampling, batch_size=4)
+    answers = answer_together(model, tokenizer, prompts, sampling, batch_size=4)
     next(answers)
     assert next(taken) <= 2 * 4 + 1
 
 
 def test_answers_come_when_they_have_ended_and_steps_are_told():
     told = []
-    questions = [Question(0, [7] * 30), Question(1, [7] * 62), Question(2, [7] * 60)]
+    prompts = [
+        BatchPrompt(0, [7] * 30),
+        BatchPrompt(1, [7] * 62),
+        BatchPrompt(2, [7] * 60),
+    ]
     sampling = Sampling(max_tokens=99, logit_bias=((EOS, -100.0),))
     answered = list(
-        answer_together(model, tokenizer, questions, sampling, on_step=told.append)
+        answer_together(model, tokenizer, prompts, sampling, on_step=told.append)
     )
-    assert [a.question.number for a in answered] == [1, 2, 0]
+    assert [a.prompt.number for a in answered] == [1, 2, 0]
     assert told == [3] * 2 + [2] * 2 + [1] * 30
     for answer in answered:
         assert answer.time_to_first_token_s > 0
         assert answer.prompt_tps * answer.time_to_first_token_s == pytest.approx(
-            len(answer.question.ids)
+            len(answer.prompt.ids)
         )
         assert answer.generation_tps > 0
 
@@ -184,7 +186,7 @@ def test_answers_come_when_they_have_ended_and_steps_are_told():
 def test_a_prompt_without_room_is_refused():
     for ids, words in (([1] * 64, "64 tokens"), ([], "empty"), ([300], "no token id")):
         with pytest.raises(OpenELMError, match=words):
-            together([Question(0, [1]), Question(1, ids)], Sampling())
+            together([BatchPrompt(0, [1]), BatchPrompt(1, ids)], Sampling())
 
 
 # Chance ----------------------------------------------------------------------------
@@ -192,35 +194,35 @@ def test_a_prompt_without_room_is_refused():
 
 def test_what_is_drawn_depends_on_seed_and_number_alone():
     sampling = Sampling(max_tokens=12, temp=1.0, top_p=0.95, seed=3)
-    questions = make_questions(24, seed=1)
-    first = together(questions, sampling)
+    prompts = make_prompts(24, seed=1)
+    first = together(prompts, sampling)
     for batch_size in (1, 5):
-        random.Random(batch_size).shuffle(questions)
-        again = together(questions, sampling, batch_size)
+        random.Random(batch_size).shuffle(prompts)
+        again = together(prompts, sampling, batch_size)
         assert {n: a.tokens for n, a in again.items()} == {
             n: a.tokens for n, a in first.items()
         }
-    other = together(questions, replace(sampling, seed=4))
+    other = together(prompts, replace(sampling, seed=4))
     assert sum(other[n].tokens != first[n].tokens for n in first) > 20
-    same = together([Question(n, [1, 5]) for n in range(20)], sampling)
+    same = together([BatchPrompt(n, [1, 5]) for n in range(20)], sampling)
     assert len({a.tokens for a in same.values()}) > 15
 
 
 def test_without_a_seed_every_run_draws_anew():
     sampling = Sampling(max_tokens=12, temp=1.0)
-    questions = make_questions(8, seed=1)
+    prompts = make_prompts(8, seed=1)
     mx.random.seed(0)
-    first = together(questions, sampling)
+    first = together(prompts, sampling)
     mx.random.seed(0)
-    again = together(questions, sampling)
+    again = together(prompts, sampling)
     assert any(first[n].tokens != again[n].tokens for n in first)
 
 
 def test_tokens_are_drawn_as_likely_as_the_model_finds_them():
     sampling = Sampling(max_tokens=2, temp=1.3, top_k=6, seed=0)
     prompt, draws = [1, 9, 30], 3000
-    questions = [Question(n, prompt) for n in range(draws)]
-    answers = together(questions, sampling, 500)
+    prompts = [BatchPrompt(n, prompt) for n in range(draws)]
+    answers = together(prompts, sampling, 500)
     for place in (0, 1):
         context = prompt
         counted = Counter(a.drawn[0].id for a in answers.values())
@@ -243,6 +245,6 @@ def test_tokens_are_drawn_as_likely_as_the_model_finds_them():
 def test_each_place_of_an_answer_is_drawn_afresh():
     never = ((EOS, -1e6),)
     sampling = Sampling(max_tokens=30, temp=1e5, seed=0, logit_bias=never)
-    questions = [Question(n, [1, 5]) for n in range(20)]
-    for answered in together(questions, sampling).values():
+    prompts = [BatchPrompt(n, [1, 5]) for n in range(20)]
+    for answered in together(prompts, sampling).values():
         assert len(set(answered.tokens)) > len(answered.tokens) // 2

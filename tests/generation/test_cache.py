@@ -13,7 +13,7 @@ from mlx_openelm.generation.compact_caches import (
     cache_maker,
 )
 from mlx_openelm.generation.decoding import Context, draw_tokens
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import CacheOptions, Sampling
 
 model, scaled = build(UNEVEN), build(SCALED)
 rng = np.random.default_rng(0)
@@ -101,7 +101,7 @@ def test_a_sliding_cache_is_a_plain_one_until_it_is_full():
 
 
 def test_a_text_goes_on_behind_the_models_context_in_the_same_memory():
-    context = Context(model, cache_maker(UNEVEN, max_kv_size=24))
+    context = Context(model, cache_maker(UNEVEN, CacheOptions(max_kv_size=24)))
     answer = list(draw_tokens(model, [1, 7, 20], Sampling(), 200, context=context))
     assert len(answer) == 200 > UNEVEN.max_context_length
     assert context.cache[0].offset == 202
@@ -206,11 +206,11 @@ def test_packed_keys_take_so_much_less_memory(bits, share):
 
 
 def test_options_become_caches():
-    assert isinstance(cache_maker(SCALED)(), KVCache)
-    packed = cache_maker(SCALED, kv_bits=4, kv_group_size=32)()
+    assert isinstance(cache_maker(SCALED, CacheOptions())(), KVCache)
+    packed = cache_maker(SCALED, CacheOptions(kv_bits=4, kv_group_size=32))()
     assert isinstance(packed, QuantizedKVCache)
     assert (packed.packing.bits, packed.packing.group_size) == (4, 32)
-    sliding = cache_maker(SCALED, max_kv_size=50)()
+    sliding = cache_maker(SCALED, CacheOptions(max_kv_size=50))()
     assert isinstance(sliding, SlidingKVCache)
     assert (sliding.max_size, sliding.keep) == (50, 4)
 
@@ -229,4 +229,4 @@ def test_options_become_caches():
 )
 def test_what_cannot_be_is_said(config, options, said):
     with pytest.raises(OpenELMError, match=said):
-        cache_maker(config, **options)
+        cache_maker(config, CacheOptions(**options))

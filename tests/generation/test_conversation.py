@@ -16,7 +16,7 @@ from mlx_openelm.finetuning.record_samples import make_samples
 from mlx_openelm.finetuning.records import Dataset, Record
 from mlx_openelm.generation import conversation as module
 from mlx_openelm.generation.conversation import Conversation, read_saved
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import Piece, stream
 from mlx_openelm.text.templates import Turn, encode_turns
 from mlx_openelm.text.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from mlx_openelm.generation import decoding
 from mlx_openelm.generation import step as steps
 from mlx_openelm.generation.cache import KVCache
 from mlx_openelm.generation.decoding import Context, draw_tokens
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.step import compiled_step, plain_step
 
 model = build(UNEVEN)

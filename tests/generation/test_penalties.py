@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.sampling import (
-    Sampling,
     choose_tokens,
     distribution,
     history_length,

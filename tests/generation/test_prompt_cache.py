@@ -19,8 +19,8 @@ from places import SUPPORT
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.compact_caches import cache_maker
 from mlx_openelm.generation.decoding import draw_tokens
+from mlx_openelm.generation.options import CacheOptions, Sampling
 from mlx_openelm.generation.prompt_cache import open_prompt_cache
-from mlx_openelm.generation.sampling import Sampling
 from mlx_openelm.model.fingerprint import fingerprint_arrays, fingerprint_model
 from mlx_openelm.model.lora import LoRALinear
 
@@ -34,7 +34,7 @@ def answer(prompt, file=None, *, of=model, template="raw", count=6, **kind):
     if file is None:
         drawn = draw_tokens(of, prompt, Sampling(), count)
         return [token.id for token in drawn], 0, []
-    notes, maker = [], cache_maker(of.config, **kind)
+    notes, maker = [], cache_maker(of.config, CacheOptions(**kind))
     with open_prompt_cache(file, of, template, notes.append, maker) as cache:
         known = cache.context.reuse(prompt)
         tokens = []

@@ -1,8 +1,10 @@
 import contextlib
+import gzip
 import io
 import itertools
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,8 +19,14 @@ from models import UNEVEN, build, small_tokenizer
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.batch_job import answer_prompts
-from mlx_openelm.generation.prompt_file import JSONL, LINES, Prompt, read_prompts
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
+from mlx_openelm.generation.prompt_file import (
+    ARRAY,
+    JSONL,
+    LINES,
+    Prompt,
+    read_prompts,
+)
 from mlx_openelm.generation.streaming import generate
 from mlx_openelm.storage import ordered_jsonl as answers_file
 from mlx_openelm.text.templates import Turn
@@ -49,10 +57,55 @@ def test_a_line_is_a_text_an_object_or_a_conversation(tmp_path):
     )
     assert found.format == JSONL
     assert found.prompts == (
-        Prompt(1, "a king", "k1"),
-        Prompt(4, "a \xe9 queen"),
-        Prompt(5, (Turn("system", ""), Turn("user", "Hi")), 7),
+        Prompt(1, "1", "a king", "k1"),
+        Prompt(4, "4", "a \xe9 queen"),
+        Prompt(5, "5", (Turn("system", ""), Turn("user", "Hi")), 7),
     )
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.json.gz", "p.JSONL", "p", "-"])
+def test_an_array_holds_a_prompt_a_record(tmp_path, monkeypatch, name):
+    data = (
+        b'\xef\xbb\xbf[\n  {"prompt": "a king", "id": 1}, "a queen",\n'
+        b'  {"promt": 1}, {"prompt": "a wolf"}\n]\n'
+    )
+    if name == "-":
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        found = read_prompts(name)
+    else:
+        packed = gzip.compress(data) if name.endswith("gz") else data
+        found = read(packed, name, tmp_path)
+    assert found.format == ARRAY
+    problem = found.prompts[2].problem
+    assert "no prompt and no messages" in problem
+    assert found.prompts == (
+        Prompt(1, "2:3", "a king", 1),
+        Prompt(2, "2:34", "a queen"),
+        Prompt(3, "3:3", problem=problem),
+        Prompt(4, "3:17", "a wolf"),
+    )
+
+
+def test_an_array_is_answered_to_where_it_is_damaged(tmp_path):
+    prompts = read(b'[{"prompt": "a king"},\n {"prompt" 1}]', "p.json", tmp_path)
+    told, given = [], []
+    answer_prompts(
+        model, tokenizer, prompts, SHORT, on_answer=given.append, on_problem=told.append
+    )
+    assert given[0]["text"] == generate(model, tokenizer, "a king", SHORT)
+    problem = "Line 2, column 12 is no JSON (Expecting ':' delimiter)."
+    assert given[1] == {"line": 2, "error": problem}
+    assert told == [f"{tmp_path / 'p.json'}:2:12: {problem}"]
+
+
+@pytest.mark.parametrize("name", ["p.txt.gz", "p.jsonl.gz"])
+def test_a_compressed_file_is_read_as_what_it_holds(tmp_path, name):
+    found = read(gzip.compress(b'"one"\n\n"two"'), name, tmp_path)
+    assert found.format == (LINES if "txt" in name else JSONL)
+    assert [p.content.strip('"') for p in found.prompts] == ["one", "two"]
+    assert [p.place for p in found.prompts] == ["1", "3"]
+    with pytest.raises(OpenELMError, match="Cannot read the prompts of"):
+        read(gzip.compress(b'"one"')[:-3], name, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +118,10 @@ def test_a_line_is_a_text_an_object_or_a_conversation(tmp_path):
         ("p", b'"a text"', JSONL),
         ("p", b'"Come in," said the wolf', LINES),
         ("p", b"[1, 2]", LINES),
+        ("p", b"[a note] Once", LINES),
+        ("p.json", b"plain", JSONL),
+        ("p", b'\n["a", "b"]', ARRAY),
+        ("p.txt", b'[{"prompt": "a"}]', LINES),
         ("p.md", b"a king", LINES),
     ],
 )
@@ -76,7 +133,7 @@ def test_stdin_is_read_as_well(monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO(b"one\ntwo"))
     monkeypatch.setattr(sys, "stdin", stdin)
     found = read_prompts("-")
-    assert (found.name, [p.said for p in found.prompts]) == ("stdin", ["one", "two"])
+    assert (found.name, [p.content for p in found.prompts]) == ("stdin", ["one", "two"])
 
 
 plain = st.text(
@@ -96,7 +153,7 @@ def test_plain_lines_are_read_as_they_are(tmp_path_factory, texts, end, bom, las
             read(data.encode(), "p.txt", folder)
         return
     found = read(b"\xef\xbb\xbf" * bom + data.encode(), "p.txt", folder)
-    assert [(p.line, p.said) for p in found.prompts] == filled
+    assert [(p.number, p.content) for p in found.prompts] == filled
 
 
 @settings(max_examples=200)
@@ -105,7 +162,7 @@ def test_json_lines_are_read_as_they_are(tmp_path_factory, texts, ascii):
     values = [t if n % 2 else {"prompt": t} for n, t in enumerate(texts)]
     data = "\n".join(json.dumps(v, ensure_ascii=ascii) for v in values).encode()
     found = read(data, folder=tmp_path_factory.getbasetemp())
-    assert [p.said for p in found.prompts] == texts
+    assert [p.content for p in found.prompts] == texts
 
 
 @settings(max_examples=300)
@@ -114,21 +171,22 @@ def test_no_bytes_are_too_bad(tmp_path_factory, lines):
     try:
         found = read(b"\n".join(lines), folder=tmp_path_factory.getbasetemp())
     except OpenELMError:
-        assert not b"".join(lines).removeprefix(b"\xef\xbb\xbf").strip()
+        data = b"".join(lines).removeprefix(b"\xef\xbb\xbf")
+        assert not data.strip() or re.fullmatch(rb"\s*\[\s*\]\s*", data)
         return
     for prompt in found.prompts:
-        assert prompt.said or prompt.problem.endswith(".")
+        assert prompt.content or prompt.problem.endswith(".")
 
 
 BAD = {
-    b'{"prompt": "a"': "no JSON (Expecting ',' delimiter, column 15)",
+    b'{"prompt": "a"': "Line 1, column 15 is no JSON (Expecting ','",
     b"nope": "no JSON",
     b"[" * 100_000: "cannot be read as JSON",
     b"9" * 5000: "cannot be read as JSON",
-    b'"caf\xe9"': "no UTF-8 (the byte 0xe9, number 5)",
-    b"[1]": "This line is a list",
-    b"null": "This line is null",
-    b"3": "This line is a number",
+    b'"caf\xe9"': ", column 5 is no UTF-8 (the byte 0xe9)",
+    b"[1]": "The record is a list",
+    b"null": "The record is null",
+    b"3": "The record is a number",
     b"{}": "no prompt and no messages, but nothing",
     b'{"text": "a"}': "but 'text'",
     b'{"prompt": null}': "no prompt",
@@ -518,7 +576,7 @@ from pathlib import Path
 import mlx_openelm
 from mlx_openelm.generation.batch_job import answer_prompts
 from mlx_openelm.generation.prompt_file import read_prompts
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 model, tokenizer = mlx_openelm.load("demo")
 sampling = Sampling(max_tokens=60, stop=("the", ".", "of"))
 prompts = read_prompts(sys.argv[1])

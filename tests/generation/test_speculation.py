@@ -25,11 +25,8 @@ from mlx_openelm.generation.drafters import (
     ModelDrafter,
     check_draft,
 )
-from mlx_openelm.generation.sampling import (
-    Sampling,
-    distribution,
-    shape_logits,
-)
+from mlx_openelm.generation.options import Sampling
+from mlx_openelm.generation.sampling import distribution, shape_logits
 from mlx_openelm.generation.speculation import draw_speculatively
 
 model, other = build(UNEVEN), build(UNEVEN, seed=5)

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from models import small_tokenizer
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.stopping import Answer, LoopFinder, StopTexts
 
 tokenizer = small_tokenizer()

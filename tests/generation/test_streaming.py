@@ -10,7 +10,7 @@ from models import UNEVEN, build, small_tokenizer
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation import decoding
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import generate, stream
 
 tokenizer = small_tokenizer()

@@ -14,7 +14,7 @@ from mlx_openelm.bench.plan import PROMPT
 from mlx_openelm.bench.selfcheck import GOLDEN, TEXT_TOKENS
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.evaluation.texts import evaluate
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import generate
 from mlx_openelm.recipe_loader import load_recipe
 from mlx_openelm.storage.hub import demo_folder

@@ -10,7 +10,7 @@ from models import EVEN, small_tokenizer, weights_of, write_hugging_face, write_
 
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from converters.conversion.run import convert
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import stream
 from mlx_openelm.storage.loading import load
 

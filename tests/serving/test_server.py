@@ -38,7 +38,7 @@ from servers import (
 )
 
 from mlx_openelm.generation.conversation import Conversation
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import generate, stream
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.serving.requests import MOST_BYTES, Served, read_completion

@@ -13,7 +13,8 @@ import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.adapter_folder import AdapterConfig, write_adapter
 from mlx_openelm.storage.base_check import sketch_base
-from mlx_openelm.storage.loading import load
+from mlx_openelm.storage.hub import demo_folder
+from mlx_openelm.storage.loading import choose_model, load
 from mlx_openelm.storage.tokenizer_finder import write_tokenizer
 
 TOKENS = mx.array([[1, 5, 9, 200, 7]])
@@ -188,6 +189,22 @@ def test_a_base_that_is_not_to_be_had_is_said(tmp_path, said, message):
     adapter = write_own(tmp_path / "adapter", said)
     with pytest.raises(OpenELMError, match=message):
         load(adapter_path=adapter)
+
+
+def test_the_model_is_what_was_named_else_the_base_else_the_demo(tmp_path, base):
+    adapter = write_own(tmp_path / "adapter", "../base")
+    chosen = [
+        choose_model(name, path, offline=True)
+        for name, path in ((str(base), adapter), (None, adapter), (None, None))
+    ]
+    demo = demo_folder()
+    beside = f"{adapter}/../base"
+    assert [c.name for c in chosen] == [str(base), beside, "demo"]
+    assert [c.folder.path.resolve() for c in chosen] == [base, base, demo.resolve()]
+    assert [c.is_base for c in chosen] == [False, True, False]
+    assert [c.is_demo for c in chosen] == [False, False, True]
+    assert not choose_model("demo", adapter, offline=True).is_demo  # it has an adapter
+    assert choose_model("demo", None, offline=True).is_demo
 
 
 def test_generate_takes_base_and_template_from_the_adapter(tmp_path, base, monkeypatch):

@@ -17,13 +17,13 @@ from mlx_openelm.storage.base_check import (
     SAME,
     base_weights,
     check_base,
-    compare,
     sketch_base,
+    sketch_distance,
 )
 
 
 def distance(one, other):
-    return compare(sketch_base(one), base_weights(other))
+    return sketch_distance(sketch_base(one), base_weights(other))
 
 
 @pytest.mark.parametrize("config", [UNEVEN, SCALED])

@@ -1,5 +1,6 @@
 """A result is written whole or not at all, and nothing that was there is lost."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from places import ROOT, SUPPORT
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage import staging
 from mlx_openelm.storage.model_folder import open_folder
-from mlx_openelm.storage.staging import staged_file, staged_folder
+from mlx_openelm.storage.staging import lock_file, staged_file, staged_folder
 
 CONVERT = ("convert", "source", "--quiet")
 
@@ -457,3 +458,27 @@ with staged_file(Path(sys.argv[1])) as path:
         assert not path.exists()
         path.write_bytes(GGUF)
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_lock_file_is_held_by_one_and_removed_afterwards(tmp_path):
+    path = tmp_path / "lock"
+    with (
+        lock_file(path, "mine"),
+        pytest.raises(OpenELMError, match="other"),
+        lock_file(path, "other"),
+    ):
+        pass
+    assert not path.exists()
+
+
+def test_a_file_system_without_locks_is_refused_unless_the_caller_goes_on(
+    tmp_path, monkeypatch
+):
+    def fail(*arguments):
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(staging.fcntl, "flock", fail)
+    with pytest.raises(OSError, match="no locks"), lock_file(tmp_path / "a", "held"):
+        pass
+    with lock_file(tmp_path / "b", "held", required=False):
+        assert (tmp_path / "b").exists()

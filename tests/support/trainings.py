@@ -129,7 +129,7 @@ def make_training(
     log = EventLog(
         folder, state, steps=order.steps, world=world, on_event=lambda event: None
     )
-    context = RunContext(recipe, folder, objective, model, order, world, state, log)
+    context = RunContext(recipe, folder, objective, order, world, state, log)
     saver = RunSaver(context, {})
     validator = Validator(context, [], saver, lambda prompt: "")
     return SmallRun(context, Trainer(context, samples, saver, validator))

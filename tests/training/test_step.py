@@ -132,3 +132,16 @@ def test_vectors_have_no_weight_decay():
     optimizer.update(model, nothing)
     assert np.allclose(model.matrix, 1 - RATE * 0.5)
     assert np.array_equal(np.array(model.vector), np.ones(2, np.float32))
+
+
+def test_a_report_is_about_the_updates_since_the_last_one():
+    progress = TrainingProgress(seconds=2.5, skipped_in_row=2)
+    progress.add_update(Totals(3.0, 4, wins=2.0, margin=1.5))
+    progress.add_update(Totals(1.0, 2, wins=1.0, margin=-0.5))
+    assert (progress.window_loss, progress.window_tokens) == (4.0, 6)
+    assert (progress.window_wins, progress.window_margin) == (3.0, 1.0)
+    assert progress.skipped_in_row == 0
+    progress.start_window()
+    assert (progress.window_loss, progress.window_tokens) == (0.0, 0)
+    assert (progress.window_wins, progress.window_margin) == (0.0, 0.0)
+    assert (progress.tokens, progress.reported) == (6, 2.5)

@@ -14,9 +14,6 @@ def show_bench(console: Console, report: "BenchReport") -> None:
     """Print the machine, a table with a row for each cell, and explanations."""
     from rich.table import Table
 
-    facts = Table.grid(padding=(0, 2))
-    for name, value in describe_setting(report):
-        facts.add_row(name, value)
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
     for header in (
@@ -41,24 +38,23 @@ def show_bench(console: Console, report: "BenchReport") -> None:
             _show_figure(cell.bandwidth_share, 100, " %"),
             describe_cell(cell),
         )
-    console.answer_table(facts)
+    console.answer_facts(describe_setting(report))
     console.answer("")
     console.answer_table(table)
     console.answer("")
-    for line in explain(report):
+    for line in explain_bench(report):
         console.answer(line)
 
 
 def describe_setting(report: "BenchReport") -> Iterator[tuple[str, str]]:
     """Yield the facts above the table: name and value."""
-    machine, bandwidth = report.machine, report.bandwidth
+    machine = report.machine
     steps = "compiled" if report.compiled else "not compiled"
     yield "mlx-openelm", f"{report.version}, MLX {machine.mlx}, Python {machine.python}"
     memory = f"{machine.memory_bytes / 1e9:.1f} GB"
     yield "machine", f"{machine.system}, {machine.device}, {memory}"
     yield "computed with", f"{machine.blas}, steps {steps}"
-    if bandwidth is not None:
-        yield "memory is read at", describe_bandwidth(bandwidth)
+    yield "memory is read at", describe_bandwidth(report.bandwidth)
 
 
 def describe_bandwidth(bandwidth: "Bandwidth") -> str:
@@ -76,7 +72,7 @@ def describe_bandwidth(bandwidth: "Bandwidth") -> str:
     )
 
 
-def explain(report: "BenchReport") -> Iterator[str]:
+def explain_bench(report: "BenchReport") -> Iterator[str]:
     """Yield the notes under the table."""
     cells = [cell for cell in report.cells if cell.rounds]
     if any(cell.rounds > 1 for cell in cells):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mlx_openelm.cli.views.bench import describe_bandwidth, describe_cell, show_number
-from mlx_openelm.cli.views.svg import draw_line, escape, shorten, write_text
+from mlx_openelm.cli.views.svg import draw_line, draw_picture, shorten, write_text
 
 if TYPE_CHECKING:
     from mlx_openelm.bench.report import BenchReport, Cell
@@ -28,11 +28,6 @@ def draw_bench(report: "BenchReport") -> str:
     height = bottom + 40 + 18 * len(feet)
     machine = f"{report.machine.device}, {report.machine.system}"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-        f'width="{WIDTH}" height="{height}" role="img" aria-labelledby="title">',
-        f'<title id="title">{escape(_tell(cells))}</title>',
-        f"<style>{STYLE}</style>",
-        f'<rect class="page" width="{WIDTH}" height="{height}"/>',
         write_text(LABELS, 30, "Speed of OpenELM on this machine", "head"),
         write_text(LABELS, 50, machine, "muted"),
         write_text(SPEED[0], TOP - 14, "new tokens per second", "muted"),
@@ -50,7 +45,9 @@ def draw_bench(report: "BenchReport") -> str:
         parts += _draw_row(cell, y, fastest, largest)
     for i, foot in enumerate(feet):
         parts.append(write_text(LABELS, bottom + 38 + 18 * i, foot, "muted"))
-    return "\n".join([*parts, "</svg>", ""])
+    return draw_picture(
+        WIDTH, height, parts, title=_tell(cells), palette=_PALETTE, style=_STYLE
+    )
 
 
 def _draw_row(cell: "Cell", y: float, fastest: float, largest: float) -> Iterator[str]:
@@ -83,12 +80,10 @@ def _draw_row(cell: "Cell", y: float, fastest: float, largest: float) -> Iterato
 
 
 def _feet(report: "BenchReport") -> list[str]:
-    feet = []
-    if report.bandwidth is not None:
-        feet.append(f"Memory is read at {describe_bandwidth(report.bandwidth)}.")
-    feet.append(
-        "Bars: medians of the rounds; the thin line goes from least to largest."
-    )
+    feet = [
+        f"Memory is read at {describe_bandwidth(report.bandwidth)}.",
+        "Bars: medians of the rounds; the thin line goes from least to largest.",
+    ]
     if any(cell.made for cell in report.cells):
         feet.append("Made weights: speed does not depend on their values.")
     for published in [c.published for c in report.cells if c.published is not None][:1]:
@@ -120,18 +115,15 @@ def _tell(cells: Sequence["Cell"]) -> str:
     return "; ".join(said) or "Nothing was measured"
 
 
-STYLE = """
+_PALETTE = """
 svg { --page: #ffffff; --text: #1b1f24; --muted: #57606a; --rule: #c9ced4;
   --blue: #1f66b5; --orange: #b8480b; }
 @media (prefers-color-scheme: dark) {
   svg { --page: #14171b; --text: #e4e8ed; --muted: #9ba6b2; --rule: #3a414a;
     --blue: #6cb0ff; --orange: #ff9a55; }
 }
-text { font: 14px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans",
-  "DejaVu Sans", sans-serif; fill: var(--text); font-variant-numeric: tabular-nums; }
-.page { fill: var(--page); }
-.head { font-size: 18px; font-weight: 600; }
-.name { font-weight: 600; font-size: 13px; }
+"""
+_STYLE = """\
 .small, .muted { fill: var(--muted); font-size: 12px; }
 .middle { text-anchor: middle; }
 .value { font-weight: 600; }

@@ -50,14 +50,15 @@ def note_adapter(console: Console, report: "AdapterReport") -> None:
     )
 
 
-def note_fused(console: Console, report: "FusionReport") -> None:
-    """Write a summary of a fused model, and its check, to stderr."""
+def show_fused(console: Console, report: "FusionReport") -> None:
+    """Print a fused model's path; write a summary of it and its check to stderr."""
     for note in report.notes:
         console.note(note)
-    proof, stored = report.proof, f"{report.bits:g} bits" if report.bits else None
+    proof = report.proof
+    stored = f"{report.bits:g} bits" if report.bits else report.dtype
     console.note(
         f"{report.method} adapter in {report.size}: {report.num_parameters:,} "
-        f"parameters in {stored or report.dtype} ({report.num_bytes / 1e6:.1f} MB), "
+        f"parameters in {stored} ({report.num_bytes / 1e6:.1f} MB), "
         f"{report.seconds:.1f} s"
     )
     console.note(
@@ -67,6 +68,7 @@ def note_fused(console: Console, report: "FusionReport") -> None:
         f"{proof.tokens} tokens of {proof.text}"
     )
     console.note(f"Try it: mlx-openelm generate --model {report.path} --prompt ...")
+    console.answer(str(report.path))
 
 
 _FIGURES = (
@@ -106,9 +108,8 @@ def show_inspection(console: Console, found: "Inspection") -> None:
     """Print a table of a folder's properties, and one of its layers."""
     from rich.table import Table
 
-    facts = Table.grid(padding=(0, 2))
     tokenizer = f"{found.tokenizer:,} pieces" if found.tokenizer else "none"
-    for name, value in (
+    facts = (
         ("size", f"{found.size}, {found.num_parameters:,} parameters"),
         ("width", f"{found.model_dim}, heads of {found.head_dim}"),
         ("context", f"{found.context_length:,} tokens"),
@@ -136,13 +137,12 @@ def show_inspection(console: Console, found: "Inspection") -> None:
         *((n, str(found.source[n])) for n in ("repo", "revision") if n in found.source),
         ("options", ", ".join(f"{k} {v}" for k, v in found.options.items()) or "none"),
         ("receipt", describe_receipt(found.receipt) if found.receipt else "none"),
-    ):
-        facts.add_row(name, value)
+    )
     layers = Table("layer", "query heads", "key-value heads", "FFN", box=None)
     for i, layer in enumerate(found.layers):
         layers.add_row(
             str(i), str(layer.query_heads), str(layer.kv_heads), str(layer.ffn_dim)
         )
-    console.answer_table(facts)
+    console.answer_facts(facts)
     console.answer("")
     console.answer_table(layers)

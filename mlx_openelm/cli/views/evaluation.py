@@ -50,11 +50,13 @@ def show_scores(
     if suite is None or len(scores) > 1:
         console.answer_table(_table_tasks(scores))
         console.answer("")
-    for line in explain(scores, suite):
+    for line in explain_scores(scores, suite):
         console.answer(line)
 
 
-def explain(scores: Sequence["ModelScores"], suite: "Suite | None") -> Iterator[str]:
+def explain_scores(
+    scores: Sequence["ModelScores"], suite: "Suite | None"
+) -> Iterator[str]:
     """Yield the notes under the tables."""
     from mlx_openelm.evaluation.results import report_suite
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlx_openelm.cli.views.evaluation import is_share, show_value
-from mlx_openelm.cli.views.svg import draw_line, escape, shorten, write_text
+from mlx_openelm.cli.views.svg import draw_line, draw_picture, shorten, write_text
 
 if TYPE_CHECKING:
     from mlx_openelm.evaluation.results import ModelScores, SuiteScore
@@ -42,11 +42,6 @@ def draw_scores(scores: Sequence["ModelScores"], suite: "Suite | None") -> str:
     ]
     height = bottom + 44 + 18 * len(feet)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-        f'width="{WIDTH}" height="{height}" role="img" aria-labelledby="title">',
-        f'<title id="title">{escape(_tell(scores, rows))}</title>',
-        f"<style>{STYLE}</style>",
-        f'<rect class="page" width="{WIDTH}" height="{height}"/>',
         write_text(20, 30, f"Scores: {suite.name}" if suite else "Scores", "head"),
     ]
     for i, model in enumerate(scores):
@@ -64,7 +59,9 @@ def draw_scores(scores: Sequence["ModelScores"], suite: "Suite | None") -> str:
             parts += _draw_dot(dot, y + LINE / 2 + LINE * dot.place)
     for i, foot in enumerate(feet):
         parts.append(write_text(20, bottom + 42 + 18 * i, foot, "muted"))
-    return "\n".join([*parts, "</svg>", ""])
+    return draw_picture(
+        WIDTH, height, parts, title=_tell(scores, rows), palette=_PALETTE, style=_STYLE
+    )
 
 
 def _list_dots(
@@ -136,7 +133,7 @@ def _wrap(notes: Sequence[str]) -> list[str]:
     return [line for note in notes for line in textwrap.wrap(note, 105)]
 
 
-STYLE = """
+_PALETTE = """
 svg { --page: #ffffff; --text: #1b1f24; --muted: #57606a; --rule: #d9dde2;
   --c0: #1f66b5; --c1: #b8480b; --c2: #1a7f37; --c3: #8250df; --c4: #9a6700;
   --c5: #bf3989; }
@@ -145,11 +142,8 @@ svg { --page: #ffffff; --text: #1b1f24; --muted: #57606a; --rule: #d9dde2;
     --c0: #6cb0ff; --c1: #ff9a55; --c2: #57c878; --c3: #b392f0; --c4: #d9a520;
     --c5: #f778ba; }
 }
-text { font: 14px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans",
-  "DejaVu Sans", sans-serif; fill: var(--text); font-variant-numeric: tabular-nums; }
-.page { fill: var(--page); }
-.head { font-size: 18px; font-weight: 600; }
-.name { font-weight: 600; font-size: 13px; }
+"""
+_STYLE = """\
 .muted { fill: var(--muted); font-size: 12px; }
 .middle { text-anchor: middle; }
 .value { font-size: 12px; }

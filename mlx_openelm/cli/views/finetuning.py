@@ -2,18 +2,17 @@
 
 import dataclasses
 import math
-import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from mlx_openelm.cli.console import Console, Progress
+from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.views.run import RunView, show_sample
 
 if TYPE_CHECKING:
     from mlx_openelm.finetuning.preparation import Prepared
     from mlx_openelm.finetuning.run import FinetuneReport
 
-MOST_CHARACTERS = 300  # of a sample of text
 MOST_NAMES = 8  # of a skipped batch
 
 # The plan and the result -----------------------------------------------------------
@@ -104,30 +103,17 @@ def note_trained(console: Console, report: "FinetuneReport") -> None:
 # The progress ------------------------------------------------------------------------
 
 
-class TrainingView:
-    """Shows each event: steps in a progress bar, any other event in a line.
+class TrainingView(RunView):
+    """Shows each event of a fine-tuning run.
 
     Events are the rows of metrics.jsonl and {"event": "note", "text": ...}; any of them
-    may hold the length of the run as "steps". Leaving the `with` block ends the bar.
+    may hold the length of the run as "steps".
     """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress("Training", console)
-        self._steps = 0
+        super().__init__(console)
         self._validation = math.nan  # the last
         self._best = (math.inf, 0)  # and the step
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        self._progress.close()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         self._steps = event.get("steps") or self._steps
@@ -135,13 +121,14 @@ class TrainingView:
             case "step":
                 self._show_step(event)
             case "eval":
-                self._note(event, self._describe_eval(event))
+                self._note(event["step"], self._describe_eval(event))
             case "sample":
-                self._note(event, _describe_sample(event))
+                text = f"{event['prompt']}{event['text']}"
+                self._note(event["step"], show_sample(text))
             case "skip":
-                self._note(event, _describe_skip(event))
+                self._note(event["step"], _describe_skip(event))
             case "save":
-                self._note(event, "saved")
+                self._note(event["step"], "saved")
             case "resume":
                 self._console.note(f"Going on after step {event['step']:,}.")
             case "note":
@@ -182,19 +169,9 @@ class TrainingView:
             f"; best {loss:.4f} at step {best:,}." if loss < math.inf else "."
         )
 
-    def _note(self, event: Mapping[str, Any], text: str) -> None:
-        self._console.note(f"step {event['step']:,}: {text}")
-
 
 def _show_loss(loss: float | None) -> str:
     return "not finite" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
-
-
-def _describe_sample(event: Mapping[str, Any]) -> str:
-    """Return prompt and text on one line, without control characters."""
-    text = " ".join(f"{event['prompt']}{event['text']}".split())
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 def _describe_skip(event: Mapping[str, Any]) -> str:

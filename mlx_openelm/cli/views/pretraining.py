@@ -1,45 +1,19 @@
 """A pre-training run on the terminal: its plan and its progress."""
 
 import dataclasses
-import types
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from mlx_openelm.cli.console import Console, Progress
+from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.views.run import RunView, show_sample
 
 if TYPE_CHECKING:
-    from converters.pretraining.log import (
-        Evaluated,
-        Event,
-        Sampled,
-        Saved,
-        Spiked,
-        Started,
-        Trained,
-    )
-    from converters.pretraining.plan import Memory, Plan
+    from converters.pretraining.log import Event, Started, Trained
+    from converters.pretraining.plan import Memory, PretrainingPlan
     from converters.pretraining.recipe import PretrainRecipe
 
-MOST_CHARACTERS = 300  # of a sample of text
 
-
-class PretrainingView:
-    """Shows each event: steps in a progress bar, any other event in a line."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress("Training", console)
-        self._steps = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        self._progress.close()
+class PretrainingView(RunView):
+    """Shows each event of a pre-training run."""
 
     def __call__(self, event: "Event") -> None:
         from converters.pretraining import log
@@ -52,25 +26,21 @@ class PretrainingView:
                 self._progress.update(event.step, self._steps, _describe_step(event))
             case log.Spiked():
                 self._note(
-                    event,
+                    event.step,
                     f"the loss spikes to {event.loss:.4f} from {event.median:.4f}",
                 )
             case log.Evaluated():
                 whose = "the mean of the last checkpoints: " if event.averaged else ""
                 self._note(
-                    event,
+                    event.step,
                     f"{whose}held-out {event.nats_per_token:.4f} nats per token, "
                     f"{event.bits_per_byte:.4f} bits per byte",
                 )
             case log.Sampled():
-                self._note(event, _show_text(event.prompt + event.text))
+                self._note(event.step, show_sample(event.prompt + event.text))
             case log.Saved():
-                self._note(
-                    event, f"saved {event.path}{_describe_dropped(event.dropped)}"
-                )
-
-    def _note(self, event: "Spiked | Evaluated | Sampled | Saved", text: str) -> None:
-        self._console.note(f"step {event.step:,}: {text}")
+                dropped = _describe_dropped(event.dropped)
+                self._note(event.step, f"saved {event.path}{dropped}")
 
 
 def _describe_start(event: "Started") -> str:
@@ -101,13 +71,6 @@ def _describe_dropped(dropped: dict[str, int]) -> str:
     return f" (of the text, {said})" if said else ""
 
 
-def _show_text(text: str) -> str:
-    """Return a text on one line, without control characters."""
-    line = " ".join(text.split())
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    return line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]}..."
-
-
 def _show_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -120,7 +83,9 @@ def _show_seconds(seconds: float) -> str:
 # The dry run -------------------------------------------------------------------------
 
 
-def show_plan(console: Console, recipe: "PretrainRecipe", plan: "Plan") -> None:
+def show_plan(
+    console: Console, recipe: "PretrainRecipe", plan: "PretrainingPlan"
+) -> None:
     """Print the plan of a run as a table; write what is missing to stderr."""
     import yaml
     from rich.table import Table
@@ -160,7 +125,7 @@ def show_plan(console: Console, recipe: "PretrainRecipe", plan: "Plan") -> None:
         console.note(f"Missing: {sentence}")
 
 
-def plan_as_json(recipe: "PretrainRecipe", plan: "Plan") -> dict[str, Any]:
+def plan_as_json(recipe: "PretrainRecipe", plan: "PretrainingPlan") -> dict[str, Any]:
     """Return recipe and plan for `--json`; memory is in bytes."""
     import json
 

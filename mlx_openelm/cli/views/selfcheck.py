@@ -14,12 +14,7 @@ def show_selfcheck(console: Console, report: "SelfCheck") -> None:
     from rich.table import Table
 
     machine = dataclasses.asdict(report.machine)
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("mlx-openelm", report.version)
-    for name, value in machine.items():
-        facts.add_row(
-            name, f"{value / 1e9:.1f} GB" if name == "memory_bytes" else value
-        )
+    machine["memory_bytes"] = f"{report.machine.memory_bytes / 1e9:.1f} GB"
     table = Table("check", "found", "at most", "", box=None)
     for check in report.checks:
         table.add_row(
@@ -28,7 +23,7 @@ def show_selfcheck(console: Console, report: "SelfCheck") -> None:
             f"{check.limit:.2g}",
             "ok" if check.passed else "FAILED",
         )
-    console.answer_table(facts)
+    console.answer_facts([("mlx-openelm", report.version), *machine.items()])
     console.answer("")
     console.answer_table(table)
     console.answer("")

@@ -1,6 +1,41 @@
 """The parts of an SVG picture, as text."""
 
 import html
+from collections.abc import Iterable
+
+BASE_STYLE = """\
+text { font: 14px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans",
+  "DejaVu Sans", sans-serif; fill: var(--text); font-variant-numeric: tabular-nums; }
+.page { fill: var(--page); }
+.head { font-size: 18px; font-weight: 600; }
+.name { font-weight: 600; font-size: 13px; }
+"""
+
+
+def draw_picture(
+    width: int,
+    height: int,
+    parts: Iterable[str],
+    *,
+    title: str,
+    palette: str,
+    style: str,
+) -> str:
+    """Return a whole SVG document.
+
+    Args:
+        title: the text alternative.
+        palette: CSS that sets the variables --page and --text, and those of `style`.
+        style: CSS of the picture's own classes.
+    """
+    beginning = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" role="img" aria-labelledby="title">',
+        f'<title id="title">{escape(title)}</title>',
+        f"<style>{palette}{BASE_STYLE}{style}</style>",
+        f'<rect class="page" width="{width}" height="{height}"/>',
+    )
+    return "\n".join([*beginning, *parts, "</svg>", ""])
 
 
 def write_text(x: float, y: float, text: str, style: str) -> str:

@@ -263,7 +263,7 @@ def test_the_folder_says_what_was_proved_and_keeps_the_template(work):
     [
         (["adapter", "--model", "other"], "was trained on another base than this one"),
         (["adapter", "--model", "gone/by"], "gone/by"),
-        (["adapter", "-q", "--dequantize"], "say the opposite"),
+        (["adapter", "-q", "--dequantize"], "exclude each other"),
         (["adapter", "--q-bits", "7"], "--q-bits is 7"),
         (["base"], "base holds no adapter_config.json"),
         (["run"], ["not saved yet", "wait until it has"]),

@@ -759,10 +759,13 @@ def test_verify_makes_a_result_again_from_its_source(work, tokenizer, options):
     [
         (
             ["a.pt", "--to", "onnx"],
-            "--to is onnx; it must be mlx, hf, corenet, peft, gguf",
+            "--to is 'onnx'; choose mlx, hf, corenet, peft, gguf",
         ),
-        (["a.pt", "-q", "--dequantize"], "--dequantize and -q say the opposite"),
-        (["a.pt", "--q-bits", "4", "--dequantize"], "say the opposite"),
+        (
+            ["a.pt", "-q", "--dequantize"],
+            "--dequantize and --q-bits exclude each other",
+        ),
+        (["a.pt", "--q-bits", "4", "--dequantize"], "exclude each other"),
         (["a.pt", "--to", "hf", "-q"], "--to hf holds unquantized weights"),
         (["a.pt", "--to", "corenet", "--q-mode", "mxfp4"], "unquantized weights"),
         (
@@ -770,17 +773,17 @@ def test_verify_makes_a_result_again_from_its_source(work, tokenizer, options):
             ["F32, F16, BF16", "Q8_0; not 4 bits"],
         ),
         (["a.pt", "--to", "peft"], "is a model, and --to peft writes an adapter"),
-        (["a.pt", "--q-bits", "auto:x"], "--q-bits is auto:x; say auto: and the bits"),
+        (["a.pt", "--q-bits", "auto:x"], "--q-bits is auto:x; give auto: and the bits"),
         (["a.pt", "--q-bits", "auto:0"], "--q-bits is auto:0"),
         (["a.pt", "--q-bits", "auto:nan"], "--q-bits is auto:nan"),
         (["a.pt", "--q-bits", "auto:4", "--to", "gguf"], "auto is for --to mlx"),
         (["a.pt", "--q-bits", "auto:4", "--q-mode", "nvfp4"], "leave out --q-mode"),
-        (["a.pt", "--q-bits", "many"], "--q-bits is many; say a number of bits"),
+        (["a.pt", "--q-bits", "many"], "--q-bits is many; give a number of bits"),
         (
             ["a.pt", "--q-bits", "8", "--q-mode", "mxfp4"],
             "--q-bits is 8; --q-mode mxfp4",
         ),
-        (["a.pt", "--q-mode", "int4"], "--q-mode is int4; MLX has affine"),
+        (["a.pt", "--q-mode", "int4"], "--q-mode is 'int4'; choose affine"),
         (["a.pt", "-q", "--q-keep", "lm_head"], "--q-keep 'lm_head' finds no module"),
         (["a.pt", "-q", "--q-keep", "("], "--q-keep '(' is no regular expression"),
         (["a.pt", "--merge", "--adapter-out", "x"], "--merge and --adapter-out"),

@@ -25,6 +25,7 @@ from converters.conversion.run import convert
 from mlx_openelm.bench.selfcheck import made_weight
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.model.quantization import Packing, Quantization
 from mlx_openelm.storage.loading import load, load_model
 from mlx_openelm.storage.model_folder import open_folder
@@ -137,7 +138,7 @@ def test_quantized_folders_hold_what_mlx_quantizes_to(
             continue
         expected = Packing(6 if "embeddings" in name else bits, 32)
         assert folder.packings[name] == expected
-        packed = expected.pack(mx.array(weight))
+        packed = pack_weight(expected, mx.array(weight))
         module = to_folder(name).removesuffix(".weight")
         for suffix, part in packed.items():
             assert mx.array_equal(read[f"{module}.{suffix}"], part)
@@ -147,8 +148,8 @@ def test_quantized_folders_hold_what_mlx_quantizes_to(
     tokens = mx.array([[1, 5, 9]])
     unpacked = build(EVEN)
     for name, packing in folder.packings.items():
-        parts = packing.pack(mx.array(weights_of(EVEN)[name]))
-        weight = packing.unpack(parts, mx.float32)
+        parts = pack_weight(packing, mx.array(weights_of(EVEN)[name]))
+        weight = unpack_weight(packing, parts, mx.float32)
         unpacked.load_weights([(to_folder(name), weight)], strict=False)
     logits = load_model(folder)(tokens)
     assert mx.allclose(logits, unpacked(tokens), atol=1e-4)
@@ -248,7 +249,7 @@ def test_packing_loses_less_than_a_step(bits, group_size, seed):
     rng = np.random.default_rng(seed)
     weight = mx.array(rng.standard_normal((8, 256), dtype=np.float32))
     packing = Packing(bits, group_size)
-    back = packing.unpack(packing.pack(weight), mx.float32)
+    back = unpack_weight(packing, pack_weight(packing, weight), mx.float32)
     groups = weight.reshape(8, -1, group_size)
     step = (groups.max(-1) - groups.min(-1)) / (2**bits - 1)
     error = mx.abs(back - weight).reshape(8, -1, group_size).max(-1)
@@ -258,7 +259,7 @@ def test_packing_loses_less_than_a_step(bits, group_size, seed):
 def test_a_group_size_that_does_not_divide_names_the_tensors():
     with pytest.raises(OpenELMError, match=r"layers\.0\.ffn\.proj_2\.weight \(96\)"):
         Quantization(4, 64).packings(UNEVEN)
-    with pytest.raises(OpenELMError, match="--q-bits is 7"):
+    with pytest.raises(OpenELMError, match="`bits` is 7"):
         Quantization(7)
 
 

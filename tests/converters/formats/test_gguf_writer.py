@@ -20,11 +20,11 @@ import pytest
 import sentencepiece
 from models import TEXT, UNEVEN, small_tokenizer, weights_of
 
-from converters.formats.gguf_writer import FILE_TYPES, write_gguf
+from converters.formats.gguf_writer import write_gguf
 from converters.formats.pt_writer import TensorToWrite
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation.sampling import Sampling
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import stream
 from mlx_openelm.storage.hub import demo_folder
 from mlx_openelm.storage.loading import load_model, load_tokenizer
@@ -35,6 +35,7 @@ from mlx_openelm.text.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf")
 
+FILE_TYPES = ("F32", "F16", "BF16", "Q8_0")
 WEIGHTS = weights_of(UNEVEN)
 
 
@@ -67,7 +68,6 @@ def write(
         tensors=to_write({n: mx.array(w).astype(dtype) for n, w in weights.items()}),
         file_type=file_type,
         tokenizer=tokenizer or small_tokenizer(),
-        description="three layers",
     )
     return path
 
@@ -204,7 +204,6 @@ def test_the_metadata_are_the_configs(tmp_path, file_type):
         "general.architecture": "openelm",
         "general.type": "model",
         "general.name": "Uneven",
-        "general.description": "three layers",
         "general.size_label": "120K",
         "general.file_type": {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}[file_type],
         "general.quantization_version": 2,
@@ -268,20 +267,10 @@ def test_what_llama_cpp_cannot_run_is_refused_before_anything_is_written(tmp_pat
         config=replace(UNEVEN, vocab_size=384),
     )
     refuse(path, "which is not BPE", tokenizer=unigram_tokenizer())
-    refuse(path, "type Q4_K cannot be written; choose F32, F16", "Q4_K")
     odd = replace(UNEVEN, ffn_dims=(96, 100, 64))
     refuse(
         path, "layers.1.ffn.proj_2.weight has 100 columns, and Q8_0", "Q8_0", config=odd
     )
-    with pytest.raises(OpenELMError, match="holds its tokenizer, and there is none"):
-        write_gguf(
-            path,
-            name="x",
-            config=UNEVEN,
-            tensors={},
-            file_type="F32",
-            tokenizer=None,
-        )
     assert not path.exists()
     write(path, "F16", config=odd)
 
@@ -316,9 +305,6 @@ def test_a_number_beyond_the_range_is_refused_with_its_tensor(
         refuse(tmp_path / "x", says, file_type, changes={name: spoilt})
     norm = np.full(64, 1e6, np.float32)  # norms are float32 in every file
     write(tmp_path / "x", file_type, changes={"norm.weight": norm})
-    for wrong in (np.nan, -np.inf):
-        spoilt[0, 0] = wrong
-        refuse(tmp_path / "x", f"{name} holds NaN", file_type, changes={name: spoilt})
 
 
 def test_a_bfloat16_number_beyond_float16_is_refused(tmp_path):

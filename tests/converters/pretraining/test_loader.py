@@ -20,11 +20,15 @@ from places import SUPPORT
 pytest.importorskip("ftfy", reason="needs the torch extra")
 
 from converters.pretraining.lanes import CUT
-from converters.pretraining.loader import join_states, open_loader, read_documents
+from converters.pretraining.loader import (
+    join_states,
+    open_loader,
+    read_recipe_documents,
+)
 from converters.pretraining.packing import (
     IGNORED,
     PackedSequences,
-    read_data,
+    read_corpora,
     step_batch,
 )
 from converters.pretraining.recipe import CorpusRecipe, DataRecipe, PretrainRecipe
@@ -441,7 +445,9 @@ def test_an_error_in_a_worker_is_one_sentence_behind_the_good_batches(tmp_path):
     try:
         for _ in range(4):
             loader.next_batch()
-        with pytest.raises(OpenELMError, match=r"^Record 9 of .*a\.jsonl is no JSON"):
+        with pytest.raises(
+            OpenELMError, match=r"^Record 9 of .*a\.jsonl:9:2 is no JSON"
+        ):
             loader.next_batch()
     finally:
         loader.close()
@@ -505,7 +511,7 @@ def is_running(pid):
 def test_packed_text_is_what_step_batch_gives_and_goes_on(tmp_path, ranks):
     (tmp_path / "a.txt").write_text(TEXT)
     recipe = make_recipe((str(tmp_path / "*.txt"),), packing=True)
-    corpus = read_data(recipe.data)
+    corpus = read_corpora(recipe.data)
     sequences = PackedSequences(corpus.documents, tokenizer, 16)
     options = {"batch_size": 4, "seed": 3, "rank": ranks - 1, "ranks": ranks}
     expected = [step_batch(sequences, step=i, **options) for i in range(40)]
@@ -553,18 +559,18 @@ def test_texts_are_read_whole_held_out_or_as_a_sample_of_all_files(tmp_path):
         heldout=(str(tmp_path / "held.txt"),),
         document_start="[A-Z]+",
     )
-    whole = list(read_documents(data))
+    whole = list(read_recipe_documents(data))
     assert whole == [f'"{name}{i}"' for name in "ab" for i in range(50)]
-    assert list(read_documents(data, heldout=True)) == ["fine\nHEADING\nx"]
-    sample = list(read_documents(data, characters=20))
+    assert list(read_recipe_documents(data, heldout=True)) == ["fine\nHEADING\nx"]
+    sample = list(read_recipe_documents(data, characters=20))
     assert sample == ['"a0"', '"b0"', '"a1"', '"b1"', '"a2"']
-    assert sorted(read_documents(data, characters=10**9)) == sorted(whole)
+    assert sorted(read_recipe_documents(data, characters=10**9)) == sorted(whole)
     with (tmp_path / "a.jsonl").open("a") as opened:
         opened.write("{\n")
     with pytest.raises(OpenELMError, match="Record 51"):
-        list(read_documents(data))
+        list(read_recipe_documents(data))
     skipping = dataclasses.replace(data, on_damage="skip")
-    assert list(read_documents(skipping)) == whole
+    assert list(read_recipe_documents(skipping)) == whole
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -599,8 +605,8 @@ def test_a_sample_of_thousands_of_files_opens_few_at_once(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
     try:
-        found = list(read_documents(data, characters=400))
-        assert len(list(read_documents(data, characters=10**9))) == 1200
+        found = list(read_recipe_documents(data, characters=400))
+        assert len(list(read_recipe_documents(data, characters=10**9))) == 1200
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert found[0] == "x000"

@@ -14,8 +14,8 @@ pytest.importorskip("ftfy", reason="needs the torch extra")
 from converters.pretraining.loader import open_loader
 from converters.pretraining.packing import (
     PackedSequences,
+    read_corpora,
     read_corpus,
-    read_data,
     step_batch,
     train_tokenizer,
 )
@@ -101,7 +101,7 @@ def test_every_format_can_be_packed(tmp_path):
         heldout=(str(tmp_path / "held.txt"),),
         document_start="HEAD",
     )
-    corpus = read_data(data)
+    corpus = read_corpora(data)
     assert corpus.documents == ("HEAD\none", "HEAD\nmore", "fine\nHEAD\nx", "two")
     assert corpus.num_files == 2
 
@@ -122,9 +122,9 @@ def test_what_is_packed_stops_at_damage_or_goes_on_as_told(tmp_path):
     (tmp_path / "good.jsonl").write_text('{"text": "another"}\n')
     data = DataRecipe(train=(str(tmp_path / "*"),), packing=True)
     with pytest.raises(OpenELMError, match=r"cut\.jsonl\.gz"):
-        read_data(data)
+        read_corpora(data)
     skipping = dataclasses.replace(data, on_damage="skip")
-    corpus = read_data(skipping)
+    corpus = read_corpora(skipping)
     assert corpus.documents == (*["a story"] * 99, "another")
     reason = f"rest of {tmp_path}/cut.jsonl.gz, damaged"
     assert corpus.dropped == {reason: 1}
@@ -139,7 +139,7 @@ def test_the_stories_are_read_as_the_demo_model_read_them(shared):
     books = str(shared / "data/stories/text/a*.txt")
     data = dataclasses.replace(recipe.data, train=(books,))
     digest = hashlib.sha256()
-    for document in read_data(data).documents:
+    for document in read_corpora(data).documents:
         digest.update(document.encode() + b"\0")
     assert digest.hexdigest() == (
         "849a1508b155ecdc25dd91e8d856e963313f0e3df8c333612a21de9bb3bd04ed"

@@ -18,7 +18,7 @@ from converters.pretraining.corpus_files import DamagedFileError
 from converters.pretraining.lanes import CUT
 from converters.pretraining.loader import join_states, open_loader
 from converters.pretraining.recipe import DataRecipe, PretrainRecipe
-from converters.pretraining.token_cache import CachedFile, Source
+from converters.pretraining.token_cache import CachedFile, CorpusFile
 from mlx_openelm.errors import OpenELMError
 
 tokenizer = small_tokenizer()
@@ -33,7 +33,7 @@ def source(tmp_path):
 
 def make_source(path, texts=TEXTS, **changes):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    source = Source(str(path), "text", None, RULES, tokenizer)
+    source = CorpusFile(str(path), "text", None, RULES, tokenizer)
     return dataclasses.replace(source, **changes)
 
 
@@ -80,7 +80,7 @@ def test_the_pieces_are_those_of_the_text(tmp_path, source, monkeypatch):
     assert len(made) == 1
     (path,) = made
     assert path.stat().st_size < 3 * sum(len(t) for p in texts for t, _, _ in p) + 9999
-    assert not list(path.parent.glob("*.part"))
+    assert not list(path.parent.glob(".*"))
 
 
 def test_a_vocabulary_over_65536_has_wider_tokens(tmp_path, source, monkeypatch):
@@ -210,7 +210,7 @@ def test_a_run_that_was_stopped_leaves_no_half_file(tmp_path, source, monkeypatc
 
 
 def fill(path, folder, made, together):
-    source = Source(path, "text", None, RULES, tokenizer)
+    source = CorpusFile(path, "text", None, RULES, tokenizer)
     write = module._write
 
     def counted(*arguments):

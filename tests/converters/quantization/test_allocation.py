@@ -14,12 +14,13 @@ from converters.quantization.allocation import (
     allocate,
     list_choices,
     measure_prices,
-    share_out,
+    solve_knapsack,
 )
 from converters.quantization.calibration import calibration_windows, read_calibration
-from converters.quantization.receipt import measure
+from converters.quantization.receipt import measure_quantization
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.model.quantization import Packing
 from mlx_openelm.storage.hub import demo_folder
 from mlx_openelm.storage.loading import load_tokenizer
@@ -58,7 +59,7 @@ def test_the_best_choice_is_found(data):
     losses = [[loss for _, loss in item] for item in items]
     least = sum(map(min, costs))
     budget = data.draw(st.integers(least, least + 400))
-    picked = share_out(costs, losses, budget)
+    picked = solve_knapsack(costs, losses, budget)
     spent = sum(item[i] for item, i in zip(costs, picked, strict=True))
     found = sum(item[i] for item, i in zip(losses, picked, strict=True))
     best = min(
@@ -75,7 +76,7 @@ def test_costs_without_a_common_divisor_stay_within_the_budget():
     costs = [sorted(map(int, rng.integers(10**6, 10**7, 6))) for _ in range(20)]
     losses = [[1.0 / (i + 1) for i in range(6)] for _ in range(20)]
     budget = 20 * 4_000_003
-    picked = share_out(costs, losses, budget)
+    picked = solve_knapsack(costs, losses, budget)
     spent = sum(item[i] for item, i in zip(costs, picked, strict=True))
     assert 0.99 * budget < spent <= budget
 
@@ -101,7 +102,9 @@ def test_prices_are_those_of_whole_models():
     prices = measure_prices(UNEVEN, WEIGHTS.get, WINDOWS, probes, dtype=mx.float32)
     assert prices.keys() == CHOICES.keys()
     for name, price in prices.items():
-        packed = probes[name].unpack(probes[name].pack(WEIGHTS[name]), mx.float32)
+        packed = unpack_weight(
+            probes[name], pack_weight(probes[name], WEIGHTS[name]), mx.float32
+        )
         model.load_weights([(to_folder(name), packed)], strict=False)
         varied = log_p()
         model.load_weights([(to_folder(name), WEIGHTS[name])], strict=False)
@@ -158,9 +161,9 @@ def test_the_demo_loses_less_than_at_uniform_bits(shared, bits):
             packing, weight = packings.get(name), read(name)
             if packing is None:
                 return weight
-            return packing.unpack(packing.pack(weight), mx.float32)
+            return unpack_weight(packing, pack_weight(packing, weight), mx.float32)
 
-        return measure(
+        return measure_quantization(
             config, read, packed, unseen, text="", bits_per_weight=0.0
         ).mean_kl
 

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from models import TEXT, UNEVEN, small_tokenizer, weights_of
 
+from converters.quantization import receipt as module
 from converters.quantization.calibration import (
     SAMPLE_NAME,
     calibration_windows,
     read_calibration,
 )
-from converters.quantization.receipt import Receipt, measure
+from converters.quantization.receipt import Receipt, measure_quantization
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.model.quantization import Packing
 from mlx_openelm.tensor_names import to_folder
 
@@ -36,7 +38,9 @@ def originals(config: OpenELMConfig) -> dict[str, mx.array]:
 def quantized(weights: dict[str, mx.array], bits: int = 4) -> dict[str, mx.array]:
     packing = Packing(bits, 32)
     return {
-        name: packing.unpack(packing.pack(w), mx.float32) if w.ndim == 2 else w
+        name: unpack_weight(packing, pack_weight(packing, w), mx.float32)
+        if w.ndim == 2
+        else w
         for name, w in weights.items()
     }
 
@@ -45,16 +49,14 @@ def receipt_of(
     config: OpenELMConfig,
     before: dict[str, mx.array],
     after: dict[str, mx.array],
-    **options: int,
 ) -> Receipt:
-    return measure(
+    return measure_quantization(
         config,
         before.__getitem__,
         after.__getitem__,
         some_windows(),
         text="a test",
         bits_per_weight=5.0,
-        **options,
     )
 
 
@@ -110,11 +112,12 @@ def test_fewer_bits_cost_more():
     assert costs[0] > 0
 
 
-def test_the_chunks_do_not_show():
+def test_the_chunks_do_not_show(monkeypatch):
     before = originals(UNEVEN)
     after = quantized(before)
-    whole = dataclasses.asdict(receipt_of(UNEVEN, before, after, chunk=96))
-    parts = dataclasses.asdict(receipt_of(UNEVEN, before, after, chunk=7))
+    whole = dataclasses.asdict(receipt_of(UNEVEN, before, after))
+    monkeypatch.setattr(module, "CHUNK", 7)
+    parts = dataclasses.asdict(receipt_of(UNEVEN, before, after))
     for key in ("mean_kl", "p99_kl", "perplexity_before", "perplexity_after"):
         assert parts[key] == pytest.approx(whole[key], rel=1e-4)
     assert parts["top1_agreement"] == whole["top1_agreement"]
@@ -133,7 +136,7 @@ def test_of_the_weights_one_layer_at_a_time_is_read():
         order.append(name)
         return weights[name]
 
-    measure(UNEVEN, read, read, some_windows(), text="", bits_per_weight=4)
+    measure_quantization(UNEVEN, read, read, some_windows(), text="", bits_per_weight=4)
     layers = [int(n.split(".")[1]) for n in order if n.startswith("layers.")]
     assert layers == sorted(layers)
     assert len(layers) == 2 * 8 * 3  # each tensor once a model
@@ -142,7 +145,7 @@ def test_of_the_weights_one_layer_at_a_time_is_read():
 def test_progress_is_told():
     weights, told = originals(UNEVEN), []
     read = weights.__getitem__
-    measure(
+    measure_quantization(
         UNEVEN,
         read,
         read,
