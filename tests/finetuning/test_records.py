@@ -5,9 +5,10 @@ import time
 from pathlib import Path
 
 import pytest
+from trainings import read_data
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning.records import read_data, set_aside
+from mlx_openelm.finetuning.records import set_aside
 from mlx_openelm.text.templates import Turn
 
 TEXTS = [{"text": f"the {number}th story"} for number in range(40)]
