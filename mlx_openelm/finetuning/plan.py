@@ -263,19 +263,19 @@ def propose_smaller(
         found.append((" ".join(flags.values()), recipe))
 
     if not recipe.grad_checkpoint:
-        add("activations", "--grad-checkpoint", grad_checkpoint=True)
+        add("activations", "`grad_checkpoint`", grad_checkpoint=True)
     while recipe.batch_size % 2 == 0:
         size, steps = recipe.batch_size // 2, recipe.grad_accumulation_steps * 2
         add(
             "batch",
-            f"--batch-size {size} --grad-accumulation-steps {steps}",
+            f"`batch_size` {size} `grad_accumulation_steps` {steps}",
             batch_size=size,
             grad_accumulation_steps=steps,
         )
     while (longest := (recipe.max_seq_length or 0) // 2) >= shortest_useful:
         add(
             "length",
-            f"--max-seq-length {longest}",
+            f"`max_seq_length` {longest}",
             max_seq_length=longest,
             max_prompt_length=min(recipe.max_prompt_length or longest, longest // 2),
         )

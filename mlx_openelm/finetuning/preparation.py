@@ -128,8 +128,8 @@ def _prepare(
         encode_prompt(tokenizer, prompt, template=choice.name)  # names a wrong one
     if recipe.test and not splits.get("test"):
         raise OpenELMError(
-            f"--test needs a test file; {recipe.data} has none. Give a folder with a "
-            "test.jsonl, or leave out --test."
+            f"`test` needs a test file; {recipe.data} has none. Give a folder with a "
+            "test.jsonl, or leave out `test`."
         )
     order = Order(lengths_of(splits["train"]), recipe)
     plan = _plan(recipe, folder, splits["train"], order, world)
@@ -159,7 +159,7 @@ def _plan(
     if world.size > recipe.step_size:
         raise OpenELMError(
             f"{world.size} processes share a step of {recipe.step_size} samples; raise "
-            "--batch-size to give each of them one."
+            "`batch_size` to give each of them one."
         )
     model = _outline(folder, recipe)  # lazy: nothing is computed
     make_trainable(model, recipe)

@@ -137,8 +137,8 @@ def supervised_formats(
 
     def advise(fields: set[str]) -> str:
         if {"chosen", "rejected"} <= fields:
-            return "for preferences say --objective dpo"
-        return "name other fields by --prompt-key and --completion-key"
+            return "for preferences say `objective` dpo"
+        return "name other fields by `prompt_key` and `completion_key`"
 
     completions = {COMPLETION: RecordFormat((prompt, completion), read_completion)}
     if prompt_key or completion_key:
@@ -180,7 +180,7 @@ def preference_formats(objective: str, prompt_key: str | None) -> RecordFormats:
                 rejected=lambda found: str(found["rejected"][-1]["content"]),
             ),
         },
-        lambda _: f"these are what --objective {objective} needs",
+        lambda _: f"these are what `objective` {objective} needs",
     )
 
 
@@ -227,7 +227,7 @@ def choose_template(
     if format == TEXT:
         if said not in (None, "raw"):
             raise OpenELMError(
-                f"--template {said} has no place for plain texts; leave it out, or "
+                f"`template` {said} has no place for plain texts; leave it out, or "
                 "give records with prompt and completion."
             )
         return TemplateChoice("raw", "plain texts are trained on as they are")

@@ -171,7 +171,7 @@ def _find_in_folder(folder: Path) -> tuple[dict[str, Path], list[str]]:
         holds = f"holds {', '.join(similar[:5])}" if similar else "holds no such file"
         raise OpenELMError(
             f"{folder} has no train.jsonl (nor train.json, nor either with .gz); it "
-            f"{holds}. Rename the file, or give it as --data itself."
+            f"{holds}. Rename the file, or give it as `data` itself."
         )
     other = [name for name in similar if name.partition(".")[0].lower() in _OTHER_NAMES]
     if other and "valid" not in files:
@@ -195,7 +195,7 @@ def _refuse_missing(path: Path) -> None:
         similar = f"and {parent} holds {listed}"
     raise OpenELMError(
         f"There is no file or folder {path}, {similar}; give a file of records, or a "
-        "folder with train.jsonl, as --data."
+        "folder with train.jsonl, as `data`."
     )
 
 

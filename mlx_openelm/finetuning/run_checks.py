@@ -45,13 +45,13 @@ def refuse_too_large(plan: TrainingPlan) -> None:
         return
     fitting = [flags for flags, total in plan.smaller if total <= plan.limit]
     advice = (
-        f"say {fitting[0]}, or --fit to take that"
+        f"say {fitting[0]}, or `fit` to take that"
         if fitting
         else "no smaller setting fits either; choose a smaller model"
     )
     raise OpenELMError(
         f"The run needs about {plan.memory.total / 1e9:.2f} GB, and the limit is "
-        f"{plan.limit / 1e9:.2f} GB: {advice}, or raise --memory-limit."
+        f"{plan.limit / 1e9:.2f} GB: {advice}, or raise `memory_limit`."
     )
 
 
@@ -64,8 +64,8 @@ def refuse_present_run(path: Path, force: bool) -> None:
             recipe = load_recipe(FinetuneRecipe, str(path / RECIPE), {})
             died = f" {describe_death(step, recipe)}"
         raise OpenELMError(
-            f"{path} holds a run, up to step {step}; go on with --resume, replace it "
-            f"with --force, or choose another --adapter-path.{died}"
+            f"{path} holds a run, up to step {step}; go on with `resume`, replace it "
+            f"with `force`, or choose another `adapter_path`.{died}"
         )
     refuse_existing(path, force=force)
 
@@ -77,7 +77,7 @@ def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> N
     if not (path / RECIPE).is_file():
         raise OpenELMError(
             f"{path} holds no {RECIPE}, so nobody knows how its run was begun; begin "
-            "anew with --force."
+            "anew with `force`."
         )
     old = load_recipe(FinetuneRecipe, str(path / RECIPE), {})
     found = differences(old, prepared.recipe)
@@ -86,7 +86,7 @@ def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> N
     if found:
         raise OpenELMError(
             f"The run in {path} cannot go on with other settings: {'; '.join(found)}. "
-            "Say what was said then, or begin anew with --force."
+            "Say what was said then, or begin anew with `force`."
         )
     ends = [event for event in read_events(path) if event["event"] == "end"]
     if (
@@ -96,7 +96,7 @@ def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> N
     ):
         raise OpenELMError(
             f"The run in {path} is at its end, step {state.progress.step}; begin anew "
-            "with --force, or choose another --adapter-path."
+            "with `force`, or choose another `adapter_path`."
         )
     then, now = state.run.get("arithmetic", {}), identity["arithmetic"]
     for name, value in now.items():
@@ -115,5 +115,5 @@ def refuse_other_base(path: Path, model: OpenELM) -> None:
     notes = check_base(sketch, base_weights(model), path, None) if sketch else ()
     if notes:
         raise OpenELMError(
-            f"The run in {path} cannot go on: {notes[0]} Say the same --model."
+            f"The run in {path} cannot go on: {notes[0]} Say the same `model`."
         )

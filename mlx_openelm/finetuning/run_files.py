@@ -7,7 +7,7 @@ A run is a folder, an adapter folder from the first save on:
     recipe.yaml           every option, resolved; runs the same again
     data.json             what was found in the data
     metrics.jsonl         an event a line
-    state.safetensors     all that --resume needs
+    state.safetensors     all that `resume` needs
     report.html           the run as a page, at the end
 """
 

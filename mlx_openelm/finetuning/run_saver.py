@@ -75,7 +75,7 @@ class RunSaver:
         if not all(mx.isfinite(array).all().item() for array in trained):
             raise OpenELMError(
                 f"After step {step} the adapter holds NaN or infinity, and "
-                f"is not saved; lower --learning-rate; {self.describe()}"
+                f"is not saved; lower `learning_rate`; {self.describe()}"
             )
         if run.world.rank > 0:
             return True
@@ -89,7 +89,7 @@ class RunSaver:
                     self._save_adapter(last=True)
                 raise OpenELMError(
                     f"The end of the run could not be saved ({error}); make room, and "
-                    f"go on with --resume: {self.describe()}"
+                    f"go on with `resume`: {self.describe()}"
                 ) from error
             run.log.note(
                 f"Step {step} could not be saved ({error}); the run goes on, and "

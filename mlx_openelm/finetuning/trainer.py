@@ -175,6 +175,6 @@ class Trainer:
         if digest_arrays(trained_tensors(self._run.model)) == self._initial_digest:
             raise OpenELMError(
                 f"After {progress.step} steps the adapter is what it was at the "
-                "start: nothing was learnt. Look at --learning-rate and the data; "
+                "start: nothing was learnt. Look at `learning_rate` and the data; "
                 f"{progress.skipped} batches were skipped."
             )

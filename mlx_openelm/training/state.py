@@ -146,7 +146,7 @@ class TrainingState:
                 if _shapes(ours) != _shapes(saved):
                     raise OpenELMError(
                         f"The state in {folder} is of another model or recipe; begin "
-                        "anew with --force."
+                        "anew with `force`."
                     )
         progress = world.tell(json.dumps(dataclasses.asdict(state.progress)))
         self.progress = TrainingProgress(**json.loads(progress))

@@ -209,13 +209,13 @@ def test_every_proposal_takes_less_than_the_one_before():
     assert totals == sorted(totals, reverse=True)
     assert len(set(totals)) == len(totals) == 6
     assert [flags for flags, _ in proposals] == [
-        "--grad-checkpoint",
-        "--grad-checkpoint --batch-size 2 --grad-accumulation-steps 2",
-        "--grad-checkpoint --batch-size 1 --grad-accumulation-steps 4",
-        "--grad-checkpoint --batch-size 1 --grad-accumulation-steps 4 "
-        "--max-seq-length 256",
-        "--grad-checkpoint --batch-size 1 --grad-accumulation-steps 4 "
-        "--max-seq-length 128",
+        "`grad_checkpoint`",
+        "`grad_checkpoint` `batch_size` 2 `grad_accumulation_steps` 2",
+        "`grad_checkpoint` `batch_size` 1 `grad_accumulation_steps` 4",
+        "`grad_checkpoint` `batch_size` 1 `grad_accumulation_steps` 4 "
+        "`max_seq_length` 256",
+        "`grad_checkpoint` `batch_size` 1 `grad_accumulation_steps` 4 "
+        "`max_seq_length` 128",
     ]
     assert all(smaller.step_size == 4 for _, smaller in proposals)
 
@@ -223,8 +223,8 @@ def test_every_proposal_takes_less_than_the_one_before():
 def test_the_flags_of_every_proposal_are_all_its_changes():
     recipe = make_recipe(batch_size=6, grad_accumulation_steps=1, max_seq_length=256)
     assert [flags for flags, _ in propose_smaller(recipe)] == [
-        "--grad-checkpoint",
-        "--grad-checkpoint --batch-size 3 --grad-accumulation-steps 2",
-        "--grad-checkpoint --batch-size 3 --grad-accumulation-steps 2 "
-        "--max-seq-length 128",
+        "`grad_checkpoint`",
+        "`grad_checkpoint` `batch_size` 3 `grad_accumulation_steps` 2",
+        "`grad_checkpoint` `batch_size` 3 `grad_accumulation_steps` 2 "
+        "`max_seq_length` 128",
     ]

@@ -102,7 +102,7 @@ def test_preferences_are_texts_or_conversations(file):
         * 2,
         objective="dpo",
     )
-    assert "--objective dpo" in refused(file, [plain])
+    assert "`objective` dpo" in refused(file, [plain])
     assert "prompt and chosen and rejected" in refused(file, TEXTS, objective="dpo")
 
 
@@ -256,7 +256,7 @@ def test_unknown_fields_are_listed_with_the_options_that_name_them(file):
         message
     )
     assert "nor has any of the 30 records" in message
-    assert "--prompt-key" in message
+    assert "`prompt_key`" in message
     assert "a problem" in message
 
 

@@ -457,7 +457,7 @@ def test_a_death_is_told_and_half_the_batch_goes_on(base, tmp_path):
     with pytest.raises(Killed):
         finetune(recipe, on_event=die)
     (path / "running.json").write_text("{}")  # what a killed process leaves behind
-    with pytest.raises(OpenELMError, match=r"killed without a word.*--batch-size 2"):
+    with pytest.raises(OpenELMError, match=r"killed without a word.*`batch_size` 2"):
         finetune(recipe)
     said = []
     half = dataclasses.replace(recipe, batch_size=2, grad_accumulation_steps=2)
@@ -465,7 +465,7 @@ def test_a_death_is_told_and_half_the_batch_goes_on(base, tmp_path):
     assert report.steps == STEPS
     [note] = [event["text"] for event in said if event["event"] == "note"]
     assert "after step 6 was saved" in note
-    assert "--batch-size 1 --grad-accumulation-steps 4" in note
+    assert "`batch_size` 1 `grad_accumulation_steps` 4" in note
 
 
 @pytest.mark.parametrize(
@@ -653,7 +653,7 @@ def test_what_does_not_fit_is_refused_and_fit_takes_smaller_settings(base, tmp_p
     least = min(smaller.values())
     assert least < whole
     limited = dataclasses.replace(recipe, memory_limit=(whole + least) / 2 / 1e9)
-    with pytest.raises(OpenELMError, match="or --fit to take that"):
+    with pytest.raises(OpenELMError, match="or `fit` to take that"):
         finetune(limited)
     assert not Path(recipe.adapter_path).exists()
     report = finetune(limited, fit=True)
@@ -669,7 +669,7 @@ def test_memory_that_runs_out_is_one_sentence(base, tmp_path, monkeypatch):
         raise RuntimeError("[metal::malloc] Attempting to allocate 1 bytes")
 
     monkeypatch.setattr(Step, "_compute_gradient", run_out)
-    with pytest.raises(OpenELMError, match="--batch-size 2 --grad-accumulation-steps"):
+    with pytest.raises(OpenELMError, match="`batch_size` 2 `grad_accumulation_steps`"):
         finetune(recipe)
 
 
@@ -774,7 +774,7 @@ def test_force_does_not_replace_what_is_no_run(base, tmp_path, recipe):
 def test_force_keeps_the_old_run_until_the_new_one_has_begun(recipe):
     path = finetune(recipe).path
     before = weights(path)
-    with pytest.raises(OpenELMError, match="--rank"):
+    with pytest.raises(OpenELMError, match="`rank`"):
         finetune(dataclasses.replace(recipe, rank=1000), force=True)
     assert weights(path) == before
     report = finetune(dataclasses.replace(recipe, seed=3), force=True)
