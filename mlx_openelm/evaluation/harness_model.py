@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.loglikelihood import (
@@ -26,6 +26,11 @@ from mlx_openelm.evaluation.loglikelihood import (
 from mlx_openelm.generation.batching import BATCH_SIZE, BatchPrompt, answer_together
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.storage.appended_jsonl import (
+    JsonLinesFile,
+    note_kept_answers,
+    parse_line,
+)
 from mlx_openelm.text.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256  # where a task does not say; the harness's own default
@@ -241,23 +246,18 @@ class KeptAnswers:
         """Say the file, and what all its answers depend on (the model, say)."""
         self._path, self._said = path, json.dumps(said, sort_keys=True)
         self._known: dict[str, Answer] = {}
-        self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
         """Read the whole lines of a stopped run; what it has left of one is cut off."""
-        self._file = self._path.open("a+b", buffering=0)
-        self._file.seek(0)
+        self._file = JsonLinesFile(self._path)
         size = 0
-        for line in self._file:
-            try:
-                key, answer = json.loads(line)
-            except (ValueError, TypeError):
-                break
-            if not line.endswith(b"\n"):
-                break
-            self._known[key] = answer
-            size += len(line)
-        self._file.truncate(size)
+        for end, line in self._file.read_lines():
+            match parse_line(line):
+                case [str(key), answer]:
+                    self._known[key], size = answer, end
+                case _:
+                    break
+        self._file.cut(size)
         return self
 
     def __exit__(
@@ -266,12 +266,10 @@ class KeptAnswers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._file is not None
         self._file.close()
         if error is None:
             self._path.unlink(missing_ok=True)  # the result is written
-        elif isinstance(error, KeyboardInterrupt | SystemExit):
-            error.add_note(f"The same command goes on from {len(self._known)} answers.")
+        note_kept_answers(error, len(self._known))
 
     def __contains__(self, key: tuple[str, int]) -> bool:
         return self._hash(key) in self._known
@@ -280,17 +278,8 @@ class KeptAnswers:
         return self._known[self._hash(key)]
 
     def add(self, key: tuple[str, int], answer: Answer) -> None:
-        assert self._file is not None
         self._known[self._hash(key)] = answer
-        rest = json.dumps([self._hash(key), answer]).encode() + b"\n"
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            raise OpenELMError(
-                f"Cannot write {self._path}: {error.strerror or error}; make room, and "
-                "repeat. What was answered stays."
-            ) from error
+        self._file.append([self._hash(key), answer])
 
     def _hash(self, key: tuple[str, int]) -> str:
         return hashlib.sha256(f"{self._said} {key}".encode()).hexdigest()

@@ -3,9 +3,6 @@
 It chooses what it finds likeliest: in sum (acc), or for each character (acc_norm).
 """
 
-import contextlib
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +19,7 @@ from mlx_openelm.evaluation.loglikelihood import (
 from mlx_openelm.evaluation.task_files import Question, Task
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.storage.ordered_jsonl import Answers, AnswersFile, JsonObject
+from mlx_openelm.storage.ordered_jsonl import JsonObject, hash_key, open_answers
 from mlx_openelm.text.tokenizer import Tokenizer
 
 TOGETHER = 64  # questions: several rows' worth, and not much to lose
@@ -112,7 +109,7 @@ def score_task(
             a choice does not fit the model, or its weights are damaged.
     """
     job = _Job(model, tokenizer, task, resumable=output is not None)
-    with _open_answers(output, job, force) as answers:
+    with open_answers(output, job.find_place, force=force) as answers:
         outcomes = {p: o for p, o in job.found.items() if p in answers}
         total = len(task.questions)
         on_progress(len(outcomes), total)
@@ -137,14 +134,6 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
     """Return a mean and its standard error, as the harness does; one value has none."""
     n = len(values)
     return fmean(values), stdev(values) / math.sqrt(n) if n > 1 else None
-
-
-def _open_answers(
-    output: Path | None, job: "_Job", force: bool
-) -> contextlib.AbstractContextManager[Answers]:
-    if output is None:
-        return contextlib.nullcontext(Answers(lambda answer: None))
-    return AnswersFile(output, job.find_place, lambda answer: None, force=force)
 
 
 class _Job:
@@ -223,8 +212,7 @@ class _Job:
             [request.context, request.continuation]
             for request in self._encode([question])
         ]
-        said = json.dumps([asdict(question), requests, self._model_key])
-        return hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
+        return hash_key(asdict(question), requests, self._model_key)
 
 
 def _read_numbers(values: object) -> tuple[float, ...]:

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.text.messages import find_half_character
 from mlx_openelm.text.record_files import (
     READ_ERRORS,
+    describe_type,
     open_records,
     read_values,
     without_gz,
@@ -151,7 +153,7 @@ def _read_question(number: int, record: Any) -> Question:
         OpenELMError: what is wrong with it, as the end of a sentence.
     """
     if not isinstance(record, dict):
-        raise OpenELMError(f"is {_kind(record)}, not an object")
+        raise OpenELMError(f"is {describe_type(record)}, not an object")
     if "instruction" in record:
         return _read_instruction(number, record)
     if "choices" in record:
@@ -192,7 +194,7 @@ def _read_choices(number: int, record: Mapping[str, Any]) -> Question:
     context = text if asked == ["context"] else f"Question: {text}\nAnswer:"
     choices = record["choices"]
     if not isinstance(choices, list):
-        raise OpenELMError(f"has choices that are {_kind(choices)}, not a list")
+        raise OpenELMError(f"has choices that are {describe_type(choices)}, not a list")
     for i, choice in enumerate(choices):
         _check_text(choice, f"choices[{i}]")
     _check_choices(choices, "choices")
@@ -209,7 +211,11 @@ def _find_answer(answer: Any, choices: list[str]) -> int:
             )
         return answer
     if not isinstance(answer, str):
-        what = "no answer" if answer is None else f"an answer that is {_kind(answer)}"
+        what = (
+            "no answer"
+            if answer is None
+            else f"an answer that is {describe_type(answer)}"
+        )
         raise OpenELMError(f"has {what}; it needs a choice's number, text or letter")
     if answer in choices:
         return choices.index(answer)
@@ -245,14 +251,12 @@ def _get_text(record: Mapping[str, Any], key: str) -> str:
 
 def _check_text(value: Any, what: str, *, empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise OpenELMError(f"has {_kind(value)} as {what}, not a text")
+        raise OpenELMError(f"has {describe_type(value)} as {what}, not a text")
     if not (value.strip() or empty):
         raise OpenELMError(f"has an empty {what}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(value[error.start])[1:-1]
-        raise OpenELMError(f"has {half}, half of a character, in {what}") from error
+    half = find_half_character(value)
+    if half:
+        raise OpenELMError(f"has {half}, half of a character, in {what}")
     return value
 
 
@@ -262,8 +266,3 @@ def _shorten(value: object) -> str:
     except ValueError:  # a whole number of thousands of digits
         return "a huge number"
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
-
-
-def _kind(value: Any) -> str:
-    names = {str: "a text", bool: "true or false", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), "a number")

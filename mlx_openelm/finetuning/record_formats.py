@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.text.record_files import describe_type
+from mlx_openelm.text.messages import check_messages, describe_text_problem
 from mlx_openelm.text.templates import Turn
 
 TEXT = "text"
@@ -18,8 +18,6 @@ MESSAGES = "messages"
 ALPACA = "alpaca"
 PREFERENCES = "preferences"  # prompt, chosen and rejected as texts
 PREFERENCE_MESSAGES = "preferences in messages"
-
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,49 +74,29 @@ class RecordChecks:
 
     def text(self, value: Any, key: str, *, answer: bool = False) -> str:
         """Return `value` if it is text that can be tokenized, else ""."""
+        problem = describe_text_problem(value)
+        if problem:
+            self.problems.append(f"{key} {problem}")
         if not isinstance(value, str):
-            self.problems.append(f"{key} is {describe_type(value)}, not a text")
             return ""
         if answer and not value.strip():
             self.problems.append(f"{key} is empty: there is no answer to learn")
-        if "\0" in value:
-            self.problems.append(f"{key} holds a NUL character")
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                half = value[error.start].encode(errors="backslashreplace").decode()
-                self.problems.append(f"{key} holds {half}, half of a character")
+        self._refuse_nul(value, key)
         return value
 
     def messages(self, value: Any, key: str) -> tuple[Turn, ...]:
         """Return a list of {role, content} as turns."""
-        if not isinstance(value, list) or not value:
-            what = "an empty list" if value == [] else describe_type(value)
-            self.problems.append(f"{key} is {what}, not a list of messages")
-            return ()
-        turns = []
-        for i, message in enumerate(value):
-            here = f"{key}[{i}]"
-            if not isinstance(message, dict):
-                self.problems.append(
-                    f"{here} is {describe_type(message)}, not a message"
-                )
-                continue
-            role = message.get("role")
-            if role not in ROLES:
-                self.problems.append(
-                    f"{here}.role is {role!r}, not system, user or assistant"
-                )
-            elif role == "system" and i:
-                self.problems.append(f"{here} is a system message, but not the first")
-            text = self.text(
-                message.get("content"), f"{here}.content", answer=role == "assistant"
-            )
-            turns.append(Turn(str(role), text))
+        turns, problems = check_messages(value, key, not_empty="assistant")
+        self.problems += problems
+        for i, turn in enumerate(turns):
+            self._refuse_nul(turn.text, f"{key}[{i}].content")
         if not self.problems and all(turn.role != "assistant" for turn in turns):
             self.problems.append(f"{key} has no assistant's turn: nothing to learn")
-        return tuple(turns)
+        return turns
+
+    def _refuse_nul(self, text: str, key: str) -> None:
+        if "\0" in text:
+            self.problems.append(f"{key} holds a NUL character")
 
 
 def supervised_formats(

@@ -5,8 +5,6 @@ An object's key stands for all that decides its answer: by it, a stopped run kno
 it has answered already.
 """
 
-import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +24,12 @@ from mlx_openelm.generation.prompt_file import Prompt, Prompts
 from mlx_openelm.generation.streaming import check_room, prepare_prompt
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.storage.ordered_jsonl import Answers, AnswersFile, JsonObject
+from mlx_openelm.storage.ordered_jsonl import (
+    Answers,
+    JsonObject,
+    hash_key,
+    open_answers,
+)
 from mlx_openelm.text.templates import RAW, Turn, encode_turns, render
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -95,7 +98,7 @@ def answer_prompts(
             on_problem(problems[-1])
             answers.add(place, job.refuse(prompt, problem))
 
-    with _open_answers(output, job, on_answer, force) as answers:
+    with open_answers(output, job.find_place, on_answer, force=force) as answers:
         kept = len(answers) - len(job.refused)
 
         def count(new: int) -> None:
@@ -113,14 +116,6 @@ def answer_prompts(
         ):
             answers.add(*job.describe(answered))
     return PromptsReport(len(prompts.prompts), tuple(problems), kept, tokens)
-
-
-def _open_answers(
-    output: Path | None, job: "_Job", give: Callable[[JsonObject], None], force: bool
-) -> contextlib.AbstractContextManager[Answers]:
-    if output is None:
-        return contextlib.nullcontext(Answers(give))
-    return AnswersFile(output, job.find_place, give, force=force)
 
 
 class _Job:
@@ -223,8 +218,7 @@ class _Job:
         return ids
 
     def _key(self, prompt: Prompt, ids: Sequence[int]) -> str:
-        said = json.dumps([_name(prompt), list(ids), self._settings])
-        return hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
+        return hash_key(_name(prompt), list(ids), self._settings)
 
     def _describe_token(self, token: Token) -> JsonObject:
         """Return a token and what was likely in its place, as JSON has it."""

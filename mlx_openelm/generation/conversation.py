@@ -23,6 +23,7 @@ from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import Piece, stream
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.staging import replaced_file, staged_file
+from mlx_openelm.text.messages import check_messages
 from mlx_openelm.text.templates import RAW, TEMPLATE_NAMES, Turn, encode_turns
 from mlx_openelm.text.tokenizer import EOS_TEXT, Tokenizer
 
@@ -320,19 +321,12 @@ def _check_saved(found: Mapping[str, Any]) -> SavedConversation:
     if not isinstance(adapter, str | None):
         raise ValueError("its adapter is no name")
     messages = found.get("messages")
-    if not isinstance(messages, list):
-        raise ValueError("it has no list of messages")
-    turns = [_check_message(n, message) for n, message in enumerate(messages)]
+    checked, problems = ((), []) if messages == [] else check_messages(messages)
+    if problems:
+        raise ValueError("; ".join(problems))
+    turns = list(checked)
     system = turns.pop(0).text if turns and turns[0].role == "system" else ""
     expected = ["user", "assistant"] * (len(turns) // 2)
     if [turn.role for turn in turns] != expected:
         raise ValueError("its messages are not a user's and an assistant's in turn")
     return SavedConversation(model, adapter, template, system, tuple(turns))
-
-
-def _check_message(number: int, message: object) -> Turn:
-    match message:
-        case {"role": str(role), "content": str(content)}:
-            content.encode()  # half a character is a ValueError
-            return Turn(role, content)
-    raise ValueError(f"messages[{number}] has no role or no content")

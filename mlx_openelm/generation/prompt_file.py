@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.text.messages import check_messages, describe_text_problem
 from mlx_openelm.text.record_files import (
     JSON_SUFFIXES,
     READ_ERRORS,
+    describe_type,
     is_array,
     open_records,
     read_values,
@@ -23,7 +25,6 @@ ARRAY = "a JSON array"
 JSONL = "JSON lines"
 LINES = "one prompt a line"
 LINES_SUFFIXES = (".txt",)
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ def _read_record(prompt: Prompt, value: Any) -> Prompt:
             value = {"prompt": value}
         if not isinstance(value, dict):
             raise OpenELMError(
-                f"The record is {_kind(value)}; it must be an object or a text."
+                f"The record is {describe_type(value)}; it must be an object or a text."
             )
         own = _check_id(value.get("id"))
         return replace(prompt, content=_read_object(value), id=own)
@@ -151,10 +152,11 @@ def _read_record(prompt: Prompt, value: Any) -> Prompt:
 def _check_id(value: Any) -> str | int | None:
     if isinstance(value, bool) or not isinstance(value, str | int | None):
         raise OpenELMError(
-            f"The id is {_kind(value)}; it must be a text or a whole number."
+            f"The id is {describe_type(value)}; it must be a text or a whole number."
         )
-    if isinstance(value, str):
-        _check_unicode(value, "The id")
+    problem = describe_text_problem(value) if isinstance(value, str) else ""
+    if problem:
+        raise OpenELMError(f"The id {problem}.")
     return value
 
 
@@ -167,55 +169,18 @@ def _read_object(value: Mapping[str, Any]) -> str | tuple[Turn, ...]:
     if text is None:
         has = ", ".join(map(repr, sorted(value)[:10])) or "nothing"
         raise OpenELMError(f"There is no prompt and no messages, but {has}.")
-    return _check_text(text, "The prompt")
+    problem = describe_text_problem(text) or ("" if text.strip() else "is empty")
+    if problem:
+        raise OpenELMError(f"The prompt {problem}.")
+    return str(text)
 
 
 def _read_messages(messages: Any) -> tuple[Turn, ...]:
-    if not isinstance(messages, list) or not messages:
-        what = "an empty list" if messages == [] else _kind(messages)
-        raise OpenELMError(f"messages is {what}; it must be a list of messages.")
-    turns = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise OpenELMError(
-                f"messages[{i}] is {_kind(message)}; it must be an object."
-            )
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise OpenELMError(
-                f"messages[{i}].role is {role!r}; it must be system, user or assistant."
-            )
-        if role == "system" and i:
-            raise OpenELMError(
-                f"messages[{i}] is a system message; it must be the first one."
-            )
-        may_be_empty = role != "user"
-        what = f"messages[{i}].content"
-        turns.append(Turn(role, _check_text(content, what, empty=may_be_empty)))
+    turns, problems = check_messages(messages, not_empty="user")
+    if problems:
+        raise OpenELMError(f"{'; '.join(problems)}.")
     if turns[-1].role != "user":
         raise OpenELMError(
             f"The last message is the {turns[-1].role}'s; it must be the user's."
         )
-    return tuple(turns)
-
-
-def _check_text(value: Any, what: str, *, empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise OpenELMError(f"{what} is {_kind(value)}; it must be a text.")
-    if not (value.strip() or empty):
-        raise OpenELMError(f"{what} is empty.")
-    return _check_unicode(value, what)
-
-
-def _check_unicode(value: str, what: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(value[error.start])[1:-1]
-        raise OpenELMError(f"{what} holds {half}, half of a character.") from error
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {str: "a text", bool: "true or false", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), "a number")
+    return turns

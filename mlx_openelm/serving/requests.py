@@ -233,8 +233,8 @@ def _replaced(sampling: Sampling, theirs: str, ours: str, value: Any) -> Samplin
     try:
         return replace(sampling, **{ours: value})
     except OpenELMError as error:
-        flag = f"--{ours.replace('_', '-')}"
-        message = str(error).replace(flag, theirs, 1)
+        parameter = f"`{ours}`"
+        message = str(error).replace(parameter, theirs, 1)
         if len(message) > 300:  # it holds what was sent
             message = f"{theirs} is not what it must be."
         raise RequestError(message, param=theirs) from None

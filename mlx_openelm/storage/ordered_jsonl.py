@@ -6,15 +6,22 @@ their prompts: those that are ahead of their turn wait in a hidden sibling,
 """
 
 import contextlib
-import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.appended_jsonl import (
+    JsonLinesFile,
+    explain_write_errors,
+    note_kept_answers,
+    parse_line,
+)
 from mlx_openelm.storage.staging import held
 
 JsonObject = dict[str, Any]
@@ -98,10 +105,10 @@ class AnswersFile(Answers):
             raise OpenELMError(f"{self._path} is no file; choose another place.")
         waiting = self._path.with_name(f".{self._path.name}.ahead")
         with contextlib.ExitStack() as opened:
-            with self._in_one_sentence():
+            with explain_write_errors(self._path):
                 opened.enter_context(held(self._path))
-                self._file = opened.enter_context(self._path.open("a+b", buffering=0))
-                self._waiting = opened.enter_context(waiting.open("a+b", buffering=0))
+                self._file = opened.enter_context(closing(JsonLinesFile(self._path)))
+                self._waiting = opened.enter_context(closing(JsonLinesFile(waiting)))
                 opened.callback(_remove_empty, waiting)
                 self._find_answers()
             self.give_on()  # what waited for its turn, and has it now
@@ -116,10 +123,9 @@ class AnswersFile(Answers):
     ) -> None:
         if not self.ahead:
             with contextlib.suppress(OSError):
-                os.unlink(self._waiting.name)
+                self._waiting.path.unlink()
         self._opened.close()
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            error.add_note(f"The same command goes on from {len(self)} answers.")
+        note_kept_answers(error, len(self))
 
     def _find_answers(self) -> None:
         try:
@@ -128,12 +134,12 @@ class AnswersFile(Answers):
             if not self._force:
                 raise OpenELMError(str(stale)) from stale
             self.turn, self.ahead = 0, {}
-            _cut(self._waiting, 0)
-            _cut(self._file, 0)
+            self._waiting.cut(0)
+            self._file.cut(0)
 
     def _take_over(self) -> None:
         size, behind = 0, {}
-        for index, (end, answer) in enumerate(_read_answers(self._file, self._path)):
+        for index, (end, answer) in enumerate(_read_answers(self._file)):
             place = self._find_place(answer)
             if place == index == self.turn:
                 self.turn, size = self.turn + 1, end
@@ -146,43 +152,49 @@ class AnswersFile(Answers):
                     "to replace them."
                 )
         whole = 0
-        for end, answer in _read_answers(self._waiting, Path(self._waiting.name)):
+        for end, answer in _read_answers(self._waiting):
             whole = end
             place = self._find_place(answer)
             if place is not None and place not in self:
                 self.ahead[place] = answer
             elif place is None and "error" not in answer:
                 raise _Stale(
-                    f"{self._waiting.name} holds answers of a stopped run to other "
+                    f"{self._waiting.path} holds answers of a stopped run to other "
                     "prompts or with other settings; choose another file, or say "
                     "`force` to replace them."
                 )
-        _cut(self._waiting, whole)
+        self._waiting.cut(whole)
         for place, answer in behind.items():
             if place not in self.ahead:
                 self.ahead[place] = answer
-                _append(self._waiting, answer)
-        _cut(self._file, size)
+                self._waiting.append(answer)
+        self._file.cut(size)
 
     def _keep(self, place: int, answer: JsonObject) -> None:
         if place > self.turn:
-            with self._in_one_sentence():
-                _append(self._waiting, answer)
+            self._waiting.append(answer)
 
     def _write(self, answer: JsonObject) -> None:
-        with self._in_one_sentence():
-            _append(self._file, answer)
+        self._file.append(answer)
 
-    @contextlib.contextmanager
-    def _in_one_sentence(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                what = f"The disk of {self._path} is full; make room and repeat"
-            else:
-                what = f"Cannot write {self._path}: {error}"
-            raise OpenELMError(f"{what}. The answers in it stay.") from error
+
+def open_answers(
+    output: Path | None,
+    find_place: Callable[[JsonObject], int | None],
+    give: Callable[[JsonObject], None] = lambda answer: None,
+    *,
+    force: bool = False,
+) -> contextlib.AbstractContextManager[Answers]:
+    """Return answers in a file, or in memory where there is no output."""
+    if output is None:
+        return contextlib.nullcontext(Answers(give))
+    return AnswersFile(output, find_place, give, force=force)
+
+
+def hash_key(*parts: object) -> str:
+    """Return the key of an answer: a hash of all that decides it, as JSON."""
+    data = json.dumps(parts).encode()
+    return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
 class _Stale(Exception):
@@ -195,44 +207,23 @@ def _remove_empty(path: Path) -> None:
             path.unlink()
 
 
-def _append(file: IO[bytes], answer: JsonObject) -> None:
-    rest = to_line(answer).encode() + b"\n"
-    while rest:
-        rest = rest[file.write(rest) :]
-
-
-def _cut(file: IO[bytes], size: int) -> None:
-    file.truncate(size)
-
-
-def to_line(answer: JsonObject) -> str:
-    """Return an answer as its line has it."""
-    return json.dumps(answer, ensure_ascii=False)
-
-
-def _read_answers(file: IO[bytes], path: Path) -> Iterator[tuple[int, JsonObject]]:
+def _read_answers(file: JsonLinesFile) -> Iterator[tuple[int, JsonObject]]:
     """Yield each whole line's answer, and where the line ends.
 
     Raises:
         OpenELMError: a line is something else.
     """
-    file.seek(0)
-    end = 0
-    for number, line in enumerate(file, 1):
+    for number, (end, line) in enumerate(file.read_lines(), 1):
         torn = not line.endswith(b"\n")
         if torn and (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
             return
-        try:
-            found = json.loads(line.decode())
-        except (ValueError, RecursionError):
-            found = None
-        if torn or not _is_answer(found):
+        answer = parse_line(line)
+        if not _is_answer(answer):
             raise OpenELMError(
-                f"{path}:{number} is no answer to a prompt, so it is left as it is; "
-                "choose another file."
+                f"{file.path}:{number} is no answer to a prompt, so it is left as it "
+                "is; choose another file."
             )
-        end += len(line)
-        yield end, found
+        yield end, answer
 
 
 def _is_answer(found: Any) -> bool:

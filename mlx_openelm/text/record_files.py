@@ -229,7 +229,5 @@ def _describe_bad_byte(byte: int) -> str:
 
 def describe_type(value: Any) -> str:
     """Return the type of a JSON value in words, for error messages."""
-    if value is None:
-        return "missing or null"
     names = {str: "a text", bool: "true or false", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
+    return "null" if value is None else names.get(type(value), "a number")

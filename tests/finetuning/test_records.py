@@ -271,7 +271,7 @@ def test_unknown_fields_are_listed_with_the_options_that_name_them(file):
         ([{"role": "user", "content": [{}]}], "messages[0].content is a list"),
         ([*CHAT["messages"], CHAT["messages"][0]], "messages[3] is a system message"),
         ([{"role": "assistant", "content": ""}], "messages[0].content is empty"),
-        ([{"role": "assistant"}], "messages[0].content is missing or null"),
+        ([{"role": "assistant"}], "messages[0] has no content"),
         ([{"role": [], "content": "x"}], "messages[0].role is []"),
     ],
 )
@@ -366,6 +366,6 @@ def test_gsm8k_and_commonsense_are_read_whole(shared):
 def test_many_records_are_read_in_seconds(tmp_path):
     record = {"instruction": "Choose. " * 60, "input": "", "output": "the 1st"}
     write(tmp_path / "a.jsonl", [record | {"output": f"{i}"} for i in range(20_000)])
-    start = time.perf_counter()
+    start = time.process_time()
     read_data(tmp_path / "a.jsonl")
-    assert time.perf_counter() - start < 10  # 170,000: a few seconds, where it is idle
+    assert time.process_time() - start < 10  # 170,000: a few seconds, where it is idle

@@ -18,6 +18,7 @@ from commands import call, make_source, refuse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import UNEVEN, weights_of
+from ports import free_ports
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning import run_saver
@@ -900,7 +901,8 @@ def test_two_processes_learn_what_one_does(base, tmp_path):
     ran = subprocess.run(
         [
             *(str(Path(sys.executable).with_name("mlx.launch")), "-n", "2"),
-            *("--backend", "ring", sys.executable, "-m", "mlx_openelm", "lora"),
+            *("--backend", "ring", "--starting-port", str(free_ports(1)[0])),
+            *(sys.executable, "-m", "mlx_openelm", "lora"),
             *("-c", str(tmp_path / "recipe.yaml"), "--json"),
         ],
         capture_output=True,
