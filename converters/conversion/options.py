@@ -1,4 +1,4 @@
-"""What a person may ask of a conversion, checked before anything is read."""
+"""Options of a conversion, checked before anything is read."""
 
 import os
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.quantization import EMBED_BITS, MODES, Quantization
-from mlx_openelm.options import check_options, option
+from mlx_openelm.options import MODEL_PANEL, check_options, option
 
 AUTO = "auto:"
 QUANTIZATION = "Quantization"  # a heading in --help
@@ -17,7 +17,7 @@ QUANTIZATION = "Quantization"  # a heading in --help
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a conversion is: `done` of `total` of these `units`."""
+    """Progress of a conversion: `done` of `total`, counted in `units`."""
 
     done: int
     total: int
@@ -26,47 +26,51 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class ConversionOptions:
-    """What `convert` shall write.
+    """What `convert` writes.
 
     Attributes:
-        apart: the adapter that the source carries is written to a folder of its own.
+        apart: write the adapter that the source carries to its own folder.
         base: the base model of a source that is an adapter.
-        repack: pack merged tensors as the base has them, in its dtype (`fuse`).
+        repack: quantize merged tensors as in the base, in its dtype (`fuse`).
     """
 
     to: str = option(
         "mlx",
-        "Form to write: a model folder (mlx, hf), one file (corenet, gguf), or of an "
-        "adapter peft or corenet.",
+        "Format to write: a model folder (mlx, hf) or one file (corenet, gguf); of an "
+        "adapter: mlx, peft or corenet.",
         choices=("mlx", "hf", "corenet", "peft", "gguf"),
     )
     dtype: str | None = option(
         None,
-        "Type of the weights.",
-        shown_default="as stored, and for {to} mlx float32 becomes bfloat16",
+        "Data type of the weights.",
+        panel=MODEL_PANEL,
+        shown_default="as stored; for {to} mlx, float32 becomes bfloat16",
         choices=("float32", "float16", "bfloat16"),
     )
     allow_overflow: bool = option(
-        False, "Write float16 even for the 3B, whose activations overflow in it."
+        False,
+        "Allow {dtype} float16 for the 3B, whose activations overflow in it.",
+        panel=MODEL_PANEL,
     )
     bits: int | str | None = option(
         None,
-        "Bits of the linear layers; auto:N chooses bits for each tensor, N on average.",
+        "Bits of the linear layers; auto:4.5 chooses them for each tensor, 4.5 bits a "
+        "weight on average.",
         flags=("--q-bits",),
         panel=QUANTIZATION,
-        shown_default="4, or what {mode} has",
+        shown_default="4, or those of {mode}",
         read=str,
     )
     group_size: int | None = option(
         None,
-        "Weights that share a scale.",
+        "Number of weights that share a scale.",
         flags=("--q-group-size",),
         panel=QUANTIZATION,
-        shown_default="64, or what {mode} has",
+        shown_default="64, or that of {mode}",
     )
     mode: str = option(
         "affine",
-        "How numbers are stored.",
+        "Number format of quantized weights.",
         flags=("--q-mode",),
         panel=QUANTIZATION,
         choices=MODES,
@@ -76,34 +80,39 @@ class ConversionOptions:
         "Bits of the embedding.",
         flags=("--q-embed-bits",),
         panel=QUANTIZATION,
-        shown_default=f"{EMBED_BITS}; chosen, where {{bits}} is auto",
+        shown_default=f"{EMBED_BITS}; chosen if {{bits}} is auto",
     )
     keep: str | None = option(
         None,
-        "Do not quantize modules whose name contains this regular expression.",
+        "Regular expression; modules whose name matches it are not quantized.",
         flags=("--q-keep",),
         panel=QUANTIZATION,
     )
     dequantize: bool = option(
-        False, "Write quantized weights in 16 bits.", panel=QUANTIZATION
+        False, "Unpack quantized weights to 16 bits.", panel=QUANTIZATION
     )
     calibration: str | Path | None = option(
         None,
-        "Text on which the error of quantization is measured.",
+        "Text file on which the quantization error is measured.",
         panel=QUANTIZATION,
         shown_default="a built-in sample",
         read=os.path.expanduser,
     )
     receipt: bool = option(
-        True, "Do not measure the error of quantization.", panel=QUANTIZATION
+        True, "Do not measure the quantization error.", panel=QUANTIZATION
     )
-    merge: bool = option(False, "Merge the adapter of the source into the weights.")
+    merge: bool = option(
+        False, "Merge the adapter of the source into the weights.", panel=MODEL_PANEL
+    )
     apart: bool = False
-    average: bool = option(False, "Average several .pt files.")
+    average: bool = option(
+        False, "Average the weights of several .pt files.", panel=MODEL_PANEL
+    )
     base: str | None = None
     tokenizer: str | None = option(
         None,
-        "Tokenizer to store: a file, a folder, a Hub id, or none.",
+        "Tokenizer to write into the folder: a file, a folder, a Hub id, or none.",
+        panel=MODEL_PANEL,
         shown_default="the source's",
     )
     repack: bool = False
@@ -141,23 +150,23 @@ class ConversionOptions:
 
     @property
     def auto_bits(self) -> float | None:
-        """Bits a weight that `bits` "auto:N" asks for."""
+        """Average bits per weight of `bits` "auto:N"; None for any other value."""
         if not str(self.bits).startswith(AUTO):
             return None
         try:
-            asked = float(str(self.bits).removeprefix(AUTO))
+            bits = float(str(self.bits).removeprefix(AUTO))
         except ValueError:
-            asked = float("nan")
-        if not 0 < asked < 32:
+            bits = float("nan")
+        if not 0 < bits < 32:
             raise OpenELMError(
-                f"`bits` is {self.bits}; give auto: and the bits per weight that the "
-                "folder shall have, auto:4.5 for example."
+                f"`bits` is {self.bits}; give auto: and the average bits per weight, "
+                "auto:4.5 for example."
             )
-        return asked
+        return bits
 
     @property
     def quantization(self) -> Quantization | None:
-        """The uniform quantization that is asked for, if one is."""
+        """The uniform quantization; None for auto bits or no quantization."""
         if self.bits is None and self.mode == "affine":
             return None
         if str(self.bits).startswith(AUTO):
@@ -179,35 +188,35 @@ class ConversionOptions:
         return self.quantization is not None or self.auto_bits is not None
 
     @property
-    def asked_bits(self) -> float | None:
-        """Bits that were asked for: of the linears, or on average."""
-        asked = self.quantization
-        return self.auto_bits if asked is None else asked.linear.bits
+    def nominal_bits(self) -> float | None:
+        """Bits of the linear layers, or on average; None without quantization."""
+        uniform = self.quantization
+        return self.auto_bits if uniform is None else uniform.linear.bits
 
     @property
     def suffix(self) -> str:
-        """What the name of the result says of its bits: "-4bit", say."""
+        """Suffix of the default output name, for example "-4bit"."""
         if self.mode != "affine":
             return f"-{self.mode}"
-        return "" if self.asked_bits is None else f"-{self.asked_bits:g}bit"
+        return "" if self.nominal_bits is None else f"-{self.nominal_bits:g}bit"
 
     def keeps(self, name: str) -> bool:
-        """Whether a tensor (CoreNet name) is left as it is."""
+        """Whether a tensor (CoreNet name) is not quantized, because of `keep`."""
         return Quantization(keep=self.keep).keeps(name)
 
     def check_keep(self, config: OpenELMConfig) -> None:
-        """Raise OpenELMError if `keep` finds no module."""
+        """Raise OpenELMError if `keep` matches no module."""
         Quantization(keep=self.keep).check_keep(config)
 
     def idle(self) -> list[str]:
-        """Return the options that do nothing, because nothing is packed for MLX."""
+        """Return the options without effect, because nothing is quantized for MLX."""
         if self.quantizes and self.to == "mlx":
             return []
         names = ("group_size", "embed_bits", "keep", "calibration")
         return [f"`{name}`" for name in names if getattr(self, name) is not None]
 
     def changed(self) -> Mapping[str, Any]:
-        """Return the options that differ from their defaults, as JSON has them."""
+        """Return the options that differ from their defaults, as JSON values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         texts = {name: str(values[name]) for name in ("bits", "calibration")}
         return {

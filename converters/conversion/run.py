@@ -294,7 +294,7 @@ def _choose_packings(
 def _count_bits(plan: ConversionPlan, options: ConversionOptions) -> float | None:
     """Return the bits that were asked for, or what the source's linears have."""
     if options.quantizes or not plan.packings:
-        return options.asked_bits
+        return options.nominal_bits
     return float(describe_packings(plan.packings, plan.config)["bits"])
 
 
@@ -322,6 +322,6 @@ def _write_file(
             write_pt(staging, tensors, on_written=count)
             return notes
         assert found is not None
-        bits = job.options.asked_bits
+        bits = job.options.nominal_bits
         write_gguf_file(staging, plan, found.tokenizer, bits=bits, on_written=count)
         return ()

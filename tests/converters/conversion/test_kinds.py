@@ -640,7 +640,7 @@ def say_wrong(work, *words, against=("a.pt",)):
     ran = call("verify", "model", *said)
     assert isinstance(ran.exception, SystemExit), repr(ran.exception)
     assert ran.exit_code == 1
-    assert ran.stderr.startswith("error: model is not what it should be: ")
+    assert ran.stderr.startswith("error: model failed verification: ")
     for word in words:
         assert word in " ".join(ran.stdout.split()), ran.stdout
     assert snapshot(work) == before
