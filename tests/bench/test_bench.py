@@ -359,7 +359,7 @@ def test_sizes_are_made_and_shown_beside_what_is_published(monkeypatch):
     ran = call("bench", "--size", "270M", *QUICK)
     assert "random weights" in ran.stdout
     assert "prompt 1151, new 212" in " ".join(ran.stdout.split())
-    assert "recalled and unverified" in ran.stdout
+    assert "quoted from memory and unverified" in ran.stdout
     assert "M2 Max" in ran.stdout
 
 

@@ -773,7 +773,7 @@ def test_verify_makes_a_result_again_from_its_source(work, tokenizer, options):
             ["F32, F16, BF16", "Q8_0; not 4 bits"],
         ),
         (["a.pt", "--to", "peft"], "is a model, and --to peft writes an adapter"),
-        (["a.pt", "--q-bits", "auto:x"], "--q-bits is auto:x; give auto: and the bits"),
+        (["a.pt", "--q-bits", "auto:x"], "--q-bits is auto:x; give auto: and the average bits"),
         (["a.pt", "--q-bits", "auto:0"], "--q-bits is auto:0"),
         (["a.pt", "--q-bits", "auto:nan"], "--q-bits is auto:nan"),
         (["a.pt", "--q-bits", "auto:4", "--to", "gguf"], "auto is for --to mlx"),
