@@ -31,39 +31,70 @@ def options_section(name: str) -> str:
 
 
 def _describe(command: Any, path: str) -> Iterator[str]:
-    context = typer.Context(command, info_name=path)
     subcommands = getattr(command, "commands", {})
     if not subcommands:
-        usage = " ".join(command.collect_usage_pieces(context))
-        yield f"```text\n{path} {usage}\n```\n"
-    groups: dict[str, list[Any]] = {}
-    for parameter in command.get_params(context):
-        if "--help" not in parameter.opts:
-            default = (
-                "Arguments" if parameter.param_type_name == "argument" else "Options"
-            )
-            panel = getattr(parameter, "rich_help_panel", None) or default
-            groups.setdefault(panel, []).append(parameter)
-    for panel, parameters in groups.items():
-        meaning = "Argument" if panel == "Arguments" else "Option"
-        yield f"### {panel}\n\n| {meaning} | Meaning |\n|---|---|"
-        for parameter in parameters:
-            names, text = parameter.get_help_record(context)
-            yield f"| {_code(names)} | {_cell(text)} |"
-        yield ""
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
+        usage = " ".join([path, "[OPTIONS]", *map(_spell_argument, arguments)])
+        yield f"```text\n{usage}\n```\n"
+        for panel, parameters in _panels(command).items():
+            meaning = "Argument" if panel == "Arguments" else "Option"
+            yield f"### {panel}\n\n| {meaning} | Meaning |\n|---|---|"
+            for parameter in parameters:
+                names = f"`{_names(parameter)}`".replace("|", r"\|")
+                yield f"| {names} | {_meaning(parameter)} |"
+            yield ""
     for name, subcommand in subcommands.items():
         yield f"### {path.split()[-1]} {name}\n"
         yield f"{subcommand.help}\n"
         yield from _describe(subcommand, f"{path} {name}")
 
 
-def _code(names: str) -> str:
-    return f"`{names}`".replace("|", r"\|")
+def _panels(command: Any) -> dict[str, list[Any]]:
+    """Return the parameters by the headings of --help, --help itself left out."""
+    panels: dict[str, list[Any]] = {}
+    for parameter in command.params:
+        argument = parameter.param_type_name == "argument"
+        panel = getattr(parameter, "rich_help_panel", None)
+        panels.setdefault(panel or ("Arguments" if argument else "Options"), []).append(
+            parameter
+        )
+    return panels
 
 
-def _cell(text: str) -> str:
-    text = re.sub(r"\s+", " ", text).replace("<", "&lt;")
-    return re.sub(r"([|*_\[\]])", r"\\\1", text)
+def _spell_argument(parameter: Any) -> str:
+    name = parameter.name.upper() + ("..." if parameter.nargs == -1 else "")
+    return name if parameter.required else f"[{name}]"
+
+
+def _names(parameter: Any) -> str:
+    """Return the flags of an option and the value that it takes, or an argument."""
+    if parameter.param_type_name == "argument":
+        return _spell_argument(parameter)
+    names = ", ".join([*parameter.opts, *parameter.secondary_opts])
+    return names if parameter.is_flag else f"{names} {_value(parameter)}"
+
+
+def _value(parameter: Any) -> str:
+    """Return the kind of value; Typer's own names for it differ by version."""
+    if parameter.metavar:
+        return str(parameter.metavar)
+    context = typer.Context(typer.main.get_command(app))
+    shown = parameter.get_help_record(context)[0].rpartition(" ")[2].lower()
+    kinds = {"int": "N", "range": "N", "float": "X", "path": "PATH"}
+    return next((short for part, short in kinds.items() if part in shown), "TEXT")
+
+
+def _meaning(parameter: Any) -> str:
+    text = re.sub(r"\s+", " ", parameter.help or "").rstrip(".")
+    shown = parameter.show_default
+    if not isinstance(shown, str):
+        given = parameter.default
+        shown = "" if not shown or given is None or given is False else str(given)
+    extras = [f"default: {shown}"] * bool(shown)
+    extras += [f"environment: {parameter.envvar}"] * bool(parameter.envvar)
+    extras += ["required"] * parameter.required
+    text = ". ".join([text, *(extra[0].upper() + extra[1:] for extra in extras)])
+    return re.sub(r"([|*_\[\]])", r"\\\1", f"{text}.".replace("<", "&lt;"))
 
 
 def update_options() -> None:

@@ -15,7 +15,9 @@ EXECUTED = [
     for name, page in zip(NAMES, pages(), strict=True)
     if any(read_examples(page.read_text(encoding="utf-8").splitlines()))
 ]
-_NEEDS = {"pretrain": "torch", "grow": "torch", "parity": "torch", "convert": "gguf"}
+_NEEDS = {"convert": "gguf"} | dict.fromkeys(
+    ("grow", "parity", "pretrain", "reading-tour"), "torch"
+)
 
 
 @pytest.mark.proof
