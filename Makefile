@@ -2,6 +2,7 @@
 # make install    the package in .venv
 # make test       the test suite, at most 5 minutes on two cores
 # make proof      the tests that take longer
+# make soak       the longest tests, for a change of what they test (see CONTRIBUTING.md)
 # make check      style, types and layers
 # make docs       the pages of docs/ as a site, in site/
 # make clean      remove what building and testing left (.venv stays)
@@ -10,11 +11,13 @@
 #            TORCH      what the tests install as torch. On Linux it brings CUDA along
 #                       (gigabytes), unless pip is set up for PyTorch's CPU builds.
 #                       TORCH= installs none; the tests that need it then skip.
+#            WORKERS    processes that the tests run in
 #            DEMO_SEED  another number, another story
 #
 # Works with GNU make 3.81, which macOS has.
 
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 DEMO_SEED ?= 58
 DEMO_PROMPT ?= Once upon a time there was a king who
 
@@ -24,8 +27,9 @@ INSTALLED := $(VENV)/.installed
 DEVELOP := $(VENV)/.develop$(if $(TORCH),,-without-torch)
 DOCS := $(VENV)/.docs
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
-.PHONY: demo install test proof check docs clean which-python
+.PHONY: demo install test proof soak check docs clean which-python
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -36,10 +40,13 @@ demo: $(INSTALLED)
 install: $(INSTALLED)
 
 test: $(DEVELOP)
-	$(BIN)/python -m pytest -m "not proof"
+	$(PYTEST) -m "not proof and not soak"
 
 proof: $(DEVELOP)
-	$(BIN)/python -m pytest -m proof
+	$(PYTEST) -m proof
+
+soak: $(DEVELOP)
+	$(PYTEST) -m soak
 
 check: $(DEVELOP)
 	$(BIN)/ruff check .
@@ -143,3 +150,4 @@ except ImportError:
 endef
 
 export FIND_PYTHON JUDGE_PYTHON PYTHON
+unexport PYTHONDONTWRITEBYTECODE  # every process would compile every module again

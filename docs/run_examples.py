@@ -53,7 +53,8 @@ _UNITS = r"(?:[kMG]i?B|bytes|ms|s|min|h|tokens/s)"
 _MEASURED = (
     re.compile(r"\d[\d,.]*(?=/s\b)"),
     re.compile(rf"\d[\d,.]*(?= {_UNITS}\b)"),
-    re.compile(r'(?<=_tps": )[\d.e-]+|(?<=_s": )[\d.e-]+|(?<=seconds": )[\d.e-]+'),
+    re.compile(r'(?<=_tps": )[\d.e-]+|(?<=_s": )[\d.e-]+'),
+    re.compile(r'(?<=seconds": )[\d.e-]+|(?<=_bytes": )\d+'),
 )
 _MACHINE = re.compile(
     r"\s*(system|python|device|blas|mlx|mlx-openelm|memory_bytes|machine|computed with|"

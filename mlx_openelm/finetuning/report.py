@@ -17,7 +17,6 @@ from mlx_openelm.finetuning.report_charts import (
     smooth,
 )
 from mlx_openelm.finetuning.report_history import (
-    Event,
     History,
     describe_end,
     describe_result,
@@ -34,6 +33,7 @@ from mlx_openelm.finetuning.report_values import (
     show_figure,
     show_share,
 )
+from mlx_openelm.training.events import Event
 
 MOST_SKIPPED = 50  # skipped batches that are listed
 SMOOTH_FROM = 60  # a line with more points also gets its running mean
@@ -50,11 +50,12 @@ class TrainingRun:
     data: Mapping[str, Any]  # data.json
     recipe: str  # the text of recipe.yaml
     commands: Sequence[tuple[str, str]]  # description, command line
+    likelihood: bool  # the loss is the negative log-likelihood of tokens
 
 
 def render_page(run: TrainingRun) -> str:
     """Return the page as HTML."""
-    history = read_history(run.events)
+    history = read_history(run.events, likelihood=run.likelihood)
     title = f"{run.model} fine-tuned on {run.name}"
     parts = [
         "<!DOCTYPE html>",
@@ -114,7 +115,7 @@ def _draw_loss(history: History) -> str:
     validation = read_points(history.evals, "loss")
     if validation:
         lines.append(Line("validation", validation, "second", dotted=True, best=best))
-    unit = "" if history.preferences else ", nats per token"
+    unit = ", nats per token" if history.likelihood else ""
     chart = Chart(
         title=f"Loss{unit}",
         lines=lines,

@@ -6,10 +6,11 @@ lie in an inner picture that is stretched. Labels stand outside, where CSS leave
 """
 
 import dataclasses
-import html
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, pairwise
+
+from mlx_openelm.finetuning.report_values import escape_text
 
 MOST_POINTS = 1000  # in one line
 MOST_DOTS = 60  # a line with more has none
@@ -87,11 +88,11 @@ def draw(chart: Chart, name: str) -> str:
     title = chart.title + (" (logarithmic axis)" if y.logarithmic else "")
     parts = [
         f'<figure class="chart" id="{name}">',
-        f'<figcaption><span class="title">{_safe(title)}</span>',
+        f'<figcaption><span class="title">{escape_text(title)}</span>',
         f"{_draw_legend(chart)}</figcaption>",
         f'<svg role="img" aria-labelledby="{name}-title {name}-desc">',
-        f'<title id="{name}-title">{_safe(title)}</title>',
-        f'<desc id="{name}-desc">{_safe(_describe(chart))}</desc>',
+        f'<title id="{name}-title">{escape_text(title)}</title>',
+        f'<desc id="{name}-desc">{escape_text(_describe(chart))}</desc>',
         *_draw_axes(x, y, chart.format),
         *(part for mark in chart.marks for part in _draw_mark(mark, x)),
         '<svg class="lines" width="100%" height="100%" viewBox="0 0 1000 1000" '
@@ -111,7 +112,7 @@ def _draw_legend(chart: Chart) -> str:
     entries = entries if len(entries) > 1 else []  # else the title says it
     entries += [(mark.name, mark.style) for mark in chart.marks if mark.steps]
     return "".join(
-        f'<span class="key"><i class="{style}"></i>{_safe(name)}</span>'
+        f'<span class="key"><i class="{style}"></i>{escape_text(name)}</span>'
         for name, style in entries
     )
 
@@ -141,7 +142,8 @@ def _draw_axes(x: Axis, y: Axis, form: Callable[[float], str]) -> Iterable[str]:
     for value in y.ticks:
         at = f"{100 - y.place(value):.2f}%"
         yield f'<line class="grid" x1="0" x2="100%" y1="{at}" y2="{at}"/>'
-        yield f'<text class="y" x="-8" y="{at}" dy=".35em">{_safe(form(value))}</text>'
+        label = escape_text(form(value))
+        yield f'<text class="y" x="-8" y="{at}" dy=".35em">{label}</text>'
     for value in x.ticks:
         at = f"{x.place(value):.2f}%"
         yield f'<line class="tick" x1="{at}" x2="{at}" y1="100%" y2="100%"/>'
@@ -155,7 +157,7 @@ def _draw_mark(mark: Mark, x: Axis) -> Iterable[str]:
         at = f"{x.place(step):.2f}%"
         yield (
             f'<line class="mark {mark.style}" x1="{at}" x2="{at}" y1="0" y2="100%">'
-            f"<title>{_safe(mark.name)}, step {step:,.0f}</title></line>"
+            f"<title>{escape_text(mark.name)}, step {step:,.0f}</title></line>"
         )
 
 
@@ -199,10 +201,10 @@ def _draw_best(
             yield _draw_dot(f"ring {line.style}", 7, across, up)
             side = "start" if across < 30 else "end" if across > 70 else "middle"
             dy = "-1.1em" if up < 80 else "2em"
+            label = f"best: {escape_text(form(value))} at step {step:,.0f}"
             yield (
                 f'<text class="best" x="{across:.2f}%" y="{100 - up:.2f}%" dy="{dy}" '
-                f'text-anchor="{side}">best: {_safe(form(value))} at step {step:,.0f}'
-                "</text>"
+                f'text-anchor="{side}">{label}</text>'
             )
 
 
@@ -227,8 +229,8 @@ def _draw_stops(
         yield (
             f'<g class="stop"><rect x="{left:.2f}%" y="0" width="{right - left:.2f}%" '
             f'height="100%"/><g><line x1="{at:.2f}%" x2="{at:.2f}%" y1="0" y2="100%"/>'
-            f'{"".join(dots)}<text x="100%" y="-8">{_safe(" · ".join(words))}</text>'
-            "</g></g>"
+            f'{"".join(dots)}<text x="100%" y="-8">'
+            f"{escape_text(' · '.join(words))}</text></g></g>"
         )
 
 
@@ -319,10 +321,6 @@ def smooth(points: Sequence[Point], width: int) -> list[Point]:
         mean = (sums[stop] - sums[start]) / count if known else None
         smoothed.append((step, mean))
     return smoothed
-
-
-def _safe(text: str) -> str:
-    return html.escape(text)
 
 
 # How it looks --------------------------------------------------------------------

@@ -1,16 +1,15 @@
 """What a fine-tuning run refuses before it starts or resumes."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.advice import describe_death
 from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import Prepared
 from mlx_openelm.finetuning.recipe import FinetuneRecipe, differences
-from mlx_openelm.finetuning.trainer import Event
+from mlx_openelm.finetuning.run_files import PAGE, RECIPE
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import load_recipe
@@ -19,9 +18,8 @@ from mlx_openelm.storage.base_check import base_weights, check_base
 from mlx_openelm.storage.model_folder import METADATA_KEY
 from mlx_openelm.storage.staging import refuse_existing
 from mlx_openelm.training.distributed import World
-from mlx_openelm.training.state import RUNNING, STATE, load_state, read_events
-
-RECIPE, PAGE = "recipe.yaml", "report.html"
+from mlx_openelm.training.events import Event, read_events
+from mlx_openelm.training.state import RUNNING, STATE, load_state
 
 
 def refuse_other_settings(prepared: Prepared, world: World) -> None:
@@ -72,11 +70,9 @@ def refuse_present_run(path: Path, force: bool) -> None:
     refuse_existing(path, force=force)
 
 
-def refuse_other_run(
-    prepared: Prepared, run: Mapping[str, Any], on_event: Callable[[Event], None]
-) -> None:
+def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> None:
     """Raise if the run in the folder is not the one that would go on."""
-    path = prepared.path
+    path, identity = prepared.path, prepared.identity
     state = load_state(path)
     if not (path / RECIPE).is_file():
         raise OpenELMError(
@@ -85,7 +81,7 @@ def refuse_other_run(
         )
     old = load_recipe(FinetuneRecipe, str(path / RECIPE), {})
     found = differences(old, prepared.recipe)
-    if state.run.get("data") != run["data"]:
+    if state.run.get("data") != identity["data"]:
         found.append("the data is not the same")
     if found:
         raise OpenELMError(
@@ -102,7 +98,7 @@ def refuse_other_run(
             f"The run in {path} is at its end, step {state.progress.step}; begin anew "
             "with --force, or choose another --adapter-path."
         )
-    then, now = state.run.get("arithmetic", {}), run["arithmetic"]
+    then, now = state.run.get("arithmetic", {}), identity["arithmetic"]
     for name, value in now.items():
         if then.get(name) != value:
             text = (

@@ -7,11 +7,12 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.lora import DoRALinear, LoRAEmbedding, LoRALinear, row_lengths
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.training.arrays import trained_tensors
 
 Method = Literal["lora", "dora", "full"]
 
@@ -171,11 +172,6 @@ def unfreeze(model: OpenELM, *, num_layers: int = -1) -> None:
     else:
         for layer in model.layers[-num_layers:]:
             layer.unfreeze()
-
-
-def trained_tensors(model: OpenELM) -> dict[str, mx.array]:
-    """Return what is trained, by name."""
-    return dict(tree_flatten(model.trainable_parameters()))
 
 
 def adapter_tensors(model: OpenELM) -> dict[str, mx.array]:
