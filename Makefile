@@ -4,6 +4,7 @@
 # make proof      the tests that take longer
 # make soak       the longest tests, for a change of what they test (see CONTRIBUTING.md)
 # make check      style, types and layers
+# make docs       the pages of docs/ as a site, in site/
 # make clean      remove what building and testing left (.venv stays)
 #
 # Variables: PYTHON     the Python to use; without it, the first below that fits
@@ -24,10 +25,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOP := $(VENV)/.develop$(if $(TORCH),,-without-torch)
+DOCS := $(VENV)/.docs
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
-.PHONY: demo install test proof soak check clean which-python
+.PHONY: demo install test proof soak check docs clean which-python
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -52,8 +54,11 @@ check: $(DEVELOP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+docs: $(DOCS)
+	$(BIN)/zensical build --strict
+
 clean:
-	rm -rf build dist *.egg-info
+	rm -rf build dist site .cache *.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -70,10 +75,15 @@ $(DEVELOP): $(BIN)/python pyproject.toml
 	@$(PIP_INSTALL) $(if $(TORCH),"$(TORCH)" -e ".[torch]" --group with-torch,-e .) --group dev
 	@touch $(INSTALLED) $@
 
+$(DOCS): $(BIN)/python pyproject.toml
+	@$(PIP_INSTALL) --upgrade "pip>=25.1"
+	@$(PIP_INSTALL) --group docs
+	@touch $@
+
 # A link to a Python that is gone counts as missing: make the environment anew around it.
 $(BIN)/python:
 	@python=`sh -c "$$FIND_PYTHON"` || exit 1; \
-	rm -f $(BIN)/python* $(VENV)/.installed $(VENV)/.develop*; \
+	rm -f $(BIN)/python* $(VENV)/.installed $(VENV)/.develop* $(DOCS); \
 	echo "Making $(VENV) with $$python." >&2; \
 	"$$python" -m venv $(VENV)
 
