@@ -5,12 +5,14 @@
 # make soak       the longest tests, for a change of what they test (see CONTRIBUTING.md)
 # make check      style, types and layers
 # make docs       the pages of docs/ as a site, in site/
+# make release    wheel and sdist in dist/, checked
 # make clean      remove what building and testing left (.venv stays)
 #
 # Variables: PYTHON     the Python to use; without it, the first below that fits
 #            TORCH      what the tests install as torch. On Linux it brings CUDA along
 #                       (gigabytes), unless pip is set up for PyTorch's CPU builds.
 #                       TORCH= installs none; the tests that need it then skip.
+#            MLX        MLX=cuda installs MLX for an NVIDIA GPU instead of the CPU (Linux)
 #            WORKERS    processes that the tests run in
 #            DEMO_SEED  another number, another story
 #
@@ -23,13 +25,13 @@ DEMO_PROMPT ?= Once upon a time there was a king who
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed$(MLX:%=-%)
 DEVELOP := $(VENV)/.develop$(if $(TORCH),,-without-torch)
 DOCS := $(VENV)/.docs
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
-.PHONY: demo install test proof soak check docs clean which-python
+.PHONY: demo install test proof soak check docs release clean which-python
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -57,6 +59,12 @@ check: $(DEVELOP)
 docs: $(DOCS)
 	$(BIN)/zensical build --strict
 
+release: $(DEVELOP)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest -m proof tests/promises/test_packaging.py
+
 clean:
 	rm -rf build dist site .cache *.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -67,7 +75,13 @@ clean:
 $(INSTALLED): $(BIN)/python pyproject.toml
 	@echo "Installing mlx-openelm into $(VENV); the first time takes a few minutes." >&2
 	@$(PIP_INSTALL) -e .
+	@rm -f $(VENV)/.installed*
+	@$(INSTALL_MLX_$(MLX))
 	@touch $@
+
+# Both builds of MLX install the same library file: the other one has to go first.
+INSTALL_MLX_ := :
+INSTALL_MLX_cuda := $(BIN)/python -m pip uninstall -qq -y mlx-cpu && $(PIP_INSTALL) mlx-cuda-13
 
 $(DEVELOP): $(BIN)/python pyproject.toml
 	@echo "Installing mlx-openelm and the tools into $(VENV)." >&2
