@@ -196,7 +196,7 @@ class ConversionOptions:
         return Quantization(keep=self.keep).keeps(name)
 
     def check_keep(self, config: OpenELMConfig) -> None:
-        """Raise OpenELMError if `keep` finds no module."""
+        """Raise OpenELMError if `keep` matches no module."""
         Quantization(keep=self.keep).check_keep(config)
 
     def idle(self) -> list[str]:
