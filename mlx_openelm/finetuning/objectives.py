@@ -71,7 +71,7 @@ class Supervised:
     """The mean negative log-likelihood of the tokens that count."""
 
     name, label = "sft", ""
-    unit, compares, likelihood = "token", False, True
+    unit, pairwise, likelihood = "token", False, True
     default_length, default_rate = 2048, 3e-4
 
     def __init__(self, recipe: FinetuneRecipe) -> None:
@@ -133,7 +133,7 @@ class Preference:
     """
 
     name, label = "dpo", "dpo"
-    unit, compares, likelihood = "pair", True, False
+    unit, pairwise, likelihood = "pair", True, False
     default_length, default_rate = 1024, 5e-5
 
     def __init__(self, recipe: FinetuneRecipe) -> None:

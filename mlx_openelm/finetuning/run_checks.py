@@ -32,7 +32,7 @@ def refuse_other_settings(prepared: Prepared, world: World) -> None:
         ("options", recipe.to_yaml()),
         ("model", str(prepared.folder.config)),
     ):
-        if world.tell(ours) != ours:
+        if world.broadcast_text(ours) != ours:
             raise OpenELMError(
                 f"Process {world.rank} has other {what} than process 0; give every "
                 "machine the same files and the same command."

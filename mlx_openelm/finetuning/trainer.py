@@ -151,7 +151,7 @@ class Trainer:
             loss=loss,
             learning_rate=run.recipe.rate_at(progress.step - 1, run.order.steps),
             grad_norm=norm,
-            **(pairs if run.objective.compares else {}),
+            **(pairs if run.objective.pairwise else {}),
             tokens=progress.tokens,
             tokens_per_second=round(window / seconds, 2),
             memory_bytes=mx.get_active_memory() + mx.get_cache_memory(),

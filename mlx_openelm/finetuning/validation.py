@@ -73,7 +73,7 @@ class Validator:
             totals.add(run.objective.evaluate(run.model, batch))
         figures = mx.array([totals.loss, totals.count, totals.wins], mx.float32)
         loss, count, wins = np.array(run.world.sum(figures), np.float64).tolist()
-        accuracy = wins / count if run.objective.compares else None
+        accuracy = wins / count if run.objective.pairwise else None
         return Validation(loss / count, accuracy)
 
     @property

@@ -38,7 +38,7 @@ def test_supervised_sums_the_losses_of_the_tokens_that_count():
     for totals in figures(objective, model, samples):
         assert totals.loss == pytest.approx(loss, rel=1e-5)
         assert (totals.count, totals.wins, totals.margin) == (count, 0, 0)
-    assert (objective.unit, objective.compares) == ("token", False)
+    assert (objective.unit, objective.pairwise) == ("token", False)
 
 
 def test_preferences_are_measured_against_the_model_before_training():
@@ -62,7 +62,7 @@ def test_preferences_are_measured_against_the_model_before_training():
         assert totals.count == len(pairs)
         assert totals.wins == sum(margin > 0 for margin in margins)
     assert trained.margin == pytest.approx(sum(margins), rel=1e-4)
-    assert (objective.unit, objective.compares) == ("pair", True)
+    assert (objective.unit, objective.pairwise) == ("pair", True)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -707,7 +707,7 @@ GOOD = b'{"prompt": "the king", "completion": "gold"}\n'
             ("--objective", "dpo", "--max-prompt-length", 64),
             "--max-prompt-length is 64",
         ),
-        (GOOD, ("--resume",), "nothing to go on from"),
+        (GOOD, ("--resume",), "no run to resume"),
         (GOOD, ("--learning-rate", "nan"), "--learning-rate is nan"),
         (GOOD, ("--model", "nowhere"), "nowhere"),
     ],
