@@ -266,7 +266,7 @@ class _Chat:
 
     def _note_forgotten(self) -> None:
         """Say it once when the oldest messages have left the context."""
-        count, length = self._talk.forgotten, self._talk.context_length
+        count, length = self._talk.omitted_pairs, self._talk.context_length
         if count > self._told:
             first = "message" if count == 1 else f"{count} messages"
             self._console.note(

@@ -191,8 +191,8 @@ def test_a_wrong_line_is_named_and_the_rest_is_done(here):
         (
             b"no command /sav;",
             b"not UTF-8",
-            b"diary exists already",
-            b"none is not there",
+            b"diary already exists",
+            b"none does not exist",
             b"/undo takes nothing",
             b"Say the file",
             b"Say the file",
@@ -209,7 +209,7 @@ def test_a_wrong_line_is_named_and_the_rest_is_done(here):
 def test_wrong_options_are_refused_before_anything_is_asked(here):
     for options, says in (
         (("--template", "chatml"), b"No template is called 'chatml'"),
-        (("--template", "raw", "--system", "x"), b"no place for a system text"),
+        (("--template", "raw", "--system", "x"), b"takes no system text"),
     ):
         ran = piped(here, "Hi\n", *options)
         assert (ran.exit_code, ran.stdout_bytes) == (1, b"")

@@ -249,7 +249,7 @@ def test_chats_are_those_of_chat(client, small):
             deltas = [c.choices[0].delta.content or "" for c in streamed]
             assert "".join(deltas) == expected
             messages.append({"role": "assistant", "content": expected})
-        assert not conversation.forgotten
+        assert not conversation.omitted_pairs
 
 
 def test_a_model_without_a_template_goes_on_with_one_text(openai, small):

@@ -79,7 +79,7 @@ def main(folder: Path) -> None:
         found = torch.load(output / AVERAGE, weights_only=True)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert curve(killed) == curve(whole), (curve(killed), curve(whole))
-        assert not list(output.glob(".*.part*")), list(output.glob(".*.part*"))
+        assert not list(output.glob(".checkpoint*")), list(output.glob(".checkpoint*"))
         deaths += 1
     print(deaths)
 
