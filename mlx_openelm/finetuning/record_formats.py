@@ -243,6 +243,4 @@ def choose_template(
         return TemplateChoice("instruct", "the records are conversations")
     if format == ALPACA:
         return TemplateChoice("alpaca", "the records are in Alpaca's format")
-    return TemplateChoice(
-        "raw", "default; neither the model nor the records determine another"
-    )
+    return TemplateChoice("raw", "default")

@@ -100,8 +100,8 @@ def read_data(path: Path, formats: RecordFormats) -> Data:
         kept, held_out = hold_out(train.records)
         if held_out:
             notes.append(
-                f"There is no validation file: {len(held_out)} of the "
-                f"{len(train.records)} records of {train.path.name} are held out."
+                f"There is no validation file, so training holds out {len(held_out)} "
+                f"of the {len(train.records)} records of {train.path.name}."
             )
             valid = replace(train, records=held_out)
             train = replace(train, records=kept)
