@@ -8,14 +8,13 @@ A run is a folder, an adapter folder from the first save on:
     data.json             what was found in the data
     metrics.jsonl         an event a line
     state.safetensors     all that --resume needs
-    report.html           the run as a page, at the end
+    report.html           the run as a page, rewritten during the run
 """
 
 import contextlib
 import dataclasses
 import math
-import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,15 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_openelm.finetuning.advice import describe_death
+from mlx_openelm.finetuning.live_report import LiveReport
 from mlx_openelm.finetuning.preparation import (
     Prepared,
     make_trainable,
     prepare,
     run_folder,
-    stem,
 )
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
-from mlx_openelm.finetuning.report import TrainingRun, render_page
 from mlx_openelm.finetuning.run_checks import (
-    PAGE,
     RECIPE,
     refuse_other_base,
     refuse_other_run,
@@ -51,8 +48,6 @@ from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import find_recipe, load_recipe
 from mlx_openelm.storage.adapter_folder import (
-    BEST,
-    WEIGHTS,
     AdapterConfig,
     write_config,
 )
@@ -153,7 +148,8 @@ def finetune(
         refuse_too_large(prepared.plan)
         sources += [*prepared.data_files, prepared.folder.path / "config.json"]
         run = {"data": prepared.table.digest, "arithmetic": describe_arithmetic()}
-        told = _first_only(on_event, world)
+        observers = [on_event]
+        told = _first_only(observers, world)
         with fail_on_all_ranks(world):
             if world.rank == 0:
                 if resume:
@@ -178,7 +174,9 @@ def finetune(
             with running(path) as died:
                 if resume:
                     _note_resume(prepared, training, died=died)
-                return _finish(prepared, training, training.run())
+                with LiveReport(prepared, training) as report:
+                    observers.append(report)
+                    return _finish(prepared, training, training.run())
 
 
 def _note_resume(prepared: Prepared, training: Training, *, died: bool) -> None:
@@ -219,7 +217,7 @@ def _load(
 
 
 def _finish(prepared: Prepared, training: Training, reason: str) -> FinetuneReport:
-    """Score the test set, draw the page, and sum the run up."""
+    """Score the test set, and sum the run up."""
     test: Validation | None = None
     progress, plan = training.progress, prepared.plan
     if prepared.recipe.test:
@@ -228,7 +226,7 @@ def _finish(prepared: Prepared, training: Training, reason: str) -> FinetuneRepo
     evals = [e for e in read_events(prepared.path) if e["event"] == "eval"]
     losses = [event.get("loss") for event in evals]
     found = math.isfinite(progress.best_loss)
-    report = FinetuneReport(
+    return FinetuneReport(
         path=prepared.path,
         reason=reason,
         unit=training.objective.unit,
@@ -247,12 +245,6 @@ def _finish(prepared: Prepared, training: Training, reason: str) -> FinetuneRepo
         tokens_per_second=round(progress.tokens / max(progress.seconds, 1e-9), 2),
         peak_memory_bytes=progress.peak_memory,
     )
-    if training.world.rank == 0:
-        try:
-            _write_text(prepared.path / PAGE, _draw(prepared, report))
-        except OSError as error:
-            training.note(f"The report could not be written: {error}.")
-    return report
 
 
 # What is written -----------------------------------------------------------------
@@ -304,50 +296,6 @@ def _write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def _draw(prepared: Prepared, report: FinetuneReport) -> str:
-    recipe, plan, path = prepared.recipe, prepared.plan, prepared.path
-    method = recipe.fine_tune_type.replace("lora", "LoRA").replace("dora", "DoRA")
-    if recipe.fine_tune_type != "full":
-        method += f", rank {recipe.rank}, scale {recipe.scale:g}"
-    facts = {
-        "method": method
-        + (f", {recipe.objective}" if recipe.objective != "sft" else ""),
-        "trainable": f"{plan.trainable:,} of {plan.parameters:,} weights "
-        f"({plan.trainable / plan.parameters:.2%})",
-        "steps": f"{report.steps:,} of {plan.steps:,} ({report.epochs:.2f} epochs)",
-        f"trained {report.unit}s": f"{report.tokens:,}",
-        "time": f"{report.seconds:,.0f} s, {report.tokens_per_second:,.0f} "
-        f"{report.unit}s/s",
-        "peak memory": f"{report.peak_memory_bytes / 1e9:.2f} GB, planned "
-        f"{plan.memory.total / 1e9:.2f} GB",
-        "ended": "out of patience" if report.reason == "patience" else "as planned",
-    }
-    if report.test_loss is not None:
-        facts["test loss"] = f"{report.test_loss:.4f} nats per {report.unit}"
-    best = path / BEST
-    use = shlex.quote(str(best if (best / WEIGHTS).is_file() else path))
-    fused = shlex.quote(f"{path}-fused")
-    again = shlex.quote(str(path / RECIPE))
-    return render_page(
-        TrainingRun(
-            name=stem(Path(recipe.data)),
-            model=recipe.model,
-            facts=facts,
-            events=read_events(path),
-            data=dataclasses.asdict(prepared.table),
-            recipe=recipe.to_yaml(),
-            commands=[
-                ("Write with it", f'mlx-openelm generate --adapter-path {use} "..."'),
-                (
-                    "Make it part of the model",
-                    f"mlx-openelm fuse --adapter-path {use} --save-path {fused}",
-                ),
-                ("Run the same again", f"mlx-openelm lora -c {again} --force"),
-            ],
-        )
-    )
-
-
 @contextlib.contextmanager
 def _limited_memory(limit: int, needed: int) -> Iterator[None]:
     """Tell MLX what to stay below, and to keep no more freed memory than is needed."""
@@ -361,6 +309,12 @@ def _limited_memory(limit: int, needed: int) -> Iterator[None]:
 
 
 def _first_only(
-    on_event: Callable[[Event], None], world: World
+    observers: Sequence[Callable[[Event], None]], world: World
 ) -> Callable[[Event], None]:
-    return on_event if world.rank == 0 else lambda event: None
+    """Return what hands an event to all observers, in the first process alone."""
+
+    def hand_on(event: Event) -> None:
+        for observer in observers if world.rank == 0 else ():
+            observer(event)
+
+    return hand_on

@@ -96,7 +96,7 @@ def refuse_other_run(
     if (
         ends
         and ends[-1].get("reason") in ("done", "patience")
-        and (path / PAGE).exists()
+        and not (path / RUNNING).exists()  # killed before its report was complete
     ):
         raise OpenELMError(
             f"The run in {path} is at its end, step {state.progress.step}; begin anew "
