@@ -9,6 +9,7 @@ A run is a folder, an adapter folder from the first save on:
     metrics.jsonl         an event a line
     state.safetensors     all that --resume needs
     report.html           the run as a page, rewritten during the run
+    tensorboard/          with report_to: tensorboard
 """
 
 import contextlib
@@ -38,6 +39,7 @@ from mlx_openelm.finetuning.run_checks import (
     refuse_present_run,
     refuse_too_large,
 )
+from mlx_openelm.finetuning.tracking import MetricsTracking
 from mlx_openelm.finetuning.trainable import trained_tensors
 from mlx_openelm.finetuning.trainer import (
     Event,
@@ -47,6 +49,7 @@ from mlx_openelm.finetuning.trainer import (
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import find_recipe, load_recipe
+from mlx_openelm.reporting.trackers import require_trackers
 from mlx_openelm.storage.adapter_folder import (
     AdapterConfig,
     write_config,
@@ -136,6 +139,7 @@ def finetune(
     if not isinstance(recipe, FinetuneRecipe):
         sources.append(find_recipe(str(recipe)))
         recipe = load_recipe(FinetuneRecipe, str(recipe), {})
+    require_trackers(recipe.report_to)
     world = World.join()
     path = run_folder(recipe)
     with fail_on_all_ranks(world):
@@ -174,8 +178,11 @@ def finetune(
             with running(path) as died:
                 if resume:
                     _note_resume(prepared, training, died=died)
-                with LiveReport(prepared, training) as report:
-                    observers.append(report)
+                with (
+                    LiveReport(prepared, training) as report,
+                    MetricsTracking(prepared, training) as tracking,
+                ):
+                    observers += [report, tracking]
                     return _finish(prepared, training, training.run())
 
 

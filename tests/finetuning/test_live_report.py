@@ -6,7 +6,7 @@ import os
 import signal
 
 import pytest
-from commands import make_source
+from commands import call, make_source
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning import live_report
@@ -152,3 +152,31 @@ def test_the_pace_keeps_its_share_of_the_time():
                 now, written = now + 2.0, written + 1
     assert 4 <= written <= 5  # the first is expected to take 0.5 s, and takes 2
     assert 2.0 * written <= 0.01 * now + 2.0
+
+
+def test_the_metrics_go_to_tensorboard_without_torch(recipe, tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    options = [
+        *("--model", recipe.model, "--data", recipe.data, "--iters", "4"),
+        *("--steps-per-report", "1", "--steps-per-eval", "2"),
+        *("--adapter-path", recipe.adapter_path, "--sample-prompt", "the"),
+    ]
+    ran = call("lora", *options, "--report-to", "tensorboard")
+    assert ran.exit_code == 0, ran.stderr
+    assert f"report during the run: {recipe.adapter_path}/report.html" in ran.stderr
+    folder = os.path.join(recipe.adapter_path, "tensorboard")
+    read = accumulator.EventAccumulator(folder).Reload()
+    assert [s.step for s in read.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [s.step for s in read.Scalars("eval/loss")] == [0, 2, 4]
+    assert [t.step for t in read.Tensors("sample/the")] == [0, 2, 4]
+    again = call("lora", *options, "--force")  # the event files are part of the run
+    assert again.exit_code == 0, again.stderr
+
+
+def test_a_tracker_that_is_missing_is_named_before_the_work(recipe, monkeypatch):
+    monkeypatch.setattr("mlx_openelm.reporting.trackers.find_spec", lambda name: None)
+    with pytest.raises(OpenELMError, match=r"mlx-openelm\[trackio\]"):
+        finetune(dataclasses.replace(recipe, report_to=("trackio",)))
+    assert not os.path.exists(recipe.adapter_path)
