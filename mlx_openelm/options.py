@@ -102,8 +102,10 @@ def _check_number(name: str, value: Any, kind: type, declared: Option) -> None:
         )
     least = -float("inf") if declared.least is None else declared.least
     most = float("inf") if declared.most is None else declared.most
-    if not least <= float(value) <= most:
-        allowed = f"from {least:.10g} to {most:.10g}"
-        if declared.most is None:
-            allowed = f"{least:.10g} or more"
+    number: Any = value  # compared as it is: a float would round large integers
+    if not least <= number <= most:
+        low, high = (
+            f"{x:g}" if isinstance(x, float) else str(x) for x in (least, most)
+        )
+        allowed = f"{low} or more" if declared.most is None else f"from {low} to {high}"
         raise OpenELMError(f"`{name}` is {value}; it must be {allowed}.")

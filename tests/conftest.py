@@ -1,4 +1,4 @@
-"""What all tests share: MLX at its quickest on Linux, and the project's data."""
+"""What all tests share: the environment, small models, and the project's data."""
 
 import os
 import shutil
@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from places import ROOT
+from places import SHARED
 
-import mlx_openelm
+# The models are small, and the workers of pytest-xdist share the cores. It is read when
+# OpenBLAS and PyTorch are loaded, here and in the processes that tests start.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
+
+import mlx_openelm  # loads OpenBLAS before a test imports mlx.core
 
 if sys.platform == "linux":
     # The first mx.compile on the CPU calls the C++ compiler: 13 s or more. A test that
@@ -24,14 +28,10 @@ settings.load_profile("no-deadline")
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of stories, Apple's answers and Llama's tokenizer, where it is there.
-
-    It stands beside the checkout; MLX_OPENELM_SHARED may name another place.
-    """
-    folder = Path(os.environ.get("MLX_OPENELM_SHARED", ROOT.parent / "shared"))
-    if not folder.is_dir():
-        pytest.skip(f"needs the shared data: {folder} is not there")
-    return folder
+    """The project's data; a test that needs it skips where it is missing."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the shared data: {SHARED} is not there")
+    return SHARED
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ from mlx_openelm.finetuning.recipe import FinetuneRecipe
 def advise_half_a_batch(recipe: FinetuneRecipe) -> str:
     """Return a sentence on which options to use where the memory ran out."""
     if recipe.dropout and not recipe.grad_checkpoint:
-        return "--resume --grad-checkpoint needs much less, and goes on the same."
+        return "`resume` `grad_checkpoint` needs much less, and goes on the same."
     if recipe.batch_size == 1 or recipe.dropout:
-        return "Begin anew with a smaller --max-seq-length or --batch-size."
+        return "Begin anew with a smaller `max_seq_length` or `batch_size`."
     return (
-        f"Half the batch needs half the memory: --resume --batch-size "
-        f"{recipe.batch_size // 2} --grad-accumulation-steps "
+        f"Half the batch needs half the memory: `resume` `batch_size` "
+        f"{recipe.batch_size // 2} `grad_accumulation_steps` "
         f"{recipe.grad_accumulation_steps * 2} goes on with the same steps."
     )
 

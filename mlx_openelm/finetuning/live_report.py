@@ -11,13 +11,12 @@ from typing import Self
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.preparation import Prepared, stem
 from mlx_openelm.finetuning.report_content import TrainingRun, describe_run
-from mlx_openelm.finetuning.report_history import Event, read_number
-from mlx_openelm.finetuning.run_checks import PAGE, RECIPE
-from mlx_openelm.finetuning.trainer import Training
+from mlx_openelm.finetuning.report_history import read_number
+from mlx_openelm.finetuning.run_context import RunContext
+from mlx_openelm.finetuning.run_files import PAGE, RECIPE, write_text
 from mlx_openelm.reporting.training_report import render_training_report
 from mlx_openelm.storage.adapter_folder import BEST, WEIGHTS
-from mlx_openelm.storage.staging import replaced_file
-from mlx_openelm.training.state import read_events
+from mlx_openelm.training.events import Event, read_events
 
 MAX_SHARE = 0.01  # of the run's time, for writing the page during the run
 EXPECTED_SECONDS = 0.5  # of the first page with charts
@@ -31,8 +30,8 @@ class LiveReport:
     exception. A page that cannot be written is noted, and the run continues.
     """
 
-    def __init__(self, prepared: Prepared, training: Training) -> None:
-        self._prepared, self._training = prepared, training
+    def __init__(self, prepared: Prepared, run: RunContext) -> None:
+        self._prepared, self._run = prepared, run
         self._pace = Pace(MAX_SHARE, EXPECTED_SECONDS)
         self._outdated = False
 
@@ -58,21 +57,17 @@ class LiveReport:
         failure = None
         if isinstance(error, Exception):
             failure = str(error) if isinstance(error, OpenELMError) else repr(error)
-        elif error is not None:
-            failure = "it was stopped from outside."
         self._write(running=False, failure=failure)
 
     def _write(self, *, running: bool, failure: str | None = None) -> None:
-        path = self._prepared.path
         try:
             run = describe_training(
-                self._prepared, self._training, running=running, failure=failure
+                self._prepared, self._run, running=running, failure=failure
             )
             page = render_training_report(describe_run(run))
-            with replaced_file(path / PAGE) as part:
-                part.write_text(page, encoding="utf-8")
+            write_text(self._run.folder / PAGE, page)
         except Exception as error:  # of any kind: a run does not end by its report
-            self._training.note(f"The report could not be written: {error}.")
+            self._run.log.note(f"The report could not be written: {error}.")
 
 
 class Pace:
@@ -102,26 +97,24 @@ class Pace:
 
 
 def describe_training(
-    prepared: Prepared, training: Training, *, running: bool, failure: str | None
+    prepared: Prepared, run: RunContext, *, running: bool, failure: str | None
 ) -> TrainingRun:
     """Return a run as its folder, its plan and its progress describe it now."""
-    recipe, path = prepared.recipe, prepared.path
-    events = read_events(path)
-    progress, steps = training.progress, prepared.plan.steps
+    events = read_events(run.folder)
+    now = time.strftime("%H:%M:%S")
+    progress = (
+        f"Training: {run.progress.step:,} of {prepared.plan.steps:,} steps at {now}."
+    )
     return TrainingRun(
-        name=stem(Path(recipe.data)),
-        model=recipe.model,
-        facts=dict(_list_facts(prepared, training, events)),
+        name=stem(Path(run.recipe.data)),
+        model=run.recipe.model,
+        facts=dict(_list_facts(prepared, run, events)),
         events=events,
         data=dataclasses.asdict(prepared.table),
-        recipe=recipe.to_yaml(),
-        commands=list(_list_commands(path)),
-        progress=(
-            f"Training: {progress.step:,} of {steps:,} steps at "
-            f"{time.strftime('%H:%M:%S')}."
-            if running
-            else None
-        ),
+        recipe=run.recipe.to_yaml(),
+        commands=list(_list_commands(run.folder)),
+        likelihood=run.objective.likelihood,
+        progress=progress if running else None,
         failure=failure,
     )
 
@@ -140,34 +133,28 @@ def _list_commands(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _list_facts(
-    prepared: Prepared, training: Training, events: Sequence[Event]
-) -> list[tuple[str, str]]:
-    recipe, plan, progress = prepared.recipe, prepared.plan, training.progress
-    unit, epochs = training.objective.unit, prepared.order.epoch_after(progress.step)
-    method = recipe.fine_tune_type.replace("lora", "LoRA").replace("dora", "DoRA")
+    prepared: Prepared, run: RunContext, events: Sequence[Event]
+) -> Iterator[tuple[str, str]]:
+    recipe, plan, progress = run.recipe, prepared.plan, run.progress
+    unit, epochs = run.objective.unit, run.order.epoch_after(progress.step)
+    method = [recipe.fine_tune_type.replace("lora", "LoRA").replace("dora", "DoRA")]
     if recipe.fine_tune_type != "full":
-        method += f", rank {recipe.rank}, scale {recipe.scale:g}"
-    if recipe.objective != "sft":
-        method += f", {recipe.objective}"
+        method += [f"rank {recipe.rank}", f"scale {recipe.scale:g}"]
+    if run.objective.label:
+        method.append(run.objective.label)
+    yield "method", ", ".join(method)
+    share = plan.trainable / plan.parameters
+    yield (
+        "trainable",
+        f"{plan.trainable:,} of {plan.parameters:,} weights ({share:.2%})",
+    )
+    yield "steps", f"{progress.step:,} of {plan.steps:,} ({epochs:.2f} epochs)"
+    yield f"trained {unit}s", f"{progress.tokens:,}"
     rate = progress.tokens / max(progress.seconds, 1e-9)
-    facts = [
-        ("method", method),
-        (
-            "trainable",
-            f"{plan.trainable:,} of {plan.parameters:,} weights "
-            f"({plan.trainable / plan.parameters:.2%})",
-        ),
-        ("steps", f"{progress.step:,} of {plan.steps:,} ({epochs:.2f} epochs)"),
-        (f"trained {unit}s", f"{progress.tokens:,}"),
-        ("time", f"{progress.seconds:,.0f} s, {rate:,.0f} {unit}s/s"),
-        (
-            "peak memory",
-            f"{progress.peak_memory / 1e9:.2f} GB, planned "
-            f"{plan.memory.total / 1e9:.2f} GB",
-        ),
-    ]
+    yield "time", f"{progress.seconds:,.0f} s, {rate:,.0f} {unit}s/s"
+    peak, planned = progress.peak_memory / 1e9, plan.memory.total / 1e9
+    yield "peak memory", f"{peak:.2f} GB, planned {planned:.2f} GB"
     for event in events:
         loss = read_number(event, "loss")
         if event.get("event") == "test" and loss is not None:
-            facts.append(("test loss", f"{loss:.4f} nats per {unit}"))
-    return facts
+            yield "test loss", f"{loss:.4f} nats per {unit}"

@@ -1,12 +1,18 @@
-"""The objectives of fine-tuning: supervised (next token), and DPO (preferences)."""
+"""The objectives of fine-tuning: supervised (next token), and DPO (preferences).
+
+All that differs between objectives is in their classes: a new one is a class, in the
+table at the end, and a name in `recipe.OBJECTIVES`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_openelm.finetuning.batches import Batch, collate, collate_pairs
+from mlx_openelm.finetuning.data_table import SplitTable
 from mlx_openelm.finetuning.losses import (
     batch_losses,
     preference_losses,
@@ -14,25 +20,86 @@ from mlx_openelm.finetuning.losses import (
     sequence_likelihoods,
 )
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
-from mlx_openelm.finetuning.samples import Pair, Sample
+from mlx_openelm.finetuning.record_formats import (
+    RecordFormats,
+    preference_formats,
+    supervised_formats,
+)
+from mlx_openelm.finetuning.record_samples import make_pairs, make_samples
+from mlx_openelm.finetuning.records import Dataset
+from mlx_openelm.finetuning.samples import Pair, Sample, Samples
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.training.arrays import to_float
 from mlx_openelm.training.objective import Objective, Totals
+
+
+class FinetuneObjective(Objective, Protocol):
+    """A loss, and how records become the samples that it is taken of.
+
+    Attributes:
+        name: of the recipe's `objective`.
+        label: what the report adds to the method.
+        likelihood: whether the loss is the mean negative log-likelihood of tokens, so
+            that its exponential is the perplexity.
+        default_length, default_rate: of `max_seq_length` and `learning_rate`.
+    """
+
+    name: str
+    label: str
+    likelihood: bool
+    default_length: int
+    default_rate: float
+
+    def formats(self) -> RecordFormats:
+        """Return the formats of its records."""
+
+    def make_samples(
+        self, dataset: Dataset, tokenizer: Tokenizer, template: str
+    ) -> tuple[Samples, SplitTable]:
+        """Tokenize records; the recipe must be resolved."""
+
+    def start(self, model: OpenELM, samples: Sequence[Any]) -> None:
+        """Compute what is needed of the model before the first update.
+
+        Args:
+            samples: all that the run trains on, validates and tests.
+        """
 
 
 class Supervised:
     """The mean negative log-likelihood of the tokens that count."""
 
-    unit, compares = "token", False
+    name, label = "sft", ""
+    unit, compares, likelihood = "token", False, True
+    default_length, default_rate = 2048, 3e-4
 
-    def __init__(self, *, z_loss: float = 0.0) -> None:
-        self._z_loss = z_loss
+    def __init__(self, recipe: FinetuneRecipe) -> None:
+        self._recipe = recipe
+
+    def formats(self) -> RecordFormats:
+        return supervised_formats(self._recipe.prompt_key, self._recipe.completion_key)
+
+    def make_samples(
+        self, dataset: Dataset, tokenizer: Tokenizer, template: str
+    ) -> tuple[Samples, SplitTable]:
+        return make_samples(
+            dataset,
+            tokenizer,
+            template=template,
+            mask_prompt=self._recipe.mask_prompt,
+            last_turn_only=self._recipe.turns == "last",
+            max_length=self._recipe.max_seq_length or 0,
+        )
+
+    def start(self, model: OpenELM, samples: Sequence[Sample]) -> None:
+        """Compute nothing: the loss is of the trained model alone."""
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         return collate(samples)
 
     def loss(self, model: OpenELM, batch: Batch) -> tuple[mx.array, mx.array]:
-        losses = batch_losses(model, batch, z_loss=self._z_loss)
+        losses = batch_losses(model, batch, z_loss=self._recipe.z_loss)
         return losses.sum(), mx.zeros(0)
 
     def totals(self, batch: Batch, loss: mx.array, margins: mx.array) -> Totals:
@@ -62,25 +129,39 @@ class PairBatch:
 class Preference:
     """DPO (Rafailov et al., arXiv 2305.18290): chosen answers over rejected ones.
 
-    The reference is the model before training: `precompute_reference` takes every pair
-    before the first update.
+    The reference is the model before training, which `start` computes.
     """
 
-    unit, compares = "pair", True
+    name, label = "dpo", "dpo"
+    unit, compares, likelihood = "pair", True, False
+    default_length, default_rate = 1024, 5e-5
 
-    def __init__(self, *, beta: float, loss: str) -> None:
-        self._beta, self._loss = beta, loss
+    def __init__(self, recipe: FinetuneRecipe) -> None:
+        self._recipe = recipe
         self._references: dict[str, tuple[float, float]] = {}  # by the pair's place
 
-    def precompute_reference(
-        self, model: OpenELM, pairs: Sequence[Pair], batch_size: int
-    ) -> None:
+    def formats(self) -> RecordFormats:
+        return preference_formats(self.name, self._recipe.prompt_key)
+
+    def make_samples(
+        self, dataset: Dataset, tokenizer: Tokenizer, template: str
+    ) -> tuple[Samples, SplitTable]:
+        return make_pairs(
+            dataset,
+            tokenizer,
+            template=template,
+            max_length=self._recipe.max_seq_length or 0,
+            max_prompt_length=self._recipe.max_prompt_length or 0,
+        )
+
+    def start(self, model: OpenELM, samples: Sequence[Pair]) -> None:
         """Compute the log-likelihoods of all answers under the model as it is."""
-        for start in range(0, len(pairs), batch_size):
-            some = pairs[start : start + batch_size]
-            both = sequence_likelihoods(model, collate_pairs(some), gradient=False)
-            values = np.array(both, np.float64).reshape(2, len(some)).T.tolist()
-            for pair, (chosen, rejected) in zip(some, values, strict=True):
+        batch_size = self._recipe.batch_size
+        for start in range(0, len(samples), batch_size):
+            pairs = samples[start : start + batch_size]
+            both = sequence_likelihoods(model, collate_pairs(pairs), gradient=False)
+            values = np.array(both, np.float64).reshape(2, len(pairs)).T.tolist()
+            for pair, (chosen, rejected) in zip(pairs, values, strict=True):
                 self._references[pair.place] = (chosen, rejected)
 
     def collate(self, samples: Sequence[Pair]) -> PairBatch:
@@ -88,9 +169,8 @@ class Preference:
         return PairBatch(collate_pairs(samples), mx.array(found).T.reshape(-1))
 
     def loss(self, model: OpenELM, batch: PairBatch) -> tuple[mx.array, mx.array]:
-        likelihoods = sequence_likelihoods(model, batch.batch)
-        margins = preference_margins(likelihoods, batch.reference, beta=self._beta)
-        return preference_losses(margins, self._loss).sum(), margins
+        margins = self._margins(model, batch)
+        return preference_losses(margins, self._recipe.dpo_loss).sum(), margins
 
     def totals(self, batch: PairBatch, loss: mx.array, margins: mx.array) -> Totals:
         return Totals(
@@ -101,24 +181,24 @@ class Preference:
         )
 
     def evaluate(self, model: OpenELM, batch: PairBatch) -> Totals:
-        likelihoods = sequence_likelihoods(model, batch.batch, gradient=False)
-        margins = preference_margins(likelihoods, batch.reference, beta=self._beta)
-        loss = preference_losses(margins, self._loss).sum()
-        wins = to_float((margins > 0).sum())
-        return Totals(to_float(loss), batch.num_pairs, wins=wins)
+        margins = self._margins(model, batch, gradient=False)
+        loss = preference_losses(margins, self._recipe.dpo_loss).sum()
+        return self.totals(batch, loss, margins)
+
+    def _margins(
+        self, model: OpenELM, batch: PairBatch, *, gradient: bool = True
+    ) -> mx.array:
+        likelihoods = sequence_likelihoods(model, batch.batch, gradient=gradient)
+        return preference_margins(
+            likelihoods, batch.reference, beta=self._recipe.dpo_beta
+        )
 
 
-def make_objective(
-    recipe: FinetuneRecipe, model: OpenELM, samples: Sequence[Sample] | Sequence[Pair]
-) -> Objective:
-    """Return the recipe's objective, ready for these samples.
+_OBJECTIVES: dict[str, type[Supervised] | type[Preference]] = {
+    objective.name: objective for objective in (Supervised, Preference)
+}
 
-    Args:
-        samples: all that the run trains on, validates and tests.
-    """
-    if recipe.objective != "dpo":
-        return Supervised(z_loss=recipe.z_loss)
-    preference = Preference(beta=recipe.dpo_beta, loss=recipe.dpo_loss)
-    pairs = [sample for sample in samples if isinstance(sample, Pair)]
-    preference.precompute_reference(model, pairs, recipe.batch_size)
-    return preference
+
+def make_objective(recipe: FinetuneRecipe) -> FinetuneObjective:
+    """Return the recipe's objective."""
+    return _OBJECTIVES[recipe.objective](recipe)

@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx.utils import tree_flatten
-
 from mlx_openelm.finetuning.batches import plan_epoch, share_out
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
-from mlx_openelm.finetuning.trainable import trained_tensors
 from mlx_openelm.model.chunk_sizes import QUERIES, training_logit_rows
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.training.arrays import flatten, trained_tensors
 
 # Copies of the trained weights, in float32, that an optimizer keeps.
 _OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}
@@ -88,32 +86,37 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """The heaviest work that is in memory at a time: one share of a step's samples.
+class BatchShape:
+    """What the memory of one forward and backward pass depends on.
 
     Attributes:
         tokens: N, of all its sequences.
-        counted: M, tokens that count.
+        targets: M, tokens that count.
         longest: tokens of its longest sequence.
     """
 
     tokens: int
-    counted: int
+    targets: int
     longest: int
 
 
-def heaviest_load(
-    order: Order, lengths: Sequence[int], counted: Sequence[int], parts: int
-) -> Load:
-    """Return the heaviest share of the run, or of its first 1000 steps."""
-    most = Load(1, 1, 1)
+def largest_batch(
+    order: Order, lengths: Sequence[int], targets: Sequence[int], parts: int
+) -> BatchShape:
+    """Return the largest share of a step, in the run or in its first 1000 steps.
+
+    Args:
+        lengths, targets: of each sample, in tokens.
+        parts: into which each step is shared out.
+    """
+    largest = BatchShape(1, 1, 1)
     for step in range(min(order.steps, 1000)):
         for share in share_out(order.batch(step), lengths, parts):
             tokens = sum(lengths[i] for i in share)
-            if tokens > most.tokens:
+            if tokens > largest.tokens:
                 longest = max(lengths[i] for i in share)
-                most = Load(tokens, sum(counted[i] for i in share), longest)
-    return most
+                largest = BatchShape(tokens, sum(targets[i] for i in share), longest)
+    return largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +165,16 @@ class TrainingPlan:
         return self.memory.total <= self.limit
 
 
-def plan_memory(model: OpenELM, recipe: FinetuneRecipe, load: Load) -> MemoryPlan:
+def plan_memory(
+    model: OpenELM, recipe: FinetuneRecipe, batch: BatchShape
+) -> MemoryPlan:
     """Reckon the memory of a run.
 
     Args:
         model: as it will be trained, adapter included; nothing of it is computed.
     """
     adapter = 4 * sum(array.size for array in trained_tensors(model).values())
-    kept, work = _activation_bytes(model, recipe, load)
+    kept, work = _activation_bytes(model, recipe, batch)
     return MemoryPlan(
         weights=count_bytes(model) - adapter,
         adapter=adapter,
@@ -179,22 +184,21 @@ def plan_memory(model: OpenELM, recipe: FinetuneRecipe, load: Load) -> MemoryPla
         optimizer=int(_OPTIMIZER_COPIES.get(recipe.optimizer, 0.1) * adapter),
         activations=int(_OVERHEAD * (kept + work)),
         # Its own work is done when that of the blocks begins.
-        loss=max(0, _loss_bytes(model, recipe, load) - work),
+        loss=max(0, _loss_bytes(model, recipe, batch) - work),
     )
 
 
 def count_bytes(model: OpenELM) -> int:
     """Return the bytes of all weights, adapter included."""
-    flat: list[tuple[str, Any]] = tree_flatten(model.parameters())  # type: ignore[assignment]
-    return sum(array.nbytes for _, array in flat)
+    return sum(array.nbytes for array in flatten(model.parameters()).values())
 
 
 def _activation_bytes(
-    model: OpenELM, recipe: FinetuneRecipe, load: Load
+    model: OpenELM, recipe: FinetuneRecipe, batch: BatchShape
 ) -> tuple[int, int]:
     """What the blocks keep for their gradients, and the widest block's own work."""
     config = model.config
-    D, H, N, T = config.model_dim, config.head_dim, load.tokens, load.longest
+    D, H, N, T = config.model_dim, config.head_dim, batch.tokens, batch.longest
     size = _compute_size(model)
     dropout, dora = recipe.dropout > 0, recipe.fine_tune_type == "dora"
     kept, widest = [0], 0
@@ -229,9 +233,9 @@ def _first_trained_block(model: OpenELM) -> int:
     return min(blocks)
 
 
-def _loss_bytes(model: OpenELM, recipe: FinetuneRecipe, load: Load) -> int:
+def _loss_bytes(model: OpenELM, recipe: FinetuneRecipe, batch: BatchShape) -> int:
     """Logits and their powers, and each counted row with its gradient."""
-    V, D, M = model.config.vocab_size, model.config.model_dim, load.counted
+    V, D, M = model.config.vocab_size, model.config.model_dim, batch.targets
     # Three chunks, for MLX begins the next ones while one is computed.
     logits = min(3 * training_logit_rows(V), M) * V * 4
     head = V * D * 4 * (_compute_size(model) != 4)  # widened to float32
@@ -250,31 +254,29 @@ def propose_smaller(
 ) -> list[tuple[str, FinetuneRecipe]]:
     """Return recipes that need less memory, the mildest first, each with its flags."""
     found: list[tuple[str, FinetuneRecipe]] = []
-    flags: list[str] = []
+    flags: dict[str, str] = {}
+
+    def add(option: str, flag: str, **changes: Any) -> None:
+        nonlocal recipe
+        recipe = dataclasses.replace(recipe, **changes)
+        flags[option] = flag
+        found.append((" ".join(flags.values()), recipe))
+
     if not recipe.grad_checkpoint:
-        recipe = dataclasses.replace(recipe, grad_checkpoint=True)
-        flags.append("--grad-checkpoint")
-        found.append((" ".join(flags), recipe))
+        add("activations", "`grad_checkpoint`", grad_checkpoint=True)
     while recipe.batch_size % 2 == 0:
-        recipe = dataclasses.replace(
-            recipe,
-            batch_size=recipe.batch_size // 2,
-            grad_accumulation_steps=recipe.grad_accumulation_steps * 2,
+        size, steps = recipe.batch_size // 2, recipe.grad_accumulation_steps * 2
+        add(
+            "batch",
+            f"`batch_size` {size} `grad_accumulation_steps` {steps}",
+            batch_size=size,
+            grad_accumulation_steps=steps,
         )
-        spelt = (
-            f"--batch-size {recipe.batch_size} "
-            f"--grad-accumulation-steps {recipe.grad_accumulation_steps}"
-        )
-        found.append((" ".join([*flags, spelt]), recipe))
-    if found and recipe.batch_size == 1:
-        flags.append(found[-1][0].removeprefix(" ".join(flags)).strip())
-    while (recipe.max_seq_length or 0) // 2 >= shortest_useful:
-        longest = (recipe.max_seq_length or 0) // 2
-        prompt = min(recipe.max_prompt_length or longest, longest // 2)
-        recipe = dataclasses.replace(
-            recipe, max_seq_length=longest, max_prompt_length=prompt
-        )
-        found.append(
-            (" ".join([*filter(None, flags), f"--max-seq-length {longest}"]), recipe)
+    while (longest := (recipe.max_seq_length or 0) // 2) >= shortest_useful:
+        add(
+            "length",
+            f"`max_seq_length` {longest}",
+            max_seq_length=longest,
+            max_prompt_length=min(recipe.max_prompt_length or longest, longest // 2),
         )
     return found

@@ -3,39 +3,31 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_openelm.device import compute_dtype, describe_machine
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.finetuning.data_table import DataTable, SplitTable, tabulate
+from mlx_openelm.finetuning.objectives import FinetuneObjective, make_objective
 from mlx_openelm.finetuning.plan import (
     MemoryPlan,
     Order,
     TrainingPlan,
-    heaviest_load,
+    largest_batch,
     plan_memory,
     propose_smaller,
 )
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.record_formats import TemplateChoice, choose_template
 from mlx_openelm.finetuning.records import Data, read_data
-from mlx_openelm.finetuning.samples import (
-    DataTable,
-    Pair,
-    Sample,
-    SplitTable,
-    TemplateChoice,
-    choose_template,
-    lengths_of,
-    make_pairs,
-    make_samples,
-    tabulate,
-)
+from mlx_openelm.finetuning.samples import Samples, lengths_of, targets_of
 from mlx_openelm.finetuning.trainable import (
     Method,
     adapt,
     choose_modules,
     choose_ranks,
-    trained_tensors,
     unfreeze,
 )
 from mlx_openelm.model.openelm import OpenELM
@@ -44,11 +36,11 @@ from mlx_openelm.storage.loading import load_tokenizer, make_quantized, stored_d
 from mlx_openelm.storage.model_folder import ModelFolder, open_folder
 from mlx_openelm.text.templates import encode_prompt
 from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.training.arrays import trained_tensors
 from mlx_openelm.training.distributed import World
+from mlx_openelm.training.state import describe_arithmetic
 
 FOLDERS = Path("adapters")  # where a run goes that is told no folder
-
-Samples = tuple[Sample, ...] | tuple[Pair, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +48,7 @@ class Prepared:
     """A run whose every record was read and whose memory was reckoned."""
 
     recipe: FinetuneRecipe
-    path: Path
+    objective: FinetuneObjective
     folder: ModelFolder
     tokenizer: Tokenizer
     table: DataTable
@@ -66,6 +58,15 @@ class Prepared:
     test: Samples
     order: Order
     plan: TrainingPlan
+
+    @property
+    def path(self) -> Path:
+        return run_folder(self.recipe)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when the run is resumed."""
+        return {"data": self.table.digest, "arithmetic": describe_arithmetic()}
 
 
 def prepare(
@@ -84,12 +85,8 @@ def prepare(
         OpenELMError: the model, the data (every problem of it) or an option is wrong.
     """
     world = world or World.join()
-    data = read_data(
-        Path(recipe.data).expanduser(),
-        objective=recipe.objective,
-        prompt_key=recipe.prompt_key,
-        completion_key=recipe.completion_key,
-    )
+    objective = make_objective(recipe)
+    data = read_data(Path(recipe.data).expanduser(), objective.formats())
     model_path = find_model(recipe.model, offline=offline)
     folder = open_folder(model_path)
     tokenizer = load_tokenizer(folder)
@@ -99,12 +96,13 @@ def prepare(
         template=choice.name,
         model=_spell_model(recipe.model),
         data=str(Path(recipe.data).expanduser().absolute()),
+        default_length=objective.default_length,
+        default_rate=objective.default_rate,
     )
-    path = run_folder(recipe)
-    resolved = dataclasses.replace(resolved, adapter_path=str(path))
+    resolved = dataclasses.replace(resolved, adapter_path=str(run_folder(recipe)))
     candidates = [resolved, *(smaller for _, smaller in propose_smaller(resolved))]
     for candidate in candidates if fit else candidates[:1]:
-        prepared = _prepare(candidate, path, folder, tokenizer, data, choice, world)
+        prepared = _prepare(candidate, folder, tokenizer, data, choice, world)
         if prepared.plan.fits:
             break
     return prepared
@@ -112,65 +110,39 @@ def prepare(
 
 def _prepare(
     recipe: FinetuneRecipe,
-    path: Path,
     folder: ModelFolder,
     tokenizer: Tokenizer,
     data: Data,
     choice: TemplateChoice,
     world: World,
 ) -> Prepared:
+    objective = make_objective(recipe)
     splits: dict[str, Samples] = {}
     tables: dict[str, SplitTable] = {}
-    for split, dataset in (
-        ("train", data.train),
-        ("valid", data.valid),
-        ("test", data.test),
-    ):
-        if dataset is None:
-            splits[split] = ()
-        elif recipe.objective == "dpo":
-            splits[split], tables[split] = make_pairs(
-                dataset,
-                tokenizer,
-                template=choice.name,
-                max_length=recipe.max_seq_length or 0,
-                max_prompt_length=recipe.max_prompt_length or 0,
-            )
-        else:
-            splits[split], tables[split] = make_samples(
-                dataset,
-                tokenizer,
-                template=choice.name,
-                mask_prompt=recipe.mask_prompt,
-                last_turn_only=recipe.turns == "last",
-                max_length=recipe.max_seq_length or 0,
-            )
-    table = tabulate(
-        data,
-        choice,
-        train=tables["train"],
-        valid=tables.get("valid"),
-        test=tables.get("test"),
-    )
+    for split, dataset in data.splits.items():
+        splits[split], tables[split] = objective.make_samples(
+            dataset, tokenizer, choice.name
+        )
+    table = tabulate(data, choice, tables)
     for prompt in recipe.sample_prompt:
         encode_prompt(tokenizer, prompt, template=choice.name)  # names a wrong one
-    if recipe.test and not splits["test"]:
+    if recipe.test and not splits.get("test"):
         raise OpenELMError(
-            f"--test needs a test file; {recipe.data} has none. Give a folder with a "
-            "test.jsonl, or leave out --test."
+            f"`test` needs a test file; {recipe.data} has none. Give a folder with a "
+            "test.jsonl, or leave out `test`."
         )
     order = Order(lengths_of(splits["train"]), recipe)
     plan = _plan(recipe, folder, splits["train"], order, world)
     return Prepared(
         recipe,
-        path,
+        objective,
         folder,
         tokenizer,
         table,
-        data_files=tuple(d.path for d in (data.train, data.valid, data.test) if d),
+        data_files=tuple(dataset.path for dataset in data.splits.values()),
         train=splits["train"],
-        valid=splits["valid"],
-        test=splits["test"],
+        valid=splits.get("valid", ()),
+        test=splits.get("test", ()),
         order=order,
         plan=plan,
     )
@@ -183,17 +155,11 @@ def _plan(
     order: Order,
     world: World,
 ) -> TrainingPlan:
-    lengths = lengths_of(train)
-    counted = [
-        int(s.counts.sum())
-        if isinstance(s, Sample)
-        else int(s.chosen.counts.sum() + s.rejected.counts.sum())
-        for s in train
-    ]
+    lengths, targets = lengths_of(train), targets_of(train)
     if world.size > recipe.step_size:
         raise OpenELMError(
             f"{world.size} processes share a step of {recipe.step_size} samples; raise "
-            "--batch-size to give each of them one."
+            "`batch_size` to give each of them one."
         )
     model = _outline(folder, recipe)  # lazy: nothing is computed
     make_trainable(model, recipe)
@@ -205,8 +171,7 @@ def _plan(
         longest = recipe.max_seq_length or 0
         short = [min(length, longest) for length in lengths]
         parts = recipe.grad_accumulation_steps * world.size
-        load = heaviest_load(order, short, counted, parts)
-        return plan_memory(model, recipe, load)
+        return plan_memory(model, recipe, largest_batch(order, short, targets, parts))
 
     trainable = sum(array.size for array in trained_tensors(model).values())
     return TrainingPlan(
@@ -215,7 +180,7 @@ def _plan(
         trainable=trainable,
         parameters=folder.config.num_parameters,
         tokens=round(sum(lengths) * order.epochs),
-        targets=round(sum(counted) * order.epochs),
+        targets=round(sum(targets) * order.epochs),
         memory=reckon(recipe),
         limit=limit,
         smaller=tuple(

@@ -12,7 +12,6 @@ from mlx_openelm.reporting.trackers import TRACKERS
 OBJECTIVES = ("sft", "dpo")
 
 _AUTO = "auto:"
-_DPO_RATE = 5e-5
 _BIG = 2**31 - 1
 
 
@@ -324,37 +323,37 @@ class FinetuneRecipe:
         return self.batch_size * self.grad_accumulation_steps
 
     def resolve(
-        self, *, context_length: int, template: str, model: str, data: str
+        self,
+        *,
+        context_length: int,
+        template: str,
+        model: str,
+        data: str,
+        default_length: int,
+        default_rate: float,
     ) -> "FinetuneRecipe":
         """Return the recipe with what was left open settled, but for the steps.
+
+        Args:
+            default_length, default_rate: of the objective.
 
         Raises:
             OpenELMError: the sequences would be longer than the model's context.
         """
-        longest = self.max_seq_length or min(
-            1024 if self.objective == "dpo" else 2048, context_length
-        )
+        longest = self.max_seq_length or min(default_length, context_length)
         if longest > context_length:
             raise OpenELMError(
                 f"`max_seq_length` is {longest}, but the model's context is "
                 f"{context_length}; give at most that."
             )
-        prompt = self.max_prompt_length or longest // 2
-        if self.objective == "dpo" and not 2 <= prompt < longest:
-            raise OpenELMError(
-                f"`max_prompt_length` is {prompt} and `max_seq_length` {longest}; a "
-                "pair needs 2 tokens or more of a prompt, and room for an answer."
-            )
-        rate = self.learning_rate
-        if rate is None:
-            rate = _DPO_RATE if self.objective == "dpo" else 3e-4
+        rate = default_rate if self.learning_rate is None else self.learning_rate
         return dataclasses.replace(
             self,
             model=model,
             data=data,
             template=template,
             max_seq_length=longest,
-            max_prompt_length=prompt,
+            max_prompt_length=self.max_prompt_length or longest // 2,
             learning_rate=rate,
             final_learning_rate=(
                 rate / 10

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.messages import check_messages, describe_text_problem
 from mlx_openelm.text.templates import Turn
 
@@ -21,10 +22,48 @@ PREFERENCE_MESSAGES = "preferences in messages"
 
 @dataclass(frozen=True, slots=True)
 class RecordFormat:
-    """A format of records: the fields that identify it, and its reader."""
+    """A format of records.
+
+    Attributes:
+        fields: identify it: all of them are there and not null.
+        read: returns a record as turns, checked.
+        rejected: returns the answer of a preference that is worse than the last turn.
+        applies: tells formats with the same fields apart.
+    """
 
     fields: tuple[str, ...]
     read: Callable[[Mapping[str, Any], "RecordChecks"], tuple[Turn, ...]]
+    rejected: Callable[[Mapping[str, Any]], str | None] = lambda found: None
+    applies: Callable[[Mapping[str, Any]], bool] = lambda found: True
+
+
+@dataclass(frozen=True, slots=True)
+class RecordFormats:
+    """The formats that an objective reads, by name.
+
+    Attributes:
+        advise: returns what to do, given the fields of a record of none of them.
+    """
+
+    known: Mapping[str, RecordFormat]
+    advise: Callable[[set[str]], str]
+
+    def find(self, record: Mapping[str, Any]) -> str:
+        """Return the name of the first format that the record has, or ""."""
+        for name, known in self.known.items():
+            there = all(record.get(key) is not None for key in known.fields)
+            if there and known.applies(record):
+                return name
+        return ""
+
+    def describe_unknown(self, found: list[tuple[str, dict[str, Any]]]) -> str:
+        """Describe the error that no record of a file has any of the formats."""
+        there = set(found[0][1])
+        has = ", ".join(sorted(map(str, there))[:10]) or "no fields"
+        fields = dict.fromkeys(known.fields for known in self.known.values())
+        wanted = "; or ".join(" and ".join(names) for names in fields)
+        others = f", nor has any of the {len(found)} records" if len(found) > 1 else ""
+        return f"has {has}, and not {wanted}{others}: {self.advise(there)}"
 
 
 @dataclass(slots=True)
@@ -60,10 +99,15 @@ class RecordChecks:
             self.problems.append(f"{key} holds a NUL character")
 
 
-def known_formats(
-    objective: str, prompt_key: str | None, completion_key: str | None
-) -> dict[str, RecordFormat]:
-    """Return the formats by name; the first one whose fields are present applies."""
+def supervised_formats(
+    prompt_key: str | None = None, completion_key: str | None = None
+) -> RecordFormats:
+    """Return the formats of examples to imitate.
+
+    Args:
+        prompt_key, completion_key: other names of the fields of prompt+completion,
+            which is then the only format.
+    """
     prompt, completion = prompt_key or "prompt", completion_key or "completion"
 
     def read_text(found: Mapping[str, Any], checks: RecordChecks) -> tuple[Turn, ...]:
@@ -91,32 +135,52 @@ def known_formats(
     ) -> tuple[Turn, ...]:
         return checks.messages(found["messages"], "messages")
 
-    if objective == "dpo":
-        fields = (prompt, "chosen", "rejected")
-        return {
-            PREFERENCES: RecordFormat(
-                fields, lambda found, checks: _read_preference(found, checks, prompt)
-            ),
-            PREFERENCE_MESSAGES: RecordFormat(fields, _read_preference_messages),
-        }
+    def advise(fields: set[str]) -> str:
+        if {"chosen", "rejected"} <= fields:
+            return "for preferences say `objective` dpo"
+        return "name other fields by `prompt_key` and `completion_key`"
+
     completions = {COMPLETION: RecordFormat((prompt, completion), read_completion)}
     if prompt_key or completion_key:
-        return completions
-    return {
-        MESSAGES: RecordFormat(("messages",), read_messages),
-        ALPACA: RecordFormat(("instruction", "output"), read_alpaca),
-        **completions,
-        TEXT: RecordFormat(("text",), read_text),
-    }
+        return RecordFormats(completions, advise)
+    return RecordFormats(
+        {
+            MESSAGES: RecordFormat(("messages",), read_messages),
+            ALPACA: RecordFormat(("instruction", "output"), read_alpaca),
+            **completions,
+            TEXT: RecordFormat(("text",), read_text),
+        },
+        advise,
+    )
 
 
-def _read_preference(
-    found: Mapping[str, Any], checks: RecordChecks, prompt: str
-) -> tuple[Turn, ...]:
-    checks.text(found["rejected"], "rejected", answer=True)
-    return (
-        Turn("user", checks.text(found[prompt], prompt)),
-        Turn("assistant", checks.text(found["chosen"], "chosen", answer=True)),
+def preference_formats(objective: str, prompt_key: str | None) -> RecordFormats:
+    """Return the formats of a prompt with a chosen and a rejected answer."""
+    prompt = prompt_key or "prompt"
+    fields = (prompt, "chosen", "rejected")
+
+    def read_texts(found: Mapping[str, Any], checks: RecordChecks) -> tuple[Turn, ...]:
+        checks.text(found["rejected"], "rejected", answer=True)
+        return (
+            Turn("user", checks.text(found[prompt], prompt)),
+            Turn("assistant", checks.text(found["chosen"], "chosen", answer=True)),
+        )
+
+    return RecordFormats(
+        {
+            PREFERENCES: RecordFormat(
+                fields,
+                read_texts,
+                rejected=lambda found: str(found["rejected"]),
+                applies=lambda found: not isinstance(found["chosen"], list),
+            ),
+            PREFERENCE_MESSAGES: RecordFormat(
+                fields,
+                _read_preference_messages,
+                rejected=lambda found: str(found["rejected"][-1]["content"]),
+            ),
+        },
+        lambda _: f"these are what `objective` {objective} needs",
     )
 
 
@@ -135,36 +199,44 @@ def _read_preference_messages(
     return chosen
 
 
-def find_format(found: Mapping[str, Any], formats: Mapping[str, RecordFormat]) -> str:
-    """Return the first format with all fields present (not null), or ""."""
-    for name, known in formats.items():
-        if all(found.get(key) is not None for key in known.fields):
-            if name == PREFERENCES and isinstance(found["chosen"], list):
-                return PREFERENCE_MESSAGES
-            return name
-    return ""
+# The template --------------------------------------------------------------------
 
 
-def rejected_answer(record: Mapping[str, Any]) -> str:
-    """Return the rejected answer of a preference, in either format."""
-    rejected = record["rejected"]
-    return str(rejected if isinstance(rejected, str) else rejected[-1]["content"])
+@dataclass(frozen=True, slots=True)
+class TemplateChoice:
+    """The template that renders the records, and why it is that."""
+
+    name: str
+    reason: str
 
 
-def describe_unknown(
-    found: list[tuple[str, dict[str, Any]]], formats: Mapping[str, RecordFormat]
-) -> str:
-    """Describe the error that no record of a file has the fields of any format."""
-    there = set(found[0][1])
-    has = ", ".join(sorted(map(str, there))[:10]) or "no fields"
-    wanted = "; or ".join(" and ".join(f.fields) for f in formats.values())
-    if PREFERENCES in formats:
-        wanted = " and ".join(formats[PREFERENCES].fields)
-    if {"chosen", "rejected"} <= there and PREFERENCES not in formats:
-        advice = "for preferences say --objective dpo"
-    elif PREFERENCES in formats:
-        advice = "these are what --objective dpo needs"
-    else:
-        advice = "name other fields by --prompt-key and --completion-key"
-    others = f", nor has any of the {len(found)} records" if len(found) > 1 else ""
-    return f"has {has}, and not {wanted}{others}: {advice}"
+def choose_template(
+    said: str | None, stored: str | None, format: str
+) -> TemplateChoice:
+    """Choose what renders records of `format`.
+
+    Args:
+        said: what a person asked for; None or "auto": nothing.
+        stored: what is stored with the model, if anything.
+
+    Raises:
+        OpenELMError: a template is said for plain texts, which have no prompt.
+    """
+    if said == "auto":
+        said = None
+    if format == TEXT:
+        if said not in (None, "raw"):
+            raise OpenELMError(
+                f"`template` {said} has no place for plain texts; leave it out, or "
+                "give records with prompt and completion."
+            )
+        return TemplateChoice("raw", "plain texts are trained on as they are")
+    if said is not None:
+        return TemplateChoice(said, "it was asked for")
+    if stored is not None:
+        return TemplateChoice(stored, "it is stored with the model")
+    if format in (MESSAGES, PREFERENCE_MESSAGES):
+        return TemplateChoice("instruct", "the records are conversations")
+    if format == ALPACA:
+        return TemplateChoice("alpaca", "the records are Alpaca's")
+    return TemplateChoice("raw", "neither the model nor the records ask for another")

@@ -7,21 +7,12 @@ with file, line and column.
 import difflib
 import hashlib
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning.record_formats import (
-    PREFERENCES,
-    RecordChecks,
-    RecordFormat,
-    describe_unknown,
-    find_format,
-    known_formats,
-    rejected_answer,
-)
+from mlx_openelm.finetuning.record_formats import RecordChecks, RecordFormats
 from mlx_openelm.text.record_files import describe_type, open_records, read_values
 from mlx_openelm.text.templates import Turn
 
@@ -74,40 +65,32 @@ class Data:
     notes: tuple[str, ...]
 
     @property
+    def splits(self) -> dict[str, Dataset]:
+        """The files that there are, by "train", "valid" and "test"."""
+        splits = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: found for name, found in splits.items() if found is not None}
+
+    @property
     def digest(self) -> str:
         """Sha256 in hex of all files' bytes: other data has another one."""
-        splits = {"train": self.train, "valid": self.valid, "test": self.test}
         parts = [
             f"{name} {dataset.digest} {len(dataset.records)}\n"
-            for name, dataset in splits.items()
-            if dataset is not None
+            for name, dataset in self.splits.items()
         ]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def read_data(
-    path: Path,
-    *,
-    objective: str = "sft",
-    prompt_key: str | None = None,
-    completion_key: str | None = None,
-) -> Data:
+def read_data(path: Path, formats: RecordFormats) -> Data:
     """Read a file, or a folder's train, valid and test files, and check every record.
 
     Without a valid file, a tenth of the training records (at most 256) is set aside,
     chosen by their content alone.
-
-    Args:
-        objective: "dpo" reads preferences, anything else the other formats.
-        prompt_key, completion_key: names of the two fields, for prompt+completion
-            alone.
 
     Raises:
         OpenELMError: a file is missing or cannot be read, or records are wrong; all
             problems of all files are in it.
     """
     files, notes = _find_files(path)
-    formats = known_formats(objective, prompt_key, completion_key)
     problems: list[str] = []
     read = {split: _read_file(file, formats, problems) for split, file in files.items()}
     if problems:
@@ -188,7 +171,7 @@ def _find_in_folder(folder: Path) -> tuple[dict[str, Path], list[str]]:
         holds = f"holds {', '.join(similar[:5])}" if similar else "holds no such file"
         raise OpenELMError(
             f"{folder} has no train.jsonl (nor train.json, nor either with .gz); it "
-            f"{holds}. Rename the file, or give it as --data itself."
+            f"{holds}. Rename the file, or give it as `data` itself."
         )
     other = [name for name in similar if name.partition(".")[0].lower() in _OTHER_NAMES]
     if other and "valid" not in files:
@@ -212,16 +195,14 @@ def _refuse_missing(path: Path) -> None:
         similar = f"and {parent} holds {listed}"
     raise OpenELMError(
         f"There is no file or folder {path}, {similar}; give a file of records, or a "
-        "folder with train.jsonl, as --data."
+        "folder with train.jsonl, as `data`."
     )
 
 
 # Reading a file ----------------------------------------------------------------
 
 
-def _read_file(
-    path: Path, formats: Mapping[str, RecordFormat], problems: list[str]
-) -> Dataset:
+def _read_file(path: Path, formats: RecordFormats, problems: list[str]) -> Dataset:
     """Read one file; what is wrong with its records is added to `problems`."""
     try:
         with path.open("rb") as opened:
@@ -236,15 +217,17 @@ def _read_file(
         raise OpenELMError(f"Cannot read {path}: {error}.") from error
     if not found and not problems:
         raise OpenELMError(f"{path} holds no records; it is empty.")
-    named = [find_format(record, formats) for _, record in found]
+    named = [formats.find(record) for _, record in found]
     name, first = next(((n, i) for i, n in enumerate(named) if n), ("", 0))
-    if found and not name:
-        problems.append(f"{path}:{found[0][0]} {describe_unknown(found, formats)}")
+    if not name:
+        if found:
+            problems.append(f"{path}:{found[0][0]} {formats.describe_unknown(found)}")
         return Dataset(path, "", (), (), digest)
+    known = formats.known[name]
     records, mixed = [], set()
     for (place, record), other in zip(found, named, strict=True):
         if not other:
-            missing = [k for k in formats[name].fields if record.get(k) is None]
+            missing = [k for k in known.fields if record.get(k) is None]
             problems.append(
                 f"{path}:{place} has no {' and no '.join(missing)}, as {name} needs"
             )
@@ -257,16 +240,13 @@ def _read_file(
             mixed.add(other)
         else:
             checks = RecordChecks()
-            turns = formats[name].read(record, checks)
+            turns = known.read(record, checks)
             problems += [f"{path}:{place}: {problem}" for problem in checks.problems]
             if not checks.problems:
-                rejected = (
-                    rejected_answer(record) if name.startswith(PREFERENCES) else None
-                )
+                rejected = known.rejected(record)
                 key = _make_key(turns, rejected)
                 records.append(Record(f"{path.name}:{place}", turns, key, rejected))
-    fields = formats[name].fields if name else ()
-    return Dataset(path, name, fields, tuple(records), digest)
+    return Dataset(path, name, known.fields, tuple(records), digest)
 
 
 def _read_objects(

@@ -7,7 +7,6 @@ from itertools import pairwise
 from typing import Any
 
 from mlx_openelm.finetuning.report_history import (
-    Event,
     History,
     describe_end,
     describe_result,
@@ -30,6 +29,7 @@ from mlx_openelm.reporting.training_report import (
     Table,
     TrainingReport,
 )
+from mlx_openelm.training.events import Event
 
 MAX_ROWS = 200  # of the table of metrics
 REFRESH_SECONDS = 15
@@ -45,6 +45,7 @@ class TrainingRun:
         data: data.json.
         recipe: the text of recipe.yaml.
         commands: description and command line.
+        likelihood: the loss is the negative log-likelihood of tokens.
         progress: while the run is in progress, a sentence about it; else None.
         failure: why the run failed, if it did.
     """
@@ -56,13 +57,14 @@ class TrainingRun:
     data: Mapping[str, Any]
     recipe: str
     commands: Sequence[tuple[str, str]]
+    likelihood: bool
     progress: str | None = None
     failure: str | None = None
 
 
 def describe_run(run: TrainingRun) -> TrainingReport:
     """Return the contents of the page."""
-    history = read_history(run.events)
+    history = read_history(run.events, likelihood=run.likelihood)
     result, status = describe_result(history), describe_end(history, run.failure)
     if run.progress is not None:
         if not history.steps and not history.evals:
@@ -100,7 +102,7 @@ def _loss_chart(history: History) -> Chart:
     times = "" if resumes == 1 else f" ({resumes} times)"
     return Chart(
         name="loss",
-        title="Loss" if history.preferences else "Loss, nats per token",
+        title="Loss, nats per token" if history.likelihood else "Loss",
         lines=lines,
         last_step=history.last_step,
         format=format_number,

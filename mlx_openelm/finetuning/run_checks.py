@@ -1,16 +1,15 @@
 """What a fine-tuning run refuses before it starts or resumes."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.advice import describe_death
 from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import Prepared
 from mlx_openelm.finetuning.recipe import FinetuneRecipe, differences
-from mlx_openelm.finetuning.trainer import Event
+from mlx_openelm.finetuning.run_files import RECIPE
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import load_recipe
@@ -19,9 +18,8 @@ from mlx_openelm.storage.base_check import base_weights, check_base
 from mlx_openelm.storage.model_folder import METADATA_KEY
 from mlx_openelm.storage.staging import refuse_existing
 from mlx_openelm.training.distributed import World
-from mlx_openelm.training.state import RUNNING, STATE, load_state, read_events
-
-RECIPE, PAGE = "recipe.yaml", "report.html"
+from mlx_openelm.training.events import Event, read_events
+from mlx_openelm.training.state import RUNNING, STATE, load_state
 
 
 def refuse_other_settings(prepared: Prepared, world: World) -> None:
@@ -47,13 +45,13 @@ def refuse_too_large(plan: TrainingPlan) -> None:
         return
     fitting = [flags for flags, total in plan.smaller if total <= plan.limit]
     advice = (
-        f"say {fitting[0]}, or --fit to take that"
+        f"say {fitting[0]}, or `fit` to take that"
         if fitting
         else "no smaller setting fits either; choose a smaller model"
     )
     raise OpenELMError(
         f"The run needs about {plan.memory.total / 1e9:.2f} GB, and the limit is "
-        f"{plan.limit / 1e9:.2f} GB: {advice}, or raise --memory-limit."
+        f"{plan.limit / 1e9:.2f} GB: {advice}, or raise `memory_limit`."
     )
 
 
@@ -66,31 +64,29 @@ def refuse_present_run(path: Path, force: bool) -> None:
             recipe = load_recipe(FinetuneRecipe, str(path / RECIPE), {})
             died = f" {describe_death(step, recipe)}"
         raise OpenELMError(
-            f"{path} holds a run, up to step {step}; go on with --resume, replace it "
-            f"with --force, or choose another --adapter-path.{died}"
+            f"{path} holds a run, up to step {step}; go on with `resume`, replace it "
+            f"with `force`, or choose another `adapter_path`.{died}"
         )
     refuse_existing(path, force=force)
 
 
-def refuse_other_run(
-    prepared: Prepared, run: Mapping[str, Any], on_event: Callable[[Event], None]
-) -> None:
+def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> None:
     """Raise if the run in the folder is not the one that would go on."""
-    path = prepared.path
+    path, identity = prepared.path, prepared.identity
     state = load_state(path)
     if not (path / RECIPE).is_file():
         raise OpenELMError(
             f"{path} holds no {RECIPE}, so nobody knows how its run was begun; begin "
-            "anew with --force."
+            "anew with `force`."
         )
     old = load_recipe(FinetuneRecipe, str(path / RECIPE), {})
     found = differences(old, prepared.recipe)
-    if state.run.get("data") != run["data"]:
+    if state.run.get("data") != identity["data"]:
         found.append("the data is not the same")
     if found:
         raise OpenELMError(
             f"The run in {path} cannot go on with other settings: {'; '.join(found)}. "
-            "Say what was said then, or begin anew with --force."
+            "Say what was said then, or begin anew with `force`."
         )
     ends = [event for event in read_events(path) if event["event"] == "end"]
     if (
@@ -100,9 +96,9 @@ def refuse_other_run(
     ):
         raise OpenELMError(
             f"The run in {path} is at its end, step {state.progress.step}; begin anew "
-            "with --force, or choose another --adapter-path."
+            "with `force`, or choose another `adapter_path`."
         )
-    then, now = state.run.get("arithmetic", {}), run["arithmetic"]
+    then, now = state.run.get("arithmetic", {}), identity["arithmetic"]
     for name, value in now.items():
         if then.get(name) != value:
             text = (
@@ -119,5 +115,5 @@ def refuse_other_base(path: Path, model: OpenELM) -> None:
     notes = check_base(sketch, base_weights(model), path, None) if sketch else ()
     if notes:
         raise OpenELMError(
-            f"The run in {path} cannot go on: {notes[0]} Say the same --model."
+            f"The run in {path} cannot go on: {notes[0]} Say the same `model`."
         )

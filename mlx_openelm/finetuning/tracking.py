@@ -4,10 +4,9 @@ import dataclasses
 from types import TracebackType
 from typing import Self
 
-from mlx_openelm.finetuning.preparation import Prepared
-from mlx_openelm.finetuning.report_history import Event
-from mlx_openelm.finetuning.trainer import Training
+from mlx_openelm.finetuning.run_context import RunContext
 from mlx_openelm.reporting.trackers import Trackers
+from mlx_openelm.training.events import Event
 
 _GROUPS = {"step": "train", "eval": "eval", "test": "test"}
 
@@ -15,13 +14,13 @@ _GROUPS = {"step": "train", "eval": "eval", "test": "test"}
 class MetricsTracking:
     """Sends each event with numbers, and each sample, to the recipe's trackers."""
 
-    def __init__(self, prepared: Prepared, training: Training) -> None:
+    def __init__(self, run: RunContext) -> None:
         self._trackers = Trackers(
-            prepared.recipe.report_to,
-            prepared.path,
-            config=dataclasses.asdict(prepared.recipe),
-            first_step=training.progress.step,
-            on_failure=training.note,
+            run.recipe.report_to,
+            run.folder,
+            config=dataclasses.asdict(run.recipe),
+            first_step=run.progress.step,
+            on_failure=run.log.note,
         )
 
     def __enter__(self) -> Self:

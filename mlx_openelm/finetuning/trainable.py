@@ -7,11 +7,12 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.lora import DoRALinear, LoRAEmbedding, LoRALinear, row_lengths
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.training.arrays import trained_tensors
 
 Method = Literal["lora", "dora", "full"]
 
@@ -97,7 +98,7 @@ def choose_ranks(
         if not 1 <= ranks[path] <= most:
             raise OpenELMError(
                 f"Rank {ranks[path]} does not fit {path}, which is "
-                f"{' by '.join(map(str, weight_shape(module)))}; choose a --rank of 1 "
+                f"{' by '.join(map(str, weight_shape(module)))}; choose a `rank` of 1 "
                 f"to {most}."
             )
     return ranks
@@ -130,8 +131,8 @@ def adapt(
         if isinstance(module, _EMBEDDINGS):
             if method == "dora":
                 raise OpenELMError(
-                    f"DoRA cannot adapt {path}; leave it out of --keys, or choose "
-                    "--fine-tune-type lora."
+                    f"DoRA cannot adapt {path}; leave it out of `keys`, or choose "
+                    "`fine_tune_type` lora."
                 )
             bound = 1 / math.sqrt(rows)
             lora_a = mx.random.uniform(-bound, bound, (rows, rank), key=key)
@@ -162,7 +163,7 @@ def unfreeze(model: OpenELM, *, num_layers: int = -1) -> None:
     if packed:
         raise OpenELMError(
             f"{packed[0]} is quantized, and quantized weights cannot be trained; "
-            "choose --fine-tune-type lora, or convert the model with --dequantize."
+            "choose `fine_tune_type` lora, or convert the model with `dequantize`."
         )
     choose_modules(model, num_layers=num_layers)  # names a wrong number
     model.freeze()
@@ -171,11 +172,6 @@ def unfreeze(model: OpenELM, *, num_layers: int = -1) -> None:
     else:
         for layer in model.layers[-num_layers:]:
             layer.unfreeze()
-
-
-def trained_tensors(model: OpenELM) -> dict[str, mx.array]:
-    """Return what is trained, by name."""
-    return dict(tree_flatten(model.trainable_parameters()))
 
 
 def adapter_tensors(model: OpenELM) -> dict[str, mx.array]:

@@ -128,7 +128,8 @@ def replaced_file(target: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk refuses; the old file is as it was.
     """
-    part = target.with_name(f".{target.name}.part{target.suffix}")
+    # safetensors needs the suffix; torch names a .pt archive after the rest of the name.
+    part = target.with_name(f".{target.name}{target.suffix}")
     try:
         yield part
         flush(part)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -12,6 +13,11 @@ from mlx.utils import tree_flatten
 def flatten(tree: Any) -> dict[str, mx.array]:
     """Return the arrays of a tree by their path."""
     return dict(tree_flatten(tree))
+
+
+def trained_tensors(model: nn.Module) -> dict[str, mx.array]:
+    """Return what is trained, by name."""
+    return flatten(model.trainable_parameters())
 
 
 def digest_arrays(arrays: Mapping[str, mx.array]) -> str:

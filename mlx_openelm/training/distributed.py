@@ -1,7 +1,6 @@
 """The processes that train one model together, by `mx.distributed`."""
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -40,9 +39,8 @@ class World:
         return np.array(heard).astype(np.uint8).tobytes().decode()[:-1]
 
 
-@contextlib.contextmanager
-def fail_on_all_ranks(world: World) -> Iterator[None]:
-    """End all processes if the first one raises; only the first one reports why.
+def run_on_first_rank(world: World, action: Callable[[], None]) -> None:
+    """Run a function in the first process; if it fails, all of them end.
 
     Raises:
         OpenELMError: in the first process, as raised there.
@@ -50,7 +48,8 @@ def fail_on_all_ranks(world: World) -> Iterator[None]:
     """
     error: OpenELMError | None = None
     try:
-        yield
+        if world.rank == 0:
+            action()
     except OpenELMError as raised:
         error = raised
     if world.tell("failed" if error else "passed") == "failed":

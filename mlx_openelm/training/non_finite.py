@@ -1,20 +1,16 @@
-"""Batches whose loss or gradient is not finite: skipped, and counted."""
+"""Batches whose loss or gradient is not finite: refused in a row."""
 
 from collections.abc import Sequence
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.training.state import Progress
+from mlx_openelm.training.state import TrainingProgress
 
 MOST_IN_A_ROW = 3
 
 
-def count_skipped(progress: Progress) -> None:
-    """Count a batch that changed nothing; an applied one resets `skipped_in_row`."""
-    progress.skipped += 1
-    progress.skipped_in_row += 1
-
-
-def refuse_repeated(progress: Progress, places: Sequence[str], kept: str) -> None:
+def refuse_repeated(
+    progress: TrainingProgress, places: Sequence[str], kept: str
+) -> None:
     """Refuse to train on after `MOST_IN_A_ROW` skipped batches in a row.
 
     Args:

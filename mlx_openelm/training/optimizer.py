@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from mlx_openelm.training.arrays import flatten
+from mlx_openelm.training.arrays import trained_tensors
 
 
 def make_optimizer(
@@ -42,7 +42,7 @@ def make_optimizer(
                 )
 
     optimizer = build(weight_decay)
-    trained = flatten(model.trainable_parameters()).values()
+    trained = trained_tensors(model).values()
     if weight_decay and any(array.ndim < 2 for array in trained):
         optimizer = optim.MultiOptimizer(
             [optimizer, build(0.0)], [lambda _, weight: weight.ndim >= 2]

@@ -4,7 +4,6 @@ All that is needed to go on stands in one file, which is written beside the old 
 takes its name when it is whole:
 
     state.safetensors   trained weights, optimizer, and how far the run is
-    metrics.jsonl       an event a line; what is newer than the state is dropped later
     running.json        there while a process trains; left behind only by a death
 """
 
@@ -14,25 +13,31 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import safetensors
+from mlx.utils import tree_map_with_path, tree_unflatten
 
 from mlx_openelm import openblas
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.adapter_folder import save_tensors
 from mlx_openelm.storage.staging import flush, replaced_file
+from mlx_openelm.training.arrays import flatten, trained_tensors
+from mlx_openelm.training.distributed import World
+from mlx_openelm.training.objective import Totals
 
-STATE, METRICS, RUNNING = "state.safetensors", "metrics.jsonl", "running.json"
+STATE, RUNNING = "state.safetensors", "running.json"
 _FORMAT = 1
 
 
 @dataclass(slots=True)
-class Progress:
+class TrainingProgress:
     """How far a run is: what the next step needs, beside weights and optimizer.
 
     Attributes:
@@ -65,19 +70,96 @@ class Progress:
     skipped_in_row: int = 0
     peak_memory: int = 0
 
+    def add_update(self, totals: Totals) -> None:
+        """Count a batch that changed the weights."""
+        self.skipped_in_row = 0
+        self.tokens += totals.count
+        self.window_loss += totals.loss
+        self.window_tokens += totals.count
+        self.window_wins += totals.wins
+        self.window_margin += totals.margin
+
+    def add_skipped(self) -> None:
+        """Count a batch that changed nothing."""
+        self.skipped += 1
+        self.skipped_in_row += 1
+
+    def start_window(self) -> None:
+        """Begin what the next report is about."""
+        self.reported = self.seconds
+        self.window_loss = self.window_wins = self.window_margin = 0.0
+        self.window_tokens = 0
+
 
 @dataclass(frozen=True, slots=True)
-class State:
+class SavedState:
     """A saved run.
 
     Attributes:
         run: what must be the same to go on: digests of the data, the kind of machine.
     """
 
-    progress: Progress
+    progress: TrainingProgress
     trained: Mapping[str, mx.array]
     optimizer: Mapping[str, mx.array]
     run: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class TrainingState:
+    """All that updates change: a model's trained weights, optimizer and progress."""
+
+    model: OpenELM
+    optimizer: optim.Optimizer
+    progress: TrainingProgress = field(default_factory=TrainingProgress)
+
+    def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+        """Replace the folder's state; until the new one is whole the old one stays.
+
+        Raises:
+            OSError: the disk refuses; the old state is as it was.
+        """
+        progress = {
+            name: None if value == math.inf else value
+            for name, value in dataclasses.asdict(self.progress).items()
+        }
+        metadata = {"format": _FORMAT, "progress": progress, "run": dict(run)}
+        trained, optimizer = trained_tensors(self.model), flatten(self.optimizer.state)
+        tensors = {f"trained.{name}": array for name, array in trained.items()}
+        tensors |= {f"optimizer.{name}": array for name, array in optimizer.items()}
+        with replaced_file(folder / STATE) as path:
+            save_tensors(
+                path, tensors, format="mlx", metadata={"state": json.dumps(metadata)}
+            )
+
+    def restore(self, folder: Path, world: World) -> None:
+        """Go on from the folder's state, which the first process reads for all.
+
+        Raises:
+            OpenELMError: it is damaged, or of another model.
+        """
+        trained, optimizer = trained_tensors(self.model), flatten(self.optimizer.state)
+        state = SavedState(self.progress, trained, optimizer, {})
+        if world.rank == 0:
+            state = load_state(folder)
+            for ours, saved in ((trained, state.trained), (optimizer, state.optimizer)):
+                if _shapes(ours) != _shapes(saved):
+                    raise OpenELMError(
+                        f"The state in {folder} is of another model or recipe; begin "
+                        "anew with `force`."
+                    )
+        progress = world.tell(json.dumps(dataclasses.asdict(state.progress)))
+        self.progress = TrainingProgress(**json.loads(progress))
+        weights = [(n, world.from_first(a)) for n, a in state.trained.items()]
+        self.model.update(tree_unflatten(weights))
+        self.optimizer.state = tree_map_with_path(
+            lambda path, _: world.from_first(state.optimizer[path]),
+            self.optimizer.state,
+        )
+
+
+def _shapes(arrays: Mapping[str, mx.array]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}
 
 
 def describe_arithmetic() -> dict[str, Any]:
@@ -99,26 +181,7 @@ def _count_threads() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def save_state(folder: Path, state: State) -> None:
-    """Replace the folder's state; until the new one is whole the old one stays.
-
-    Raises:
-        OSError: the disk refuses; the old state is as it was.
-    """
-    progress = {
-        name: None if value == math.inf else value
-        for name, value in dataclasses.asdict(state.progress).items()
-    }
-    tensors = {f"trained.{name}": array for name, array in state.trained.items()}
-    tensors |= {f"optimizer.{name}": array for name, array in state.optimizer.items()}
-    metadata = {"format": _FORMAT, "progress": progress, "run": dict(state.run)}
-    with replaced_file(folder / STATE) as path:
-        save_tensors(
-            path, tensors, format="mlx", metadata={"state": json.dumps(metadata)}
-        )
-
-
-def load_state(folder: Path) -> State:
+def load_state(folder: Path) -> SavedState:
     """Read the folder's state.
 
     Raises:
@@ -146,8 +209,8 @@ def load_state(folder: Path) -> State:
         saved["best_loss"] = (
             math.inf if saved["best_loss"] is None else saved["best_loss"]
         )
-        return State(
-            progress=Progress(**saved),
+        return SavedState(
+            progress=TrainingProgress(**saved),
             trained=_below("trained.", arrays),
             optimizer=_below("optimizer.", arrays),
             run=metadata["run"],
@@ -165,58 +228,6 @@ def _below(prefix: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         for name, array in arrays.items()
         if name.startswith(prefix)
     }
-
-
-# Events --------------------------------------------------------------------------
-
-
-def append_event(folder: Path, event: Mapping[str, Any]) -> None:
-    """Add a line to the folder's metrics; what is not finite becomes null.
-
-    A full disk loses the line, not the run.
-    """
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in event.items()
-    }
-    with (
-        contextlib.suppress(OSError),
-        (folder / METRICS).open("a", encoding="utf-8") as opened,
-    ):
-        opened.write(json.dumps(finite, ensure_ascii=False) + "\n")
-
-
-def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return the folder's events; a line that a death has cut is left out."""
-    path = folder / METRICS
-    events: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError):
-                event = json.loads(line)
-                if isinstance(event, dict) and _is_event(event):
-                    events.append(event)
-    return events
-
-
-def _is_event(found: Mapping[str, Any]) -> bool:
-    return isinstance(found.get("step"), int) and isinstance(found.get("event"), str)
-
-
-def drop_events_after(folder: Path, progress: Progress) -> None:
-    """Forget what came after the state that is gone on from."""
-    kept = [
-        event
-        for event in read_events(folder)
-        if event["step"] <= progress.step
-        and not (
-            event["event"] in ("eval", "sample")
-            and event["step"] > progress.evaluated_step
-        )
-    ]
-    lines = [json.dumps(event, ensure_ascii=False) + "\n" for event in kept]
-    with replaced_file(folder / METRICS) as path:
-        path.write_text("".join(lines), encoding="utf-8")
 
 
 # Deaths --------------------------------------------------------------------------

@@ -43,7 +43,9 @@ def test_the_state_dict_has_corenets_names_and_order():
     )
 
 
-@pytest.mark.parametrize("case", ["gpt-test", "OpenELM-270M"])
+@pytest.mark.parametrize(
+    "case", ["gpt-test", pytest.param("OpenELM-270M", marks=pytest.mark.proof)]
+)
 def test_apples_answers(case):
     metadata, shapes, tokens, positions, logits = read_golden(case)
     seed = int(metadata["seed"])

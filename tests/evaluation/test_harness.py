@@ -391,7 +391,7 @@ def test_scores_of_another_model_are_not_taken_for_this_one_s(model, folder, tmp
     run_kept_task(model, tokenizer, task, tmp_path, limit=3)
     other = build(UNEVEN, seed=1)
     for asked, limit in ((other, 3), (model, 4)):
-        with pytest.raises(OpenELMError, match=r"other settings; .* --force"):
+        with pytest.raises(OpenELMError, match=r"other settings; .* `force`"):
             run_kept_task(asked, tokenizer, task, tmp_path, limit=limit)
     (replaced,) = run_kept_task(other, tokenizer, task, tmp_path, limit=3, force=True)
     (fresh,) = run_task(wrap_model(other, tokenizer), task, limit=3)
@@ -411,12 +411,12 @@ def test_scores_of_other_questions_are_not_taken_for_these(model, tmp_path):
 
     (first,) = run(RECORDS)
     assert run(RECORDS) == (first,)
-    with pytest.raises(OpenELMError, match=r"other settings; .* --force"):
+    with pytest.raises(OpenELMError, match=r"other settings; .* `force`"):
         run([record | {"answer": 1 - record["answer"]} for record in RECORDS])
     (tmp_path / "tales.yaml").write_text(
         YAML["tales"].replace("{{context}}", "{{context}}?") + common
     )
-    with pytest.raises(OpenELMError, match=r"other settings; .* --force"):
+    with pytest.raises(OpenELMError, match=r"other settings; .* `force`"):
         run(RECORDS)
 
 
@@ -504,7 +504,7 @@ def test_settings_that_cannot_be_are_said_to_be_the_task_s(model, folder):
     )
     (task,) = open_tasks([("odd", None)], include_path=folder)
     with pytest.raises(
-        OpenELMError, match=r"task odd: .*generation_kwargs.*top-p is 7"
+        OpenELMError, match=r"task odd: .*generation_kwargs.*top_p` is 7"
     ):
         run_task(wrap_model(model, tokenizer), task, limit=1)
 

@@ -166,7 +166,7 @@ def test_a_larger_limit_goes_on_and_a_smaller_one_is_refused(tmp_path):
     output = tmp_path / "wood.jsonl"
     score_task(model, tokenizer, make_task(5), output=output)
     assert score_task(model, tokenizer, make_task(8), output=output).score.n == 8
-    with pytest.raises(OpenELMError, match="--force"):
+    with pytest.raises(OpenELMError, match="`force`"):
         score_task(model, tokenizer, make_task(5), output=output)
     assert len(lines_of(output)) == 8
 
@@ -187,7 +187,7 @@ def test_another_model_or_task_is_refused_unless_forced(tmp_path):
         (model, change_question(answer=1)),
     ]
     for other, task in others:
-        with pytest.raises(OpenELMError, match="--force"):
+        with pytest.raises(OpenELMError, match="`force`"):
             score_task(other, tokenizer, task, output=output)
         assert output.read_bytes() == before
     changed = [*lines_of(output)[:-1], lines_of(output)[-1] | {"key": "other"}]
@@ -207,7 +207,7 @@ def test_an_outcome_without_its_numbers_is_not_taken(tmp_path):
         first, *rest = lines_of(output)
         lines = [first | {"loglikelihoods": wrong}, *rest]
         output.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        with pytest.raises(OpenELMError, match="--force"):
+        with pytest.raises(OpenELMError, match="`force`"):
             score_task(model, tokenizer, TASK, output=output)
 
 

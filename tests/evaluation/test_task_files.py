@@ -112,7 +112,7 @@ def test_a_limit_takes_the_first_of_a_shuffled_file(tmp_path):
     assert [q.line for q in read_task(path).questions] == order
     assert [q.line for q in read_task(path, limit=7).questions] == order[:7]
     assert read_task(path, limit=99) == read_task(path)
-    with pytest.raises(OpenELMError, match="--limit is 0"):
+    with pytest.raises(OpenELMError, match="`limit` is 0"):
         read_task(path, limit=0)
 
 

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from trainings import read_data
 
 from mlx_openelm.finetuning.batches import collate, collate_pairs, plan_epoch, share_out
-from mlx_openelm.finetuning.records import read_data
-from mlx_openelm.finetuning.samples import Pair, Sample, make_samples
+from mlx_openelm.finetuning.record_samples import make_samples
+from mlx_openelm.finetuning.samples import Pair, Sample
 
 lengths = st.lists(st.integers(2, 40), max_size=60)
 

@@ -338,10 +338,10 @@ def test_a_first_preference_step_starts_from_indifference():
     recipe = make_recipe(objective="dpo", dpo_beta=0.2)
     training = make_training(recipe, make_pairs())
     step(training)
-    window = training._window
-    assert window.count == 6
-    assert window.loss == pytest.approx(6 * np.log(2), rel=1e-5)
-    assert window.margin == pytest.approx(0, abs=1e-4)
+    progress = training.progress
+    assert progress.window_tokens == 6
+    assert progress.window_loss == pytest.approx(6 * np.log(2), rel=1e-5)
+    assert progress.window_margin == pytest.approx(0, abs=1e-4)
     step(training)
-    assert window.margin > 0.01  # the same pairs again: learnt
-    assert window.wins >= 6
+    assert progress.window_margin > 0.01  # the same pairs again: learnt
+    assert progress.window_wins >= 6

@@ -9,6 +9,7 @@ from models import UNEVEN, build
 from trainings import make_pairs, make_recipe, make_samples
 
 from mlx_openelm.finetuning.objectives import make_objective
+from mlx_openelm.finetuning.recipe import OBJECTIVES
 from mlx_openelm.finetuning.samples import Sample
 from mlx_openelm.model.openelm import OpenELM
 
@@ -31,7 +32,7 @@ def figures(objective, model, samples):
 
 def test_supervised_sums_the_losses_of_the_tokens_that_count():
     model, samples = build(UNEVEN), make_samples()
-    objective = make_objective(make_recipe(), model, samples)
+    objective = make_objective(make_recipe())
     loss = -sum(log_likelihood(model, sample) for sample in samples)
     count = sum(int(sample.counts.sum()) for sample in samples)
     for totals in figures(objective, model, samples):
@@ -43,7 +44,8 @@ def test_supervised_sums_the_losses_of_the_tokens_that_count():
 def test_preferences_are_measured_against_the_model_before_training():
     before, model, pairs = build(UNEVEN), build(UNEVEN, seed=1), make_pairs()
     recipe = make_recipe(objective="dpo")
-    objective = make_objective(recipe, before, pairs)
+    objective = make_objective(recipe)
+    objective.start(before, pairs)
     margins = [
         recipe.dpo_beta
         * (
@@ -61,3 +63,23 @@ def test_preferences_are_measured_against_the_model_before_training():
         assert totals.wins == sum(margin > 0 for margin in margins)
     assert trained.margin == pytest.approx(sum(margins), rel=1e-4)
     assert (objective.unit, objective.compares) == ("pair", True)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_each_name_of_a_recipe_has_its_objective(name):
+    assert make_objective(make_recipe(objective=name)).name == name
+
+
+@pytest.mark.parametrize(
+    ("objective", "length", "rate"), [("sft", 2048, 3e-4), ("dpo", 1024, 5e-5)]
+)
+def test_an_objective_has_its_own_defaults(objective, length, rate):
+    recipe = make_recipe(objective=objective, max_seq_length=None, learning_rate=None)
+    chosen = make_objective(recipe)
+    known = {"template": "raw", "model": "demo", "data": "none"}
+    known |= {"default_length": chosen.default_length}
+    known |= {"default_rate": chosen.default_rate}
+    resolved = recipe.resolve(context_length=4096, **known)
+    assert (resolved.max_seq_length, resolved.learning_rate) == (length, rate)
+    assert resolved.max_prompt_length == length // 2
+    assert recipe.resolve(context_length=512, **known).max_seq_length == 512

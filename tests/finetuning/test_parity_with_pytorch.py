@@ -17,7 +17,7 @@ from trainings import (
 )
 
 from mlx_openelm.finetuning.samples import Pair, Sample
-from mlx_openelm.finetuning.trainable import trained_tensors
+from mlx_openelm.training.arrays import trained_tensors
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
@@ -133,10 +133,10 @@ def compare_steps(recipe, model, rates, samples, loss_of):
     optimizer = make_adamw(trained, recipe)
     start = theirs_of(trained)
     for i, rate in enumerate(rates):
-        before = training._window.loss, training._window.count
+        before = training.progress.window_loss, training.progress.window_tokens
         gradients = step(training)
-        loss = training._window.loss - before[0]
-        count = training._window.count - before[1]
+        loss = training.progress.window_loss - before[0]
+        count = training.progress.window_tokens - before[1]
 
         chosen = [samples[j] for j in training.order.batch(i)]
         total, expected_count = loss_of(reference, chosen)
@@ -148,7 +148,7 @@ def compare_steps(recipe, model, rates, samples, loss_of):
         assert norm > 1.2 * recipe.clip_norm, "clipping is not active"
         assert count == expected_count
         assert loss == pytest.approx(total.item(), rel=1e-4)
-        assert training._last["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert training.norm == pytest.approx(norm.item(), rel=1e-4)
         assert_close(gradients, {n: p.grad.numpy() for n, p in trained.items()})
         optimizer.step()
         ours = ours_of(model)

@@ -13,17 +13,17 @@ from trainings import make_model, make_recipe, make_samples, make_training, step
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.finetuning.plan import (
-    Load,
+    BatchShape,
     Order,
     count_bytes,
-    heaviest_load,
+    largest_batch,
     plan_memory,
     propose_smaller,
 )
 from mlx_openelm.finetuning.preparation import make_trainable
-from mlx_openelm.finetuning.samples import lengths_of
-from mlx_openelm.finetuning.trainable import trained_tensors
+from mlx_openelm.finetuning.samples import lengths_of, targets_of
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.training.arrays import trained_tensors
 
 SIZES = np.random.default_rng(0).integers(2, 60, 37).tolist()
 
@@ -77,14 +77,14 @@ def test_a_run_takes_the_samples_that_its_order_says():
     samples = make_samples()
     training = make_training(make_recipe(batch_size=1), samples)
     seen: list[list[int]] = []
-    parts = training._parts
+    parts = training.trainer._parts
 
     def watch(indices):
         for part in parts(indices):
             seen.append(part.indices)
             yield part
 
-    training._parts = watch
+    training.trainer._parts = watch
     for _ in range(3):
         step(training)
     for i in range(3):
@@ -93,16 +93,16 @@ def test_a_run_takes_the_samples_that_its_order_says():
         )
 
 
-def test_the_heaviest_share_is_found():
+def test_the_largest_share_is_found():
     order = Order(SIZES, make_recipe(iters=None, epochs=2.0))
     counted = [size // 2 for size in SIZES]
-    load = heaviest_load(order, SIZES, counted, 2)
-    batches = [order.batch(i) for i in range(order.steps)]
-    least = max(sum(SIZES[j] for j in batch) for batch in batches) / 2
-    assert least <= load.tokens < least + max(SIZES)
-    assert load.counted < load.tokens
-    assert load.longest in SIZES
-    assert heaviest_load(order, SIZES, counted, 6).tokens == max(SIZES)
+    batch = largest_batch(order, SIZES, counted, 2)
+    steps = [order.batch(i) for i in range(order.steps)]
+    least = max(sum(SIZES[j] for j in step) for step in steps) / 2
+    assert least <= batch.tokens < least + max(SIZES)
+    assert batch.targets < batch.tokens
+    assert batch.longest in SIZES
+    assert largest_batch(order, SIZES, counted, 6).tokens == max(SIZES)
 
 
 # Memory --------------------------------------------------------------------------
@@ -168,9 +168,9 @@ def measure(config, lengths, options):
     mx.reset_peak_memory()
     step(training)
     measured = mx.get_peak_memory() - before
-    sizes, counted = lengths_of(samples), [int(s.counts.sum()) for s in samples]
-    load = heaviest_load(training.order, sizes, counted, parts)
-    return plan_memory(model, recipe, load).total, measured
+    sizes, counted = lengths_of(samples), targets_of(samples)
+    batch = largest_batch(training.order, sizes, counted, parts)
+    return plan_memory(model, recipe, batch).total, measured
 
 
 def test_nothing_is_computed_for_a_plan():
@@ -179,14 +179,14 @@ def test_nothing_is_computed_for_a_plan():
     gc.collect()
     before = mx.get_active_memory()
     make_trainable(model, recipe)
-    plan = plan_memory(model, recipe, Load(1000, 500, 1000))
+    plan = plan_memory(model, recipe, BatchShape(1000, 500, 1000))
     assert mx.get_active_memory() - before < 2 * plan.adapter
     assert plan.weights == 4 * model.config.num_parameters
 
 
 def test_the_plan_counts_weights_and_the_adapter_apart():
     model = make_model(make_recipe())
-    plan = plan_memory(model, make_recipe(), Load(100, 50, 40))
+    plan = plan_memory(model, make_recipe(), BatchShape(100, 50, 40))
     adapter = sum(array.nbytes for array in trained_tensors(model).values())
     assert plan.adapter == adapter
     assert plan.weights == count_bytes(model) - adapter
@@ -201,19 +201,30 @@ def test_every_proposal_takes_less_than_the_one_before():
     def total(recipe):
         longest = recipe.max_seq_length
         tokens = longest * recipe.batch_size
-        return plan_memory(model, recipe, Load(tokens, tokens // 2, longest)).total
+        batch = BatchShape(tokens, tokens // 2, longest)
+        return plan_memory(model, recipe, batch).total
 
     proposals = propose_smaller(recipe)
     totals = [total(recipe), *(total(smaller) for _, smaller in proposals)]
     assert totals == sorted(totals, reverse=True)
     assert len(set(totals)) == len(totals) == 6
     assert [flags for flags, _ in proposals] == [
-        "--grad-checkpoint",
-        "--grad-checkpoint --batch-size 2 --grad-accumulation-steps 2",
-        "--grad-checkpoint --batch-size 1 --grad-accumulation-steps 4",
-        "--grad-checkpoint --batch-size 1 --grad-accumulation-steps 4 "
-        "--max-seq-length 256",
-        "--grad-checkpoint --batch-size 1 --grad-accumulation-steps 4 "
-        "--max-seq-length 128",
+        "`grad_checkpoint`",
+        "`grad_checkpoint` `batch_size` 2 `grad_accumulation_steps` 2",
+        "`grad_checkpoint` `batch_size` 1 `grad_accumulation_steps` 4",
+        "`grad_checkpoint` `batch_size` 1 `grad_accumulation_steps` 4 "
+        "`max_seq_length` 256",
+        "`grad_checkpoint` `batch_size` 1 `grad_accumulation_steps` 4 "
+        "`max_seq_length` 128",
     ]
     assert all(smaller.step_size == 4 for _, smaller in proposals)
+
+
+def test_the_flags_of_every_proposal_are_all_its_changes():
+    recipe = make_recipe(batch_size=6, grad_accumulation_steps=1, max_seq_length=256)
+    assert [flags for flags, _ in propose_smaller(recipe)] == [
+        "`grad_checkpoint`",
+        "`grad_checkpoint` `batch_size` 3 `grad_accumulation_steps` 2",
+        "`grad_checkpoint` `batch_size` 3 `grad_accumulation_steps` 2 "
+        "`max_seq_length` 128",
+    ]

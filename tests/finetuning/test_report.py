@@ -92,30 +92,29 @@ RUN = TrainingRun(
     },
     recipe=f"model: demo\nname: {EVIL}\n" + "long" * 100,
     commands=[("Write with it:", "mlx-openelm generate --adapter-path " + "x" * 200)],
+    likelihood=True,
 )
+NOTHING = TrainingRun("", "", {}, [], {}, "", (), likelihood=True)
 RUNS = {
     "usual": RUN,
     "thousands of steps": dataclasses.replace(RUN, events=usual_events(20_000, 1)),
     "preferences": dataclasses.replace(
-        RUN, events=[step(n, accuracy=n / 40, margin=n - 9) for n in range(1, 41)]
+        RUN,
+        events=[step(n, accuracy=n / 40, margin=n - 9) for n in range(1, 41)],
+        likelihood=False,
     ),
-    "one step": TrainingRun("", "", {}, [step(1, learning_rate=1e-4)], {}, "", ()),
-    "nothing finite": TrainingRun("", "", {}, [step(1, None)], {}, "", ()),
-    "nothing": TrainingRun("", "", {}, [], {}, "", ()),
-    "diverged": TrainingRun(
-        "",
-        "",
-        {},
-        [step(n, 10.0**n, grad_norm=10.0 ** (2 * n)) for n in range(1, 150, 5)],
-        {},
-        "",
-        (),
+    "one step": dataclasses.replace(NOTHING, events=[step(1, learning_rate=1e-4)]),
+    "nothing finite": dataclasses.replace(NOTHING, events=[step(1, None)]),
+    "nothing": NOTHING,
+    "diverged": dataclasses.replace(
+        NOTHING,
+        events=[step(n, 10.0**n, grad_norm=10.0 ** (2 * n)) for n in range(1, 150, 5)],
     ),
     "strange rows": TrainingRun(
         *("n", "m", {}),
         [{}, {"event": "step"}, step(3, math.inf), step(4, "x"), {"event": "skip"}],
         {"train": {"lengths": [1], "edges": 3}, "x": [1, {"a": 2}], "valid": {}},
-        *("r", ()),
+        *("r", (), True),
     ),
 }
 
@@ -155,16 +154,18 @@ def render_page(run):
             "Training loss from 3.000 to 2.000 nats per token (perplexity 20.09 to "
             "7.39); nothing was validated.",
         ),
-        (
-            [step(1, accuracy=0.5), validation(0, 0.75), validation(1, 0.5)],
-            "Validation loss fell from 0.750 to 0.500, best at step 1.",
-        ),
         ([step(1, None)], "No loss was recorded."),
         ([], "No loss was recorded."),
     ],
 )
 def test_the_headline_is_the_result(events, said):
-    assert describe_result(read_history(events)) == said
+    assert describe_result(read_history(events, likelihood=True)) == said
+
+
+def test_the_headline_of_preferences_has_no_unit_and_no_perplexity():
+    events = [step(1, accuracy=0.5), validation(0, 0.75), validation(1, 0.5)]
+    said = "Validation loss fell from 0.750 to 0.500, best at step 1."
+    assert describe_result(read_history(events, likelihood=False)) == said
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_the_headline_is_the_result(events, said):
 )
 def test_the_end_says_why(reason, said):
     end = {"event": "end", "step": 1600, "reason": reason}
-    assert describe_end(read_history([step(1600), end])) == said
+    assert describe_end(read_history([step(1600), end], likelihood=True)) == said
 
 
 def test_what_a_killed_run_did_after_its_last_state_counts_once():
@@ -188,7 +189,7 @@ def test_what_a_killed_run_did_after_its_last_state_counts_once():
         step(20),
         validation(20, 1.5, best=True),
     ]
-    history = read_history([*killed, *resumed])
+    history = read_history([*killed, *resumed], likelihood=True)
     assert [row["loss"] for row in history.steps] == [2.0, 2.0]
     assert [row["loss"] for row in history.evals] == [1.5]
     assert (history.skips, history.resumed) == ([], [10])

@@ -18,18 +18,21 @@ from commands import call, make_source, refuse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import UNEVEN, weights_of
+from ports import free_ports
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning import trainer as training
+from mlx_openelm.finetuning import run_saver
 from mlx_openelm.finetuning.objectives import Supervised
 from mlx_openelm.finetuning.preparation import prepare
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.run import finetune
-from mlx_openelm.finetuning.trainer import Training
+from mlx_openelm.finetuning.trainer import Trainer
+from mlx_openelm.finetuning.validation import Validation, Validator
 from mlx_openelm.recipe_loader import bundled_recipes, load_recipe
 from mlx_openelm.storage.loading import load
 from mlx_openelm.training import state as training_state
-from mlx_openelm.training.state import load_state, read_events
+from mlx_openelm.training.events import append_event, read_events
+from mlx_openelm.training.state import load_state
 from mlx_openelm.training.step import Step
 
 STEPS = 12
@@ -155,7 +158,7 @@ def test_every_sample_is_trained_in_every_epoch(base, tmp_path, monkeypatch):
         return collate(self, samples)
 
     monkeypatch.setattr(Supervised, "collate", note)
-    monkeypatch.setattr(Training, "evaluate", lambda self, s: training.Validation(1, 1))
+    monkeypatch.setattr(Validator, "evaluate", lambda self, s: Validation(1.0))
     prepared = prepare(recipe)
     finetune(recipe)
     assert sorted(seen) == sorted(2 * [sample.place for sample in prepared.train])
@@ -163,13 +166,13 @@ def test_every_sample_is_trained_in_every_epoch(base, tmp_path, monkeypatch):
 
 def worsen_after(monkeypatch, step: int) -> None:
     """Let the validation find a loss of 99 after this step."""
-    evaluate = Training.evaluate
+    evaluate = Validator.evaluate
 
     def worsen(self, samples):
-        late = self.progress.step > step
-        return training.Validation(99.0, 1) if late else evaluate(self, samples)
+        late = self._run.progress.step > step
+        return Validation(99.0) if late else evaluate(self, samples)
 
-    monkeypatch.setattr(Training, "evaluate", worsen)
+    monkeypatch.setattr(Validator, "evaluate", worsen)
 
 
 def test_patience_ends_a_run_that_gains_nothing_more(base, tmp_path, monkeypatch):
@@ -208,7 +211,7 @@ def test_the_mean_of_the_last_saves_is_written_on_request(base, tmp_path):
 def test_the_mean_is_the_same_after_interruptions(base, tmp_path, monkeypatch):
     recipe = make_recipe(base, tmp_path, average_last=3)
     whole = dataclasses.replace(recipe, adapter_path=str(tmp_path / "whole"))
-    keep = training.keep
+    keep = run_saver.keep
 
     def die_before_keeping(run, step, tensors, *, most):
         if step == 6:
@@ -220,7 +223,7 @@ def test_the_mean_is_the_same_after_interruptions(base, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)  # 8 is no step to save at
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "keep", die_before_keeping)
+        patched.setattr(run_saver, "keep", die_before_keeping)
         with pytest.raises(Killed):
             finetune(recipe)
     with pytest.raises(KeyboardInterrupt):
@@ -454,7 +457,7 @@ def test_a_death_is_told_and_half_the_batch_goes_on(base, tmp_path):
     with pytest.raises(Killed):
         finetune(recipe, on_event=die)
     (path / "running.json").write_text("{}")  # what a killed process leaves behind
-    with pytest.raises(OpenELMError, match=r"killed without a word.*--batch-size 2"):
+    with pytest.raises(OpenELMError, match=r"killed without a word.*`batch_size` 2"):
         finetune(recipe)
     said = []
     half = dataclasses.replace(recipe, batch_size=2, grad_accumulation_steps=2)
@@ -462,7 +465,7 @@ def test_a_death_is_told_and_half_the_batch_goes_on(base, tmp_path):
     assert report.steps == STEPS
     [note] = [event["text"] for event in said if event["event"] == "note"]
     assert "after step 6 was saved" in note
-    assert "--batch-size 1 --grad-accumulation-steps 4" in note
+    assert "`batch_size` 1 `grad_accumulation_steps` 4" in note
 
 
 @pytest.mark.parametrize(
@@ -556,10 +559,10 @@ def test_only_one_process_trains_a_folder(recipe):
 
 def spoil(monkeypatch, *, steps: set[int]) -> None:
     """Make the loss of these steps NaN."""
-    differentiate, update, now = Step._compute_gradient, Training._update, [0]
+    differentiate, update, now = Step._compute_gradient, Trainer.update, [0]
 
     def note(self, stop):
-        now[0] = self.progress.step
+        now[0] = self._run.progress.step
         return update(self, stop)
 
     def spoilt(self, part):
@@ -568,7 +571,7 @@ def spoil(monkeypatch, *, steps: set[int]) -> None:
             totals.loss = float("nan")
         return totals, gradients
 
-    monkeypatch.setattr(Training, "_update", note)
+    monkeypatch.setattr(Trainer, "update", note)
     monkeypatch.setattr(Step, "_compute_gradient", spoilt)
 
 
@@ -595,12 +598,12 @@ def test_three_in_a_row_stop_the_run_and_keep_the_last_state(recipe, monkeypatch
 
 
 def test_nan_is_never_saved(recipe, monkeypatch):
-    update = Training._update
+    update = Trainer.update
 
     def spoilt(self, stop):
-        stopping = update(self, stop)
-        if self.progress.step == 5:
-            self.model.update(
+        result = update(self, stop)
+        if self._run.progress.step == 5:
+            self._run.model.update(
                 {
                     "transformer": {
                         "layers": [
@@ -609,9 +612,9 @@ def test_nan_is_never_saved(recipe, monkeypatch):
                     }
                 }
             )
-        return stopping
+        return result
 
-    monkeypatch.setattr(Training, "_update", spoilt)
+    monkeypatch.setattr(Trainer, "update", spoilt)
     with pytest.raises(OpenELMError):
         finetune(recipe)
     path = Path(recipe.adapter_path)
@@ -650,7 +653,7 @@ def test_what_does_not_fit_is_refused_and_fit_takes_smaller_settings(base, tmp_p
     least = min(smaller.values())
     assert least < whole
     limited = dataclasses.replace(recipe, memory_limit=(whole + least) / 2 / 1e9)
-    with pytest.raises(OpenELMError, match="or --fit to take that"):
+    with pytest.raises(OpenELMError, match="or `fit` to take that"):
         finetune(limited)
     assert not Path(recipe.adapter_path).exists()
     report = finetune(limited, fit=True)
@@ -666,7 +669,7 @@ def test_memory_that_runs_out_is_one_sentence(base, tmp_path, monkeypatch):
         raise RuntimeError("[metal::malloc] Attempting to allocate 1 bytes")
 
     monkeypatch.setattr(Step, "_compute_gradient", run_out)
-    with pytest.raises(OpenELMError, match="--batch-size 2 --grad-accumulation-steps"):
+    with pytest.raises(OpenELMError, match="`batch_size` 2 `grad_accumulation_steps`"):
         finetune(recipe)
 
 
@@ -763,7 +766,7 @@ def test_a_folder_that_holds_a_run_is_kept(base, tmp_path, recipe):
 def test_force_does_not_replace_what_is_no_run(base, tmp_path, recipe):
     Path(recipe.adapter_path).mkdir()
     (Path(recipe.adapter_path) / "thesis.txt").write_text("all of it")
-    with pytest.raises(OpenELMError, match="--force does not replace it"):
+    with pytest.raises(OpenELMError, match="`force` does not replace it"):
         finetune(recipe, force=True)
     assert (Path(recipe.adapter_path) / "thesis.txt").exists()
 
@@ -771,7 +774,7 @@ def test_force_does_not_replace_what_is_no_run(base, tmp_path, recipe):
 def test_force_keeps_the_old_run_until_the_new_one_has_begun(recipe):
     path = finetune(recipe).path
     before = weights(path)
-    with pytest.raises(OpenELMError, match="--rank"):
+    with pytest.raises(OpenELMError, match="`rank`"):
         finetune(dataclasses.replace(recipe, rank=1000), force=True)
     assert weights(path) == before
     report = finetune(dataclasses.replace(recipe, seed=3), force=True)
@@ -864,8 +867,7 @@ def test_preferences_report_the_same_after_an_interruption(base, tmp_path):
 
 
 def test_events_survive_odd_samples_and_damaged_lines(tmp_path):
-    append = training_state.append_event
-    append(tmp_path, {"event": "sample", "step": 1, "text": "a\u2028b\u0085c"})
+    append_event(tmp_path, {"event": "sample", "step": 1, "text": "a\u2028b\u0085c"})
     with (tmp_path / "metrics.jsonl").open("a") as opened:
         opened.write('{"step": 3}\n{"event": 5, "step": 3}\n[1]\n{"ev')
     assert [e["text"] for e in read_events(tmp_path)] == ["a\u2028b\u0085c"]
@@ -899,7 +901,8 @@ def test_two_processes_learn_what_one_does(base, tmp_path):
     ran = subprocess.run(
         [
             *(str(Path(sys.executable).with_name("mlx.launch")), "-n", "2"),
-            *("--backend", "ring", sys.executable, "-m", "mlx_openelm", "lora"),
+            *("--backend", "ring", "--starting-port", str(free_ports(1)[0])),
+            *(sys.executable, "-m", "mlx_openelm", "lora"),
             *("-c", str(tmp_path / "recipe.yaml"), "--json"),
         ],
         capture_output=True,

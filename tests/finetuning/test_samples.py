@@ -8,16 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from models import small_tokenizer
+from trainings import read_data
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning.records import Data, Dataset, Record, read_data
-from mlx_openelm.finetuning.samples import (
-    TemplateChoice,
-    choose_template,
-    make_pairs,
-    make_samples,
-    tabulate,
-)
+from mlx_openelm.finetuning.data_table import tabulate
+from mlx_openelm.finetuning.record_formats import TemplateChoice, choose_template
+from mlx_openelm.finetuning.record_samples import make_pairs, make_samples
+from mlx_openelm.finetuning.records import Data, Dataset, Record
 from mlx_openelm.text.templates import Turn, encode_prompt
 
 tokenizer = small_tokenizer()
@@ -242,19 +239,6 @@ def test_a_turn_behind_the_last_answer_is_left_out():
     assert make_one("One?", "1.", "Two?", template="instruct") == whole
 
 
-def test_progress_is_told_up_to_the_last_record():
-    told = []
-    make_samples(
-        dataset(*[("Hi", "a")] * 5000),
-        tokenizer,
-        template="raw",
-        max_length=99,
-        on_progress=lambda done, total: told.append((done, total)),
-    )
-    assert told[-1] == (5000, 5000)
-    assert len(told) > 1
-
-
 def test_the_number_of_targets_is_exact():
     _, counts = make_one("Who came?", "the old woman")
     assert sum(counts) == len(tokenizer.encode("the old woman", bos=False)) + 1
@@ -322,11 +306,12 @@ def test_empty_texts_are_left_out_and_counted():
 
 def make_pair(prompt, chosen, rejected, **options):
     data = dataset((prompt, chosen), rejected=[rejected])
-    return make_pairs(data, tokenizer, template="raw", **options)
+    limits = {"max_length": 99, "max_prompt_length": 49} | options
+    return make_pairs(data, tokenizer, template="raw", **limits)
 
 
 def test_a_pair_is_the_same_prompt_with_two_answers():
-    ((pair,), table) = make_pair("Who came?", "the wolf", "nobody", max_length=99)
+    ((pair,), table) = make_pair("Who came?", "the wolf", "nobody")
     for side, answer in ((pair.chosen, "the wolf"), (pair.rejected, "nobody")):
         expected = make_one("Who came?", answer)
         assert (side.tokens.tolist(), side.counts.tolist()) == expected
@@ -336,7 +321,8 @@ def test_a_pair_is_the_same_prompt_with_two_answers():
 
 def test_only_the_last_answer_of_a_preference_counts():
     data = dataset(("One?", "1.", "Two?", "two"), rejected=["none"])
-    ((pair,), _) = make_pairs(data, tokenizer, template="instruct", max_length=999)
+    limits = {"max_length": 999, "max_prompt_length": 499}
+    ((pair,), _) = make_pairs(data, tokenizer, template="instruct", **limits)
     for side, answer in ((pair.chosen, "two"), (pair.rejected, "none")):
         learnt = targets(side.tokens.tolist(), side.counts.tolist())
         assert tokenizer.decode(learnt).strip() == answer
@@ -363,7 +349,7 @@ def test_long_preferences_are_cut_as_openelm_instructs_were():
 
 
 def test_equal_answers_teach_nothing():
-    made, table = make_pair("Who?", "he", "he", max_length=99)
+    made, table = make_pair("Who?", "he", "he")
     assert (made, table.nothing_to_learn) == ((), 1)
     options = {"max_length": 8, "max_prompt_length": 4}
     made, table = make_pair("Who?", "a a a a a b", "a a a a a c", **options)
@@ -384,7 +370,7 @@ def test_the_table_says_what_was_found_and_is_json(tmp_path):
         for split in (data.train, data.valid)
     )
     choice = choose_template(None, None, data.train.format)
-    table = tabulate(data, choice, train=train, valid=valid)
+    table = tabulate(data, choice, {"train": train, "valid": valid})
     assert (table.train.records, table.train.duplicates) == (5, 1)
     assert (table.train.spelt_eos, table.train.cut) == (1, 1)
     assert table.train.nothing_to_learn == 1
@@ -416,7 +402,7 @@ def test_data_without_a_thing_to_learn_is_refused():
     _, table = make_samples(empty, tokenizer, template="raw", max_length=16)
     choice = TemplateChoice("raw", "")
     with pytest.raises(OpenELMError, match="nothing to learn"):
-        tabulate(Data(empty, None, None, ()), choice, train=table)
+        tabulate(Data(empty, None, None, ()), choice, {"train": table})
 
 
 # Against others ------------------------------------------------------------------

@@ -24,13 +24,13 @@ from mlx_openelm.finetuning.trainable import (
     adapter_tensors,
     choose_modules,
     choose_ranks,
-    trained_tensors,
     unfreeze,
     weight_shape,
 )
 from mlx_openelm.storage.adapter_folder import AdapterConfig, write_adapter
 from mlx_openelm.storage.loading import load
 from mlx_openelm.storage.tokenizer_finder import write_tokenizer
+from mlx_openelm.training.arrays import trained_tensors
 
 EMBEDDING = "transformer.token_embeddings"
 TOKENS = mx.array([[1, 5, 9, 200, 7]])

@@ -189,7 +189,7 @@ def test_another_version_is_noticed(kept, monkeypatch):
 
 
 def test_a_window_that_slides_is_refused(file):
-    with pytest.raises(OpenELMError, match="--max-kv-size"):
+    with pytest.raises(OpenELMError, match="`max_kv_size`"):
         answer(PROMPT, file, max_kv_size=30)
 
 

@@ -241,7 +241,7 @@ def test_prompts_that_do_not_fit_the_model_are_named_as_well(tmp_path):
 
 def test_what_is_wrong_with_all_is_said_once(tmp_path):
     prompts = read(b'"a king"', folder=tmp_path)
-    with pytest.raises(OpenELMError, match="no place for --system"):
+    with pytest.raises(OpenELMError, match="no place for `system`"):
         answer_prompts(model, tokenizer, prompts, SHORT, system="Be kind.")
     with pytest.raises(OpenELMError, match="No template is called"):
         answer_prompts(model, tokenizer, prompts, SHORT, template="x")
@@ -350,12 +350,12 @@ def test_a_stopped_run_is_gone_on_with(tmp_path):
     assert (given, third.kept, third.tokens) == ([], 28, 0)
     assert told == list(report.problems)
 
-    with pytest.raises(OpenELMError, match="--force"):
+    with pytest.raises(OpenELMError, match="`force`"):
         run("whole", sampling=Sampling(max_tokens=30))
-    with pytest.raises(OpenELMError, match="--force"):
+    with pytest.raises(OpenELMError, match="`force`"):
         run("whole", sampling=sampling, template="instruct")
     options["model"] = build(UNEVEN, seed=1)
-    with pytest.raises(OpenELMError, match="--force"):
+    with pytest.raises(OpenELMError, match="`force`"):
         run("whole")
     assert timeless(lines_of(tmp_path / "whole")) == whole
     assert run("whole", force=True)[0] != whole
@@ -374,7 +374,7 @@ def test_a_mended_line_is_all_that_is_done_again(tmp_path):
     answer_prompts(model, tokenizer, mended, SHORT, on_answer=given.append)
     assert timeless(lines_of(path)) == timeless(given)
     fewer = read(b"\n".join(texts[:5]), folder=tmp_path)
-    with pytest.raises(OpenELMError, match="--force"):
+    with pytest.raises(OpenELMError, match="`force`"):
         answer_prompts(model, tokenizer, fewer, SHORT, output=path)
 
 

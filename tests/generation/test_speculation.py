@@ -479,7 +479,7 @@ def test_what_costs_too_much_at_a_length_is_tried_shorter():
 
 @pytest.mark.parametrize("length", [0, -1, 33, 10**9, 2.5, True, None])
 def test_an_absurd_length_is_refused(length):
-    with pytest.raises(OpenELMError, match=r"--lookup is .*1 to 32"):
+    with pytest.raises(OpenELMError, match=r"`lookup` is .*1 to 32"):
         LookupDrafter(length)
     with pytest.raises(OpenELMError, match="draft"):
         ModelDrafter(other, length)

@@ -56,7 +56,7 @@ def test_float16_for_the_3bs_shape_needs_a_word(here):
         (["--q-bits", "7"], "--q-bits is 7"),
         (["--q-bits", "0"], "--q-bits is 0"),
         (["-q", "--q-embed-bits", "1"], "--q-embed-bits is 1"),
-        (["--dtype", "int8"], "--dtype is int8"),
+        (["--dtype", "int8"], "--dtype is 'int8'"),
     ],
 )
 def test_wrong_options_of_convert_are_named(here, args, says):

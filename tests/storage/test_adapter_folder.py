@@ -183,7 +183,7 @@ def test_a_base_beside_the_adapter_is_found_from_elsewhere(tmp_path, base):
 
 @pytest.mark.parametrize(
     ("said", "message"),
-    [("gone/away/base", "is not to be had: .*say --model"), (None, "say --model BASE")],
+    [("gone/away/base", "is not to be had: .*say `model`"), (None, "say `model` BASE")],
 )
 def test_a_base_that_is_not_to_be_had_is_said(tmp_path, said, message):
     adapter = write_own(tmp_path / "adapter", said)

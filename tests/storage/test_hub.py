@@ -368,7 +368,7 @@ def test_offline_asks_for_nothing(hub, monkeypatch, variable):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", variable)
     said = refused("org/name", offline=not variable)
     assert "no model of that name in the local cache" in said
-    assert "--offline and HF_HUB_OFFLINE" in said
+    assert "`offline` and HF_HUB_OFFLINE" in said
     assert not hub.requests
 
 

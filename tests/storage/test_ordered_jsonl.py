@@ -157,7 +157,7 @@ def test_answers_to_something_else_are_replaced_by_force_alone(tmp_path):
     write_answers(path, [0, 1, 3])
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     for known in (lambda a: None, lambda a: 1, lambda a: a["line"] - 1 or None):
-        with pytest.raises(OpenELMError, match=r"other settings .*--force"):
+        with pytest.raises(OpenELMError, match=r"other settings .*`force`"):
             write_answers(path, [2], find_place=known)
         assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
     write_answers(path, [0], find_place=lambda a: None, force=True)

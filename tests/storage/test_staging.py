@@ -418,7 +418,7 @@ def test_what_is_no_such_file_is_never_replaced_by_one(tmp_path, name, content):
         (tmp_path / name).write_bytes(content)
     before = snapshot(tmp_path)
     with (
-        pytest.raises(OpenELMError, match=r"is not a .* file, so --force does not"),
+        pytest.raises(OpenELMError, match=r"is not a .* file, so `force` does not"),
         staged_file(tmp_path / name, force=True),
     ):
         pass

@@ -104,7 +104,7 @@ def test_no_tokenizer_says_where_to_get_one(source: Path) -> None:
         for num_rows in (32000, 300):
             with pytest.raises(OpenELMError) as refusal:
                 find_tokenizer(path, None, num_rows)
-            for part in (str(path), "NousResearch/Llama-2-7b-hf", "--tokenizer none"):
+            for part in (str(path), "NousResearch/Llama-2-7b-hf", "`tokenizer` none"):
                 assert part in str(refusal.value)
             asked = "asking the Hub failed" in str(refusal.value)
             assert asked == (num_rows == 32000)  # another's is not on the Hub

@@ -1,17 +1,15 @@
 """Small pre-training runs that several tests make."""
 
-import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import pytest
 from models import TEXT
 from places import ROOT
+from ports import free_ports
 
 from converters.pretraining.recipe import (
     DataRecipe,
@@ -20,17 +18,6 @@ from converters.pretraining.recipe import (
     PretrainRecipe,
     TokenizerRecipe,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For models as small as these; a test module imports it."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small_recipe(folder: Path) -> PretrainRecipe:
@@ -89,15 +76,11 @@ def read_losses(output: str | Path) -> list[float]:
 def start_ranks(folder: Path, jobs: list[dict], count: int = 2) -> list:
     """Start processes that do these jobs one after the other; see ranks.py."""
     path = folder / "jobs.json"
-    with contextlib.ExitStack() as free:  # each job meets at a port of its own
-        for each in jobs:
-            opened = free.enter_context(socket.socket())
-            opened.bind(("127.0.0.1", 0))
-            each["port"] = opened.getsockname()[1]
+    for each, port in zip(jobs, free_ports(len(jobs)), strict=True):
+        each["port"] = port
     path.write_text(json.dumps(jobs))
     shared = {
         "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "WORLD_SIZE": str(count),
     }

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from places import ROOT
+from places import SHARED
 
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.text.tokenizer_json import describe
 
-LLAMA = ROOT.parent / "shared" / "data" / "llama-tokenizer" / "tokenizer.model"
+LLAMA = SHARED / "data" / "llama-tokenizer" / "tokenizer.model"
 SIZE = 600  # pieces of the small tokenizer
 
 Edit = Callable[[dict[str, Any]], object]

@@ -1,24 +1,33 @@
 """Small training runs that tests step through by hand."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from models import UNEVEN, build, small_tokenizer
+from models import UNEVEN, build
 
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.finetuning import records
+from mlx_openelm.finetuning.objectives import make_objective
 from mlx_openelm.finetuning.plan import Order
 from mlx_openelm.finetuning.preparation import make_trainable
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
-from mlx_openelm.finetuning.samples import Pair, Sample, lengths_of
-from mlx_openelm.finetuning.trainer import Training
-from mlx_openelm.generation.options import Sampling
+from mlx_openelm.finetuning.records import Data
+from mlx_openelm.finetuning.run_context import RunContext
+from mlx_openelm.finetuning.run_saver import RunSaver
+from mlx_openelm.finetuning.samples import Pair, Sample, Samples, lengths_of
+from mlx_openelm.finetuning.trainer import Trainer
+from mlx_openelm.finetuning.validation import Validator
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.signals import Stop
+from mlx_openelm.training.arrays import flatten
 from mlx_openelm.training.distributed import World
+from mlx_openelm.training.events import EventLog
+from mlx_openelm.training.optimizer import make_optimizer
+from mlx_openelm.training.state import TrainingProgress, TrainingState
 
 UNTIED = replace(UNEVEN, share_input_output_layers=False)
 LENGTHS = (5, 33, 12, 20, 9, 41, 17, 28, 3, 50, 11, 24)
@@ -86,42 +95,75 @@ def make_model(
     return model
 
 
+@dataclass(slots=True)
+class SmallRun:
+    """A run in memory; `norm` is that of the last step's gradient."""
+
+    context: RunContext
+    trainer: Trainer
+    norm: float = 0.0
+
+    @property
+    def model(self) -> OpenELM:
+        return self.context.model
+
+    @property
+    def order(self) -> Order:
+        return self.context.order
+
+    @property
+    def progress(self) -> TrainingProgress:
+        return self.context.progress
+
+
 def make_training(
-    recipe: FinetuneRecipe,
-    samples: Sequence[Sample] | Sequence[Pair],
-    model: OpenELM | None = None,
-    folder: Path = Path("none"),
-) -> Training:
-    return Training(
-        model or make_model(recipe),
-        small_tokenizer(),
-        recipe,
-        Order(lengths_of(samples), recipe),
-        samples,
-        [],
-        [],
-        folder,
-        {},
-        world=World(0, 1),
-        sampling=Sampling(),
-        on_event=lambda event: None,
+    recipe: FinetuneRecipe, samples: Samples, model: OpenELM | None = None
+) -> SmallRun:
+    model, world, folder = model or make_model(recipe), World(0, 1), Path("none")
+    optimizer = make_optimizer(
+        model, recipe.optimizer, recipe.betas, recipe.eps, recipe.weight_decay
     )
+    objective, state = make_objective(recipe), TrainingState(model, optimizer)
+    objective.start(model, samples)
+    order = Order(lengths_of(samples), recipe)
+    log = EventLog(
+        folder, state, steps=order.steps, world=world, on_event=lambda event: None
+    )
+    context = RunContext(recipe, folder, objective, order, world, state, log)
+    saver = RunSaver(context, {})
+    validator = Validator(context, [], saver, lambda prompt: "")
+    return SmallRun(context, Trainer(context, samples, saver, validator))
 
 
-def step(training: Training) -> dict[str, np.ndarray]:
+def step(training: SmallRun) -> dict[str, np.ndarray]:
     """Make one update; return the clipped gradients that the optimizer got."""
-    from mlx_openelm.training.arrays import flatten
-
     caught: dict[str, np.ndarray] = {}
-    update = training.optimizer.update
+    optimizer = training.context.state.optimizer
+    update = optimizer.update
 
     def watch(model: OpenELM, gradients: Any) -> None:
         caught.update({n: np.array(g) for n, g in flatten(gradients).items()})
         update(model, gradients)
 
-    training.optimizer.update = watch
+    optimizer.update = watch
     try:
-        training._update(Stop())
+        training.norm = training.trainer.update(Stop()).norm
     finally:
-        training.optimizer.update = update
+        optimizer.update = update
     return caught
+
+
+def read_data(
+    path: Path,
+    objective: str = "sft",
+    prompt_key: str | None = None,
+    completion_key: str | None = None,
+) -> Data:
+    """Records as an objective reads them."""
+    recipe = FinetuneRecipe(
+        data=str(path),
+        objective=objective,
+        prompt_key=prompt_key,
+        completion_key=completion_key,
+    )
+    return records.read_data(path, make_objective(recipe).formats())

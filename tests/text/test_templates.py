@@ -57,7 +57,7 @@ def test_auto_is_the_stored_template_and_else_raw():
 def test_wrong_templates_are_refused_in_words():
     with pytest.raises(OpenELMError, match="instruct"):
         encode_prompt(tokenizer, "Hi", template="zephyr")
-    with pytest.raises(OpenELMError, match="--system"):
+    with pytest.raises(OpenELMError, match="`system`"):
         encode_prompt(tokenizer, "Hi", template="raw", system="x")
 
 

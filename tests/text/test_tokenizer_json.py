@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from places import ROOT
+from places import SHARED
 from sentencepieces import SIZE, Edit, edited, pieces_of, read_llama, train
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
@@ -16,8 +16,7 @@ from mlx_openelm.storage.tokenizer_finder import PROBES, prove_tokenizer, read_t
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.text.tokenizer_json import describe, rebuild
 
-SHARED = ROOT.parent / "shared" / "data"
-STORIES = SHARED / "stories" / "text"
+STORIES = SHARED / "data" / "stories" / "text"
 
 
 @pytest.fixture(scope="module")

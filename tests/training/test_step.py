@@ -9,10 +9,10 @@ import pytest
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.training.distributed import World
-from mlx_openelm.training.non_finite import count_skipped, refuse_repeated
+from mlx_openelm.training.non_finite import refuse_repeated
 from mlx_openelm.training.objective import Totals
 from mlx_openelm.training.optimizer import make_optimizer
-from mlx_openelm.training.state import Progress
+from mlx_openelm.training.state import TrainingProgress
 from mlx_openelm.training.step import Part, Step
 
 RATE = 0.1
@@ -109,11 +109,11 @@ def test_stop_is_asked_after_the_parts(samples):
 
 
 def test_the_third_skipped_batch_in_a_row_is_refused():
-    progress = Progress(step=7)
+    progress = TrainingProgress(step=7)
     for _ in range(2):
-        count_skipped(progress)
+        progress.add_skipped()
         refuse_repeated(progress, ["a.jsonl:1"], "nothing is kept.")
-    count_skipped(progress)
+    progress.add_skipped()
     with pytest.raises(OpenELMError, match=r"step 7 \(a.jsonl:1\).* nothing is kept"):
         refuse_repeated(progress, ["a.jsonl:1"], "nothing is kept.")
     assert progress.skipped == 3
@@ -132,3 +132,16 @@ def test_vectors_have_no_weight_decay():
     optimizer.update(model, nothing)
     assert np.allclose(model.matrix, 1 - RATE * 0.5)
     assert np.array_equal(np.array(model.vector), np.ones(2, np.float32))
+
+
+def test_a_report_is_about_the_updates_since_the_last_one():
+    progress = TrainingProgress(seconds=2.5, skipped_in_row=2)
+    progress.add_update(Totals(3.0, 4, wins=2.0, margin=1.5))
+    progress.add_update(Totals(1.0, 2, wins=1.0, margin=-0.5))
+    assert (progress.window_loss, progress.window_tokens) == (4.0, 6)
+    assert (progress.window_wins, progress.window_margin) == (3.0, 1.0)
+    assert progress.skipped_in_row == 0
+    progress.start_window()
+    assert (progress.window_loss, progress.window_tokens) == (0.0, 0)
+    assert (progress.window_wins, progress.window_margin) == (0.0, 0.0)
+    assert (progress.tokens, progress.reported) == (6, 2.5)

@@ -232,7 +232,7 @@ def test_the_proof_does_not_lean_on_the_merging(work, monkeypatch):
         return right(weight, replace(module, scale=-module.scale))
 
     monkeypatch.setattr(merging, "merge", wrong)
-    with pytest.raises(OpenELMError, match=r"would lose .* --adapter-path as it is"):
+    with pytest.raises(OpenELMError, match=r"would lose .* `adapter_path` as it is"):
         fuse("adapter", "fused")
     assert not (work / "fused").exists()
 

@@ -414,5 +414,5 @@ def test_a_small_disk_is_told_before_anything_is_written(here, monkeypatch):
 
 
 def test_growth_is_checked_when_called_from_python_too():
-    with pytest.raises(OpenELMError, match="--width 1 and --ffn 1"):
+    with pytest.raises(OpenELMError, match="`width` 1 and `ffn` 1"):
         Growth(1, 1, 10.0)

@@ -62,7 +62,9 @@ def golden_difference(case, tmp_path):
     return np.abs(found - logits).max()
 
 
-@pytest.mark.parametrize("case", ["gpt-test", "OpenELM-270M"])
+@pytest.mark.parametrize(
+    "case", ["gpt-test", pytest.param("OpenELM-270M", marks=pytest.mark.proof)]
+)
 def test_apples_answers_come_through_the_converter(case, tmp_path):
     assert golden_difference(case, tmp_path) <= 1e-4
 

@@ -34,7 +34,6 @@ from mlx_openelm.storage.adapter_folder import attach
 from mlx_openelm.tensor_names import EMBEDDING, HEAD, map_to_corenet, to_folder
 
 torch = pytest.importorskip("torch", reason="PyTorch is one of the judges")
-pytest.importorskip("peft", reason="PEFT is another")
 
 from converters.reference import ReferenceOpenELM  # noqa: E402
 
@@ -574,11 +573,10 @@ def peft_logits(wrapped):
 
 def save_with_peft(folder, **options):
     """Let PEFT make an adapter with no zero in it; return PEFT's own logits."""
-    from peft import LoraConfig, get_peft_model
-
+    peft = pytest.importorskip("peft", reason="PEFT is the judge")
     torch.manual_seed(1)
-    config = LoraConfig(task_type="CAUSAL_LM", **options)
-    wrapped = get_peft_model(Outer(), config)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
+    wrapped = peft.get_peft_model(Outer(), config)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "magnitude" in name:
@@ -651,15 +649,14 @@ def test_pefts_dora_of_an_embedding_is_refused(tmp_path):
     ids=["lora with embedding", "dora", "last blocks", "uneven"],
 )
 def test_peft_reads_what_is_written(tmp_path, method, modules):
-    from peft import PeftModel
-
+    peft = pytest.importorskip("peft", reason="PEFT is the judge")
     factors, scales = varied(method, modules)
     _, adapter = read_corenet(write_corenet(tmp_path / "x.pt", factors))
     adapter = with_scales(adapter, scales)
     expected = torch_logits(factors, scales)
     for name, config in {"known": UNEVEN, "unknown": None}.items():
         write_peft(tmp_path / name, adapter, config)
-        loaded = PeftModel.from_pretrained(Outer(), tmp_path / name)
+        loaded = peft.PeftModel.from_pretrained(Outer(), tmp_path / name)
         assert_same(peft_logits(loaded), expected)
         config = loaded.peft_config["default"]
         assert config.base_model_name_or_path == "base"
@@ -863,12 +860,12 @@ def test_what_a_format_cannot_hold_is_refused_with_a_way_out(tmp_path):
 
     inputs = read("lora", [TABLE, *LINEARS])
     for config in (UNEVEN, None):
-        refuse_write(tmp_path, write_mlx, inputs, config, "logits as well", "--merge")
+        refuse_write(tmp_path, write_mlx, inputs, config, "logits as well", "`merge`")
     both = replace(inputs, adapts_tied_head=True)
     for config in (UNEVEN, None):
-        refuse_write(tmp_path, write_peft, both, config, "inputs alone", "--merge")
+        refuse_write(tmp_path, write_peft, both, config, "inputs alone", "`merge`")
     tensors = base_tensors(WEIGHTS)
-    refuses(lambda: corenet_adapter_tensors(both, tensors), "CoreNet", "--merge")
+    refuses(lambda: corenet_adapter_tensors(both, tensors), "CoreNet", "`merge`")
     mixed = read("dora", [TABLE, *LINEARS])
     for write in (write_mlx, write_peft):
         refuse_write(tmp_path, write, mixed, UNTIED, "LoRA on token_embeddings and")

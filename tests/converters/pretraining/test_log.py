@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from models import UNEVEN, as_torch, small_tokenizer, weights_of
 from pretrainings import (
-    one_thread,  # noqa: F401
     read_losses,
     read_metrics,
     small_recipe,

@@ -13,7 +13,6 @@ from commands import call
 from pretrainings import (
     ROOT,
     job,
-    one_thread,  # noqa: F401
     read_losses,
     read_metrics,
     run_ranks,
@@ -70,15 +69,6 @@ def runs(tmp_path_factory):
     with pytest.raises(Cut):
         pretrain(begun, on_event=cut)
     jobs["begun"] = job(replace(begun, parallel="fsdp"), resume=True)
-    # Both are killed, and go on.
-    recipes["killed"] = replace(
-        streamed, steps=40, save_every=5, output=str(folder / "killed")
-    )
-    whole = replace(recipes["killed"], output=str(folder / "never-killed"))
-    kill_in_the_middle(folder, recipes["killed"])
-    jobs["killed"] = job(recipes["killed"], resume=True)
-    jobs["never killed"] = job(whole)
-    recipes["never killed"] = whole
     said = run_ranks(folder, list(jobs.values()))
     return recipes, dict(zip(jobs, zip(*said, strict=True), strict=True)), folder
 
@@ -144,15 +134,19 @@ def test_their_checkpoints_are_whole_and_the_same(runs, alone, name):
     assert scores == pytest.approx(expected, abs=1e-5)
 
 
-def test_two_killed_processes_go_on(runs):
-    recipes, said, _ = runs
-    assert said["killed"] == said["never killed"] == ("done", "done")
-    output = recipes["killed"].output
-    assert 5 <= read_metrics(output, "started")[-1]["first_step"] < 40
-    steps = [record["step"] for record in read_metrics(output)]
+@pytest.mark.proof
+def test_two_killed_processes_go_on(tmp_path):
+    recipe = replace(small_recipe(tmp_path), batch_size=8, steps=40, save_every=5)
+    recipe = replace(recipe, data=streamed_data(tmp_path))
+    whole = replace(recipe, output=str(tmp_path / "never-killed"))
+    kill_in_the_middle(tmp_path, recipe)
+    jobs = [job(recipe, resume=True), job(whole)]
+    assert run_ranks(tmp_path, jobs) == [["done", "done"]] * 2
+    assert 5 <= read_metrics(recipe.output, "started")[-1]["first_step"] < 40
+    steps = [record["step"] for record in read_metrics(recipe.output)]
     assert steps == list(range(1, 41))
-    whole = read_losses(recipes["never killed"].output)
-    assert read_losses(output) == pytest.approx(whole, abs=1e-6)
+    losses = read_losses(recipe.output)
+    assert losses == pytest.approx(read_losses(whole.output), abs=1e-6)
 
 
 def test_shards_compute_in_bf16_and_keep_float32(runs, alone):
@@ -208,9 +202,10 @@ def torchrun(recipe, *options: str, **how) -> list[str]:
     return [*command, "-c", str(path), *options]
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.proof
 def test_under_torchrun_the_first_process_alone_speaks(tmp_path):
     recipe = replace(small_recipe(tmp_path), steps=6)
     alone = replace(recipe, output=str(tmp_path / "alone"))

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pretrainings import (
-    one_thread,  # noqa: F401
     read_losses,
     read_metrics,
     small_recipe,

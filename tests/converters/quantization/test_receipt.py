@@ -187,7 +187,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, content):
     path = tmp_path / "own.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(OpenELMError, match=r"own\.txt as UTF-8 text.*--calibration"):
+    with pytest.raises(OpenELMError, match=r"own\.txt as UTF-8 text.*`calibration`"):
         read_calibration(path)
 
 
