@@ -68,10 +68,11 @@ def check_options(options: Any) -> None:
         value = getattr(options, name)
         if value is None:
             continue
-        if declared.choices and value not in declared.choices:
-            raise OpenELMError(
-                f"`{name}` is {value!r}; choose {', '.join(declared.choices)}."
-            )
+        for choice in value if isinstance(value, tuple) else (value,):
+            if declared.choices and choice not in declared.choices:
+                raise OpenELMError(
+                    f"`{name}` is {choice!r}; choose {', '.join(declared.choices)}."
+                )
         if kind is not None:
             _check_number(name, value, kind, declared)
 

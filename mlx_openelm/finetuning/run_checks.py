@@ -9,7 +9,7 @@ from mlx_openelm.finetuning.advice import describe_death
 from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import Prepared
 from mlx_openelm.finetuning.recipe import FinetuneRecipe, differences
-from mlx_openelm.finetuning.run_files import PAGE, RECIPE
+from mlx_openelm.finetuning.run_files import RECIPE
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import load_recipe
@@ -92,7 +92,7 @@ def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> N
     if (
         ends
         and ends[-1].get("reason") in ("done", "patience")
-        and (path / PAGE).exists()
+        and not (path / RUNNING).exists()  # killed before its report was complete
     ):
         raise OpenELMError(
             f"The run in {path} is at its end, step {state.progress.step}; begin anew "

@@ -8,7 +8,8 @@ A run is a folder, an adapter folder from the first save on:
     data.json             what was found in the data
     metrics.jsonl         an event a line
     state.safetensors     all that `resume` needs
-    report.html           the run as a page, at the end
+    report.html           the run as a page, rewritten during the run
+    tensorboard/          with `report_to` tensorboard
 """
 
 import dataclasses

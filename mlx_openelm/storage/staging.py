@@ -192,6 +192,7 @@ def _refuse(target: Path, force: bool, describe: Callable[[Path], str]) -> None:
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja")
 _MODEL_FILES = ("README.md", "metrics.jsonl", "recipe.yaml", "report.html")
 _ADAPTER_FOLDERS = ("best", "average")  # in a training run's folder
+_TENSORBOARD, _EVENT_FILES = "tensorboard", "events.out.tfevents."
 _GROWN_FILES = (  # what `grow` writes; the first two always
     *("checkpoint.pt", "config.json", "tokenizer.model", "generation_config.json"),
 )
@@ -212,10 +213,19 @@ def _describe_foreign(target: Path) -> str:
     for path in found:
         if path.name in _ADAPTER_FOLDERS and not _describe_foreign(path):
             continue
+        if path.name == _TENSORBOARD and _holds_event_files(path):
+            continue
         known = path.suffix in _MODEL_SUFFIXES or path.name in _MODEL_FILES
         if not known or not path.is_file():
             return f"holds {path.name}, which is no part of a model"
     return ""
+
+
+def _holds_event_files(folder: Path) -> bool:
+    """Whether a folder holds event files of TensorBoard and nothing else."""
+    return folder.is_dir() and all(
+        path.name.startswith(_EVENT_FILES) for path in folder.iterdir()
+    )
 
 
 _FIRST_BYTES = {".pt": b"PK\x03\x04", ".gguf": b"GGUF"}
