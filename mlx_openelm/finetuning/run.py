@@ -56,11 +56,11 @@ from mlx_openelm.storage.adapter_folder import (
     AdapterConfig,
     write_config,
 )
-from mlx_openelm.storage.base_check import sketch_base
+from mlx_openelm.storage.base_check import fingerprint_base
 from mlx_openelm.storage.loading import load_model
 from mlx_openelm.storage.shards import write_json
 from mlx_openelm.storage.staging import (
-    held,
+    lock_target,
     refuse_replacing,
     replaced_file,
     staged_folder,
@@ -146,7 +146,7 @@ def finetune(
     with fail_on_all_ranks(world):
         if world.rank == 0 and not resume:
             refuse_present_run(path, force)
-    holding = held(path) if world.rank == 0 else contextlib.nullcontext()
+    holding = lock_target(path) if world.rank == 0 else contextlib.nullcontext()
     with holding:
         prepared = prepare(recipe, world=world, fit=fit, offline=offline)
         refuse_other_settings(prepared, world)
@@ -280,7 +280,7 @@ def _write_start(staging: Path, prepared: Prepared, model: OpenELM) -> None:
             metadata={
                 "version": __version__,
                 "template": recipe.template,
-                "base": {"name": recipe.model, "sketch": sketch_base(model)},
+                "base": {"name": recipe.model, "sketch": fingerprint_base(model)},
                 "data": {"digest": prepared.table.digest},
             },
         ),

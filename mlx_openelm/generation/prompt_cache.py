@@ -24,7 +24,7 @@ from mlx_openelm.generation.decoding import Context
 from mlx_openelm.model.fingerprint import fingerprint_arrays, fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.model_folder import FLOATS
-from mlx_openelm.storage.staging import held, replaced_file
+from mlx_openelm.storage.staging import lock_target, replaced_file
 
 _FORMAT = 1  # another one where keys or values would come out otherwise
 _KEY = "mlx_openelm_prompt"
@@ -255,7 +255,7 @@ def _write(
 ) -> None:
     """Replace the file, in one step; only its owner may read what a person wrote."""
     metadata = {"format": "mlx", _KEY: json.dumps(said)}
-    with held(path), replaced_file(path) as part:
+    with lock_target(path), replaced_file(path) as part:
         part.unlink(missing_ok=True)
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as opened:

@@ -62,7 +62,7 @@ def read_prompts(path: str | Path) -> Prompts:
     not, it is JSON if it begins with "{", with an array of objects or texts, or with a
     line that is a JSON string. A record is a string, or an object with "prompt" (a
     text) or "messages" (a list of role and content, the last one a user's), and perhaps
-    an "id" (a text or a whole number). Blank lines are skipped. What is wrong with a
+    an "id" (a string or an integer). Blank lines are skipped. What is wrong with a
     record is kept as its `problem`.
 
     Raises:
@@ -115,7 +115,7 @@ def _read_line(number: int, line: bytes) -> Prompt:
         return Prompt(number, str(number), line.decode())
     except UnicodeDecodeError as error:
         at = f"the byte 0x{line[error.start]:02x}, number {error.start + 1}"
-        problem = f"This line is no UTF-8 ({at}); save it as UTF-8."
+        problem = f"This line is not UTF-8 ({at}); save it as UTF-8."
         return Prompt(number, str(number), problem=problem)
 
 
@@ -141,7 +141,7 @@ def _read_record(prompt: Prompt, value: Any) -> Prompt:
             value = {"prompt": value}
         if not isinstance(value, dict):
             raise OpenELMError(
-                f"The record is {describe_type(value)}; it must be an object or a text."
+                f"The record is {describe_type(value)}; expected an object or a string."
             )
         own = _check_id(value.get("id"))
         return replace(prompt, content=_read_object(value), id=own)
@@ -152,7 +152,7 @@ def _read_record(prompt: Prompt, value: Any) -> Prompt:
 def _check_id(value: Any) -> str | int | None:
     if isinstance(value, bool) or not isinstance(value, str | int | None):
         raise OpenELMError(
-            f"The id is {describe_type(value)}; it must be a text or a whole number."
+            f"The id is {describe_type(value)}; it must be a string or an integer."
         )
     problem = describe_text_problem(value) if isinstance(value, str) else ""
     if problem:

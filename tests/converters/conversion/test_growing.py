@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import call, make_source, refuse, spoilt
+from commands import call, make_source, refuse, replace_last
 from models import (
     UNEVEN,
     make_factors,
@@ -365,7 +365,7 @@ def test_convert_reads_a_grown_checkpoint_whole(tmp_path):
         (["--width", 2, "--noise-db", "inf"], "--noise-db is inf; it must be 0"),
         (["--width", 2, "--noise-db", -3], "--noise-db is -3; it must be 0"),
         (["--width", 2, "--seed", -1], "--seed is -1; it must be 0"),
-        (["--width", 10**9], "model_dim is 64000000000, not a positive whole number"),
+        (["--width", 10**9], "model_dim is 64000000000, not a positive integer"),
         (["--width", 10**7], "make room or choose another place"),
         (["--width", 2, "-o", "source"], "source exists already"),
         (["--width", 2, "-o", "source", "--force"], "source holds the source itself"),
@@ -387,12 +387,12 @@ def test_an_adapter_does_not_grow(here):
 def test_a_source_that_is_missing_or_damaged_is_told_and_nothing_is_left(here):
     refuse(here, "grow", "no.pt", "--width", 2, says="There is no file no.pt")
     name = "layers.2.ffn.proj_2.weight"
-    broken = {name: spoilt(weights_of(UNEVEN)[name], np.nan)}
+    broken = {name: replace_last(weights_of(UNEVEN)[name], np.nan)}
     make_source(here / "broken", broken)
     refuse(here, "grow", "broken", "--width", 2, says=f"{name} holds NaN")
     make_source(here / "alone" / "source")
     (here / "alone" / "source" / "tokenizer.model").unlink()
-    says = "No tokenizer was found beside alone/source"
+    says = "No tokenizer was found next to alone/source"
     refuse(here, "grow", "alone/source", "--width", 2, says=says)
 
 
