@@ -201,7 +201,7 @@ def expected_shapes(
 
 def check_shapes(
     expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
+    actual: Mapping[str, tuple[int, ...]],
     *,
     where: str,
 ) -> None:
@@ -211,12 +211,12 @@ def check_shapes(
         OpenELMError: names the missing, unexpected and misshapen tensors, up to 100 of
             each kind.
     """
-    missing = [name for name in expected if name not in found]
-    unexpected = sorted(name for name in found if name not in expected)
+    missing = [name for name in expected if name not in actual]
+    unexpected = sorted(name for name in actual if name not in expected)
     misshapen = [
-        f"{name} is {list(found[name])}, expected {list(shape)}"
+        f"{name} is {list(actual[name])}, expected {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in actual and actual[name] != shape
     ]
     problems = [
         f"{kind}: {', '.join(names[:MOST_NAMED])}"
@@ -237,7 +237,7 @@ def check_shapes(
 def check_dtypes(
     config: OpenELMConfig,
     packings: Mapping[str, Packing],
-    found: Mapping[str, mx.Dtype],
+    actual: Mapping[str, mx.Dtype],
     *,
     where: str,
 ) -> None:
@@ -255,10 +255,10 @@ def check_dtypes(
             if packing.mode == "affine":
                 wanted[f"{module}.biases"] = FLOATS
         for tensor, dtypes in wanted.items():
-            if found[tensor] not in dtypes:
+            if actual[tensor] not in dtypes:
                 spelled = " or ".join(map(spell_dtype, dtypes))
                 raise OpenELMError(
-                    f"{where}: {tensor} is stored as {spell_dtype(found[tensor])}, "
+                    f"{where}: {tensor} is stored as {spell_dtype(actual[tensor])}, "
                     f"expected {spelled} {'as packed' if packing else 'without scales'}"
                     "; download or convert it again."
                 )

@@ -119,17 +119,17 @@ def find_tokenizer(
     if own := find_tokenizer_file(folder):
         return FoundTokenizer(_read_and_verify(own, num_rows), own)
     notes = [f"There is no tokenizer in {folder}."]
-    found = _search_nearby(folder, num_rows, notes)
-    if found is None and num_rows in (LLAMA_SIZE, pad_vocabulary(LLAMA_SIZE)):
-        found = _search_hub(num_rows, notes, offline=offline)
-    if found is None:
+    result = _search_nearby(folder, num_rows, notes)
+    if result is None and num_rows in (LLAMA_SIZE, pad_vocabulary(LLAMA_SIZE)):
+        result = _search_hub(num_rows, notes, offline=offline)
+    if result is None:
         tried = f" ({' '.join(notes[1:][-4:])})" if notes[1:] else ""
         raise OpenELMError(
             f"No tokenizer was found next to {source}{tried}, and OpenELM's own "
             f"repositories contain none. {TOKENIZER_HINT}, or `tokenizer` none to "
             "convert without one."
         )
-    return found
+    return result
 
 
 def _read_and_verify(file: Path, num_rows: int) -> Tokenizer:
@@ -185,8 +185,8 @@ def _search_hub(
 ) -> FoundTokenizer | None:
     """Return Llama's tokenizer from the Hub cache, or from the Hub."""
     for repo, file in islice(_files_in_cache(), MOST_TOKENIZERS):
-        if found := _try(file, num_rows, f"{repo} in the Hub cache", notes):
-            return found
+        if result := _try(file, num_rows, f"{repo} in the Hub cache", notes):
+            return result
     notes.append("The Hub cache has no copy of Llama's.")
     repo = PUBLIC_COPIES[0]
     if offline:
@@ -219,7 +219,7 @@ def _files_in_cache() -> Iterator[tuple[str, Path]]:
 def _try(
     file: Path, num_rows: int, where: str, notes: list[str]
 ) -> FoundTokenizer | None:
-    """Verify a tokenizer that the search found; add a note on the result."""
+    """Verify a tokenizer and add a note on the result."""
     try:
         if file.stat().st_size > MOST_BYTES:
             raise OpenELMError(f"{file} is too large for Llama's.")

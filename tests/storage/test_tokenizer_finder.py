@@ -79,9 +79,9 @@ def test_a_tokenizer_in_the_folder_of_the_source_is_found(
 ) -> None:
     write_tokenizer(small, tmp_path)
     for source in (tmp_path, tmp_path / "openelm.pt"):
-        found = find_tokenizer(source, None, SIZE)
-        assert found.path == tmp_path / "tokenizer.model"
-        assert found.tokenizer.model_proto == small.model_proto
+        result = find_tokenizer(source, None, SIZE)
+        assert result.path == tmp_path / "tokenizer.model"
+        assert result.tokenizer.model_proto == small.model_proto
     (tmp_path / "tokenizer.model").unlink()
     assert find_tokenizer(tmp_path, None, SIZE).path == tmp_path / "tokenizer.json"
 
@@ -94,9 +94,9 @@ def test_a_given_tokenizer_overrides_that_of_the_source(
     given = tmp_path / "given"
     given.mkdir()
     write_tokenizer(small, given)
-    found = find_tokenizer(tmp_path, str(given / name), SIZE)
-    assert found.path.parent == given
-    assert found.tokenizer.vocab_size == SIZE
+    result = find_tokenizer(tmp_path, str(given / name), SIZE)
+    assert result.path.parent == given
+    assert result.tokenizer.vocab_size == SIZE
 
 
 def test_the_error_for_a_missing_tokenizer_tells_where_to_get_one(source: Path) -> None:
@@ -137,23 +137,23 @@ def test_a_given_repository_is_downloaded_once(
     small: Tokenizer, source: Path, hub: Hub, offline: bool
 ) -> None:
     more = {"config.json": b"{}", "model.safetensors": b"not needed"}
-    hub.add("someone/tokenizer", {"tokenizer.model": small.model_proto} | more)
+    hub.add("org/tokenizer", {"tokenizer.model": small.model_proto} | more)
     if offline:
         with pytest.raises(OpenELMError, match="cache has no tokenizer of that name"):
-            find_tokenizer(source, "someone/tokenizer", SIZE, offline=True)
+            find_tokenizer(source, "org/tokenizer", SIZE, offline=True)
         assert not hub.requests
-    found = find_tokenizer(source, "someone/tokenizer", SIZE)
-    assert found.tokenizer.model_proto == small.model_proto
+    result = find_tokenizer(source, "org/tokenizer", SIZE)
+    assert result.tokenizer.model_proto == small.model_proto
     assert hub.sent == {"tokenizer.model": len(small.model_proto)}
     hub.down = True
-    again = find_tokenizer(source, "someone/tokenizer", SIZE, offline=offline)
-    assert again.path == found.path
+    again = find_tokenizer(source, "org/tokenizer", SIZE, offline=offline)
+    assert again.path == result.path
 
 
 def test_a_repository_without_a_tokenizer_is_named(source: Path, hub: Hub) -> None:
-    hub.add("someone/model", {"config.json": b"{}", "model.safetensors": b""})
-    with pytest.raises(OpenELMError, match="someone/model has no tokenizer"):
-        find_tokenizer(source, "someone/model", SIZE)
+    hub.add("org/model", {"config.json": b"{}", "model.safetensors": b""})
+    with pytest.raises(OpenELMError, match="org/model has no tokenizer"):
+        find_tokenizer(source, "org/model", SIZE)
 
 
 # Searching -----------------------------------------------------------------------
@@ -204,16 +204,16 @@ def test_the_search_covers_nearby_folders_then_the_cache_then_the_hub(
     (source / "tokenizer.model").write_bytes(llama.model_proto)
     places["source"] = source / "tokenizer.model"
     for where, file in places.items():
-        found = find_tokenizer(source, None, rows, offline=offline)
-        assert found.path == file
-        assert found.tokenizer.model_proto == llama.model_proto
+        result = find_tokenizer(source, None, rows, offline=offline)
+        assert result.path == file
+        assert result.tokenizer.model_proto == llama.model_proto
         if where == "source":
-            assert found.notes == ()
+            assert result.notes == ()
         else:
-            assert f"There is no tokenizer in {source}." in found.notes
-            assert str(file) in found.notes[-1]
-            assert "gives Llama's ids for every probe" in found.notes[-1]
-            assert "/" not in where or f"{where} in the Hub cache" in found.notes[-1]
+            assert f"There is no tokenizer in {source}." in result.notes
+            assert str(file) in result.notes[-1]
+            assert "gives Llama's ids for every probe" in result.notes[-1]
+            assert "/" not in where or f"{where} in the Hub cache" in result.notes[-1]
         assert not hub.requests
         file.unlink()
         if "snapshots" in file.parts:
@@ -223,9 +223,9 @@ def test_the_search_covers_nearby_folders_then_the_cache_then_the_hub(
             find_tokenizer(source, None, rows, offline=True)
         assert not hub.requests
         return
-    found = find_tokenizer(source, None, rows)
-    assert f"downloaded from {name}" in found.notes[-1]
-    assert found.tokenizer.model_proto == llama.model_proto
+    result = find_tokenizer(source, None, rows)
+    assert f"downloaded from {name}" in result.notes[-1]
+    assert result.tokenizer.model_proto == llama.model_proto
     assert hub.sent == {"tokenizer.model": len(llama.model_proto)}
 
 
@@ -240,9 +240,9 @@ def test_tokenizers_that_resemble_llamas_are_skipped_everywhere(
         put(source.parent / "small", train()),
     ]
     right = put_into_cache(cache, "meta-llama/Llama-2-7b", llama)
-    found = find_tokenizer(source, None, 32128)
-    assert found.path == right
-    notes = "\n".join(found.notes)
+    result = find_tokenizer(source, None, 32128)
+    assert result.path == right
+    notes = "\n".join(result.notes)
     for file in (wrong[0], wrong[1], wrong[3], wrong[4]):  # [2] comes after `right`
         assert f"Skipped {file}: " in notes
     assert notes.count("has 32000 pieces but is not Llama's") == 2
@@ -270,9 +270,9 @@ def test_a_tokenizer_of_another_vocabulary_is_searched_for_only_nearby(
     put(source.parent / "copy", small)
     write_tokenizer(small, put(source.parent / "same", small).parent)
     (source.parent / "same" / "tokenizer.model").unlink()  # its tokenizer.json stays
-    found = find_tokenizer(source, None, SIZE)
-    assert found.path == source.parent / "copy" / "tokenizer.model"
-    assert f"it fits {SIZE} rows; if the model has another" in found.notes[-1]
+    result = find_tokenizer(source, None, SIZE)
+    assert result.path == source.parent / "copy" / "tokenizer.model"
+    assert f"it fits {SIZE} rows; if the model has another" in result.notes[-1]
     assert not hub.requests
 
 
@@ -316,7 +316,7 @@ def test_a_tokenizer_json_that_gives_other_ids_is_noticed(
     small: Tokenizer, tmp_path: Path
 ) -> None:
     # Its pieces and merges are ours, but dropout skips all merges.
-    file = edited(small, tmp_path, lambda found: found["model"].update(dropout=1.0))
+    file = edited(small, tmp_path, lambda file: file["model"].update(dropout=1.0))
     with pytest.raises(OpenELMError, match="differs from SentencePiece"):
         read_tokenizer(file)
 
@@ -475,7 +475,7 @@ def test_a_tokenizer_saved_by_transformers_is_read(
     write_tokenizer(llama, tmp_path)
     LlamaTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "tokenizer.model").exists()
-    found = find_tokenizer(tmp_path / "saved", None, 32000)
-    assert found.path == tmp_path / "saved" / "tokenizer.json"
+    result = find_tokenizer(tmp_path / "saved", None, 32000)
+    assert result.path == tmp_path / "saved" / "tokenizer.json"
     for text in PROBES:
-        assert found.tokenizer.encode(text) == llama.encode(text)
+        assert result.tokenizer.encode(text) == llama.encode(text)
