@@ -39,7 +39,7 @@ from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import find_recipe, load_recipe
 from mlx_openelm.reporting.trackers import require_trackers
 from mlx_openelm.storage.loading import load_model
-from mlx_openelm.storage.staging import held, refuse_replacing, staged_folder
+from mlx_openelm.storage.staging import lock_target, refuse_replacing, staged_folder
 from mlx_openelm.training.distributed import World, run_on_first_rank
 from mlx_openelm.training.events import (
     Event,
@@ -88,7 +88,7 @@ def finetune(
         run_on_first_rank(world, lambda: refuse_present_run(path, force))
     with contextlib.ExitStack() as stack:
         if first:
-            stack.enter_context(held(path))
+            stack.enter_context(lock_target(path))
         prepared = prepare(recipe, world=world, fit=fit, offline=offline)
         refuse_other_settings(prepared, world)
         refuse_too_large(prepared.plan)

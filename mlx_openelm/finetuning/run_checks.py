@@ -13,7 +13,7 @@ from mlx_openelm.finetuning.run_files import RECIPE
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import load_recipe
-from mlx_openelm.storage.adapter_folder import CONFIG, read_sketch
+from mlx_openelm.storage.adapter_folder import CONFIG, read_base_fingerprint
 from mlx_openelm.storage.base_check import base_weights, check_base
 from mlx_openelm.storage.model_folder import METADATA_KEY
 from mlx_openelm.storage.staging import refuse_existing
@@ -111,8 +111,12 @@ def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> N
 def refuse_other_base(path: Path, model: OpenELM) -> None:
     """Raise if the model is not the one that the run was begun with."""
     described = read_mapping(path / CONFIG).get(METADATA_KEY)
-    sketch = read_sketch(described) if isinstance(described, dict) else None
-    notes = check_base(sketch, base_weights(model), path, None) if sketch else ()
+    fingerprint = (
+        read_base_fingerprint(described) if isinstance(described, dict) else None
+    )
+    notes = (
+        check_base(fingerprint, base_weights(model), path, None) if fingerprint else ()
+    )
     if notes:
         raise OpenELMError(
             f"The run in {path} cannot go on: {notes[0]} Say the same `model`."

@@ -367,7 +367,7 @@ def test_sizes_are_made_and_shown_beside_what_is_published(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--size", "2B"], ["No OpenELM is called '2B'", "270M, 450M, 1.1B, 3B"]),
+        (["--size", "2B"], ["'2B' is not a released OpenELM", "270M, 450M, 1.1B, 3B"]),
         (["--bits", "7"], ["--bits is 7", "16, 8, 6, 5, 4, 3, 2"]),
         (["--bits", "four"], ["--bits is four"]),
         (["--bits", "16,"], ["--bits is 16,"]),

@@ -131,7 +131,7 @@ def test_ranks_of_a_quantized_model_are_those_of_its_real_widths():
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_at_the_start_nothing_has_changed_and_the_adapter_alone_is_trained(method):
     recipe = make_recipe(fine_tune_type=method, rank="auto:4")
-    model = make_model(recipe, stir=False)
+    model = make_model(recipe, perturb=False)
     expected = np.array(build(UNEVEN)(TOKENS))
     np.testing.assert_allclose(model(TOKENS), expected, atol=1e-5)
     leaves = {name.rpartition(".")[2] for name in trained_tensors(model)}
@@ -152,7 +152,7 @@ def test_at_the_start_nothing_has_changed_and_the_adapter_alone_is_trained(metho
 
 def test_the_seed_decides_the_start():
     def start(seed):
-        return trained_tensors(make_model(make_recipe(seed=seed), stir=False))
+        return trained_tensors(make_model(make_recipe(seed=seed), perturb=False))
 
     first, again, other = start(0), start(0), start(1)
     for name in first:
