@@ -185,7 +185,7 @@ def check_ids(model: str, data: str) -> None:
     )
     for i, sample in enumerate(samples):
         ids, offset = dataset.process(dataset[i])
-        ours = sample.tokens.tolist(), int(sample.counts.argmax())
+        ours = sample.tokens.tolist(), int(sample.loss_mask.argmax())
         if (ids, offset) != ours:
             sys.exit(f"{sample.place}: mlx-lm has {(ids, offset)}, not {ours}")
 

@@ -12,14 +12,14 @@ from mlx_openelm.training.events import read_events
 
 @dataclass(frozen=True, slots=True)
 class FinetuneReport:
-    """A run that came to its end. Losses are nats per token that counts, or per pair.
+    """The figures of a finished run. Losses are means per `unit`, in nats.
 
     Attributes:
-        unit: what losses are of, and `tokens` counts: "token", of preferences "pair".
-        reason: why it ended: "done" or "patience".
-        first_loss, last_loss, best_loss: of the validation; None where there was none.
-        tokens: trained.
-        seconds: of training, without validation.
+        reason: why training ended: "done" or "patience".
+        unit: "token", or "pair" for preferences; `tokens` counts these units.
+        first_loss, last_loss, best_loss: validation losses; None without validation.
+        tokens: number of trained target tokens, or pairs.
+        seconds: training time, without validation.
     """
 
     path: Path
@@ -44,10 +44,10 @@ class FinetuneReport:
 def finish_run(
     prepared: Prepared, run: RunContext, validator: Validator, reason: str
 ) -> FinetuneReport:
-    """Score the test set, and sum the run up.
+    """Compute the test loss, and return the result.
 
     Args:
-        reason: why training ended.
+        reason: why training ended: "done" or "patience".
     """
     progress, plan, test_loss = run.progress, prepared.plan, None
     if run.recipe.test:

@@ -1,6 +1,7 @@
-"""Samples become an adapter: checked, planned, and trained by the loop in `trainer`.
+"""Fine-tuning from a recipe to a finished adapter folder.
 
-What is in a run's folder is in `run_files`.
+`prepare` reads the data and plans the run, `Trainer` is the training loop, and
+`run_files` lists the files of a run's folder.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm.finetuning.advice import describe_death
+from mlx_openelm.finetuning.advice import describe_killed
 from mlx_openelm.finetuning.live_report import LiveReport
 from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import (
@@ -61,21 +62,22 @@ def finetune(
     on_event: Callable[[Event], None] = lambda event: None,
     on_prepared: Callable[[Prepared], None] = lambda prepared: None,
 ) -> FinetuneReport:
-    """Train an adapter into the recipe's `adapter_path`.
+    """Train an adapter, or all weights, and save the run in `adapter_path`.
 
     Args:
-        recipe: the value, a recipe's file, or the name of one that is bundled.
-        resume: go on from the state that is saved there, exactly.
-        force: replace a run that is there.
-        fit: see `prepare`.
-        on_event: gets what is written to metrics.jsonl, and notes.
-        on_prepared: gets the plan, before anything is trained.
+        recipe: the options, a recipe file, or the name of a bundled recipe.
+        resume: continue the run in `adapter_path` from its saved state.
+        force: replace an existing run.
+        fit: choose smaller settings if the memory would not suffice.
+        offline: do not access the network.
+        on_event: receives each event of metrics.jsonl, with the number of steps.
+        on_prepared: receives the plan before training.
 
     Raises:
-        OpenELMError: what is wrong with data, options or folder, all that can be known
-            before the start; later, that the run went wrong.
+        OpenELMError: before training, an error in data, options or folder; later, a
+            failed run.
         KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; the run is saved, and a note
-            of the exception tells how to go on.
+            of the exception has the command that resumes it.
     """
     sources = []
     if not isinstance(recipe, FinetuneRecipe):
@@ -101,10 +103,10 @@ def finetune(
             on_prepared(prepared)
         stack.enter_context(_limited_memory(prepared.plan))
         observers = [on_event]
-        run = _load(prepared, world, _hand_to(observers))
+        run = _load_run(prepared, world, _hand_to(observers))
         saver = RunSaver(run, prepared.identity)
         validator = Validator(
-            run, prepared.valid, saver, _continue_text(prepared, run.model)
+            run, prepared.valid, saver, _make_generator(prepared, run.model)
         )
         trainer = Trainer(run, prepared.train, saver, validator)
         if resume:
@@ -113,9 +115,9 @@ def finetune(
         else:
             run_on_first_rank(world, lambda: _write_start(prepared, run, saver, force))
         if first:
-            died = stack.enter_context(running(path))
+            was_killed = stack.enter_context(running(path))
             if resume:
-                _note_resume(run, died=died)
+                _record_resume(run, was_killed=was_killed)
             observers.append(stack.enter_context(LiveReport(prepared, run)))
             observers.append(stack.enter_context(MetricsTracking(run)))
             stack.enter_context(_noting_interruption(run))
@@ -123,10 +125,10 @@ def finetune(
         return finish_run(prepared, run, validator, reason)
 
 
-def _load(
+def _load_run(
     prepared: Prepared, world: World, on_event: Callable[[Event], None]
 ) -> RunContext:
-    """Load the model, and make it ready for the first update."""
+    """Load the model and prepare it for the first update."""
     recipe, order = prepared.recipe, prepared.order
     full = recipe.fine_tune_type == "full"
     model = load_model(prepared.folder, mx.float32 if full else None)
@@ -135,7 +137,9 @@ def _load(
         model, recipe.optimizer, recipe.betas, recipe.eps, recipe.weight_decay
     )
     test = prepared.test if recipe.test else ()
-    prepared.objective.start(model, [*prepared.train, *prepared.valid, *test])
+    prepared.objective.precompute_reference(
+        model, [*prepared.train, *prepared.valid, *test]
+    )
     state = TrainingState(model, optimizer)
     return RunContext(
         recipe=recipe,
@@ -150,7 +154,8 @@ def _load(
     )
 
 
-def _continue_text(prepared: Prepared, model: OpenELM) -> Callable[[str], str]:
+def _make_generator(prepared: Prepared, model: OpenELM) -> Callable[[str], str]:
+    """Return a function that continues a prompt with the recipe's template."""
     recipe, tokenizer = prepared.recipe, prepared.tokenizer
     tokenizer.template = recipe.template
     sampling = Sampling.from_defaults(
@@ -168,12 +173,13 @@ def _write_start(
         saver.save_start(staging)
 
 
-def _note_resume(run: RunContext, *, died: bool) -> None:
+def _record_resume(run: RunContext, *, was_killed: bool) -> None:
+    """Bring recipe and events in line with the restored state."""
     drop_events_after(run.folder, run.progress)
     write_text(run.folder / RECIPE, run.recipe.to_yaml())
     run.log.emit("resume")
-    if died:
-        run.log.note(describe_death(run.progress.step, run.recipe))
+    if was_killed:
+        run.log.note(describe_killed(run.folder, run.progress.step, run.recipe))
 
 
 @contextlib.contextmanager
@@ -200,7 +206,7 @@ def _hand_to(observers: Sequence[Callable[[Event], None]]) -> Callable[[Event], 
 
 @contextlib.contextmanager
 def _limited_memory(plan: TrainingPlan) -> Iterator[None]:
-    """Tell MLX what to stay below, and to keep no more freed memory than is needed."""
+    """Set MLX's memory limit, and limit its cache to the planned memory."""
     before = mx.set_memory_limit(plan.limit), mx.set_cache_limit(plan.memory.total)
     mx.reset_peak_memory()
     try:

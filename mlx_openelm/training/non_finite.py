@@ -9,13 +9,13 @@ MAX_SKIPPED_IN_A_ROW = 3
 
 
 def refuse_repeated(
-    progress: TrainingProgress, places: Sequence[str], kept: str
+    progress: TrainingProgress, places: Sequence[str], saved: str
 ) -> None:
     """Raise after `MAX_SKIPPED_IN_A_ROW` skipped batches in a row.
 
     Args:
         places: files and lines of the last batch's samples.
-        kept: a clause that states what is saved.
+        saved: a sentence that states what is saved.
 
     Raises:
         OpenELMError: the last batches were all skipped.
@@ -24,5 +24,5 @@ def refuse_repeated(
         raise OpenELMError(
             f"Loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} batches in a "
             f"row, up to step {progress.step} ({', '.join(places[:4])}). Lower "
-            f"`learning_rate`, or check these records; {kept}"
+            f"`learning_rate`, or check these records. {saved}"
         )

@@ -53,14 +53,14 @@ def make_recipe(**options: Any) -> FinetuneRecipe:
 def make_samples(
     lengths: Sequence[int] = LENGTHS, vocab_size: int = 300, seed: int = 0
 ) -> list[Sample]:
-    """Samples of random tokens, each with a prompt without loss."""
+    """Samples of random tokens, each with a masked prompt."""
     rng = np.random.default_rng(seed)
     samples = []
     for i, length in enumerate(lengths):
-        counts = np.arange(length) >= max(1, length // 3)
-        counts[-1] = i % 4 != 3 or length < 4  # some end with a token without loss
+        loss_mask = np.arange(length) >= max(1, length // 3)
+        loss_mask[-1] = i % 4 != 3 or length < 4  # some end without a target
         tokens = rng.integers(3, vocab_size, length).astype(np.int32)
-        samples.append(Sample(tokens, counts, f"train.jsonl:{i + 1}"))
+        samples.append(Sample(tokens, loss_mask, f"train.jsonl:{i + 1}"))
     return samples
 
 
@@ -73,8 +73,10 @@ def make_pairs(number: int = 6) -> list[Pair]:
         answers = []
         for length in (4 + 2 * i, 9 + (5 * i) % 7):
             tokens = np.concatenate([prompt, rng.integers(3, 300, length)])
-            counts = np.arange(len(tokens)) >= len(prompt)
-            answers.append(Sample(tokens.astype(np.int32), counts, f"train.jsonl:{i}"))
+            loss_mask = np.arange(len(tokens)) >= len(prompt)
+            answers.append(
+                Sample(tokens.astype(np.int32), loss_mask, f"train.jsonl:{i}")
+            )
         pairs.append(Pair(*answers, f"train.jsonl:{i}"))
     return pairs
 
@@ -124,7 +126,7 @@ def make_training(
         model, recipe.optimizer, recipe.betas, recipe.eps, recipe.weight_decay
     )
     objective, state = make_objective(recipe), TrainingState(model, optimizer)
-    objective.start(model, samples)
+    objective.precompute_reference(model, samples)
     order = Order(lengths_of(samples), recipe)
     log = EventLog(
         folder, state, steps=order.steps, world=world, on_event=lambda event: None
