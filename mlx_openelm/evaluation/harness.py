@@ -30,7 +30,7 @@ from mlx_openelm.evaluation.results import Metric, TaskResult
 from mlx_openelm.generation.batching import BATCH_SIZE
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.storage.staging import held, replaced_file
+from mlx_openelm.storage.staging import lock_target, replaced_file
 from mlx_openelm.text.tokenizer import Tokenizer
 
 SEEDS = (0, 1234)  # the harness's: of `random`; of numpy and of the examples in prompts
@@ -241,7 +241,7 @@ def run_kept_task(
     said = _describe_run(task, limit, fingerprint_model(model))
     path = folder / f"{task.name.replace(os.sep, '_')}.json"
     try:
-        with held(path):
+        with lock_target(path):
             done = _read_file(path, said, force=force)
             if done is not None:
                 return done
@@ -281,7 +281,7 @@ def _digest(task: HarnessTask) -> str:
         for name, leaf in task.loaded["tasks"].items():
             shots = leaf.fewshot_docs() if leaf.get_config("num_fewshot") else ()
             told = [name, leaf.dump_config(), list(leaf.eval_docs), list(shots)]
-            # What is no JSON counts by its type: an address differs in every run.
+            # What is not JSON counts by its type: an address differs in every run.
             digest.update(json.dumps(told, default=_name_type).encode())
     return digest.hexdigest()
 

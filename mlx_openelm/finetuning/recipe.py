@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.options import check_options, option
+from mlx_openelm.reporting.trackers import TRACKERS
 
 OBJECTIVES = ("sft", "dpo")
 
@@ -263,6 +264,12 @@ class FinetuneRecipe:
         panel="Output",
     )
     sample_tokens: int = option(64, least=1, most=_BIG)
+    report_to: tuple[str, ...] = option(
+        (),
+        "Also send the metrics to a tracker; repeatable.",
+        panel="Output",
+        choices=TRACKERS,
+    )
     memory_limit: float | None = option(
         None,
         "GB that training may use.",
@@ -388,7 +395,7 @@ class FinetuneRecipe:
 MAY_CHANGE = (
     *("data", "adapter_path", "model", "memory_limit", "grad_checkpoint"),
     *("batch_size", "grad_accumulation_steps"),  # with the same product
-    *("steps_per_report", "save_every", "test"),
+    *("steps_per_report", "save_every", "test", "report_to"),
 )
 
 

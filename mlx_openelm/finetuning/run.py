@@ -5,12 +5,13 @@
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_openelm.finetuning.advice import describe_killed
+from mlx_openelm.finetuning.live_report import LiveReport
 from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import (
     Prepared,
@@ -30,16 +31,23 @@ from mlx_openelm.finetuning.run_checks import (
 from mlx_openelm.finetuning.run_context import RunContext
 from mlx_openelm.finetuning.run_files import RECIPE, write_start, write_text
 from mlx_openelm.finetuning.run_saver import RunSaver
+from mlx_openelm.finetuning.tracking import MetricsTracking
 from mlx_openelm.finetuning.trainer import Trainer
 from mlx_openelm.finetuning.validation import Validator
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import generate
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import find_recipe, load_recipe
+from mlx_openelm.reporting.trackers import require_trackers
 from mlx_openelm.storage.loading import load_model
-from mlx_openelm.storage.staging import held, refuse_replacing, staged_folder
+from mlx_openelm.storage.staging import lock_target, refuse_replacing, staged_folder
 from mlx_openelm.training.distributed import World, run_on_first_rank
-from mlx_openelm.training.events import Event, EventLog, drop_events_after
+from mlx_openelm.training.events import (
+    Event,
+    EventLog,
+    drop_events_after,
+    read_events,
+)
 from mlx_openelm.training.optimizer import make_optimizer
 from mlx_openelm.training.state import TrainingState, running
 
@@ -75,13 +83,14 @@ def finetune(
     if not isinstance(recipe, FinetuneRecipe):
         sources.append(find_recipe(str(recipe)))
         recipe = load_recipe(FinetuneRecipe, str(recipe), {})
+    require_trackers(recipe.report_to)
     world, path = World.join(), run_folder(recipe)
     first = world.rank == 0
     if not resume:
         run_on_first_rank(world, lambda: refuse_present_run(path, force))
     with contextlib.ExitStack() as stack:
         if first:
-            stack.enter_context(held(path))
+            stack.enter_context(lock_target(path))
         prepared = prepare(recipe, world=world, fit=fit, offline=offline)
         refuse_other_settings(prepared, world)
         refuse_too_large(prepared.plan)
@@ -93,7 +102,8 @@ def finetune(
         if first:
             on_prepared(prepared)
         stack.enter_context(_limited_memory(prepared.plan))
-        run = _load_run(prepared, world, on_event)
+        observers = [on_event]
+        run = _load_run(prepared, world, _hand_to(observers))
         saver = RunSaver(run, prepared.identity)
         validator = Validator(
             run, prepared.valid, saver, _make_generator(prepared, run.model)
@@ -108,6 +118,9 @@ def finetune(
             was_killed = stack.enter_context(running(path))
             if resume:
                 _record_resume(run, was_killed=was_killed)
+            observers.append(stack.enter_context(LiveReport(prepared, run)))
+            observers.append(stack.enter_context(MetricsTracking(run)))
+            stack.enter_context(_noting_interruption(run))
         reason = trainer.run()
         return finish_run(prepared, run, validator, reason)
 
@@ -167,6 +180,28 @@ def _record_resume(run: RunContext, *, was_killed: bool) -> None:
     run.log.emit("resume")
     if was_killed:
         run.log.note(describe_killed(run.folder, run.progress.step, run.recipe))
+
+
+@contextlib.contextmanager
+def _noting_interruption(run: RunContext) -> Iterator[None]:
+    """Record that a run stopped after its last step, but before its result."""
+    try:
+        yield
+    except BaseException:
+        ends = [e for e in read_events(run.folder) if e["event"] == "end"]
+        if ends and ends[-1].get("reason") != "interrupted":
+            run.log.emit("end", reason="interrupted")
+        raise
+
+
+def _hand_to(observers: Sequence[Callable[[Event], None]]) -> Callable[[Event], None]:
+    """Return what hands an event to all observers, also to those added later."""
+
+    def hand_on(event: Event) -> None:
+        for observer in observers:
+            observer(event)
+
+    return hand_on
 
 
 @contextlib.contextmanager

@@ -9,11 +9,11 @@ from mlx_openelm.finetuning.advice import describe_killed
 from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import Prepared
 from mlx_openelm.finetuning.recipe import FinetuneRecipe, differences
-from mlx_openelm.finetuning.run_files import PAGE, RECIPE
+from mlx_openelm.finetuning.run_files import RECIPE
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import load_recipe
-from mlx_openelm.storage.adapter_folder import CONFIG, read_sketch
+from mlx_openelm.storage.adapter_folder import CONFIG, read_base_fingerprint
 from mlx_openelm.storage.base_check import base_weights, check_base
 from mlx_openelm.storage.model_folder import METADATA_KEY
 from mlx_openelm.storage.staging import refuse_existing
@@ -92,7 +92,7 @@ def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> N
     if (
         ends
         and ends[-1].get("reason") in ("done", "patience")
-        and (path / PAGE).exists()
+        and not (path / RUNNING).exists()  # killed before its report was complete
     ):
         raise OpenELMError(
             f"The run in {path} is complete, at step {state.progress.step}; use "
@@ -111,8 +111,12 @@ def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> N
 def refuse_other_base(path: Path, model: OpenELM) -> None:
     """Raise if the run started from another base model."""
     described = read_mapping(path / CONFIG).get(METADATA_KEY)
-    sketch = read_sketch(described) if isinstance(described, dict) else None
-    notes = check_base(sketch, base_weights(model), path, None) if sketch else ()
+    fingerprint = (
+        read_base_fingerprint(described) if isinstance(described, dict) else None
+    )
+    notes = (
+        check_base(fingerprint, base_weights(model), path, None) if fingerprint else ()
+    )
     if notes:
         raise OpenELMError(
             f"The run in {path} cannot be resumed: {notes[0]} Use the same `model`."

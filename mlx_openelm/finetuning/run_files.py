@@ -8,7 +8,8 @@ A run is a folder. From the first save on it is an adapter folder:
     data.json             statistics of the data
     metrics.jsonl         events, one per line
     state.safetensors     the state that `resume` continues from
-    report.html           the report, written at the end
+    report.html           the report, rewritten during the run
+    tensorboard/          with `report_to` tensorboard
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from pathlib import Path
 from mlx_openelm.finetuning.preparation import Prepared
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.adapter_folder import AdapterConfig, write_config
-from mlx_openelm.storage.base_check import sketch_base
+from mlx_openelm.storage.base_check import fingerprint_base
 from mlx_openelm.storage.shards import write_json
 from mlx_openelm.storage.staging import replaced_file
 from mlx_openelm.training.arrays import trained_tensors
@@ -49,7 +50,7 @@ def write_start(staging: Path, prepared: Prepared, model: OpenELM) -> None:
             metadata={
                 "version": __version__,
                 "template": recipe.template,
-                "base": {"name": recipe.model, "sketch": sketch_base(model)},
+                "base": {"name": recipe.model, "sketch": fingerprint_base(model)},
                 "data": {"digest": prepared.table.digest},
             },
         ),

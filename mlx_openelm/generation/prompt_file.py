@@ -141,7 +141,7 @@ def _read_record(prompt: Prompt, value: Any) -> Prompt:
             value = {"prompt": value}
         if not isinstance(value, dict):
             raise OpenELMError(
-                f"The record is {describe_type(value)}; it must be an object or a text."
+                f"The record is {describe_type(value)}; expected an object or a string."
             )
         own = _check_id(value.get("id"))
         return replace(prompt, content=_read_object(value), id=own)
@@ -152,7 +152,7 @@ def _read_record(prompt: Prompt, value: Any) -> Prompt:
 def _check_id(value: Any) -> str | int | None:
     if isinstance(value, bool) or not isinstance(value, str | int | None):
         raise OpenELMError(
-            f"The id is {describe_type(value)}; it must be a text or a whole number."
+            f"The id is {describe_type(value)}; it must be a string or an integer."
         )
     problem = describe_text_problem(value) if isinstance(value, str) else ""
     if problem:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -39,7 +40,7 @@ from mlx_openelm.bench.plan import (
 )
 from mlx_openelm.bench.published_speeds import PUBLISHED, find_published
 from mlx_openelm.bench.report import BenchReport, Cell, Figure
-from mlx_openelm.cli.views.bench_picture import draw_bench
+from mlx_openelm.cli.views.bench import draw_bench
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.device import Machine, compute_dtype, describe_machine
 from mlx_openelm.errors import OpenELMError
@@ -366,7 +367,7 @@ def test_sizes_are_made_and_shown_beside_what_is_published(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--size", "2B"], ["No OpenELM is called '2B'", "270M, 450M, 1.1B, 3B"]),
+        (["--size", "2B"], ["'2B' is not a released OpenELM", "270M, 450M, 1.1B, 3B"]),
         (["--bits", "7"], ["--bits is 7", "16, 8, 6, 5, 4, 3, 2"]),
         (["--bits", "four"], ["--bits is four"]),
         (["--bits", "16,"], ["--bits is 16,"]),
@@ -522,29 +523,32 @@ def made_report():
     return BenchReport("1", machine, True, bandwidth, tuple(rows), 7, True)
 
 
+def bar_width(group):
+    """The width of the rectangle that an SVG group draws."""
+    corners = re.findall(r"[ML] ([0-9.]+) ", group.find(f"{SVG}path").get("d"))
+    return max(map(float, corners)) - min(map(float, corners))
+
+
 def test_the_picture_is_drawn_to_scale_and_stands_alone():
     report = made_report()
     drawn = draw_bench(report)
     root = ElementTree.fromstring(drawn)
-    bars = {
-        style: [
-            float(rect.get("width"))
-            for rect in root.iter(f"{SVG}rect")
-            if rect.get("class") == style
-        ]
-        for style in ("speed", "share")
-    }
     measured = [cell for cell in report.cells if cell.rounds]
-    for style, name in (("speed", "generation_tps"), ("share", "bandwidth_share")):
+    for color, name in (("blue", "generation_tps"), ("orange", "bandwidth_share")):
+        bars = [
+            bar_width(group)
+            for group in root.iter(f"{SVG}g")
+            if group.get("class") == f"bar {color}"
+        ]
         values = [getattr(cell, name).median for cell in measured]
-        ratios = [b / v for b, v in zip(bars[style], values, strict=True)]
+        ratios = [b / v for b, v in zip(bars, values, strict=True)]
         assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=0.01)
     texts = " ".join(text.text for text in root.iter(f"{SVG}text"))
     assert "takes about 6.3 GB" in texts
     assert "recalled, unverified" in texts
     assert "CPU (A & B), Linux 6 <x86>" in texts
-    dashed = [e for e in root.iter(f"{SVG}line") if e.get("class") == "published"]
-    assert len(dashed) == 4
+    dashed = [e for e in root.iter(f"{SVG}g") if e.get("class") == "published"]
+    assert len(dashed) == 5  # also of the model that was not measured
     assert "http" not in drawn.replace("http://www.w3.org/2000/svg", "")
     assert "130 % of the memory bandwidth" in root.find(f"{SVG}title").text
 
@@ -569,8 +573,9 @@ def test_a_browser_shows_every_word_inside_the_picture(tmp_path):
             )
             assert outside == 0
             labels = page.evaluate(
-                "[...document.querySelectorAll('text[x=\"20.0\"]:is(.name, .small)')]"
-                ".map(t => t.getBoundingClientRect().right)"
+                "[...document.querySelectorAll('text')].map(t => "
+                "t.getBoundingClientRect()).filter(b => Math.abs(b.left - 20) < 1 && "
+                "b.top > 92 && b.bottom < 92 + 7 * 40).map(b => b.right)"
             )
             assert len(labels) == 14
             assert max(labels) < 296  # the bars begin at 300

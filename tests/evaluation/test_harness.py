@@ -252,7 +252,7 @@ def test_greedy_texts_are_those_of_the_reference(model, theirs):
     ]
     prompts = [*prompts[:6], ("Once", {"until": [], "max_gen_toks": 20})]
     reference = theirs(add_bos_token=True)
-    # transformers shows a run of bytes that is no UTF-8 as marks for all of its bytes.
+    # transformers shows a run of bytes that is not UTF-8 as marks for all of its bytes.
     decode = reference.tok_decode
     reference.tok_decode = lambda ids, **options: (
         tokenizer.decode(ids) if isinstance(ids, list) else decode(ids, **options)

@@ -192,7 +192,7 @@ def test_a_bad_line_among_thousands_is_named_with_its_column(file):
     lines = [json.dumps({"text": f"{i}"}) for i in range(5000)]
     lines[3210] = '{"text": "no end'
     message = refused(file, "\n".join(lines))
-    assert f"{file}:3211:10 is no JSON" in message
+    assert f"{file}:3211:10 is not JSON" in message
     assert "a problem" in message
 
 
@@ -217,14 +217,14 @@ def test_all_problems_are_in_one_message(file):
         ),
     )
     for problem in (
-        ":2:16 is no JSON",
-        ":3: prompt is a number, not a text; ",
-        ":3: completion is a list, not a text",
+        ":2:16 is not JSON",
+        ":3: prompt is a number, not a string; ",
+        ":3: completion is a list, not a string",
         ":4 has no completion",
         ":5: completion is empty",
-        ":6:13 is no UTF-8 (the byte 0xff)",
+        ":6:13 is not UTF-8 (the byte 0xff)",
         ":7: prompt contains a NUL",
-        r":7: completion holds \ud83d, half of a character",
+        r":7: completion contains the unpaired surrogate \ud83d",
         ":8 is a list, not an object",
         ":9 is text while train.jsonl:1 is prompt+completion",
         ":10",
@@ -238,7 +238,7 @@ def test_all_problems_are_in_one_message(file):
 def test_a_long_list_of_problems_ends_with_the_number_of_the_rest(file):
     message = refused(file, "{\n" * 50)
     assert "50 problems" in message
-    assert message.count("is no JSON") == 20
+    assert message.count("is not JSON") == 20
     assert message.endswith("; and 30 more.")
 
 
@@ -261,8 +261,8 @@ def test_unknown_fields_are_listed_with_the_options_for_them(file):
     ("messages", "problem"),
     [
         ([], "messages is an empty list"),
-        ("Hi", "messages is a text, not a list"),
-        (["Hi"], "messages[0] is a text, not a message"),
+        ("Hi", "messages is a string, not a list"),
+        (["Hi"], "messages[0] is a string, not a message"),
         ([{"role": "tool", "content": "x"}], "messages[0].role is 'tool'"),
         ([{"role": "user", "content": "x"}], "messages has no assistant turn"),
         ([{"role": "user", "content": [{}]}], "messages[0].content is a list"),
@@ -283,10 +283,10 @@ def test_files_that_are_not_json_lines_are_refused(tmp_path):
         ("a.json", "[]", "has no records"),
         ("a.json", "[ ]\n", "has no records"),
         ("a.json", '[{"text": "a"},\n  3]', "a.json:2:3 is a number"),
-        ("a.json", '[{"text": "a"},\n {"text" 3}]', "a.json:2:10 is no JSON"),
-        ("a.json", b'[{"text": "a"},\n {"text": "\xe9"}]', "a.json:2:12 is no UTF-8"),
-        ("a.jsonl", "Once upon a time", "a.jsonl:1:1 is no JSON"),
-        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "a.jsonl:1:1 is no UTF-8"),
+        ("a.json", '[{"text": "a"},\n {"text" 3}]', "a.json:2:10 is not JSON"),
+        ("a.json", b'[{"text": "a"},\n {"text": "\xe9"}]', "a.json:2:12 is not UTF-8"),
+        ("a.jsonl", "Once upon a time", "a.jsonl:1:1 is not JSON"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "a.jsonl:1:1 is not UTF-8"),
         ("a.jsonl.gz", '{"text": "a"}', "a.jsonl.gz"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "truncated"),
         ("a.jsonl.gz", b"\x1f\x8b\x08\x00" + b"\xff" * 40, "a.jsonl.gz is damaged"),

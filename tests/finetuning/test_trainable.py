@@ -131,7 +131,7 @@ def test_ranks_of_a_quantized_model_follow_its_unpacked_widths():
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_new_adapter_changes_no_output_and_is_trained_alone(method):
     recipe = make_recipe(fine_tune_type=method, rank="auto:4")
-    model = make_model(recipe, stir=False)
+    model = make_model(recipe, perturb=False)
     expected = np.array(build(UNEVEN)(TOKENS))
     np.testing.assert_allclose(model(TOKENS), expected, atol=1e-5)
     leaves = {name.rpartition(".")[2] for name in trained_tensors(model)}
@@ -152,7 +152,7 @@ def test_a_new_adapter_changes_no_output_and_is_trained_alone(method):
 
 def test_the_seed_determines_the_initial_adapter():
     def start(seed):
-        return trained_tensors(make_model(make_recipe(seed=seed), stir=False))
+        return trained_tensors(make_model(make_recipe(seed=seed), perturb=False))
 
     first, again, other = start(0), start(0), start(1)
     for name in first:

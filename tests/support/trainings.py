@@ -1,4 +1,4 @@
-"""Small training runs whose steps tests make one by one."""
+"""Small training runs for tests that call single steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ LENGTHS = (5, 33, 12, 20, 9, 41, 17, 28, 3, 50, 11, 24)
 
 def make_recipe(**options: Any) -> FinetuneRecipe:
     """A recipe whose gradients are clipped, without a schedule."""
-    known = {
+    defaults = {
         "rank": 4,
         "iters": 3,
         "batch_size": 3,
@@ -47,7 +47,7 @@ def make_recipe(**options: Any) -> FinetuneRecipe:
         "clip_norm": 0.5,
         "max_seq_length": 64,
     }
-    return FinetuneRecipe(data="none", **{**known, **options})
+    return FinetuneRecipe(data="none", **{**defaults, **options})
 
 
 def make_samples(
@@ -82,12 +82,12 @@ def make_pairs(number: int = 6) -> list[Pair]:
 
 
 def make_model(
-    recipe: FinetuneRecipe, config: OpenELMConfig = UNEVEN, *, stir: bool = True
+    recipe: FinetuneRecipe, config: OpenELMConfig = UNEVEN, *, perturb: bool = True
 ) -> OpenELM:
-    """A model with an adapter; with `stir`, a nonzero one."""
+    """A model with an adapter; `perturb` makes the adapter's update non-zero."""
     model = build(config)
     make_trainable(model, recipe)
-    if stir and recipe.fine_tune_type != "full":
+    if perturb and recipe.fine_tune_type != "full":
         rng = np.random.default_rng(1)
         for module in model.modules():
             for name in {"lora_b", "m"} & set(module):
@@ -139,22 +139,20 @@ def make_training(
 
 def step(training: SmallRun) -> dict[str, np.ndarray]:
     """Make one update; return the clipped gradients that the optimizer got."""
-    gradients_by_name: dict[str, np.ndarray] = {}
+    received: dict[str, np.ndarray] = {}
     optimizer = training.context.state.optimizer
     update = optimizer.update
 
-    def watch(model: OpenELM, gradients: Any) -> None:
-        gradients_by_name.update(
-            {n: np.array(g) for n, g in flatten(gradients).items()}
-        )
+    def record(model: OpenELM, gradients: Any) -> None:
+        received.update({n: np.array(g) for n, g in flatten(gradients).items()})
         update(model, gradients)
 
-    optimizer.update = watch
+    optimizer.update = record
     try:
         training.norm = training.trainer.update(Stop()).norm
     finally:
         optimizer.update = update
-    return gradients_by_name
+    return received
 
 
 def read_data(
