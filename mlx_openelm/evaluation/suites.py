@@ -12,12 +12,12 @@ from mlx_openelm.evaluation.published_scores import PUBLISHED_SCORES, PublishedT
 
 HARNESS = (
     "The authors ran lm-evaluation-harness of 2024-03-15 (commit dc90fec); this one is "
-    "later. That it gives the same scores is unverified, and so is which metric a "
-    "column reports."
+    "later. Whether it gives the same scores, and which metric a column reports, is "
+    "unverified."
 )
 PEFT_HARNESS = (
     "The authors ran lm-evaluation-harness of 2024-04-18 (commit 3196e907) on these "
-    "files; this scores them without it, by the same rule. That both give the same "
+    "files; this scores them by the same rule without it. Whether both give the same "
     "scores is unverified."
 )
 

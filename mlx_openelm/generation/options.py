@@ -59,12 +59,12 @@ class Sampling:
 
     max_tokens: int = option(
         256,
-        "Tokens to generate at most.",
+        "Maximum number of new tokens.",
         flags=("-m", "--max-tokens"),
         least=1,
     )
     min_tokens: int = option(
-        0, "Tokens before the model may end the answer.", panel=SAMPLING, least=0
+        0, "Minimum number of new tokens.", panel=SAMPLING, least=0
     )
     temp: float = option(
         0.0, "Temperature; 0 is greedy.", panel=SAMPLING, least=0, most=1e6
@@ -88,13 +88,16 @@ class Sampling:
     )
     repetition_penalty: float = option(
         1.0,
-        "Above 1: repeat less; 1 is off.",
+        "Penalty for repeated tokens; 1 is off.",
         panel=SAMPLING,
         least=1e-6,
         most=1e6,
     )
     repetition_context: int = option(
-        256, "Last tokens that {repetition_penalty} counts.", panel=SAMPLING, least=1
+        256,
+        "Number of last tokens that {repetition_penalty} covers.",
+        panel=SAMPLING,
+        least=1,
     )
     no_repeat_ngram: int = option(
         0, "Repeat no sequence of N tokens; 0 is off.", panel=SAMPLING, least=0
@@ -110,7 +113,7 @@ class Sampling:
     )
     stop_loops: int = option(
         0,
-        "End the answer where it repeats itself N times in a row; 0 is off.",
+        "End an answer that repeats itself N times in a row; 0 is off.",
         panel=SAMPLING,
         least=0,
     )
@@ -189,17 +192,17 @@ class CacheOptions:
 
     kv_bits: int | None = option(
         None,
-        "Keep keys and values in 4 or 8 bits: less memory, slower.",
+        "Quantize the KV cache to 4 or 8 bits: less memory, slower.",
         panel=SPEED_AND_MEMORY,
     )
     kv_group_size: int = option(
         64,
-        "Numbers that share a scale with {kv_bits}: 32, 64 or 128.",
+        "Quantization group size of {kv_bits}: 32, 64 or 128.",
         panel=SPEED_AND_MEMORY,
     )
     max_kv_size: int | None = option(
         None,
-        "Keep the first 4 and the newest tokens, N in all.",
+        "Sliding KV cache of the first 4 and the newest tokens, N in total.",
         panel=SPEED_AND_MEMORY,
     )
 
