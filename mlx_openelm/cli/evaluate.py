@@ -273,7 +273,7 @@ def _run_named(
     batch_size: int,
     force: bool,
 ) -> list["TaskResult"]:
-    from mlx_openelm.evaluation.harness import run_kept_task, run_task
+    from mlx_openelm.evaluation.harness import run_resumable_task, run_task
     from mlx_openelm.evaluation.harness_model import wrap_model
 
     results: list[TaskResult] = []
@@ -289,7 +289,7 @@ def _run_named(
                 )
                 results += run_task(lm, task, limit=plan.limit)
             else:
-                results += run_kept_task(
+                results += run_resumable_task(
                     model,
                     tokenizer,
                     task,

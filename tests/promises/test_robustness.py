@@ -209,7 +209,7 @@ def test_damaged_defaults_of_a_model_are_named(here, content, says):
 def test_a_score_is_a_number(here):
     make_source(here / "nan", {"norm.weight": np.full(64, np.nan, "f")})
     args = ("evaluate", "--quiet", "--model", "nan", "--text", "nan/config.json")
-    refuse(here, *args, says="gives nan for this text")
+    refuse(here, *args, says="log-likelihood of this text is nan")
 
 
 @pytest.mark.parametrize(
