@@ -31,7 +31,7 @@ from converters.formats.sources import (
 from mlx_openelm.config import OpenELMConfig, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
-from mlx_openelm.storage.adapter_folder import read_sketch
+from mlx_openelm.storage.adapter_folder import read_base_fingerprint
 from mlx_openelm.storage.base_check import BaseWeight, check_base
 from mlx_openelm.storage.model_folder import check_shapes
 from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_module
@@ -87,7 +87,7 @@ def open_pair(
     adapter = replace(adapter, name=name_folder(path))
     base = open_base(adapter, base_name, offline=offline)
     notes: tuple[str, ...] = ()
-    if sketch := read_sketch(adapter.metadata):
+    if fingerprint := read_base_fingerprint(adapter.metadata):
         check_fits(
             fit_rows(adapter, base.config), base.config
         )  # its error has more detail
@@ -98,7 +98,7 @@ def open_pair(
             for name, (rows, *width) in base.config.tensor_shapes().items()
             if width
         }
-        notes = check_base(sketch, weights, path, adapter.base)
+        notes = check_base(fingerprint, weights, path, adapter.base)
     return replace(base, notes=(*base.notes, *notes)), adapter
 
 

@@ -27,8 +27,8 @@ from mlx_openelm.storage.model_folder import (
 from mlx_openelm.storage.tokenizer_finder import (
     JSON_FILE,
     MODEL_FILE,
-    prove_same,
-    prove_tokenizer,
+    verify_same,
+    verify_tokenizer,
 )
 from mlx_openelm.tensor_names import to_folder, to_module
 
@@ -162,9 +162,9 @@ def _check_tokenizer(folder: ModelFolder) -> list[str]:
         return []
     try:
         tokenizer = load_tokenizer(folder)
-        prove_tokenizer(tokenizer, folder.config.vocab_size)
+        verify_tokenizer(tokenizer, folder.config.vocab_size)
         if files[1].is_file():  # what mlx-lm reads
-            prove_same(files[1].read_text(encoding="utf-8"), tokenizer)
+            verify_same(files[1].read_text(encoding="utf-8"), tokenizer)
     except (OpenELMError, OSError, UnicodeDecodeError) as error:
         return [str(error).rstrip(".")]
     return []

@@ -266,7 +266,7 @@ _MAY_CHANGE = (  # on resume: they do not affect what is learned
     *("output", "micro_batch_size", "parallel", "bf16", "activation_checkpointing"),
     *("compile", "report_every", "eval_every", "eval_window", "eval_sequences"),
     *("save_every", "keep_last", "keep_every", "average_last", "sample_every"),
-    *("sample_prompts", "tensorboard", "generation"),
+    *("sample_prompts", "tensorboard", "report_to", "generation"),
     *("data.on_damage", "data.cache", "data.workers"),
 )
 

@@ -1,6 +1,6 @@
-"""The options of generating text.
+"""Options of text generation.
 
-They import neither mlx nor numpy: the command line makes its flags of them.
+This module imports neither mlx nor numpy, so that the command line starts fast.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,11 @@ from mlx_openelm.options import check_options, option
 
 SAMPLING = "Sampling"  # headings in --help
 SPEED_AND_MEMORY = "Speed and memory"
+PROMPT = "Prompt"
 
 
 def _read_biases(texts: Sequence[str]) -> tuple[tuple[int, float], ...]:
-    """Return the token ids and biases that the flag of `logit_bias` was given."""
+    """Parse the values of the `logit_bias` flag into token ids and biases."""
     pairs = []
     for text in texts:
         token, _, bias = text.partition("=")
@@ -31,7 +32,7 @@ def _read_biases(texts: Sequence[str]) -> tuple[tuple[int, float], ...]:
 def _is_bias(pair: Any) -> bool:
     match pair:
         case (int(token), int() | float() as value):
-            # A larger one, penalized, could leave float32.
+            # A larger value could overflow float32 once it is penalized.
             whole = not isinstance(token, bool) and not isinstance(value, bool)
             return whole and token >= 0 and -1e6 <= value <= 1e6
     return False
@@ -39,90 +40,99 @@ def _is_bias(pair: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a text is continued. `temp` 0 is greedy; 0 and 1.0 switch a filter off.
+    """Options of decoding. `temp` 0 is greedy; 0 or 1.0 switches a filter off.
 
     Attributes:
-        max_tokens: tokens to write at most; the context length may end it sooner.
-        min_tokens: EOS is not drawn before so many; a stop text still ends the answer.
+        max_tokens: maximum number of new tokens, also limited by the context length.
+        min_tokens: EOS is not drawn before this many; stop texts still end the answer.
         repetition_penalty: divides positive and multiplies negative logits of tokens
             among the last `repetition_context` (prompt included).
-        no_repeat_ngram: no so many tokens stand twice in prompt and answer; 1: no token
-            does. EOS is free, and so is all where every token would be banned.
-        logit_bias: (token id, what is added to its logit); -100 bans and 100 forces.
+        no_repeat_ngram: no sequence of this many tokens occurs twice in prompt and
+            answer. EOS is exempt; where every token would be banned, none is.
+        logit_bias: (token id, value added to its logit); -100 bans and 100 forces.
         stop: texts that end the answer; they are not part of it.
-        stop_loops: ends the answer where its tail is one block of 1 to 64 tokens so
-            many times over, and 16 tokens long or more; 0 is off.
-        logprobs: how many of the likeliest tokens are told beside each drawn one, with
+        stop_loops: ends an answer whose tail repeats one block of 1 to 64 tokens this
+            many times and is at least 16 tokens long; 0 is off.
+        logprobs: number of likeliest tokens that are reported with each drawn one, with
             their log-probabilities; 0 is off.
-        seed: None leaves MLX's random state as it is.
+        seed: None leaves MLX's random state unchanged.
     """
 
     max_tokens: int = option(
         256,
-        "Tokens to generate at most.",
+        "Maximum number of tokens to generate.",
         flags=("-m", "--max-tokens"),
         least=1,
     )
     min_tokens: int = option(
-        0, "Tokens before the model may end the answer.", panel=SAMPLING, least=0
+        0, "Minimum number of tokens to generate.", panel=SAMPLING, least=0
     )
     temp: float = option(
-        0.0, "Temperature; 0 is greedy.", panel=SAMPLING, least=0, most=1e6
+        0.0, "Sampling temperature; 0 is greedy.", panel=SAMPLING, least=0, most=1e6
     )
     top_p: float = option(
         1.0,
-        "Sample from the likeliest tokens of this total probability; 1 is off.",
+        "Sample from the most likely tokens of this total probability (nucleus "
+        "sampling); 1 is off.",
         panel=SAMPLING,
         least=0,
         most=1,
     )
     top_k: int = option(
-        0, "Sample from the N likeliest tokens; 0 is off.", panel=SAMPLING, least=0
+        0, "Sample from the N most likely tokens; 0 is off.", panel=SAMPLING, least=0
     )
     min_p: float = option(
         0.0,
-        "Drop tokens less likely than this fraction of the likeliest; 0 is off.",
+        "Drop tokens less likely than this fraction of the most likely one; 0 is off.",
         panel=SAMPLING,
         least=0,
         most=1,
     )
     repetition_penalty: float = option(
         1.0,
-        "Above 1: repeat less; 1 is off.",
+        "Penalty for tokens that occurred before: above 1 repeats less; 1 is off.",
         panel=SAMPLING,
         least=1e-6,
         most=1e6,
     )
     repetition_context: int = option(
-        256, "Last tokens that {repetition_penalty} counts.", panel=SAMPLING, least=1
+        256,
+        "Last tokens to which {repetition_penalty} applies.",
+        panel=SAMPLING,
+        least=1,
     )
     no_repeat_ngram: int = option(
-        0, "Repeat no sequence of N tokens; 0 is off.", panel=SAMPLING, least=0
+        0, "Never repeat a sequence of N tokens; 0 is off.", panel=SAMPLING, least=0
     )
     logit_bias: tuple[tuple[int, float], ...] = option(
         (),
-        "ID=BIAS, added to the logit of a token; repeatable.",
+        "Value to add to the logit of a token, as ID=BIAS; repeatable.",
         panel=SAMPLING,
         read=_read_biases,
     )
     stop: tuple[str, ...] = option(
-        (), "A text that ends the answer; repeatable.", panel=SAMPLING
+        (), "Text that ends the answer; repeatable.", panel=SAMPLING
     )
     stop_loops: int = option(
         0,
-        "End the answer where it repeats itself N times in a row; 0 is off.",
+        "End the answer when it repeats itself N times in a row; 0 is off.",
         panel=SAMPLING,
         least=0,
     )
     logprobs: int = option(
         0,
-        "With --json: the log-probability of each token and of the N likeliest.",
+        "Add the log-probability of each token and of the N most likely ones to "
+        "--json; 0 is off.",
         panel=SAMPLING,
         least=0,
         most=20,
     )
     seed: int | None = option(
-        None, "Seed of the random numbers.", least=0, most=2**64 - 1
+        None,
+        "Seed of the random numbers.",
+        panel=SAMPLING,
+        least=0,
+        most=2**64 - 1,
     )
 
     def __post_init__(self) -> None:
@@ -136,39 +146,38 @@ class Sampling:
             )
         if not all(isinstance(text, str) and text for text in self.stop):
             raise OpenELMError(
-                "`stop` is empty or no text; give a text that ends the answer."
+                "`stop` is empty or not a text; pass a text that ends the answer."
             )
 
     @classmethod
     def from_defaults(
         cls, defaults: Mapping[str, Any], given: Mapping[str, Any] | None = None
     ) -> Self:
-        """Merge a model's generation_config.json with what a person said.
+        """Merge the given options with a model's generation_config.json.
 
         Args:
-            defaults: Hugging Face's names: temperature, top_p, top_k, min_p,
+            defaults: by Hugging Face's names: temperature, top_p, top_k, min_p,
                 repetition_penalty, no_repeat_ngram_size, max_new_tokens and
-                min_new_tokens; the first four are unused while do_sample is false.
-            given: our names; None means "not given".
+                min_new_tokens; the first four only apply if do_sample is true.
+            given: values by attribute name, which take precedence; None: not given.
         """
         sampled = defaults.get("do_sample") is True
-        found: dict[str, Any] = {}
+        config: dict[str, Any] = {}
         for ours, theirs in _HUGGING_FACE.items():
             value = defaults.get(theirs)
             if value is not None and (sampled or ours not in _ONLY_SAMPLED):
-                found[ours] = value
+                config[ours] = value
         if sampled:
-            found.setdefault("temp", 1.0)
-        said = {k: v for k, v in (given or {}).items() if v is not None}
-        known = {f.name for f in fields(cls)}
-        assert said.keys() <= known, said
+            config.setdefault("temp", 1.0)
+        changes = {k: v for k, v in (given or {}).items() if v is not None}
+        assert changes.keys() <= {f.name for f in fields(cls)}, changes
         try:
-            base = cls(**found)
+            base = cls(**config)
         except OpenELMError as error:
             raise OpenELMError(
                 f"The model's generation_config.json: {error}"
             ) from error
-        return replace(base, **said)
+        return replace(base, **changes)
 
 
 _HUGGING_FACE = {
@@ -186,46 +195,52 @@ _ONLY_SAMPLED = ("temp", "top_p", "top_k", "min_p")
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """How keys and values of earlier tokens are kept."""
+    """Options of the KV cache."""
 
     kv_bits: int | None = option(
         None,
-        "Keep keys and values in 4 or 8 bits: less memory, slower.",
+        "Quantize the KV cache to 4 or 8 bits: less memory, slower.",
         panel=SPEED_AND_MEMORY,
     )
     kv_group_size: int = option(
         64,
-        "Numbers that share a scale with {kv_bits}: 32, 64 or 128.",
+        "Group size of the quantized KV cache ({kv_bits}): 32, 64 or 128.",
         panel=SPEED_AND_MEMORY,
     )
     max_kv_size: int | None = option(
         None,
-        "Keep the first 4 and the newest tokens, N in all.",
+        "Size of a sliding KV cache: the first 4 and the newest tokens, N in all.",
         panel=SPEED_AND_MEMORY,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class DraftOptions:
-    """Where speculative decoding takes its draft tokens from; None: it is not used."""
+    """Draft sources of speculative decoding; None: not used."""
 
     lookup: int | None = option(
         None,
-        "Draft up to N tokens from an earlier occurrence in the text.",
+        "Speculative decoding: draft up to N tokens from an earlier occurrence in the "
+        "text.",
         panel=SPEED_AND_MEMORY,
     )
     draft_model: str | None = option(
         None,
-        "Draft tokens with this smaller model: demo, a folder, or a Hub id.",
+        "Speculative decoding: draft tokens with this smaller model (demo, a folder or "
+        "a Hub id).",
         panel=SPEED_AND_MEMORY,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class PromptOptions:
-    """How the text of a prompt is rendered."""
+    """Options of rendering a prompt."""
 
     template: str = option(
-        "auto", "Prompt template: auto, raw, instruct, alpaca or openelm-peft."
+        "auto",
+        "Prompt template: auto, raw, instruct, alpaca or openelm-peft.",
+        panel=PROMPT,
     )
-    system: str = option("", "System text of the template.")
+    system: str = option(
+        "", "System text, where the template has a place for one.", panel=PROMPT
+    )

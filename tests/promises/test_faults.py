@@ -86,7 +86,7 @@ def test_a_stopped_convert_keeps_whole_shards_and_says_so(here, number, code):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, b"")
-    assert err.endswith(b"The same command goes on from 1 whole shard.\n")
+    assert err.endswith(b"The same command resumes from 1 complete shard.\n")
     assert len(err.splitlines()) <= 2
     check_it_goes_on(here)
 

@@ -1,6 +1,6 @@
-"""The report of `bench` as a table."""
+"""The report of `bench` as a table and as a picture."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from mlx_openelm.cli.console import Console
@@ -8,6 +8,7 @@ from mlx_openelm.cli.console import Console
 if TYPE_CHECKING:
     from mlx_openelm.bench.machine import Bandwidth
     from mlx_openelm.bench.report import BenchReport, Cell, Figure
+    from mlx_openelm.reporting.pictures import Measure, SpeedRow
 
 
 def show_bench(console: Console, report: "BenchReport") -> None:
@@ -25,7 +26,7 @@ def show_bench(console: Console, report: "BenchReport") -> None:
     table.add_column("")
     for cell in report.cells:
         table.add_row(
-            cell.model + ("\nmade weights" if cell.made else ""),
+            cell.model + ("\nrandom weights" if cell.made else ""),
             f"{cell.bits}\n{cell.computed_with}",
             str(cell.batch),
             f"{cell.context}",
@@ -47,14 +48,14 @@ def show_bench(console: Console, report: "BenchReport") -> None:
 
 
 def describe_setting(report: "BenchReport") -> Iterator[tuple[str, str]]:
-    """Yield the facts above the table: name and value."""
+    """Yield the facts above the table, as names and values."""
     machine = report.machine
     steps = "compiled" if report.compiled else "not compiled"
     yield "mlx-openelm", f"{report.version}, MLX {machine.mlx}, Python {machine.python}"
     memory = f"{machine.memory_bytes / 1e9:.1f} GB"
     yield "machine", f"{machine.system}, {machine.device}, {memory}"
     yield "computed with", f"{machine.blas}, steps {steps}"
-    yield "memory is read at", describe_bandwidth(report.bandwidth)
+    yield "memory bandwidth", describe_bandwidth(report.bandwidth)
 
 
 def describe_bandwidth(bandwidth: "Bandwidth") -> str:
@@ -77,26 +78,26 @@ def explain_bench(report: "BenchReport") -> Iterator[str]:
     cells = [cell for cell in report.cells if cell.rounds]
     if any(cell.rounds > 1 for cell in cells):
         most = max(cell.rounds for cell in cells)
-        yield f"Medians of {most} rounds; the least and the largest stand below."
+        yield f"Medians of {most} rounds, above the minimum and the maximum."
     if any(cell.made for cell in report.cells):
-        yield "Made weights: speed does not depend on their values."
+        yield "Random weights: speed does not depend on their values."
     if cells:
         yield (
-            "Read: what a new token must, the weights in the form under their bits, "
-            "and keys and values.\n"
-            "The share is the rate of these reads, over the memory's."
+            "Read: bytes read from memory for each new token (weights, keys and "
+            "values).\n"
+            "Share of bandwidth: the rate of these reads over the memory bandwidth."
         )
     shares = [c.bandwidth_share.median for c in cells if c.bandwidth_share is not None]
     if any(share > 1 for share in shares):
-        yield "A share above 100 %: the processor's own cache holds much of the model."
+        yield "A share above 100 %: much of the model is in the processor's cache."
     if any(cell.shell_first_token_s for cell in cells):
         yield (
-            "From the shell: a new process, from its start to the first byte of its "
-            "answer to a short prompt."
+            "From the shell: time from the start of a new process to its first byte of "
+            "output, with a short prompt."
         )
     for published in [c.published for c in report.cells if c.published is not None][:1]:
         yield (
-            f"Published: Apple's own figures ({published.setting}), recalled and "
+            f"Published: Apple's figures ({published.setting}), quoted from memory and "
             "unverified."
         )
     if not report.finished:
@@ -105,7 +106,7 @@ def explain_bench(report: "BenchReport") -> Iterator[str]:
 
 
 def describe_cell(cell: "Cell") -> str:
-    """Return why a cell was not measured, or what is published of it."""
+    """Return why a cell was not measured, or its published speed."""
     if cell.skipped is not None:
         return f"not measured: {cell.skipped}"
     if cell.published is None:
@@ -133,3 +134,53 @@ def show_number(value: float) -> str:
 
 def _show_megabytes(count: float | None) -> str:
     return "-" if count is None else show_number(count / 1e6)
+
+
+# The picture ---------------------------------------------------------------------
+
+
+def draw_bench(report: "BenchReport") -> str:
+    """Return the report as an SVG document."""
+    from mlx_openelm.reporting.pictures import draw_speeds
+
+    return draw_speeds(
+        [_picture_row(cell) for cell in report.cells],
+        title="Speed of OpenELM on this machine",
+        subtitle=f"{report.machine.device}, {report.machine.system}",
+        notes=list(_picture_notes(report)),
+    )
+
+
+def _picture_row(cell: "Cell") -> "SpeedRow":
+    from mlx_openelm.reporting.pictures import SpeedRow, format_percent
+
+    label = [f"{cell.bits} bits in {cell.computed_with.removeprefix('packed, ')}"]
+    label += [f"batch {cell.batch}"] if cell.batch > 1 else []
+    published = cell.published
+    return SpeedRow(
+        name=cell.model + (", made weights" if cell.made else ""),
+        label=", ".join([*label, f"{cell.context} tokens"]),
+        speed=_measure(cell.generation_tps, show_number),
+        bandwidth_share=_measure(cell.bandwidth_share, format_percent),
+        published_speed=None if published is None else published.generation_tps,
+        note=describe_cell(cell),
+    )
+
+
+def _measure(figure: "Figure | None", form: Callable[[float], str]) -> "Measure | None":
+    from mlx_openelm.reporting.pictures import Measure
+
+    if figure is None:
+        return None
+    return Measure(figure.median, figure.low, figure.high, form(figure.median))
+
+
+def _picture_notes(report: "BenchReport") -> Iterator[str]:
+    yield f"Memory is read at {describe_bandwidth(report.bandwidth)}."
+    yield "Bars: medians of the rounds; the thin line goes from least to largest."
+    if any(cell.made for cell in report.cells):
+        yield "Made weights: speed does not depend on their values."
+    for published in [c.published for c in report.cells if c.published is not None][:1]:
+        yield (
+            f"Dashed: published by Apple ({published.setting}), recalled, unverified."
+        )

@@ -24,7 +24,7 @@ from converters.conversion import merging
 from converters.conversion.fusing import FusionProof, fuse
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.adapter_folder import AdapterConfig, write_adapter
-from mlx_openelm.storage.base_check import sketch_base
+from mlx_openelm.storage.base_check import fingerprint_base
 from mlx_openelm.storage.loading import load
 from mlx_openelm.storage.model_folder import open_folder
 from mlx_openelm.storage.tokenizer_finder import write_tokenizer
@@ -76,7 +76,7 @@ def write_own(name, method="lora", *, size=SIZE, modules=LINEARS, base="base"):
     keys = tuple(to_module(f"{module}.weight") for module in modules)
     metadata = {
         "template": "alpaca",
-        "base": {"name": base, "sketch": sketch_base(model)},
+        "base": {"name": base, "sketch": fingerprint_base(model)},
     }
     config = AdapterConfig(method, 3, keys, 4, 2.0, base=base, metadata=metadata)
     Path(name).mkdir(parents=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import call, make_source, refuse, spoilt
+from commands import call, make_source, refuse, replace_last
 from models import (
     UNEVEN,
     make_factors,
@@ -387,12 +387,12 @@ def test_growing_an_adapter_is_refused(here):
 def test_a_missing_or_damaged_source_is_reported_and_nothing_is_written(here):
     refuse(here, "grow", "no.pt", "--width", 2, says="no.pt does not exist")
     name = "layers.2.ffn.proj_2.weight"
-    broken = {name: spoilt(weights_of(UNEVEN)[name], np.nan)}
+    broken = {name: replace_last(weights_of(UNEVEN)[name], np.nan)}
     make_source(here / "broken", broken)
     refuse(here, "grow", "broken", "--width", 2, says=f"{name} holds NaN")
     make_source(here / "alone" / "source")
     (here / "alone" / "source" / "tokenizer.model").unlink()
-    says = "No tokenizer was found beside alone/source"
+    says = "No tokenizer was found next to alone/source"
     refuse(here, "grow", "alone/source", "--width", 2, says=says)
 
 

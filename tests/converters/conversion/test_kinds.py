@@ -646,7 +646,7 @@ def assert_problems(work, *words, against=("a.pt",)):
     ran = call("verify", "model", *flags)
     assert isinstance(ran.exception, SystemExit), repr(ran.exception)
     assert ran.exit_code == 1
-    assert ran.stderr.startswith("error: model is not what it should be: ")
+    assert ran.stderr.startswith("error: model failed verification: ")
     for word in words:
         assert word in " ".join(ran.stdout.split()), ran.stdout
     assert snapshot(work) == before
@@ -796,8 +796,8 @@ def test_verify_compares_with_a_new_conversion(work, tokenizer, options):
             "--q-bits is 8; --q-mode mxfp4",
         ),
         (["a.pt", "--q-mode", "int4"], "--q-mode is 'int4'; choose affine"),
-        (["a.pt", "-q", "--q-keep", "lm_head"], "--q-keep 'lm_head' finds no module"),
-        (["a.pt", "-q", "--q-keep", "("], "--q-keep '(' is no regular expression"),
+        (["a.pt", "-q", "--q-keep", "lm_head"], "--q-keep 'lm_head' matches no module"),
+        (["a.pt", "-q", "--q-keep", "("], "--q-keep '(' is not a regular expression"),
         (["a.pt", "--merge", "--adapter-out", "x"], "either --merge or --adapter-out"),
         (["a.pt", "--merge"], "a.pt contains no adapter; leave out --merge"),
         (["a.pt", "--adapter-out", "x"], "no adapter; leave out --adapter-out"),

@@ -168,7 +168,7 @@ def test_duplicate_tensors_and_wrong_dtypes_are_reported(here):
     content = path.read_bytes()
     arrays = mx.load(str(path)) | {"module.norm.weight": mx.ones(64)}
     mx.save_safetensors(str(path), arrays)
-    says = ["module.norm.weight", "both stand for norm.weight"]
+    says = ["module.norm.weight", "are both norm.weight"]
     refuse(here, "convert", "source", says=says)
     length = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + length])

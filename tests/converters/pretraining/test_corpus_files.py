@@ -141,7 +141,7 @@ def test_data_after_an_array_is_reported(tmp_path, rest):
     path.write_bytes(gzip.compress(array) + gzip.compress(rest))
     reader = read_documents(str(path))
     assert next(reader) == "a"
-    with pytest.raises(DamagedFileError, match=r"Record 2 .* behind the end"):
+    with pytest.raises(DamagedFileError, match=r"Record 2 .* after the end"):
         next(reader)
     path.write_bytes(gzip.compress(array)[:-3])  # without its checksum
     with pytest.raises(DamagedFileError, match="truncated"):
@@ -218,13 +218,13 @@ def test_damaged_parquet_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"text": "cut', "no JSON"),
+        ('{"text": "cut', "not JSON"),
         ('{"text": 5}', "not a string"),
         ('{"text": null}', "not a string"),
         ('{"content": "a", "id": 1}', "has no 'text'; its keys: content, id"),
         ('"a string"', "not an object"),
-        ("{" * 100_000, "no JSON"),
-        (b'{"text": "\xff"}', ":11 is no UTF-8 (the byte 0xff)"),
+        ("{" * 100_000, "not JSON"),
+        (b'{"text": "\xff"}', ":11 is not UTF-8 (the byte 0xff)"),
     ],
 )
 def test_a_bad_record_is_reported_with_its_number(tmp_path, line, says):
