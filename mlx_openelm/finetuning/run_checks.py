@@ -115,12 +115,8 @@ def refuse_other_run(
 def refuse_other_base(path: Path, model: OpenELM) -> None:
     """Raise if the model is not the one that the run was begun with."""
     described = read_mapping(path / CONFIG).get(METADATA_KEY)
-    fingerprint = (
-        read_base_fingerprint(described) if isinstance(described, dict) else None
-    )
-    notes = (
-        check_base(fingerprint, base_weights(model), path, None) if fingerprint else ()
-    )
+    stored = read_base_fingerprint(described) if isinstance(described, dict) else None
+    notes = check_base(stored, base_weights(model), path, None) if stored else ()
     if notes:
         raise OpenELMError(
             f"The run in {path} cannot go on: {notes[0]} Say the same --model."
