@@ -169,7 +169,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(here, monkeypatc
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(folder_writing.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(folder_writing, "ShardWriter", None)
-    refuse(here, *CONVERT, says=["a/b needs", "free disk space"])
+    refuse(here, *CONVERT, says=["a/b needs", "make room"])
 
 
 def test_a_full_disk_behind_stdout_is_no_traceback(here):

@@ -56,7 +56,7 @@ def test_a_checkpoint_of_countless_tensors_is_refused_at_once(here):
     )
     (here / "many.pt").write_bytes(zipped(content))
     started = time.perf_counter()
-    said = refuse(here, "convert", "many.pt", says="there is no layers.0.attn.qkv_proj")
+    said = refuse(here, "convert", "many.pt", says="lacks layers.0.attn.qkv_proj")
     assert time.perf_counter() - started < 60  # not minutes: a guard against hanging
     assert len(said) < 10_000
 
@@ -103,7 +103,7 @@ def test_a_checkpoint_cut_short_or_of_another_architecture_is_refused(here):
         (INDEX, b"{", "index.json cannot be parsed"),
         (INDEX, b'{"weight_map": [1]}', "has no weight_map"),
         (INDEX, b'{"weight_map": {"a": "b"}}', "b of its index is missing"),
-        (INDEX, b'{"weight_map": {}}', "no weight_map, or nothing in it"),
+        (INDEX, b'{"weight_map": {}}', "no weight_map, or an empty one"),
         (INDEX, b'{"weight_map": {"a": "../b\\n\\u0000"}}', r"../b\n\x00 of its index"),
     ],
 )
