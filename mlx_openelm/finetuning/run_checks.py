@@ -111,12 +111,8 @@ def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> N
 def refuse_other_base(path: Path, model: OpenELM) -> None:
     """Raise if the run started from another base model."""
     described = read_mapping(path / CONFIG).get(METADATA_KEY)
-    fingerprint = (
-        read_base_fingerprint(described) if isinstance(described, dict) else None
-    )
-    notes = (
-        check_base(fingerprint, base_weights(model), path, None) if fingerprint else ()
-    )
+    stored = read_base_fingerprint(described) if isinstance(described, dict) else None
+    notes = check_base(stored, base_weights(model), path, None) if stored else ()
     if notes:
         raise OpenELMError(
             f"The run in {path} cannot be resumed: {notes[0]} Use the same `model`."

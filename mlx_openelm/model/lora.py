@@ -1,7 +1,7 @@
 """LoRA and DoRA layers, with mlx-lm's tensors and names.
 
 LoRA: Hu et al., arXiv 2106.09685; DoRA: Liu et al., arXiv 2402.09353. `scale` is the
-multiplier itself, that is, alpha / rank. Letters:
+multiplier itself (PEFT's alpha / rank). Letters:
 
     I  inputs of the linear      R  rank             V  rows of the embedding
     O  outputs of the linear     D  model_dim

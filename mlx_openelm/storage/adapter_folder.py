@@ -51,9 +51,7 @@ class AdapterFolder(ConfiguredFolder):
             OpenELMError: the adapter does not name its base, or it is unavailable.
         """
         if self.base is None:
-            raise OpenELMError(
-                f"{self.path} does not name its base; pass `model` BASE."
-            )
+            raise OpenELMError(f"{self.path} names no base; pass `model` BASE.")
         try:
             return find_model(self.base, offline=offline)
         except OpenELMError as error:
@@ -64,12 +62,8 @@ class AdapterFolder(ConfiguredFolder):
 
     def check_base(self, weights: Mapping[str, BaseWeight]) -> tuple[str, ...]:
         """Compare a base with the stored fingerprint; see `base_check.check_base`."""
-        fingerprint = read_base_fingerprint(self.metadata)
-        return (
-            check_base(fingerprint, weights, self.path, self.base)
-            if fingerprint
-            else ()
-        )
+        stored = read_base_fingerprint(self.metadata)
+        return check_base(stored, weights, self.path, self.base) if stored else ()
 
 
 def open_adapter_folder(path: Path) -> AdapterFolder:
@@ -237,11 +231,7 @@ def _adapter_shapes(
 def wrap(
     module: nn.Module, parts: Mapping[str, mx.array], scale: float
 ) -> LoRALinear | LoRAEmbedding:
-    """Return the adapted layer of a linear or an embedding.
-
-    Args:
-        parts: lora_a, lora_b and, for DoRA, m.
-    """
+    """Return a linear or embedding with its adapter: lora_a, lora_b and, in DoRA, m."""
     lora_a, lora_b = parts["lora_a"], parts["lora_b"]
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
         return LoRAEmbedding(module, lora_a, lora_b, scale)

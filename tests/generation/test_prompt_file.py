@@ -201,7 +201,7 @@ BAD = {
     b'{"prompt": "a", "id": [1]}': "The id is a list",
     b'{"prompt": "a", "id": true}': "The id is true or false",
     b'{"prompt": "a", "id": 1.5}': "The id is a number; it must be",
-    b'{"prompt": "a", "id": "\\udc00"}': "The id holds \\udc00",
+    b'{"prompt": "a", "id": "\\udc00"}': "contains the unpaired surrogate \\udc00",
     b'{"prompt": "a", "messages": [1]}': '"prompt" and "messages"',
     b'{"messages": []}': "messages is an empty list",
     b'{"messages": "a"}': "messages is a string",

@@ -107,7 +107,7 @@ def test_a_tokenizer_that_is_nowhere_is_named(here):
     [
         ("nowhere", "There is no folder nowhere"),
         ("a/b/c", "There is no folder a/b/c"),
-        ("no-such/model", "no model of that name in the local cache"),
+        ("no-such/model", "cache has no model of that name"),
         ("..", "holds no config.json"),
         ("model/config.json", "is a file, not a model folder"),
         ("~nobody", "There is no folder ~nobody"),

@@ -104,7 +104,7 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(here):
         (INDEX, b"{", "index.json cannot be parsed"),
         (INDEX, b'{"weight_map": [1]}', "has no weight_map"),
         (INDEX, b'{"weight_map": {"a": "b"}}', "b of its index is missing"),
-        (INDEX, b'{"weight_map": {}}', "no weight_map, or nothing in it"),
+        (INDEX, b'{"weight_map": {}}', "no weight_map, or an empty one"),
         (INDEX, b'{"weight_map": {"a": "../b\\n\\u0000"}}', r"../b\n\x00 of its index"),
     ],
 )
