@@ -167,8 +167,9 @@ def check_ids(model: str, data: str) -> None:
     from mlx_lm.tuner.datasets import load_dataset
     from mlx_lm.utils import load_tokenizer as load_their_tokenizer
 
+    from mlx_openelm.finetuning.record_formats import supervised_formats
+    from mlx_openelm.finetuning.record_samples import make_samples
     from mlx_openelm.finetuning.records import read_data
-    from mlx_openelm.finetuning.samples import make_samples
     from mlx_openelm.storage.loading import load_tokenizer
     from mlx_openelm.storage.model_folder import open_folder
 
@@ -176,14 +177,14 @@ def check_ids(model: str, data: str) -> None:
     args = types.SimpleNamespace(data=data, mask_prompt=True, train=True, test=False)
     dataset = load_dataset(args, theirs)[0]
     samples, _ = make_samples(
-        read_data(Path(data)).train,
+        read_data(Path(data), supervised_formats()).train,
         load_tokenizer(open_folder(Path(model))),
         template="raw",
         max_length=10**6,
     )
     for i, sample in enumerate(samples):
         ids, offset = dataset.process(dataset[i])
-        ours = sample.tokens.tolist(), int(sample.counts.argmax())
+        ours = sample.tokens.tolist(), int(sample.loss_mask.argmax())
         if (ids, offset) != ours:
             sys.exit(f"{sample.place}: mlx-lm has {(ids, offset)}, not {ours}")
 
@@ -197,8 +198,8 @@ def write_start(model: str, file: str) -> None:
         adapt,
         choose_modules,
         choose_ranks,
-        trained_tensors,
     )
+    from mlx_openelm.training.arrays import trained_tensors
 
     network, _ = mlx_openelm.load(model)
     adapt(network, "lora", choose_ranks(choose_modules(network), RANK), scale=SCALE)
@@ -210,11 +211,12 @@ def score(model: str, adapter: str, data: str) -> None:
     import mlx_openelm
     from mlx_openelm.finetuning.batches import collate
     from mlx_openelm.finetuning.losses import batch_losses
+    from mlx_openelm.finetuning.record_formats import supervised_formats
+    from mlx_openelm.finetuning.record_samples import make_samples
     from mlx_openelm.finetuning.records import read_data
-    from mlx_openelm.finetuning.samples import make_samples
 
     network, tokenizer = mlx_openelm.load(model, adapter_path=adapter or None)
-    dataset = read_data(Path(data)).valid
+    dataset = read_data(Path(data), supervised_formats()).valid
     samples, table = make_samples(dataset, tokenizer, template="raw", max_length=2048)
     total = 0.0
     for sample in samples:

@@ -24,8 +24,8 @@ def main() -> None:
     from converters.quantization.allocation import (
         choose,
         count_tokens,
+        estimate_losses,
         list_choices,
-        price_choices,
     )
     from converters.quantization.calibration import (
         calibration_windows,
@@ -70,7 +70,7 @@ def main() -> None:
         return receipt.mean_kl
 
     choices = list_choices(config)
-    losses = price_choices(config, whole.read, priced_on, choices)
+    losses = estimate_losses(config, whole.read, priced_on, choices)
     print("linears embedding  bits/weight    uniform     auto  ratio")
     for bits in (3, 4):
         for embed_bits in (4, 5, 6, 8):

@@ -1,4 +1,4 @@
-"""What a person may ask of a conversion, checked before anything is read."""
+"""Options of a conversion, checked before anything is read."""
 
 import os
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ QUANTIZATION = "Quantization"  # a heading in --help
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a conversion is: `done` of `total` of these `units`."""
+    """Progress of a conversion: `done` of `total`, in `units`."""
 
     done: int
     total: int
@@ -26,24 +26,24 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class ConversionOptions:
-    """What `convert` shall write.
+    """Options of `convert`.
 
     Attributes:
-        apart: the adapter that the source carries is written to a folder of its own.
-        base: the base model of a source that is an adapter.
-        repack: pack merged tensors as the base has them, in its dtype (`fuse`).
+        apart: write the adapter that the source contains to its own folder.
+        base: the base model of an adapter source.
+        repack: quantize merged tensors as in the base, in its dtype (used by `fuse`).
     """
 
     to: str = option(
         "mlx",
-        "Form to write: a model folder (mlx, hf), one file (corenet, gguf), or of an "
-        "adapter peft or corenet.",
+        "Output format: a model folder (mlx, hf) or a file (corenet, gguf); for an "
+        "adapter mlx, peft or corenet.",
         choices=("mlx", "hf", "corenet", "peft", "gguf"),
     )
     dtype: str | None = option(
         None,
-        "Type of the weights.",
-        shown_default="as stored, and for {to} mlx float32 becomes bfloat16",
+        "Data type of the weights.",
+        shown_default="as stored, but bfloat16 instead of float32 with {to} mlx",
         choices=("float32", "float16", "bfloat16"),
     )
     allow_overflow: bool = option(
@@ -51,36 +51,37 @@ class ConversionOptions:
     )
     bits: int | str | None = option(
         None,
-        "Bits of the linear layers; auto:N chooses bits for each tensor, N on average.",
+        "Bits per weight of the linear layers; auto:N chooses them per tensor, N on "
+        "average over the model.",
         flags=("--q-bits",),
         panel=QUANTIZATION,
-        shown_default="4, or what {mode} has",
+        shown_default="4, or as {mode} defines",
         read=str,
     )
     group_size: int | None = option(
         None,
-        "Weights that share a scale.",
+        "Number of weights that share a scale.",
         flags=("--q-group-size",),
         panel=QUANTIZATION,
-        shown_default="64, or what {mode} has",
+        shown_default="64, or as {mode} defines",
     )
     mode: str = option(
         "affine",
-        "How numbers are stored.",
+        "Quantization mode of MLX.",
         flags=("--q-mode",),
         panel=QUANTIZATION,
         choices=MODES,
     )
     embed_bits: int | None = option(
         None,
-        "Bits of the embedding.",
+        "Bits per weight of the embedding.",
         flags=("--q-embed-bits",),
         panel=QUANTIZATION,
-        shown_default=f"{EMBED_BITS}; chosen, where {{bits}} is auto",
+        shown_default=f"{EMBED_BITS}; chosen with {{bits}} auto",
     )
     keep: str | None = option(
         None,
-        "Do not quantize modules whose name contains this regular expression.",
+        "Do not quantize modules whose name matches this regular expression.",
         flags=("--q-keep",),
         panel=QUANTIZATION,
     )
@@ -89,17 +90,17 @@ class ConversionOptions:
     )
     calibration: str | Path | None = option(
         None,
-        "Text on which the error of quantization is measured.",
+        "Text file on which the quantization error is measured.",
         panel=QUANTIZATION,
         shown_default="a built-in sample",
         read=os.path.expanduser,
     )
     receipt: bool = option(
-        True, "Do not measure the error of quantization.", panel=QUANTIZATION
+        True, "Do not measure the quantization error.", panel=QUANTIZATION
     )
-    merge: bool = option(False, "Merge the adapter of the source into the weights.")
+    merge: bool = option(False, "Merge the adapter into the weights.")
     apart: bool = False
-    average: bool = option(False, "Average several .pt files.")
+    average: bool = option(False, "Average two or more .pt files.")
     base: str | None = None
     tokenizer: str | None = option(
         None,
@@ -111,53 +112,51 @@ class ConversionOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.quantizes and self.dequantize:
-            raise OpenELMError("`dequantize` and `bits` exclude each other; give one.")
+            raise OpenELMError("Use either `dequantize` or `bits`, not both.")
         if self.quantizes and self.to in ("hf", "corenet", "peft"):
             raise OpenELMError(
-                f"`to` {self.to} holds unquantized weights; leave out `bits`, or write "
-                "`to` mlx or gguf."
+                f"`to` {self.to} does not support quantized weights; leave out `bits`, "
+                "or use `to` mlx or gguf."
             )
         if self.to == "gguf" and self.mode != "affine":
-            raise OpenELMError("`to` gguf has no `mode`; `bits` 8 makes it Q8_0.")
-        if self.auto_bits is not None:
-            self._quantization(None)  # its group size, embedding's bits and keep
-        if self.auto_bits is not None and self.to != "mlx":
-            raise OpenELMError("`bits` auto is for `to` mlx; give a number of bits.")
-        if self.auto_bits is not None and self.mode != "affine":
-            raise OpenELMError("`bits` auto chooses affine bits; leave out `mode`.")
-        if self.merge and self.apart:
             raise OpenELMError(
-                "`merge` and `adapter_out` exclude each other; give one."
+                f"`to` gguf does not support `mode` {self.mode}; use `bits` 8 for Q8_0."
             )
+        if self.auto_bits is not None:
+            self._quantization(None)  # checks group size, embed_bits and keep
+        if self.auto_bits is not None and self.to != "mlx":
+            raise OpenELMError("`bits` auto requires `to` mlx; give a number of bits.")
+        if self.auto_bits is not None and self.mode != "affine":
+            raise OpenELMError("`bits` auto requires `mode` affine; leave out `mode`.")
+        if self.merge and self.apart:
+            raise OpenELMError("Use either `merge` or `adapter_out`, not both.")
         if self.merge and self.to == "peft":
             raise OpenELMError(
-                "`merge` makes a model and `to` peft writes an adapter; leave out one "
-                "of them."
+                "Use either `merge`, which writes a model, or `to` peft, which writes "
+                "an adapter."
             )
         if self.apart and self.to not in ("mlx", "hf"):
-            raise OpenELMError(
-                f"`adapter_out` goes with a model folder, not with `to` {self.to}."
-            )
+            raise OpenELMError(f"`adapter_out` requires `to` mlx or hf, not {self.to}.")
 
     @property
     def auto_bits(self) -> float | None:
-        """Bits a weight that `bits` "auto:N" asks for."""
+        """N of `bits` "auto:N": bits per weight on average; None for other values."""
         if not str(self.bits).startswith(AUTO):
             return None
         try:
-            asked = float(str(self.bits).removeprefix(AUTO))
+            average = float(str(self.bits).removeprefix(AUTO))
         except ValueError:
-            asked = float("nan")
-        if not 0 < asked < 32:
+            average = float("nan")
+        if not 0 < average < 32:
             raise OpenELMError(
-                f"`bits` is {self.bits}; give auto: and the bits per weight that the "
-                "folder shall have, auto:4.5 for example."
+                f"`bits` is {self.bits}; expected auto:N, where N is the average bits "
+                "per weight (between 0 and 32), for example auto:4.5."
             )
-        return asked
+        return average
 
     @property
     def quantization(self) -> Quantization | None:
-        """The uniform quantization that is asked for, if one is."""
+        """The uniform quantization of these options; None if there is none."""
         if self.bits is None and self.mode == "affine":
             return None
         if str(self.bits).startswith(AUTO):
@@ -179,35 +178,35 @@ class ConversionOptions:
         return self.quantization is not None or self.auto_bits is not None
 
     @property
-    def asked_bits(self) -> float | None:
-        """Bits that were asked for: of the linears, or on average."""
-        asked = self.quantization
-        return self.auto_bits if asked is None else asked.linear.bits
+    def requested_bits(self) -> float | None:
+        """Bits per weight: of the linears, or the average of "auto:N"."""
+        uniform = self.quantization
+        return self.auto_bits if uniform is None else uniform.linear.bits
 
     @property
     def suffix(self) -> str:
-        """What the name of the result says of its bits: "-4bit", say."""
+        """Suffix of the default output name, such as "-4bit"."""
         if self.mode != "affine":
             return f"-{self.mode}"
-        return "" if self.asked_bits is None else f"-{self.asked_bits:g}bit"
+        return "" if self.requested_bits is None else f"-{self.requested_bits:g}bit"
 
     def keeps(self, name: str) -> bool:
-        """Whether a tensor (CoreNet name) is left as it is."""
+        """Whether `keep` excludes a tensor (CoreNet name) from quantization."""
         return Quantization(keep=self.keep).keeps(name)
 
     def check_keep(self, config: OpenELMConfig) -> None:
-        """Raise OpenELMError if `keep` finds no module."""
+        """Raise OpenELMError if `keep` matches no module."""
         Quantization(keep=self.keep).check_keep(config)
 
-    def idle(self) -> list[str]:
-        """Return the options that do nothing, because nothing is packed for MLX."""
+    def ignored(self) -> list[str]:
+        """Return the given options without effect, as nothing is quantized for MLX."""
         if self.quantizes and self.to == "mlx":
             return []
         names = ("group_size", "embed_bits", "keep", "calibration")
         return [f"`{name}`" for name in names if getattr(self, name) is not None]
 
     def changed(self) -> Mapping[str, Any]:
-        """Return the options that differ from their defaults, as JSON has them."""
+        """Return the options that differ from their defaults, as JSON values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         texts = {name: str(values[name]) for name in ("bits", "calibration")}
         return {

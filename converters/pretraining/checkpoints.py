@@ -267,7 +267,7 @@ _FREE = (  # may change between two starts: they do not say what is learnt
     *("output", "micro_batch_size", "parallel", "bf16", "activation_checkpointing"),
     *("compile", "report_every", "eval_every", "eval_window", "eval_sequences"),
     *("save_every", "keep_last", "keep_every", "average_last", "sample_every"),
-    *("sample_prompts", "tensorboard", "generation"),
+    *("sample_prompts", "tensorboard", "report_to", "generation"),
     *("data.on_damage", "data.cache", "data.workers"),
 )
 

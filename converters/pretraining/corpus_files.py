@@ -298,7 +298,7 @@ def _get_text(path: str, number: int, value: Any, text_key: str) -> str:
         raise _bad_record(path, number, f"has no {text_key!r}; its keys: {keys}")
     text = value[text_key]
     if not isinstance(text, str):
-        raise _bad_record(path, number, f"has a {text_key!r} that is not a text")
+        raise _bad_record(path, number, f"has a {text_key!r} that is not a string")
     return text
 
 

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: events, metrics.jsonl, TensorBoard."""
+"""What a run tells while it trains: events, metrics.jsonl, trackers."""
 
 import contextlib
 import dataclasses
@@ -6,13 +6,12 @@ import json
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm.errors import OpenELMError
+from mlx_openelm.reporting.trackers import Trackers
 from mlx_openelm.storage.staging import replaced_file
 
 METRICS = "metrics.jsonl"
@@ -93,60 +92,55 @@ class Saved:
     dropped: dict[str, int]
 
 
-Event = Started | Trained | Spiked | Evaluated | Sampled | Saved
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A sentence for the terminal alone."""
+
+    text: str
+
+
+Event = Started | Trained | Spiked | Evaluated | Sampled | Saved | Noted
 
 
 class RunLog:
-    """Writes each event to metrics.jsonl, to TensorBoard if asked, and hands it on."""
+    """Writes each event to metrics.jsonl and to trackers, and hands it on."""
 
     def __init__(
         self,
         folder: Path,
         on_event: Callable[[Event], None],
         *,
-        tensorboard: bool,
         step: int,
+        report_to: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin behind `step`: what a killed run told of later ones is dropped.
 
         Raises:
-            OpenELMError: TensorBoard is asked for and not installed.
+            OpenELMError: a tracker's package is not installed, or it cannot start.
         """
-        if tensorboard and find_spec("tensorboard") is None:
-            raise OpenELMError(
-                "The recipe says tensorboard, which is not installed; in the checkout, "
-                "pip install -e '.[tensorboard]'."
-            )
         self._path, self._on_event = folder / METRICS, on_event
         _drop_after(self._path, step)
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self._trackers = Trackers(
+            report_to,
+            folder,
+            config=config or {},
+            first_step=step,
+            on_failure=lambda text: on_event(Noted(text)),
+        )
 
     def write(self, event: Event) -> None:
         fields = {k: v for k, v in dataclasses.asdict(event).items() if v is not None}
         record = {"event": type(event).__name__.lower(), **fields}
         with self._path.open("a") as metrics:
             metrics.write(json.dumps(record, default=str) + "\n")
-        if self._writer is not None:
-            self._draw(record)
+        self._trackers.log(record["event"], fields)
+        if isinstance(event, Sampled):
+            self._trackers.log_text(event.step, "sampled", event.prompt + event.text)
         self._on_event(event)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def _draw(self, record: dict[str, Any]) -> None:
-        kind, step = record["event"], record.get("step", 0)
-        for key, value in record.items():
-            if key != "step" and isinstance(value, float):
-                self._writer.add_scalar(f"{kind}/{key}", value, step)
-        if kind == "sampled":
-            text = record["prompt"] + record["text"]
-            self._writer.add_text("sampled", text, step)
-        self._writer.flush()
+        self._trackers.close()
 
 
 def _drop_after(path: Path, step: int) -> None:

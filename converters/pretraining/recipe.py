@@ -233,6 +233,7 @@ class PretrainRecipe:
             so many steps one for good.
         average_last: checkpoints whose mean is the result.
         sample_prompts: texts that are continued, every `sample_every` steps.
+        report_to: trackers that get the metrics: tensorboard, wandb, trackio.
     """
 
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -260,7 +261,13 @@ class PretrainRecipe:
     average_last: int = 1
     sample_every: int | None = None
     sample_prompts: tuple[str, ...] = ()
-    tensorboard: bool = False
+    tensorboard: bool = False  # the same as "tensorboard" in `report_to`
+    report_to: tuple[str, ...] = ()
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers that get the metrics."""
+        return (*self.report_to, *(("tensorboard",) if self.tensorboard else ()))
 
     def __post_init__(self) -> None:
         for name in (

@@ -10,6 +10,7 @@ Start it with `mlx-openelm pretrain -c RECIPE`, or several processes with
 """
 
 import contextlib
+import dataclasses
 import math
 import signal
 from collections import Counter
@@ -126,8 +127,9 @@ class _Run:
                 self.log = RunLog(
                     self.output,
                     on_event,
-                    tensorboard=recipe.tensorboard,
                     step=self.step,
+                    report_to=recipe.trackers,
+                    config=dataclasses.asdict(recipe),
                 )
         torch.manual_seed(recipe.seed)
         torch.set_float32_matmul_precision("high")  # TF32 where the device has it

@@ -326,7 +326,7 @@ def _report(
     as_json: bool,
 ) -> None:
     from mlx_openelm.cli.views.evaluation import scores_json, show_scores, to_csv
-    from mlx_openelm.cli.views.evaluation_picture import draw_scores
+    from mlx_openelm.cli.views.evaluation_picture import draw_evaluation
     from mlx_openelm.storage.staging import replaced_file
 
     if as_json:
@@ -335,7 +335,7 @@ def _report(
         show_scores(console, scores, suite)
     for path, content in (
         (csv, to_csv(scores, suite) if csv else ""),
-        (picture, draw_scores(scores, suite) if picture else ""),
+        (picture, draw_evaluation(scores, suite) if picture else ""),
     ):
         if path is not None:
             with replaced_file(path) as part:

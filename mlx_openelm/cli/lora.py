@@ -86,6 +86,7 @@ def lora_command(
     from mlx_openelm.cli.views.finetuning import (
         TrainingView,
         note_plan,
+        note_start,
         note_trained,
         plan_json,
     )
@@ -107,7 +108,7 @@ def lora_command(
             fit=fit,
             offline=offline,
             on_event=view,
-            on_prepared=lambda prepared: note_plan(console, prepared),
+            on_prepared=lambda prepared: note_start(console, prepared),
         )
     if rank_here > 0:
         return

@@ -8,6 +8,7 @@ import typer
 
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.options import Json, Quiet, Seed, need_torch
+from mlx_openelm.reporting.trackers import TRACKERS
 
 SECONDS_TO_SPEAK = 10.0  # torchrun ends all processes when one ends
 
@@ -35,6 +36,13 @@ def pretrain_command(
     devices: Annotated[
         int | None, typer.Option(help="Devices that --dry-run reckons with.")
     ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also send the metrics to a tracker; repeatable.",
+            metavar="|".join(TRACKERS),
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -54,6 +62,7 @@ def pretrain_command(
         "output": output,
         "steps": steps,
         "seed": seed,
+        "report_to": report_to,
     }
     chosen = load_recipe(PretrainRecipe, recipe, said)
     from mlx_openelm.cli.views.pretraining import (

@@ -30,7 +30,7 @@ from mlx_openelm.evaluation.results import Metric, TaskResult
 from mlx_openelm.generation.batching import BATCH_SIZE
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.storage.staging import held, replaced_file
+from mlx_openelm.storage.staging import lock_target, replaced_file
 from mlx_openelm.text.tokenizer import Tokenizer
 
 SEEDS = (0, 1234)  # the harness's defaults: `random`; numpy and few-shot examples
@@ -244,7 +244,7 @@ def run_resumable_task(
     run = _describe_run(task, limit, fingerprint_model(model))
     path = folder / f"{task.name.replace(os.sep, '_')}.json"
     try:
-        with held(path):
+        with lock_target(path):
             done = _read_file(path, run, force=force)
             if done is not None:
                 return done

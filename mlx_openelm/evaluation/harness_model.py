@@ -257,7 +257,7 @@ class AnswerStore:
                     self._known[key], size = answer, end
                 case _:
                     break
-        self._file.cut(size)
+        self._file.truncate(size)
         return self
 
     def __exit__(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.text.messages import find_half_character
+from mlx_openelm.text.messages import find_unpaired_surrogate
 from mlx_openelm.text.record_files import (
     READ_ERRORS,
     describe_type,
@@ -251,12 +251,12 @@ def _get_text(record: Mapping[str, Any], key: str) -> str:
 
 def _check_text(value: Any, what: str, *, empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise OpenELMError(f"has {describe_type(value)} as {what}, not a text")
+        raise OpenELMError(f"has {describe_type(value)} as {what}, not a string")
     if not (value.strip() or empty):
         raise OpenELMError(f"has an empty {what}")
-    half = find_half_character(value)
-    if half:
-        raise OpenELMError(f"has {half}, half of a character, in {what}")
+    surrogate = find_unpaired_surrogate(value)
+    if surrogate:
+        raise OpenELMError(f"has the unpaired surrogate {surrogate} in {what}")
     return value
 
 

@@ -1,12 +1,18 @@
-"""The objectives of fine-tuning: supervised (next token), and DPO (preferences)."""
+"""The objectives of fine-tuning: supervised (next token) and DPO (preferences).
+
+Everything that differs between objectives is in their classes. A new objective is a
+class, an entry in `_OBJECTIVES` and a name in `recipe.OBJECTIVES`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_openelm.finetuning.batches import Batch, collate, collate_pairs
+from mlx_openelm.finetuning.data_table import SplitTable
 from mlx_openelm.finetuning.losses import (
     batch_losses,
     preference_losses,
@@ -14,25 +20,86 @@ from mlx_openelm.finetuning.losses import (
     sequence_likelihoods,
 )
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
-from mlx_openelm.finetuning.samples import Pair, Sample
+from mlx_openelm.finetuning.record_formats import (
+    RecordFormats,
+    preference_formats,
+    supervised_formats,
+)
+from mlx_openelm.finetuning.record_samples import make_pairs, make_samples
+from mlx_openelm.finetuning.records import Dataset
+from mlx_openelm.finetuning.samples import Pair, Sample, Samples
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.training.arrays import to_float
 from mlx_openelm.training.objective import Objective, Totals
 
 
+class FinetuneObjective(Objective, Protocol):
+    """A loss, and how records are read and tokenized for it.
+
+    Attributes:
+        name: value of the recipe's `objective`.
+        label: what the report shows after the method; can be empty.
+        likelihood: whether the mean loss is a negative log-likelihood of tokens, so
+            that its exponential is the perplexity.
+        default_length, default_rate: defaults of `max_seq_length` and `learning_rate`.
+    """
+
+    name: str
+    label: str
+    likelihood: bool
+    default_length: int
+    default_rate: float
+
+    def formats(self) -> RecordFormats:
+        """Return the record formats that this objective reads."""
+
+    def make_samples(
+        self, dataset: Dataset, tokenizer: Tokenizer, template: str
+    ) -> tuple[Samples, SplitTable]:
+        """Tokenize records; needs a resolved recipe."""
+
+    def precompute_reference(self, model: OpenELM, samples: Sequence[Any]) -> None:
+        """Compute what the loss needs of the model before training.
+
+        Args:
+            samples: all samples of training, validation and test.
+        """
+
+
 class Supervised:
-    """The mean negative log-likelihood of the tokens that count."""
+    """Supervised fine-tuning: the mean negative log-likelihood of target tokens."""
 
-    unit, compares = "token", False
+    name, label = "sft", ""
+    unit, pairwise, likelihood = "token", False, True
+    default_length, default_rate = 2048, 3e-4
 
-    def __init__(self, *, z_loss: float = 0.0) -> None:
-        self._z_loss = z_loss
+    def __init__(self, recipe: FinetuneRecipe) -> None:
+        self._recipe = recipe
+
+    def formats(self) -> RecordFormats:
+        return supervised_formats(self._recipe.prompt_key, self._recipe.completion_key)
+
+    def make_samples(
+        self, dataset: Dataset, tokenizer: Tokenizer, template: str
+    ) -> tuple[Samples, SplitTable]:
+        return make_samples(
+            dataset,
+            tokenizer,
+            template=template,
+            mask_prompt=self._recipe.mask_prompt,
+            last_turn_only=self._recipe.turns == "last",
+            max_length=self._recipe.max_seq_length or 0,
+        )
+
+    def precompute_reference(self, model: OpenELM, samples: Sequence[Sample]) -> None:
+        """Do nothing: the loss depends on the trained model alone."""
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         return collate(samples)
 
     def loss(self, model: OpenELM, batch: Batch) -> tuple[mx.array, mx.array]:
-        losses = batch_losses(model, batch, z_loss=self._z_loss)
+        losses = batch_losses(model, batch, z_loss=self._recipe.z_loss)
         return losses.sum(), mx.zeros(0)
 
     def totals(self, batch: Batch, loss: mx.array, margins: mx.array) -> Totals:
@@ -45,10 +112,11 @@ class Supervised:
 
 @dataclass(frozen=True, slots=True)
 class PairBatch:
-    """A batch of pairs, and the log-likelihoods of their answers before training.
+    """A batch of P pairs with the log-likelihoods of the reference model.
 
     Attributes:
-        reference: (2 P,), of the chosen answers, then of the rejected ones.
+        batch: the chosen answers, then the rejected ones.
+        reference: log-likelihoods of these answers, (2 P,).
     """
 
     batch: Batch
@@ -60,37 +128,51 @@ class PairBatch:
 
 
 class Preference:
-    """DPO (Rafailov et al., arXiv 2305.18290): chosen answers over rejected ones.
+    """Direct preference optimization (DPO; Rafailov et al., arXiv 2305.18290).
 
-    The reference is the model before training: `precompute_reference` takes every pair
-    before the first update.
+    The reference model is the model before training. Its log-likelihoods are computed
+    once, by `precompute_reference`.
     """
 
-    unit, compares = "pair", True
+    name, label = "dpo", "dpo"
+    unit, pairwise, likelihood = "pair", True, False
+    default_length, default_rate = 1024, 5e-5
 
-    def __init__(self, *, beta: float, loss: str) -> None:
-        self._beta, self._loss = beta, loss
-        self._references: dict[str, tuple[float, float]] = {}  # by the pair's place
+    def __init__(self, recipe: FinetuneRecipe) -> None:
+        self._recipe = recipe
+        self._references: dict[str, tuple[float, float]] = {}  # by place
 
-    def precompute_reference(
-        self, model: OpenELM, pairs: Sequence[Pair], batch_size: int
-    ) -> None:
-        """Compute the log-likelihoods of all answers under the model as it is."""
-        for start in range(0, len(pairs), batch_size):
-            some = pairs[start : start + batch_size]
-            both = sequence_likelihoods(model, collate_pairs(some), gradient=False)
-            values = np.array(both, np.float64).reshape(2, len(some)).T.tolist()
-            for pair, (chosen, rejected) in zip(some, values, strict=True):
+    def formats(self) -> RecordFormats:
+        return preference_formats(self.name, self._recipe.prompt_key)
+
+    def make_samples(
+        self, dataset: Dataset, tokenizer: Tokenizer, template: str
+    ) -> tuple[Samples, SplitTable]:
+        return make_pairs(
+            dataset,
+            tokenizer,
+            template=template,
+            max_length=self._recipe.max_seq_length or 0,
+            max_prompt_length=self._recipe.max_prompt_length or 0,
+        )
+
+    def precompute_reference(self, model: OpenELM, samples: Sequence[Pair]) -> None:
+        """Compute the log-likelihoods of all answers under the current model."""
+        batch_size = self._recipe.batch_size
+        for start in range(0, len(samples), batch_size):
+            pairs = samples[start : start + batch_size]
+            flat = sequence_likelihoods(model, collate_pairs(pairs), gradient=False)
+            both = np.array(flat, np.float64).reshape(2, len(pairs)).T.tolist()
+            for pair, (chosen, rejected) in zip(pairs, both, strict=True):
                 self._references[pair.place] = (chosen, rejected)
 
     def collate(self, samples: Sequence[Pair]) -> PairBatch:
-        found = [self._references[pair.place] for pair in samples]
-        return PairBatch(collate_pairs(samples), mx.array(found).T.reshape(-1))
+        references = mx.array([self._references[pair.place] for pair in samples])
+        return PairBatch(collate_pairs(samples), references.T.reshape(-1))
 
     def loss(self, model: OpenELM, batch: PairBatch) -> tuple[mx.array, mx.array]:
-        likelihoods = sequence_likelihoods(model, batch.batch)
-        margins = preference_margins(likelihoods, batch.reference, beta=self._beta)
-        return preference_losses(margins, self._loss).sum(), margins
+        margins = self._margins(model, batch)
+        return preference_losses(margins, self._recipe.dpo_loss).sum(), margins
 
     def totals(self, batch: PairBatch, loss: mx.array, margins: mx.array) -> Totals:
         return Totals(
@@ -101,24 +183,24 @@ class Preference:
         )
 
     def evaluate(self, model: OpenELM, batch: PairBatch) -> Totals:
-        likelihoods = sequence_likelihoods(model, batch.batch, gradient=False)
-        margins = preference_margins(likelihoods, batch.reference, beta=self._beta)
-        loss = preference_losses(margins, self._loss).sum()
-        wins = to_float((margins > 0).sum())
-        return Totals(to_float(loss), batch.num_pairs, wins=wins)
+        margins = self._margins(model, batch, gradient=False)
+        loss = preference_losses(margins, self._recipe.dpo_loss).sum()
+        return self.totals(batch, loss, margins)
+
+    def _margins(
+        self, model: OpenELM, batch: PairBatch, *, gradient: bool = True
+    ) -> mx.array:
+        likelihoods = sequence_likelihoods(model, batch.batch, gradient=gradient)
+        return preference_margins(
+            likelihoods, batch.reference, beta=self._recipe.dpo_beta
+        )
 
 
-def make_objective(
-    recipe: FinetuneRecipe, model: OpenELM, samples: Sequence[Sample] | Sequence[Pair]
-) -> Objective:
-    """Return the recipe's objective, ready for these samples.
+_OBJECTIVES: dict[str, type[Supervised] | type[Preference]] = {
+    objective.name: objective for objective in (Supervised, Preference)
+}
 
-    Args:
-        samples: all that the run trains on, validates and tests.
-    """
-    if recipe.objective != "dpo":
-        return Supervised(z_loss=recipe.z_loss)
-    preference = Preference(beta=recipe.dpo_beta, loss=recipe.dpo_loss)
-    pairs = [sample for sample in samples if isinstance(sample, Pair)]
-    preference.precompute_reference(model, pairs, recipe.batch_size)
-    return preference
+
+def make_objective(recipe: FinetuneRecipe) -> FinetuneObjective:
+    """Return the recipe's objective."""
+    return _OBJECTIVES[recipe.objective](recipe)

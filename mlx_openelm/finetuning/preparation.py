@@ -1,41 +1,33 @@
-"""A run before its start: data read and checked, steps and memory reckoned."""
+"""Preparation of a run: reads and checks the data, plans steps and memory."""
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_openelm.device import compute_dtype, describe_machine
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.finetuning.data_table import DataTable, SplitTable, tabulate
+from mlx_openelm.finetuning.objectives import FinetuneObjective, make_objective
 from mlx_openelm.finetuning.plan import (
     MemoryPlan,
     Order,
     TrainingPlan,
-    heaviest_load,
+    largest_batch,
     plan_memory,
     propose_smaller,
 )
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.record_formats import TemplateChoice, choose_template
 from mlx_openelm.finetuning.records import Data, read_data
-from mlx_openelm.finetuning.samples import (
-    DataTable,
-    Pair,
-    Sample,
-    SplitTable,
-    TemplateChoice,
-    choose_template,
-    lengths_of,
-    make_pairs,
-    make_samples,
-    tabulate,
-)
+from mlx_openelm.finetuning.samples import Samples, lengths_of, targets_of
 from mlx_openelm.finetuning.trainable import (
     Method,
     adapt,
     choose_modules,
     choose_ranks,
-    trained_tensors,
     unfreeze,
 )
 from mlx_openelm.model.openelm import OpenELM
@@ -44,19 +36,19 @@ from mlx_openelm.storage.loading import load_tokenizer, make_quantized, stored_d
 from mlx_openelm.storage.model_folder import ModelFolder, open_folder
 from mlx_openelm.text.templates import encode_prompt
 from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.training.arrays import trained_tensors
 from mlx_openelm.training.distributed import World
+from mlx_openelm.training.state import describe_arithmetic
 
-FOLDERS = Path("adapters")  # where a run goes that is told no folder
-
-Samples = tuple[Sample, ...] | tuple[Pair, ...]
+DEFAULT_PARENT = Path("adapters")  # of runs without `adapter_path`
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run whose every record was read and whose memory was reckoned."""
+    """A checked run: resolved recipe, model folder, tokenized data and plan."""
 
     recipe: FinetuneRecipe
-    path: Path
+    objective: FinetuneObjective
     folder: ModelFolder
     tokenizer: Tokenizer
     table: DataTable
@@ -67,6 +59,15 @@ class Prepared:
     order: Order
     plan: TrainingPlan
 
+    @property
+    def path(self) -> Path:
+        return run_folder(self.recipe)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The data digest and arithmetic, compared when the run is resumed."""
+        return {"data": self.table.digest, "arithmetic": describe_arithmetic()}
+
 
 def prepare(
     recipe: FinetuneRecipe,
@@ -75,21 +76,17 @@ def prepare(
     fit: bool = False,
     offline: bool = False,
 ) -> Prepared:
-    """Read all data and plan the run; no weight is loaded.
+    """Read all data and plan the run, without loading weights.
 
     Args:
-        fit: take the mildest of the smaller settings that fits this machine.
+        fit: use the first of `propose_smaller`'s recipes that fits into memory.
 
     Raises:
-        OpenELMError: the model, the data (every problem of it) or an option is wrong.
+        OpenELMError: an error in model, options or data; all data errors are listed.
     """
     world = world or World.join()
-    data = read_data(
-        Path(recipe.data).expanduser(),
-        objective=recipe.objective,
-        prompt_key=recipe.prompt_key,
-        completion_key=recipe.completion_key,
-    )
+    objective = make_objective(recipe)
+    data = read_data(Path(recipe.data).expanduser(), objective.formats())
     model_path = find_model(recipe.model, offline=offline)
     folder = open_folder(model_path)
     tokenizer = load_tokenizer(folder)
@@ -97,14 +94,15 @@ def prepare(
     resolved = recipe.resolve(
         context_length=folder.config.max_context_length,
         template=choice.name,
-        model=_spell_model(recipe.model),
+        model=_absolute_model(recipe.model),
         data=str(Path(recipe.data).expanduser().absolute()),
+        default_length=objective.default_length,
+        default_rate=objective.default_rate,
     )
-    path = run_folder(recipe)
-    resolved = dataclasses.replace(resolved, adapter_path=str(path))
+    resolved = dataclasses.replace(resolved, adapter_path=str(run_folder(recipe)))
     candidates = [resolved, *(smaller for _, smaller in propose_smaller(resolved))]
     for candidate in candidates if fit else candidates[:1]:
-        prepared = _prepare(candidate, path, folder, tokenizer, data, choice, world)
+        prepared = _prepare(candidate, folder, tokenizer, data, choice, world)
         if prepared.plan.fits:
             break
     return prepared
@@ -112,65 +110,39 @@ def prepare(
 
 def _prepare(
     recipe: FinetuneRecipe,
-    path: Path,
     folder: ModelFolder,
     tokenizer: Tokenizer,
     data: Data,
     choice: TemplateChoice,
     world: World,
 ) -> Prepared:
+    objective = make_objective(recipe)
     splits: dict[str, Samples] = {}
     tables: dict[str, SplitTable] = {}
-    for split, dataset in (
-        ("train", data.train),
-        ("valid", data.valid),
-        ("test", data.test),
-    ):
-        if dataset is None:
-            splits[split] = ()
-        elif recipe.objective == "dpo":
-            splits[split], tables[split] = make_pairs(
-                dataset,
-                tokenizer,
-                template=choice.name,
-                max_length=recipe.max_seq_length or 0,
-                max_prompt_length=recipe.max_prompt_length or 0,
-            )
-        else:
-            splits[split], tables[split] = make_samples(
-                dataset,
-                tokenizer,
-                template=choice.name,
-                mask_prompt=recipe.mask_prompt,
-                last_turn_only=recipe.turns == "last",
-                max_length=recipe.max_seq_length or 0,
-            )
-    table = tabulate(
-        data,
-        choice,
-        train=tables["train"],
-        valid=tables.get("valid"),
-        test=tables.get("test"),
-    )
+    for split, dataset in data.splits.items():
+        splits[split], tables[split] = objective.make_samples(
+            dataset, tokenizer, choice.name
+        )
+    table = tabulate(data, choice, tables)
     for prompt in recipe.sample_prompt:
-        encode_prompt(tokenizer, prompt, template=choice.name)  # names a wrong one
-    if recipe.test and not splits["test"]:
+        encode_prompt(tokenizer, prompt, template=choice.name)  # checks the prompt
+    if recipe.test and not splits.get("test"):
         raise OpenELMError(
-            f"--test needs a test file; {recipe.data} has none. Give a folder with a "
-            "test.jsonl, or leave out --test."
+            f"`test` needs a test file, but {recipe.data} has none. Pass a folder with "
+            "test.jsonl as `data`, or leave out `test`."
         )
     order = Order(lengths_of(splits["train"]), recipe)
     plan = _plan(recipe, folder, splits["train"], order, world)
     return Prepared(
         recipe,
-        path,
+        objective,
         folder,
         tokenizer,
         table,
-        data_files=tuple(d.path for d in (data.train, data.valid, data.test) if d),
+        data_files=tuple(dataset.path for dataset in data.splits.values()),
         train=splits["train"],
-        valid=splits["valid"],
-        test=splits["test"],
+        valid=splits.get("valid", ()),
+        test=splits.get("test", ()),
         order=order,
         plan=plan,
     )
@@ -183,30 +155,24 @@ def _plan(
     order: Order,
     world: World,
 ) -> TrainingPlan:
-    lengths = lengths_of(train)
-    counted = [
-        int(s.counts.sum())
-        if isinstance(s, Sample)
-        else int(s.chosen.counts.sum() + s.rejected.counts.sum())
-        for s in train
-    ]
+    lengths, targets = lengths_of(train), targets_of(train)
     if world.size > recipe.step_size:
         raise OpenELMError(
-            f"{world.size} processes share a step of {recipe.step_size} samples; raise "
-            "--batch-size to give each of them one."
+            f"A step has {recipe.step_size} samples for {world.size} processes; raise "
+            f"`batch_size` or `grad_accumulation_steps`."
         )
-    model = _outline(folder, recipe)  # lazy: nothing is computed
+    model = _build_lazy_model(folder, recipe)
     make_trainable(model, recipe)
     limit = describe_machine().memory_bytes
     if recipe.memory_limit is not None:
         limit = int(recipe.memory_limit * 1e9)
 
-    def reckon(recipe: FinetuneRecipe) -> MemoryPlan:
+    def estimate_memory(recipe: FinetuneRecipe) -> MemoryPlan:
         longest = recipe.max_seq_length or 0
-        short = [min(length, longest) for length in lengths]
+        truncated = [min(length, longest) for length in lengths]
         parts = recipe.grad_accumulation_steps * world.size
-        load = heaviest_load(order, short, counted, parts)
-        return plan_memory(model, recipe, load)
+        batch = largest_batch(order, truncated, targets, parts)
+        return plan_memory(model, recipe, batch)
 
     trainable = sum(array.size for array in trained_tensors(model).values())
     return TrainingPlan(
@@ -215,17 +181,18 @@ def _plan(
         trainable=trainable,
         parameters=folder.config.num_parameters,
         tokens=round(sum(lengths) * order.epochs),
-        targets=round(sum(counted) * order.epochs),
-        memory=reckon(recipe),
+        targets=round(sum(targets) * order.epochs),
+        memory=estimate_memory(recipe),
         limit=limit,
         smaller=tuple(
-            (flags, reckon(smaller).total) for flags, smaller in propose_smaller(recipe)
+            (settings, estimate_memory(smaller).total)
+            for settings, smaller in propose_smaller(recipe)
         ),
     )
 
 
-def _outline(folder: ModelFolder, recipe: FinetuneRecipe) -> OpenELM:
-    """Return a model of the folder's shapes and dtypes, whose weights are not made."""
+def _build_lazy_model(folder: ModelFolder, recipe: FinetuneRecipe) -> OpenELM:
+    """Return a model with the folder's shapes and dtypes; no weight is computed."""
     stored = stored_dtype(folder)
     chosen = training_dtype(folder, recipe)
     model = OpenELM(folder.config)
@@ -236,13 +203,13 @@ def _outline(folder: ModelFolder, recipe: FinetuneRecipe) -> OpenELM:
 
 
 def training_dtype(folder: ModelFolder, recipe: FinetuneRecipe) -> mx.Dtype:
-    """Full fine-tuning is done in float32: small updates would be rounded away."""
+    """Return the compute dtype; full fine-tuning needs float32 for small updates."""
     stored = stored_dtype(folder)
     return mx.float32 if recipe.fine_tune_type == "full" else compute_dtype(stored)
 
 
 def make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
-    """Freeze the model and put the recipe's adapter on it, or unfreeze what it says.
+    """Make the recipe's weights trainable: those of a new adapter, or the model's own.
 
     Raises:
         OpenELMError: the recipe's layers, keys or ranks do not fit the model.
@@ -265,8 +232,10 @@ def make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
 
 
 def run_folder(recipe: FinetuneRecipe) -> Path:
-    """Return where the run goes: by default a folder with the data's name."""
-    path = Path(recipe.adapter_path or FOLDERS / stem(Path(recipe.data))).expanduser()
+    """Return the folder of the run, by default named after the data."""
+    path = Path(
+        recipe.adapter_path or DEFAULT_PARENT / stem(Path(recipe.data))
+    ).expanduser()
     return path if path.name not in ("", "..") else path.resolve()
 
 
@@ -276,7 +245,7 @@ def stem(path: Path) -> str:
     return name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
 
 
-def _spell_model(name: str) -> str:
-    """Return a name that means the same model from another working folder."""
+def _absolute_model(name: str) -> str:
+    """Return a model name that does not depend on the working directory."""
     path = Path(name).expanduser()
     return str(path.absolute()) if name != DEMO and path.is_dir() else name

@@ -1,4 +1,4 @@
-"""The fine-tuning recipe: every option of a run, as one frozen value."""
+"""The options of a fine-tuning run."""
 
 import dataclasses
 import math
@@ -7,11 +7,11 @@ from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.options import check_options, option
+from mlx_openelm.reporting.trackers import TRACKERS
 
 OBJECTIVES = ("sft", "dpo")
 
 _AUTO = "auto:"
-_DPO_RATE = 5e-5
 _BIG = 2**31 - 1
 
 
@@ -28,11 +28,11 @@ def _read_rank(text: str) -> int | str:
 
 @dataclass(frozen=True, slots=True)
 class FinetuneRecipe:
-    """Every option of a fine-tuning run, as a recipe and the command line have them.
+    """The options of a fine-tuning run, in a recipe file and on the command line.
 
-    Steps are updates of the optimizer; one update takes `batch_size` samples (with
-    `pack`: rows), `grad_accumulation_steps` times. What is None is settled when data
-    and model are known; the resolved recipe has the values.
+    A step is one update of the optimizer. It uses `grad_accumulation_steps` batches of
+    `batch_size` samples (with `pack`: rows). `resolve` replaces None by values that
+    depend on data and model.
     """
 
     data: str = option(
@@ -264,6 +264,12 @@ class FinetuneRecipe:
         panel="Output",
     )
     sample_tokens: int = option(64, least=1, most=_BIG)
+    report_to: tuple[str, ...] = option(
+        (),
+        "Also send the metrics to a tracker; repeatable.",
+        panel="Output",
+        choices=TRACKERS,
+    )
     memory_limit: float | None = option(
         None,
         "GB that training may use.",
@@ -278,31 +284,31 @@ class FinetuneRecipe:
         check_options(self)
         if self.num_layers != -1 and self.num_layers < 1:
             raise OpenELMError(
-                f"`num_layers` is {self.num_layers}; give the number of last layers to "
+                f"`num_layers` is {self.num_layers}; pass the number of last layers to "
                 "train, or -1 for all."
             )
         if self.epochs is not None and self.iters is not None:
-            raise OpenELMError("Both `epochs` and `iters` were given; give one.")
+            raise OpenELMError("Pass either `epochs` or `iters`, not both.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise OpenELMError(
                 f"`betas` are {self.betas[0]} and {self.betas[1]}; they must be from 0 "
                 "to below 1."
             )
         if not self.data:
-            raise OpenELMError("`data` is empty; give a file or a folder of records.")
+            raise OpenELMError("`data` is empty; pass a file or a folder of records.")
         _ = self.mean_rank
 
     @property
     def mean_rank(self) -> int:
-        """The rank, or its mean if ranks follow the widths.
+        """The rank, or the mean rank with "auto:N".
 
         Raises:
-            OpenELMError: it is neither a number from 1 on nor "auto:N".
+            OpenELMError: `rank` is neither a positive number nor "auto:N".
         """
         text = str(self.rank).removeprefix(_AUTO)
         if not (text.isascii() and text.isdigit() and len(text) < 9 and int(text)):
             raise OpenELMError(
-                f"`rank` is {self.rank!r}; give a number from 1 on, or auto:16 for "
+                f"`rank` is {self.rank!r}; pass a positive number, or auto:16 for "
                 "ranks in proportion to each layer's width."
             )
         return int(text)
@@ -313,41 +319,41 @@ class FinetuneRecipe:
 
     @property
     def step_size(self) -> int:
-        """Samples (or rows) that one update takes, over all machines."""
+        """Samples (or rows) of one update, over all processes."""
         return self.batch_size * self.grad_accumulation_steps
 
     def resolve(
-        self, *, context_length: int, template: str, model: str, data: str
+        self,
+        *,
+        context_length: int,
+        template: str,
+        model: str,
+        data: str,
+        default_length: int,
+        default_rate: float,
     ) -> "FinetuneRecipe":
-        """Return the recipe with what was left open settled, but for the steps.
+        """Return the recipe with values for options that are None.
+
+        Args:
+            default_length, default_rate: defaults of the objective.
 
         Raises:
-            OpenELMError: the sequences would be longer than the model's context.
+            OpenELMError: `max_seq_length` is larger than the model's context.
         """
-        longest = self.max_seq_length or min(
-            1024 if self.objective == "dpo" else 2048, context_length
-        )
+        longest = self.max_seq_length or min(default_length, context_length)
         if longest > context_length:
             raise OpenELMError(
-                f"`max_seq_length` is {longest}, but the model's context is "
-                f"{context_length}; give at most that."
+                f"`max_seq_length` is {longest}, more than the model's context of "
+                f"{context_length} tokens."
             )
-        prompt = self.max_prompt_length or longest // 2
-        if self.objective == "dpo" and not 2 <= prompt < longest:
-            raise OpenELMError(
-                f"`max_prompt_length` is {prompt} and `max_seq_length` {longest}; a "
-                "pair needs 2 tokens or more of a prompt, and room for an answer."
-            )
-        rate = self.learning_rate
-        if rate is None:
-            rate = _DPO_RATE if self.objective == "dpo" else 3e-4
+        rate = default_rate if self.learning_rate is None else self.learning_rate
         return dataclasses.replace(
             self,
             model=model,
             data=data,
             template=template,
             max_seq_length=longest,
-            max_prompt_length=prompt,
+            max_prompt_length=self.max_prompt_length or longest // 2,
             learning_rate=rate,
             final_learning_rate=(
                 rate / 10
@@ -374,7 +380,7 @@ class FinetuneRecipe:
         return final + (peak - final) * falling
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML that `load_recipe` reads back to an equal value."""
+        """Return the recipe as YAML, which `load_recipe` reads back."""
         values: dict[str, Any] = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
@@ -385,18 +391,17 @@ class FinetuneRecipe:
         return text
 
 
-# What may differ when a run goes on: it changes what is computed by rounding alone, or
-# not at all.
+# Options that can change on resume: their effect on the result is rounding at most.
 MAY_CHANGE = (
     *("data", "adapter_path", "model", "memory_limit", "grad_checkpoint"),
-    *("batch_size", "grad_accumulation_steps"),  # their product stays
-    *("steps_per_report", "save_every", "test"),
+    *("batch_size", "grad_accumulation_steps"),  # with the same product
+    *("steps_per_report", "save_every", "test", "report_to"),
 )
 
 
 def differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
-    """Return what forbids going on with `new` where `old` stopped, in words."""
-    found = [
+    """Describe the changes that prevent resuming a run of `old` with `new`."""
+    changes = [
         f"`{field.name}` was {getattr(old, field.name)!r} and is now "
         f"{getattr(new, field.name)!r}"
         for field in dataclasses.fields(FinetuneRecipe)
@@ -404,13 +409,13 @@ def differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
         and getattr(old, field.name) != getattr(new, field.name)
     ]
     if old.dropout and old.batch_size != new.batch_size:
-        found.append(
+        changes.append(
             f"`batch_size` was {old.batch_size} and is now {new.batch_size}, which "
-            "changes what dropout drops"
+            "changes the dropout masks"
         )
     if old.step_size != new.step_size:
-        found.append(
+        changes.append(
             f"`batch_size` times `grad_accumulation_steps` was {old.step_size} and is "
             f"now {new.step_size}"
         )
-    return found
+    return changes

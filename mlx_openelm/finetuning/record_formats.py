@@ -1,13 +1,14 @@
 """Formats of training records: text, prompt+completion, messages, Alpaca, preferences.
 
-A format is recognised by the fields of its records; each record is checked and read as
-the turns of a conversation.
+A format is detected from the fields of a record. Each record is checked and converted
+to the turns of a conversation.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.messages import check_messages, describe_text_problem
 from mlx_openelm.text.templates import Turn
 
@@ -15,16 +16,54 @@ TEXT = "text"
 COMPLETION = "prompt+completion"
 MESSAGES = "messages"
 ALPACA = "alpaca"
-PREFERENCES = "preferences"  # prompt, chosen and rejected as texts
+PREFERENCES = "preferences"  # prompt, chosen and rejected are texts
 PREFERENCE_MESSAGES = "preferences in messages"
 
 
 @dataclass(frozen=True, slots=True)
 class RecordFormat:
-    """A format of records: the fields that identify it, and its reader."""
+    """A format of records.
+
+    Attributes:
+        fields: fields that identify the format; all must be present and not null.
+        read: checks a record and returns its turns.
+        rejected: returns the rejected answer of a preference.
+        applies: distinguishes formats with the same fields.
+    """
 
     fields: tuple[str, ...]
     read: Callable[[Mapping[str, Any], "RecordChecks"], tuple[Turn, ...]]
+    rejected: Callable[[Mapping[str, Any]], str | None] = lambda record: None
+    applies: Callable[[Mapping[str, Any]], bool] = lambda record: True
+
+
+@dataclass(frozen=True, slots=True)
+class RecordFormats:
+    """The record formats of an objective, by name.
+
+    Attributes:
+        advise: returns advice, given the fields of a record in an unknown format.
+    """
+
+    known: Mapping[str, RecordFormat]
+    advise: Callable[[set[str]], str]
+
+    def find(self, record: Mapping[str, Any]) -> str:
+        """Return the name of the first format that matches the record, or ""."""
+        for name, format in self.known.items():
+            complete = all(record.get(key) is not None for key in format.fields)
+            if complete and format.applies(record):
+                return name
+        return ""
+
+    def describe_unknown(self, records: list[dict[str, Any]]) -> str:
+        """Describe the error that no record of a file has a known format."""
+        fields = set(records[0])
+        listed = ", ".join(sorted(map(str, fields))[:10]) or "no fields"
+        known = dict.fromkeys(format.fields for format in self.known.values())
+        expected = "; or ".join(" and ".join(names) for names in known)
+        count = f" (as all {len(records)} records)" if len(records) > 1 else ""
+        return f"has {listed}{count}, but not {expected}: {self.advise(fields)}"
 
 
 @dataclass(slots=True)
@@ -34,14 +73,14 @@ class RecordChecks:
     problems: list[str] = field(default_factory=list)
 
     def text(self, value: Any, key: str, *, answer: bool = False) -> str:
-        """Return `value` if it is text that can be tokenized, else ""."""
+        """Return `value` if it is a text that can be tokenized, else ""."""
         problem = describe_text_problem(value)
         if problem:
             self.problems.append(f"{key} {problem}")
         if not isinstance(value, str):
             return ""
         if answer and not value.strip():
-            self.problems.append(f"{key} is empty: there is no answer to learn")
+            self.problems.append(f"{key} is empty: there is no answer to train on")
         self._refuse_nul(value, key)
         return value
 
@@ -52,119 +91,156 @@ class RecordChecks:
         for i, turn in enumerate(turns):
             self._refuse_nul(turn.text, f"{key}[{i}].content")
         if not self.problems and all(turn.role != "assistant" for turn in turns):
-            self.problems.append(f"{key} has no assistant's turn: nothing to learn")
+            self.problems.append(f"{key} has no assistant turn to train on")
         return turns
 
     def _refuse_nul(self, text: str, key: str) -> None:
         if "\0" in text:
-            self.problems.append(f"{key} holds a NUL character")
+            self.problems.append(f"{key} contains a NUL character")
 
 
-def known_formats(
-    objective: str, prompt_key: str | None, completion_key: str | None
-) -> dict[str, RecordFormat]:
-    """Return the formats by name; the first one whose fields are present applies."""
+def supervised_formats(
+    prompt_key: str | None = None, completion_key: str | None = None
+) -> RecordFormats:
+    """Return the formats for supervised fine-tuning.
+
+    Args:
+        prompt_key, completion_key: fields of prompt and completion, if they have other
+            names; prompt+completion is then the only format.
+    """
     prompt, completion = prompt_key or "prompt", completion_key or "completion"
 
-    def read_text(found: Mapping[str, Any], checks: RecordChecks) -> tuple[Turn, ...]:
-        return (Turn("assistant", checks.text(found["text"], "text")),)
+    def read_text(record: Mapping[str, Any], checks: RecordChecks) -> tuple[Turn, ...]:
+        return (Turn("assistant", checks.text(record["text"], "text")),)
 
     def read_completion(
-        found: Mapping[str, Any], checks: RecordChecks
+        record: Mapping[str, Any], checks: RecordChecks
     ) -> tuple[Turn, ...]:
         return (
-            Turn("user", checks.text(found[prompt], prompt)),
-            Turn("assistant", checks.text(found[completion], completion, answer=True)),
+            Turn("user", checks.text(record[prompt], prompt)),
+            Turn("assistant", checks.text(record[completion], completion, answer=True)),
         )
 
-    def read_alpaca(found: Mapping[str, Any], checks: RecordChecks) -> tuple[Turn, ...]:
-        given = found.get("input")
-        given = "" if given is None else checks.text(given, "input")
-        instruction = checks.text(found["instruction"], "instruction")
+    def read_alpaca(
+        record: Mapping[str, Any], checks: RecordChecks
+    ) -> tuple[Turn, ...]:
+        context = record.get("input")
+        context = "" if context is None else checks.text(context, "input")
+        instruction = checks.text(record["instruction"], "instruction")
         return (
-            Turn("user", instruction, input=given),
-            Turn("assistant", checks.text(found["output"], "output", answer=True)),
+            Turn("user", instruction, input=context),
+            Turn("assistant", checks.text(record["output"], "output", answer=True)),
         )
 
     def read_messages(
-        found: Mapping[str, Any], checks: RecordChecks
+        record: Mapping[str, Any], checks: RecordChecks
     ) -> tuple[Turn, ...]:
-        return checks.messages(found["messages"], "messages")
+        return checks.messages(record["messages"], "messages")
 
-    if objective == "dpo":
-        fields = (prompt, "chosen", "rejected")
-        return {
-            PREFERENCES: RecordFormat(
-                fields, lambda found, checks: _read_preference(found, checks, prompt)
-            ),
-            PREFERENCE_MESSAGES: RecordFormat(fields, _read_preference_messages),
-        }
+    def advise(fields: set[str]) -> str:
+        if {"chosen", "rejected"} <= fields:
+            return "for preferences use `objective` dpo"
+        return "pass the names of other fields as `prompt_key` and `completion_key`"
+
     completions = {COMPLETION: RecordFormat((prompt, completion), read_completion)}
     if prompt_key or completion_key:
-        return completions
-    return {
-        MESSAGES: RecordFormat(("messages",), read_messages),
-        ALPACA: RecordFormat(("instruction", "output"), read_alpaca),
-        **completions,
-        TEXT: RecordFormat(("text",), read_text),
-    }
+        return RecordFormats(completions, advise)
+    return RecordFormats(
+        {
+            MESSAGES: RecordFormat(("messages",), read_messages),
+            ALPACA: RecordFormat(("instruction", "output"), read_alpaca),
+            **completions,
+            TEXT: RecordFormat(("text",), read_text),
+        },
+        advise,
+    )
 
 
-def _read_preference(
-    found: Mapping[str, Any], checks: RecordChecks, prompt: str
-) -> tuple[Turn, ...]:
-    checks.text(found["rejected"], "rejected", answer=True)
-    return (
-        Turn("user", checks.text(found[prompt], prompt)),
-        Turn("assistant", checks.text(found["chosen"], "chosen", answer=True)),
+def preference_formats(objective: str, prompt_key: str | None) -> RecordFormats:
+    """Return the formats of a prompt with a chosen and a rejected answer."""
+    prompt = prompt_key or "prompt"
+    fields = (prompt, "chosen", "rejected")
+
+    def read_texts(record: Mapping[str, Any], checks: RecordChecks) -> tuple[Turn, ...]:
+        checks.text(record["rejected"], "rejected", answer=True)
+        return (
+            Turn("user", checks.text(record[prompt], prompt)),
+            Turn("assistant", checks.text(record["chosen"], "chosen", answer=True)),
+        )
+
+    return RecordFormats(
+        {
+            PREFERENCES: RecordFormat(
+                fields,
+                read_texts,
+                rejected=lambda record: str(record["rejected"]),
+                applies=lambda record: not isinstance(record["chosen"], list),
+            ),
+            PREFERENCE_MESSAGES: RecordFormat(
+                fields,
+                _read_preference_messages,
+                rejected=lambda record: str(record["rejected"][-1]["content"]),
+            ),
+        },
+        lambda _: f"`objective` {objective} needs these fields",
     )
 
 
 def _read_preference_messages(
-    found: Mapping[str, Any], checks: RecordChecks
+    record: Mapping[str, Any], checks: RecordChecks
 ) -> tuple[Turn, ...]:
-    chosen = checks.messages(found["chosen"], "chosen")
-    rejected = checks.messages(found["rejected"], "rejected")
+    chosen = checks.messages(record["chosen"], "chosen")
+    rejected = checks.messages(record["rejected"], "rejected")
     if checks.problems:
         return ()
     for key, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[-1].role != "assistant":
-            checks.problems.append(f"the last of {key} is no assistant's turn")
+            checks.problems.append(
+                f"the last message of {key} is not an assistant turn"
+            )
     if chosen[:-1] != rejected[:-1]:
         checks.problems.append("chosen and rejected differ before their last turn")
     return chosen
 
 
-def find_format(found: Mapping[str, Any], formats: Mapping[str, RecordFormat]) -> str:
-    """Return the first format with all fields present (not null), or ""."""
-    for name, known in formats.items():
-        if all(found.get(key) is not None for key in known.fields):
-            if name == PREFERENCES and isinstance(found["chosen"], list):
-                return PREFERENCE_MESSAGES
-            return name
-    return ""
+# The template --------------------------------------------------------------------
 
 
-def rejected_answer(record: Mapping[str, Any]) -> str:
-    """Return the rejected answer of a preference, in either format."""
-    rejected = record["rejected"]
-    return str(rejected if isinstance(rejected, str) else rejected[-1]["content"])
+@dataclass(frozen=True, slots=True)
+class TemplateChoice:
+    """The prompt template of the records, and the reason for its choice."""
+
+    name: str
+    reason: str
 
 
-def describe_unknown(
-    found: list[tuple[str, dict[str, Any]]], formats: Mapping[str, RecordFormat]
-) -> str:
-    """Describe the error that no record of a file has the fields of any format."""
-    there = set(found[0][1])
-    has = ", ".join(sorted(map(str, there))[:10]) or "no fields"
-    wanted = "; or ".join(" and ".join(f.fields) for f in formats.values())
-    if PREFERENCES in formats:
-        wanted = " and ".join(formats[PREFERENCES].fields)
-    if {"chosen", "rejected"} <= there and PREFERENCES not in formats:
-        advice = "for preferences say --objective dpo"
-    elif PREFERENCES in formats:
-        advice = "these are what --objective dpo needs"
-    else:
-        advice = "name other fields by --prompt-key and --completion-key"
-    others = f", nor has any of the {len(found)} records" if len(found) > 1 else ""
-    return f"has {has}, and not {wanted}{others}: {advice}"
+def choose_template(
+    requested: str | None, stored: str | None, format: str
+) -> TemplateChoice:
+    """Choose the prompt template for records of `format`.
+
+    Args:
+        requested: the option `template`; None or "auto" chooses automatically.
+        stored: the template that is stored with the model, if any.
+
+    Raises:
+        OpenELMError: a template is requested for plain texts, which have no prompt.
+    """
+    if requested == "auto":
+        requested = None
+    if format == TEXT:
+        if requested not in (None, "raw"):
+            raise OpenELMError(
+                f"`template` {requested} cannot be used for plain texts; leave it out, "
+                "or use records with prompt and completion."
+            )
+        return TemplateChoice("raw", "plain texts have no prompt")
+    if requested is not None:
+        return TemplateChoice(requested, "requested")
+    if stored is not None:
+        return TemplateChoice(stored, "stored with the model")
+    if format in (MESSAGES, PREFERENCE_MESSAGES):
+        return TemplateChoice("instruct", "the records are conversations")
+    if format == ALPACA:
+        return TemplateChoice("alpaca", "the records are in Alpaca's format")
+    return TemplateChoice("raw", "default")

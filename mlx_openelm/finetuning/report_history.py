@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from mlx_openelm.finetuning.report_charts import Point
-
-Event = Mapping[str, Any]  # a row of metrics.jsonl
+from mlx_openelm.reporting.charts import Point
+from mlx_openelm.training.events import Event
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,10 +20,10 @@ class History:
     best: Event | None  # of the evaluations
     end: Event | None
     last_step: float
-    preferences: bool  # the loss is per pair of answers, not per token
+    likelihood: bool  # of tokens: the exponential of the loss is the perplexity
 
 
-def read_history(events: Iterable[Event]) -> History:
+def read_history(events: Iterable[Event], *, likelihood: bool) -> History:
     """Sort rows by kind; resuming from step S discards the rows of later steps."""
     rows: list[Event] = []
     for event in events:
@@ -49,7 +47,7 @@ def read_history(events: Iterable[Event]) -> History:
         best=called_best[-1] if called_best else lowest,
         end=kinds["end"][-1] if "end" in kinds else None,
         last_step=max((read_step(row) for row in rows), default=0.0),
-        preferences=any("accuracy" in row for row in steps),
+        likelihood=likelihood,
     )
 
 
@@ -64,7 +62,7 @@ def describe_result(history: History) -> str:
         kind = "Training loss"
     if not known:
         return "No loss was recorded."
-    unit = "" if history.preferences else " nats per token"
+    unit = " nats per token" if history.likelihood else ""
     (first, before), (last, after) = known[0], known[-1]
     if len(known) == 1:
         return (
@@ -90,29 +88,35 @@ def describe_result(history: History) -> str:
 
 
 def _perplexities(history: History, *losses: float) -> str:
-    if history.preferences:
+    if not history.likelihood:
         return ""
     values = [math.exp(min(loss, 700.0)) for loss in losses]
     shown = [f"{v:.2f}" if v < 1000 else f"{v:.2e}" for v in values]
     return f" (perplexity {' to '.join(shown)})"
 
 
-def describe_end(history: History) -> str:
-    """Return sentences about the end of the run, resumes and skipped batches."""
+def describe_end(history: History, failure: str | None = None) -> str:
+    """Return sentences about the end of the run, resumes and skipped batches.
+
+    Args:
+        failure: why the run failed, if it did.
+    """
     step = f"{history.last_step:,.0f}"
     reason = None if history.end is None else str(history.end.get("reason"))
-    said = {
+    description = {
         None: f"No end is on record: it is running still, or was killed after step "
         f"{step}.",
         "done": f"All {step} steps were trained.",
         "patience": f"Stopped early, at step {step}: the validation loss fell no more.",
         "interrupted": f"Interrupted at step {step}; --resume goes on from there.",
     }.get(reason, f"Ended at step {step}: {reason}.")
+    if failure is not None:
+        description = f"Failed after step {step}: {failure}"
     if history.resumed:
-        said += f" Resumed {_times(len(history.resumed))}."
+        description += f" Resumed {_times(len(history.resumed))}."
     if history.skips:
-        said += f" Skipped batches: {len(history.skips):,}."
-    return said
+        description += f" Skipped batches: {len(history.skips):,}."
+    return description
 
 
 def _times(count: int) -> str:

@@ -1,114 +1,55 @@
-"""Samples become an adapter: checked, planned, and trained by the loop in `trainer`.
+"""Fine-tuning from a recipe to a finished adapter folder.
 
-A run is a folder, an adapter folder from the first save on:
-
-    adapter_config.json, adapters.safetensors    the adapter, as mlx-lm reads it
-    best/, average/       the same of the least validation loss; of the last N saves
-    recipe.yaml           every option, resolved; runs the same again
-    data.json             what was found in the data
-    metrics.jsonl         an event a line
-    state.safetensors     all that --resume needs
-    report.html           the run as a page, at the end
+`prepare` reads the data and plans the run, `Trainer` is the training loop, and
+`run_files` lists the files of a run's folder.
 """
 
 import contextlib
-import dataclasses
-import math
-import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
-from mlx_openelm.finetuning.advice import describe_death
+from mlx_openelm.finetuning.advice import describe_killed
+from mlx_openelm.finetuning.live_report import LiveReport
+from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import (
     Prepared,
     make_trainable,
     prepare,
     run_folder,
-    stem,
 )
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
-from mlx_openelm.finetuning.report import TrainingRun, render_page
+from mlx_openelm.finetuning.result import FinetuneReport, finish_run
 from mlx_openelm.finetuning.run_checks import (
-    PAGE,
-    RECIPE,
     refuse_other_base,
     refuse_other_run,
     refuse_other_settings,
     refuse_present_run,
     refuse_too_large,
 )
-from mlx_openelm.finetuning.trainable import trained_tensors
-from mlx_openelm.finetuning.trainer import (
-    Event,
-    Training,
-    Validation,
-)
+from mlx_openelm.finetuning.run_context import RunContext
+from mlx_openelm.finetuning.run_files import RECIPE, write_start, write_text
+from mlx_openelm.finetuning.run_saver import RunSaver
+from mlx_openelm.finetuning.tracking import MetricsTracking
+from mlx_openelm.finetuning.trainer import Trainer
+from mlx_openelm.finetuning.validation import Validator
 from mlx_openelm.generation.options import Sampling
+from mlx_openelm.generation.streaming import generate
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import find_recipe, load_recipe
-from mlx_openelm.storage.adapter_folder import (
-    BEST,
-    WEIGHTS,
-    AdapterConfig,
-    write_config,
-)
-from mlx_openelm.storage.base_check import sketch_base
+from mlx_openelm.reporting.trackers import require_trackers
 from mlx_openelm.storage.loading import load_model
-from mlx_openelm.storage.shards import write_json
-from mlx_openelm.storage.staging import (
-    held,
-    refuse_replacing,
-    replaced_file,
-    staged_folder,
-)
-from mlx_openelm.training.distributed import World, fail_on_all_ranks
-from mlx_openelm.training.state import (
-    describe_arithmetic,
+from mlx_openelm.storage.staging import lock_target, refuse_replacing, staged_folder
+from mlx_openelm.training.distributed import World, run_on_first_rank
+from mlx_openelm.training.events import (
+    Event,
+    EventLog,
     drop_events_after,
     read_events,
-    running,
 )
-from mlx_openelm.version import __version__
-
-TABLE = "data.json"
-
-
-@dataclass(frozen=True, slots=True)
-class FinetuneReport:
-    """A run that came to its end. Losses are nats per token that counts, or per pair.
-
-    Attributes:
-        unit: what losses are of, and `tokens` counts: "token", of preferences "pair".
-        reason: why it ended: "done" or "patience".
-        first_loss, last_loss, best_loss: of the validation; None where there was none.
-        tokens: trained.
-        seconds: of training, without validation.
-    """
-
-    path: Path
-    reason: str
-    unit: str
-    steps: int
-    epochs: float
-    trainable: int
-    parameters: int
-    first_loss: float | None
-    last_loss: float | None
-    best_loss: float | None
-    best_step: int | None
-    test_loss: float | None
-    tokens: int
-    skipped: int
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
-
-
-# The run -------------------------------------------------------------------------
+from mlx_openelm.training.optimizer import make_optimizer
+from mlx_openelm.training.state import TrainingState, running
 
 
 def finetune(
@@ -121,246 +62,155 @@ def finetune(
     on_event: Callable[[Event], None] = lambda event: None,
     on_prepared: Callable[[Prepared], None] = lambda prepared: None,
 ) -> FinetuneReport:
-    """Train an adapter into the recipe's `adapter_path`.
+    """Train an adapter, or all weights, and save the run in `adapter_path`.
 
     Args:
-        recipe: the value, a recipe's file, or the name of one that is bundled.
-        resume: go on from the state that is saved there, exactly.
-        force: replace a run that is there.
-        fit: see `prepare`.
-        on_event: gets what is written to metrics.jsonl, and notes.
-        on_prepared: gets the plan, before anything is trained.
+        recipe: the options, a recipe file, or the name of a bundled recipe.
+        resume: continue the run in `adapter_path` from its saved state.
+        force: replace an existing run.
+        fit: choose smaller settings if the memory would not suffice.
+        offline: do not access the network.
+        on_event: receives each event of metrics.jsonl, with the number of steps.
+        on_prepared: receives the plan before training.
 
     Raises:
-        OpenELMError: what is wrong with data, options or folder, all that can be known
-            before the start; later, that the run went wrong.
+        OpenELMError: before training, an error in data, options or folder; later, a
+            failed run.
         KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; the run is saved, and a note
-            of the exception tells how to go on.
+            of the exception has the command that resumes it.
     """
     sources = []
     if not isinstance(recipe, FinetuneRecipe):
         sources.append(find_recipe(str(recipe)))
         recipe = load_recipe(FinetuneRecipe, str(recipe), {})
-    world = World.join()
-    path = run_folder(recipe)
-    with fail_on_all_ranks(world):
-        if world.rank == 0 and not resume:
-            refuse_present_run(path, force)
-    holding = held(path) if world.rank == 0 else contextlib.nullcontext()
-    with holding:
+    require_trackers(recipe.report_to)
+    world, path = World.join(), run_folder(recipe)
+    first = world.rank == 0
+    if not resume:
+        run_on_first_rank(world, lambda: refuse_present_run(path, force))
+    with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(lock_target(path))
         prepared = prepare(recipe, world=world, fit=fit, offline=offline)
         refuse_other_settings(prepared, world)
         refuse_too_large(prepared.plan)
         sources += [*prepared.data_files, prepared.folder.path / "config.json"]
-        run = {"data": prepared.table.digest, "arithmetic": describe_arithmetic()}
-        told = _first_only(on_event, world)
-        with fail_on_all_ranks(world):
-            if world.rank == 0:
-                if resume:
-                    refuse_other_run(prepared, run, told)
-                else:
-                    refuse_replacing(path, sources)
-        if world.rank == 0:
+        if resume:
+            run_on_first_rank(world, lambda: refuse_other_run(prepared, on_event))
+        else:
+            run_on_first_rank(world, lambda: refuse_replacing(path, sources))
+        if first:
             on_prepared(prepared)
-        with _limited_memory(prepared.plan.limit, prepared.plan.memory.total):
-            training = _load(prepared, run, world, told)
-            with fail_on_all_ranks(world):
-                if world.rank == 0 and resume:
-                    refuse_other_base(path, training.model)
-                elif world.rank == 0:
-                    with staged_folder(path, force=force) as staging:
-                        _write_start(staging, prepared, training.model)
-                        training.save_start(staging)
+        stack.enter_context(_limited_memory(prepared.plan))
+        observers = [on_event]
+        run = _load_run(prepared, world, _hand_to(observers))
+        saver = RunSaver(run, prepared.identity)
+        validator = Validator(
+            run, prepared.valid, saver, _make_generator(prepared, run.model)
+        )
+        trainer = Trainer(run, prepared.train, saver, validator)
+        if resume:
+            run_on_first_rank(world, lambda: refuse_other_base(path, run.model))
+            saver.restore()
+        else:
+            run_on_first_rank(world, lambda: _write_start(prepared, run, saver, force))
+        if first:
+            was_killed = stack.enter_context(running(path))
             if resume:
-                training.restore()
-            if world.rank > 0:
-                return _finish(prepared, training, training.run())
-            with running(path) as died:
-                if resume:
-                    _note_resume(prepared, training, died=died)
-                return _finish(prepared, training, training.run())
+                _record_resume(run, was_killed=was_killed)
+            observers.append(stack.enter_context(LiveReport(prepared, run)))
+            observers.append(stack.enter_context(MetricsTracking(run)))
+            stack.enter_context(_noting_interruption(run))
+        reason = trainer.run()
+        return finish_run(prepared, run, validator, reason)
 
 
-def _note_resume(prepared: Prepared, training: Training, *, died: bool) -> None:
-    path, step = prepared.path, training.progress.step
-    drop_events_after(path, training.progress)
-    _write_text(path / RECIPE, prepared.recipe.to_yaml())
-    training.emit({"event": "resume", "step": step})
-    if died:
-        training.note(describe_death(step, prepared.recipe))
-
-
-def _load(
-    prepared: Prepared,
-    run: Mapping[str, Any],
-    world: World,
-    on_event: Callable[[Event], None],
-) -> Training:
-    recipe, folder = prepared.recipe, prepared.folder
+def _load_run(
+    prepared: Prepared, world: World, on_event: Callable[[Event], None]
+) -> RunContext:
+    """Load the model and prepare it for the first update."""
+    recipe, order = prepared.recipe, prepared.order
     full = recipe.fine_tune_type == "full"
-    model = load_model(folder, mx.float32 if full else None)
+    model = load_model(prepared.folder, mx.float32 if full else None)
     make_trainable(model, recipe)
-    said = {"max_tokens": recipe.sample_tokens, "seed": recipe.seed}
-    prepared.tokenizer.template = recipe.template
-    return Training(
-        model,
-        prepared.tokenizer,
-        recipe,
-        prepared.order,
-        prepared.train,
-        prepared.valid,
-        prepared.test if recipe.test else (),
-        prepared.path,
-        run,
+    optimizer = make_optimizer(
+        model, recipe.optimizer, recipe.betas, recipe.eps, recipe.weight_decay
+    )
+    test = prepared.test if recipe.test else ()
+    prepared.objective.precompute_reference(
+        model, [*prepared.train, *prepared.valid, *test]
+    )
+    state = TrainingState(model, optimizer)
+    return RunContext(
+        recipe=recipe,
+        folder=prepared.path,
+        objective=prepared.objective,
+        order=order,
         world=world,
-        sampling=Sampling.from_defaults(folder.generation_defaults, said),
-        on_event=on_event,
-    )
-
-
-def _finish(prepared: Prepared, training: Training, reason: str) -> FinetuneReport:
-    """Score the test set, draw the page, and sum the run up."""
-    test: Validation | None = None
-    progress, plan = training.progress, prepared.plan
-    if prepared.recipe.test:
-        test = training.evaluate(prepared.test)
-        training.emit({"event": "test", "step": progress.step, "loss": test.loss})
-    evals = [e for e in read_events(prepared.path) if e["event"] == "eval"]
-    losses = [event.get("loss") for event in evals]
-    found = math.isfinite(progress.best_loss)
-    report = FinetuneReport(
-        path=prepared.path,
-        reason=reason,
-        unit=training.objective.unit,
-        steps=progress.step,
-        epochs=round(prepared.order.epoch_after(progress.step), 4),
-        trainable=plan.trainable,
-        parameters=plan.parameters,
-        first_loss=losses[0] if losses else None,
-        last_loss=losses[-1] if losses else None,
-        best_loss=progress.best_loss if found else None,
-        best_step=progress.best_step if found else None,
-        test_loss=test.loss if test else None,
-        tokens=progress.tokens,
-        skipped=progress.skipped,
-        seconds=round(progress.seconds, 3),
-        tokens_per_second=round(progress.tokens / max(progress.seconds, 1e-9), 2),
-        peak_memory_bytes=progress.peak_memory,
-    )
-    if training.world.rank == 0:
-        try:
-            _write_text(prepared.path / PAGE, _draw(prepared, report))
-        except OSError as error:
-            training.note(f"The report could not be written: {error}.")
-    return report
-
-
-# What is written -----------------------------------------------------------------
-
-
-def _write_start(staging: Path, prepared: Prepared, model: OpenELM) -> None:
-    """Write what does not change in the run."""
-    recipe = prepared.recipe
-    ranks = {
-        name.removesuffix(".lora_a"): array.shape[-1]
-        for name, array in trained_tensors(model).items()
-        if name.endswith(".lora_a")
-    }
-    L = len(model.layers)
-    write_config(
-        staging,
-        AdapterConfig(
-            method=recipe.fine_tune_type,  # type: ignore[arg-type] # the recipe checked it
-            num_layers=L if recipe.num_layers == -1 else recipe.num_layers,
-            keys=_spell_keys(ranks),
-            rank=max(ranks.values(), default=0),
-            scale=recipe.scale,
-            dropout=recipe.dropout,
-            base=recipe.model,
-            metadata={
-                "version": __version__,
-                "template": recipe.template,
-                "base": {"name": recipe.model, "sketch": sketch_base(model)},
-                "data": {"digest": prepared.table.digest},
-            },
+        state=state,
+        log=EventLog(
+            prepared.path, state, steps=order.steps, world=world, on_event=on_event
         ),
     )
-    _write_text(staging / RECIPE, recipe.to_yaml())
-    write_json(staging / TABLE, dataclasses.asdict(prepared.table))
 
 
-def _spell_keys(paths: Iterable[str]) -> tuple[str, ...]:
-    """Return mlx-lm's keys: paths in a block where the last blocks all have them."""
-    keys: dict[str, None] = {}
-    for path in paths:
-        parts = path.split(".")
-        inside = ".".join(parts[3:]) if ".layers." in path else path
-        keys[inside] = None
-    return tuple(keys)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replaced_file(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-def _draw(prepared: Prepared, report: FinetuneReport) -> str:
-    recipe, plan, path = prepared.recipe, prepared.plan, prepared.path
-    method = recipe.fine_tune_type.replace("lora", "LoRA").replace("dora", "DoRA")
-    if recipe.fine_tune_type != "full":
-        method += f", rank {recipe.rank}, scale {recipe.scale:g}"
-    facts = {
-        "method": method
-        + (f", {recipe.objective}" if recipe.objective != "sft" else ""),
-        "trainable": f"{plan.trainable:,} of {plan.parameters:,} weights "
-        f"({plan.trainable / plan.parameters:.2%})",
-        "steps": f"{report.steps:,} of {plan.steps:,} ({report.epochs:.2f} epochs)",
-        f"trained {report.unit}s": f"{report.tokens:,}",
-        "time": f"{report.seconds:,.0f} s, {report.tokens_per_second:,.0f} "
-        f"{report.unit}s/s",
-        "peak memory": f"{report.peak_memory_bytes / 1e9:.2f} GB, planned "
-        f"{plan.memory.total / 1e9:.2f} GB",
-        "ended": "out of patience" if report.reason == "patience" else "as planned",
-    }
-    if report.test_loss is not None:
-        facts["test loss"] = f"{report.test_loss:.4f} nats per {report.unit}"
-    best = path / BEST
-    use = shlex.quote(str(best if (best / WEIGHTS).is_file() else path))
-    fused = shlex.quote(f"{path}-fused")
-    again = shlex.quote(str(path / RECIPE))
-    return render_page(
-        TrainingRun(
-            name=stem(Path(recipe.data)),
-            model=recipe.model,
-            facts=facts,
-            events=read_events(path),
-            data=dataclasses.asdict(prepared.table),
-            recipe=recipe.to_yaml(),
-            commands=[
-                ("Write with it", f'mlx-openelm generate --adapter-path {use} "..."'),
-                (
-                    "Make it part of the model",
-                    f"mlx-openelm fuse --adapter-path {use} --save-path {fused}",
-                ),
-                ("Run the same again", f"mlx-openelm lora -c {again} --force"),
-            ],
-        )
+def _make_generator(prepared: Prepared, model: OpenELM) -> Callable[[str], str]:
+    """Return a function that continues a prompt with the recipe's template."""
+    recipe, tokenizer = prepared.recipe, prepared.tokenizer
+    tokenizer.template = recipe.template
+    sampling = Sampling.from_defaults(
+        prepared.folder.generation_defaults,
+        {"max_tokens": recipe.sample_tokens, "seed": recipe.seed},
     )
+    return lambda prompt: generate(model, tokenizer, prompt, sampling)
+
+
+def _write_start(
+    prepared: Prepared, run: RunContext, saver: RunSaver, force: bool
+) -> None:
+    with staged_folder(run.folder, force=force) as staging:
+        write_start(staging, prepared, run.model)
+        saver.save_start(staging)
+
+
+def _record_resume(run: RunContext, *, was_killed: bool) -> None:
+    """Bring recipe and events in line with the restored state."""
+    drop_events_after(run.folder, run.progress)
+    write_text(run.folder / RECIPE, run.recipe.to_yaml())
+    run.log.emit("resume")
+    if was_killed:
+        run.log.note(describe_killed(run.folder, run.progress.step, run.recipe))
 
 
 @contextlib.contextmanager
-def _limited_memory(limit: int, needed: int) -> Iterator[None]:
-    """Tell MLX what to stay below, and to keep no more freed memory than is needed."""
-    before = mx.set_memory_limit(limit), mx.set_cache_limit(needed)
+def _noting_interruption(run: RunContext) -> Iterator[None]:
+    """Record that a run stopped after its last step, but before its result."""
+    try:
+        yield
+    except BaseException:
+        ends = [e for e in read_events(run.folder) if e["event"] == "end"]
+        if ends and ends[-1].get("reason") != "interrupted":
+            run.log.emit("end", reason="interrupted")
+        raise
+
+
+def _hand_to(observers: Sequence[Callable[[Event], None]]) -> Callable[[Event], None]:
+    """Return what hands an event to all observers, also to those added later."""
+
+    def hand_on(event: Event) -> None:
+        for observer in observers:
+            observer(event)
+
+    return hand_on
+
+
+@contextlib.contextmanager
+def _limited_memory(plan: TrainingPlan) -> Iterator[None]:
+    """Set MLX's memory limit, and limit its cache to the planned memory."""
+    before = mx.set_memory_limit(plan.limit), mx.set_cache_limit(plan.memory.total)
     mx.reset_peak_memory()
     try:
         yield
     finally:
         mx.set_memory_limit(before[0])
         mx.set_cache_limit(before[1])
-
-
-def _first_only(
-    on_event: Callable[[Event], None], world: World
-) -> Callable[[Event], None]:
-    return on_event if world.rank == 0 else lambda event: None

@@ -23,7 +23,7 @@ from mlx_openelm.generation.decoding import Context
 from mlx_openelm.model.fingerprint import fingerprint_arrays, fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.model_folder import FLOATS
-from mlx_openelm.storage.staging import held, replaced_file
+from mlx_openelm.storage.staging import lock_target, replaced_file
 
 _FORMAT = 1  # to be raised when the computed keys or values change
 _KEY = "mlx_openelm_prompt"
@@ -256,7 +256,7 @@ def _write(
 ) -> None:
     """Replace the file atomically; only its owner may read it."""
     metadata = {"format": "mlx", _KEY: json.dumps(binding)}
-    with held(path), replaced_file(path) as part:
+    with lock_target(path), replaced_file(path) as part:
         part.unlink(missing_ok=True)
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as opened:

@@ -1,7 +1,6 @@
-"""The processes that train one model together, by `mx.distributed`."""
+"""Collective operations of the processes that train one model together."""
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,7 +11,7 @@ from mlx_openelm.errors import OpenELMError
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes that train together, by `mx.distributed`; often just this one."""
+    """The process group of `mx.distributed`; without a launcher, this process alone."""
 
     rank: int
     size: int
@@ -23,35 +22,35 @@ class World:
         return cls(group.rank(), group.size())
 
     def sum(self, array: mx.array) -> mx.array:
-        """Return the sum of every process's array."""
+        """Return the sum of the array over all processes."""
         return mx.distributed.all_sum(array) if self.size > 1 else array
 
-    def from_first(self, array: mx.array) -> mx.array:
-        """Return the first process's array; the others' may hold anything."""
+    def broadcast(self, array: mx.array) -> mx.array:
+        """Return rank 0's array; other ranks pass one of the same shape and dtype."""
         return self.sum(array if self.rank == 0 else mx.zeros_like(array))
 
-    def tell(self, text: str) -> str:
-        """Return the first process's text."""
+    def broadcast_text(self, text: str) -> str:
+        """Return rank 0's text."""
         if self.size == 1:
             return text
         encoded = np.frombuffer(f"{text}\n".encode(), np.uint8).astype(np.int32)
-        length = int(np.array(self.from_first(mx.array(len(encoded)))))
-        heard = self.from_first(mx.array(np.resize(encoded, length)))
-        return np.array(heard).astype(np.uint8).tobytes().decode()[:-1]
+        length = int(np.array(self.broadcast(mx.array(len(encoded)))))
+        received = self.broadcast(mx.array(np.resize(encoded, length)))
+        return np.array(received).astype(np.uint8).tobytes().decode()[:-1]
 
 
-@contextlib.contextmanager
-def fail_on_all_ranks(world: World) -> Iterator[None]:
-    """End all processes if the first one raises; only the first one reports why.
+def run_on_first_rank(world: World, action: Callable[[], None]) -> None:
+    """Run a function on rank 0; if it fails, end all processes.
 
     Raises:
-        OpenELMError: in the first process, as raised there.
-        SystemExit: in the others.
+        OpenELMError: on rank 0, the error of `action`.
+        SystemExit: on the other ranks.
     """
     error: OpenELMError | None = None
     try:
-        yield
+        if world.rank == 0:
+            action()
     except OpenELMError as raised:
         error = raised
-    if world.tell("failed" if error else "passed") == "failed":
+    if world.broadcast_text("failed" if error else "passed") == "failed":
         raise error or SystemExit(1)

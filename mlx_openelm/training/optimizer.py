@@ -1,10 +1,10 @@
-"""MLX's optimizers, without weight decay for vectors."""
+"""MLX's optimizers, with weight decay for matrices only."""
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from mlx_openelm.training.arrays import flatten
+from mlx_openelm.training.arrays import trained_tensors
 
 
 def make_optimizer(
@@ -14,13 +14,14 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
 ) -> optim.Optimizer:
-    """Return an optimizer with a state for the model's trainable weights.
+    """Return an optimizer, initialised for the model's trainable weights.
 
-    Vectors (norms, magnitudes) have no weight decay, as in OpenELM's pre-training.
+    Vectors (norms, magnitudes) have no weight decay, as in OpenELM's pre-training. The
+    learning rate is set before each update.
 
     Args:
         name: adamw, adam, sgd, lion, muon or adafactor.
-        betas: SGD's momentum is the first one, Muon's the second.
+        betas: Adam's; SGD uses the first as momentum, Muon the second.
     """
     moments = list(betas)
 
@@ -42,7 +43,7 @@ def make_optimizer(
                 )
 
     optimizer = build(weight_decay)
-    trained = flatten(model.trainable_parameters()).values()
+    trained = trained_tensors(model).values()
     if weight_decay and any(array.ndim < 2 for array in trained):
         optimizer = optim.MultiOptimizer(
             [optimizer, build(0.0)], [lambda _, weight: weight.ndim >= 2]

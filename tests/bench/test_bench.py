@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -39,7 +40,7 @@ from mlx_openelm.bench.plan import (
 )
 from mlx_openelm.bench.published_speeds import PUBLISHED, find_published
 from mlx_openelm.bench.report import BenchReport, Cell, Figure
-from mlx_openelm.cli.views.bench_picture import draw_bench
+from mlx_openelm.cli.views.bench import draw_bench
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.device import Machine, compute_dtype, describe_machine
 from mlx_openelm.errors import OpenELMError
@@ -368,7 +369,7 @@ def test_sizes_have_synthetic_weights_and_published_speeds(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--size", "2B"], ["No OpenELM is called '2B'", "270M, 450M, 1.1B, 3B"]),
+        (["--size", "2B"], ["'2B' is not a released OpenELM", "270M, 450M, 1.1B, 3B"]),
         (["--bits", "7"], ["--bits is 7", "16, 8, 6, 5, 4, 3, 2"]),
         (["--bits", "four"], ["--bits is four"]),
         (["--bits", "16,"], ["--bits is 16,"]),
@@ -525,29 +526,32 @@ def made_report():
     return BenchReport("1", machine, True, bandwidth, tuple(rows), 7, True)
 
 
+def bar_width(group):
+    """The width of the rectangle that an SVG group draws."""
+    corners = re.findall(r"[ML] ([0-9.]+) ", group.find(f"{SVG}path").get("d"))
+    return max(map(float, corners)) - min(map(float, corners))
+
+
 def test_the_chart_is_drawn_to_scale_and_needs_no_other_files():
     report = made_report()
     drawn = draw_bench(report)
     root = ElementTree.fromstring(drawn)
-    bars = {
-        style: [
-            float(rect.get("width"))
-            for rect in root.iter(f"{SVG}rect")
-            if rect.get("class") == style
-        ]
-        for style in ("speed", "share")
-    }
     measured = [cell for cell in report.cells if cell.rounds]
-    for style, name in (("speed", "generation_tps"), ("share", "bandwidth_share")):
+    for color, name in (("blue", "generation_tps"), ("orange", "bandwidth_share")):
+        bars = [
+            bar_width(group)
+            for group in root.iter(f"{SVG}g")
+            if group.get("class") == f"bar {color}"
+        ]
         values = [getattr(cell, name).median for cell in measured]
-        ratios = [b / v for b, v in zip(bars[style], values, strict=True)]
+        ratios = [b / v for b, v in zip(bars, values, strict=True)]
         assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=0.01)
     texts = " ".join(text.text for text in root.iter(f"{SVG}text"))
     assert "takes about 6.3 GB" in texts
     assert "recalled, unverified" in texts
     assert "CPU (A & B), Linux 6 <x86>" in texts
-    dashed = [e for e in root.iter(f"{SVG}line") if e.get("class") == "published"]
-    assert len(dashed) == 4
+    dashed = [e for e in root.iter(f"{SVG}g") if e.get("class") == "published"]
+    assert len(dashed) == 5  # also of the model that was not measured
     assert "http" not in drawn.replace("http://www.w3.org/2000/svg", "")
     assert "130 % of the memory bandwidth" in root.find(f"{SVG}title").text
 
@@ -572,8 +576,9 @@ def test_a_browser_shows_all_text_inside_the_chart(tmp_path):
             )
             assert outside == 0
             labels = page.evaluate(
-                "[...document.querySelectorAll('text[x=\"20.0\"]:is(.name, .small)')]"
-                ".map(t => t.getBoundingClientRect().right)"
+                "[...document.querySelectorAll('text')].map(t => "
+                "t.getBoundingClientRect()).filter(b => Math.abs(b.left - 20) < 1 && "
+                "b.top > 92 && b.bottom < 92 + 7 * 40).map(b => b.right)"
             )
             assert len(labels) == 14
             assert max(labels) < 296  # the bars begin at 300

@@ -191,7 +191,7 @@ def test_a_wrong_line_is_named_and_the_rest_is_done(here):
         (
             b"no command /sav;",
             b"not UTF-8",
-            b"diary already exists",
+            b"diary exists already",
             b"none does not exist",
             b"/undo takes nothing",
             b"Say the file",

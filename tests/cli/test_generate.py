@@ -125,7 +125,9 @@ def test_a_foreign_file_is_no_output(here, foreign):
     (here / "prompts.txt").write_text("the king\n")
     (here / "notes").write_text(foreign)
     args = ("generate", "--prompts-file", "prompts.txt", *MODEL, "-m", 4)
-    refuse(here, *args, "--output", "notes", says="notes:1 is no answer to a prompt")
+    refuse(
+        here, *args, "--output", "notes", says="notes:1 is not an answer to a prompt"
+    )
 
 
 def test_the_prompts_are_no_output(here):

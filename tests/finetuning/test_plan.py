@@ -1,4 +1,4 @@
-"""What a run will do and take, against what it does and takes."""
+"""The planned order and memory of a run, compared with the actual ones."""
 
 import gc
 from collections import Counter
@@ -13,17 +13,17 @@ from trainings import make_model, make_recipe, make_samples, make_training, step
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.finetuning.plan import (
-    Load,
+    BatchShape,
     Order,
     count_bytes,
-    heaviest_load,
+    largest_batch,
     plan_memory,
     propose_smaller,
 )
 from mlx_openelm.finetuning.preparation import make_trainable
-from mlx_openelm.finetuning.samples import lengths_of
-from mlx_openelm.finetuning.trainable import trained_tensors
+from mlx_openelm.finetuning.samples import lengths_of, targets_of
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.training.arrays import trained_tensors
 
 SIZES = np.random.default_rng(0).integers(2, 60, 37).tolist()
 
@@ -45,7 +45,7 @@ def test_every_sample_is_taken_once_an_epoch_and_epochs_differ(pack):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_a_packed_step_has_no_more_rows_than_asked_for():
+def test_a_packed_step_has_at_most_its_number_of_rows():
     recipe = make_recipe(pack=True, max_seq_length=64, batch_size=2, iters=3)
     order = Order(SIZES, recipe)
     for i in range(3):
@@ -73,18 +73,18 @@ def test_iterations_go_beyond_an_epoch_in_the_order_of_the_epochs():
     assert by_steps.epoch_after(20) == pytest.approx(20 / 7)
 
 
-def test_a_run_takes_the_samples_that_its_order_says():
+def test_a_run_trains_the_samples_of_its_order():
     samples = make_samples()
     training = make_training(make_recipe(batch_size=1), samples)
     seen: list[list[int]] = []
-    parts = training._parts
+    parts = training.trainer._parts
 
     def watch(indices):
         for part in parts(indices):
             seen.append(part.indices)
             yield part
 
-    training._parts = watch
+    training.trainer._parts = watch
     for _ in range(3):
         step(training)
     for i in range(3):
@@ -93,16 +93,16 @@ def test_a_run_takes_the_samples_that_its_order_says():
         )
 
 
-def test_the_heaviest_share_is_found():
+def test_the_largest_micro_batch_is_chosen():
     order = Order(SIZES, make_recipe(iters=None, epochs=2.0))
     counted = [size // 2 for size in SIZES]
-    load = heaviest_load(order, SIZES, counted, 2)
-    batches = [order.batch(i) for i in range(order.steps)]
-    least = max(sum(SIZES[j] for j in batch) for batch in batches) / 2
-    assert least <= load.tokens < least + max(SIZES)
-    assert load.counted < load.tokens
-    assert load.longest in SIZES
-    assert heaviest_load(order, SIZES, counted, 6).tokens == max(SIZES)
+    batch = largest_batch(order, SIZES, counted, 2)
+    steps = [order.batch(i) for i in range(order.steps)]
+    least = max(sum(SIZES[j] for j in step) for step in steps) / 2
+    assert least <= batch.tokens < least + max(SIZES)
+    assert batch.targets < batch.tokens
+    assert batch.longest in SIZES
+    assert largest_batch(order, SIZES, counted, 6).tokens == max(SIZES)
 
 
 # Memory --------------------------------------------------------------------------
@@ -146,13 +146,13 @@ proof = pytest.mark.proof
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_the_planned_memory_is_what_a_step_takes(config, lengths, options):
+def test_the_planned_memory_is_close_to_that_of_a_step(config, lengths, options):
     planned, measured = measure(config, lengths, options)
     assert 0.9 * measured <= planned <= 1.4 * measured
 
 
 def measure(config, lengths, options):
-    """Return the planned bytes of a step, and MLX's peak over what is there before."""
+    """Return the planned and the measured peak memory of a step, in bytes."""
     gc.collect()
     before = mx.get_active_memory()
     parts = options.get("grad_accumulation_steps", 1)
@@ -168,9 +168,9 @@ def measure(config, lengths, options):
     mx.reset_peak_memory()
     step(training)
     measured = mx.get_peak_memory() - before
-    sizes, counted = lengths_of(samples), [int(s.counts.sum()) for s in samples]
-    load = heaviest_load(training.order, sizes, counted, parts)
-    return plan_memory(model, recipe, load).total, measured
+    sizes, counted = lengths_of(samples), targets_of(samples)
+    batch = largest_batch(training.order, sizes, counted, parts)
+    return plan_memory(model, recipe, batch).total, measured
 
 
 def test_nothing_is_computed_for_a_plan():
@@ -179,14 +179,14 @@ def test_nothing_is_computed_for_a_plan():
     gc.collect()
     before = mx.get_active_memory()
     make_trainable(model, recipe)
-    plan = plan_memory(model, recipe, Load(1000, 500, 1000))
+    plan = plan_memory(model, recipe, BatchShape(1000, 500, 1000))
     assert mx.get_active_memory() - before < 2 * plan.adapter
     assert plan.weights == 4 * model.config.num_parameters
 
 
-def test_the_plan_counts_weights_and_the_adapter_apart():
+def test_the_plan_separates_weights_and_adapter():
     model = make_model(make_recipe())
-    plan = plan_memory(model, make_recipe(), Load(100, 50, 40))
+    plan = plan_memory(model, make_recipe(), BatchShape(100, 50, 40))
     adapter = sum(array.nbytes for array in trained_tensors(model).values())
     assert plan.adapter == adapter
     assert plan.weights == count_bytes(model) - adapter
@@ -194,26 +194,37 @@ def test_the_plan_counts_weights_and_the_adapter_apart():
     assert plan.total > plan.weights + 4 * adapter
 
 
-def test_every_proposal_takes_less_than_the_one_before():
+def test_every_proposal_needs_less_than_the_one_before():
     recipe = make_recipe(batch_size=4, grad_accumulation_steps=1, max_seq_length=512)
     model = make_model(recipe)
 
     def total(recipe):
         longest = recipe.max_seq_length
         tokens = longest * recipe.batch_size
-        return plan_memory(model, recipe, Load(tokens, tokens // 2, longest)).total
+        batch = BatchShape(tokens, tokens // 2, longest)
+        return plan_memory(model, recipe, batch).total
 
     proposals = propose_smaller(recipe)
     totals = [total(recipe), *(total(smaller) for _, smaller in proposals)]
     assert totals == sorted(totals, reverse=True)
     assert len(set(totals)) == len(totals) == 6
-    assert [flags for flags, _ in proposals] == [
-        "--grad-checkpoint",
-        "--grad-checkpoint --batch-size 2 --grad-accumulation-steps 2",
-        "--grad-checkpoint --batch-size 1 --grad-accumulation-steps 4",
-        "--grad-checkpoint --batch-size 1 --grad-accumulation-steps 4 "
-        "--max-seq-length 256",
-        "--grad-checkpoint --batch-size 1 --grad-accumulation-steps 4 "
-        "--max-seq-length 128",
+    assert [settings for settings, _ in proposals] == [
+        "`grad_checkpoint`",
+        "`grad_checkpoint` `batch_size` 2 `grad_accumulation_steps` 2",
+        "`grad_checkpoint` `batch_size` 1 `grad_accumulation_steps` 4",
+        "`grad_checkpoint` `batch_size` 1 `grad_accumulation_steps` 4 "
+        "`max_seq_length` 256",
+        "`grad_checkpoint` `batch_size` 1 `grad_accumulation_steps` 4 "
+        "`max_seq_length` 128",
     ]
     assert all(smaller.step_size == 4 for _, smaller in proposals)
+
+
+def test_the_settings_of_a_proposal_are_all_its_changes():
+    recipe = make_recipe(batch_size=6, grad_accumulation_steps=1, max_seq_length=256)
+    assert [settings for settings, _ in propose_smaller(recipe)] == [
+        "`grad_checkpoint`",
+        "`grad_checkpoint` `batch_size` 3 `grad_accumulation_steps` 2",
+        "`grad_checkpoint` `batch_size` 3 `grad_accumulation_steps` 2 "
+        "`max_seq_length` 128",
+    ]

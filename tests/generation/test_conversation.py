@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from models import UNEVEN, build, small_tokenizer
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.finetuning.record_samples import make_samples
 from mlx_openelm.finetuning.records import Dataset, Record
-from mlx_openelm.finetuning.samples import make_samples
 from mlx_openelm.generation import conversation as module
 from mlx_openelm.generation.conversation import Conversation, read_saved
 from mlx_openelm.generation.options import Sampling

@@ -94,7 +94,7 @@ def test_a_damaged_array_is_answered_up_to_the_damage(tmp_path):
         on_problem=problems.append,
     )
     assert given[0]["text"] == generate(model, tokenizer, "a king", SHORT)
-    problem = "Line 2, column 12 is no JSON (Expecting ':' delimiter)."
+    problem = "Line 2, column 12 is not JSON (Expecting ':' delimiter)."
     assert given[1] == {"line": 2, "error": problem}
     assert problems == [f"{tmp_path / 'p.json'}:2:12: {problem}"]
 
@@ -183,11 +183,11 @@ def test_any_bytes_give_prompts_problems_or_one_error(tmp_path_factory, lines):
 
 
 BAD = {
-    b'{"prompt": "a"': "Line 1, column 15 is no JSON (Expecting ','",
-    b"nope": "no JSON",
+    b'{"prompt": "a"': "Line 1, column 15 is not JSON (Expecting ','",
+    b"nope": "not JSON",
     b"[" * 100_000: "cannot be read as JSON",
     b"9" * 5000: "cannot be read as JSON",
-    b'"caf\xe9"': ", column 5 is no UTF-8 (the byte 0xe9)",
+    b'"caf\xe9"': ", column 5 is not UTF-8 (the byte 0xe9)",
     b"[1]": "The record is a list",
     b"null": "The record is null",
     b"3": "The record is a number",
@@ -197,15 +197,15 @@ BAD = {
     b'{"prompt": 3}': "The prompt is a number",
     b'{"prompt": " \\n"}': "The prompt is empty",
     b'""': "The prompt is empty",
-    b'"\\ud800"': "The prompt holds \\ud800, half of a character",
+    b'"\\ud800"': "The prompt contains the unpaired surrogate \\ud800",
     b'{"prompt": "a", "id": [1]}': "The id is a list",
     b'{"prompt": "a", "id": true}': "The id is true or false",
     b'{"prompt": "a", "id": 1.5}': "The id is a number; it must be",
-    b'{"prompt": "a", "id": "\\udc00"}': "The id holds \\udc00",
+    b'{"prompt": "a", "id": "\\udc00"}': "The id contains the unpaired surrogate",
     b'{"prompt": "a", "messages": [1]}': '"prompt" and "messages"',
     b'{"messages": []}': "messages is an empty list",
-    b'{"messages": "a"}': "messages is a text",
-    b'{"messages": ["a"]}': "messages[0] is a text",
+    b'{"messages": "a"}': "messages is a string",
+    b'{"messages": ["a"]}': "messages[0] is a string",
     b'{"messages": [{"role": "tool", "content": "a"}]}': "messages[0].role is 'tool'",
     b'{"messages": [{"role": [], "content": "a"}]}': "messages[0].role is []",
     b'{"messages": [{"role": "user"}]}': "messages[0] has no content",
@@ -250,12 +250,12 @@ def test_prompts_that_do_not_fit_the_model_are_reported(tmp_path):
     assert len(report.problems) == 2
     assert "the model's context is 64" in given[1]["error"]
     assert given[2]["id"] == 1
-    assert "no place" in given[2]["error"]
+    assert "not a conversation" in given[2]["error"]
 
 
 def test_invalid_settings_are_reported_once(tmp_path):
     prompts = read(b'"a king"', folder=tmp_path)
-    with pytest.raises(OpenELMError, match="no place for `system`"):
+    with pytest.raises(OpenELMError, match="not support `system`"):
         answer_prompts(model, tokenizer, prompts, SHORT, system="Be kind.")
     with pytest.raises(OpenELMError, match="No template is called"):
         answer_prompts(model, tokenizer, prompts, SHORT, template="x")
@@ -352,7 +352,7 @@ def test_a_stopped_run_resumes(tmp_path):
 
         with pytest.raises(KeyboardInterrupt) as stopped:
             run("stopped", on_progress=stop)
-        assert "The same command goes on from" in stopped.value.__notes__[0]
+        assert "The same command resumes from" in stopped.value.__notes__[0]
         again, second = run("stopped", batch_size=3)
         assert again == whole
         assert stop_at - 2 < second.kept < 28

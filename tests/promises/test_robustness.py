@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import call, make_source, refuse, spoilt
+from commands import call, make_source, refuse, replace_last
 from models import UNEVEN, small_tokenizer, weights_of, write_pt
 
 from mlx_openelm.storage.model_folder import open_folder
@@ -23,13 +23,13 @@ PACK = ("-q", "--q-group-size", "32", "--no-receipt")
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("packed", [(), PACK])
 def test_weights_that_are_no_numbers_are_refused(here, value, packed):
-    make_source(here / "nan", {FFN: spoilt(WEIGHTS[FFN], value)})
+    make_source(here / "nan", {FFN: replace_last(WEIGHTS[FFN], value)})
     says = [FFN, "NaN or infinity"]
     refuse(here, "convert", "nan", "--mlx-path", "deep/down/out", *packed, says=says)
 
 
 def test_numbers_beyond_the_range_of_a_dtype_are_refused(here):
-    make_source(here / "large", {FFN: spoilt(WEIGHTS[FFN], 1e5)})
+    make_source(here / "large", {FFN: replace_last(WEIGHTS[FFN], 1e5)})
     says = [FFN, "beyond float16's range"]
     refuse(here, "convert", "large", "--dtype", "float16", says=says)
     far = WEIGHTS[FFN].copy()
@@ -137,7 +137,7 @@ def test_a_model_that_is_none_is_named(here, name, says):
         (["--stop", ""], "--stop is empty"),
         (["--stop", "\udcff"], "UTF-8"),
         (["--template", "poem"], ["'poem'", "instruct"]),
-        (["--system", "Be kind."], "no place for --system"),
+        (["--system", "Be kind."], "not support --system"),
         (["--adapter-path", "nowhere"], "nowhere"),
     ],
 )

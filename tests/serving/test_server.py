@@ -426,7 +426,7 @@ def healthy(url):
         ({"max_tokens": 2.5}, "max_tokens is 2.5"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": "hot" * 10**5}, "temperature is not"),
-        ({"temperature": 1e999}, "no JSON"),
+        ({"temperature": 1e999}, "not JSON"),
         ({"temperature": [[]]}, "temperature is"),
         ({"top_p": 2}, "top_p is 2"),
         ({"top_k": -1}, "top_k is -1"),

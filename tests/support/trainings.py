@@ -1,24 +1,33 @@
-"""Small training runs that tests step through by hand."""
+"""Small training runs for tests that call single steps."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from models import UNEVEN, build, small_tokenizer
+from models import UNEVEN, build
 
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.finetuning import records
+from mlx_openelm.finetuning.objectives import make_objective
 from mlx_openelm.finetuning.plan import Order
 from mlx_openelm.finetuning.preparation import make_trainable
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
-from mlx_openelm.finetuning.samples import Pair, Sample, lengths_of
-from mlx_openelm.finetuning.trainer import Training
-from mlx_openelm.generation.options import Sampling
+from mlx_openelm.finetuning.records import Data
+from mlx_openelm.finetuning.run_context import RunContext
+from mlx_openelm.finetuning.run_saver import RunSaver
+from mlx_openelm.finetuning.samples import Pair, Sample, Samples, lengths_of
+from mlx_openelm.finetuning.trainer import Trainer
+from mlx_openelm.finetuning.validation import Validator
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.signals import Stop
+from mlx_openelm.training.arrays import flatten
 from mlx_openelm.training.distributed import World
+from mlx_openelm.training.events import EventLog
+from mlx_openelm.training.optimizer import make_optimizer
+from mlx_openelm.training.state import TrainingProgress, TrainingState
 
 UNTIED = replace(UNEVEN, share_input_output_layers=False)
 LENGTHS = (5, 33, 12, 20, 9, 41, 17, 28, 3, 50, 11, 24)
@@ -26,7 +35,7 @@ LENGTHS = (5, 33, 12, 20, 9, 41, 17, 28, 3, 50, 11, 24)
 
 def make_recipe(**options: Any) -> FinetuneRecipe:
     """A recipe whose gradients are clipped, without a schedule."""
-    known = {
+    defaults = {
         "rank": 4,
         "iters": 3,
         "batch_size": 3,
@@ -38,20 +47,20 @@ def make_recipe(**options: Any) -> FinetuneRecipe:
         "clip_norm": 0.5,
         "max_seq_length": 64,
     }
-    return FinetuneRecipe(data="none", **{**known, **options})
+    return FinetuneRecipe(data="none", **{**defaults, **options})
 
 
 def make_samples(
     lengths: Sequence[int] = LENGTHS, vocab_size: int = 300, seed: int = 0
 ) -> list[Sample]:
-    """Samples of random tokens, each with a prompt that does not count."""
+    """Samples of random tokens, each with a masked prompt."""
     rng = np.random.default_rng(seed)
     samples = []
     for i, length in enumerate(lengths):
-        counts = np.arange(length) >= max(1, length // 3)
-        counts[-1] = i % 4 != 3 or length < 4  # some end with what does not count
+        loss_mask = np.arange(length) >= max(1, length // 3)
+        loss_mask[-1] = i % 4 != 3 or length < 4  # some end without a target
         tokens = rng.integers(3, vocab_size, length).astype(np.int32)
-        samples.append(Sample(tokens, counts, f"train.jsonl:{i + 1}"))
+        samples.append(Sample(tokens, loss_mask, f"train.jsonl:{i + 1}"))
     return samples
 
 
@@ -64,19 +73,21 @@ def make_pairs(number: int = 6) -> list[Pair]:
         answers = []
         for length in (4 + 2 * i, 9 + (5 * i) % 7):
             tokens = np.concatenate([prompt, rng.integers(3, 300, length)])
-            counts = np.arange(len(tokens)) >= len(prompt)
-            answers.append(Sample(tokens.astype(np.int32), counts, f"train.jsonl:{i}"))
+            loss_mask = np.arange(len(tokens)) >= len(prompt)
+            answers.append(
+                Sample(tokens.astype(np.int32), loss_mask, f"train.jsonl:{i}")
+            )
         pairs.append(Pair(*answers, f"train.jsonl:{i}"))
     return pairs
 
 
 def make_model(
-    recipe: FinetuneRecipe, config: OpenELMConfig = UNEVEN, *, stir: bool = True
+    recipe: FinetuneRecipe, config: OpenELMConfig = UNEVEN, *, perturb: bool = True
 ) -> OpenELM:
-    """A model with an adapter; with `stir`, one that has learnt something already."""
+    """A model with an adapter; `perturb` makes the adapter's update non-zero."""
     model = build(config)
     make_trainable(model, recipe)
-    if stir and recipe.fine_tune_type != "full":
+    if perturb and recipe.fine_tune_type != "full":
         rng = np.random.default_rng(1)
         for module in model.modules():
             for name in {"lora_b", "m"} & set(module):
@@ -86,42 +97,75 @@ def make_model(
     return model
 
 
+@dataclass(slots=True)
+class SmallRun:
+    """A run in memory; `norm` is that of the last step's gradient."""
+
+    context: RunContext
+    trainer: Trainer
+    norm: float = 0.0
+
+    @property
+    def model(self) -> OpenELM:
+        return self.context.model
+
+    @property
+    def order(self) -> Order:
+        return self.context.order
+
+    @property
+    def progress(self) -> TrainingProgress:
+        return self.context.progress
+
+
 def make_training(
-    recipe: FinetuneRecipe,
-    samples: Sequence[Sample] | Sequence[Pair],
-    model: OpenELM | None = None,
-    folder: Path = Path("none"),
-) -> Training:
-    return Training(
-        model or make_model(recipe),
-        small_tokenizer(),
-        recipe,
-        Order(lengths_of(samples), recipe),
-        samples,
-        [],
-        [],
-        folder,
-        {},
-        world=World(0, 1),
-        sampling=Sampling(),
-        on_event=lambda event: None,
+    recipe: FinetuneRecipe, samples: Samples, model: OpenELM | None = None
+) -> SmallRun:
+    model, world, folder = model or make_model(recipe), World(0, 1), Path("none")
+    optimizer = make_optimizer(
+        model, recipe.optimizer, recipe.betas, recipe.eps, recipe.weight_decay
     )
+    objective, state = make_objective(recipe), TrainingState(model, optimizer)
+    objective.precompute_reference(model, samples)
+    order = Order(lengths_of(samples), recipe)
+    log = EventLog(
+        folder, state, steps=order.steps, world=world, on_event=lambda event: None
+    )
+    context = RunContext(recipe, folder, objective, order, world, state, log)
+    saver = RunSaver(context, {})
+    validator = Validator(context, [], saver, lambda prompt: "")
+    return SmallRun(context, Trainer(context, samples, saver, validator))
 
 
-def step(training: Training) -> dict[str, np.ndarray]:
+def step(training: SmallRun) -> dict[str, np.ndarray]:
     """Make one update; return the clipped gradients that the optimizer got."""
-    from mlx_openelm.training.arrays import flatten
+    received: dict[str, np.ndarray] = {}
+    optimizer = training.context.state.optimizer
+    update = optimizer.update
 
-    caught: dict[str, np.ndarray] = {}
-    update = training.optimizer.update
-
-    def watch(model: OpenELM, gradients: Any) -> None:
-        caught.update({n: np.array(g) for n, g in flatten(gradients).items()})
+    def record(model: OpenELM, gradients: Any) -> None:
+        received.update({n: np.array(g) for n, g in flatten(gradients).items()})
         update(model, gradients)
 
-    training.optimizer.update = watch
+    optimizer.update = record
     try:
-        training._update(Stop())
+        training.norm = training.trainer.update(Stop()).norm
     finally:
-        training.optimizer.update = update
-    return caught
+        optimizer.update = update
+    return received
+
+
+def read_data(
+    path: Path,
+    objective: str = "sft",
+    prompt_key: str | None = None,
+    completion_key: str | None = None,
+) -> Data:
+    """Records as an objective reads them."""
+    recipe = FinetuneRecipe(
+        data=str(path),
+        objective=objective,
+        prompt_key=prompt_key,
+        completion_key=completion_key,
+    )
+    return records.read_data(path, make_objective(recipe).formats())

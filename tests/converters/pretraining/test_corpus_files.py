@@ -134,14 +134,14 @@ def test_endings_in_capitals_mean_the_same(tmp_path):
     assert is_plain_text("a.jsonl.txt.gz")
 
 
-@pytest.mark.parametrize("behind", [b'[{"text": "b"}]', b"]", b" " * (1 << 17) + b"x"])
-def test_what_stands_behind_an_array_is_named_and_not_lost(tmp_path, behind):
+@pytest.mark.parametrize("rest", [b'[{"text": "b"}]', b"]", b" " * (1 << 17) + b"x"])
+def test_data_after_an_array_is_reported(tmp_path, rest):
     path = tmp_path / "array.json.gz"
     array = b'[{"text": "a"}]\n'
-    path.write_bytes(gzip.compress(array) + gzip.compress(behind))
+    path.write_bytes(gzip.compress(array) + gzip.compress(rest))
     reader = read_documents(str(path))
     assert next(reader) == "a"
-    with pytest.raises(DamagedFileError, match=r"Record 2 .* behind the end"):
+    with pytest.raises(DamagedFileError, match=r"Record 2 .* after the end"):
         next(reader)
     path.write_bytes(gzip.compress(array)[:-3])  # its checksum is cut off
     with pytest.raises(DamagedFileError, match="cut off"):
@@ -212,19 +212,19 @@ def test_damaged_parquet_is_named(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), path)
     found, message = read_until_damage(path)
     assert found == ["a"]
-    assert f"Record 2 of {path} has a 'text' that is not a text" in message
+    assert f"Record 2 of {path} has a 'text' that is not a string" in message
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"text": "cut', "no JSON"),
-        ('{"text": 5}', "not a text"),
-        ('{"text": null}', "not a text"),
+        ('{"text": "cut', "not JSON"),
+        ('{"text": 5}', "not a string"),
+        ('{"text": null}', "not a string"),
         ('{"content": "a", "id": 1}', "has no 'text'; its keys: content, id"),
         ('"a string"', "not an object"),
-        ("{" * 100_000, "no JSON"),
-        (b'{"text": "\xff"}', ":11 is no UTF-8 (the byte 0xff)"),
+        ("{" * 100_000, "not JSON"),
+        (b'{"text": "\xff"}', ":11 is not UTF-8 (the byte 0xff)"),
     ],
 )
 def test_a_bad_record_is_named_by_its_number(tmp_path, line, says):

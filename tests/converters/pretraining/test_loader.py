@@ -446,7 +446,7 @@ def test_an_error_in_a_worker_is_one_sentence_behind_the_good_batches(tmp_path):
         for _ in range(4):
             loader.next_batch()
         with pytest.raises(
-            OpenELMError, match=r"^Record 9 of .*a\.jsonl:9:2 is no JSON"
+            OpenELMError, match=r"^Record 9 of .*a\.jsonl:9:2 is not JSON"
         ):
             loader.next_batch()
     finally:

@@ -78,7 +78,7 @@ def test_what_a_killed_run_told_too_much_is_dropped(tmp_path):
     ]
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + '\n7\n{"event": "tra')
-    RunLog(tmp_path, lambda event: None, tensorboard=False, step=3)
+    RunLog(tmp_path, lambda event: None, step=3)
     kept = [json.loads(line) for line in path.read_text().splitlines()]
     assert kept == lines[:4]
 
@@ -115,11 +115,14 @@ def test_a_sample_is_what_the_model_says_without_a_cache():
     assert "Once upon" + text == tokenizer.decode(ids)
 
 
-def test_tensorboard_reads_the_curve(recipe):
+@pytest.mark.parametrize(
+    "key", [{"tensorboard": True}, {"report_to": ("tensorboard",)}]
+)
+def test_tensorboard_reads_the_curve(recipe, key):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     )
-    recipe = replace(recipe, tensorboard=True)
+    recipe = replace(recipe, **key)
     pretrain(recipe)
     read = event_accumulator.EventAccumulator(
         str(Path(recipe.output) / "tensorboard")
@@ -129,7 +132,7 @@ def test_tensorboard_reads_the_curve(recipe):
 
 
 def test_tensorboard_that_is_missing_is_said_before_the_work(recipe, monkeypatch):
-    monkeypatch.setattr("converters.pretraining.log.find_spec", lambda name: None)
+    monkeypatch.setattr("mlx_openelm.reporting.trackers.find_spec", lambda name: None)
     with pytest.raises(OpenELMError, match="not installed"):
         pretrain(replace(recipe, tensorboard=True))
 
