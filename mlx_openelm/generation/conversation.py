@@ -223,7 +223,7 @@ class Conversation:
                 read_saved(path)  # fails if another program has replaced it
             elif os.path.lexists(path):
                 raise OpenELMError(
-                    f"{path} already exists and is not this conversation's file; "
+                    f"{path} exists already and is not this conversation's file; "
                     "choose another name."
                 )
             with replaced_file(path) if own else staged_file(path) as part:

@@ -146,7 +146,7 @@ class Sampling:
             )
         if not all(isinstance(text, str) and text for text in self.stop):
             raise OpenELMError(
-                "`stop` is empty or not a text; pass a text that ends the answer."
+                "`stop` is empty or not a string; pass a text that ends the answer."
             )
 
     @classmethod

@@ -61,9 +61,9 @@ def read_prompts(path: str | Path) -> Prompts:
     The suffix gives the format (.jsonl, .json, .ndjson; .txt; each also with .gz). With
     another suffix it is JSON if it begins with "{", with an array of objects or texts,
     or with a line that is a JSON string. A record is a string, or an object with
-    "prompt" (a text) or "messages" (objects with role and content, ending with a
-    user's), and optionally "id" (a text or a whole number). Blank lines are skipped.
-    An invalid record gets a `problem`.
+    "prompt" (a string) or "messages" (objects with role and content, ending with a
+    user's), and optionally "id" (a string or an integer). Blank lines are skipped. An
+    invalid record gets a `problem`.
 
     Raises:
         OpenELMError: the file cannot be read, or holds no prompts.
@@ -141,7 +141,7 @@ def _read_record(prompt: Prompt, value: Any) -> Prompt:
             value = {"prompt": value}
         if not isinstance(value, dict):
             raise OpenELMError(
-                f"The record is {describe_type(value)}; expected an object or a string."
+                f"The record is {describe_type(value)}; it must be an object or string."
             )
         own = _check_id(value.get("id"))
         return replace(prompt, content=_read_object(value), id=own)

@@ -191,7 +191,7 @@ def test_a_wrong_line_is_reported_and_the_others_are_processed(here):
         (
             b"no command /sav;",
             b"not UTF-8",
-            b"diary already exists",
+            b"diary exists already",
             b"none does not exist",
             b"/undo takes nothing",
             b"Give a file",
