@@ -4,12 +4,15 @@
 # make proof      the tests that take longer
 # make soak       the longest tests, for a change of what they test (see CONTRIBUTING.md)
 # make check      style, types and layers
+# make docs       the pages of docs/ as a site, in site/
+# make release    wheel and sdist in dist/, checked
 # make clean      remove what building and testing left (.venv stays)
 #
 # Variables: PYTHON     the Python to use; without it, the first below that fits
 #            TORCH      what the tests install as torch. On Linux it brings CUDA along
 #                       (gigabytes), unless pip is set up for PyTorch's CPU builds.
 #                       TORCH= installs none; the tests that need it then skip.
+#            MLX        MLX=cuda installs MLX for an NVIDIA GPU instead of the CPU (Linux)
 #            WORKERS    processes that the tests run in
 #            DEMO_SEED  another number, another story
 #
@@ -22,12 +25,13 @@ DEMO_PROMPT ?= Once upon a time there was a king who
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed$(MLX:%=-%)
 DEVELOP := $(VENV)/.develop$(if $(TORCH),,-without-torch)
+DOCS := $(VENV)/.docs
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
-.PHONY: demo install test proof soak check clean which-python
+.PHONY: demo install test proof soak check docs release clean which-python
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -52,8 +56,17 @@ check: $(DEVELOP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+docs: $(DOCS)
+	$(BIN)/zensical build --strict
+
+release: $(DEVELOP)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest -m proof tests/promises/test_packaging.py
+
 clean:
-	rm -rf build dist *.egg-info
+	rm -rf build dist site .cache *.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -62,7 +75,13 @@ clean:
 $(INSTALLED): $(BIN)/python pyproject.toml
 	@echo "Installing mlx-openelm into $(VENV); the first time takes a few minutes." >&2
 	@$(PIP_INSTALL) -e .
+	@rm -f $(VENV)/.installed*
+	@$(INSTALL_MLX_$(MLX))
 	@touch $@
+
+# Both builds of MLX install the same library file: the other one has to go first.
+INSTALL_MLX_ := :
+INSTALL_MLX_cuda := $(BIN)/python -m pip uninstall -qq -y mlx-cpu && $(PIP_INSTALL) mlx-cuda-13
 
 $(DEVELOP): $(BIN)/python pyproject.toml
 	@echo "Installing mlx-openelm and the tools into $(VENV)." >&2
@@ -70,10 +89,15 @@ $(DEVELOP): $(BIN)/python pyproject.toml
 	@$(PIP_INSTALL) $(if $(TORCH),"$(TORCH)" -e ".[torch]" --group with-torch,-e .) --group dev
 	@touch $(INSTALLED) $@
 
+$(DOCS): $(BIN)/python pyproject.toml
+	@$(PIP_INSTALL) --upgrade "pip>=25.1"
+	@$(PIP_INSTALL) --group docs
+	@touch $@
+
 # A link to a Python that is gone counts as missing: make the environment anew around it.
 $(BIN)/python:
 	@python=`sh -c "$$FIND_PYTHON"` || exit 1; \
-	rm -f $(BIN)/python* $(VENV)/.installed $(VENV)/.develop*; \
+	rm -f $(BIN)/python* $(VENV)/.installed $(VENV)/.develop* $(DOCS); \
 	echo "Making $(VENV) with $$python." >&2; \
 	"$$python" -m venv $(VENV)
 

@@ -1,11 +1,11 @@
-"""Many prompts together, beside the same prompts one by one, on this machine.
+"""Speed of continuous batching, compared with the same prompts one by one.
 
     python benchmarks/batching.py [--rounds 5] [--prompts 16] [--only demo,270M]
 
-Both are measured in turn in one process, and the ratio of the medians is printed.
-Prompts are 4 to 40 tokens long and answers end where they end: the demo's at the end of
-a paragraph. The 270M has made weights, and its answers end where one token out of 26
-comes; speed does not depend on that. Greedy, and the answers must be the same.
+Both are measured alternately in one process, and the ratio of the medians is printed.
+Prompts are 4 to 40 tokens long. Answers of the demo end at a paragraph; those of the
+270M, which has synthetic weights, at any of one in 26 tokens. Decoding is greedy, and
+the answers must be equal.
 """
 
 import argparse
@@ -30,7 +30,7 @@ Answers = dict[int, tuple[int, ...]]
 
 
 class Letters:
-    """Stands for a tokenizer where none is needed: each token is a letter."""
+    """A substitute for a tokenizer: each token is a letter."""
 
     eos_id = 2
 

@@ -1,4 +1,4 @@
-"""What `compare_checkouts.py` runs on both checkouts: the commands and their inputs."""
+"""Commands and inputs that `compare_checkouts.py` runs on both checkouts."""
 
 import json
 import signal
@@ -9,11 +9,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Scenario:
-    """Commands that both sides run; all files are compared, and what is printed.
+    """Commands that both sides run; their files and output are compared.
 
     Attributes:
         status: the expected exit status; if it is not 0, stderr is compared.
-        needs: a module, without which the scenario is skipped.
+        needs: a module; the scenario is skipped without it.
         quick: part of --quick.
     """
 
@@ -29,11 +29,11 @@ class Resume:
     """A command that is stopped under OLD and repeated under NEW.
 
     Attributes:
-        ready: given the working folder, returns whether it is time to stop.
+        ready: takes the working folder and returns whether to stop now.
         by: the signal.
         flag: added to the repeated command.
         before: commands that prepare the folder, under OLD.
-        kept: the name of a file that is there at the stop and must be taken over.
+        kept: name of a file that exists at the stop and must be reused.
         ignored: names of files that depend on the interruption.
     """
 
@@ -50,7 +50,7 @@ class Resume:
 
 
 def holds(name: str, text: bytes, times: int = 1) -> Callable[[Path], bool]:
-    """Make a condition: the file contains the text at least so many times."""
+    """Return a condition: the file contains the text at least `times` times."""
 
     def look(folder: Path) -> bool:
         path = folder / name
@@ -60,7 +60,7 @@ def holds(name: str, text: bytes, times: int = 1) -> Callable[[Path], bool]:
 
 
 def exists(pattern: str) -> Callable[[Path], bool]:
-    """Make a condition: a non-empty file matches the pattern."""
+    """Return a condition: a non-empty file matches the pattern."""
     return lambda folder: any(path.stat().st_size for path in folder.glob(pattern))
 
 

@@ -1,4 +1,4 @@
-"""Runs commands of one checkout, and reads what they write without what may vary."""
+"""Run commands of one checkout and read their normalised results."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ BINARY = (".pt", ".gguf", ".model", ".png")
 
 
 class CheckError(Exception):
-    """A command did not do what the check needs, so nothing is proved."""
+    """A command failed, or was not stopped in time, so the check has no result."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Side:
     folder: Path
 
     def inside(self, name: str) -> "Side":
-        """Return the side in an empty folder below its own, but for the inputs.
+        """Return the side in a new folder with the inputs.
 
-        Both sides and all runs of a check have the same place, one after the other, so
-        that no path and no hash of a file with a path in it differs.
+        Both sides use the same path in turn, so that no path and no hash of a file that
+        contains a path differs.
         """
         folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)
@@ -73,7 +73,7 @@ class Side:
     def start(self, command: str) -> Process:
         environment = self.environment()
         if command.startswith(("pretrain", "grow")):
-            environment["OMP_NUM_THREADS"] = "1"  # more are slower for a small model
+            environment["OMP_NUM_THREADS"] = "1"  # faster for a small model
         return subprocess.Popen(
             [sys.executable, "-m", "mlx_openelm", *shlex.split(command)],
             cwd=self.folder,
@@ -84,7 +84,7 @@ class Side:
         )
 
     def run(self, command: str, status: int = 0) -> bytes:
-        """Return stdout; or stderr, where another exit status than 0 is expected."""
+        """Return stdout, or stderr if the expected exit status is not 0."""
         with ended(self.start(command)) as process:
             out, err = process.communicate(timeout=TIMEOUT_S)
         if process.returncode != status:
@@ -95,13 +95,13 @@ class Side:
         return err if status else out
 
     def stop(self, command: str, ready: Callable[[Path], bool], by: int) -> None:
-        """Start a command, and send it a signal as soon as its folder is ready."""
+        """Start a command and send it a signal as soon as `ready` allows."""
         deadline = time.monotonic() + TIMEOUT_S
         with ended(self.start(command)) as process:
             while process.poll() is None and not ready(self.folder):
                 if time.monotonic() > deadline:
                     raise CheckError(
-                        f"{self.name}: {command!r} was never to be stopped"
+                        f"{self.name}: {command!r} never became ready to be stopped"
                     )
                 time.sleep(0.002)
             process.send_signal(by)
@@ -113,7 +113,7 @@ class Side:
             )
 
     def read_results(self) -> Files:
-        """Return the normalised content of all files but the inputs."""
+        """Return the normalised content of all files except the inputs."""
         paths = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
         named = {path.relative_to(self.folder).as_posix(): path for path in paths}
         return {
@@ -123,7 +123,7 @@ class Side:
         }
 
     def normalise(self, name: str, content: bytes) -> bytes:
-        """Replace what may vary in a file, or in what a command prints ("stdout")."""
+        """Replace the varying parts of a file, or of a command's output ("stdout")."""
         if name.endswith(BINARY):
             return content
         if name.endswith(".safetensors"):
@@ -145,7 +145,7 @@ class Side:
 
 @contextlib.contextmanager
 def ended(process: Process) -> Iterator[Process]:
-    """Kill the process at the end of the block, if it still runs."""
+    """Kill the process at the end of the block if it is still running."""
     with process:
         try:
             yield process

@@ -3,22 +3,22 @@
     python benchmarks/compare_checkouts.py OLD NEW [--quick] [--only REGEX] [--rounds 7]
 
 Each side runs `PYTHONPATH=<checkout> python -m mlx_openelm ...` in an empty folder.
-The scenarios (checkout_scenarios.py) compare every file that a command writes and what
-it prints. The resume scenarios stop a command under OLD, repeat it under NEW, and
-compare the result with that of an uninterrupted run under OLD. The built packages are
-compared by their data files. At the end the start-up times of both are printed. The
-exit status is 1 if anything differs.
+The scenarios (checkout_scenarios.py) compare all files that a command writes, and its
+output. The resume scenarios stop a command under OLD, repeat it under NEW, and compare
+the result with that of an uninterrupted run under OLD. The built packages are compared
+by their data files. At the end the start-up times of both are printed. The exit status
+is 1 if anything differs.
 
-Left out of the comparison, and nothing else:
+Only these are excluded from the comparison:
 
-- the path of the checkout, replaced by a placeholder;
+- the path of the checkout, which is replaced by a placeholder;
 - the numbers of the JSON keys in `VARYING` (checkout_side.py): times,
   speeds and measured memory;
-- in report.html all numbers, and the lines that are equal without them (the axes of
-  speed); in resumed runs the whole file, which reports the interruption;
+- in report.html all numbers and repeated lines (the axes of speed); in resumed runs the
+  whole file, which reports the interruption;
 - in metrics.jsonl of resumed runs the events in `INTERRUPTION`;
-- in training_checkpoint_last.pt of resumed runs the pickle's form, not its values;
-- in packages what `read_data_files` leaves out.
+- in training_checkpoint_last.pt of resumed runs the pickle encoding, not its values;
+- in packages what `read_data_files` excludes.
 """
 
 import argparse
@@ -61,7 +61,7 @@ INTERRUPTION = re.compile(  # a kill may come between a save and its line
 
 
 def run_check(check: Scenario | Resume, old: Side, new: Side) -> tuple[Files, Files]:
-    """Return what is expected, and what was found."""
+    """Return the expected and the actual results."""
     if isinstance(check, Scenario):
         return run_scenario(check, old), run_scenario(check, new)
     return run_resume(check, old, new)
@@ -101,9 +101,10 @@ def begin_resume(resume: Resume, side: Side) -> Side:
 
 
 def read_marks(folder: Path, name: str) -> set[bytes | int]:
-    """Return what changes if a file is written from the start again.
+    """Return data that changes if a file is rewritten from the start.
 
-    That is its modification time, or of JSON lines the first three, with their times.
+    That is the modification time, or the first three lines of JSON lines, which contain
+    times.
     """
     return {
         b"\n".join(path.read_bytes().split(b"\n")[:3])
@@ -128,7 +129,7 @@ def read_resumed(side: Side, ignored: Collection[str]) -> Files:
 
 
 def serialize_values(content: bytes) -> bytes:
-    """Return all values without pickle, whose references depend on shared objects."""
+    """Return all values of a pickle without its encoding of shared objects."""
     import torch
 
     def plain(value: object) -> object:
@@ -150,15 +151,15 @@ def serialize_values(content: bytes) -> bytes:
 
 @dataclass
 class Report:
-    """Prints a line for each check, and counts those that differ."""
+    """Prints a line for each check and counts those that differ."""
 
     differing: int = 0
     started: float = field(default_factory=time.monotonic)
 
     def add(self, name: str, make: Callable[[], tuple[Files, Files]]) -> None:
         try:
-            expected, found = make()
-            problems = list(describe_differences(expected, found))
+            expected, actual = make()
+            problems = list(describe_differences(expected, actual))
             counted = f"{len(expected)} files"
             if not expected:
                 problems = ["nothing to compare"]
@@ -175,14 +176,14 @@ class Report:
             print(f"         - and {len(problems) - MOST_SHOWN} more", flush=True)
 
 
-def describe_differences(expected: Files, found: Files) -> Iterator[str]:
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
+def describe_differences(expected: Files, actual: Files) -> Iterator[str]:
+    for name in sorted(expected.keys() | actual.keys()):
+        if name not in actual:
             yield f"{name} is missing in NEW"
         elif name not in expected:
             yield f"{name} is only in NEW"
-        elif expected[name] != found[name]:
-            yield f"{name}: {describe_difference(name, expected[name], found[name])}"
+        elif expected[name] != actual[name]:
+            yield f"{name}: {describe_difference(name, expected[name], actual[name])}"
 
 
 def describe_difference(name: str, old: bytes, new: bytes) -> str:
@@ -215,7 +216,7 @@ def read_zip(content: bytes) -> Files:
 
 # Packages --------------------------------------------------------------------------
 
-MOVED = {  # data files: the place in OLD -> the place in NEW
+MOVED = {  # data files: path in OLD -> path in NEW
     "mlx_openelm/serving.html": "mlx_openelm/serving/page.html",
     "converters/calibration.txt": "converters/quantization/calibration.txt",
 }
@@ -229,16 +230,16 @@ UNTRACKED = shutil.ignore_patterns(
 
 def compare_packages(old: Side, new: Side) -> tuple[Files, Files]:
     expected = read_data_files(build(old))
-    found = read_data_files(build(new))
+    actual = read_data_files(build(new))
     for kind in ("sdist", "wheel"):
         for before, after in MOVED.items():
-            if f"{kind}: {after}" in found and f"{kind}: {before}" in expected:
+            if f"{kind}: {after}" in actual and f"{kind}: {before}" in expected:
                 expected[f"{kind}: {after}"] = expected.pop(f"{kind}: {before}")
-    return expected, found
+    return expected, actual
 
 
 def build(side: Side) -> Path:
-    """Build sdist and wheel from a copy, so that the checkout stays as it is."""
+    """Build sdist and wheel from a copy, so that the checkout stays unchanged."""
     folder = side.inside("packages").folder
     copy, out = folder / "copy", folder / "out"
     shutil.copytree(side.checkout, copy, ignore=UNTRACKED)
@@ -250,10 +251,10 @@ def build(side: Side) -> Path:
 
 
 def read_data_files(folder: Path) -> Files:
-    """Return what is no Python and no test or benchmark.
+    """Return all files except Python files, tests and benchmarks.
 
-    Of the project's documents and configuration, and of the list of the wheel's files,
-    only the names count; of the package's metadata, what stands before the README.
+    For the project's documents and configuration and the wheel's RECORD, only the names
+    are compared; for the package metadata, the part before the README.
     """
     files = {}
     for path in sorted(folder.iterdir()):
@@ -272,7 +273,7 @@ def read_data_files(folder: Path) -> Files:
 
 
 def read_tar(path: Path) -> Files:
-    """Return the files below the archive's one folder."""
+    """Return the files below the archive's top-level folder."""
     with tarfile.open(path) as archive:
         return {
             member.name.partition("/")[2]: archive.extractfile(member).read()
@@ -285,7 +286,7 @@ def read_tar(path: Path) -> Files:
 
 
 def compare_starts(old: Side, new: Side, rounds: int) -> None:
-    """Print the medians of the time to the first byte; a first run warms the caches."""
+    """Print the median times to the first byte, after a warm-up run."""
     for name, command in (
         ("--help", "--help"),
         ("generate", "generate -p 'Once upon' --model demo -m 4 --quiet"),
@@ -321,7 +322,7 @@ def compare_all(old: Side, new: Side, args: argparse.Namespace) -> Report:
             return False
         missing = [module for module in needed if not find_spec(module)]
         if missing:
-            print(f"skipped  {name}: there is no {missing[0]}", flush=True)
+            print(f"skipped  {name}: {missing[0]} is not installed", flush=True)
         return not missing
 
     for check in CHECKS:
@@ -335,7 +336,7 @@ def compare_all(old: Side, new: Side, args: argparse.Namespace) -> Report:
 
 
 def check_imports(side: Side) -> None:
-    """Exit if the side's Python would import the packages from another checkout."""
+    """Exit if the side's Python imports the packages from another checkout."""
     code = "import mlx_openelm, converters; print(mlx_openelm.__file__)"
     ran = subprocess.run(
         [sys.executable, "-c", code],
@@ -352,9 +353,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--quick", action="store_true", help="leave out the slow ones")
-    parser.add_argument("--only", default="", help="checks whose name this regex finds")
-    parser.add_argument("--rounds", type=int, default=7, help="of the start-up times")
+    parser.add_argument("--quick", action="store_true", help="skip slow checks")
+    parser.add_argument("--only", default="", help="regex of the names of checks")
+    parser.add_argument("--rounds", type=int, default=7, help="for start-up times")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="compare-") as name:
         scratch = Path(name).resolve()

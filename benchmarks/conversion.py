@@ -1,13 +1,13 @@
-"""How fast and in how much memory `convert` works, beside mlx_lm.convert, in one run.
+"""Time and memory of `convert`, compared with mlx_lm.convert.
 
     python benchmarks/conversion.py [--rounds 5] [--tokenizer tokenizer.model] [--large]
 
-The same Hugging Face folder (the shape of the 270M, float32, made weights: neither
-depends on their values) becomes a folder of 16 and of 4 bits, each program in a process
-of its own, the rounds alternating; the ratio of the medians is printed, and the peak of
-anonymous memory (Linux; pages of mapped files are the system's to take back). A
-CoreNet .pt is set beside copying and hashing the file. `--large` also converts a .pt of
-the 3B (12 GB on the disk, minutes) and prints its peak. Needs the torch extra.
+Both programs convert the same Hugging Face folder (the shape of the 270M, float32,
+synthetic weights) to 16 and to 4 bits, each run in its own process, in alternating
+rounds. Printed are the ratio of the medians and the peak of anonymous memory (on Linux;
+pages of mapped files can be reclaimed and do not count). The conversion of a CoreNet
+.pt is compared with copying and hashing the file. `--large` also converts a .pt of the
+3B (12 GB on disk, minutes) and prints its peak memory. Needs the torch extra.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokenizer", type=Path, help="Llama's tokenizer.model")
-    parser.add_argument("--large", action="store_true", help="the 3B's memory, too")
+    parser.add_argument("--large", action="store_true", help="also convert the 3B")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
@@ -46,7 +46,7 @@ def main() -> None:
 def compare_with_mlx_lm(
     what: str, flags: list[str], rounds: int, folder: Path, scratch: Path
 ) -> None:
-    """Both write into a fresh place each time; ours also hashes and syncs."""
+    """Compare conversions to a new folder; ours also hashes and syncs."""
     out = scratch / "out"
     ours = [script("mlx-openelm"), "convert", str(folder), "--mlx-path", str(out)]
     ours += ["--no-receipt", *flags]
@@ -54,12 +54,12 @@ def compare_with_mlx_lm(
         ours += ["--tokenizer", "none"]
     theirs = [script("mlx_lm.convert"), "--hf-path", str(folder)]
     theirs += ["--mlx-path", str(out), *flags]
-    found: dict[str, list[tuple[float, int]]] = {"ours": [], "theirs": []}
+    runs: dict[str, list[tuple[float, int]]] = {"ours": [], "theirs": []}
     for _ in range(rounds + 1):
         for name, command in (("ours", ours), ("theirs", theirs)):
-            found[name].append(watch(command))
+            runs[name].append(watch(command))
             shutil.rmtree(out)
-    first, second = (transpose(found[name][1:]) for name in ("ours", "theirs"))
+    first, second = (transpose(runs[name][1:]) for name in ("ours", "theirs"))
     report(f"270M to {what}", first[0], second[0], "s", "mlx_lm.convert")
     report("  anonymous memory", first[1], second[1], "GB", "mlx_lm.convert")
 
@@ -94,7 +94,7 @@ def measure_large(scratch: Path) -> None:
 
 
 def watch(command: list[str]) -> tuple[float, int]:
-    """Run; return the seconds and the peak of RssAnon in bytes (0 but on Linux)."""
+    """Run a command; return its seconds and its peak RssAnon in bytes (0 off Linux)."""
     started = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -126,7 +126,7 @@ def watch(command: list[str]) -> tuple[float, int]:
 
 
 def make_checkpoint(path: Path, size: str) -> None:
-    """Write a CoreNet .pt in float32 with made weights, one tensor at a time."""
+    """Write a CoreNet .pt in float32 with synthetic weights, one tensor at a time."""
     import mlx.core as mx
 
     from converters.formats.pt_writer import TensorToWrite, write_pt
@@ -145,21 +145,21 @@ def make_checkpoint(path: Path, size: str) -> None:
 
 
 def make_folder(source: Path, scratch: Path, tokenizer: Path | None) -> Path:
-    """Write the same as a Hugging Face folder with a tokenizer that mlx-lm opens."""
+    """Convert it to a Hugging Face folder with a tokenizer that mlx-lm can load."""
     from converters.conversion.run import convert
     from mlx_openelm.storage.hub import demo_folder
 
     folder = scratch / "hf"
     given = "none" if tokenizer is None else str(tokenizer)
     convert(source, folder, to="hf", dtype="float32", tokenizer=given)
-    if tokenizer is None:  # mlx_lm.convert wants one; ours would notice that it is not
+    if tokenizer is None:  # mlx_lm.convert needs one; ours would refuse a wrong one
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(demo_folder() / name, folder)
     return folder
 
 
-def transpose(found: list[tuple[float, int]]) -> tuple[list[float], list[float]]:
-    return [seconds for seconds, _ in found], [peak / 1e9 for _, peak in found]
+def transpose(runs: list[tuple[float, int]]) -> tuple[list[float], list[float]]:
+    return [seconds for seconds, _ in runs], [peak / 1e9 for _, peak in runs]
 
 
 def report(

@@ -1,12 +1,12 @@
-"""Tokens per second of decoding, and what of a step is no matrix product.
+"""Tokens per second of decoding, and the part of a step outside matrix products.
 
     python benchmarks/decoding.py [--rounds 9] [--model demo|270M ...]
 
 Our decode loop, plain and compiled, and mlx-lm's `generate_step`: the same weights in
-float32 and the same BLAS, one sequence, greedy. Each side has a process of its own,
-that stays; rounds alternate between them, and medians are printed. The matrix products
-of a step are timed by themselves in the same rounds: the same weights, one row, all of
-them queued at once. The 270M has made weights: speed does not depend on their values.
+float32 and the same BLAS, one sequence, greedy. Each side has its own process for all
+rounds; the rounds alternate, and medians are printed. The matrix products of a step are
+timed separately in the same rounds: the same weights, one row, all of them queued at
+once. The 270M has synthetic weights.
 """
 
 import argparse
@@ -18,18 +18,18 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
-# The decode loop takes one thread of OpenBLAS for small models; so mlx-lm gets a side
-# with one thread, too.
+# The decode loop uses one OpenBLAS thread for small models, so mlx-lm is also measured
+# with one thread.
 SIDES = ("ours", "ours, compiled", "mlx-lm", "mlx-lm, 1 thread")
 PROMPT_TOKENS = 16
 NEW_TOKENS = {"demo": 128, "270M": 24}
 
 
-# In a process of its own -------------------------------------------------------------
+# In a worker process -----------------------------------------------------------------
 
 
 def serve(side: str, name: str) -> None:
-    """Answer each line on stdin with the figures of a round."""
+    """Run a round for each line on stdin and print its measurements."""
     import mlx_openelm  # noqa: F401 - loads OpenBLAS, for mlx-lm as well
 
     model = make_model(name)
@@ -108,7 +108,7 @@ def mlx_lm(model) -> Callable[[int], Iterable[int]]:
 
 
 def multiply_alone(model) -> Callable[[], float]:
-    """Return what times all products of a step: (1, in) with each weight."""
+    """Return a function that times all products of a step: (1, in) with each weight."""
     import mlx.core as mx
 
     weights = [
@@ -143,29 +143,29 @@ def compare(name: str, rounds: int) -> None:
     }
     steps: dict[str, list[float]] = {side: [] for side in SIDES}
     products: list[float] = []
-    said = {}
+    outputs = {}
     for _ in range(rounds):
         for side, worker in workers.items():
             worker.stdin.write("\n")
             worker.stdin.flush()
-            step, multiplying, said[side] = json.loads(worker.stdout.readline())
+            step, multiplying, outputs[side] = json.loads(worker.stdout.readline())
             steps[side].append(step)
             products.append(multiplying)
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
-    same = all(tokens == said["ours"] for tokens in said.values())
+    same = all(tokens == outputs["ours"] for tokens in outputs.values())
     alone = statistics.median(products)
     theirs = min(statistics.median(steps[side]) for side in SIDES[2:])
     print(f"\n{name}; matrix products {alone * 1e3:.2f} ms; same tokens: {same}")
     for side in SIDES:
         step = statistics.median(steps[side])
-        beside = (theirs - alone) / max(step - alone, 1e-9)
+        rest = (theirs - alone) / max(step - alone, 1e-9)
         print(
             f"{side:<17} {1 / step:7.1f} tokens/s ({1 / max(steps[side]):.0f} to "
-            f"{1 / min(steps[side]):.0f}), {theirs / step:5.2f} times the better "
-            f"mlx-lm; beside the products {(step - alone) * 1e3:6.2f} ms, "
-            f"{beside:5.2f} times less"
+            f"{1 / min(steps[side]):.0f}), {theirs / step:5.2f} times the faster "
+            f"mlx-lm; outside the products {(step - alone) * 1e3:6.2f} ms, "
+            f"{rest:5.2f} times less"
         )
 
 

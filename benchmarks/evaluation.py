@@ -1,14 +1,14 @@
-"""Questions whose choices share their prompt, beside each choice on its own.
+"""Speed of prefix sharing in multiple-choice tasks, compared with single choices.
 
     python benchmarks/evaluation.py COMMONSENSE_FOLDER TOKENIZER_MODEL
         [--limit 100] [--rounds 3] [--naive 8] [--only ARC-Easy,piqa]
 
-The 270M with made weights answers the first questions of every file in the folder, in
-float32. Both ways are the same engine: no padding, the output head at scored places
-alone; what is compared is whether all requests are given at once, so that what they
-have in common is computed once, or one after the other. They are measured in turn in
-one process, and the ratio of the medians is printed. All log-likelihoods must agree. Of
-some questions also the naive way: a forward pass and all logits for every choice.
+The 270M with synthetic weights scores the first questions of every file in the folder,
+in float32. Both sides use the same code, without padding and with the output head at
+scored positions only; one passes all requests at once, so that prefixes are shared, the
+other one request at a time. They are measured alternately in one process, and the ratio
+of the medians is printed. All log-likelihoods must agree. Some questions are also
+scored naively: a forward pass and all logits for every choice.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from mlx_openelm.text.tokenizer import Tokenizer  # and OpenBLAS, before mlx.cor
 
 
 def score(model: OpenELM, requests: list[Request], *, shared: bool) -> list[float]:
-    found: dict[int, float] = {}
+    nats: dict[int, float] = {}
     size = len(requests) if shared else 1
     for start in range(0, len(requests), size):
         for i, scored in score_requests(model, requests[start : start + size]):
-            found[start + i] = scored.nats
-    return [found[i] for i in range(len(requests))]
+            nats[start + i] = scored.nats
+    return [nats[i] for i in range(len(requests))]
 
 
 def score_naively(model: OpenELM, requests: list[Request]) -> list[float]:
@@ -70,26 +70,26 @@ def compare(model: OpenELM, tokenizer: Tokenizer, path: Path, options) -> None:
     few = sum(len(q.choices) for q in task.questions[: options.naive])
     times: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(options.rounds):
-        found = {}
-        for shared, taken in times.items():
-            found[shared], took = measure(
+        scores = {}
+        for shared, seconds in times.items():
+            scores[shared], took = measure(
                 partial(score, model, requests, shared=shared)
             )
-            taken.append(took)
-        apart = largest_difference(found[True], found[False])
-        assert apart < 1e-3, f"{path.stem}: {apart} nats apart"
-    together, alone = (statistics.median(taken) for taken in times.values())
-    told = (
+            seconds.append(took)
+        difference = largest_difference(scores[True], scores[False])
+        assert difference < 1e-3, f"{path.stem}: {difference} nats of difference"
+    together, alone = (statistics.median(seconds) for seconds in times.values())
+    line = (
         f"{path.stem}: {len(task.questions)} questions, {len(requests)} choices: "
-        f"shared {together:.1f} s, each on its own {alone:.1f} s, ratio "
-        f"{alone / together:.2f}; at most {apart:.1e} nats apart"
+        f"shared {together:.1f} s, single {alone:.1f} s, ratio "
+        f"{alone / together:.2f}; at most {difference:.1e} nats of difference"
     )
     if few:
         naive, took = measure(lambda: score_naively(model, requests[:few]))
-        assert largest_difference(naive, found[True][:few]) < 1e-3
+        assert largest_difference(naive, scores[True][:few]) < 1e-3
         slow = took / few / (together / len(requests))
-        told += f"; naively, {few} choices took {slow:.1f} times as long each"
-    print(told, flush=True)
+        line += f"; naively, a choice takes {slow:.1f} times as long"
+    print(line, flush=True)
 
 
 def main() -> None:

@@ -1,20 +1,19 @@
-"""How fast and in how much memory `lora` trains, beside mlx_lm.lora, in one run.
+"""Speed and memory of `lora`, compared with mlx_lm.lora.
 
     python benchmarks/finetuning.py --data gsm8k/train.jsonl
         --tokenizer tokenizer.model [--rounds 3] [--json FILE]
         [--only speed,parts,memory,start,loss,stock,quantized]
 
 Both train LoRA of rank 8 with AdamW at a constant rate in batches of 4, in float32 and
-with OpenBLAS, which our own openblas.py loads for mlx-lm, too: as it installs it has a
-reference BLAS on Linux ("stock" measures that). mlx-lm gets a chat template that
-renders our exact ids, which is checked. Rounds alternate between the programs, each run
-in a process of its own; ratios are medians over the rounds. A run goes twice over its
-records and is timed the second time, when mlx-lm has compiled for every length: so both
-are timed on the same tokens. Tokens are those that count in the loss; mlx-lm also
-counts one of padding a record.
+with OpenBLAS, which openblas.py loads for mlx-lm as well: its default installation uses
+a reference BLAS on Linux (measured by "stock"). mlx-lm gets a chat template that
+renders exactly our ids, which is checked. Rounds alternate between the programs, each
+run in its own process; ratios are medians over the rounds. A run has two epochs, of
+which the second is timed, after mlx-lm has compiled for every length. Tokens are those
+that count in the loss; mlx-lm also counts one padding token per record.
 
-"parts" takes from our loop, one at a time, what makes it quick: rows without padding,
-the head only where the loss counts, and our own kernels.
+"parts" disables each optimization of our loop in turn: rows without padding, the output
+head only at positions that count in the loss, and our own kernels.
 """
 
 import argparse
@@ -41,7 +40,7 @@ OURS, THEIRS, STOCK = "ours", "mlx-lm+OpenBLAS", "mlx-lm"
 
 @dataclass(frozen=True)
 class Job:
-    """A run: what it trains, where it writes, and for how many steps."""
+    """A training run."""
 
     model: str
     data: str
@@ -50,31 +49,31 @@ class Job:
     warm: int  # steps that are not timed
     mask: bool = True
     checkpoint: bool = False
-    start: str | None = None  # of mlx-lm: the adapter to begin with
-    without: str = ""  # of ours: "padding", "masking", "kernels" or "all" of them
+    start: str | None = None  # mlx-lm only: the initial adapter
+    without: str = ""  # ours only: "padding", "masking", "kernels" or "all"
 
 
-# In a process of its own -------------------------------------------------------------
+# In a worker process -----------------------------------------------------------------
 
 
 def train(engine: str, job: Job) -> None:
-    """Train, and print what was measured as JSON."""
+    """Train and print the measurements as JSON."""
     rows = (_train_ours if engine == OURS else _train_theirs)(job)
     timed = rows[job.warm :]
-    found = {
+    measured = {
         "seconds": sum(row["seconds"] for row in timed),
         "tokens": sum(row["tokens"] for row in timed),
         "loss": rows[-1]["loss"],
         "peak": rows[-1]["peak"],
     }
-    print(json.dumps(found))
+    print(json.dumps(measured))
 
 
 def _train_ours(job: Job) -> list[dict]:
     from mlx_openelm.finetuning.recipe import FinetuneRecipe
     from mlx_openelm.finetuning.run import finetune
 
-    _take_away(job.without)
+    _disable(job.without)
     recipe = FinetuneRecipe(
         data=job.data,
         model=job.model,
@@ -138,19 +137,19 @@ def _train_theirs(job: Job) -> list[dict]:
     trained = 0
 
     class Note(TrainingCallback):
-        def on_train_loss_report(self, found: dict) -> None:
+        def on_train_loss_report(self, info: dict) -> None:
             nonlocal trained
             rows.append(
                 {
-                    "seconds": 1 / found["iterations_per_second"],
-                    "tokens": found["trained_tokens"] - trained - BATCH,
-                    "loss": found["train_loss"],
+                    "seconds": 1 / info["iterations_per_second"],
+                    "tokens": info["trained_tokens"] - trained - BATCH,
+                    "loss": info["train_loss"],
                     "peak": mx.get_peak_memory(),
                 }
             )
-            trained = found["trained_tokens"]
+            trained = info["trained_tokens"]
 
-    with open(os.devnull, "w") as nowhere:  # it draws a table on stdout
+    with open(os.devnull, "w") as nowhere:  # it prints a table
         stdout, sys.stdout = sys.stdout, nowhere
         np.random.seed(args.seed)
         model, tokenizer = load(args.model)
@@ -162,7 +161,7 @@ def _train_theirs(job: Job) -> list[dict]:
 
 
 def check_ids(model: str, data: str) -> None:
-    """Stop if mlx-lm would train on other ids, or mask others, than we do."""
+    """Exit if the ids or the masks of mlx-lm differ from ours."""
     import types
 
     from mlx_lm.tuner.datasets import load_dataset
@@ -185,13 +184,13 @@ def check_ids(model: str, data: str) -> None:
     )
     for i, sample in enumerate(samples):
         ids, offset = dataset.process(dataset[i])
-        ours = sample.tokens.tolist(), int(sample.counts.argmax())
+        ours = sample.tokens.tolist(), int(sample.loss_mask.argmax())
         if (ids, offset) != ours:
             sys.exit(f"{sample.place}: mlx-lm has {(ids, offset)}, not {ours}")
 
 
 def write_start(model: str, file: str) -> None:
-    """Write the adapter that our runs begin with."""
+    """Write the initial adapter of our runs."""
     import mlx.core as mx
 
     import mlx_openelm
@@ -208,7 +207,7 @@ def write_start(model: str, file: str) -> None:
 
 
 def score(model: str, adapter: str, data: str) -> None:
-    """Print the loss of valid.jsonl in nats per token that counts, as JSON."""
+    """Print the loss of valid.jsonl, in nats per target token, as JSON."""
     import mlx_openelm
     from mlx_openelm.finetuning.batches import collate
     from mlx_openelm.finetuning.losses import batch_losses
@@ -225,8 +224,8 @@ def score(model: str, adapter: str, data: str) -> None:
     print(json.dumps({"loss": total / table.targets}))
 
 
-def _take_away(part: str) -> None:
-    """Replace what makes our loop quick by what it would do without."""
+def _disable(part: str) -> None:
+    """Replace an optimization of our loop by plain code."""
     import mlx.core as mx
     import mlx.nn as nn
     import numpy as np
@@ -239,7 +238,7 @@ def _take_away(part: str) -> None:
 
     def losses(model, batch, *, z_loss: float = 0.0, gradient: bool = True):
         positions = batch.positions
-        if part in ("padding", "all"):  # rows as long as the longest, in steps of 32
+        if part in ("padding", "all"):  # pad to the longest, a multiple of 32
             longest = 32 * -(-max(batch.lengths) // 32)
             starts = np.cumsum([0, *batch.lengths[:-1]])
             tokens = np.zeros((len(batch.lengths), longest), np.int32)
@@ -276,11 +275,11 @@ def _take_away(part: str) -> None:
         )
 
 
-# What is trained ---------------------------------------------------------------------
+# Data and models ---------------------------------------------------------------------
 
 
 def write_data(source: Path, folder: Path, records: int, *, valid: int = 4) -> Path:
-    """Write records of GSM8K as prompt and completion: the first ones, and others."""
+    """Write the first records of GSM8K for training, the last ones for validation."""
     folder.mkdir()
     lines = source.read_text(encoding="utf-8").splitlines()
     lines = [line for line in lines if len(line) <= LONGEST]
@@ -290,17 +289,17 @@ def write_data(source: Path, folder: Path, records: int, *, valid: int = 4) -> P
     ):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for line in part:
-                found = json.loads(line)
+                fields = json.loads(line)
                 record = {
-                    "prompt": found["question"] + "\n",
-                    "completion": found["answer"],
+                    "prompt": fields["question"] + "\n",
+                    "completion": fields["answer"],
                 }
                 file.write(json.dumps(record) + "\n")
     return folder
 
 
 def write_texts(source: Path, folder: Path, model: Path, tokens: int) -> Path:
-    """Write texts of almost so many tokens, BOS and EOS included, and never more."""
+    """Write texts of slightly fewer than `tokens` tokens, BOS and EOS included."""
     from mlx_openelm.storage.loading import load_tokenizer
     from mlx_openelm.storage.model_folder import open_folder
 
@@ -327,7 +326,7 @@ def add_template(folder: Path) -> Path:
 
 
 def make_model(scratch: Path, name: str, tokenizer: Path) -> Path:
-    """Write a model folder in float32: the demo, or a shape with made weights."""
+    """Write a model folder in float32: the demo, or synthetic weights."""
     import mlx_openelm  # noqa: F401 - loads OpenBLAS
     from converters.conversion.run import convert
     from converters.formats.pt_writer import TensorToWrite, write_pt
@@ -362,11 +361,9 @@ def make_model(scratch: Path, name: str, tokenizer: Path) -> Path:
 
 # Side by side ------------------------------------------------------------------------
 
-Found = dict[str, list[dict]]
-
 
 def run(code: str, *arguments: str, blas: bool = True) -> dict:
-    """Run code with this module in a process of its own; return the JSON it prints."""
+    """Run code with this module in a new process; return the JSON that it prints."""
     first = "import mlx_openelm; " if blas else ""  # loads OpenBLAS
     code = (
         f"import sys; sys.path.insert(0, sys.argv[1]); {first}import finetuning; {code}"
@@ -383,19 +380,19 @@ def run(code: str, *arguments: str, blas: bool = True) -> dict:
 
 def run_job(engine: str, job: Job) -> dict:
     code = "finetuning.train(sys.argv[2], finetuning.Job(**json.loads(sys.argv[3])))"
-    told = json.dumps(asdict(job))
-    return run(f"import json; {code}", engine, told, blas=engine != STOCK)
+    described = json.dumps(asdict(job))
+    return run(f"import json; {code}", engine, described, blas=engine != STOCK)
 
 
 class Table:
-    """Prints rows, and keeps them."""
+    """Prints rows and records them."""
 
     def __init__(self) -> None:
         self.rows: list[dict] = []
-        print(f"{'what':<44} {'ours':>10} {'theirs':>10}  {'ratio':>6}  reach")
+        print(f"{'what':<44} {'ours':>10} {'theirs':>10}  {'ratio':>6}  target")
 
-    def add(self, what: str, pairs: list[tuple[float, float]], reach: str) -> None:
-        """Add ours and theirs, a pair for each round."""
+    def add(self, what: str, pairs: list[tuple[float, float]], target: str) -> None:
+        """Add a row; pairs are ours and theirs of each round."""
         ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         self.rows.append(
@@ -405,16 +402,16 @@ class Table:
                 "theirs": theirs,
                 "ratio": ratio,
                 "ratios": [a / b for a, b in pairs],
-                "reach": reach,
+                "reach": target,
                 "load": os.getloadavg()[0],
             }
         )
-        print(f"{what:<44} {ours:10.3f} {theirs:10.3f}  {ratio:6.2f}  {reach}")
+        print(f"{what:<44} {ours:10.3f} {theirs:10.3f}  {ratio:6.2f}  {target}")
         sys.stdout.flush()
 
 
 class Benchmark:
-    """The models, the data, and a table of what was found."""
+    """The models, the data and the table of results."""
 
     def __init__(self, scratch: Path, source: Path, tokenizer: Path, rounds: int):
         self.scratch, self.source, self.tokenizer = scratch, source, tokenizer
@@ -444,32 +441,38 @@ class Benchmark:
         return replace(job, **changes)
 
     def compare(
-        self, what: str, mine: Job, other: str, theirs: Job, reach: str, rounds: int = 0
+        self,
+        what: str,
+        mine: Job,
+        other: str,
+        theirs: Job,
+        target: str,
+        rounds: int = 0,
     ) -> None:
-        """Compare trained tokens per second, the order changing from round to round."""
+        """Compare trained tokens per second, in alternating order."""
         pairs = []
         for round_ in range(rounds or self.rounds):
             sides = [(OURS, mine), (other, theirs)]
-            found = [run_job(*side) for side in sides[:: 1 - 2 * (round_ % 2)]]
-            first, second = found[:: 1 - 2 * (round_ % 2)]
+            results = [run_job(*side) for side in sides[:: 1 - 2 * (round_ % 2)]]
+            first, second = results[:: 1 - 2 * (round_ % 2)]
             assert first["tokens"] == second["tokens"], (first, second)
             rates = [x["tokens"] / x["seconds"] for x in (first, second)]
             pairs.append((rates[0], rates[1]))
-        self.table.add(what, pairs, reach)
+        self.table.add(what, pairs, target)
 
     def speed(self) -> None:
-        for model, name, batches, reach in (
+        for model, name, batches, target in (
             ("demo32k", "demo shape, 32000 pieces", 4, "2.0"),
             ("demo", "demo", 6, "1.4"),
             ("270M", "270M", 2, "1.25"),
         ):
             job = self.job(model, batches)
             rounds = min(self.rounds, 2) if model == "270M" else self.rounds
-            self.compare(f"tokens/s, {name}", job, THEIRS, job, reach, rounds)
+            self.compare(f"tokens/s, {name}", job, THEIRS, job, target, rounds)
 
     def stock(self) -> None:
         job = self.job("demo", 2)
-        self.compare("tokens/s, demo, mlx-lm as it installs", job, STOCK, job, "9", 1)
+        self.compare("tokens/s, demo, stock mlx-lm", job, STOCK, job, "9", 1)
 
     def parts(self) -> None:
         for model, name in (("demo32k", "32000 pieces"), ("demo", "demo")):
@@ -492,7 +495,7 @@ class Benchmark:
     def memory(self) -> None:
         model = self.model("demo32k")
         data = write_texts(self.source, self.scratch / "long", Path(model), 2048)
-        for checkpoint, name, reach in (
+        for checkpoint, name, target in (
             (False, "peak GB, 2048 tokens x 4", "at most 0.3"),
             (True, "  with gradient checkpointing", "at most 0.35"),
         ):
@@ -506,10 +509,10 @@ class Benchmark:
                 checkpoint=checkpoint,
             )
             peaks = [run_job(engine, job)["peak"] / 1e9 for engine in (OURS, THEIRS)]
-            self.table.add(name, [(peaks[0], peaks[1])], reach)
+            self.table.add(name, [(peaks[0], peaks[1])], target)
 
     def loss(self) -> None:
-        """Compare what a longer run learnt, on records that neither was shown."""
+        """Compare the loss of longer runs on held-out records."""
         data = self.data(24, valid=64)
         for model, name, steps in (
             ("demo", "demo", 48),
@@ -537,7 +540,7 @@ class Benchmark:
             for round_ in range(self.rounds + 1):
                 pair = (self.time_our_start(model, chosen), 0.0)
                 pair = (pair[0], self.time_their_start(model, chosen))
-                if round_:  # the first is to warm up
+                if round_:  # the first is a warm-up
                     pairs.append(pair)
             self.table.add(name, pairs, "at most 0.5")
 
@@ -582,7 +585,7 @@ def time_until(command: list[str], file: Path, text: str) -> float:
             process.communicate()
             return seconds
         time.sleep(0.002)
-    sys.exit(f"never came to a step: {process.communicate()[1]}")
+    sys.exit(f"the process made no step: {process.communicate()[1]}")
 
 
 def main() -> None:
@@ -596,7 +599,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # warm is with compiled modules
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # use cached bytecode
     with tempfile.TemporaryDirectory() as name:
         scratch = options.scratch or Path(name)
         benchmark = Benchmark(scratch, options.data, options.tokenizer, options.rounds)

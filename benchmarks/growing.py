@@ -1,12 +1,12 @@
-"""Does a grown model learn faster than one that begins from nothing?
+"""Training speed of a grown model, compared with training from scratch.
 
     python benchmarks/growing.py [--noise-db 10] [--seed 0] [--out DIR]
 
-Trains a small model (recipes/pretrain/growing/small.yaml), grows it twice as wide, and
-trains two models of that very shape by large.yaml, with the same seed, batches, steps
-and peak rate: the grown one and one with CoreNet's fresh weights. Prints held-out
-losses, and after how much computing the grown one is where the other ends, without and
-with what the small one has cost, and draws both.
+Trains a small model (recipes/pretrain/growing/small.yaml), grows it to twice its width,
+and trains two models of the new shape by large.yaml, with the same seed, batches, steps
+and peak rate: the grown one, and one with CoreNet's initial weights. Prints held-out
+losses and the FLOPs after which the grown model reaches the final loss of the other,
+without and with those of the small model, and draws both curves.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--noise-db", default="10")
     parser.add_argument("--seed", default="0")
-    parser.add_argument("--steps", help="of each run; for a trial")
+    parser.add_argument("--steps", help="steps per run, for a trial")
     parser.add_argument("--out", type=Path, default=Path("pretrained/growing"))
     args = parser.parse_args()
     flags = ["--seed", args.seed]
@@ -47,13 +47,13 @@ def main() -> None:
     if not fresh.exists():
         write_fresh(grown, fresh, int(args.seed))
     for name, init in (("grown", grown), ("scratch", fresh)):
-        begin = ["--init", str(init / "checkpoint.pt")]
-        pretrain(RECIPES / "large.yaml", args.out / name, *begin, *flags)
+        start = ["--init", str(init / "checkpoint.pt")]
+        pretrain(RECIPES / "large.yaml", args.out / name, *start, *flags)
     compare(args.out)
 
 
 def write_fresh(like: Path, folder: Path, seed: int) -> None:
-    """Write a checkpoint of the same shape, with the weights that training draws."""
+    """Write a checkpoint of the same shape with initial weights."""
     import torch
 
     from converters.reference import ReferenceOpenELM
@@ -68,23 +68,23 @@ def write_fresh(like: Path, folder: Path, seed: int) -> None:
 
 def compare(out: Path) -> None:
     small, grown, scratch = (read_curve(out / n) for n in ("small", "grown", "scratch"))
-    cost, begun = small[-1]
-    grown = [(0.0, begun), *grown]  # it computes what the small one does
+    cost, initial = small[-1]
+    grown = [(0.0, initial), *grown]  # growing preserves the small model's function
     print("held-out nats per token\n  TFLOP  scratch    grown  difference")
     for (flops, theirs), (_, ours) in zip(scratch, grown[1:], strict=True):
         print(
             f"{flops / 1e12:7.1f}  {theirs:7.4f}  {ours:7.4f}  {ours - theirs:+10.4f}"
         )
     end, last = scratch[-1]
-    print(f"the small model: {cost / 1e12:.1f} TFLOP, {begun:.4f}")
+    print(f"the small model: {cost / 1e12:.1f} TFLOP, {initial:.4f}")
     reached = first_below(grown, last)
     if reached is None:
-        print(f"the grown model never reaches {last:.4f}, where scratch ends")
+        print(f"the grown model never reaches {last:.4f}, the final loss of scratch")
     else:
         print(
-            f"the grown model is at {last:.4f}, where scratch ends, after "
+            f"the grown model reaches {last:.4f}, the final loss of scratch, after "
             f"{reached / 1e12:.1f} of {end / 1e12:.1f} TFLOP: {ratio(end, reached)}; "
-            f"with the small model's cost {(cost + reached) / 1e12:.1f}: "
+            f"including the small model's {(cost + reached) / 1e12:.1f}: "
             f"{ratio(end, cost + reached)}"
         )
     draw(out / "growing.png", small, grown, scratch)
@@ -101,7 +101,7 @@ def read_curve(run_folder: Path) -> Curve:
 
 
 def first_below(curve: Curve, loss: float) -> float | None:
-    """Return the FLOPs at which a curve comes down to a loss, between its points."""
+    """Return the FLOPs at which a curve reaches a loss, interpolated, or None."""
     if curve[0][1] <= loss:
         return curve[0][0]
     for (x, before), (y, after) in pairwise(curve):
@@ -118,8 +118,8 @@ def draw(picture: Path, small: Curve, grown: Curve, scratch: Curve) -> None:
     cost = small[-1][0]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for axes, paid, title in (
-        (left, 0.0, "the small model is there already"),
-        (right, cost, "the small model's training counts"),
+        (left, 0.0, "without the small model's training"),
+        (right, cost, "with the small model's training"),
     ):
         for label, curve, colour, start in (
             ("from scratch", scratch, "tab:gray", 0.0),

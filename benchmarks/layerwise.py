@@ -1,10 +1,10 @@
-"""Layer-wise scaling against equal layers: same parameters, FLOPs, text and rate.
+"""Layer-wise scaling compared with uniform layers of equal parameters and FLOPs.
 
     python benchmarks/layerwise.py [--steps 600] [--seeds 0,1] [--out DIR]
 
-Trains recipes/pretrain/layerwise/{uniform,layerwise}.yaml with each seed, one after
-another (with one seed both see the same batches), prints the held-out losses and their
-difference, and draws them. Both have the same peak rate, AdamW's 3e-3.
+Trains recipes/pretrain/layerwise/{uniform,layerwise}.yaml with each seed (with the same
+seed both see the same batches), prints the held-out losses and their difference, and
+draws them. Both have the same peak learning rate, 3e-3 with AdamW.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def draw(folders: dict[tuple[str, int], Path], picture: Path) -> None:
     axes.set(
         xlabel="step (4096 tokens)",
         ylabel="held-out loss (nats per token)",
-        title="Layer-wise scaling against equal layers, 2.4 M parameters",
+        title="Layer-wise scaling against uniform layers, 2.4 M parameters",
     )
     axes.legend()
     axes.grid(alpha=0.3)

@@ -1,11 +1,11 @@
-"""What LoRA brings the demo model on the Oz books: ours, full, and mlx_lm.lora.
+"""Fine-tuning the demo model on the Oz books: LoRA, full, and mlx_lm.lora.
 
     python benchmarks/oz.py BOOKS [--steps 300] [--only lora,full,mlx-lm] [--out DIR]
 
 BOOKS holds oz-01-*.txt to oz-14-*.txt. The last one is held out; the score is its mean
-loss in nats per token, in windows of 256 tokens, by one scorer for all. mlx-lm gets our
-very windows as token ids, our rank, scale, keys, rate, schedule and batch; it has no
-clipping, and its own order.
+loss in nats per token, in windows of 256 tokens, computed in the same way for all.
+mlx-lm gets the same windows as token ids, and the same rank, scale, keys, rate,
+schedule and batch; it has no gradient clipping, and another order of batches.
 """
 
 import argparse

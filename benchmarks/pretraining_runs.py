@@ -1,7 +1,6 @@
-"""Pre-training runs that are compared: started one after another, read from their logs.
+"""Pre-training runs for comparisons: run them and read their logs.
 
-A run that is finished is taken as it is, and one that was stopped goes on, so a script
-that is started again does only what is missing.
+A finished run is reused and a stopped one resumes, so a script can be started again.
 """
 
 import json
@@ -11,7 +10,7 @@ from pathlib import Path
 
 
 def pretrain(recipe: Path, output: Path, *flags: str) -> Path:
-    """Train by a recipe into a folder, unless that is done; return the weights."""
+    """Train a recipe into a folder, unless it is finished; return the weights."""
     weights = output / "checkpoint_average.pt"
     if not weights.exists():
         if (output / "training_checkpoint_last.pt").exists():
@@ -27,7 +26,7 @@ def run(*arguments: str) -> None:
 
 
 def read_scores(output: Path) -> dict[int, float]:
-    """Return the held-out loss in nats per token by step; a later line wins."""
+    """Return the held-out loss in nats per token by step; the last line counts."""
     events = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return {
         event["step"]: event["nats_per_token"]
@@ -37,6 +36,6 @@ def read_scores(output: Path) -> dict[int, float]:
 
 
 def refuse_other_tokenizers(outputs: list[Path]) -> None:
-    """Losses per token are comparable if the tokens are the same."""
+    """Exit if tokenizers differ: then losses per token are not comparable."""
     if len({(output / "tokenizer.model").read_bytes() for output in outputs}) > 1:
         sys.exit(f"the tokenizers differ: {', '.join(map(str, outputs))}")

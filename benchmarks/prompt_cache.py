@@ -1,10 +1,10 @@
-"""How soon the first token comes when the prompt was kept, beside reading it anew.
+"""Time to the first token with a prompt cache, compared with a full prefill.
 
     python benchmarks/prompt_cache.py [--tokens 1500] [--rounds 3]
 
-The model has the shape of the 270M and made weights: speed does not depend on their
-values. Both sides begin with the model in memory and end with the first token; with the
-file that includes opening it, and making sure that it belongs to these weights.
+The model has the shape of the 270M and synthetic weights. Both measurements begin with
+the model in memory and end with the first token; with the cache that includes opening
+the file and checking the fingerprint of the weights.
 """
 
 import argparse
@@ -38,19 +38,19 @@ def main() -> None:
     prompt = [1, *(7 + 31 * i % 30000 for i in range(options.tokens - 1))]
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         file = Path(folder, "prompt.cache")
-        keeping = keep(model, prompt, file)
-        anew, kept, checking = [], [], []
+        writing = store(model, prompt, file)
+        prefilled, cached, checking = [], [], []
         for _ in range(options.rounds):
-            anew.append(time_first(model, prompt, Context(model)))
-            kept.append(time_kept(model, prompt, file))
+            prefilled.append(time_first(model, prompt, Context(model)))
+            cached.append(time_cached(model, prompt, file))
             checking.append(seconds(lambda: fingerprint_model(model)))
         size = file.stat().st_size / 1e6
-    slow, quick = statistics.median(anew), statistics.median(kept)
+    slow, fast = statistics.median(prefilled), statistics.median(cached)
     print(f"first token of a prompt of {options.tokens}, 270M, {mx.default_device()}")
-    print(f"  read anew    {slow:.3f} s")
-    print(f"  kept         {quick:.3f} s, {quick / slow:.3f} of that")
-    print(f"    of which the weights' fingerprint {statistics.median(checking):.3f} s")
-    print(f"  written once {keeping:.3f} s until the next token, {size:.0f} MB")
+    print(f"  full prefill {slow:.3f} s")
+    print(f"  from cache   {fast:.3f} s, {fast / slow:.3f} of that")
+    print(f"    of which the fingerprint {statistics.median(checking):.3f} s")
+    print(f"  written once {writing:.3f} s until the next token, {size:.0f} MB")
 
 
 def make_model() -> OpenELM:
@@ -62,17 +62,17 @@ def make_model() -> OpenELM:
     return model
 
 
-def keep(model: OpenELM, prompt: Sequence[int], file: Path) -> float:
-    """Keep the prompt; return the seconds for which the answer waits."""
+def store(model: OpenELM, prompt: Sequence[int], file: Path) -> float:
+    """Store the prompt; return the seconds by which this delays the answer."""
     with open_prompt_cache(file, model, "raw") as cache:
         tokens = draw_tokens(model, prompt, Sampling(), 8, context=cache.context)
         next(tokens)
-        waited = seconds(lambda: cache.keep(prompt))
+        delay = seconds(lambda: cache.store(prompt))
         list(tokens)
-    return waited
+    return delay
 
 
-def time_kept(model: OpenELM, prompt: Sequence[int], file: Path) -> float:
+def time_cached(model: OpenELM, prompt: Sequence[int], file: Path) -> float:
     started = time.perf_counter()
     with open_prompt_cache(file, model, "raw", print) as cache:
         opened = time.perf_counter() - started

@@ -1,11 +1,12 @@
-"""What `--q-bits auto` loses, beside uniform bits in the same bytes, on unseen text.
+"""Mean KL of `--q-bits auto` and of uniform bits of the same size, on held-out text.
 
     python benchmarks/quantization.py --text FILE [--text FILE] [--tokens 4096]
 
-For the demo model and each uniform setting (linears at 3 or 4 bits, the embedding at 4,
-5, 6 or 8), bits are priced on the bundled sample and shared out to the same bytes; both
-are then measured on the texts, which neither the pricing nor, if they are held-out
-books, the training has seen: the mean KL from the unquantized model, nats a token.
+For the demo model and each uniform setting (linear layers at 3 or 4 bits, the embedding
+at 4, 5, 6 or 8), bits are allocated to the same size from losses on the bundled sample.
+Both are then measured on the texts, which the allocation has not seen (nor the
+training, if they are held-out books): mean KL from the unquantized model, in nats per
+token.
 """
 
 import argparse
@@ -23,8 +24,8 @@ def main() -> None:
     from converters.quantization.allocation import (
         choose,
         count_tokens,
+        estimate_losses,
         list_choices,
-        price_choices,
     )
     from converters.quantization.calibration import (
         calibration_windows,
@@ -69,8 +70,8 @@ def main() -> None:
         return receipt.mean_kl
 
     choices = list_choices(config)
-    losses = price_choices(config, whole.read, priced_on, choices)
-    print("linears embedding  bits a weight  uniform     auto  ratio")
+    losses = estimate_losses(config, whole.read, priced_on, choices)
+    print("linears embedding  bits/weight    uniform     auto  ratio")
     for bits in (3, 4):
         for embed_bits in (4, 5, 6, 8):
             uniform = Quantization(bits, 64, embed_bits).packings(config)

@@ -1,13 +1,12 @@
-"""How fast a text is decoded when its next tokens are guessed, beside plain decoding.
+"""Speed of speculative decoding relative to plain decoding, by acceptance rate.
 
     python benchmarks/speculation.py [--tokens 128] [--rounds 3] [--text FILE]
 
-A fixed text is replayed: the real step of the 270M runs (made weights, float32), but
-its logits are pushed to the text's own next token. A drafter guesses just these tokens,
-each one wrong with a given probability, four at a time. Plain decoding pushes its
-logits as well. The runs alternate, and each one is compared with the plain run beside
-it: the median of these ratios is printed. How many tokens are guessed, and whether at
-all, is decided by the clock, as always.
+A fixed text is replayed: each step runs the 270M model (synthetic weights, float32),
+but a bias forces the text's next token, in plain decoding as well. The drafter drafts
+these tokens, four at a time, each one wrong with a given probability. The runs
+alternate; each is compared with the preceding plain run, and the median of these ratios
+is printed. The draft length is chosen from measured times, as in normal use.
 """
 
 import argparse
@@ -24,7 +23,7 @@ import mlx.core as mx  # isort: skip
 from mlx_openelm.bench.selfcheck import made_weight
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.generation.cache import ModelCache
-from mlx_openelm.generation.decoding import Drawing, draw_tokens
+from mlx_openelm.generation.decoding import Sampler, draw_tokens
 from mlx_openelm.generation.drafters import Draft, Drafter
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.speculation import draw_speculatively
@@ -39,7 +38,7 @@ RATES = (0.0, 0.2, 0.5, 0.7, 0.87, 0.95, 1.0)
 
 
 class Forced:
-    """A model that computes everything, and then says what stands in the text."""
+    """A model that computes everything, but forces the tokens of a text."""
 
     def __init__(self, model: OpenELM, text: Sequence[int]) -> None:
         self.config, self.layers = model.config, model.layers
@@ -58,27 +57,27 @@ class Forced:
 
 
 class Replay(Drafter):
-    """Guesses the text's own next tokens, and some wrong ones among them."""
+    """Drafts the text's own tokens, with some wrong ones among them."""
 
     is_free = True
 
     def __init__(self, text: Sequence[int], rate: float, seed: int) -> None:
         super().__init__(LENGTH, "length")
         rng = random.Random(seed)
-        self._guesses = [t if rng.random() < rate else t ^ 1 for t in text]
+        self._drafted = [t if rng.random() < rate else t ^ 1 for t in text]
 
     def begin(self, prompt: Sequence[int]) -> None:
-        """There is nothing to be read."""
+        """Do nothing: the text is given."""
 
-    def expect(self, text: Sequence[int]) -> int:
-        return self._guesses[len(text)]
+    def peek(self, text: Sequence[int]) -> int:
+        return self._drafted[len(text)]
 
-    def propose(self, text: Sequence[int], count: int, drawing: Drawing) -> Draft:
-        return Draft(mx.array(self._guesses[len(text) : len(text) + count]))
+    def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> Draft:
+        return Draft(mx.array(self._drafted[len(text) : len(text) + count]))
 
 
 def make_model() -> OpenELM:
-    """Return the 270M in made weights."""
+    """Return the 270M model with synthetic weights."""
     config = OpenELMConfig.preset("270M")
     model = OpenELM(config)
     shapes = config.tensor_shapes().items()
@@ -99,16 +98,16 @@ def time_tokens(
         if drafter is None
         else draw_speculatively(model, prompt, Sampling(), count, drafter)
     )
-    found = [next(drawn).id]
+    tokens = [next(drawn).id]
     started = time.perf_counter()
-    found += [token.id for token in drawn]
+    tokens += [token.id for token in drawn]
     elapsed = time.perf_counter() - started
-    assert found == text[PROMPT_TOKENS : PROMPT_TOKENS + count]
+    assert tokens == text[PROMPT_TOKENS : PROMPT_TOKENS + count]
     return (count - 1) / elapsed
 
 
 def main() -> None:
-    """Print one line for every rate."""
+    """Print a line for each rate."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -128,17 +127,15 @@ def main() -> None:
         for rate in options.rates:
             plain.append(time_tokens(model, text, options.tokens, None))
             drafter = Replay(text, rate, round)
-            found = time_tokens(model, text, options.tokens, drafter)
-            ratios[rate].append(found / plain[-1])
+            speed = time_tokens(model, text, options.tokens, drafter)
+            ratios[rate].append(speed / plain[-1])
             shares[rate].append(drafter.accepted / max(drafter.drafted, 1))
     print(f"plain: {statistics.median(plain):.1f} tokens/s, {options.tokens} tokens")
-    print(
-        "a guess is right | of the drafted, accepted | speed over plain (least, most)"
-    )
-    for rate, found in ratios.items():
+    print("right draft tokens | accepted draft tokens | speed over plain (least, most)")
+    for rate, speeds in ratios.items():
         print(
-            f"{rate:13.0%} | {statistics.median(shares[rate]):23.0%} | "
-            f"{statistics.median(found):.2f} ({min(found):.2f}, {max(found):.2f})"
+            f"{rate:18.0%} | {statistics.median(shares[rate]):21.0%} | "
+            f"{statistics.median(speeds):.2f} ({min(speeds):.2f}, {max(speeds):.2f})"
         )
 
 

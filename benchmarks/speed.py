@@ -1,12 +1,11 @@
-"""How fast, beside mlx-lm and PyTorch, on this machine, in one run.
+"""Start-up and generation speed, compared with mlx-lm and PyTorch.
 
     python benchmarks/speed.py [--rounds 5] [--only start,help,prompt,decode]
 
-Everything is measured side by side: the rounds alternate between the programs, each in
-a process of its own, and the ratio of the medians is printed. The 270M has made weights
-of the right shapes: speed does not depend on their values. float32 everywhere, since
-that is what the Linux CPU is quick in; mlx-lm is measured as it installs and with
-OpenBLAS loaded for it as well. Needs the torch extra.
+The rounds alternate between the programs, each in its own process, and the ratio of the
+medians is printed. The 270M has synthetic weights. All computation is in float32, the
+fastest type on a Linux CPU. mlx-lm is measured in its default installation and with
+OpenBLAS. Needs the torch extra.
 """
 
 import argparse
@@ -25,7 +24,7 @@ STEPS = ("start", "help", "prompt", "decode")
 PROMPT = "Once upon a time there was a king who"
 
 
-# In a process of its own -------------------------------------------------------------
+# In a worker process -----------------------------------------------------------------
 
 
 def measure(engine: str, folder: str, prompt_tokens: int, new_tokens: int) -> None:
@@ -158,29 +157,29 @@ def compare_help(rounds: int) -> None:
 
 
 def compare_prompts(rounds: int, folder: Path) -> None:
-    found: dict[str, list[float]] = {}
+    rates: dict[str, list[float]] = {}
     for round_ in range(rounds):
         for engine in ("ours", "mlx-lm+OpenBLAS", "PyTorch", "mlx-lm"):
             if engine == "mlx-lm" and round_ >= 1:
-                continue  # minutes for each
+                continue  # it takes minutes
             seconds = worker(engine, folder, PROMPT_TOKENS, 1)["first"]
-            found.setdefault(engine, []).append(PROMPT_TOKENS / seconds)
+            rates.setdefault(engine, []).append(PROMPT_TOKENS / seconds)
     for engine in ("mlx-lm", "mlx-lm+OpenBLAS", "PyTorch"):
-        report("prompt of 512, 270M", found["ours"], found[engine], engine, "tokens/s")
+        report("prompt of 512, 270M", rates["ours"], rates[engine], engine, "tokens/s")
 
 
 def compare_decoding(rounds: int, name: str, folder: Path, engines: tuple) -> None:
-    found: dict[str, list[float]] = {}
+    rates: dict[str, list[float]] = {}
     for _ in range(rounds):
         for engine in ("ours", *engines):
             rate = worker(engine, folder, 16, NEW_TOKENS)["rate"]
-            found.setdefault(engine, []).append(rate)
+            rates.setdefault(engine, []).append(rate)
     for engine in engines:
-        report(f"decoding, {name}", found["ours"], found[engine], engine, "tokens/s")
+        report(f"decoding, {name}", rates["ours"], rates[engine], engine, "tokens/s")
 
 
 def make_270m(scratch: Path) -> Path:
-    """Write a model folder of the 270M in float32, with made weights."""
+    """Write a model folder of the 270M in float32 with synthetic weights."""
     import torch
 
     import mlx_openelm  # noqa: F401 - loads OpenBLAS

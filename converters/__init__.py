@@ -1,1 +1,1 @@
-"""Foreign files in, PyTorch reference training, proof of equality."""
+"""Conversion between model formats, and pre-training in PyTorch."""

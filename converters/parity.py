@@ -1,4 +1,4 @@
-"""The same tokens through PyTorch and MLX, compared layer by layer, in float32."""
+"""Compare the outputs of PyTorch and MLX layer by layer, in float32."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from mlx_openelm.model.openelm import OpenELM, from_start
 from mlx_openelm.tensor_names import to_folder
 
 Array = npt.NDArray[np.float32]
-LIMIT = 1e-4  # largest logit difference that is still rounding
+LIMIT = 1e-4  # largest logit difference that counts as rounding
 
 
 @dataclass(frozen=True, slots=True)
 class OutputDifference:
-    """Largest absolute difference and largest value at a place in the model."""
+    """Largest absolute difference and largest value of one output of the model."""
 
     place: str
     difference: float
@@ -28,7 +28,7 @@ class OutputDifference:
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """`equal`: logits within `limit`, and always the same top token."""
+    """Result of the comparison; `equal`: logits within `limit`, same top tokens."""
 
     source: str
     size: str
@@ -42,11 +42,11 @@ class ParityReport:
 def compare_with_reference(
     name: str, *, num_tokens: int = 64, seed: int = 0
 ) -> ParityReport:
-    """Run random tokens through both models and compare what comes out of each layer.
+    """Run random tokens through both models and compare the outputs of each layer.
 
     Args:
-        name: anything that `convert` takes.
-        num_tokens: length of the one sequence.
+        name: any source of `convert`.
+        num_tokens: length of the sequence (one is run).
 
     Raises:
         OpenELMError: the source cannot be read.

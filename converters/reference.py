@@ -1,10 +1,10 @@
-"""OpenELM in PyTorch, with CoreNet's tensor names: for training and for proof.
+"""OpenELM in PyTorch, with CoreNet's tensor names, for training and parity checks.
 
-It follows Mehta et al., "OpenELM" (arXiv 2404.14619), and is tied to Apple's own
-implementation by stored answers (tests/golden). Letters in the comments:
+It follows Mehta et al., "OpenELM" (arXiv 2404.14619), and is tested against stored
+outputs of Apple's implementation (tests/golden). Letters in the comments:
 
     B  sequences in the batch         D  model_dim
-    T  tokens given to this call      H  head_dim
+    T  tokens of this call            H  head_dim
     S  tokens attended to, S >= T     Q  query heads of this layer
     V  rows of the embedding          K  key-value heads of this layer
     L  layers                         F  FFN width of this layer
@@ -84,7 +84,7 @@ class Attention(nn.Module):
             keys = torch.cat([past[0], keys], dim=2)  # (B, K, S, H)
             values = torch.cat([past[1], values], dim=2)
         S = keys.shape[2]
-        mask = None  # a query at the end of S keys sees all; a square is causal
+        mask = None  # not needed for a single query or a square causal mask
         if 1 < T < S:
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         # Query head j reads key-value head j // (Q / K).
@@ -134,13 +134,13 @@ class Block(nn.Module):
 
 
 class ReferenceOpenELM(nn.Module):
-    """The whole model. Its state dict has the names and the order of CoreNet's.
+    """The whole model, with the state dict names and order of CoreNet.
 
     An untied head, which CoreNet's releases do not have, is called `lm_head`.
 
     Attributes:
-        checkpointing: keep a block's input alone for its gradient, and compute the
-            rest again; the numbers stay the same.
+        checkpointing: activation checkpointing: keep only the input of each block and
+            recompute the rest in the backward pass. The results are unchanged.
     """
 
     def __init__(self, config: OpenELMConfig) -> None:
@@ -178,7 +178,7 @@ class ReferenceOpenELM(nn.Module):
         """Return logits (B, T, V) for tokens (B, T).
 
         Args:
-            cache: from `empty_cache`; the new keys and values are put into it.
+            cache: from `empty_cache`; updated with the new keys and values.
         """
         return self.head(self.hidden(tokens, cache))
 
@@ -212,7 +212,7 @@ class ReferenceOpenELM(nn.Module):
         return out
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Return logits (B, T, V): the embedding read backwards when tied."""
+        """Return logits (B, T, V); a tied head is the transposed embedding."""
         if self.config.share_input_output_layers:
             return F_.linear(hidden, self.token_embeddings.weight)
         logits: Tensor = self.lm_head(hidden)
@@ -222,14 +222,14 @@ class ReferenceOpenELM(nn.Module):
 def summed_loss(
     logits: Tensor, targets: Tensor, *, z_loss: float = 0.0, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy summed over counted targets, alone and with z-loss.
+    """Return the summed cross-entropy of the targets, without and with z-loss.
 
-    z-loss adds `z_loss` x logsumexp(logits)^2 for each target (OpenELM: 1e-4); CoreNet
-    adds a constant for pad positions besides, which has no gradient. In nats, float32.
+    z-loss adds `z_loss` x logsumexp(logits)^2 for each target (OpenELM: 1e-4). (CoreNet
+    also adds a constant for pad positions, which has no gradient.) In nats, float32.
 
     Args:
         logits: (B, T, V)
-        targets: (B, T), `ignore_index` where nothing is to be learnt.
+        targets: (B, T); positions with `ignore_index` do not count.
     """
     logits32 = logits.float().flatten(0, 1)  # (B*T, V)
     flat = targets.flatten()

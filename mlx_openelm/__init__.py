@@ -6,7 +6,7 @@
     for piece in stream(model, tokenizer, "Once upon a time", Sampling(max_tokens=100)):
         print(piece.text, end="")
 
-Names are imported when they are first used, so that `import mlx_openelm` costs nothing.
+Names are imported on first use, so that `import mlx_openelm` is fast.
 """
 
 import importlib
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlx_openelm.generation.streaming import generate, stream
     from mlx_openelm.storage.loading import load
 
-_HOMES = {
+_MODULES = {  # public name -> module
     "Context": "mlx_openelm.generation.decoding",
     "FinetuneRecipe": "mlx_openelm.finetuning.recipe",
     "LookupDrafter": "mlx_openelm.generation.drafters",
@@ -62,8 +62,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,10 +1,10 @@
-"""Where the program starts, as `mlx-openelm` and as `python -m mlx_openelm`."""
+"""Entry point of `mlx-openelm` and `python -m mlx_openelm`."""
 
 import signal
 
 
 def run() -> None:
-    """Start the command line; until it runs nothing is lost, and Ctrl-C is silent."""
+    """Run the command line; Ctrl-C during its import exits without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from mlx_openelm.cli.main import main
 

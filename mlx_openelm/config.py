@@ -1,7 +1,7 @@
 """`OpenELMConfig`: the sizes of an OpenELM, as explicit per-layer lists.
 
-`layerwise_scaling` computes the lists from multipliers, which are not stored here;
-`config_formats` reads the configs of other tools.
+`layerwise_scaling` computes the lists from multipliers; `config_formats` reads the
+configs of other tools.
 """
 
 import math
@@ -26,20 +26,20 @@ from mlx_openelm.layerwise_scaling import (
 from mlx_openelm.mapping_files import read_mapping
 
 BOS_ID, EOS_ID = 1, 2
-LLAMA_PIECES, CORENET_ROWS = 32000, 32128  # the second has rows for padding
+LLAMA_PIECES, CORENET_ROWS = 32000, 32128  # without and with padding rows
 
 
 def pad_vocabulary(rows: int) -> int:
-    """Return CoreNet's rows for a vocabulary: one more to pad with, then whole 128s."""
+    """Return CoreNet's embedding rows: with a padding id, rounded up to 128s."""
     return rows if rows == CORENET_ROWS else math.ceil((rows + 1) / 128) * 128
 
 
 @dataclass(frozen=True, slots=True)
 class OpenELMConfig:
-    """An OpenELM's sizes. Lists have one entry a layer, the first layer first.
+    """The sizes of an OpenELM. Lists have one entry per layer, the first layer first.
 
-    Every query/key/value projection is fused, every FFN is a SwiGLU, queries and keys
-    are normalised per head and nothing has a bias: OpenELM has no other form.
+    All OpenELMs have fused query/key/value projections, SwiGLU FFNs, queries and keys
+    normalised per head, and no biases.
     """
 
     model_dim: int
@@ -55,7 +55,7 @@ class OpenELMConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} is {value!r}, not a positive whole number below 2**31"
+            f"{name} is {value!r}, not a positive integer below 2**31"
             for name in ("model_dim", "head_dim", "vocab_size", "max_context_length")
             if not is_size(value := getattr(self, name))
         ]
@@ -74,27 +74,27 @@ class OpenELMConfig:
         if len(set(lengths.values())) != 1 or not self.ffn_dims:
             problems.append(f"the per-layer lists differ in length: {lengths}")
         problems += [
-            f"{name} holds {values}, where each must be a positive whole number "
-            "below 2**31"
+            f"{name} is {values}, but each must be a positive integer below 2**31"
             for name, values in lists.items()
             if not all(map(is_size, values))
         ]
         if not problems:
             problems = [
-                f"layer {i} has {q} query heads, which {k} key-value heads do not share"
+                f"layer {i} has {q} query heads, not a multiple of its {k} key-value "
+                "heads"
                 for i, (q, k) in enumerate(
                     zip(self.num_query_heads, self.num_kv_heads, strict=True)
                 )
                 if q % k
             ]
         if isinstance(self.head_dim, int) and self.head_dim % 2:
-            problems.append(f"head_dim {self.head_dim} is odd, RoPE needs pairs")
+            problems.append(f"head_dim {self.head_dim} is odd, but RoPE needs pairs")
         if problems:
             raise OpenELMError(
                 f"The config is not an OpenELM's: {'; '.join(problems)}."
             )
 
-    # The formula -----------------------------------------------------------------
+    # Layer-wise scaling ----------------------------------------------------------
 
     @classmethod
     def scaled(
@@ -113,10 +113,9 @@ class OpenELMConfig:
         """Apply layer-wise scaling.
 
         Args:
-            num_gqa_groups: query heads that share one key-value head (CoreNet's name).
-            qkv_multipliers: attention width over model_dim; see
-                `interpolate_multipliers`.
-            ffn_multipliers: FFN width over model_dim.
+            num_gqa_groups: query heads per key-value head (CoreNet's name).
+            qkv_multipliers: attention width / model_dim; see `interpolate_multipliers`.
+            ffn_multipliers: FFN width / model_dim.
         """
         fields = scaled_fields(
             num_layers=num_layers,
@@ -135,7 +134,7 @@ class OpenELMConfig:
     def preset(cls, name: str, *, vocab_size: int = 32000) -> Self:
         """Return a released size by any of its names: "270M", "OpenELM-1_1B", "1.1B".
 
-        "gpt-test" is CoreNet's own one-layer model for tests.
+        "gpt-test" is CoreNet's one-layer model for tests.
         """
         return cls(**preset_fields(name), vocab_size=vocab_size)
 
@@ -146,9 +145,9 @@ class OpenELMConfig:
         return len(self.ffn_dims)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return every tensor's shape (out, in) by CoreNet name, in CoreNet's order.
+        """Return the shape (out, in) of every tensor by CoreNet name, in its order.
 
-        An untied output head is called `lm_head.weight`, as in the MLX model.
+        An untied output head is `lm_head.weight`, as in the MLX model.
         """
         D, H = self.model_dim, self.head_dim
         shapes: dict[str, tuple[int, ...]] = {
@@ -178,24 +177,24 @@ class OpenELMConfig:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
     def kv_bytes_per_token(self, number_bytes: int) -> int:
-        """Return the bytes of the keys and values of one token in all layers."""
+        """Return the size of one token's keys and values in all layers, in bytes."""
         return 2 * sum(self.num_kv_heads) * self.head_dim * number_bytes
 
     @property
     def size_name(self) -> str:
-        """The preset with these sizes ("OpenELM-1_1B", say), or "OpenELM"."""
+        """The name of the preset with these sizes ("OpenELM-1_1B"), or "OpenELM"."""
         for key in PRESETS:
             if type(self).preset(key, vocab_size=self.vocab_size) == self:
                 return key if key == "gpt-test" else f"OpenELM-{key.replace('.', '_')}"
         return "OpenELM"
 
-    # Foreign configs -------------------------------------------------------------
+    # Reading ---------------------------------------------------------------------
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read a Hugging Face, mlx-lm, CoreNet or Apple-MLX config."""
         try:
-            steps = read_config(found)
+            steps = read_config(values)
             config = cls(**next(steps))
             for fields in steps:
                 config = replace(config, **fields)
@@ -212,18 +211,18 @@ class OpenELMConfig:
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         """Infer the sizes from tensor shapes (CoreNet names).
 
-        Shapes do not tell the context length, the RoPE base or the norms' epsilon:
-        these are OpenELM's own (2048, 10000, 1e-6).
+        The context length, the RoPE base and the norms' epsilon do not follow from
+        shapes; they get OpenELM's values (2048, 10000, 1e-6).
 
         Raises:
-            OpenELMError: the tensors are not an OpenELM's (which are missing, say).
+            OpenELMError: the tensors are not an OpenELM's; missing ones are named.
         """
         return cls(**read_shapes(shapes))
 
     # Writing ---------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as Hugging Face and mlx-lm spell it, lists explicit."""
+        """Return the config with the keys of Hugging Face and mlx-lm."""
         L = self.num_transformer_layers
         divisor = math.gcd(FFN_DIM_DIVISOR, *self.ffn_dims)
         published = interpolate_multipliers(FFN_MULTIPLIERS, L)

@@ -1,8 +1,8 @@
-"""Readers of other tools' configs, and of tensor shapes, as fields of OpenELMConfig.
+"""Readers of other tools' configs and of tensor shapes.
 
-A reader of a config yields dicts of keyword fields. The first makes an OpenELMConfig,
-each further one replaces fields of it, and every result is validated before the reader
-continues.
+A reader of a config yields dicts of OpenELMConfig's fields. The first one creates an
+OpenELMConfig, each further one replaces fields of it, and every result is validated
+before the reader continues.
 """
 
 import math
@@ -19,7 +19,7 @@ from mlx_openelm.layerwise_scaling import (
     scaled_fields,
 )
 
-_ONLY_FORM = {  # switches of Hugging Face's config, with the one value of all OpenELMs
+_FIXED_VALUES = {  # keys of Hugging Face's config with the same value in all OpenELMs
     "ffn_with_glu": True,
     "normalize_qk_projections": True,
     "activation_fn_name": "swish",
@@ -33,7 +33,7 @@ _LAYER_PARTS = (
 
 
 def read_config(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Choose the reader of a Hugging Face, mlx-lm, CoreNet or Apple-MLX config.
+    """Return the reader of a Hugging Face, mlx-lm, CoreNet or Apple-MLX config.
 
     Raises:
         OpenELMError: the config has none of these formats.
@@ -45,9 +45,9 @@ def read_config(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if "model" in config or any(key.startswith("model.") for key in config):
         return read_corenet(config)
     raise OpenELMError(
-        "The config is not an OpenELM's: found none of model_dim (Hugging Face), "
-        "model_name (Apple's MLX), model.language_modeling (CoreNet) among the "
-        f"keys {sorted(config)[:12]}."
+        "The config is not an OpenELM's: it has neither model_dim (Hugging Face), "
+        "model_name (Apple's MLX) nor model.language_modeling (CoreNet); its keys are "
+        f"{sorted(config)[:12]}."
     )
 
 
@@ -59,12 +59,12 @@ def read_hugging_face(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     model_type = config.get("model_type", "openelm")
     if model_type != "openelm":
         raise OpenELMError(
-            f'The config says model_type "{model_type}"; only "openelm" runs here.'
+            f'The config has model_type "{model_type}"; only "openelm" is supported.'
         )
-    for key, only in _ONLY_FORM.items():
-        if config.get(key, only) != only:
+    for key, value in _FIXED_VALUES.items():
+        if config.get(key, value) != value:
             raise OpenELMError(
-                f"The config says {key} = {config[key]!r}; OpenELM has {only!r}."
+                f"The config has {key} = {config[key]!r}; OpenELM has {value!r}."
             )
     wrong = [
         f"{key} = {config.get(key)!r}"
@@ -73,8 +73,8 @@ def read_hugging_face(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     ]
     if wrong:
         raise OpenELMError(
-            f"The config says {', '.join(wrong)}; expected positive whole numbers "
-            "below 2**31."
+            f"The config has {', '.join(wrong)}; expected positive integers below "
+            "2**31."
         )
     num_layers = config.get("num_transformer_layers")
     if not isinstance(num_layers, int):
@@ -114,7 +114,7 @@ def read_hugging_face(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def read_apple_mlx(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Read a config of Apple's MLX code, which names a released size."""
+    """Read a config of Apple's MLX code, which contains the name of a released size."""
     fields = preset_fields(config["model_name"])
     yield {**fields, "vocab_size": config.get("vocab_size", 32128)}
     yield {"max_context_length": config.get("max_context_length", 2048)}
@@ -127,12 +127,11 @@ def read_corenet(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     model_name = flat.get(f"{prefix}general_gpt.model_name")
     if model_name is None:
         raise OpenELMError(
-            "The CoreNet config does not say "
-            "model.language_modeling.general_gpt.model_name."
+            "The CoreNet config lacks model.language_modeling.general_gpt.model_name."
         )
     vocab_size = flat.get(f"{prefix}general_gpt.vocab_size", 32000)
     pad = flat.get(f"{prefix}general_gpt.padding_index")
-    if pad is not None:  # one row for it, then a multiple of 128 rows
+    if pad is not None:  # one more row, then a multiple of 128 rows
         vocab_size = max(vocab_size, math.ceil((pad + 1) / 128) * 128)
     yield {**preset_fields(model_name), "vocab_size": vocab_size}
     yield {
@@ -144,14 +143,14 @@ def read_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Infer the fields from tensor shapes (CoreNet names).
 
     Raises:
-        OpenELMError: the tensors are not an OpenELM's (which are missing, say).
+        OpenELMError: the tensors are not an OpenELM's; missing ones are named.
     """
 
     def shape(name: str, num_dims: int) -> tuple[int, ...]:
         if name not in shapes:
             raise OpenELMError(
-                f"This is not an OpenELM: there is no tensor {name}. "
-                f"Found {_listed(sorted(shapes))}."
+                f"This is not an OpenELM: the tensor {name} is missing; the tensors "
+                f"are {_listed(sorted(shapes))}."
             )
         if len(shapes[name]) != num_dims:
             raise OpenELMError(
@@ -174,21 +173,21 @@ def read_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     ]
     if missing:
         raise OpenELMError(
-            "This is not an OpenELM, or not all of one: there is no "
-            f"{_listed(missing, 50)}; found {_listed(sorted(shapes))}."
+            "This is not an OpenELM, or an incomplete one: it lacks "
+            f"{_listed(missing, 50)}; its tensors are {_listed(sorted(shapes))}."
         )
     (H,) = shape("layers.0.attn.q_norm.weight", 1)
     query_heads, kv_heads, ffn_dims = [], [], []
     for i in range(num_layers):
-        _, attended = shape(f"layers.{i}.attn.out_proj.weight", 2)
-        projected, _ = shape(f"layers.{i}.attn.qkv_proj.weight", 2)
-        if H < 1 or attended % H or (projected - attended) % (2 * H):
+        _, query_width = shape(f"layers.{i}.attn.out_proj.weight", 2)
+        qkv_width, _ = shape(f"layers.{i}.attn.qkv_proj.weight", 2)
+        if H < 1 or query_width % H or (qkv_width - query_width) % (2 * H):
             raise OpenELMError(
-                f"Layer {i} is not an OpenELM's: qkv_proj has {projected} rows and "
-                f"out_proj {attended} columns, which no heads of width {H} give."
+                f"Layer {i} is not an OpenELM's: qkv_proj has {qkv_width} rows and "
+                f"out_proj {query_width} columns, which heads of width {H} do not give."
             )
-        query_heads.append(attended // H)
-        kv_heads.append((projected - attended) // (2 * H))
+        query_heads.append(query_width // H)
+        kv_heads.append((qkv_width - query_width) // (2 * H))
         ffn_dims.append(shape(f"layers.{i}.ffn.proj_2.weight", 2)[1])
     return {
         "model_dim": D,
@@ -206,7 +205,7 @@ def _per_layer(name: str, value: object, num_layers: int) -> tuple[int, ...]:
     if not isinstance(values, list | tuple) or len(values) != num_layers:
         raise OpenELMError(
             f"The config's {name} is {value!r}; expected {num_layers} numbers, "
-            "one a layer."
+            "one per layer."
         )
     return tuple(values)
 
@@ -216,8 +215,8 @@ def _flatten(
 ) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if depth > 50 or len(flat) > 10_000:  # YAML may repeat parts, without end even
-            raise ValueError("it is nested too deeply, or far too long")
+        if depth > 50 or len(flat) > 10_000:  # YAML aliases can even be recursive
+            raise ValueError("it is nested too deeply or too long")
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{key}.", depth + 1)
         else:
@@ -225,6 +224,6 @@ def _flatten(
     return flat
 
 
-def _listed(names: Sequence[str], most: int = 6) -> str:
-    shown = ", ".join(names[:most]) or "nothing"
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+def _listed(names: Sequence[str], limit: int = 6) -> str:
+    shown = ", ".join(names[:limit]) or "none"
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

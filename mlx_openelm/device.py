@@ -1,4 +1,4 @@
-"""What this machine computes with: back end, dtype, memory."""
+"""The back end, dtype and memory of this machine."""
 
 import os
 import platform
@@ -12,35 +12,35 @@ from mlx_openelm import openblas
 
 
 def runs_on_gpu() -> bool:
-    """Whether MLX computes on a GPU: Metal's or CUDA's."""
+    """Return whether MLX computes on a GPU (Metal or CUDA)."""
     return mx.default_device().type == mx.DeviceType.gpu
 
 
 def runs_on_linux_cpu() -> bool:
-    """Whether MLX computes on its Linux CPU back end, quick in float32 only."""
+    """Return whether MLX uses its Linux CPU back end, which is fast only in float32."""
     return sys.platform == "linux" and not runs_on_gpu()
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
-    """Return the dtype that weights stored as `stored` are computed in here.
+    """Return the dtype in which this machine computes with weights stored as `stored`.
 
-    As stored, but float32 on the Linux CPU: 270M decodes there at 0.4 tokens/s from
-    4-bit bfloat16 and at 8.8 from float32 (measured).
+    The stored dtype, or float32 on the Linux CPU, where 270M decodes at 0.4 tokens/s in
+    4-bit bfloat16 and at 8.8 in float32 (measured).
     """
     return mx.float32 if runs_on_linux_cpu() else stored
 
 
 def describe_slowness(stored: mx.Dtype, *, quantized: bool) -> list[str]:
-    """Return what a person should know of this machine before running a model."""
+    """Return notes on the speed of this machine, for the user."""
     if not runs_on_linux_cpu():
         return []
     notes = []
     if quantized or stored != mx.float32:
-        notes.append("weights are widened to float32, which the Linux CPU is quick in")
+        notes.append("weights are widened to float32, which is fast on the Linux CPU")
     if openblas.ACTIVE != openblas.BLAS.OPENBLAS:
         notes.append(
-            f"matrix products go through {openblas.ACTIVE}; prompts are 10 times "
-            "faster with OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread)"
+            f"matrix products use {openblas.ACTIVE}; prompts are 10 times faster with "
+            "OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread)"
         )
     return notes
 
@@ -54,11 +54,11 @@ class Machine:
     mlx: str
     device: str
     blas: str
-    memory_bytes: int  # what a process should stay below, by Metal; else all there is
+    memory_bytes: int  # Metal's recommended working set; else the physical memory
 
 
 def describe_machine() -> Machine:
-    """Return what a report of this machine needs."""
+    """Return a description of this machine for a report."""
     backend = "CPU"
     if runs_on_gpu():
         backend = "Metal" if sys.platform == "darwin" else "CUDA"

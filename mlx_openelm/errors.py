@@ -1,9 +1,9 @@
-"""The one error that a user meets."""
+"""The error type of the project."""
 
 
 class OpenELMError(Exception):
-    """What happened, what was found (file and line where there is one), what to do.
+    """An error for the user: what happened, where (file and line), and what to do.
 
-    The message is a finished sentence for a person: the command line prints it after
-    "error:" and leaves with code 1. Anything else that escapes is a bug of ours.
+    The message is a complete sentence. The command line prints it after "error:" and
+    exits with code 1. Any other exception that reaches the user is a bug.
     """

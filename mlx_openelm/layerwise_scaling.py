@@ -1,7 +1,7 @@
-"""Layer-wise scaling: the heads and FFN width of each layer, and the released sizes.
+"""Layer-wise scaling (heads and FFN width of each layer), and the released sizes.
 
-Source of the formula: Mehta et al., "OpenELM" (arXiv 2404.14619), section 2.1, as the
-released checkpoints apply it.
+Source of the formula: Mehta et al., "OpenELM" (arXiv 2404.14619), section 2.1, as
+applied in the released checkpoints.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from mlx_openelm.errors import OpenELMError
 QKV_MULTIPLIERS = (0.5, 1.0)  # first and last layer, all released sizes
 FFN_MULTIPLIERS = (0.5, 4.0)
 FFN_DIM_DIVISOR = 256
-MAX_LAYERS = 10_000  # more are a mistake, and their lists would fill the memory
+MAX_LAYERS = 10_000  # prevents huge lists from a damaged config
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt-test": {
@@ -40,7 +40,7 @@ def preset_fields(name: str) -> dict[str, Any]:
     key = key.removesuffix("-Instruct").replace("_", ".")
     if key not in PRESETS:
         raise OpenELMError(
-            f"No OpenELM is called {name!r}; there are {', '.join(PRESETS)}."
+            f"{name!r} is not a released OpenELM; choose {', '.join(PRESETS)}."
         )
     return scaled_fields(**PRESETS[key])
 
@@ -92,9 +92,9 @@ def make_divisible(value: float, divisor: int) -> int:
 def interpolate_multipliers(
     multipliers: float | Sequence[float], num_layers: int
 ) -> list[float]:
-    """Return one multiplier a layer, from a scalar, a (first, last) pair or a list.
+    """Return one multiplier per layer, from a scalar, a (first, last) pair or a list.
 
-    A pair is spread linearly over the layers and rounded to two decimals.
+    A pair is interpolated linearly over the layers and rounded to two decimals.
     """
     if isinstance(multipliers, int | float):
         return [float(multipliers)] * num_layers
@@ -102,8 +102,8 @@ def interpolate_multipliers(
         return [float(m) for m in multipliers]
     if len(multipliers) != 2:
         raise OpenELMError(
-            f"Expected one multiplier, a (first, last) pair or {num_layers} of them, "
-            f"found {len(multipliers)}: {list(multipliers)}."
+            f"There are {len(multipliers)} multipliers, {list(multipliers)}; expected "
+            f"one, a (first, last) pair, or {num_layers}."
         )
     first, last = multipliers
     step = (last - first) / max(num_layers - 1, 1)
@@ -111,5 +111,5 @@ def interpolate_multipliers(
 
 
 def is_size(value: object) -> bool:
-    """Return whether `value` is a positive whole number below 2**31, not a bool."""
+    """Return whether `value` is a positive integer below 2**31, not a bool."""
     return type(value) is int and 0 < value < 2**31

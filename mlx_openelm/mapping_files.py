@@ -1,4 +1,4 @@
-"""Reads a JSON or YAML file that holds one mapping."""
+"""Reads JSON and YAML files."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Read a JSON or YAML file that holds one mapping.
 
     Raises:
-        OpenELMError: the file is missing, is no JSON or YAML, or holds something else.
+        OpenELMError: the file is missing, not JSON or YAML, or not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -19,14 +19,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise OpenELMError(f"Cannot read {path}: {error}.") from error
     try:
         if path.suffix == ".json":
-            found = json.loads(text)
+            value = json.loads(text)
         else:
             import yaml
 
-            found = yaml.safe_load(text)
+            value = yaml.safe_load(text)
     except Exception as error:  # the parsers' errors have no common base
-        reason = " ".join(str(error).split())  # YAML's takes several lines
+        reason = " ".join(str(error).split())  # YAML's has several lines
         raise OpenELMError(f"{path} cannot be parsed: {reason}.") from error
-    if not isinstance(found, dict):
-        raise OpenELMError(f"{path} holds a {type(found).__name__}, not a mapping.")
-    return found
+    if not isinstance(value, dict):
+        raise OpenELMError(f"{path} holds a {type(value).__name__}, not a mapping.")
+    return value

@@ -1,13 +1,13 @@
-"""On Linux, a fast BLAS under MLX, with the kernels of this CPU.
+"""Loads OpenBLAS for MLX on Linux, with the kernels of this CPU.
 
-MLX's Linux CPU wheel brings a reference BLAS. When OpenBLAS is on the system and its
-symbols are global before `mlx.core` is loaded, MLX's matrix products go through it (3
-against 130 GFLOP/s, measured on two cores); loaded afterwards it has no effect. So this
-is done when the package is imported, and nothing else is.
+MLX's Linux CPU wheel contains a reference BLAS. If OpenBLAS is loaded with global
+symbols before `mlx.core`, MLX uses it for matrix products (130 instead of 3 GFLOP/s,
+measured on two cores). Loaded later it has no effect, so it is loaded when the package
+is imported.
 
-An OpenBLAS that is older than the CPU does not know it and takes kernels of 2004, whose
-vectors are 4 floats long (0.3.21, Debian 12, on a Xeon of 2023: 20 GFLOP/s; told to
-take SkylakeX's, 95). Then it is loaded again and told what the CPU can do.
+An OpenBLAS older than the CPU falls back to kernels of 2004 with vectors of 4 floats
+(0.3.21 of Debian 12 on a Xeon of 2023: 20 GFLOP/s; with SkylakeX kernels 95). In that
+case it is loaded again, with the kernel type set.
 """
 
 import _ctypes
@@ -21,7 +21,7 @@ from pathlib import Path
 
 LIBRARY = "libopenblas.so.0"
 CORE_TYPE = "OPENBLAS_CORETYPE"  # read by OpenBLAS while it is loaded
-_UNKNOWN = "Prescott"  # what it takes for a CPU that it does not know
+_FALLBACK = "Prescott"  # the kernels for unsupported CPUs
 _NEEDS = {
     "SkylakeX": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "Haswell": {"avx2", "fma"},
@@ -29,7 +29,7 @@ _NEEDS = {
 
 
 class BLAS(StrEnum):
-    """What MLX's matrix products go through on this machine."""
+    """The BLAS library that MLX uses on this machine."""
 
     OWN = "MLX's own"
     OPENBLAS = "OpenBLAS"
@@ -38,10 +38,10 @@ class BLAS(StrEnum):
 
 
 def load_openblas() -> tuple[BLAS, ctypes.CDLL | None]:
-    """Load OpenBLAS with global symbols, if it is there and there is still time.
+    """Load OpenBLAS with global symbols, unless it is missing or it is too late.
 
     Returns:
-        What is used, and OpenBLAS if it is that.
+        The library in use; its handle if it is OpenBLAS.
     """
     if sys.platform != "linux":
         return BLAS.OWN, None
@@ -54,19 +54,19 @@ def load_openblas() -> tuple[BLAS, ctypes.CDLL | None]:
             _ctypes.dlclose(library._handle)
             os.environ[CORE_TYPE] = better
             library = ctypes.CDLL(LIBRARY, mode=ctypes.RTLD_GLOBAL)
-            del os.environ[CORE_TYPE]  # it is for no other library or process
+            del os.environ[CORE_TYPE]  # other libraries and processes must not see it
     except OSError:
         return BLAS.MISSING, None
     return BLAS.OPENBLAS, library
 
 
-def choose_kernels(found: str, flags: Set[str]) -> str | None:
-    """Return the kernels to ask for instead of those found; None if these will do.
+def choose_kernels(current: str, flags: Set[str]) -> str | None:
+    """Return better kernels than the current ones for this CPU, or None.
 
     Args:
-        flags: what the CPU can do, in the words of /proc/cpuinfo.
+        flags: the features of the CPU, as in /proc/cpuinfo.
     """
-    if found != _UNKNOWN:
+    if current != _FALLBACK:
         return None
     return next((name for name, needed in _NEEDS.items() if needed <= flags), None)
 
@@ -78,7 +78,7 @@ def _kernels(library: ctypes.CDLL) -> str:
 
 
 def _cpu_flags() -> frozenset[str]:
-    """Return the flags of the first CPU, none where they are not told (not x86)."""
+    """Return the feature flags of the first CPU; empty on other CPUs than x86."""
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
         for line in lines:
             if line.startswith("flags"):
@@ -86,16 +86,15 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
-def use_threads(most: int | None) -> None:
-    """Let the following products run on `most` threads, or on all that there are.
+def use_threads(limit: int | None) -> None:
+    """Limit the threads of later matrix products; None is all.
 
-    To share a small product costs more than it brings: threads wait for each other
-    between two of them, at the expense of what feeds them.
+    For small products, synchronizing the threads takes longer than it saves.
     """
     if _LIBRARY is not None:
-        _LIBRARY.openblas_set_num_threads(min(most or THREADS, THREADS))
+        _LIBRARY.openblas_set_num_threads(min(limit or THREADS, THREADS))
 
 
 ACTIVE, _LIBRARY = load_openblas()
-KERNELS = _kernels(_LIBRARY) if _LIBRARY else ""  # their name
+KERNELS = _kernels(_LIBRARY) if _LIBRARY else ""
 THREADS = int(_LIBRARY.openblas_get_num_threads()) if _LIBRARY else 0

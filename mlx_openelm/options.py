@@ -1,9 +1,8 @@
-"""Options that are declared once: as the fields of a dataclass.
+"""Declaration of options as dataclass fields.
 
-`option` makes such a field. From it follow the flag of the command line with its help
-(`mlx_openelm.cli.derived_options`), the checks of its value (`check_options`) and the
-key of a recipe. A module that declares options imports neither mlx, numpy nor torch,
-so that `--help` needs none of them.
+The flag and its help (`mlx_openelm.cli.derived_options`), the checks of the value
+(`check_options`) and the recipe key are derived from the field. A module that declares
+options imports neither mlx, numpy nor torch, so that `--help` is fast.
 """
 
 import dataclasses
@@ -24,19 +23,19 @@ _KEY = "option"
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What a field says of itself beside its name, type and default.
+    """Metadata of an option, in addition to the field's name, type and default.
 
     Attributes:
-        help: the text of the flag; `{name}` in it stands for another option. None: the
-            option is set in a recipe or from Python, and has no flag.
-        flags: of the command line; by default the name with dashes.
-        panel: the heading in --help under which the flag stands.
-        shown_default: the default in words, where the field's own is None.
-        choices: the values that are allowed.
-        least: the smallest value that is allowed.
-        most: the largest one.
-        read: makes the value of the text that was given to the flag (of a repeatable
-            flag: of the list of texts).
+        help: the help text; `{name}` refers to another option. None: the option is set
+            in a recipe or from Python and has no flag.
+        flags: names on the command line; by default the field's name with dashes.
+        panel: the panel of --help that lists the flag.
+        shown_default: the default in words, if the field's default is None.
+        choices: the allowed values.
+        least: the smallest allowed value.
+        most: the largest allowed value.
+        read: converts the string given to the flag (for a repeatable flag, the list of
+            strings) to the value.
     """
 
     help: str | None = None
@@ -50,37 +49,39 @@ class Option:
 
 
 def option(default: Any = MISSING, help: str | None = None, **details: Any) -> Any:
-    """Return a dataclass field that is an option; `details` are those of `Option`."""
+    """Return a dataclass field for an option; `details` are fields of `Option`."""
     return dataclasses.field(
         default=default, metadata={_KEY: Option(help=help, **details)}
     )
 
 
 def option_of(field: "dataclasses.Field[Any]") -> Option:
-    """Return what a field was declared with; nothing for a field that is no option."""
-    found: Option = field.metadata.get(_KEY, Option())
-    return found
+    """Return the declaration of a field; an empty one if it is not an option."""
+    declared: Option = field.metadata.get(_KEY, Option())
+    return declared
 
 
 def check_options(options: Any) -> None:
-    """Raise OpenELMError if a field of a dataclass has a value that it may not have.
+    """Raise OpenELMError if a field of a dataclass has a value that is not allowed.
 
-    Numbers are compared with the field's type and limits, texts with its choices.
+    Numbers are checked against the field's type and limits, strings against its
+    choices.
     """
     for name, kind, declared in _checked_fields(type(options)):
         value = getattr(options, name)
         if value is None:
             continue
-        if declared.choices and value not in declared.choices:
-            raise OpenELMError(
-                f"`{name}` is {value!r}; choose {', '.join(declared.choices)}."
-            )
+        for choice in value if isinstance(value, tuple) else (value,):
+            if declared.choices and choice not in declared.choices:
+                raise OpenELMError(
+                    f"`{name}` is {choice!r}; choose {', '.join(declared.choices)}."
+                )
         if kind is not None:
             _check_number(name, value, kind, declared)
 
 
 def _checked_fields(kind: type) -> list[tuple[str, type | None, Option]]:
-    """Return each field's name, number type (None: no number) and declaration."""
+    """Return each field's name, number type (None if not a number) and declaration."""
     hints = typing.get_type_hints(kind)
     return [
         (field.name, _number_type(hints[field.name]), option_of(field))
@@ -104,7 +105,7 @@ def _check_number(name: str, value: Any, kind: type, declared: Option) -> None:
         )
     least = -float("inf") if declared.least is None else declared.least
     most = float("inf") if declared.most is None else declared.most
-    number: Any = value  # compared as it is: a float would round large integers
+    number: Any = value  # not converted: a float would round large integers
     if not least <= number <= most:
         low, high = (
             f"{x:g}" if isinstance(x, float) else str(x) for x in (least, most)

@@ -1,4 +1,4 @@
-"""Recipes: YAML and flags become one frozen value, and every mistake is named."""
+"""Loading of recipes: YAML and flags combined into a validated dataclass."""
 
 import dataclasses
 import difflib
@@ -15,40 +15,40 @@ Recipe = TypeVar("Recipe")
 
 
 def load_recipe(kind: type[Recipe], name: str, overrides: Mapping[str, Any]) -> Recipe:
-    """Read a recipe by file path or bundled name; flags win over the file.
+    """Read a recipe by file path or bundled name; flags override the file.
 
     Args:
         kind: the recipe's dataclass.
         overrides: values by dotted key ("data.train"); None means "not given".
 
     Raises:
-        OpenELMError: no such recipe, an unknown key (with the nearest known one), or a
-            value of another type.
+        OpenELMError: no such recipe, an unknown key (a similar key is suggested), or a
+            value of a wrong type.
     """
     path = find_recipe(name)
-    found = read_mapping(path)
+    entries = read_mapping(path)
     for key, value in overrides.items():
         if value is None:
             continue
         group, _, leaf = key.rpartition(".")
-        target = found
-        if group:  # one that is there without a key is None
-            target = found[group] = found.get(group) or {}
-        if isinstance(target, dict):  # what is none is named below
+        target = entries
+        if group:  # YAML reads an empty group as None
+            target = entries[group] = entries.get(group) or {}
+        if isinstance(target, dict):  # else `_build` raises the error
             target[leaf] = value
-    built: Recipe = _build(kind, found, str(path), "")
-    return built
+    recipe: Recipe = _build(kind, entries, str(path), "")
+    return recipe
 
 
 def make_recipe(kind: type[Recipe], values: Mapping[str, Any], where: str) -> Recipe:
-    """Make a recipe of flags alone; None means "not given". Errors as `load_recipe`.
+    """Make a recipe from flags only; None means "not given". Errors as `load_recipe`.
 
     Args:
-        where: how errors call what was said.
+        where: the source of the values, for errors.
     """
-    found = {key: value for key, value in values.items() if value is not None}
-    built: Recipe = _build(kind, found, where, "")
-    return built
+    entries = {key: value for key, value in values.items() if value is not None}
+    recipe: Recipe = _build(kind, entries, where, "")
+    return recipe
 
 
 def find_recipe(name: str) -> Path:
@@ -69,7 +69,7 @@ def read_recipe(name: str) -> str:
     """Return the text of a recipe, by file path or bundled name.
 
     Raises:
-        OpenELMError: no such recipe, or it is no text.
+        OpenELMError: no such recipe, or it is not UTF-8.
     """
     path = find_recipe(name)
     try:
@@ -79,7 +79,7 @@ def read_recipe(name: str) -> str:
 
 
 def bundled_recipes() -> dict[str, Path]:
-    """Return the recipes that are installed: "pretrain/stories" -> path."""
+    """Return the paths of the bundled recipes, by name ("pretrain/stories")."""
     package = Path(__file__).parent
     for root in (package / "recipes", package.parent / "recipes"):
         if root.is_dir():
@@ -90,17 +90,17 @@ def bundled_recipes() -> dict[str, Path]:
     return {}
 
 
-def _build(kind: Any, found: Mapping[str, Any], where: str, prefix: str) -> Any:
+def _build(kind: Any, entries: Mapping[str, Any], where: str, prefix: str) -> Any:
     hints = typing.get_type_hints(kind)
-    unknown = [key for key in found if key not in hints]
+    unknown = [key for key in entries if key not in hints]
     if unknown:
         raise OpenELMError(
             f"{where}: unknown key {prefix}{unknown[0]}"
-            f"{_did_you_mean(str(unknown[0]), hints)}; known are {', '.join(hints)}."
+            f"{_did_you_mean(str(unknown[0]), hints)}; the keys are {', '.join(hints)}."
         )
     values = {
         key: _convert(hints[key], value, where, f"{prefix}{key}")
-        for key, value in found.items()
+        for key, value in entries.items()
     }
     missing = [
         f.name
@@ -140,19 +140,16 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         return None
     elif hint is float and isinstance(value, int | float | str):
         try:  # YAML reads "5e-3" as a string
-            return float(value) if not isinstance(value, bool) else _refuse(key)
+            if not isinstance(value, bool):
+                return float(value)
         except ValueError:
             pass
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise OpenELMError(f"{where}: {key} is {value!r}, expected {_spell(hint)}.")
+    raise OpenELMError(f"{where}: {key} is {value!r}, expected {_type_name(hint)}.")
 
 
-def _refuse(key: str) -> float:
-    raise ValueError(key)
-
-
-def _spell(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, put off until a step is done."""
+"""Deferred handling of Ctrl-C and SIGTERM."""
 
 import contextlib
 import signal
@@ -11,13 +11,15 @@ from typing import Any
 
 @dataclass(slots=True)
 class Stop:
+    """The signal that was received, if any."""
+
     number: int | None = None
     handlers: dict[int, Any] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[Stop]:
-    """Remember Ctrl-C and SIGTERM until the step is done; the second one is at once."""
+    """Defer the first Ctrl-C or SIGTERM until the step is done; a second one acts."""
     stop = Stop()
 
     def remember(number: int, frame: FrameType | None) -> None:

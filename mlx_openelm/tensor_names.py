@@ -1,7 +1,8 @@
-"""Tensor names: CoreNet's, as in `OpenELMConfig.tensor_shapes`, and everybody else's.
+"""Mapping between CoreNet's tensor names and those of model folders.
 
-The model folder has Hugging Face's and mlx-lm's names: CoreNet's behind `transformer.`;
-only an untied head stands outside of it.
+`OpenELMConfig.tensor_shapes` uses CoreNet's names. Model folders use the names of
+Hugging Face and mlx-lm: CoreNet's with the prefix `transformer.`, except for an untied
+head.
 """
 
 from collections.abc import Iterable
@@ -16,35 +17,35 @@ _OTHER_HEADS = ("classifier.weight", f"{PREFIX}classifier.weight")  # CoreNet, H
 
 
 def to_folder(corenet_name: str) -> str:
-    """Return the name in a model folder of a tensor that CoreNet calls so."""
-    untied = corenet_name.startswith("lm_head.")  # its weight, or a part of it
+    """Return a tensor's name in a model folder."""
+    untied = corenet_name.startswith("lm_head.")  # the weight, or a packed part of it
     return corenet_name if untied else PREFIX + corenet_name
 
 
 def to_module(corenet_name: str) -> str:
-    """Return the path in the model of the module that has this weight."""
+    """Return the path in the model of the module with this weight."""
     return to_folder(corenet_name).removesuffix(".weight")
 
 
 def to_corenet(name: str) -> str:
-    """Return CoreNet's name of a tensor called so by CoreNet, DDP, HF or mlx-lm."""
+    """Return CoreNet's name of a tensor, from a name of CoreNet, DDP, HF or mlx-lm."""
     name = name.removeprefix("module.")
     return HEAD if name in _OTHER_HEADS else name.removeprefix(PREFIX)
 
 
 def map_to_corenet(names: Iterable[str]) -> dict[str, str]:
-    """Return CoreNet name -> given name.
+    """Return a mapping of CoreNet's names to the given names.
 
     Raises:
-        OpenELMError: two names mean the same tensor.
+        OpenELMError: two names belong to the same tensor.
     """
     mapped: dict[str, str] = {}
     for name in names:
-        meant = to_corenet(name)
-        if meant in mapped:
+        corenet_name = to_corenet(name)
+        if corenet_name in mapped:
             raise OpenELMError(
-                f"The tensors {mapped[meant]} and {name} both stand for {meant}; "
-                "remove one of them."
+                f"The tensors {mapped[corenet_name]} and {name} are both "
+                f"{corenet_name}; remove one of them."
             )
-        mapped[meant] = name
+        mapped[corenet_name] = name
     return mapped

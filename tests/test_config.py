@@ -15,7 +15,7 @@ RELEASED = ("270M", "450M", "1.1B", "3B")
 
 
 @pytest.mark.parametrize("size", RELEASED)
-def test_released_sizes_are_apples(size):
+def test_released_sizes_match_apples(size):
     known, config = ARCH[size], OpenELMConfig.preset(size)
     assert config.num_query_heads == tuple(known["num_query_heads"])
     assert config.num_kv_heads == tuple(known["num_kv_heads"])
@@ -31,7 +31,7 @@ def test_released_sizes_are_apples(size):
     assert published == known["ffn_multipliers"]
 
 
-def test_gpt_test_is_corenets():
+def test_gpt_test_matches_corenets():
     config = OpenELMConfig.preset("gpt-test", vocab_size=32128)
     assert config.num_parameters == ARCH["gpt-test"]["params_corenet_32128"]
     assert config.ffn_dims == tuple(ARCH["gpt-test"]["ffn_dims"])
@@ -39,12 +39,12 @@ def test_gpt_test_is_corenets():
 
 @pytest.mark.parametrize("size", ["gpt-test", *RELEASED])
 @pytest.mark.parametrize("rows", [32000, 32128])
-def test_shapes_give_the_config_back(size, rows):
+def test_the_config_is_inferred_from_shapes(size, rows):
     config = OpenELMConfig.preset(size, vocab_size=rows)
     assert OpenELMConfig.from_shapes(config.tensor_shapes()) == config
 
 
-def test_uneven_shapes_give_the_config_back():
+def test_the_config_is_inferred_from_uneven_shapes():
     inferred = OpenELMConfig.from_shapes(UNEVEN.tensor_shapes())
     assert replace(inferred, max_context_length=64) == UNEVEN
     untied = replace(UNEVEN, share_input_output_layers=False)
@@ -54,7 +54,7 @@ def test_uneven_shapes_give_the_config_back():
 
 
 @pytest.mark.parametrize("size", ["gpt-test", *RELEASED])
-def test_the_written_config_reads_back(size):
+def test_a_written_config_is_read_again(size):
     config = OpenELMConfig.preset(size)
     assert OpenELMConfig.from_dict(config.to_dict()) == config
     if size in RELEASED:
@@ -69,7 +69,7 @@ sizes = st.lists(
 
 
 @given(sizes, st.sampled_from([32, 64, 96, 250]), st.booleans())
-def test_any_lists_survive_writing_for_us_and_for_mlx_lm(layers, model_dim, tied):
+def test_any_lists_are_preserved_for_us_and_for_mlx_lm(layers, model_dim, tied):
     config = OpenELMConfig(
         model_dim=model_dim,
         head_dim=16,
@@ -80,7 +80,7 @@ def test_any_lists_survive_writing_for_us_and_for_mlx_lm(layers, model_dim, tied
     )
     written = config.to_dict()
     assert OpenELMConfig.from_dict(json.loads(json.dumps(written))) == config
-    del written["ffn_dims"]  # mlx-lm and Hugging Face know multipliers alone
+    del written["ffn_dims"]  # mlx-lm and Hugging Face read only multipliers
     assert OpenELMConfig.from_dict(written) == config
     for multiplier, width in zip(
         written["ffn_multipliers"], config.ffn_dims, strict=True
@@ -124,10 +124,10 @@ def test_hugging_faces_published_config_is_read():
 
 
 def test_apples_mlx_config_is_read():
-    found = OpenELMConfig.from_dict(
+    config = OpenELMConfig.from_dict(
         {"model_name": "OpenELM-1_1B", "vocab_size": 32128, "max_context_length": 2048}
     )
-    assert found == OpenELMConfig.preset("1.1B", vocab_size=32128)
+    assert config == OpenELMConfig.preset("1.1B", vocab_size=32128)
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -139,19 +139,19 @@ def test_a_corenet_config_is_read(nested):
         "model.language_modeling.general_gpt.padding_index": 32000,
         "model.language_modeling.general_gpt.max_context_length": 1024,
     }
-    given_config: dict = {}
+    tree: dict = {}
     for key, value in flat.items():
         *groups, leaf = key.split(".")
-        place = given_config
+        branch = tree
         for group in groups:
-            place = place.setdefault(group, {})
-        place[leaf] = value
-    found = OpenELMConfig.from_dict(given_config if nested else flat)
+            branch = branch.setdefault(group, {})
+        branch[leaf] = value
+    config = OpenELMConfig.from_dict(tree if nested else flat)
     expected = OpenELMConfig.preset("450M", vocab_size=32128)
-    assert found == replace(expected, max_context_length=1024)
+    assert config == replace(expected, max_context_length=1024)
 
 
-def test_explicit_lists_win_over_the_formula():
+def test_explicit_lists_override_the_multipliers():
     written = OpenELMConfig.preset("270M").to_dict()
     written |= {"num_query_heads": [4] * 16, "num_kv_heads": [2] * 16}
     config = OpenELMConfig.from_dict(written)
@@ -161,7 +161,7 @@ def test_explicit_lists_win_over_the_formula():
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "message"),
     [
         ({"model_type": "llama"}, "llama"),
         ({"ffn_with_glu": False}, "ffn_with_glu"),
@@ -170,11 +170,11 @@ def test_explicit_lists_win_over_the_formula():
         ({"head_dim": 63}, "63"),
         ({"vocab_size": -1}, "vocab_size"),
         ({"model_dim": "wide"}, "config"),
-        ({"num_transformer_layers": 3}, "found 16"),
+        ({"num_transformer_layers": 3}, "There are 16"),
     ],
 )
-def test_a_config_that_is_no_openelms_is_refused_in_words(change, named):
-    with pytest.raises(OpenELMError, match=named):
+def test_a_config_of_another_model_is_refused(change, message):
+    with pytest.raises(OpenELMError, match=message):
         OpenELMConfig.from_dict(OpenELMConfig.preset("270M").to_dict() | change)
 
 

@@ -1,4 +1,4 @@
-"""OpenBLAS gets the kernels of this CPU, also where it does not know the CPU."""
+"""OpenBLAS uses the kernels of this CPU, even if it is older than the CPU."""
 
 import json
 import os
@@ -28,54 +28,54 @@ print(json.dumps({
 """
 
 
-def measure(said: str | None) -> dict:
-    """Multiply in a fresh process in which `said` is OPENBLAS_CORETYPE."""
+def measure(core_type: str | None) -> dict:
+    """Multiply in a new process with this OPENBLAS_CORETYPE."""
     environment = {k: v for k, v in os.environ.items() if k != openblas.CORE_TYPE}
-    if said:
-        environment[openblas.CORE_TYPE] = said
-    done = subprocess.run(
+    if core_type:
+        environment[openblas.CORE_TYPE] = core_type
+    ran = subprocess.run(
         [sys.executable, "-c", MEASURE],
         env=environment,
         capture_output=True,
         check=True,
         text=True,
     )
-    return json.loads(done.stdout)
+    return json.loads(ran.stdout)
 
 
 AVX512 = {"sse2", "avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 
 @pytest.mark.parametrize(
-    ("found", "flags", "kernels"),
+    ("current", "flags", "better"),
     [
         ("Prescott", AVX512, "SkylakeX"),
         ("Prescott", AVX512 - {"avx512vl"}, "Haswell"),
-        ("Prescott", {"sse2", "avx"}, None),  # it may well be one
+        ("Prescott", {"sse2", "avx"}, None),  # the right kernels for this CPU
         ("Prescott", set(), None),
         ("SapphireRapids", AVX512, None),
         ("Zen", AVX512, None),
         ("neoversen1", set(), None),
     ],
 )
-def test_only_an_unknown_cpu_is_told_what_it_can_do(found, flags, kernels):
-    assert choose_kernels(found, flags) == kernels
+def test_only_fallback_kernels_are_replaced(current, flags, better):
+    assert choose_kernels(current, flags) == better
 
 
 @NEEDS_OPENBLAS
-def test_products_are_right_and_no_unknown_cpu_keeps_old_kernels():
-    found = measure(None)
-    assert choose_kernels(found["kernels"], openblas._cpu_flags()) is None
-    assert found["error"] < 1e-4
-    assert found["left"] is None
+def test_products_are_right_and_kernels_are_up_to_date():
+    measured = measure(None)
+    assert choose_kernels(measured["kernels"], openblas._cpu_flags()) is None
+    assert measured["error"] < 1e-4
+    assert measured["left"] is None
 
 
 @NEEDS_OPENBLAS
 @pytest.mark.skipif(
     not {"avx2", "fma"} <= openblas._cpu_flags(), reason="needs two kinds of kernels"
 )
-@pytest.mark.parametrize("said", ["Haswell", "Prescott"])
-def test_what_a_person_says_wins(said):
-    found = measure(said)
-    assert (found["kernels"], found["left"]) == (said, said)
-    assert found["error"] < 1e-4
+@pytest.mark.parametrize("core_type", ["Haswell", "Prescott"])
+def test_the_environment_variable_overrides_the_choice(core_type):
+    measured = measure(core_type)
+    assert (measured["kernels"], measured["left"]) == (core_type, core_type)
+    assert measured["error"] < 1e-4

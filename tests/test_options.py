@@ -1,4 +1,4 @@
-"""Checks that follow from how an option is declared."""
+"""Checks derived from the declaration of an option."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class Options:
         {"rank": "auto:16"},
     ],
 )
-def test_values_that_fit_pass(values):
+def test_allowed_values_pass(values):
     check_options(Options(**values))
 
 
@@ -47,7 +47,7 @@ def test_values_that_fit_pass(values):
         ({"kind": "c"}, "`kind` is 'c'; choose a, b."),
     ],
 )
-def test_values_that_do_not_fit_are_refused(values, message):
-    with pytest.raises(OpenELMError) as refused:
+def test_other_values_are_refused(values, message):
+    with pytest.raises(OpenELMError) as error:
         check_options(Options(**values))
-    assert str(refused.value) == message
+    assert str(error.value) == message

@@ -30,10 +30,10 @@ def test_the_public_names_are_these():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_public_name_is_the_object_that_its_module_defines(name):
-    found = getattr(mlx_openelm, name)
-    assert callable(found)
-    assert found.__name__ == name
-    assert getattr(importlib.import_module(found.__module__), name) is found
+    public = getattr(mlx_openelm, name)
+    assert callable(public)
+    assert public.__name__ == name
+    assert getattr(importlib.import_module(public.__module__), name) is public
 
 
 def test_another_name_is_an_attribute_error():

@@ -1,4 +1,4 @@
-"""Recipes: every mistake is named, flags win, and the bundled ones are right."""
+"""Recipes: errors are named, flags override, and the bundled recipes are valid."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -32,25 +32,25 @@ class Outer:
 
 def load(folder, text, **overrides):
     (folder / "own.yaml").write_text(text)
-    said = {name.replace("__", "."): value for name, value in overrides.items()}
-    return load_recipe(Outer, str(folder / "own.yaml"), said)
+    dotted = {name.replace("__", "."): value for name, value in overrides.items()}
+    return load_recipe(Outer, str(folder / "own.yaml"), dotted)
 
 
-def test_values_become_what_the_recipe_says_they_are(tmp_path):
-    found = load(
+def test_values_are_converted_to_the_declared_types(tmp_path):
+    recipe = load(
         tmp_path,
         "{inner: {rate: 5e-3, betas: [1, 2], files: a.txt}, steps: 3, seed: null,"
         " fast: true, several: [1, 2.5]}",
     )
     inner = Inner(5e-3, (1.0, 2.0), ("a.txt",))
-    assert found == Outer(inner, 3, None, True, (1.0, 2.5))
+    assert recipe == Outer(inner, 3, None, True, (1.0, 2.5))
     assert load(tmp_path, "{inner: {}, steps: 3}") == Outer(Inner(), 3)
 
 
-def test_flags_win_over_the_file_and_none_is_not_said(tmp_path):
-    said = {"inner__rate": 2.0, "inner__files": ["b", "c"], "steps": None, "seed": 0}
-    found = load(tmp_path, "{inner: {rate: 1, files: a}, steps: 3, seed: 5}", **said)
-    assert found == Outer(Inner(2.0, files=("b", "c")), 3, 0)
+def test_flags_override_the_file_unless_they_are_none(tmp_path):
+    flags = {"inner__rate": 2.0, "inner__files": ["b", "c"], "steps": None, "seed": 0}
+    recipe = load(tmp_path, "{inner: {rate: 1, files: a}, steps: 3, seed: 5}", **flags)
+    assert recipe == Outer(Inner(2.0, files=("b", "c")), 3, 0)
     for text in ("steps: 3", "{steps: 3, inner: }"):
         assert load(tmp_path, text, inner__rate=2.0) == Outer(Inner(2.0), 3)
 
@@ -70,20 +70,20 @@ def test_flags_win_over_the_file_and_none_is_not_said(tmp_path):
         ("{inner: [], steps: 1}", "inner is [], expected a group"),
     ],
 )
-def test_a_value_of_another_kind_is_named(tmp_path, text, says):
-    with pytest.raises(OpenELMError) as caught:
+def test_a_value_of_a_wrong_type_is_named(tmp_path, text, says):
+    with pytest.raises(OpenELMError) as error:
         load(tmp_path, text)
-    assert says in str(caught.value)
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["inner: 5", "inner: [1]"])
-def test_a_flag_into_a_group_that_is_none_is_named(tmp_path, text):
+def test_a_flag_for_a_key_that_is_not_a_group_is_an_error(tmp_path, text):
     with pytest.raises(OpenELMError, match=r"inner is .*expected a group"):
         load(tmp_path, text + "\nsteps: 1", inner__rate=2.0)
 
 
 @pytest.mark.parametrize("name", sorted(bundled_recipes()))
-def test_bundled_recipes_are_right(name):
+def test_bundled_recipes_are_valid(name):
     if name.startswith("lora/"):
         lora = load_recipe(FinetuneRecipe, name, {})
         assert load_recipe(FinetuneRecipe, name, {"seed": 7}).seed == 7
@@ -108,10 +108,10 @@ def test_bundled_recipes_are_right(name):
         ("model: 270M", "model is '270M', expected a group"),
         ("- 1", "own.yaml holds a list"),
         ("a: [", "own.yaml cannot be parsed"),
-        ("{model: {name: 270M}, data: {}}", "names no text"),
+        ("{model: {name: 270M}, data: {}}", "has no text"),
     ],
 )
-def test_mistakes_in_a_recipe_are_named(here, content, says):
+def test_errors_in_a_recipe_are_named(here, content, says):
     if content is not None:
         (here / "own.yaml").write_text(content)
     refuse(here, "pretrain", "--quiet", "-c", "own.yaml", says=says)
@@ -123,10 +123,10 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(here):
     (here / "run").mkdir()
     (here / "run" / "metrics.jsonl").write_text("{}\n")
     start = ("pretrain", "--quiet", "-c", "pretrain/stories", "--data", "*.txt")
-    says = ["run holds metrics.jsonl of something else", "another --output"]
+    says = ["run already holds metrics.jsonl", "another --output"]
     refuse(here, *start, "--output", "run", says=says)
     (here / "run" / "recipe.json").write_text("{}\n")
-    says = ["run holds a run already", "--resume"]
+    says = ["run already holds a run", "--resume"]
     refuse(here, *start, "--output", "run", says=says)
     says = ["nothing to resume", "training_checkpoint_last.pt"]
     refuse(here, *start, "--output", "other", "--resume", says=says)

@@ -1,4 +1,4 @@
-"""An adapter by itself becomes mlx-lm's, PEFT's or CoreNet's."""
+"""Convert an adapter folder to the format of mlx-lm, PEFT or CoreNet."""
 
 import time
 from collections.abc import Callable
@@ -40,11 +40,11 @@ from mlx_openelm.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class AdapterReport:
-    """What was written of an adapter, and from what.
+    """Summary of a converted adapter.
 
     Attributes:
         to: mlx, peft or corenet.
-        base: what the adapter is for, as its files or `model` say.
+        base: the base from the option `model`, else from the adapter's files.
     """
 
     path: Path
@@ -69,18 +69,20 @@ def convert_adapter(
     offline: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> AdapterReport:
-    """Write an adapter folder as `options.to` says; CoreNet's holds its base, too.
+    """Convert an adapter to the format `options.to`; CoreNet's file includes the base.
 
     Raises:
-        OpenELMError: it is damaged, does not fit its base, or cannot be written so.
+        OpenELMError: it is damaged, does not fit its base, or `options.to` cannot hold
+            it.
     """
     started = time.perf_counter()
     adapter = replace(open_adapter(path), name=name_folder(path))
-    wrong = options.quantizes or options.dequantize or options.apart
-    if options.to not in ("mlx", "peft", "corenet") or wrong:
+    needs_model = options.quantizes or options.dequantize or options.apart
+    if options.to not in ("mlx", "peft", "corenet") or needs_model:
         raise OpenELMError(
-            f"{path} is an adapter, which becomes `to` mlx, peft or corenet as it is; "
-            "for a model of it and its base say `merge`."
+            f"{path} is an adapter; use `merge` to write it and its base as one model, "
+            "or convert it with `to` mlx, peft or corenet and without `bits`, "
+            "`dequantize` and `adapter_out`."
         )
     base = None
     if options.base is not None or options.to == "corenet":
@@ -108,22 +110,22 @@ def convert_adapter(
         num_modules=len(adapter.modules),
         num_parameters=sum(m.num_parameters for m in adapter.modules.values()),
         base=name,
-        notes=(*adapter.notes, *notes, *_say_idle(options)),
+        notes=(*adapter.notes, *notes, *_note_ignored(options)),
         seconds=time.perf_counter() - started,
     )
 
 
-def _say_idle(options: ConversionOptions) -> list[str]:
-    said = options.idle()
+def _note_ignored(options: ConversionOptions) -> list[str]:
+    ignored = options.ignored()
     if options.dtype and options.to != "corenet":
-        said.append("`dtype`")
-    return [f"Of no use for an adapter: {', '.join(said)}."] if said else []
+        ignored.append("`dtype`")
+    return [f"Ignored for an adapter: {', '.join(ignored)}."] if ignored else []
 
 
 def stage_adapter(
     adapter: Adapter, target: Path, base: Path, config: OpenELMConfig, *, force: bool
 ) -> None:
-    """Write an adapter that was taken apart from its base."""
+    """Write an adapter that was separated from its base."""
     _write_folder(adapter, target, "mlx", config, str(base), force)
 
 
@@ -160,12 +162,16 @@ def _write_corenet(
     force: bool,
     on_progress: Callable[[Progress], None],
 ) -> tuple[str, ...]:
-    """Write base and adapter into one .pt, not merged, as CoreNet has them."""
+    """Write base and adapter unmerged into one .pt, as CoreNet stores them."""
     refuse_existing_file(target, force=force)
     dtype = getattr(mx, options.dtype) if options.dtype else base.dtype
     tensors, notes = corenet_tensors(ConversionPlan(base, base.config, dtype, {}))
     rows = tensors["token_embeddings.weight"].shape[0]
-    both, more = corenet_adapter_tensors(with_rows(adapter, rows), tensors)
+    checkpoint, adapter_notes = corenet_adapter_tensors(
+        with_rows(adapter, rows), tensors
+    )
     with staged_file(target, force=force) as staging:
-        write_pt(staging, both, on_written=count_tensors(on_progress, len(both)))
-    return (*notes, *more)
+        write_pt(
+            staging, checkpoint, on_written=count_tensors(on_progress, len(checkpoint))
+        )
+    return (*notes, *adapter_notes)

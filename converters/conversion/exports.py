@@ -1,4 +1,4 @@
-"""Results that are one file: CoreNet's .pt and GGUF."""
+"""Single-file exports: CoreNet's .pt and GGUF."""
 
 import itertools
 from collections.abc import Callable
@@ -22,18 +22,18 @@ GGUF_TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 def corenet_tensors(
     plan: ConversionPlan,
 ) -> tuple[dict[str, TensorToWrite], tuple[str, ...]]:
-    """Return a model under CoreNet's names and shapes, and what a person should know.
+    """Return a model's tensors under CoreNet's names, and notes for the user.
 
-    CoreNet's vocabulary has a row for padding and then as many as make a multiple of
-    128; those that the source has not are filled with zeros.
+    CoreNet adds a padding row to the vocabulary and rounds it up to a multiple of 128;
+    rows that the source lacks are zeros.
     """
     rows = plan.config.vocab_size
     padded = rows if plan.source.padded else pad_vocabulary(rows)
     tensors = {}
     for name, shape in plan.config.tensor_shapes().items():
         if name in (EMBEDDING, HEAD):
-            called = CLASSIFIER if name == HEAD else name
-            tensors[called] = TensorToWrite(
+            stored_name = CLASSIFIER if name == HEAD else name
+            tensors[stored_name] = TensorToWrite(
                 (padded, *shape[1:]), plan.dtype, _padding_reader(plan, name, padded)
             )
         else:
@@ -41,13 +41,13 @@ def corenet_tensors(
     notes = []
     if padded != rows:
         notes.append(
-            f"Filled the embedding with {padded - rows} rows of zeros up to {padded}, "
-            "as CoreNet pads its vocabulary."
+            f"Padded the embedding with {padded - rows} rows of zeros to {padded}, "
+            "CoreNet's vocabulary size."
         )
     if plan.config.to_dict() != _as_inferred(plan.config).to_dict():
         notes.append(
-            "A .pt holds tensors alone: keep the source's config.json beside it, which "
-            "says the context length, the RoPE base and eps."
+            "A .pt holds only tensors: keep the source's config.json beside it for the "
+            "context length, RoPE base and eps."
         )
     return tensors, tuple(notes)
 
@@ -60,15 +60,15 @@ def write_gguf_file(
     bits: float | None,
     on_written: Callable[[str], None],
 ) -> None:
-    """Write a GGUF file: F32, F16 or BF16 by the plan's dtype, or Q8_0 at 8 bits.
+    """Write a GGUF file: Q8_0 if `bits` is 8, else the plan's dtype.
 
     Raises:
-        OpenELMError: GGUF, or llama.cpp's OpenELM, cannot hold this model.
+        OpenELMError: GGUF or llama.cpp's OpenELM does not support this model.
     """
     if bits not in (None, 8):
         raise OpenELMError(
-            f"`to` gguf writes F32, F16, BF16 and, with `bits` 8, Q8_0; not {bits} "
-            "bits: quantize the GGUF file with llama.cpp's own tool."
+            f"`bits` is {bits}, but `to` gguf supports only 8 (Q8_0); leave it out and "
+            "quantize the GGUF file with llama.cpp."
         )
     write_gguf(
         path,
@@ -87,13 +87,13 @@ def write_gguf_file(
 def count_tensors(
     on_progress: Callable[[Progress], None], total: int
 ) -> Callable[[str], None]:
-    """Return what reports progress each time that a tensor has been written."""
+    """Return a callback that reports progress after each written tensor."""
     numbers = itertools.count(1)
     return lambda name: on_progress(Progress(next(numbers), total, "tensors"))
 
 
 def _as_inferred(config: OpenELMConfig) -> OpenELMConfig:
-    """Return what a reader makes of the shapes."""
+    """Return the config that a reader of the .pt infers from its shapes."""
     return OpenELMConfig.from_shapes(config.tensor_shapes())
 
 

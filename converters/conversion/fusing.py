@@ -1,15 +1,15 @@
-"""An adapter and its base become one model, with a proof that the adapter survived.
+"""Merge an adapter into its base, and check that its effect survives quantization.
 
-Weights of few bits swallow what an adapter adds: packed again, they are the base's. So
-before the folder takes its name, three models read some text: the base, the base with
-the adapter on it (by the layers that `generate` uses, not by the merged weights), and
-what lies in the folder. The folder must be far nearer to the second than the first is.
+Rounding to few bits can undo an adapter: the weights quantize to those of the base. So
+before the folder gets its final name, three models are run on a sample text: the base,
+the base with adapter layers (those of `generate`, not merged weights), and the written
+folder. The folder must be much closer to the second than the base is.
 
-`merging.refuse_losing` asks less, whether rounding moves the weights more than the
-adapter does: it needs no tokenizer, and lets pass what loses half of the adapter. (The
-demo model, an adapter of rank 16 after 40 steps: KL 0.16 nats of the adapter, 0.024 of
-4 bits, 0.1 of 3 bits, which it lets pass on a base of 3 bits. It refused nothing that
-the proof lets pass.) So `fuse` has the proof alone.
+`merging.refuse_lost_adapter` only checks whether rounding changes the weights more than
+the adapter does: it needs no tokenizer, but accepts the loss of half of the adapter.
+(Demo model, rank 16, 40 steps: KL of the adapter 0.16 nats, of 4 bits 0.024, of 3 bits
+0.1, which it accepts for a 3-bit base. It rejected nothing that this check accepts.)
+`fuse` therefore runs only this check.
 """
 
 import time
@@ -45,24 +45,24 @@ from mlx_openelm.storage.loading import load_tokenizer
 from mlx_openelm.storage.model_folder import open_folder, spell_dtype
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
 
-NUM_TOKENS, WINDOW = 256, 64  # of text in the proof; the 270M takes 10 s on two cores
-MOST_LOST = 0.25  # of the adapter's effect, in KL
-NOISE = 1e-6  # nats; below it two models are the same
+NUM_TOKENS, WINDOW = 256, 64  # of the sample; the 270M takes 10 s on two cores
+MAX_LOSS = 0.25  # fraction of the adapter's effect (KL) that may be lost
+NOISE = 1e-6  # nats; a smaller KL is rounding error
 
-METADATA = "fusion"  # the proof's place in our own entry of config.json
+METADATA = "fusion"  # key of the proof in the mlx-openelm entry of config.json
 
 
 @dataclass(frozen=True, slots=True)
 class FusionProof:
-    """How the fused model differs from the base with its adapter.
+    """Divergence of the fused model from the base with its adapter.
 
     Attributes:
-        text: what it was measured on.
-        tokens: after which the next one's distributions were compared.
-        kl_fused: mean KL(base with adapter || fused), nats a token.
-        kl_adapter: mean KL(base with adapter || base): what the adapter does.
-        top1_agreement: how often base with adapter and the fused model think the same
-            token likeliest, 0 to 1.
+        text: name of the sample text.
+        tokens: number of positions whose next-token distributions were compared.
+        kl_fused: mean KL(base with adapter || fused), nats per token.
+        kl_adapter: mean KL(base with adapter || base), the effect of the adapter.
+        top1_agreement: fraction of positions where base with adapter and fused model
+            have the same most likely token.
     """
 
     text: str
@@ -73,18 +73,18 @@ class FusionProof:
 
     @property
     def lost(self) -> bool:
-        """Whether too little of the adapter is left; not a number is lost, too."""
-        return not self.kl_fused <= max(MOST_LOST * self.kl_adapter, NOISE)
+        """Whether too much of the adapter's effect is lost; NaN counts as lost."""
+        return not self.kl_fused <= max(MAX_LOSS * self.kl_adapter, NOISE)
 
 
 @dataclass(frozen=True, slots=True)
 class FusionReport:
-    """What was written, and from what.
+    """Summary of a fused model.
 
     Attributes:
         method: lora, dora or full.
-        bits: of the linears, or None where nothing is packed.
-        template: the prompt template that the folder has now.
+        bits: of the linear layers; None if nothing is quantized.
+        template: the prompt template of the written folder.
     """
 
     path: Path
@@ -115,20 +115,20 @@ def fuse(
     offline: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> FusionReport:
-    """Write base and adapter as one model folder.
+    """Merge an adapter into its base and write the result as a model folder.
 
-    What the base has packed is packed again, in the same way.
+    By default, tensors that are quantized in the base are quantized in the same way.
 
     Args:
-        adapter_path: a folder of lora, dora or full; its own base is taken unless
-            `base` says one.
-        dequantize: write all of it in 16 bits.
-        bits: quantize the linears to so many, in groups of `group_size`.
-        force: replace a model that is there.
+        adapter_path: a folder of the methods lora, dora or full.
+        base: default: the base that the adapter's files name.
+        dequantize: write all weights in 16 bits.
+        bits: quantize the linear layers to this number, in groups of `group_size`.
+        force: replace an existing model.
 
     Raises:
-        OpenELMError: whatever is wrong, and that the weights' bits would lose the
-            adapter; nothing was written then.
+        OpenELMError: an input is wrong, or rounding would lose the adapter. Nothing is
+            written then.
     """
     started = time.perf_counter()
     path, target = locate(str(adapter_path), offline=offline), Path(save_path)
@@ -140,14 +140,14 @@ def fuse(
         bits=None if bits is None else str(bits),
         group_size=group_size,
         dequantize=dequantize,
-        receipt=False,  # the proof says what matters here
+        receipt=False,  # the proof replaces it
         merge=True,
         base=base,
-        allow_overflow=True,  # the base does already, if it is float16
+        allow_overflow=True,  # only if the base is float16 already
         repack=bits is None and not dequantize,
     )
-    found, adapter = open_pair(path, base, offline=offline)
-    merged = merge_adapter(found, adapter)
+    base_model, adapter = open_pair(path, base, offline=offline)
+    merged = merge_adapter(base_model, adapter)
     proofs: list[FusionProof] = []
 
     def prove(staging: Path) -> Mapping[str, Any]:
@@ -156,9 +156,8 @@ def fuse(
         if proof.lost:
             raise OpenELMError(_describe_loss(proof, staging))
         proofs.append(proof)
-        return {
-            METADATA: {"base": found.name, "method": adapter.method, **asdict(proof)}
-        }
+        entry = {"base": base_model.name, "method": adapter.method, **asdict(proof)}
+        return {METADATA: entry}
 
     job = Job(
         options=options,
@@ -175,7 +174,7 @@ def fuse(
     return FusionReport(
         path=target,
         adapter=str(adapter_path),
-        base=base or adapter.base or found.name,
+        base=base or adapter.base or base_model.name,
         method=adapter.method,
         size=written.size,
         num_parameters=written.num_parameters,
@@ -194,16 +193,16 @@ def _describe_loss(proof: FusionProof, staging: Path) -> str:
     source = open_path(staging)
     bits = [t.packing.bits for t in source.tensors.values() if t.packing]
     stored = f"{min(bits)} bits" if bits else spell_dtype(source.dtype)
-    instead = (
-        "say `dequantize`, or more bits with `bits`"
+    remedy = (
+        "use `dequantize` or a larger `bits`"
         if bits
-        else "use the base with `adapter_path` as it is"
+        else "leave the adapter unmerged and use it with `adapter_path`"
     )
     return (
-        f"Weights of {stored} would lose the adapter: the fused model is "
-        f"{proof.kl_fused:.3g} nats (mean KL) from base with adapter, and the base "
-        f"alone {proof.kl_adapter:.3g}, on {proof.tokens} tokens of {proof.text}; "
-        f"{instead}."
+        f"Weights of {stored} would lose the adapter: the mean KL from base with "
+        f"adapter is {proof.kl_fused:.3g} nats for the fused model and "
+        f"{proof.kl_adapter:.3g} for the base alone ({proof.tokens} tokens of "
+        f"{proof.text}); {remedy}."
     )
 
 
@@ -217,16 +216,16 @@ def prove_fused(
     config: OpenELMConfig,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> FusionProof:
-    """Compare a fused folder, tokenizer included, with base and adapter, in float32.
+    """Compare a fused folder with base and adapter in float32, using its tokenizer.
 
-    Of the weights there are never more in memory than one layer of each, and the heads.
+    At most one layer and the head of each model are in memory.
 
     Args:
-        base: the tensors of `config`, the adapter not merged into them.
-        adapter: for that base.
+        base: the tensors of `config`, without the adapter.
+        adapter: fits that base.
     """
     opened = open_folder(folder)
-    rows = opened.config.vocab_size  # the base may have more, for padding
+    rows = opened.config.vocab_size  # the base may have more (padding)
     name, text = read_calibration(None)
     tokenizer = load_tokenizer(opened)
     windows = calibration_windows(
@@ -244,7 +243,7 @@ def prove_fused(
     finals = run_side_by_side(
         models,
         windows,
-        lambda done, total: on_progress(Progress(done, total, "layers of the proof")),
+        lambda done, total: on_progress(Progress(done, total, "layers checked")),
     )
     heads = [model.head() for model in models]
     figures = []
@@ -267,7 +266,7 @@ def prove_fused(
 
 
 def _kl(p: mx.array, q: mx.array) -> mx.array:
-    """KL (C,) in nats of log-probabilities (C, V); rounding alone makes it negative."""
+    """KL (C,) in nats of log-probabilities (C, V), not negative despite rounding."""
     return mx.maximum((mx.exp(p) * (p - q)).sum(axis=-1), 0.0)
 
 
@@ -277,7 +276,7 @@ def _cut(read: Read, rows: int) -> Read:
 
 @dataclass(frozen=True)
 class _AdaptedModel(LayerwiseModel):
-    """A model with adapters on its layers, as `generate` has it."""
+    """A model with unmerged adapter layers, the same that `generate` uses."""
 
     adapters: Mapping[str, AdapterModule]
 

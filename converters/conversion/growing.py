@@ -1,13 +1,13 @@
-"""A model becomes a larger one that computes the same: HyperCloning, for OpenELM.
+"""Grow a model into a larger one with the same logits: HyperCloning, for OpenELM.
 
 After Samragh et al., "Scaling Smart" (arXiv 2409.12903). Every hidden vector of the
 large model is `width` copies of the small one's, every vector inside an FFN `ffn`
-copies. So a linear is tiled over rows and columns and divided by how often its input is
-repeated; norms are tiled, and heads are repeated as they are: query head j of Q reads
-key-value head j // (Q / K) in each copy as before. Training then starts where the small
-model stands. But copies that are alike have like gradients and learn alike, for ever,
-as a model without dropout has nothing that parts them: so noise may be added, to one
-column block what is taken from its neighbour, which equal inputs cancel.
+copies. So a linear is tiled over rows and columns and divided by the number of copies
+of its input; norms are tiled, and heads are repeated: query head j of Q reads key-value
+head j // (Q / K) in each copy. Training then continues from the small model's loss. But
+identical copies receive identical gradients, so without dropout or noise they never
+diverge. Optional noise breaks the symmetry: it is added to one column block and
+subtracted from its neighbour, so that it cancels for equal inputs.
 """
 
 import time
@@ -46,12 +46,13 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """How a model grows.
+    """Growth factors, and the noise that is added.
 
     Attributes:
-        width: how often a hidden vector is repeated: of model_dim and of the heads.
-        ffn: the same of the vectors inside the FFNs.
-        noise_db: mean square of the weights over that of the noise, in decibel.
+        width: factor of model_dim and of the number of heads.
+        ffn: factor of the FFN widths.
+        noise_db: signal-to-noise ratio: mean square of the weights over that of the
+            noise, in decibels. None: no noise.
         seed: of the noise.
     """
 
@@ -66,12 +67,12 @@ class Growth:
                 raise OpenELMError(f"{name} is {value}; it must be at least 1.")
         if self.width == self.ffn == 1:
             raise OpenELMError(
-                "`width` 1 and `ffn` 1 leave the model as it is; raise one of them."
+                "`width` 1 and `ffn` 1 leave the model unchanged; raise one of them."
             )
         if self.noise_db is not None and not 0 <= self.noise_db <= 100:
             raise OpenELMError(
-                f"`noise_db` is {self.noise_db:g}; it must be 0 (as strong as the "
-                "weights) to 100 (float32 hardly holds it); 10 is usual."
+                f"`noise_db` is {self.noise_db:g}; it must be 0 (noise as strong as "
+                "the weights) to 100 (near float32's precision); 10 is usual."
             )
         if not 0 <= self.seed < 2**63:
             raise OpenELMError(f"`seed` is {self.seed}; it must be 0 to 2**63 - 1.")
@@ -79,12 +80,12 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class GrowthReport:
-    """What was written, and from what.
+    """Summary of a grown model.
 
     Attributes:
-        path: the checkpoint; config.json and the tokenizer lie beside it.
-        before: parameters of the source.
-        tokenizer: where it came from, or None.
+        path: the checkpoint; config.json and the tokenizer are in the same folder.
+        before: number of parameters of the source.
+        tokenizer: path of the tokenizer's source, or None.
     """
 
     path: Path
@@ -115,36 +116,36 @@ def grow(
     revision: str | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> GrowthReport:
-    """Write a larger model with the same logits, to go on training from.
+    """Write a larger model with the same logits, to continue training from.
 
-    The folder is like a pre-training run's: checkpoint.pt (CoreNet's names, float32),
-    config.json with the sizes of each layer, which follow no formula any more, and the
-    tokenizer. Tensors are written one by one; no more than one is in memory.
+    The folder has the layout of a pre-training run: checkpoint.pt (CoreNet's names,
+    float32), config.json with the sizes of each layer, which no formula describes, and
+    the tokenizer. One tensor is in memory at a time.
 
     Args:
-        source: what `convert` takes, without an adapter; packed weights are unpacked.
+        source: as for `convert`, without an adapter. Quantized weights are dequantized.
         output: the folder; default ./<source name>-grown.
-        ffn: default as `width`.
-        tokenizer: a file, a folder or a Hub id; "none" goes without one.
-        force: replace what is there, where `staged_folder` does.
+        ffn: default: `width`.
+        tokenizer: a file, a folder, a Hub id, or "none".
+        force: replace an existing folder, as `staged_folder` does.
 
     Raises:
-        OpenELMError: whatever is wrong; nothing was written then.
+        OpenELMError: an input is wrong. Nothing is written then.
     """
     started = time.perf_counter()
     growth = Growth(width, width if ffn is None else ffn, noise_db, seed)
-    opened = _open_plain(str(source), offline=offline, revision=revision)
+    opened = _open_without_adapter(str(source), offline=offline, revision=revision)
     target = Path(f"{opened.name}-grown" if output is None else output)
     if target.suffix == ".pt":
         raise OpenELMError(
-            f"`output` is {target}, but a folder is written; leave out the .pt."
+            f"`output` is {target}, but it must name a folder; leave out the .pt."
         )
     refuse_existing(target, force=force)
     refuse_replacing(target, opened.files)
     config = grow_config(opened.config, growth)
-    found = None
+    found_tokenizer = None
     if tokenizer != "none":
-        found = find_tokenizer(
+        found_tokenizer = find_tokenizer(
             opened.folder, tokenizer, opened.config.vocab_size, offline=offline
         )
     tensors = grown_tensors(opened, growth)
@@ -162,8 +163,8 @@ def grow(
             staging / "config.json", config.to_dict() | {METADATA_KEY: described}
         )
         copy_generation_config(opened.folder, staging)
-        if found is not None:
-            (staging / MODEL_FILE).write_bytes(found.tokenizer.model_proto)
+        if found_tokenizer is not None:
+            (staging / MODEL_FILE).write_bytes(found_tokenizer.tokenizer.model_proto)
     return GrowthReport(
         path=target / CHECKPOINT,
         source=str(source),
@@ -174,19 +175,21 @@ def grow(
         before=opened.config.num_parameters,
         num_parameters=config.num_parameters,
         num_bytes=num_bytes,
-        tokenizer=None if found is None else str(found.path),
-        notes=_notes(opened, config, growth, found),
+        tokenizer=None if found_tokenizer is None else str(found_tokenizer.path),
+        notes=_notes(opened, config, growth, found_tokenizer),
         seconds=time.perf_counter() - started,
     )
 
 
-def _open_plain(name: str, *, offline: bool, revision: str | None) -> ModelSource:
+def _open_without_adapter(
+    name: str, *, offline: bool, revision: str | None
+) -> ModelSource:
     path = locate(name, offline=offline, revision=revision)
     source = None if is_adapter(path) else open_path(path)
     if source is None or source.adapter is not None:
-        what = "is" if source is None else "carries"
+        verb = "is" if source is None else "contains"
         raise OpenELMError(
-            f"{name} {what} an adapter, which would not fit the larger model; merge it "
+            f"{name} {verb} an adapter, which would not fit the larger model; merge it "
             f"first: mlx-openelm convert {name} --merge --to corenet."
         )
     return source
@@ -196,39 +199,39 @@ def _notes(
     source: ModelSource,
     config: OpenELMConfig,
     growth: Growth,
-    found: FoundTokenizer | None,
+    found_tokenizer: FoundTokenizer | None,
 ) -> tuple[str, ...]:
-    notes = [*source.notes, *(found.notes if found else ())]
+    notes = [*source.notes, *(found_tokenizer.notes if found_tokenizer else ())]
     packed = sum(tensor.packing is not None for tensor in source.tensors.values())
     if packed:
-        notes.append(f"Unpacked {packed} quantized tensors.")
+        notes.append(f"Dequantized {packed} tensors.")
     if config.share_input_output_layers != source.config.share_input_output_layers:
         notes.append(
-            f"Untied the output head: it is the embedding over {growth.width}."
+            f"Untied the output head: it is the embedding divided by {growth.width}."
         )
     if growth.noise_db is None:
         notes.append(
-            "Without noise the copies are alike and will learn alike; `noise_db` 10 "
-            "lets them part."
+            "Without noise the copies stay identical in training; use `noise_db` 10 to "
+            "let them diverge."
         )
     elif growth.width == 1:
         notes.append(
-            "`width` 1 leaves most inputs single, where noise has no pair to cancel "
-            "in: only the FFNs' second linear got some."
+            "With `width` 1 only the second linear of each FFN got noise: the inputs "
+            "of the others have no copies in which it would cancel."
         )
-    if found is None:
-        notes.append("No tokenizer was written: pretrain `init` needs one to be said.")
+    if found_tokenizer is None:
+        notes.append("No tokenizer was written: pretraining from it needs `tokenizer`.")
     return tuple(notes)
 
 
-# The rules -----------------------------------------------------------------------
+# Growth of the sizes and tensors -------------------------------------------------
 
 
 def grow_config(config: OpenELMConfig, growth: Growth) -> OpenELMConfig:
     """Return the larger model's sizes.
 
-    A single key-value head stays single, and a tied head is untied: the embedding is
-    repeated as it is, while the head has to be divided.
+    A single key-value head stays single, and a tied head is untied: the head must be
+    divided by `width`, the embedding must not.
     """
     n, m = growth.width, growth.ffn
     return replace(
@@ -242,7 +245,7 @@ def grow_config(config: OpenELMConfig, growth: Growth) -> OpenELMConfig:
 
 
 def grown_tensors(source: ModelSource, growth: Growth) -> dict[str, TensorToWrite]:
-    """Return the larger model's tensors, by CoreNet name, each made when it is read."""
+    """Return the larger model's tensors by CoreNet name, computed on read."""
     shapes = grow_config(source.config, growth).tensor_shapes()
     plan = ConversionPlan(source, source.config, mx.float32, {})
     return {
@@ -254,7 +257,7 @@ def grown_tensors(source: ModelSource, growth: Growth) -> dict[str, TensorToWrit
 def _reader(
     plan: ConversionPlan, name: str, number: int, growth: Growth
 ) -> Callable[[], mx.array]:
-    stored = EMBEDDING if name not in plan.source.tensors else name  # a head untied
+    stored = EMBEDDING if name not in plan.source.tensors else name  # an untied head
 
     def read() -> mx.array:
         rng = np.random.default_rng([growth.seed, number])
@@ -271,13 +274,13 @@ def grow_tensor(
     growth: Growth,
     rng: np.random.Generator,
 ) -> Array:
-    """Return the larger model's tensor.
+    """Return a tensor of the larger model.
 
     Args:
-        name: CoreNet's.
-        weight: (out, in) or (dim,), float32, of the model that grows.
-        config: that model's.
-        rng: of the noise.
+        name: CoreNet name.
+        weight: (out, in) or (dim,), float32, of the small model.
+        config: of the small model.
+        rng: for the noise.
     """
     n, m = growth.width, growth.ffn
     linear = _Linear(growth.noise_db, rng)
@@ -287,7 +290,7 @@ def grow_tensor(
         return np.tile(weight / np.float32(n), (1, n))
     layer, part = name.split(".")[1], name.split(".")[-2]
     match part:
-        case "q_norm" | "k_norm":  # of one head
+        case "q_norm" | "k_norm":  # per head: (head_dim,)
             return weight
         case "qkv_proj":
             H, K = config.head_dim, config.num_kv_heads[int(layer)]
@@ -303,32 +306,32 @@ def grow_tensor(
             )
         case "out_proj":
             return linear.clone(weight, n, n)
-        case "proj_1":  # apart, for SwiGLU pairs the upper half with the lower
+        case "proj_1":  # separately, as SwiGLU multiplies one half by the other
             gate, up = np.split(weight, 2)
             return np.concatenate([linear.clone(gate, m, n), linear.clone(up, m, n)])
         case "proj_2":
             return linear.clone(weight, n, m)
-    return np.tile(weight, n)  # a norm: copies do not change the mean square
+    return np.tile(weight, n)  # a norm: copies leave the mean square unchanged
 
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """How linears are cloned."""
+    """Clones the weights of linears, with noise."""
 
     noise_db: float | None
     rng: np.random.Generator
 
     def clone(self, weight: Array, rows: int, columns: int) -> Array:
-        """Return (out * rows, in * columns) of a weight (out, in).
+        """Return a weight (out, in) tiled to (out * rows, in * columns).
 
-        Noise differs from row block to row block and from pair to pair of neighbouring
-        column blocks; of an odd number the last has none.
+        Each row block and each pair of neighbouring column blocks gets its own noise;
+        of an odd number of column blocks the last gets none.
         """
         block = weight / np.float32(columns)
         grown = np.tile(block, (rows, columns))
         if self.noise_db is not None:
             out, into = weight.shape
-            blocks = grown.reshape(rows, out, columns, into)  # the same memory
+            blocks = grown.reshape(rows, out, columns, into)  # a view
             for row, left in product(range(rows), range(0, columns - 1, 2)):
                 noise = self._noise(block)
                 blocks[row, :, left] += noise

@@ -1,4 +1,4 @@
-"""Several files become one model: averaged checkpoints, a base with its adapter."""
+"""Combine sources into one model: average checkpoints, merge an adapter and a base."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,64 +31,66 @@ from converters.formats.sources import (
 from mlx_openelm.config import OpenELMConfig, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
-from mlx_openelm.storage.adapter_folder import read_sketch
+from mlx_openelm.storage.adapter_folder import read_base_fingerprint
 from mlx_openelm.storage.base_check import BaseWeight, check_base
 from mlx_openelm.storage.model_folder import check_shapes
 from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_module
 
-_ROWS = 4096  # of a tensor that are compared at a time
+_ROWS = 4096  # of a tensor, compared at a time
 
 
 def open_sources(
     paths: Sequence[Path], options: ConversionOptions, *, offline: bool = False
 ) -> tuple[ModelSource, Adapter | None]:
-    """Return the model that is meant, and the adapter that stays apart from it.
+    """Return the model to convert, and the adapter to write to its own folder.
 
     Raises:
-        OpenELMError: what lies there is no OpenELM, or the options do not fit it.
+        OpenELMError: a source is not an OpenELM, or the options do not fit it.
     """
     if is_adapter(paths[0]):
         base, adapter = open_pair(paths[0], options.base, offline=offline)
         return replace(merge_adapter(base, adapter), name=adapter.name), None
     if options.base is not None:
         raise OpenELMError(
-            f"{paths[0]} is a model and `model` {options.base} another; `model` is the "
-            "base of an adapter folder."
+            f"{paths[0]} is a model, not an adapter folder; leave out `model` "
+            f"{options.base}, which names the base of an adapter."
         )
     sources = [open_path(path) for path in paths]
     source = average(sources) if options.average else sources[0]
     if source.adapter is None:
         if options.merge or options.apart:
-            said = "`merge`" if options.merge else "`adapter_out`"
-            raise OpenELMError(f"{paths[0]} carries no adapter; leave out {said}.")
+            option = "`merge`" if options.merge else "`adapter_out`"
+            raise OpenELMError(f"{paths[0]} contains no adapter; leave out {option}.")
         return source, None
     if options.merge:
         return merge_adapter(source, source.adapter), None
     if options.apart:
-        return take_apart(source)
+        return separate_adapter(source)
     raise OpenELMError(
-        f"{paths[0]} carries an adapter ({source.adapter.method}); say `merge` to put "
-        "it into the weights, or `adapter_out` DIR to write it apart."
+        f"{paths[0]} contains an adapter ({source.adapter.method}); use `merge` to "
+        "merge it into the weights, or `adapter_out` DIR to write it to its own folder."
     )
 
 
 def open_pair(
-    path: Path, said: str | None, *, offline: bool = False
+    path: Path, base_name: str | None, *, offline: bool = False
 ) -> tuple[ModelSource, Adapter]:
-    """Return the base and the adapter that an adapter folder stands for.
+    """Open an adapter folder and its base.
 
     Args:
-        said: the base; None: what the adapter's files say.
+        base_name: default: the base that the adapter's files name.
 
     Raises:
-        OpenELMError: either is damaged or nowhere, or it is another base.
+        OpenELMError: either is damaged or missing, or the base is a different one.
     """
     adapter = open_full(path) or open_adapter(path)
     adapter = replace(adapter, name=name_folder(path))
-    base = open_base(adapter, said, offline=offline)
+    base = open_base(adapter, base_name, offline=offline)
     notes: tuple[str, ...] = ()
-    if sketch := read_sketch(adapter.metadata):
-        check_fits(fit_rows(adapter, base.config), base.config)  # says more
+    if fingerprint := read_base_fingerprint(adapter.metadata):
+        check_fits(
+            fit_rows(adapter, base.config), base.config
+        )  # its error has more detail
         weights = {
             to_module(name): BaseWeight(
                 (rows, width[0]), _row_reader(base.tensors[name])
@@ -96,7 +98,7 @@ def open_pair(
             for name, (rows, *width) in base.config.tensor_shapes().items()
             if width
         }
-        notes = check_base(sketch, weights, path, adapter.base)
+        notes = check_base(fingerprint, weights, path, adapter.base)
     return replace(base, notes=(*base.notes, *notes)), adapter
 
 
@@ -104,55 +106,56 @@ def _row_reader(tensor: SourceTensor) -> Callable[[mx.array], mx.array]:
     return lambda rows: tensor.read()[rows].astype(mx.float32)
 
 
-def open_base(adapter: Adapter, said: str | None, *, offline: bool) -> ModelSource:
-    """Return an adapter's base: what was said, else what the adapter's files say.
+def open_base(adapter: Adapter, base_name: str | None, *, offline: bool) -> ModelSource:
+    """Return an adapter's base: `base_name`, else the one that its files name.
 
     Raises:
-        OpenELMError: it is nowhere, is no OpenELM, or carries an adapter itself.
+        OpenELMError: it is missing, not an OpenELM, or contains an adapter itself.
     """
-    path = _locate_base(adapter, said, offline=offline)
+    path = _locate_base(adapter, base_name, offline=offline)
     base = open_path(path)
     if base.adapter is not None:
         raise OpenELMError(
-            f"The base {path} carries an adapter itself; convert it with `merge` first."
+            f"The base {path} contains an adapter itself; convert it with `merge` "
+            "first."
         )
     return base
 
 
-def _locate_base(adapter: Adapter, said: str | None, *, offline: bool) -> Path:
-    name = said or adapter.base
+def _locate_base(adapter: Adapter, base_name: str | None, *, offline: bool) -> Path:
+    name = base_name or adapter.base
     if name is None:
         raise OpenELMError(
-            f"{adapter.files[0].parent} does not say its base; say `model` BASE."
+            f"{adapter.files[0].parent} does not name its base; pass `model` BASE."
         )
     try:
         return locate(name, offline=offline)
     except OpenELMError as error:
-        if said is not None:
+        if base_name is not None:
             raise
         raise OpenELMError(
-            f"The base that {adapter.files[0].parent} names is not to be had: "
-            f"{str(error).rstrip('.')}; say `model` BASE."
+            f"The base that {adapter.files[0].parent} names cannot be opened: "
+            f"{str(error).rstrip('.')}; pass another with `model` BASE."
         ) from error
 
 
 def average(sources: Sequence[ModelSource]) -> ModelSource:
     """Return the element-wise mean of checkpoints of one model.
 
-    The sum is float64, the mean has the first one's dtype: so Apple's release weights
-    were made of the last five checkpoints.
+    The sum is float64; the mean has the dtype of the first. Apple's release weights are
+    the mean of the last five checkpoints.
 
     Raises:
-        OpenELMError: a single one, or they are not of the same shapes.
+        OpenELMError: there is only one source, or their shapes differ.
     """
     first, *others = sources
     if not others:
-        raise OpenELMError("`average` needs two or more sources; found one.")
-    adapted = next((source for source in sources if source.adapter), None)
-    if adapted is not None:
+        raise OpenELMError("`average` needs two or more sources, not one.")
+    with_adapter = next((source for source in sources if source.adapter), None)
+    if with_adapter is not None:
         raise OpenELMError(
-            f"{adapted.files[0]} carries an adapter, whose factors cannot be averaged; "
-            "convert each with `merge` first."
+            f"{with_adapter.files[0]} contains an adapter, whose factors cannot be "
+            "averaged; convert each source with `merge` first."
         )
     for other in others:
         check_shapes(
@@ -167,7 +170,7 @@ def average(sources: Sequence[ModelSource]) -> ModelSource:
             for source in sources:
                 total += np.asarray(source.tensors[name].read().astype(mx.float32))
             total /= len(sources)
-            with np.errstate(over="ignore"):  # infinity is found and said later
+            with np.errstate(over="ignore"):  # infinity is reported later
                 mean = mx.array(total.astype(np.float32))
             return mean.astype(first.tensors[name].dtype)
 
@@ -186,14 +189,14 @@ def average(sources: Sequence[ModelSource]) -> ModelSource:
 
 
 def merge_adapter(base: ModelSource, adapter: Adapter) -> ModelSource:
-    """Return the model that base and adapter are together.
+    """Return the base with the adapter merged into its weights.
 
-    It has the prompt template that the adapter was trained with. An adapter of the
-    embedding acts on inputs alone (CoreNet's and PEFT's meaning): the output head keeps
-    the base's table, so the model is untied. mlx-lm's acts on a tied head as well.
+    The result has the prompt template of the adapter's training. In CoreNet and PEFT an
+    adapter of the embedding changes only the inputs: the output head keeps the base's
+    embedding, so the result is untied. In mlx-lm it changes a tied head as well.
 
     Raises:
-        OpenELMError: the adapter is not for this base.
+        OpenELMError: the adapter does not fit this base.
     """
     adapter = fit_rows(adapter, base.config)
     check_fits(adapter, base.config)
@@ -224,7 +227,7 @@ def merge_adapter(base: ModelSource, adapter: Adapter) -> ModelSource:
 
 
 def fit_rows(adapter: Adapter, base: OpenELMConfig) -> Adapter:
-    """Give an embedding's adapter the base's rows, where only padding is between."""
+    """Fit an adapter of the embedding to the base, if they differ only by padding."""
     table, rows = adapter.modules.get(TABLE), base.vocab_size
     if table is None or table.shape[0] == rows:
         return adapter
@@ -232,11 +235,11 @@ def fit_rows(adapter: Adapter, base: OpenELMConfig) -> Adapter:
     return with_rows(adapter, rows) if pad_vocabulary(fewer) == more else adapter
 
 
-def take_apart(source: ModelSource) -> tuple[ModelSource, Adapter]:
-    """Return the base and the adapter of a file that carries both.
+def separate_adapter(source: ModelSource) -> tuple[ModelSource, Adapter]:
+    """Return the base and the adapter of a checkpoint that contains both.
 
-    mlx-lm would add an embedding's adapter to the tied logits as well, which CoreNet
-    does not; so it goes into the input table of an untied base.
+    mlx-lm would also apply an embedding's adapter to tied logits, unlike CoreNet; so it
+    is merged into the input embedding, which unties the base.
     """
     adapter = source.adapter
     assert adapter is not None
@@ -245,8 +248,8 @@ def take_apart(source: ModelSource) -> tuple[ModelSource, Adapter]:
     only_table = replace(adapter, modules={TABLE: adapter.modules[TABLE]})
     base = replace(merge_adapter(source, only_table), kind=f"base of {source.kind}")
     note = (
-        "The embedding's adapter acts on inputs alone, so it was merged into the input "
-        "table of an untied base; the adapter folder holds the linears'."
+        "The embedding's adapter changes only the inputs, so it was merged into the "
+        "base, which is untied now; the adapter folder holds the other modules."
     )
     return replace(base, notes=(*base.notes, note)), without_embedding(adapter)
 
@@ -258,30 +261,29 @@ def _merged(tensor: SourceTensor, part: AdapterModule) -> SourceTensor:
     return SourceTensor(tensor.shape, tensor.dtype, read)
 
 
-def refuse_losing(plan: ConversionPlan) -> None:
-    """Raise OpenELMError if rounding would move the weights more than the adapter did.
+def refuse_lost_adapter(plan: ConversionPlan) -> None:
+    """Raise OpenELMError if rounding changes the weights more than the adapter did.
 
-    Compared are the lengths (Frobenius) of both moves, over all merged and quantized
-    tensors.
+    Compares the Frobenius norms of both changes over all merged and quantized tensors.
     """
-    moved = rounded = 0.0
+    adapted = rounded = 0.0
     for name, before in plan.source.before_merging.items():
         packing = plan.packings.get(name)
         if packing is None:
             continue
         merged, base = plan.read(name), before.read()
         packed = pack_weight(packing, merged)
-        for start in range(0, merged.shape[0], _ROWS):  # all at once: four copies
+        for start in range(0, merged.shape[0], _ROWS):  # bounds the four copies
             rows = slice(start, start + _ROWS)
             exact = merged[rows].astype(mx.float32)
             parts = {suffix: part[rows] for suffix, part in packed.items()}
-            moved += _square(exact - base[rows].astype(mx.float32))
+            adapted += _square(exact - base[rows].astype(mx.float32))
             rounded += _square(unpack_weight(packing, parts, mx.float32) - exact)
-    if rounded > moved > 0:
+    if rounded > adapted > 0:
         raise OpenELMError(
-            f"Quantizing would lose the adapter: it moves the weights by "
-            f"{moved**0.5:.3g}, rounding to these bits by {rounded**0.5:.3g}; choose "
-            "more bits, or leave out `bits`."
+            f"Quantizing would lose the adapter: it changes the weights by "
+            f"{adapted**0.5:.3g} (Frobenius norm), rounding by {rounded**0.5:.3g}; use "
+            "a larger `bits`, or leave it out."
         )
 
 

@@ -1,4 +1,4 @@
-"""A plan becomes a model folder: weights, receipt, tokenizer, where it came from."""
+"""Write a model folder by a plan: weights, receipt, tokenizer, provenance."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from converters.conversion.adapters import stage_adapter
-from converters.conversion.merging import refuse_losing
+from converters.conversion.merging import refuse_lost_adapter
 from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import ConversionPlan
 from converters.conversion.provenance import (
@@ -41,11 +41,11 @@ GENERATION_CONFIG = "generation_config.json"
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A model folder to be written.
+    """A model to write, with all that writing it needs.
 
     Attributes:
-        prove: looks at the folder before it takes its name and returns what config.json
-            shall say of that, by key; it raises if the folder is not to be.
+        prove: checks the written folder before it gets its final name. Returns entries
+            for config.json, or raises to discard the folder.
     """
 
     options: ConversionOptions
@@ -59,10 +59,10 @@ class Job:
     prove: Callable[[Path], Mapping[str, Any]] | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What a run must have in common with one that was killed to go on from it."""
+        """Return what must be equal for a run to resume a killed one."""
         calibration = self.options.calibration
         texts = [Path(calibration)] if calibration else []
-        texts = [path for path in texts if path.is_file()]  # else it is said later
+        texts = [path for path in texts if path.is_file()]  # else reported later
         return {
             "version": __version__,
             "options": asdict(self.options),
@@ -71,25 +71,25 @@ class Job:
 
 
 def write_folder(
-    job: Job, plan: ConversionPlan, found: FoundTokenizer | None
+    job: Job, plan: ConversionPlan, found_tokenizer: FoundTokenizer | None
 ) -> tuple[ConversionPlan, Receipt | None]:
     """Write a model folder; return the plan with the bits chosen, and the receipt."""
     source, options = plan.source, job.options
-    calibration = _Calibration.read(job, plan, found)
+    calibration = _Calibration.read(job, plan, found_tokenizer)
     windows = None
-    if calibration and options.receipt:  # too short a text is said before the work
+    if calibration and options.receipt:  # reports a short text before the work
         windows = calibration.windows(RECEIPT_TOKENS)
     if options.auto_bits and calibration:
         refuse_small_disk(job.target, plan.estimate_bytes(options.auto_bits))
-        plan = replace(plan, packings=_price(job, plan, calibration))
+        plan = replace(plan, packings=_allocate_bits(job, plan, calibration))
     if source.before_merging and plan.packings and job.prove is None:
-        refuse_losing(plan)
+        refuse_lost_adapter(plan)
     with (
         staged_folder(job.target, force=job.force, job=job.identity()) as staging,
         hashing(source.files) as source_hashes,
     ):
-        whole = sum(file.stat().st_size for file in staging.iterdir())
-        refuse_small_disk(job.target, plan.num_bytes - whole)
+        written_before = sum(file.stat().st_size for file in staging.iterdir())
+        refuse_small_disk(job.target, plan.num_bytes - written_before)
         written = ShardWriter(
             staging, plan.layout(), format="pt" if options.to == "hf" else "mlx"
         )
@@ -100,20 +100,20 @@ def write_folder(
             entry = describe_packings(plan.packings, plan.config)
             raw |= {"quantization": entry, "quantization_config": entry}
         write_json(staging / "config.json", raw)
-        open_folder(staging)  # what is written can be read
+        open_folder(staging)  # checks that it can be read
         receipt = None
         if calibration and windows is not None:
             receipt = _measure(job, plan, staging, windows, calibration.name)
         if not copy_generation_config(source.folder, staging):
             ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
             write_json(staging / GENERATION_CONFIG, ids)
-        if found is not None:
-            write_tokenizer(found.tokenizer, staging)
+        if found_tokenizer is not None:
+            write_tokenizer(found_tokenizer.tokenizer, staging)
         proved = job.prove(staging) if job.prove else {}
         library = "transformers" if options.to == "hf" else "mlx"
-        facts = _tell(plan, receipt)
+        facts = _summarize(plan, receipt)
         write_card(staging, source.name, source.kind, facts, library=library)
-        metadata = _describe(job, receipt, source_hashes()) | dict(proved)
+        metadata = _build_metadata(job, receipt, source_hashes()) | dict(proved)
         tokenizer_files = staging.glob("tokenizer*")
         metadata["files"] = written.hashes | {
             file.name: hash_file(file) for file in tokenizer_files
@@ -130,13 +130,13 @@ def write_folder(
     return plan, receipt
 
 
-def _describe(
+def _build_metadata(
     job: Job, receipt: Receipt | None, source_hashes: dict[str, str]
 ) -> dict[str, Any]:
-    """Return our own entry of config.json."""
+    """Return the mlx-openelm entry of config.json."""
     source = job.source
     described = describe_source(source.name, source.kind, source.folder, source_hashes)
-    if source.metadata:  # of the folder that this one was made from
+    if source.metadata:  # of a source that mlx-openelm wrote
         described["was"] = source.metadata
     metadata: dict[str, Any] = {
         "version": __version__,
@@ -151,20 +151,20 @@ def _describe(
 
 
 def refuse_small_disk(target: Path, num_bytes: int) -> None:
-    """Raise OpenELMError if the disk of a target has less room than will be needed."""
-    place = next(
+    """Raise OpenELMError if the disk of `target` has less than `num_bytes` free."""
+    existing = next(
         p for p in (target.absolute(), *target.absolute().parents) if p.exists()
     )
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise OpenELMError(
-            f"{target} needs {num_bytes / 1e6:.0f} MB and its disk has "
-            f"{free / 1e6:.0f} MB left; make room or choose another place."
+            f"{target} needs {num_bytes / 1e6:.0f} MB, but its disk has only "
+            f"{free / 1e6:.0f} MB free; free some space or choose another disk."
         )
 
 
 def copy_generation_config(source: Path, target: Path) -> bool:
-    """Copy a folder's generation_config.json; return whether there is one.
+    """Copy a folder's generation_config.json; return whether it has one.
 
     Raises:
         OpenELMError: it is damaged.
@@ -179,7 +179,7 @@ def copy_generation_config(source: Path, target: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Calibration:
-    """The text that prices and receipt are measured on."""
+    """Text on which sensitivities and receipt are measured, with its tokenizer."""
 
     name: str
     text: str
@@ -188,15 +188,17 @@ class _Calibration:
 
     @classmethod
     def read(
-        cls, job: Job, plan: ConversionPlan, found: FoundTokenizer | None
+        cls, job: Job, plan: ConversionPlan, found_tokenizer: FoundTokenizer | None
     ) -> "_Calibration | None":
-        """Return it if it is needed and there is a tokenizer."""
+        """Return the calibration, or None if it is not needed or has no tokenizer."""
         options, tensors = job.options, plan.source.tensors
         rounded = any(tensors[n].packing != p for n, p in plan.packings.items())
-        if found is None or not (options.auto_bits or (options.receipt and rounded)):
+        if found_tokenizer is None or not (
+            options.auto_bits or (options.receipt and rounded)
+        ):
             return None
         path = Path(options.calibration) if options.calibration else None
-        return cls(*read_calibration(path), found.tokenizer, plan.config)
+        return cls(*read_calibration(path), found_tokenizer.tokenizer, plan.config)
 
     def windows(self, num_tokens: int) -> mx.array:
         """Return token ids (N, 1 + T)."""
@@ -218,7 +220,7 @@ def _write_weights(
     writer.close(plan.config.num_parameters)
 
 
-def _price(
+def _allocate_bits(
     job: Job, plan: ConversionPlan, calibration: _Calibration
 ) -> dict[str, Packing]:
     options = job.options
@@ -237,7 +239,7 @@ def _price(
         options.auto_bits,
         choices,
         dtype=plan.dtype,
-        on_progress=_report(job, "layers priced"),
+        on_progress=_progress(job, "layers measured"),
     )
 
 
@@ -252,29 +254,29 @@ def _measure(
         windows,
         text=text,
         bits_per_weight=8 * plan.num_bytes / plan.config.num_parameters,
-        on_progress=_report(job, "layers of the receipt"),
+        on_progress=_progress(job, "layers compared"),
     )
 
 
-def _report(job: Job, units: str) -> Callable[[int, int], None]:
+def _progress(job: Job, units: str) -> Callable[[int, int], None]:
     return lambda done, total: job.on_progress(Progress(done, total, units))
 
 
 def _find_template(source: ModelSource) -> str | None:
-    found = source.metadata.get("template")
-    if isinstance(found, str):
-        return found
+    template = source.metadata.get("template")
+    if isinstance(template, str):
+        return template
     return "instruct" if "instruct" in source.name.lower() else None
 
 
-def _tell(plan: ConversionPlan, receipt: Receipt | None) -> list[str]:
-    """Return what the model card says of the model, in sentences."""
+def _summarize(plan: ConversionPlan, receipt: Receipt | None) -> list[str]:
+    """Return sentences about the model for its model card."""
     config = plan.config
     facts = [f"{config.size_name}, {config.num_parameters:,} parameters."]
     if plan.packings:
         facts.append(
-            f"Quantized: {8 * plan.num_bytes / config.num_parameters:.2f} bits a "
-            "weight in all."
+            f"Quantized: {8 * plan.num_bytes / config.num_parameters:.2f} bits per "
+            "weight, including scales."
         )
     else:
         facts.append(f"Unquantized, {spell_dtype(plan.dtype)}.")
@@ -282,9 +284,9 @@ def _tell(plan: ConversionPlan, receipt: Receipt | None) -> list[str]:
         packed = any(tensor.packing for tensor in plan.source.tensors.values())
         before = "the source, itself quantized," if packed else "the unquantized model"
         facts.append(
-            f"Against {before} on {receipt.tokens} tokens "
-            f"({receipt.text}): mean KL {receipt.mean_kl:.4f} nats, same first choice "
-            f"at {receipt.top1_agreement:.1%}, perplexity "
+            f"Compared with {before} on {receipt.tokens} tokens "
+            f"({receipt.text}): mean KL {receipt.mean_kl:.4f} nats, top-1 agreement "
+            f"{receipt.top1_agreement:.1%}, perplexity "
             f"{receipt.perplexity_after:.2f} instead of "
             f"{receipt.perplexity_before:.2f}."
         )

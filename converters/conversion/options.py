@@ -17,7 +17,7 @@ QUANTIZATION = "Quantization"  # a heading in --help
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress of a conversion: `done` of `total`, counted in `units`."""
+    """Progress of a conversion: `done` of `total`, in `units`."""
 
     done: int
     total: int
@@ -26,12 +26,12 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class ConversionOptions:
-    """What `convert` writes.
+    """Options of `convert`.
 
     Attributes:
-        apart: write the adapter that the source carries to its own folder.
-        base: the base model of a source that is an adapter.
-        repack: quantize merged tensors as in the base, in its dtype (`fuse`).
+        apart: write the adapter that the source contains to its own folder.
+        base: the base model of an adapter source.
+        repack: quantize merged tensors as in the base, in its dtype (used by `fuse`).
     """
 
     to: str = option(
@@ -77,7 +77,7 @@ class ConversionOptions:
     )
     embed_bits: int | None = option(
         None,
-        "Bits of the embedding.",
+        "Bits per weight of the embedding.",
         flags=("--q-embed-bits",),
         panel=QUANTIZATION,
         shown_default=f"{EMBED_BITS}; chosen if {{bits}} is auto",
@@ -120,53 +120,51 @@ class ConversionOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.quantizes and self.dequantize:
-            raise OpenELMError("`dequantize` and `bits` exclude each other; give one.")
+            raise OpenELMError("Use either `dequantize` or `bits`, not both.")
         if self.quantizes and self.to in ("hf", "corenet", "peft"):
             raise OpenELMError(
-                f"`to` {self.to} holds unquantized weights; leave out `bits`, or write "
-                "`to` mlx or gguf."
+                f"`to` {self.to} does not support quantized weights; leave out `bits`, "
+                "or use `to` mlx or gguf."
             )
         if self.to == "gguf" and self.mode != "affine":
-            raise OpenELMError("`to` gguf has no `mode`; `bits` 8 makes it Q8_0.")
-        if self.auto_bits is not None:
-            self._quantization(None)  # its group size, embedding's bits and keep
-        if self.auto_bits is not None and self.to != "mlx":
-            raise OpenELMError("`bits` auto is for `to` mlx; give a number of bits.")
-        if self.auto_bits is not None and self.mode != "affine":
-            raise OpenELMError("`bits` auto chooses affine bits; leave out `mode`.")
-        if self.merge and self.apart:
             raise OpenELMError(
-                "`merge` and `adapter_out` exclude each other; give one."
+                f"`to` gguf does not support `mode` {self.mode}; use `bits` 8 for Q8_0."
             )
+        if self.auto_bits is not None:
+            self._quantization(None)  # checks group size, embed_bits and keep
+        if self.auto_bits is not None and self.to != "mlx":
+            raise OpenELMError("`bits` auto requires `to` mlx; give a number of bits.")
+        if self.auto_bits is not None and self.mode != "affine":
+            raise OpenELMError("`bits` auto requires `mode` affine; leave out `mode`.")
+        if self.merge and self.apart:
+            raise OpenELMError("Use either `merge` or `adapter_out`, not both.")
         if self.merge and self.to == "peft":
             raise OpenELMError(
-                "`merge` makes a model and `to` peft writes an adapter; leave out one "
-                "of them."
+                "Use either `merge`, which writes a model, or `to` peft, which writes "
+                "an adapter."
             )
         if self.apart and self.to not in ("mlx", "hf"):
-            raise OpenELMError(
-                f"`adapter_out` goes with a model folder, not with `to` {self.to}."
-            )
+            raise OpenELMError(f"`adapter_out` requires `to` mlx or hf, not {self.to}.")
 
     @property
     def auto_bits(self) -> float | None:
-        """Average bits per weight of `bits` "auto:N"; None for any other value."""
+        """N of `bits` "auto:N": bits per weight on average; None for other values."""
         if not str(self.bits).startswith(AUTO):
             return None
         try:
-            bits = float(str(self.bits).removeprefix(AUTO))
+            average = float(str(self.bits).removeprefix(AUTO))
         except ValueError:
-            bits = float("nan")
-        if not 0 < bits < 32:
+            average = float("nan")
+        if not 0 < average < 32:
             raise OpenELMError(
-                f"`bits` is {self.bits}; give auto: and the average bits per weight, "
-                "auto:4.5 for example."
+                f"`bits` is {self.bits}; expected auto:N, where N is the average bits "
+                "per weight (between 0 and 32), for example auto:4.5."
             )
-        return bits
+        return average
 
     @property
     def quantization(self) -> Quantization | None:
-        """The uniform quantization; None for auto bits or no quantization."""
+        """The uniform quantization of these options; None if there is none."""
         if self.bits is None and self.mode == "affine":
             return None
         if str(self.bits).startswith(AUTO):
@@ -188,28 +186,28 @@ class ConversionOptions:
         return self.quantization is not None or self.auto_bits is not None
 
     @property
-    def nominal_bits(self) -> float | None:
-        """Bits of the linear layers, or on average; None without quantization."""
+    def requested_bits(self) -> float | None:
+        """Bits per weight: of the linears, or the average of "auto:N"."""
         uniform = self.quantization
         return self.auto_bits if uniform is None else uniform.linear.bits
 
     @property
     def suffix(self) -> str:
-        """Suffix of the default output name, for example "-4bit"."""
+        """Suffix of the default output name, such as "-4bit"."""
         if self.mode != "affine":
             return f"-{self.mode}"
-        return "" if self.nominal_bits is None else f"-{self.nominal_bits:g}bit"
+        return "" if self.requested_bits is None else f"-{self.requested_bits:g}bit"
 
     def keeps(self, name: str) -> bool:
-        """Whether a tensor (CoreNet name) is not quantized, because of `keep`."""
+        """Whether `keep` excludes a tensor (CoreNet name) from quantization."""
         return Quantization(keep=self.keep).keeps(name)
 
     def check_keep(self, config: OpenELMConfig) -> None:
         """Raise OpenELMError if `keep` matches no module."""
         Quantization(keep=self.keep).check_keep(config)
 
-    def idle(self) -> list[str]:
-        """Return the options without effect, because nothing is quantized for MLX."""
+    def ignored(self) -> list[str]:
+        """Return the given options without effect, as nothing is quantized for MLX."""
         if self.quantizes and self.to == "mlx":
             return []
         names = ("group_size", "embed_bits", "keep", "calibration")

@@ -1,4 +1,4 @@
-"""What a conversion will write: every tensor's shape, dtype and packing, in advance."""
+"""Plan of a conversion: shape, dtype and packing of every tensor to write."""
 
 import math
 from collections.abc import Mapping
@@ -21,19 +21,19 @@ from mlx_openelm.storage.shards import TensorLayout
 from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_module
 
 _DAMAGED = (
-    "holds NaN or infinity, so the checkpoint is damaged or its training failed; get "
-    "it again"
+    "holds NaN or infinity, so the checkpoint is damaged or its training failed; "
+    "download it again"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """A source, and what becomes of it.
+    """A source and the format of the result.
 
     Attributes:
-        config: of the result; its vocabulary may have fewer rows than the source's.
-        dtype: of what is not packed.
-        packings: of what is, by CoreNet name.
+        config: of the result; its vocabulary may be smaller than the source's.
+        dtype: of tensors that are not packed.
+        packings: of the packed tensors, by CoreNet name.
     """
 
     source: ModelSource
@@ -59,21 +59,21 @@ class ConversionPlan:
         return sum(math.prod(t.shape) * t.dtype.size for t in self.layout().values())
 
     def estimate_bytes(self, bits_per_weight: float) -> int:
-        """Return the bytes of a result of so many bits a weight in all."""
+        """Return the bytes of a result with this average over all weights."""
         return int(self.config.num_parameters * bits_per_weight / 8)
 
     def part_names(self, name: str) -> list[str]:
-        """Return how what is written of a tensor (CoreNet name) is called."""
+        """Return the names under which a tensor (CoreNet name) is written."""
         packing, shape = self.packings.get(name), self.config.tensor_shapes()[name]
         suffixes = packing.part_shapes(shape) if packing else ("weight",)
         return [f"{to_module(name)}.{suffix}" for suffix in suffixes]
 
     def parts(self, name: str) -> dict[str, mx.array]:
-        """Return what is written of a tensor (CoreNet name), by name in a folder.
+        """Return the arrays to write for a tensor (CoreNet name), by name in a folder.
 
         Raises:
-            OpenELMError: it holds NaN or infinity, or its dtype or packing cannot hold
-                its values.
+            OpenELMError: it holds NaN or infinity, or values beyond the range of its
+                dtype or packing.
         """
         module, packing = to_module(name), self.packings.get(name)
         if packing is None:
@@ -85,20 +85,20 @@ class ConversionPlan:
                 suffix: self._cast_part(part[:rows])
                 for suffix, part in tensor.read_parts().items()
             }
-            wrong = _DAMAGED
+            problem = _DAMAGED
         else:
             parts = pack_weight(packing, self.read(name))
-            wrong = (
-                "has values too far apart to share a scale; convert it without `bits`, "
-                "or `keep` it"
+            problem = (
+                "has values too far apart to share a scale; leave out `bits`, or "
+                "exclude it with `keep`"
             )
         mx.eval(parts)
         if not unpacks_to_finite(packing, parts, self.dtype):
-            raise OpenELMError(f"{name} {wrong}.")
+            raise OpenELMError(f"{name} {problem}.")
         return {f"{module}.{suffix}": part for suffix, part in parts.items()}
 
     def read(self, name: str) -> mx.array:
-        """Return a tensor (CoreNet name), unpacked, in `dtype`; errors as `parts`."""
+        """Return a tensor (CoreNet name) unpacked in `dtype`. Raises as `parts`."""
         weight = self.read_whole(name)
         cast = weight.astype(self.dtype)
         mx.eval(cast)
@@ -112,7 +112,7 @@ class ConversionPlan:
         return cast
 
     def read_whole(self, name: str) -> mx.array:
-        """Return a tensor as precise as the source has it, cut to the vocabulary."""
+        """Return a tensor in the source's precision, cut to the vocabulary."""
         weight = self.source.tensors[name].read()
         if name in (EMBEDDING, HEAD):
             weight = weight[: self.config.vocab_size]

@@ -1,4 +1,4 @@
-"""Where a model came from: hashes of its files, config.json's entry, the model card."""
+"""Provenance of a model: hashes of its source, entry of config.json, model card."""
 
 import hashlib
 import os
@@ -17,9 +17,9 @@ _BLOCK = 2**20  # bytes hashed at a time
 
 @contextmanager
 def hashing(files: Sequence[Path]) -> Iterator[Callable[[], dict[str, str]]]:
-    """Hash files on a thread of its own; the given function waits for the outcome.
+    """Hash files in a thread; yields a function that waits for the result.
 
-    It returns name -> "sha256:...", the names relative to the files' common folder.
+    The result maps names relative to the files' common folder to "sha256:...".
     """
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -27,13 +27,13 @@ def hashing(files: Sequence[Path]) -> Iterator[Callable[[], dict[str, str]]]:
         try:
             yield hashed.result
         finally:
-            stop.set()  # on Ctrl-C there are gigabytes to come
+            stop.set()  # after Ctrl-C, gigabytes may remain
 
 
 def identify(files: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """Return what tells that files have not changed: path, bytes, time of change."""
+    """Return path, size and modification time of each file, to detect changes."""
     return [
-        (str(path), (found := path.stat()).st_size, found.st_mtime_ns)
+        (str(path), (stat := path.stat()).st_size, stat.st_mtime_ns)
         for path in (file.resolve() for file in files)
     ]
 
@@ -41,7 +41,7 @@ def identify(files: Sequence[Path]) -> list[tuple[str, int, int]]:
 def describe_source(
     name: str, kind: str, folder: Path, hashes: dict[str, str]
 ) -> dict[str, Any]:
-    """Return config.json's "source": what was converted; of the Hub, which commit."""
+    """Return the entry "source" of config.json, for a Hub model with its commit."""
     described: dict[str, Any] = {"name": name, "kind": kind, "files": hashes}
     snapshot = snapshot_of(folder)
     if snapshot is not None:
@@ -52,12 +52,13 @@ def describe_source(
 def write_card(
     folder: Path, name: str, kind: str, facts: Sequence[str], *, library: str
 ) -> None:
-    """Write README.md, the model card, from sentences about the model.
+    """Write the model card, README.md.
 
     Args:
-        library: whose layout the folder has, mlx or transformers.
+        facts: sentences about the model.
+        library: mlx or transformers, by the folder's layout.
     """
-    told = "\n".join(f"- {fact}" for fact in facts)
+    listed = "\n".join(f"- {fact}" for fact in facts)
     (folder / "README.md").write_text(
         f"""---
 library_name: {library}
@@ -72,18 +73,18 @@ pipeline_tag: text-generation
 Converted by mlx-openelm {__version__} from {name} ({kind}); hashes of the source files
 are in `config.json`. The licence is the source's.
 
-{told}
+{listed}
 
     mlx-openelm generate --model PATH --prompt "Once upon a time"
     mlx_lm.generate --model PATH --prompt "Once upon a time" --ignore-chat-template
 """,
         encoding="utf-8",
-        errors="replace",  # a file's name may be no UTF-8
+        errors="replace",  # a file name may not be UTF-8
     )
 
 
 def hash_file(path: Path, stop: threading.Event | None = None) -> str:
-    """Return "sha256:..." of a file; of no use if it was stopped on the way."""
+    """Return "sha256:..." of a file; the digest is invalid if `stop` was set."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as opened:
         while (block := opened.read(_BLOCK)) and not (stop and stop.is_set()):
@@ -92,6 +93,6 @@ def hash_file(path: Path, stop: threading.Event | None = None) -> str:
 
 
 def _hash_files(files: Sequence[Path], stop: threading.Event) -> dict[str, str]:
-    whole = [file.absolute() for file in files]
-    common = os.path.commonpath([file.parent for file in whole])
-    return {f.relative_to(common).as_posix(): hash_file(f, stop) for f in whole}
+    paths = [file.absolute() for file in files]
+    common = os.path.commonpath([path.parent for path in paths])
+    return {p.relative_to(common).as_posix(): hash_file(p, stop) for p in paths}

@@ -1,4 +1,4 @@
-"""A source becomes a model folder, or one file, one tensor at a time."""
+"""Convert a source to a model folder or a single file, one tensor at a time."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -43,15 +43,15 @@ from mlx_openelm.storage.tokenizer_finder import FoundTokenizer, find_tokenizer
 
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
-    """What was written, and from what.
+    """Summary of a converted model.
 
     Attributes:
         to: mlx, hf, corenet or gguf.
-        bits: of the linears as asked for, or None where nothing was quantized.
-        bits_per_weight: bytes of all tensors x 8 over the number of parameters.
-        tokenizer: where it came from, or None.
-        adapter_path: the adapter's folder, where it was taken apart.
-        receipt: what the quantization cost.
+        bits: of the linears, as requested; None if nothing is quantized.
+        bits_per_weight: 8 x bytes of all tensors / number of parameters.
+        tokenizer: path of the tokenizer's source, or None.
+        adapter_path: the folder of a separated adapter, or None.
+        receipt: the measured quantization error, or None.
     """
 
     path: Path
@@ -82,35 +82,37 @@ def convert(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     **options: Any,
 ) -> ConversionReport | AdapterReport:
-    """Write an OpenELM as mlx-lm, Hugging Face, CoreNet or llama.cpp has it.
+    """Convert an OpenELM to the format of mlx-lm, Hugging Face, CoreNet or llama.cpp.
 
     Args:
         source: a CoreNet .pt file, a model folder (Hugging Face's, mlx-lm's, Apple's
-            MLX), an adapter folder (mlx-lm's, PEFT's), a Hub id or demo; several .pt
-            files to `average`.
-        mlx_path: where to; default ./<source name>-mlx, with -4bit (say) where
-            quantized.
-        adapter_out: write the adapter that the source carries to this folder.
+            MLX), an adapter folder (mlx-lm's, PEFT's), a Hub id or "demo"; a list of
+            .pt files for `average`.
+        mlx_path: the output; default ./<source name>-mlx, with a suffix such as -4bit
+            if quantized.
+        adapter_out: write the adapter that the source contains to this folder.
         revision: of a source on the Hub.
-        force: replace what is there.
+        force: replace existing output.
         options: the fields of `converters.conversion.options.ConversionOptions`, by
             name: `to`, `dtype`, `bits`, `group_size`, `merge` and so on.
 
     Raises:
-        OpenELMError: whatever is wrong; nothing was written then.
+        OpenELMError: an input is wrong. Nothing is written then.
     """
     started = time.perf_counter()
     names = [source] if isinstance(source, str | Path) else list(source)
     chosen = ConversionOptions(apart=adapter_out is not None, **options)
     if len(names) != 1 and not chosen.average:
         raise OpenELMError(
-            f"{len(names)} sources were given; one is converted, or several are made "
-            "one with `average`."
+            f"Expected one source, got {len(names)}; use `average` to average the "
+            "weights of two or more."
         )
     paths = [locate(str(n), offline=offline, revision=revision) for n in names]
     target = None if mlx_path is None else Path(mlx_path)
     if chosen.average and any(map(is_adapter, paths)):
-        raise OpenELMError("`average` is for models; an adapter is among the sources.")
+        raise OpenELMError(
+            "`average` requires models, but one of the sources is an adapter."
+        )
     if is_adapter(paths[0]) and not chosen.merge:
         return convert_adapter(
             paths[0],
@@ -123,8 +125,8 @@ def convert(
     opened, adapter = open_sources(paths, chosen, offline=offline)
     if chosen.to == "peft":
         raise OpenELMError(
-            f"{names[0]} is a model, and `to` peft writes an adapter; give an adapter "
-            "folder, or take the adapter apart with `adapter_out` first."
+            f"{names[0]} is a model, but `to` peft writes an adapter; pass an adapter "
+            "folder, or extract the model's adapter with `adapter_out` first."
         )
     target = target or Path(_default_name(opened, chosen))
     job = Job(
@@ -145,58 +147,60 @@ def convert(
 
 
 def convert_model(job: Job) -> ConversionReport:
-    """Write the model of a job; how it was named and how long it took is not told.
+    """Write the model of a job; the report's `seconds` are 0.
 
     Raises:
-        OpenELMError: whatever is wrong; nothing was written then.
+        OpenELMError: an input is wrong. Nothing is written then.
     """
     options, source, target = job.options, job.source, job.target
     _check_targets(job)
-    found = None
+    found_tokenizer = None
     if options.tokenizer != "none" and options.to != "corenet":
-        found = find_tokenizer(
+        found_tokenizer = find_tokenizer(
             source.folder,
             options.tokenizer,
             source.config.vocab_size,
             offline=job.offline,
         )
-    if found is None and (options.to == "gguf" or options.auto_bits):
+    if found_tokenizer is None and (options.to == "gguf" or options.auto_bits):
         raise OpenELMError(
-            f"{'`to` gguf' if options.to == 'gguf' else '`bits` auto'} needs the "
-            "tokenizer; give `tokenizer` a path or a Hub id."
+            f"{'`to` gguf' if options.to == 'gguf' else '`bits` auto'} needs a "
+            "tokenizer; pass `tokenizer` with a path or a Hub id."
         )
     config = source.config
     if options.to != "corenet":
-        config = _cut_vocabulary(config, found)
+        config = _cut_vocabulary(config, found_tokenizer)
     plan = ConversionPlan(
         source,
         config,
         _choose_dtype(source, config, options),
         _choose_packings(source, config, options),
     )
-    notes = [*source.notes, *(found.notes if found else ())]
-    if options.idle():
-        notes.append(f"Not quantized: {', '.join(options.idle())} needs `bits`.")
+    notes = [*source.notes, *(found_tokenizer.notes if found_tokenizer else ())]
+    if ignored := options.ignored():
+        notes.append(f"Not quantized: {', '.join(ignored)} needs `bits`.")
     if config.vocab_size < source.config.vocab_size:
         notes.append(
             f"Cut the embedding from {source.config.vocab_size} to {config.vocab_size} "
-            "rows: the rest is padding."
+            "rows: the others are padding."
         )
     packed = {**source.tensors, **source.before_merging}.items()
     unpacked = [n for n, tensor in packed if tensor.packing and n not in plan.packings]
     if unpacked:
-        notes.append(f"Unpacked {len(unpacked)} quantized tensors; `bits` packs again.")
+        notes.append(
+            f"Dequantized {len(unpacked)} tensors; use `bits` to quantize them again."
+        )
     receipt = None
     if options.to in ("corenet", "gguf"):
-        notes += _write_file(job, plan, found)
+        notes += _write_file(job, plan, found_tokenizer)
         num_bytes = target.stat().st_size
     else:
-        plan, receipt = write_folder(job, plan, found)
+        plan, receipt = write_folder(job, plan, found_tokenizer)
         num_bytes = plan.num_bytes
-        if found is None:
-            notes.append("No tokenizer was written: generate needs one in the folder.")
+        if found_tokenizer is None:
+            notes.append("No tokenizer was written; generate needs one in the folder.")
             if options.quantization is not None and options.receipt:
-                notes.append("No receipt: without a tokenizer no text can be scored.")
+                notes.append("No receipt: measuring it needs a tokenizer.")
     return ConversionReport(
         path=target,
         to=options.to,
@@ -208,7 +212,7 @@ def convert_model(job: Job) -> ConversionReport:
         bits=_count_bits(plan, options),
         bits_per_weight=8 * num_bytes / config.num_parameters,
         num_bytes=num_bytes,
-        tokenizer=None if found is None else str(found.path),
+        tokenizer=None if found_tokenizer is None else str(found_tokenizer.path),
         adapter_path=job.adapter_out,
         receipt=receipt,
         notes=tuple(notes),
@@ -226,8 +230,8 @@ def _check_targets(job: Job) -> None:
         suffix = {"corenet": ".pt", "gguf": ".gguf"}[job.options.to]
         if job.target.suffix != suffix:
             raise OpenELMError(
-                f"`to` {job.options.to} writes a file, and {job.target} does not end "
-                f"in {suffix}; choose another `mlx_path`."
+                f"`to` {job.options.to} writes a {suffix} file, but {job.target} does "
+                "not end in that; choose another `mlx_path`."
             )
         refuse_existing_file(job.target, force=job.force)
     refuse_replacing(job.target, job.source.files)
@@ -237,18 +241,18 @@ def _check_targets(job: Job) -> None:
         one, other = job.target.resolve(), job.adapter_out.resolve()
         if one.is_relative_to(other) or other.is_relative_to(one):
             raise OpenELMError(
-                f"{job.target} is for the model and {job.adapter_out} for the adapter; "
-                "they need two folders, neither in the other."
+                f"The model ({job.target}) and the adapter ({job.adapter_out}) need "
+                "separate folders, neither inside the other."
             )
 
 
 def _cut_vocabulary(
-    config: OpenELMConfig, found: FoundTokenizer | None
+    config: OpenELMConfig, found_tokenizer: FoundTokenizer | None
 ) -> OpenELMConfig:
-    """Drop the rows behind the tokenizer's pieces, which CoreNet pads with."""
+    """Drop CoreNet's padding rows, which follow those of the tokenizer's pieces."""
     pieces = config.vocab_size
-    if found is not None:
-        pieces = found.tokenizer.vocab_size
+    if found_tokenizer is not None:
+        pieces = found_tokenizer.tokenizer.vocab_size
     elif config.vocab_size == CORENET_ROWS:
         pieces = LLAMA_PIECES
     return replace(config, vocab_size=pieces)
@@ -267,8 +271,8 @@ def _choose_dtype(
     shaped_like_3b = config.model_dim >= OpenELMConfig.preset("3B").model_dim
     if chosen == mx.float16 and shaped_like_3b and not options.allow_overflow:
         raise OpenELMError(
-            f"A model of the 3B's shape (model_dim {config.model_dim}) overflows in "
-            "float16 and prints rubbish; choose `dtype` bfloat16, or give "
+            f"A model as large as the 3B (model_dim {config.model_dim}) overflows in "
+            "float16 and generates nonsense; use `dtype` bfloat16, or pass "
             "`allow_overflow`."
         )
     return chosen
@@ -277,24 +281,24 @@ def _choose_dtype(
 def _choose_packings(
     source: ModelSource, config: OpenELMConfig, options: ConversionOptions
 ) -> dict[str, Packing]:
-    """Return how tensors are packed: as asked for, else as the source has them."""
+    """Return the packings that the options request, else those of the source."""
     if options.dequantize or options.to not in ("mlx", "hf"):
         return {}
     tensors = dict(source.tensors)
     if options.repack:
         tensors |= source.before_merging
     packed = {n: t.packing for n, t in tensors.items() if t.packing is not None}
-    asked = options.quantization
-    if asked is None:
+    uniform = options.quantization
+    if uniform is None:
         return packed if options.to == "mlx" else {}
-    kept = {name: packing for name, packing in packed.items() if asked.keeps(name)}
-    return asked.packings(config) | kept
+    kept = {name: packing for name, packing in packed.items() if uniform.keeps(name)}
+    return uniform.packings(config) | kept
 
 
 def _count_bits(plan: ConversionPlan, options: ConversionOptions) -> float | None:
-    """Return the bits that were asked for, or what the source's linears have."""
+    """Return the requested bits, or those of the source's linears."""
     if options.quantizes or not plan.packings:
-        return options.nominal_bits
+        return options.requested_bits
     return float(describe_packings(plan.packings, plan.config)["bits"])
 
 
@@ -311,9 +315,9 @@ def _default_name(source: ModelSource, options: ConversionOptions) -> str:
 
 
 def _write_file(
-    job: Job, plan: ConversionPlan, found: FoundTokenizer | None
+    job: Job, plan: ConversionPlan, found_tokenizer: FoundTokenizer | None
 ) -> tuple[str, ...]:
-    """Write a .pt or GGUF file; return what a person should know."""
+    """Write a .pt or GGUF file; return notes for the user."""
     count = count_tensors(job.on_progress, len(plan.config.tensor_shapes()))
     with staged_file(job.target, force=job.force) as staging:
         refuse_small_disk(job.target, plan.num_bytes)
@@ -321,7 +325,9 @@ def _write_file(
             tensors, notes = corenet_tensors(plan)
             write_pt(staging, tensors, on_written=count)
             return notes
-        assert found is not None
-        bits = job.options.nominal_bits
-        write_gguf_file(staging, plan, found.tokenizer, bits=bits, on_written=count)
+        assert found_tokenizer is not None
+        bits = job.options.requested_bits
+        write_gguf_file(
+            staging, plan, found_tokenizer.tokenizer, bits=bits, on_written=count
+        )
         return ()

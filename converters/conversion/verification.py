@@ -1,4 +1,4 @@
-"""Is a model folder whole, and is it what it says it is?"""
+"""Check that a model folder is complete, undamaged and equal to its source."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,15 +27,15 @@ from mlx_openelm.storage.model_folder import (
 from mlx_openelm.storage.tokenizer_finder import (
     JSON_FILE,
     MODEL_FILE,
-    prove_same,
-    prove_tokenizer,
+    verify_same,
+    verify_tokenizer,
 )
 from mlx_openelm.tensor_names import to_folder, to_module
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One thing that was looked at, and what is wrong with it (nothing: it holds)."""
+    """One check and its problems (none if it passed)."""
 
     name: str
     passed: bool
@@ -44,7 +44,7 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What `verify` found."""
+    """Result of `verify`."""
 
     path: Path
     size: str
@@ -67,15 +67,15 @@ def verify(
     """Check a model folder's files, weights and tokenizer.
 
     Args:
-        against: what it was made from (several, if averaged): every tensor is made
-            again and compared bit for bit.
+        against: its source (the sources, if averaged): every tensor is converted again
+            and compared bit for bit.
 
     Raises:
-        OpenELMError: it cannot even be opened: no config, a damaged or missing file,
-            tensors that are not those of the config.
+        OpenELMError: the folder cannot be opened: no config, a damaged or missing file,
+            or tensors that do not match the config.
     """
     folder = open_folder(path)
-    found = {
+    problems = {
         "index and shapes": _check_index(folder),
         "weights are numbers": _check_numbers(folder, on_progress),
         "hashes": _check_hashes(folder),
@@ -83,32 +83,28 @@ def verify(
     }
     if against:
         name = f"equal to {' '.join(against)}"
-        found[name] = _compare(folder, against, offline, on_progress)
-    checks = tuple(
-        CheckResult(n, not wrong, tuple(wrong)) for n, wrong in found.items()
-    )
+        problems[name] = _compare(folder, against, offline, on_progress)
+    checks = tuple(CheckResult(n, not p, tuple(p)) for n, p in problems.items())
     passed = all(check.passed for check in checks)
     return Verification(path, folder.config.size_name, checks, passed)
 
 
 def _check_index(folder: ModelFolder) -> list[str]:
-    """Files that the index names are there (`open_folder` saw to it); and the rest?"""
+    """Compare index and files; `open_folder` has checked that indexed files exist."""
     index = folder.path / INDEX
     if not index.is_file():
         return []  # a single file needs none
-    found = read_mapping(index)
-    problems = []
-    weight_map = found["weight_map"]
-    strays = {file.name for file in folder.path.glob("model*.safetensors")}
-    strays -= set(weight_map.values())
-    problems += [
-        f"{name} is in no index, but mlx-lm loads it" for name in sorted(strays)
+    weight_map = read_mapping(index)["weight_map"]
+    unindexed = {file.name for file in folder.path.glob("model*.safetensors")}
+    unindexed -= set(weight_map.values())
+    problems = [
+        f"{name} is not in the index, but mlx-lm loads it" for name in sorted(unindexed)
     ]
     for name, tensor in folder.tensors.items():
         if weight_map.get(name) != tensor.file.name:
             problems.append(
-                f"the index says {name} is in {weight_map.get(name)}; it is in "
-                f"{tensor.file.name}"
+                f"{name} is in {tensor.file.name}, but in the index under "
+                f"{weight_map.get(name)}"
             )
     problems += [
         f"the index names {name}, which is in no file"
@@ -135,7 +131,7 @@ def _check_numbers(
 
 
 def _read_parts(folder: ModelFolder, name: str) -> dict[str, mx.array]:
-    """Read a tensor (CoreNet name), a packed one in parts, by suffix."""
+    """Read a tensor (CoreNet name), all parts of a packed one, by suffix."""
     module, parts = to_module(name), {}
     for suffix in ("weight", "scales", "biases"):
         if stored := folder.tensors.get(f"{module}.{suffix}"):
@@ -144,31 +140,31 @@ def _read_parts(folder: ModelFolder, name: str) -> dict[str, mx.array]:
 
 
 def _check_hashes(folder: ModelFolder) -> list[str]:
-    """Compare weights and tokenizer with what their converter noted of them."""
-    noted = folder.metadata.get("files")
-    if not isinstance(noted, dict):
+    """Compare weights and tokenizer with the hashes that the converter stored."""
+    hashes = folder.metadata.get("files")
+    if not isinstance(hashes, dict):
         return []
     problems = []
-    for name, digest in noted.items():
+    for name, digest in hashes.items():
         file = folder.path / str(name)
         if not file.is_file():
             problems.append(f"{name} is missing")
         elif hash_file(file) != digest:
-            problems.append(f"{name} is not what the converter wrote")
+            problems.append(f"{name} has changed since it was converted")
     return problems
 
 
 def _check_tokenizer(folder: ModelFolder) -> list[str]:
     files = [folder.path / name for name in (MODEL_FILE, JSON_FILE)]
-    if _noted_options(folder).get("tokenizer") == "none" and not any(
+    if _stored_options(folder).get("tokenizer") == "none" and not any(
         file.exists() for file in files
     ):
         return []
     try:
         tokenizer = load_tokenizer(folder)
-        prove_tokenizer(tokenizer, folder.config.vocab_size)
+        verify_tokenizer(tokenizer, folder.config.vocab_size)
         if files[1].is_file():  # what mlx-lm reads
-            prove_same(files[1].read_text(encoding="utf-8"), tokenizer)
+            verify_same(files[1].read_text(encoding="utf-8"), tokenizer)
     except (OpenELMError, OSError, UnicodeDecodeError) as error:
         return [str(error).rstrip(".")]
     return []
@@ -189,37 +185,37 @@ def _compare(
     plan = ConversionPlan(source, folder.config, stored_dtype(folder), folder.packings)
     names = folder.config.tensor_shapes()
     for done, name in enumerate(names, start=1):
-        found = _read_parts(folder, name)
+        actual = _read_parts(folder, name)
         for part_name, expected in plan.parts(name).items():
-            if not mx.array_equal(found[part_name.rpartition(".")[2]], expected):
+            if not mx.array_equal(actual[part_name.rpartition(".")[2]], expected):
                 problems.append(f"{part_name} differs")
         on_progress(Progress(done, len(names), "tensors"))
     return problems
 
 
-def _noted_options(folder: ModelFolder) -> dict[str, Any]:
-    noted = folder.metadata.get("options")
-    return noted if isinstance(noted, dict) else {}
+def _stored_options(folder: ModelFolder) -> dict[str, Any]:
+    stored = folder.metadata.get("options")
+    return stored if isinstance(stored, dict) else {}
 
 
 def _options(folder: ModelFolder) -> ConversionOptions:
-    """How the folder says that it was made of its source."""
-    noted = _noted_options(folder)
-    base = noted.get("base")
+    """Return the options with which the folder was converted."""
+    stored = _stored_options(folder)
+    base = stored.get("base")
     return ConversionOptions(
-        merge=noted.get("merge") is True,
-        apart=noted.get("apart") is True,
-        average=noted.get("average") is True,
+        merge=stored.get("merge") is True,
+        apart=stored.get("apart") is True,
+        average=stored.get("average") is True,
         base=base if isinstance(base, str) else None,
     )
 
 
 def _compare_configs(source: ModelSource, folder: ModelFolder) -> list[str]:
-    expected, found = asdict(source.config), asdict(folder.config)
-    if pad_vocabulary(found["vocab_size"]) == expected["vocab_size"]:
-        expected["vocab_size"] = found["vocab_size"]  # rows for padding were cut
+    expected, actual = asdict(source.config), asdict(folder.config)
+    if pad_vocabulary(actual["vocab_size"]) == expected["vocab_size"]:
+        expected["vocab_size"] = actual["vocab_size"]  # padding rows were cut
     return [
-        f"{key} is {found[key]}, the source's {expected[key]}"
+        f"{key} is {actual[key]}, in the source {expected[key]}"
         for key in expected
-        if found[key] != expected[key]
+        if actual[key] != expected[key]
     ]

@@ -1,6 +1,6 @@
-"""Adapters in other people's files: CoreNet's .pt, PEFT's and mlx-lm's folders.
+"""Read adapters from CoreNet's .pt files and from PEFT's and mlx-lm's folders.
 
-The letters of the shapes are those of `adapter_tensors`.
+`adapter_tensors` explains the letters of the shapes.
 """
 
 import re
@@ -40,7 +40,7 @@ from mlx_openelm.tensor_names import map_to_corenet, to_corenet
 
 PEFT_WEIGHTS, PEFT_BIN = "adapter_model.safetensors", "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
-BASE_LAYER = ".base_layer.weight"  # of a weight that CoreNet or PEFT has wrapped
+BASE_LAYER = ".base_layer.weight"  # suffix of an adapted weight in CoreNet and PEFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +48,16 @@ class Adapter:
     """An adapter that can be merged, or written in another format.
 
     Attributes:
-        kind: what it was recognised as, in words.
+        kind: description of the detected format.
         modules: by CoreNet's path ("layers.0.attn.qkv_proj").
-        dropout: of the training; nothing here depends on it.
-        base: what the files say about the base model.
-        notes: what a person should know.
-        metadata: our own entry of adapter_config.json.
-        adapts_tied_head: an adapter of the embedding acts on the logits of a tied base
-            as well. mlx-lm's does; CoreNet's and PEFT's act on inputs alone.
-        weights: a full fine-tune's, by CoreNet name; they take the place of the base's,
-            and there are no modules then.
+        dropout: of the training; only copied.
+        base: the base model that the files name.
+        notes: notes for the user.
+        metadata: the mlx-openelm entry of adapter_config.json.
+        adapts_tied_head: an adapter of the embedding also changes the logits of a tied
+            base (mlx-lm), not only the inputs (CoreNet, PEFT).
+        weights: of a full fine-tune, by CoreNet name; they replace the base's, and
+            `modules` is empty.
     """
 
     name: str
@@ -73,18 +73,18 @@ class Adapter:
 
     @property
     def method(self) -> Method | Literal["full"]:
-        """DoRA where any module is; CoreNet's embedding beside it is always LoRA."""
+        """DoRA if any module is; CoreNet's embedding adapter is always LoRA."""
         if self.weights:
             return "full"
         dora = any(module.method == "dora" for module in self.modules.values())
         return "dora" if dora else "lora"
 
 
-# Use -----------------------------------------------------------------------------
+# Merging and checks --------------------------------------------------------------
 
 
 def merge(weight: mx.array, module: AdapterModule) -> mx.array:
-    """Return the base's weight with its adapter in it, float32 of the same shape."""
+    """Return the base's weight with the adapter merged, float32 of the same shape."""
     parts = module.read()
     update = module.scale * (parts["a"] @ parts["b"])  # (I, O) or (V, D)
     merged = weight.astype(mx.float32) + (update if module.is_embedding else update.T)
@@ -95,45 +95,45 @@ def merge(weight: mx.array, module: AdapterModule) -> mx.array:
 
 
 def check_fits(adapter: Adapter, config: OpenELMConfig) -> None:
-    """Compare the adapter with the base that it is to act on.
+    """Check that the adapter fits a base of this config.
 
     Raises:
-        OpenELMError: it adapts what the base has not, or has in another shape; all of
-            it is named.
+        OpenELMError: it adapts modules that the base lacks or has in another shape; all
+            are named.
     """
     shapes = config.tensor_shapes()
     adapted = {name: module.shape for name, module in adapter.modules.items()}
-    whole = {n.removesuffix(".weight"): w.shape for n, w in adapter.weights.items()}
+    full = {n.removesuffix(".weight"): w.shape for n, w in adapter.weights.items()}
     problems = [
-        f"{name} adapts {list(found)}, the base has "
-        + (str(list(shape)) if shape else "no such weight")
-        for name, found in {**adapted, **whole}.items()
-        if (shape := shapes.get(f"{name}.weight")) != found
+        f"{name} adapts shape {list(shape)}, the base has "
+        + (str(list(expected)) if expected else "no such weight")
+        for name, shape in {**adapted, **full}.items()
+        if (expected := shapes.get(f"{name}.weight")) != shape
     ]
     if problems:
-        base = f"; give its own base, {adapter.base!a}" if adapter.base else ""
+        base = f"; use its own base, {adapter.base!a}" if adapter.base else ""
         raise OpenELMError(
-            f"The adapter {adapter.name} was made for another base than this "
-            f"{config.size_name}: {'; '.join(problems)}{base}."
+            f"The adapter {adapter.name} does not fit this {config.size_name} base: "
+            f"{'; '.join(problems)}{base}."
         )
 
 
 def without_embedding(adapter: Adapter) -> Adapter:
-    """Return the adapter of the linears alone."""
+    """Return the adapter without its embedding module."""
     kept = {name: part for name, part in adapter.modules.items() if name != TABLE}
     return replace(adapter, modules=kept)
 
 
 def with_rows(adapter: Adapter, rows: int) -> Adapter:
-    """Fit an adapter of the embedding to a table of `rows`: cut, or padded by zeros."""
+    """Fit an adapter of the embedding to `rows`: cut it, or pad it with zeros."""
     module = adapter.modules.get(TABLE)
     if module is None or module.shape[0] == rows:
         return adapter
-    found, width = module.shape
+    old_rows, width = module.shape
 
     def read() -> dict[str, mx.array]:
         parts = module.read()
-        padding = [(0, max(0, rows - found)), (0, 0)]
+        padding = [(0, max(0, rows - old_rows)), (0, 0)]
         return parts | {"a": mx.pad(parts["a"][:rows], padding)}
 
     fitted = replace(module, shape=(rows, width), read=read)
@@ -146,7 +146,7 @@ def with_rows(adapter: Adapter, rows: int) -> Adapter:
 def split_checkpoint(
     stored: Mapping[str, PtTensor], path: Path
 ) -> tuple[dict[str, PtTensor], Adapter | None]:
-    """Separate a CoreNet checkpoint's base from the adapter that it may carry.
+    """Separate a CoreNet checkpoint into its base and, if it has one, its adapter.
 
     Args:
         stored: by the names in the file, without `module.`: an adapted weight is
@@ -156,16 +156,16 @@ def split_checkpoint(
         The base under plain names (`X.weight`), in the file's order, and the adapter.
 
     Raises:
-        OpenELMError: parts are missing, strange or of other shapes; all are named.
+        OpenELMError: parts are missing, unknown or have wrong shapes; all are named.
     """
     base: dict[str, PtTensor] = {}
     parts = AdapterParts()
     adapters: dict[str | None, None] = {}
     wrapped: dict[str, tuple[int, ...]] = {}
     for name, tensor in stored.items():
-        if found := parse_torch_name(name):
-            parts.add(found, read_torch(tensor, name, path))
-            adapters[found.adapter] = None
+        if part_name := parse_torch_name(name):
+            parts.add(part_name, read_torch(tensor, name, path))
+            adapters[part_name.adapter] = None
             continue
         plain = name
         if name.endswith(BASE_LAYER):
@@ -174,13 +174,13 @@ def split_checkpoint(
         elif ".lora_" in name or ".base_layer." in name:
             parts.problems.append(f"{name!a} is unknown")
         if plain in base:
-            parts.problems.append(f"{plain} is there plain and as a base_layer")
+            parts.problems.append(f"{plain} is stored both plain and as a base_layer")
         base[plain] = tensor
     if not (parts.by_module or wrapped or parts.problems):
         return base, None
     if len(adapters) > 1:
         parts.problems.append(
-            f"there are several adapters: {', '.join(map(str, adapters))}"
+            f"there is more than one adapter: {', '.join(map(str, adapters))}"
         )
     for name in wrapped:
         if name not in parts.by_module:
@@ -189,10 +189,10 @@ def split_checkpoint(
         if name not in wrapped:
             parts.problems.append(f"{name} has an adapter, but no base_layer")
     modules = parts.assemble(scale=1.0)
-    stretched = {_in_block(n) for n, part in modules.items() if part.method == "dora"}
+    dora_paths = {_in_block(n) for n, part in modules.items() if part.method == "dora"}
     for name, module in modules.items():
-        if module.method == "lora" and _in_block(name) in stretched:
-            parts.problems.append(f"{name} lacks a magnitude, which other layers have")
+        if module.method == "lora" and _in_block(name) in dora_paths:
+            parts.problems.append(f"{name} lacks the magnitude that other layers have")
         if wrapped.get(name, module.shape) != module.shape:
             parts.problems.append(
                 f"{name} adapts {list(module.shape)}, its base_layer is "
@@ -207,8 +207,8 @@ def split_checkpoint(
         base=None,
         files=(path,),
         notes=(
-            "A CoreNet checkpoint does not tell its adapter's alpha: taken as the rank "
-            "(scale 1.0), as in all of CoreNet's configs.",
+            "A CoreNet checkpoint does not store its adapter's alpha: assumed to equal "
+            "the rank (scale 1.0), as in all of CoreNet's configs.",
         ),
     )
     if adapter.method == "dora":
@@ -225,23 +225,23 @@ def _in_block(module: str) -> str:
 
 
 def open_adapter(path: Path) -> Adapter:
-    """Open an adapter folder, PEFT's or mlx-lm's.
+    """Open an adapter folder of PEFT or mlx-lm.
 
     Raises:
-        OpenELMError: it is none, is damaged, or says what cannot be carried over; all
-            problems of one kind are named.
+        OpenELMError: it is not an adapter, is damaged, or uses unsupported features;
+            all problems of one kind are named.
     """
     if not (path / CONFIG).is_file():
         raise OpenELMError(
-            f"{path} holds no {CONFIG}; an adapter folder has one, beside {WEIGHTS} "
-            f"(mlx-lm's) or {PEFT_WEIGHTS} (PEFT's)."
+            f"{path} is not an adapter folder: it has no {CONFIG}. Expected one, and "
+            f"{WEIGHTS} (mlx-lm) or {PEFT_WEIGHTS} (PEFT)."
         )
     raw = read_mapping(path / CONFIG)
     return _open_peft(path, raw) if "peft_type" in raw else _open_mlx(path, raw)
 
 
 def open_full(path: Path) -> Adapter | None:
-    """Open a full fine-tune of mlx-lm's or ours; None: the folder is none.
+    """Open a full fine-tune of mlx-lm or mlx-openelm; None for other folders.
 
     Raises:
         OpenELMError: its file is missing or damaged.
@@ -252,8 +252,8 @@ def open_full(path: Path) -> Adapter | None:
     stored = read_parts(find_weights(path))
     if not stored:
         raise OpenELMError(
-            f"{path / WEIGHTS} holds no weights; copy it again from where it was "
-            "trained."
+            f"{path / WEIGHTS} holds no weights; copy it again from the training "
+            "machine."
         )
     metadata = raw.get(METADATA_KEY)
     return Adapter(
@@ -269,26 +269,25 @@ def open_full(path: Path) -> Adapter | None:
 
 
 def _open_mlx(path: Path, raw: dict[str, Any]) -> Adapter:
-    """Open mlx-lm's folder; the tensors say what is adapted.
+    """Open a folder of mlx-lm. The tensors define which modules are adapted.
 
-    So it does not matter whether the config counts layers in `num_layers` or, as old
-    ones do, in `lora_layers`.
+    So the keys `num_layers` and (in old configs) `lora_layers` are not needed.
     """
     method = raw.get("fine_tune_type", "lora")
     if method == "full":
         raise OpenELMError(
-            f"{path} is a full fine-tune: whole weights, which are no adapter; put it "
-            "into its base with `mlx-openelm fuse` and convert that."
+            f"{path} is a full fine-tune (whole weights), not an adapter; run "
+            "`mlx-openelm fuse` first and convert its result."
         )
     if method not in ("lora", "dora"):
         raise OpenELMError(
-            f"{path / CONFIG} says fine_tune_type {method!a}; expected lora or dora."
+            f"{path / CONFIG}: fine_tune_type is {method!a}; expected lora or dora."
         )
     scale = read_scale(raw, path)
     parts = AdapterParts()
     for name, stored in read_parts(find_weights(path)).items():
-        if found := parse_mlx_name(name):
-            parts.add(found, stored)
+        if part_name := parse_mlx_name(name):
+            parts.add(part_name, stored)
         else:
             parts.problems.append(f"{name!a} is unknown")
     modules = parts.assemble(scale)
@@ -303,7 +302,7 @@ def _open_mlx(path: Path, raw: dict[str, Any]) -> Adapter:
         dropout=read_dropout(parameters, "dropout", path / CONFIG),
         base=read_base(raw, path),
         files=(path / CONFIG, path / WEIGHTS),
-        notes=("Its alpha is left out, as mlx-lm does: scale is the multiplier.",)
+        notes=("Ignored alpha, as mlx-lm does: scale is the multiplier.",)
         if "alpha" in parameters
         else (),
         metadata=metadata if isinstance(metadata, dict) else {},
@@ -318,17 +317,17 @@ def _open_peft(path: Path, raw: dict[str, Any]) -> Adapter:
         weights = path / PEFT_BIN
     parts = AdapterParts()
     for name, stored in read_parts(_existing(weights)).items():
-        found = parse_torch_name(name.removeprefix(PEFT_PREFIX))
-        if found and not found.adapter:
-            parts.add(found, stored)
+        part_name = parse_torch_name(name.removeprefix(PEFT_PREFIX))
+        if part_name and not part_name.adapter:
+            parts.add(part_name, stored)
         else:
             parts.problems.append(f"{name!a} is unknown")
     modules = parts.assemble(scale=1.0)
     _compare_methods(parts, modules, config.method)
     for name, module in modules.items():
         target, rank = parts.targets[name], module.rank
-        if (said := config.ranks.of(target)) != rank:
-            parts.problems.append(f"{name} has rank {rank}, the config says {said:g}")
+        if (configured := config.ranks.of(target)) != rank:
+            parts.problems.append(f"{name} has rank {rank}, the config {configured:g}")
         modules[name] = replace(module, scale=config.scale_of(target, rank))
     parts.refuse_problems(weights)
     return Adapter(
@@ -344,11 +343,11 @@ def _open_peft(path: Path, raw: dict[str, Any]) -> Adapter:
 def _compare_methods(
     parts: AdapterParts, modules: Mapping[str, AdapterModule], method: str
 ) -> None:
-    """Note every module that is not what the config says of all of them."""
+    """Add a problem for every module whose method differs from the config's."""
     has = "no magnitude" if method == "dora" else "a magnitude"
     for name, module in modules.items():
         if module.method != method:
-            parts.problems.append(f"{name} has {has}, but the config says {method}")
+            parts.problems.append(f"{name} has {has}, but the config is for {method}")
 
 
 def _existing(path: Path) -> Path:

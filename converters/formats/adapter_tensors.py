@@ -1,8 +1,8 @@
-"""The tensors of an adapter's file: sorted by module, checked against each other.
+"""Tensors of an adapter file, grouped by module and checked for consistency.
 
 LoRA (Hu et al., arXiv 2106.09685) adds scale * (A B)^T to a linear's weight; DoRA (Liu
-et al., arXiv 2402.09353) then stretches each row to the length m. An embedding gets
-scale * A B. Letters, in mlx-lm's order:
+et al., arXiv 2402.09353) then scales each row to the length m. To an embedding, scale *
+A B is added. Letters, in mlx-lm's order:
 
     I  inputs of a linear     R  rank                  V  rows of the embedding
     O  outputs of a linear    A (I, R), B (R, O)       D  its width; A (V, R), B (R, D)
@@ -37,9 +37,9 @@ class AdapterModule:
     """An adapted linear, or the adapted embedding.
 
     Attributes:
-        shape: of the base's weight: (O, I), of an embedding (V, D).
-        scale: multiplies A B; it is alpha / rank where a file says alpha.
-        read: "a", "b" and, where it is DoRA, "m" (O,); float32 and finite.
+        shape: of the base's weight: (O, I); of an embedding: (V, D).
+        scale: factor of A B; alpha / rank for files with alpha.
+        read: returns "a", "b" and, for DoRA, "m" (O,); float32 and finite.
     """
 
     rank: int
@@ -51,7 +51,7 @@ class AdapterModule:
 
     @property
     def part_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of what `read` gives."""
+        """The shapes of the arrays that `read` returns."""
         inputs, outputs = self.shape if self.is_embedding else self.shape[::-1]
         shapes = {"a": (inputs, self.rank), "b": (self.rank, outputs)}
         return {**shapes, "m": (outputs,)} if self.method == "dora" else {**shapes}
@@ -63,7 +63,7 @@ class AdapterModule:
 
 @dataclass(frozen=True, slots=True)
 class StoredPart:
-    """A tensor of an adapter's file; `read` gives it as stored."""
+    """A tensor of an adapter file; `read` returns it in the stored dtype."""
 
     shape: tuple[int, ...]
     read: Callable[[], mx.array]
@@ -71,12 +71,12 @@ class StoredPart:
 
 @dataclass(frozen=True, slots=True)
 class PartName:
-    """What a tensor's name says.
+    """The parsed name of a tensor.
 
     Attributes:
-        target: the module's path as the file spells it.
+        target: the module's path in the file.
         part: "a", "b" or "m".
-        adapter: its name, where the file tells it (CoreNet's do).
+        adapter: the adapter's name, which only CoreNet's files contain.
     """
 
     target: str
@@ -87,7 +87,7 @@ class PartName:
 
     @property
     def module(self) -> str:
-        """The module's path as CoreNet spells it."""
+        """The module's path in CoreNet."""
         return to_corenet(f"{self.target}.weight").removesuffix(".weight")
 
 
@@ -101,37 +101,37 @@ _MLX_NAME = re.compile(r"(?P<target>[\w.]+)\.(?:lora_(?P<factor>[ab])|m)")
 
 
 def parse_torch_name(name: str) -> PartName | None:
-    """Read a name of PEFT's or of CoreNet's port of it; None: it is no adapter's."""
-    found = _TORCH_NAME.fullmatch(name)
-    if found is None:
+    """Parse a name in PEFT's or CoreNet's style; None if it is not an adapter's."""
+    match = _TORCH_NAME.fullmatch(name)
+    if match is None:
         return None
-    factor = found["linear"] or found["embedding"]
+    factor = match["linear"] or match["embedding"]
     return PartName(
-        found["target"],
+        match["target"],
         factor.lower() if factor else "m",
-        is_embedding=found["embedding"] is not None,
+        is_embedding=match["embedding"] is not None,
         is_transposed=factor is not None,
-        adapter=found["name"] or found["other_name"],
+        adapter=match["name"] or match["other_name"],
     )
 
 
 def parse_mlx_name(name: str) -> PartName | None:
-    """Read a name of mlx-lm's; None: it is no adapter's."""
-    found = _MLX_NAME.fullmatch(name)
-    if found is None:
+    """Parse a name in mlx-lm's style; None if it is not an adapter's."""
+    match = _MLX_NAME.fullmatch(name)
+    if match is None:
         return None
-    target, factor = found["target"], found["factor"]
+    target, factor = match["target"], match["factor"]
     is_embedding = bool(factor) and target.endswith(TABLE)
     return PartName(target, factor or "m", is_embedding, is_transposed=False)
 
 
 @dataclass(slots=True)
 class AdapterParts:
-    """An adapter's tensors, and all that is wrong with them.
+    """An adapter's tensors, and the problems in them.
 
     Attributes:
         by_module: part -> tensor, in mlx-lm's order, by CoreNet's path of the module.
-        targets: the modules' paths as the file spells them.
+        targets: the modules' paths in the file.
     """
 
     by_module: dict[str, dict[str, StoredPart]] = field(default_factory=dict)
@@ -143,18 +143,18 @@ class AdapterParts:
         parts = self.by_module.setdefault(module, {})
         self.targets[module] = name.target
         if name.part in parts:
-            self.problems.append(f"{module} has {_SAID[name.part]} twice")
+            self.problems.append(f"{module} has {_PART_NAMES[name.part]} twice")
         if name.is_embedding != (module == TABLE and name.part != "m"):
             other = "an embedding" if name.is_embedding else "a linear"
-            self.problems.append(f"{module} is adapted as if it were {other}")
+            self.problems.append(f"{module} has an adapter for {other}")
         if name.is_transposed:
             stored = StoredPart(stored.shape[::-1], _transposed(stored))
         parts[name.part] = stored
 
     def assemble(self, scale: float) -> dict[str, AdapterModule]:
-        """Return the modules that are whole, layer by layer."""
+        """Return the complete modules, ordered by layer."""
         modules = {}
-        for name in sorted(self.by_module, key=_spread_numbers):
+        for name in sorted(self.by_module, key=_pad_numbers):
             module = self._assemble(name, self.by_module[name], scale)
             if module is not None:
                 modules[name] = module
@@ -163,7 +163,7 @@ class AdapterParts:
     def _assemble(
         self, name: str, parts: Mapping[str, StoredPart], scale: float
     ) -> AdapterModule | None:
-        missing = [_SAID[part] for part in ("a", "b") if part not in parts]
+        missing = [_PART_NAMES[part] for part in ("a", "b") if part not in parts]
         if missing:
             self.problems.append(f"{name} lacks {' and '.join(missing)}")
             return None
@@ -190,24 +190,24 @@ class AdapterParts:
         )
 
     def refuse_problems(self, path: Path) -> None:
-        """Raise OpenELMError if anything is wrong, or if there is nothing at all."""
+        """Raise OpenELMError if there are problems or no tensors."""
         if not self.by_module:
             self.problems.append("it holds no adapter")
         if self.problems:
-            said, more = self.problems[:MOST_NAMED], len(self.problems) - MOST_NAMED
+            shown, more = self.problems[:MOST_NAMED], len(self.problems) - MOST_NAMED
             raise OpenELMError(
-                f"{path} is no LoRA or DoRA adapter of an OpenELM, or not all of one: "
-                f"{'; '.join(said)}{f'; and {more} more' if more > 0 else ''}; copy it "
-                "again from where it was trained."
+                f"{path} is not a complete LoRA or DoRA adapter of an OpenELM: "
+                f"{'; '.join(shown)}{f'; and {more} more' if more > 0 else ''}; copy "
+                "it again from the training machine."
             )
 
 
-_SAID = {"a": "A", "b": "B", "m": "a magnitude"}
+_PART_NAMES = {"a": "A", "b": "B", "m": "a magnitude"}
 
 
-def _spread_numbers(name: str) -> str:
-    """Layer 10 comes after layer 9."""
-    return re.sub("[0-9]+", lambda found: found[0].zfill(4), name)
+def _pad_numbers(name: str) -> str:
+    """Return a sort key that orders layer 10 after layer 9."""
+    return re.sub("[0-9]+", lambda match: match[0].zfill(4), name)
 
 
 def _transposed(stored: StoredPart) -> Callable[[], mx.array]:
@@ -221,8 +221,8 @@ def _reader(
         arrays = {name: part.read().astype(mx.float32) for name, part in parts.items()}
         if not all(mx.isfinite(array).all().item() for array in arrays.values()):
             raise OpenELMError(
-                f"The adapter of {module} holds NaN or infinity, so it gives no text; "
-                "use one that was saved earlier."
+                f"The adapter of {module} holds NaN or infinity; use an earlier "
+                "checkpoint."
             )
         return arrays
 
@@ -233,10 +233,10 @@ def _reader(
 
 
 def read_parts(path: Path) -> dict[str, StoredPart]:
-    """Return the tensors of a .safetensors or torch file by name, none of them read.
+    """Return the tensors of a .safetensors or torch file by name, without reading them.
 
     Raises:
-        OpenELMError: the file is damaged, or something in it is no floating-point.
+        OpenELMError: the file is damaged, or a tensor is not floating-point.
     """
     if path.suffix != ".safetensors":
         return {n: read_torch(t, n, path) for n, t in read_state_dict(path).items()}
@@ -250,7 +250,7 @@ def read_parts(path: Path) -> dict[str, StoredPart]:
 
 
 def read_torch(tensor: PtTensor, name: str, path: Path) -> StoredPart:
-    """Return a tensor of a torch file; errors as `read_parts`."""
+    """Return a tensor of a torch file. Raises as `read_parts`."""
     allowed = ("float32", "float16", "bfloat16", "float64")
     _check_dtype(tensor.dtype, allowed, name, path)
     return StoredPart(tensor.shape, partial(read_pt_tensor, tensor))
@@ -259,6 +259,5 @@ def read_torch(tensor: PtTensor, name: str, path: Path) -> StoredPart:
 def _check_dtype(dtype: str, allowed: tuple[str, ...], name: str, path: Path) -> None:
     if dtype not in allowed:
         raise OpenELMError(
-            f"{path}: {name} is stored as {dtype}; an adapter is stored as "
-            f"{', '.join(allowed)}."
+            f"{path}: {name} is stored as {dtype}; expected {', '.join(allowed)}."
         )

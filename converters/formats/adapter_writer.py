@@ -1,4 +1,4 @@
-"""Adapters written: as mlx-lm's folder, as PEFT's, and into a CoreNet checkpoint."""
+"""Write adapters as folders of mlx-lm or PEFT, or into a CoreNet checkpoint."""
 
 import re
 from collections import Counter
@@ -39,27 +39,27 @@ def write_mlx_adapter(
     base: str | None,
     metadata: Mapping[str, Any],
 ) -> tuple[str, ...]:
-    """Write an adapter folder that mlx-lm reads, with the same effect.
+    """Write an adapter as a folder for mlx-lm, with the same effect.
 
     Args:
-        folder: there, and empty.
-        config: of the base; None: not at hand, and taken as tied.
-        base: where the base is, for whoever loads the adapter.
-        metadata: our own entry of the config.
+        folder: exists and is empty.
+        config: of the base; None if unknown: it is then assumed to be tied.
+        base: path or Hub id of the base, stored in the config.
+        metadata: the mlx-openelm entry of the config.
 
     Returns:
-        What a person should know.
+        Notes for the user.
 
     Raises:
-        OpenELMError: it does not fit the base, or mlx-lm has no such adapter.
-        OSError: the disk refuses.
+        OpenELMError: the adapter does not fit the base, or mlx-lm does not support it.
+        OSError: writing failed.
     """
     _check(adapter, config, "an mlx-lm adapter")
     if TABLE in adapter.modules and not adapter.adapts_tied_head and _is_tied(config):
         raise OpenELMError(
-            f"{adapter.name} adapts the embedding for inputs alone; an mlx-lm adapter "
-            "of a tied base changes the logits as well, so merge it into its base "
-            "(`merge`)."
+            f"{adapter.name} adapts only the input embedding, but an mlx-lm adapter of "
+            "a tied base would also change the logits; merge it into its base with "
+            "`merge`."
         )
     modules = adapter.modules.values()
     rank = max(module.rank for module in modules)
@@ -88,9 +88,13 @@ def write_mlx_adapter(
     write_adapter(folder, described, tensors)
     notes = []
     if any(module.rank != rank for module in modules):
-        notes.append(f"Padded all factors with zeros to rank {rank}: mlx-lm has one.")
+        notes.append(
+            f"Padded all factors with zeros to rank {rank}: mlx-lm has one rank."
+        )
     if any(module.scale != scale for module in modules):
-        notes.append(f"Folded other scales than {scale:g} into lora_b: mlx-lm has one.")
+        notes.append(
+            f"Folded scales other than {scale:g} into lora_b: mlx-lm has one scale."
+        )
     return tuple(notes)
 
 
@@ -101,10 +105,10 @@ def write_peft_adapter(
     config: OpenELMConfig | None,
     base: str | None,
 ) -> tuple[str, ...]:
-    """Write an adapter folder that PEFT reads, for Hugging Face's module names.
+    """Write an adapter as a folder for PEFT, with Hugging Face's module names.
 
-    It takes what `write_mlx_adapter` takes, and gives and raises the same. (An entry of
-    our own is nowhere in it: PEFT would warn of it each time.)
+    Arguments, result and errors are those of `write_mlx_adapter`, but without metadata:
+    PEFT would warn about an entry that it does not support.
     """
     _check(adapter, config, "a PEFT adapter")
     _refuse_tied_head(adapter, _is_tied(config), "PEFT adapter")
@@ -113,7 +117,7 @@ def write_peft_adapter(
     alpha = _most_common(_alpha(module) for module in modules.values())
     keys, num_layers = _name_keys(adapter, config)
     if config and num_layers < config.num_transformer_layers:
-        keys = tuple(modules)  # PEFT looks for relative ones in all blocks
+        keys = tuple(modules)  # PEFT applies relative keys to all blocks
     tensors: dict[str, mx.array] = {}
     for path, module in modules.items():
         for part, array in module.read().items():
@@ -139,58 +143,58 @@ def write_peft_adapter(
     write_json(folder / CONFIG, described)
     save_tensors(folder / PEFT_WEIGHTS, tensors, format="pt")
     if adapter.metadata:
-        return ("PEFT's config has no place for our template and provenance.",)
+        return ("Left out template and provenance, which PEFT's config cannot hold.",)
     return ()
 
 
 def corenet_adapter_tensors(
     adapter: Adapter, tensors: Mapping[str, TensorToWrite]
 ) -> tuple[dict[str, TensorToWrite], tuple[str, ...]]:
-    """Return what a CoreNet checkpoint of a base and its adapter holds.
+    """Return the tensors of a CoreNet checkpoint with a base and its adapter.
 
-    CoreNet's configs have alpha = rank, so B takes in every other scale.
+    CoreNet's configs have alpha = rank, so any other scale is folded into B.
 
     Args:
         adapter: fits the base (`check_fits`, `with_rows`).
-        tensors: the base's, under CoreNet's names.
+        tensors: of the base, under CoreNet's names.
 
     Returns:
-        The tensors in CoreNet's order, and what a person should know.
+        The tensors in CoreNet's order, and notes for the user.
 
     Raises:
-        OpenELMError: CoreNet has no such adapter.
+        OpenELMError: CoreNet does not support such an adapter.
     """
     paths = {_module(name): name.removesuffix(".weight") for name in tensors}
     assert adapter.modules.keys() <= paths.keys(), "the caller checks that it fits"
     _refuse_tied_head(adapter, "lm_head" not in paths, "CoreNet adapter")
-    both: dict[str, TensorToWrite] = {}
+    checkpoint: dict[str, TensorToWrite] = {}
     for name, tensor in tensors.items():
         module = adapter.modules.get(_module(name))
         if module is None:
-            both[name] = tensor
+            checkpoint[name] = tensor
             continue
         path = name.removesuffix(".weight")
-        both[f"{path}{BASE_LAYER}"] = tensor
+        checkpoint[f"{path}{BASE_LAYER}"] = tensor
         for part, shape in module.part_shapes.items():
-            both[_torch_name(path, module, part, ".lora")] = TensorToWrite(
+            checkpoint[_torch_name(path, module, part, ".lora")] = TensorToWrite(
                 shape[::-1], mx.float32, _corenet_reader(module, part)
             )
     notes = []
     if any(module.scale != 1 for module in adapter.modules.values()):
-        notes.append("Folded the scale into lora_B: CoreNet's own is alpha / rank = 1.")
-    return both, tuple(notes)
+        notes.append("Folded the scale into lora_B: CoreNet's scale is 1.")
+    return checkpoint, tuple(notes)
 
 
 def _corenet_reader(module: AdapterModule, part: str) -> Callable[[], mx.array]:
     def read() -> mx.array:
-        found = module.read()[part].T
-        return found * module.scale if part == "b" else found
+        array = module.read()[part].T
+        return array * module.scale if part == "b" else array
 
     return read
 
 
 def _torch_name(path: str, module: AdapterModule, part: str, adapter: str = "") -> str:
-    """Return PEFT's name of a part; CoreNet's has the adapter's name in it."""
+    """Return a part's name in PEFT, or with the suffix `adapter` in CoreNet."""
     if part == "m":
         return f"{path}.lora_magnitude_vector{adapter}"
     kind, end = ("embedding_", "") if module.is_embedding else ("", ".weight")
@@ -201,28 +205,28 @@ def _torch_name(path: str, module: AdapterModule, part: str, adapter: str = "") 
 
 
 def _check(adapter: Adapter, config: OpenELMConfig | None, what: str) -> None:
-    """Refuse what does not fit the base, and what no one folder can hold."""
+    """Raise OpenELMError if the adapter does not fit the base or one folder."""
     if not adapter.modules:
         raise OpenELMError(
-            f"{adapter.name} adapts nothing but the embedding, which is in the base "
-            "now; convert it with `merge`."
+            f"{adapter.name} adapts only the embedding, which is merged into the base; "
+            "use `merge` instead."
         )
     if config is not None:
         check_fits(adapter, config)
     plain = [n for n, module in adapter.modules.items() if module.method == "lora"]
     if adapter.method == "dora" and plain:
         raise OpenELMError(
-            f"{adapter.name} is LoRA on {', '.join(plain)} and DoRA elsewhere; {what} "
-            "is one or the other, so merge it into its base (`merge`)."
+            f"{adapter.name} is LoRA on {', '.join(plain)} and DoRA elsewhere, which "
+            f"{what} cannot be; merge it into its base with `merge`."
         )
 
 
 def _refuse_tied_head(adapter: Adapter, is_tied: bool, what: str) -> None:
     if TABLE in adapter.modules and adapter.adapts_tied_head and is_tied:
         raise OpenELMError(
-            f"{adapter.name} adapts the embedding of a tied base, in mlx-lm's way for "
-            f"inputs and logits alike; a {what} acts on inputs alone, so merge it into "
-            "its base (`merge`)."
+            f"{adapter.name} adapts inputs and logits of a tied base, as mlx-lm does, "
+            f"but a {what} changes only the inputs; merge it into its base with "
+            "`merge`."
         )
 
 
@@ -230,7 +234,7 @@ def _is_tied(config: OpenELMConfig | None) -> bool:
     return config is None or config.share_input_output_layers
 
 
-# What an adapter says once for all modules ---------------------------------------
+# Settings shared by all modules --------------------------------------------------
 
 
 def _name_keys(
@@ -238,19 +242,19 @@ def _name_keys(
 ) -> tuple[tuple[str, ...], int]:
     """Return the keys of the modules, and the number of last blocks that they are in.
 
-    Where the last blocks of a known base are adapted all alike, and no others are, the
-    keys are relative to a block (mlx-lm's way); else they are whole paths.
+    The keys are relative to a block (mlx-lm's convention) if exactly the last blocks of
+    a known base are adapted, all in the same modules; else they are full paths.
     """
     blocks: dict[int, list[str]] = {}
     others = []
     for name in adapter.modules:
-        if found := re.fullmatch(r"layers\.([0-9]{1,4})\.(.+)", name):
-            blocks.setdefault(int(found[1]), []).append(found[2])
+        if match := re.fullmatch(r"layers\.([0-9]{1,4})\.(.+)", name):
+            blocks.setdefault(int(match[1]), []).append(match[2])
         else:
             others.append(to_module(f"{name}.weight"))
     count = config.num_transformer_layers if config else max(blocks, default=0) + 1
-    alike = len({frozenset(inner) for inner in blocks.values()}) == 1
-    if config and alike and sorted(blocks) == list(range(count - len(blocks), count)):
+    uniform = len({frozenset(inner) for inner in blocks.values()}) == 1
+    if config and uniform and sorted(blocks) == list(range(count - len(blocks), count)):
         return (*blocks[count - 1], *others), len(blocks)
     return tuple(to_module(f"{name}.weight") for name in adapter.modules), count
 
@@ -264,6 +268,6 @@ def _most_common(values: Iterable[_Number]) -> _Number:
 
 
 def _alpha(module: AdapterModule) -> float:
-    """PEFT divides by the rank again; whole numbers are what people expect there."""
+    """Return PEFT's alpha (scale x rank), as an int if it is a whole number."""
     alpha = module.scale * module.rank
     return int(alpha) if alpha == int(alpha) else alpha

@@ -1,7 +1,7 @@
-"""A model as one GGUF file for llama.cpp, one tensor in memory at a time.
+"""Write a model as a GGUF file for llama.cpp, one tensor in memory at a time.
 
-The `gguf` package knows llama.cpp's keys, tensor names and packing; said here is how an
-OpenELM fills them. As with llama.cpp's own converter, gate and up are two tensors,
+The `gguf` package defines llama.cpp's keys, tensor names and packing; this module maps
+an OpenELM to them. As in llama.cpp's own converter, gate and up are two tensors,
 one-dimensional tensors are always float32 and nothing is permuted.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from converters.formats.pt_writer import TensorToWrite, read_as_announced, to_numpy
+from converters.formats.pt_writer import TensorToWrite, read_checked, to_numpy
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tensor_names import to_module
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-_LARGEST = {  # numbers that fit
+_LARGEST = {  # largest absolute value that fits
     "F32": 3.4028235e38,
     "F16": 65504.0,
     "BF16": 3.3895314e38,
@@ -44,24 +44,24 @@ def write_gguf(
     tokenizer: Tokenizer,
     on_written: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Write a model and its tokenizer as llama.cpp reads them.
+    """Write a model and its tokenizer for llama.cpp.
 
     Args:
-        name: the model's, for people.
+        name: display name of the model.
         tensors: by CoreNet name, exactly those of `config.tensor_shapes()`, finite.
         file_type: F32, F16, BF16 or Q8_0, for the tensors of two dimensions.
         on_written: called with each tensor's CoreNet name once it is in the file.
 
     Raises:
-        OpenELMError: llama.cpp cannot run the model, the file type cannot hold it, or
-            the package gguf is missing.
+        OpenELMError: llama.cpp cannot run the model, its values exceed the file type's
+            range, or the package gguf is not installed.
         OSError: the file cannot be written.
     """
     try:
         import gguf
     except ImportError as error:
         raise OpenELMError(
-            "Writing GGUF needs the package gguf: pip install 'mlx-openelm[gguf]'."
+            "Writing GGUF requires the package gguf: pip install 'mlx-openelm[gguf]'."
         ) from error
     shapes = config.tensor_shapes()
     _check_shapes(config, file_type)
@@ -76,7 +76,7 @@ def write_gguf(
         writer.add_file_type(gguf.LlamaFileType[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for ours, shape in shapes.items():
-            _announce(writer, parts[ours], shape, _packing(shape, file_type))
+            _add_header(writer, parts[ours], shape, _packing(shape, file_type))
         writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
         writer.write_header_to_file()
         try:
@@ -91,12 +91,12 @@ def write_gguf(
         (file,) = writer.fout
         writer.write_padding(file, file.tell())
         for ours, shape in shapes.items():
-            array = read_as_announced(ours, tensors[ours])
+            array = read_checked(ours, tensors[ours])
             packing = _packing(shape, file_type)
             _check_range(array, ours, packing)
             for part in mx.split(array, len(parts[ours])):
-                # Not by write_tensor_data, whose tofile may lose the last bytes on a
-                # full disk and say nothing.
+                # Not write_tensor_data: its tofile may silently drop the last bytes
+                # on a full disk.
                 packed = _pack(part, packing)
                 file.write(packed.data)
                 writer.write_padding(file, packed.nbytes)
@@ -104,37 +104,37 @@ def write_gguf(
             on_written(ours)
 
 
-# What llama.cpp has no place for -----------------------------------------------------
+# Limits of llama.cpp -----------------------------------------------------------------
 
 
 def _check_shapes(config: OpenELMConfig, file_type: str) -> None:
     if not config.share_input_output_layers:
         raise OpenELMError(
-            "The model has an output head of its own, which llama.cpp's OpenELM has "
-            "not; choose `to` mlx or `to` hf."
+            "The model has an untied output head, which llama.cpp's OpenELM does not "
+            "support; use `to` mlx or hf."
         )
     for name, shape in config.tensor_shapes().items():
         block, _ = _block(_packing(shape, file_type))
         if shape[-1] % block:
             raise OpenELMError(
-                f"{name} has {shape[-1]} columns, and {file_type} packs {block} at a "
-                "time; choose `dtype` bfloat16."
+                f"{name} has {shape[-1]} columns, but {file_type} needs a multiple of "
+                f"{block}; use `dtype` bfloat16."
             )
 
 
 def _check_tokenizer(tokenizer: Tokenizer, config: OpenELMConfig) -> None:
     if tokenizer.vocab_size != config.vocab_size:
-        # Padded, llama.cpp would take rows without a piece for possible next tokens.
+        # With padding, llama.cpp could sample rows that have no piece.
         raise OpenELMError(
-            f"The tokenizer has {tokenizer.vocab_size} pieces and the model's "
-            f"embedding {config.vocab_size} rows, where llama.cpp needs one row a "
-            "piece; say the `tokenizer` that the model was trained with."
+            f"The tokenizer has {tokenizer.vocab_size} pieces, but the embedding "
+            f"{config.vocab_size} rows; llama.cpp needs one row per piece. Pass the "
+            "`tokenizer` that the model was trained with."
         )
     try:
         describe(tokenizer)
     except OpenELMError as error:
         raise OpenELMError(
-            f"llama.cpp cuts text as a tokenizer.json does, and {error}"
+            f"llama.cpp tokenizes like a tokenizer.json, and {error}"
         ) from error
 
 
@@ -142,8 +142,8 @@ def _check_range(array: mx.array, name: str, packing: str) -> None:
     largest = mx.abs(array).max().astype(mx.float32)
     if largest > _LARGEST[packing]:
         raise OpenELMError(
-            f"{name} holds a number of size {largest.item():g}, beyond the range of "
-            f"{packing}; choose `dtype` bfloat16."
+            f"{name} holds the absolute value {largest.item():g}, beyond the range of "
+            f"{packing}; use `dtype` bfloat16."
         )
 
 
@@ -190,43 +190,45 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer) -> None:
 
 
 def _as_utf8(text: str) -> str:
-    return text.encode(errors="replace").decode()  # a file's name may be no UTF-8
+    return text.encode(errors="replace").decode()  # a file name may not be UTF-8
 
 
 # Tensors -----------------------------------------------------------------------------
 
 
 def _names_in_gguf(config: OpenELMConfig) -> dict[str, list[str]]:
-    """Return what the rows of each tensor are called, by CoreNet name."""
+    """Return the GGUF names of each tensor's parts, by CoreNet name."""
     import gguf
 
     arch, num_layers = gguf.MODEL_ARCH.OPENELM, config.num_transformer_layers
-    known = gguf.get_tensor_name_map(arch, num_layers)
+    name_map = gguf.get_tensor_name_map(arch, num_layers)
     split = {
         f"layers.{i}.ffn.proj_1.weight": [f"blk.{i}.ffn_gate", f"blk.{i}.ffn_up"]
         for i in range(num_layers)
     }
     return {
-        name: [f"{part}.weight" for part in split.get(name) or [known[to_module(name)]]]
+        name: [
+            f"{part}.weight" for part in split.get(name) or [name_map[to_module(name)]]
+        ]
         for name in config.tensor_shapes()
     }
 
 
 def _packing(shape: tuple[int, ...], file_type: str) -> str:
-    return file_type if len(shape) == 2 else "F32"  # llama.cpp's norms take no other
+    return file_type if len(shape) == 2 else "F32"  # norms are always F32
 
 
 def _block(packing: str) -> tuple[int, int]:
-    """Return how many numbers are packed together, and into how many bytes."""
+    """Return the numbers per block, and the bytes of a block."""
     import gguf
 
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[packing]]
 
 
-def _announce(
+def _add_header(
     writer: "GGUFWriter", parts: list[str], shape: tuple[int, ...], packing: str
 ) -> None:
-    """Say what will be written: its place depends on all that stands before it."""
+    """Add a tensor to the header, which precedes the data of all tensors."""
     import gguf
 
     rows, *columns = shape

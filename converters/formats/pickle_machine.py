@@ -1,10 +1,10 @@
 """A restricted pickle interpreter for the files that torch.save writes.
 
-The pickle is not handed to `pickle`: before it calls `find_class`, the C implementation
-would hash a tuple nested a million levels deep (which crashes the interpreter) and
-allocate 2**31 memo entries. Instead `pickletools` decodes the opcodes, and a stack
-machine executes those that torch writes. It creates dicts, lists, tuples, scalars and
-views of the mapped file, and calls nothing else.
+`pickle` itself is not used: before it calls `find_class`, its C implementation would
+hash a tuple nested a million levels deep (which crashes the interpreter) and allocate
+2**31 memo entries. Instead `pickletools` decodes the opcodes, and a stack machine
+executes those that torch writes. It creates dicts, lists, tuples, scalars and views of
+the mapped file, and calls nothing.
 """
 
 import math
@@ -70,11 +70,11 @@ def load_pickle(archive: PtArchive) -> tuple[object, set[str]]:
     _check_globals(archive.path, opcodes)
     machine = _Machine(archive)
     try:
-        found = machine.run(opcodes)
+        value = machine.run(opcodes)
     except (IndexError, KeyError) as error:  # from its stack or its memo
-        raise archive.damaged("the pickle uses a value before it is there") from error
-    _check_tree(archive, found)
-    return found, machine.unused
+        raise archive.damaged("the pickle uses an undefined value") from error
+    _check_tree(archive, value)
+    return value, machine.unused
 
 
 def _read_opcodes(archive: PtArchive) -> _Opcodes:
@@ -86,7 +86,7 @@ def _read_opcodes(archive: PtArchive) -> _Opcodes:
         with warnings.catch_warnings(action="ignore"):  # of invalid escapes
             opcodes = [(op.name, arg) for op, arg, _ in islice(decoded, MAX_VALUES + 1)]
     except ValueError as error:
-        raise archive.damaged(f"the pickle makes no sense ({error!a})") from error
+        raise archive.damaged(f"the pickle is invalid ({error!a})") from error
     if len(opcodes) > MAX_VALUES:
         raise _too_large(archive.path)
     return opcodes
@@ -106,10 +106,10 @@ def _check_globals(path: Path, opcodes: _Opcodes) -> None:
     foreign = dict.fromkeys(name for name in named if name not in allowed)
     if foreign:
         raise OpenELMError(
-            f"{path} wants to run or make "
+            f"{path} would call "
             f"{list_names(name.replace(' ', '.') for name in foreign)}; nothing was "
-            "run. Only plain tensors are read: if you trust the file, load it with "
-            "torch and save the model's state_dict()."
+            "run, as only tensors are read. If you trust the file, load it with torch "
+            "and save the model's state_dict()."
         )
 
 
@@ -125,7 +125,7 @@ class _Storage:
 
 
 class _Machine:
-    """Executes opcodes; IndexError and KeyError: stack or memo lacks a value."""
+    """Executes opcodes. Raises IndexError or KeyError if stack or memo lack a value."""
 
     def __init__(self, archive: PtArchive) -> None:
         self.archive = archive
@@ -187,7 +187,7 @@ class _Machine:
                 return self.call(*self.pop(2))
         raise OpenELMError(
             f"{self.archive.path} has the pickle opcode {name}, which torch.save does "
-            "not write; save it again with torch.save's own pickle_protocol."
+            "not write by default; save it again without `pickle_protocol`."
         )
 
     def pop(self, count: int) -> list[Any]:
@@ -203,22 +203,22 @@ class _Machine:
 
     def top(self, kind: type) -> Any:
         if not isinstance(self.stack[-1], kind):
-            raise self.strange(f"takes something for a {kind.__name__} that is none")
+            raise self.unexpected(f"uses another value as a {kind.__name__}")
         return self.stack[-1]
 
-    def strange(self, what: str) -> OpenELMError:
-        return self.archive.damaged(f"the pickle {what}, as torch.save never does")
+    def unexpected(self, what: str) -> OpenELMError:
+        return self.archive.damaged(f"the pickle {what}, unlike those of torch.save")
 
     def update(self, target: dict[Any, Any], items: list[Any]) -> None:
         if len(items) % 2:
             raise IndexError
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # A name or the index of a parameter: hashing other keys may take very long.
+            # Names and parameter indices only: hashing others could take very long.
             number = isinstance(key, int) and 0 <= key < 2**32
             if not (isinstance(key, str) or number):
-                raise self.strange(f"has a {type(key).__name__} for a key")
+                raise self.unexpected(f"has a {type(key).__name__} as a key")
             if key in target:
-                raise self.archive.damaged(f"there are two of {list_names([key])}")
+                raise self.archive.damaged(f"{list_names([key])} is there twice")
             target[key] = value
 
     def find_storage(self, persistent_id: object) -> _Storage:
@@ -228,7 +228,7 @@ class _Machine:
             ):
                 dtype, numpy_dtype = _STORAGES[name]
             case _:
-                raise self.strange("describes a storage otherwise")
+                raise self.unexpected("has an unknown kind of storage")
         start, num_bytes = self.archive.records.get(f"data/{key}", (0, -1))
         size = length * np.dtype(numpy_dtype).itemsize
         if size != num_bytes:
@@ -254,7 +254,7 @@ class _Machine:
                 return self.view(storage, offset, shape, strides)
             case _Global(name), (PtTensor() as tensor, *_) if "_parameter" in name:
                 return tensor
-        raise self.strange("makes a call with other arguments")
+        raise self.unexpected("has a call with wrong arguments")
 
     def view(
         self, storage: _Storage, offset: Any, shape: Any, strides: Any
@@ -263,15 +263,16 @@ class _Machine:
         proper = len(shape) == len(strides) <= 32 and all(
             type(n) is int and 0 <= n < 2**50 for n in (offset, *shape, *strides)
         )
-        # A stride of 0 repeats numbers: bounded too, as readers copy the array.
+        # A stride of 0 repeats numbers; the limit counts them, as readers copy.
         limit = self.archive.data.size
         if not proper or math.prod(n or 1 for n in shape) > limit:
-            raise self.strange("has a tensor larger than the file")
+            raise self.unexpected("has a tensor larger than the file")
         numbers, empty = storage.numbers, 0 in shape
         last = sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
         if not empty and offset + last >= numbers.size:
             raise self.archive.damaged(
-                f"a tensor of shape {shape} reaches beyond its {numbers.size} numbers"
+                f"a tensor of shape {shape} exceeds its storage of {numbers.size} "
+                "numbers"
             )
         array: Array = np.ndarray(
             shape,
@@ -284,10 +285,10 @@ class _Machine:
 
 
 def _check_tree(archive: PtArchive, root: object) -> None:
-    """Raise OpenELMError for cycles and for too many or too deeply nested values."""
-    waiting, count = [(root, 0)], 0
-    while waiting:
-        value, depth = waiting.pop()
+    """Raise OpenELMError for cycles, too many values or too deep nesting."""
+    pending, count = [(root, 0)], 0
+    while pending:
+        value, depth = pending.pop()
         match value:
             case dict():
                 children = list(value.values())
@@ -303,12 +304,11 @@ def _check_tree(archive: PtArchive, root: object) -> None:
         count += len(children)
         if count > MAX_VALUES or depth > MAX_DEPTH:
             raise _too_large(archive.path)
-        waiting += [(child, depth + 1) for child in children]
+        pending += [(child, depth + 1) for child in children]
 
 
 def _too_large(path: Path) -> OpenELMError:
     return OpenELMError(
-        f"{path} describes more than {MAX_VALUES:,} values, or {MAX_DEPTH} "
-        "levels of them, which no OpenELM needs; save the model's state_dict() by "
-        "itself."
+        f"{path} contains more than {MAX_VALUES:,} values or {MAX_DEPTH} levels of "
+        "nesting, too many for an OpenELM; save only the model's state_dict()."
     )

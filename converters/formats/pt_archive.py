@@ -1,4 +1,4 @@
-"""The zip archive that torch.save writes: its records, located in the mapped file."""
+"""Locate the records in the zip archives of torch.save, in a memory-mapped file."""
 
 import mmap
 import struct
@@ -15,16 +15,16 @@ from mlx_openelm.errors import OpenELMError
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _OTHER_FILES = {  # first bytes -> what the file is, and what to do
-    b"PK\x03\x04": "is a zip without a proper end; copy or download it again",
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19": "was saved in the form before torch "
-    "1.6; load it with a current torch and save it again",
-    b"version https://git-lfs": "is Git LFS's pointer to the file; run git lfs pull",
+    b"PK\x03\x04": "is a truncated zip; copy or download it again",
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19": "has the format of torch before 1.6; "
+    "load it with a current torch and save it again",
+    b"version https://git-lfs": "is a Git LFS pointer; run git lfs pull",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class PtArchive:
-    """A memory-mapped file, and where its records are.
+    """A memory-mapped file and the positions of its records.
 
     Attributes:
         data: the bytes of the whole file.
@@ -45,14 +45,13 @@ def open_archive(path: Path) -> PtArchive:
     """Map a file and locate its records.
 
     Raises:
-        OpenELMError: the file cannot be read, is damaged, or torch.save did not write
-            it.
+        OpenELMError: the file cannot be read, is damaged, or is not from torch.save.
     """
     head = b""
     try:
         if not path.is_file():  # opening a pipe would block
-            kind = "a folder" if path.is_dir() else "not there, or no file"
-            raise OpenELMError(f"{path} is {kind}; give a .pt or .bin file.")
+            kind = "a folder" if path.is_dir() else "missing or not a file"
+            raise OpenELMError(f"{path} is {kind}; pass a .pt or .bin file.")
         with path.open("rb") as file:
             head = file.read(64)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -61,23 +60,23 @@ def open_archive(path: Path) -> PtArchive:
     except OSError as error:
         raise OpenELMError(f"Cannot read {path}: {error}.") from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        found = (said for start, said in _OTHER_FILES.items() if head.startswith(start))
         begins = f"begins with {head[:12]!r}" if head else "is empty"
-        said = next(found, f"is not torch.save's: it {begins}; give a .pt or .bin file")
-        raise OpenELMError(f"{path} {said}.") from error
+        unknown = f"is not a file of torch.save: it {begins}; pass a .pt or .bin file"
+        kinds = (kind for start, kind in _OTHER_FILES.items() if head.startswith(start))
+        raise OpenELMError(f"{path} {next(kinds, unknown)}.") from error
     archive = PtArchive(path, np.frombuffer(mapped, np.uint8), {})
     names = [entry.filename for entry in entries]
     root = names[0].partition("/")[0] if names else ""
     if f"{root}/data.pkl" not in names:
         raise OpenELMError(
-            f"{path} is a zip without data.pkl, so not torch.save's; found "
-            f"{list_names(names)}; give a .pt or .bin file."
+            f"{path} is a zip, but not of torch.save: it has no data.pkl, only "
+            f"{list_names(names)}; pass a .pt or .bin file."
         )
     for entry in entries:
         folder, _, name = entry.filename.partition("/")
         if folder != root or name in archive.records:
             raise archive.damaged(
-                f"record {list_names([entry.filename])} is there twice, or astray"
+                f"record {list_names([entry.filename])} is duplicated or misplaced"
             )
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise OpenELMError(
@@ -88,8 +87,8 @@ def open_archive(path: Path) -> PtArchive:
     start, length = archive.records.get("byteorder", (0, 0))
     if archive.data[start : start + min(length, 8)].tobytes() == b"big":
         raise OpenELMError(
-            f"{path} was saved on a big-endian machine, whose numbers are not read "
-            "here; load it with torch there and save it as safetensors."
+            f"{path} was saved on a big-endian machine, which is not supported; load "
+            "it with torch there and save it as safetensors."
         )
     return archive
 
@@ -98,7 +97,7 @@ def _locate(archive: PtArchive, entry: zipfile.ZipInfo) -> tuple[int, int]:
     """Return the start and length of a record."""
     at, size = entry.header_offset, archive.data.size
     if 0 <= at <= size - 30:
-        # The lengths of the name and of torch's padding are in the local header alone.
+        # Only the local header has the lengths of the name and of torch's padding.
         header = archive.data[at : at + 30].tobytes()
         name_length, extra_length = struct.unpack("<HH", header[26:])
         start = at + 30 + name_length + extra_length
@@ -112,16 +111,18 @@ def _locate(archive: PtArchive, entry: zipfile.ZipInfo) -> tuple[int, int]:
         )
         if proper:
             return start, entry.file_size
-    raise archive.damaged(f"{list_names([entry.filename])} is not where the zip says")
+    raise archive.damaged(
+        f"{list_names([entry.filename])} is not where the zip's directory places it"
+    )
 
 
 def _encoding(entry: zipfile.ZipInfo) -> str:
-    """Return the encoding of the name of a record."""
+    """Return the encoding of a record's name."""
     return "utf-8" if entry.flag_bits & 0x800 else "cp437"
 
 
 def _is_extra(extra: bytes) -> bool:
-    """Whether an extra field is well-formed: kind, length and data of each entry."""
+    """Whether an extra field is a sequence of kind, length and data."""
     while len(extra) >= 4:
         kind, length = struct.unpack("<HH", extra[:4])
         if kind == 0 or length > len(extra) - 4:

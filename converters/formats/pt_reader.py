@@ -1,9 +1,9 @@
-"""Reads files of torch.save without torch: no code in them runs, no data is copied.
+"""Read files of torch.save without torch, running no code and copying no data.
 
 Such a file (CoreNet's `.pt`, `pytorch_model.bin`) is a zip of uncompressed records:
-`NAME/data.pkl`, a pickle that describes the saved mapping, and `NAME/data/KEY`, the
-numbers of one storage. A tensor in the pickle is a call, `_rebuild_tensor_v2(storage,
-offset, shape, strides, ...)`; here it becomes a view of the mapped file.
+`NAME/data.pkl`, a pickle of the saved mapping, and `NAME/data/KEY`, the numbers of one
+storage. In the pickle a tensor is a call, `_rebuild_tensor_v2(storage, offset, shape,
+strides, ...)`; it is read as a view of the mapped file.
 """
 
 from pathlib import Path
@@ -22,44 +22,42 @@ def read_state_dict(path: Path) -> dict[str, PtTensor]:
     `STATE_DICT_KEYS` in it.
 
     Raises:
-        OpenELMError: the file cannot be read, is not torch.save's, is damaged, or would
-            call a function that is not allowed; or there are no tensors, other values
-            among them, unused storages, or a tensor whose elements overlap in memory.
+        OpenELMError: the file cannot be read, is not from torch.save, is damaged, or
+            would call a function that is not allowed; or it has no tensors, values
+            that are not tensors, unused storages, or tensors with overlapping elements.
     """
     archive = open_archive(path)
-    found, unused = load_pickle(archive)
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+    state, unused = load_pickle(archive)
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise OpenELMError(
-            f"{path} holds a {type(found).__name__}, expected a mapping from names; "
+            f"{path} holds a {type(state).__name__}, expected a mapping from names; "
             "save the model's state_dict()."
         )
-    inner = (found[key] for key in STATE_DICT_KEYS if isinstance(found.get(key), dict))
-    found = next(inner, found)
-    found.pop("_metadata", None)  # torch's module versions; no tensor depends on them
+    inner = (state[key] for key in STATE_DICT_KEYS if isinstance(state.get(key), dict))
+    state = next(inner, state)
+    state.pop("_metadata", None)  # torch's module versions; no tensor depends on them
     others = [
         name
-        for name, value in found.items()
+        for name, value in state.items()
         if not (isinstance(name, str) and isinstance(value, PtTensor))
     ]
-    if others or not found:
+    if others or not state:
         raise OpenELMError(
-            f"{path} should hold tensors by name and nothing else, at the top or under "
-            f"{' or '.join(STATE_DICT_KEYS)}; found {list_names(others)}; save the "
-            "model's state_dict() by itself."
+            f"{path} must hold only tensors by name, at the top level or under "
+            f"{' or '.join(STATE_DICT_KEYS)}; found {list_names(others)}; save only "
+            "the model's state_dict()."
         )
     if unused:  # so a tensor uses the storage of another one
         raise archive.damaged(
             f"record {list_names(sorted(unused))} belongs to no tensor"
         )
-    folded = [name for name, tensor in found.items() if _is_folded(tensor.array)]
-    if folded:
-        raise archive.damaged(
-            f"{list_names(folded)} would have one number in several places"
-        )
-    return found
+    overlapping = [name for name, tensor in state.items() if _overlaps(tensor.array)]
+    if overlapping:
+        raise archive.damaged(f"elements of {list_names(overlapping)} overlap")
+    return state
 
 
-def _is_folded(array: Array) -> bool:
+def _overlaps(array: Array) -> bool:
     """Whether elements of an array overlap in memory; those of weights never do."""
     if array.size == 0:
         return False

@@ -1,10 +1,10 @@
-"""torch.save's file written without torch, one tensor in memory at a time.
+"""Write files of torch.save without torch, one tensor in memory at a time.
 
-What `pt_reader` reads: a zip of uncompressed records, `archive/data.pkl` with a pickle
-of a dict from names to calls of `_rebuild_tensor_v2`, and `archive/data/N` with the Nth
-tensor's numbers, each on a multiple of 64 bytes so that torch.load(mmap=True) finds
-them where the processor likes them. `archive` is what torch calls the zip's one folder
-where it knows no file name, so the same tensors give the same bytes whatever the name.
+The format is that of `pt_reader`: a zip of uncompressed records, `archive/data.pkl`
+with a pickle of a dict from names to calls of `_rebuild_tensor_v2`, and
+`archive/data/N` with the numbers of tensor N, aligned to 64 bytes for
+torch.load(mmap=True). torch uses the folder name `archive` for streams without a file
+name; with it, the bytes do not depend on the file's name.
 """
 
 import math
@@ -31,11 +31,11 @@ _STORAGES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorToWrite:
-    """A tensor whose numbers are fetched when its turn comes.
+    """A tensor that is read just before it is written.
 
     Attributes:
         dtype: float32, float16 or bfloat16.
-        read: called once; gives an array of exactly this shape and dtype.
+        read: called once; returns an array of exactly this shape and dtype.
     """
 
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ def write_pt(
     *,
     on_written: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Write what torch.save({name: tensor, ...}, path) means.
+    """Write the equivalent of torch.save({name: tensor, ...}, path).
 
     Args:
         on_written: called with each tensor's name once it is in the file.
@@ -63,28 +63,28 @@ def write_pt(
         _add(archive, file, ".storage_alignment", str(ALIGNMENT).encode())
         _add(archive, file, "byteorder", b"little")
         for i, (name, tensor) in enumerate(tensors.items()):
-            _add(archive, file, f"data/{i}", to_numpy(read_as_announced(name, tensor)))
+            _add(archive, file, f"data/{i}", to_numpy(read_checked(name, tensor)))
             on_written(name)
         _add(archive, file, "version", b"3\n")
 
 
-def read_as_announced(name: str, tensor: TensorToWrite) -> mx.array:
-    """Read a tensor whose place in the file is settled already.
+def read_checked(name: str, tensor: TensorToWrite) -> mx.array:
+    """Read a tensor, and check that it has the declared shape and dtype.
 
     Raises:
-        ValueError: it has another shape or dtype: a mistake of the caller's.
+        ValueError: it has not, which is a bug of the caller.
     """
     array = tensor.read()
     if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
         raise ValueError(
-            f"{name} was announced as {tensor.dtype} {tensor.shape} and is "
+            f"{name} was declared as {tensor.dtype} {tensor.shape} and is "
             f"{array.dtype} {array.shape}"
         )
     return array
 
 
 def to_numpy(array: mx.array) -> np.ndarray[Any, np.dtype[Any]]:
-    """Return the same memory in row order, bfloat16 (which numpy lacks) as uint16."""
+    """Return a row-major array; bfloat16, which numpy lacks, is viewed as uint16."""
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
     return np.asarray(mx.contiguous(array))
@@ -99,10 +99,10 @@ def _add(
     name: str,
     content: bytes | np.ndarray[Any, np.dtype[Any]],
 ) -> None:
-    """Add a record whose content starts on a multiple of `ALIGNMENT`."""
+    """Add a record whose content is aligned to `ALIGNMENT`."""
     record = zipfile.ZipInfo(f"archive/{name}")
-    # In front of the content stand a header, the name and two extra fields: our padding
-    # and zipfile's 64-bit sizes. Each field begins with its kind and its length.
+    # A header (30 bytes), the name and two extra fields precede the content: this
+    # padding (kind and length: 4 bytes) and zipfile's 64-bit sizes (20 bytes).
     before = file.tell() + 30 + len(record.filename) + 4 + 20
     padding = -before % ALIGNMENT
     record.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
@@ -114,7 +114,7 @@ def _add(
 
 
 def _describe(tensors: Mapping[str, TensorToWrite]) -> bytes:
-    """Return the pickle of the dict, which refers to the numbers by their record."""
+    """Return the pickle of the dict, which refers to storages by record name."""
     items = (
         _plain(name) + _rebuilding(str(i), tensor)
         for i, (name, tensor) in enumerate(tensors.items())
@@ -125,7 +125,7 @@ def _describe(tensors: Mapping[str, TensorToWrite]) -> bytes:
 
 
 def _rebuilding(record: str, tensor: TensorToWrite) -> bytes:
-    """Return the opcodes of the call that rebuilds a tensor, torch's own."""
+    """Return the opcodes of torch's call that rebuilds a tensor."""
     size = math.prod(tensor.shape)
     strides = tuple(
         math.prod(tensor.shape[i:]) for i in range(1, len(tensor.shape) + 1)
@@ -142,7 +142,7 @@ def _rebuilding(record: str, tensor: TensorToWrite) -> bytes:
 
 
 def _plain(value: object) -> bytes:
-    """Return the opcodes that leave a plain value on the stack."""
+    """Return the opcodes that push a plain value."""
     return pickle.dumps(value, 2)[2:-1]  # without PROTO 2 and STOP
 
 

@@ -1,4 +1,4 @@
-"""What lies at a path: an OpenELM's config and its tensors, to be read one by one."""
+"""Detect and open a model source: its config, and its tensors, read one at a time."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -46,7 +46,7 @@ _TORCH_FLOATS = {
     "float32": mx.float32,
     "float16": mx.float16,
     "bfloat16": mx.bfloat16,
-    "float64": mx.float32,  # no OpenELM needs it and MLX hardly has it
+    "float64": mx.float32,  # MLX supports float64 only on the CPU
 }
 
 
@@ -55,9 +55,9 @@ class SourceTensor:
     """A tensor (out, in) of a source.
 
     Attributes:
-        dtype: as stored; of a packed tensor, that of the model around it.
-        read: brings it into memory, a packed one unpacked to float32.
-        packing: how it is packed; `read_parts` brings the parts, by suffix.
+        dtype: as stored; of a packed tensor: the dtype of the unpacked ones.
+        read: reads it; unpacks a packed tensor to float32.
+        packing: of a packed tensor; `read_parts` reads its parts, by suffix.
     """
 
     shape: tuple[int, ...]
@@ -72,15 +72,15 @@ class ModelSource:
     """A model that can be converted.
 
     Attributes:
-        kind: what it was recognised as, in words.
+        kind: description of the detected format.
         tensors: by CoreNet name, exactly those of `config`.
         files: the weight files.
-        folder: where a tokenizer and a generation_config.json may lie.
-        padded: its vocabulary has CoreNet's rows for padding.
-        metadata: what mlx-openelm said of itself in a folder that it wrote.
-        notes: what a person should know.
-        adapter: the one that the file carries, not merged into `tensors`.
-        before_merging: the base's tensors, where an adapter was merged into them.
+        folder: where to look for a tokenizer and generation_config.json.
+        padded: the vocabulary includes CoreNet's padding rows.
+        metadata: the mlx-openelm entry of config.json.
+        notes: notes for the user.
+        adapter: the adapter in the file, not merged into `tensors`.
+        before_merging: the base's versions of the tensors with a merged adapter.
     """
 
     name: str
@@ -97,7 +97,7 @@ class ModelSource:
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The dtype of what is not packed."""
+        """The dtype of the unpacked tensors."""
         table = self.tensors[EMBEDDING]
         return self.tensors[NORM].dtype if table.packing else table.dtype
 
@@ -105,52 +105,55 @@ class ModelSource:
 def open_source(
     name: str, *, offline: bool = False, revision: str | None = None
 ) -> ModelSource:
-    """Recognise a CoreNet .pt file, or Hugging Face's, mlx-lm's or Apple's MLX folder.
+    """Open a CoreNet .pt file, or a folder of Hugging Face, mlx-lm or Apple's MLX.
 
     Raises:
-        OpenELMError: nothing is there, it is no OpenELM, or it contradicts its config.
+        OpenELMError: the source does not exist, is not an OpenELM, or does not match
+            its config.
     """
     return open_path(locate(name, offline=offline, revision=revision))
 
 
 def locate(name: str, *, offline: bool = False, revision: str | None = None) -> Path:
-    """Return the file or folder that a person means; a Hub id is downloaded."""
+    """Return the path of a file, folder or Hub id, which is downloaded."""
     try:
         path = Path(os.path.expanduser(name))
         if path.is_file() and revision is None:
             return path
-    except (OSError, ValueError) as error:  # too long, or no name that can be
+    except (OSError, ValueError) as error:  # too long, or not a valid name
         reason = error.strerror if isinstance(error, OSError) else error
-        raise OpenELMError(f"{name!a:.100} is no file or folder: {reason}.") from error
+        raise OpenELMError(
+            f"{name!a:.100} is not a file or folder: {reason}."
+        ) from error
     if path.suffix in PT_SUFFIXES and not path.exists():
-        raise OpenELMError(f"There is no file {path}.")
+        raise OpenELMError(f"{path} does not exist.")
     return find_model(name, offline=offline, revision=revision)
 
 
 def name_folder(path: Path) -> str:
-    """The folder's name, or the repository's if it lies in the Hub cache."""
+    """Return the folder's name, or in the Hub cache the repository's."""
     if path.parent.name == "snapshots":
         return path.parent.parent.name.rsplit("--", 1)[-1]
     return path.resolve().name
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder is an adapter's and no model's."""
+    """Whether a folder is an adapter, not a model."""
     return (path / CONFIG).is_file() and not (path / "config.json").is_file()
 
 
 def open_path(path: Path) -> ModelSource:
-    """Recognise what lies at a path, as `open_source` does."""
+    """Open the source at a local path, as `open_source` does."""
     if path.is_dir():
         return _open_folder(path)
     if path.suffix == ".safetensors":
         raise OpenELMError(
-            f"{path} is one file of a model folder; convert all of {path.parent}."
+            f"{path} is one file of a model folder; pass the folder, {path.parent}."
         )
     if path.suffix == ".gguf":
         raise OpenELMError(
-            f"{path} is a GGUF file, which is written here and not read; convert what "
-            "it was made from."
+            f"{path} is a GGUF file, which can only be written; convert its source "
+            "instead."
         )
     return _open_checkpoint(path)
 
@@ -165,19 +168,19 @@ def _open_checkpoint(path: Path) -> ModelSource:
         {ours: read[theirs] for ours, theirs in mapped.items()}, path
     )
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    given = _config_beside(path)
-    if given is None:
+    config_path = _find_config(path)
+    if config_path is None:
         config = OpenELMConfig.from_shapes(shapes)
         notes = [
-            "No config beside the file: context length 2048, RoPE base 10000 and eps "
-            "1e-6 are OpenELM's own."
+            "No config next to the file: using OpenELM's context length 2048, RoPE "
+            "base 10000 and eps 1e-6."
         ]
     else:
-        config = OpenELMConfig.from_file(given)
+        config = OpenELMConfig.from_file(config_path)
         rows, *_ = shapes.get(EMBEDDING) or (config.vocab_size,)
         config = replace(config, vocab_size=rows)  # often padded
-        notes = [f"Sizes from {given.name}."]
-    where = path.name if given is None else f"{path.name}, read with {given.name},"
+        notes = [f"Sizes from {config_path.name}."]
+    where = path.name + (f" with {config_path.name}" if config_path else "")
     check_shapes(config.tensor_shapes(), shapes, where=where)
     method = {"lora": "LoRA ", "dora": "DoRA "}[adapter.method] if adapter else ""
     return ModelSource(
@@ -193,8 +196,8 @@ def _open_checkpoint(path: Path) -> ModelSource:
     )
 
 
-def _config_beside(path: Path) -> Path | None:
-    """CoreNet's YAML or our pretrain's config.json, where the .pt file lies."""
+def _find_config(path: Path) -> Path | None:
+    """Find CoreNet's YAML or the config.json of `pretrain` next to a .pt file."""
     names = (f"{path.stem}.yaml", "config.yaml", "config.json")
     for candidate in (path.with_name(name) for name in names):
         if candidate.is_file() and _is_openelm(read_mapping(candidate)):
@@ -202,9 +205,9 @@ def _config_beside(path: Path) -> Path | None:
     return None
 
 
-def _is_openelm(found: Mapping[str, Any]) -> bool:
-    return found.get("model_type") == "openelm" or any(
-        str(key).split(".")[0] == "model" for key in found
+def _is_openelm(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "openelm" or any(
+        str(key).split(".")[0] == "model" for key in config
     )
 
 
@@ -220,7 +223,7 @@ def _open_folder(path: Path) -> ModelSource:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise OpenELMError(
-            f"{path} holds no config.json; expected a CoreNet .pt file or a folder in "
+            f"{path} has no config.json; expected a CoreNet .pt file or a folder in "
             "Hugging Face's layout."
         )
     raw = read_mapping(config_path)
@@ -240,13 +243,13 @@ def _open_folder(path: Path) -> ModelSource:
         for name in config.tensor_shapes()
         if f"{name.removesuffix('.weight')}.scales" in by_name
     }
-    if not packings:  # the other tool's names are what its user knows
+    if not packings:  # errors then show the names of the tool that wrote the folder
         expected = config.tensor_shapes()
-        found = {name: tensor.shape for name, tensor in by_name.items()}
+        shapes = {name: tensor.shape for name, tensor in by_name.items()}
     else:
         expected = expected_shapes(config, packings)
-        found = {to_folder(name): tensor.shape for name, tensor in by_name.items()}
-    check_shapes(expected, found, where=str(path))
+        shapes = {to_folder(name): tensor.shape for name, tensor in by_name.items()}
+    check_shapes(expected, shapes, where=str(path))
     dtypes = {to_folder(name): tensor.dtype for name, tensor in by_name.items()}
     check_dtypes(config, packings, dtypes, where=str(path))
     model_dtype = by_name[NORM].dtype
@@ -270,18 +273,18 @@ def _open_folder(path: Path) -> ModelSource:
 
 
 def _find_files(path: Path) -> list[Path]:
-    """Return a folder's weight files, of the best kind that it has."""
-    found = next(path.glob("model*.safetensors"), None)
-    if found is None and (path / APPLE_WEIGHTS).is_file():
+    """Return a folder's weight files: .safetensors if it has any, else .bin."""
+    if any(path.glob("model*.safetensors")):
+        return find_weight_files(path)
+    if (path / APPLE_WEIGHTS).is_file():
         return [path / APPLE_WEIGHTS]
-    has_bins = (path / BIN_INDEX).is_file() or any(path.glob(BIN_FILES))
-    if found is None and has_bins:
+    if (path / BIN_INDEX).is_file() or any(path.glob(BIN_FILES)):
         return find_weight_files(path, BIN_FILES, BIN_INDEX)
     checkpoints = sorted(file.name for file in path.glob("[!.]*.pt"))
-    if found is None and checkpoints:  # of a training run, or grown
+    if checkpoints:  # of a training run, or grown
         raise OpenELMError(
-            f"{path} holds no model*.safetensors but {', '.join(checkpoints[:8])}; "
-            f"name one of them, as {path / checkpoints[0]}."
+            f"{path} has no model*.safetensors, only {', '.join(checkpoints[:8])}; "
+            f"pass one of them, for example {path / checkpoints[0]}."
         )
     return find_weight_files(path)
 
@@ -342,20 +345,21 @@ def _packed(
 
 
 def _refuse_other_head(
-    path: Path, by_name: Mapping[str, SourceTensor], called: str
+    path: Path, by_name: Mapping[str, SourceTensor], stored_name: str
 ) -> None:
     head, table = by_name[HEAD], by_name.get(EMBEDDING)
     if table is None or not mx.array_equal(head.read(), table.read()):
         raise OpenELMError(
-            f"{path} says that the output head is tied to the embedding, but {called} "
-            "differs from it; correct share_input_output_layers in config.json."
+            f"In {path} the config ties the output head to the embedding, but "
+            f"{stored_name} differs from it; correct share_input_output_layers in "
+            "config.json."
         )
 
 
 def _float_dtype(dtype: str, name: str, path: Path) -> mx.Dtype:
     if dtype not in _TORCH_FLOATS:
         raise OpenELMError(
-            f"{path}: {name} is stored as {dtype}; weights are float32, float16 or "
+            f"{path}: {name} is stored as {dtype}; expected float32, float16 or "
             "bfloat16."
         )
     return _TORCH_FLOATS[dtype]

@@ -1,4 +1,4 @@
-"""One tensor of a file as an MLX array, read when it is needed."""
+"""Read single tensors of a file as MLX arrays."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from converters.formats.pickle_machine import PtTensor
 
 
 def read_safetensor(file: Path, name: str) -> mx.array:
-    """Return a tensor of a .safetensors file; evaluating it reads its bytes alone."""
+    """Return a tensor of a .safetensors file, lazily: only its own bytes are read."""
     loaded = mx.load(str(file))
     assert isinstance(loaded, dict)
     return loaded[name]
@@ -21,5 +21,5 @@ def read_pt_tensor(stored: PtTensor) -> mx.array:
         return mx.array(stored.array).view(mx.bfloat16)
     if stored.dtype != "float64":
         return mx.array(stored.array)
-    with np.errstate(over="ignore"):  # whoever uses the tensor checks for infinity
+    with np.errstate(over="ignore"):  # the caller checks for infinity
         return mx.array(stored.array.astype(np.float32))

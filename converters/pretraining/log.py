@@ -1,4 +1,4 @@
-"""What a run tells while it trains: events, metrics.jsonl, TensorBoard."""
+"""Progress of a run: events, metrics.jsonl, trackers."""
 
 import contextlib
 import dataclasses
@@ -6,23 +6,22 @@ import json
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm.errors import OpenELMError
+from mlx_openelm.reporting.trackers import Trackers
 from mlx_openelm.storage.staging import replaced_file
 
 METRICS = "metrics.jsonl"
-SPIKE_WINDOW, SPIKE_LEAST = 100, 20  # losses that a new one is judged by
+SPIKE_WINDOW, SPIKE_LEAST = 100, 20  # number of previous losses to compare with
 SPIKE_DEVIATIONS = 6.0
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """What is about to be trained; counts are of one epoch, None where not known."""
+    """Sizes of the run, before its first step; counts are per epoch, None: unknown."""
 
     num_parameters: int
     num_documents: int | None
@@ -39,10 +38,10 @@ class Trained:
     """Means since the last report, in nats per token; the norm is the last step's.
 
     Attributes:
-        loss: cross-entropy; `z_loss` is what was added to it.
-        tokens: learnt from so far.
-        mfu: model FLOPs utilisation; None where the device's peak is not known.
-        seconds_left: at the pace of this process so far.
+        loss: cross-entropy, without `z_loss`.
+        tokens: targets so far.
+        mfu: model FLOPs utilisation; None if the device's peak is unknown.
+        seconds_left: estimated from the mean speed of this process.
     """
 
     step: int
@@ -58,7 +57,7 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Spiked:
-    """The loss of one step stands far above the median of those before it."""
+    """The loss of a step is far above the median of the previous ones."""
 
     step: int
     loss: float
@@ -67,7 +66,7 @@ class Spiked:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """Held-out text, windows each begun with BOS; `averaged`: of the final mean."""
+    """Loss on held-out text; `averaged`: of the averaged final weights."""
 
     step: int
     nats_per_token: float
@@ -77,7 +76,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A prompt and how the model goes on, greedily."""
+    """A prompt and the model's greedy continuation."""
 
     step: int
     prompt: str
@@ -86,71 +85,66 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """`dropped`: pieces of text left out by these processes, by reason."""
+    """A checkpoint was written; `dropped`: number of dropped pieces by reason."""
 
     step: int
     path: Path
     dropped: dict[str, int]
 
 
-Event = Started | Trained | Spiked | Evaluated | Sampled | Saved
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A sentence for the terminal alone."""
+
+    text: str
+
+
+Event = Started | Trained | Spiked | Evaluated | Sampled | Saved | Noted
 
 
 class RunLog:
-    """Writes each event to metrics.jsonl, to TensorBoard if asked, and hands it on."""
+    """Writes events to metrics.jsonl and trackers, and passes them to `on_event`."""
 
     def __init__(
         self,
         folder: Path,
         on_event: Callable[[Event], None],
         *,
-        tensorboard: bool,
         step: int,
+        report_to: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Begin behind `step`: what a killed run told of later ones is dropped.
+        """Open the log after `step`; later records of a killed run are removed.
 
         Raises:
-            OpenELMError: TensorBoard is asked for and not installed.
+            OpenELMError: a tracker's package is not installed, or it cannot start.
         """
-        if tensorboard and find_spec("tensorboard") is None:
-            raise OpenELMError(
-                "The recipe says tensorboard, which is not installed; in the checkout, "
-                "pip install -e '.[tensorboard]'."
-            )
         self._path, self._on_event = folder / METRICS, on_event
         _drop_after(self._path, step)
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self._trackers = Trackers(
+            report_to,
+            folder,
+            config=config or {},
+            first_step=step,
+            on_failure=lambda text: on_event(Noted(text)),
+        )
 
     def write(self, event: Event) -> None:
         fields = {k: v for k, v in dataclasses.asdict(event).items() if v is not None}
         record = {"event": type(event).__name__.lower(), **fields}
         with self._path.open("a") as metrics:
             metrics.write(json.dumps(record, default=str) + "\n")
-        if self._writer is not None:
-            self._draw(record)
+        self._trackers.log(record["event"], fields)
+        if isinstance(event, Sampled):
+            self._trackers.log_text(event.step, "sampled", event.prompt + event.text)
         self._on_event(event)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def _draw(self, record: dict[str, Any]) -> None:
-        kind, step = record["event"], record.get("step", 0)
-        for key, value in record.items():
-            if key != "step" and isinstance(value, float):
-                self._writer.add_scalar(f"{kind}/{key}", value, step)
-        if kind == "sampled":
-            text = record["prompt"] + record["text"]
-            self._writer.add_text("sampled", text, step)
-        self._writer.flush()
+        self._trackers.close()
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Leave what was told up to a step; a line cut by a death goes too."""
+    """Remove the records after a step, and a truncated last line."""
     if not path.exists():
         return
     kept = []
@@ -159,7 +153,7 @@ def _drop_after(path: Path, step: int) -> None:
             match json.loads(line):
                 case {"averaged": True}:
                     pass
-                case {"step": int(told)} if told > step:
+                case {"step": int(recorded)} if recorded > step:
                     pass
                 case {}:
                     kept.append(line)
@@ -168,11 +162,11 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 class Meter:
-    """Sums up the steps since the last report, and keeps the time.
+    """Accumulates losses, tokens and time since the last report.
 
     Args:
-        flops_per_position: of a position of the batch, padded or not.
-        peak_flops: of all devices; None: not known.
+        flops_per_position: of a position of the batch, padding included.
+        peak_flops: of all devices together; None if unknown.
     """
 
     def __init__(self, flops_per_position: float, peak_flops: float | None) -> None:
@@ -195,10 +189,10 @@ class Meter:
         tokens: int,
         positions: int,
     ) -> Spiked | None:
-        """Count a step; return what to flag.
+        """Add a step; return an event if its loss is a spike.
 
-        A loss is flagged above the median of the last 100 steps by 6 times the median
-        distance from it (4 standard deviations, were they normal).
+        A spike exceeds the median of the last 100 losses by 6 median absolute
+        deviations (4 standard deviations of a normal distribution).
         """
         self._losses.append(loss)
         self._z_losses.append(z_loss)
@@ -217,7 +211,7 @@ class Meter:
         return spiked
 
     def report(self, step: int, steps: int, learning_rate: float) -> Trained:
-        """Return the means since the last report, and begin anew."""
+        """Return the means since the last report, and reset them."""
         now = time.perf_counter()
         elapsed = now - self._since
         used = self._flops * self._positions / elapsed
@@ -238,10 +232,10 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of this block out."""
-        begun = time.perf_counter()
+        """Exclude the time of this block."""
+        started = time.perf_counter()
         yield
-        elapsed = time.perf_counter() - begun
+        elapsed = time.perf_counter() - started
         self._since += elapsed
         self._first += elapsed
 

@@ -1,10 +1,10 @@
-"""Bits for each tensor by what they cost: the same bytes, the least loss.
+"""Mixed-precision bit allocation: the least loss for a given size.
 
-A tensor's price is measured: packed at 4 bits, alone, it moves the model's next-token
-distribution by a KL divergence. To second order that divergence is quadratic in the
-rounding error, so at other bits and groups the price is taken in proportion to the
-squared error there. What a model of so many bytes loses least with is then a knapsack
-problem with one choice a tensor, which dynamic programming solves exactly.
+The sensitivity of a tensor is the KL divergence of the model's next-token distribution
+when this tensor alone is quantized to 4 bits. To second order it is quadratic in the
+rounding error, so for other bits and group sizes the loss is estimated in proportion to
+the squared rounding error. Choosing one packing per tensor for the least total loss
+within a size is a knapsack problem, which dynamic programming solves exactly.
 """
 
 import math
@@ -23,17 +23,16 @@ from mlx_openelm.model.quantization import AFFINE_BITS, GROUP_SIZES, Packing
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
 
 PROBE_BITS = 4
-ERROR_ROWS = 512  # of a tensor, spread over it, that the rounding error is taken from
-MAX_CELLS = 500_000  # of the knapsack's table; more bytes than that share a cell
+ERROR_ROWS = 512  # of a tensor, evenly spaced, on which its rounding error is measured
+MAX_CELLS = 500_000  # of the knapsack's table; larger budgets use coarser cells
 
 Choices = Mapping[str, Sequence[Packing]]  # by CoreNet name
 
 
 def count_tokens(config: OpenELMConfig) -> int:
-    """Return how much text to price on: the less, the larger the model.
+    """Return the number of tokens to measure sensitivities on; less for larger models.
 
-    768 tokens for the 270M (three windows), 4096 for the demo model, 512 from the 450M
-    on.
+    4096 for the demo model, 768 (three windows) for the 270M, 512 from the 450M on.
     """
     return max(512, min(4096, 22 * 10**10 // config.num_parameters))
 
@@ -45,15 +44,15 @@ def list_choices(
     group_size: int | None = None,
     embed_bits: int | None = None,
 ) -> dict[str, list[Packing]]:
-    """Return the packings that each tensor may have.
+    """Return the packings to choose from for each tensor, by CoreNet name.
 
     Args:
-        keeps: tells of a tensor that is not packed.
-        group_size: the only one; None: all that divide the tensor's rows.
-        embed_bits: of the embedding and an untied head; None: they are priced, too.
+        keeps: whether a tensor stays unquantized.
+        group_size: None: every size that divides the tensor's row length.
+        embed_bits: of the embedding and an untied head; None: every number of bits.
 
     Raises:
-        OpenELMError: no group size divides some tensor's rows (all of them named).
+        OpenELMError: no group size divides a tensor's row length; names all of them.
     """
     choices = {}
     for name, (*rows, width) in config.tensor_shapes().items():
@@ -70,8 +69,8 @@ def list_choices(
     indivisible = [name for name, packings in choices.items() if not packings]
     if indivisible:
         raise OpenELMError(
-            f"No group size divides the rows of {', '.join(indivisible)}; `keep` "
-            "them, or choose another `group_size`."
+            f"No group size divides the row length of {', '.join(indivisible)}; "
+            "exclude them with `keep`, or choose another `group_size`."
         )
     return choices
 
@@ -86,26 +85,26 @@ def allocate(
     dtype: mx.Dtype = mx.bfloat16,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Packing]:
-    """Choose each tensor's packing, so that all tensors have so many bits a weight.
+    """Choose a packing for each tensor, with an average of `bits_per_weight` or less.
 
     Args:
-        read: reads the original's weights.
-        windows: token ids (N, 1 + T) that the price is measured on.
-        choices: of each tensor that is packed; the others stay in `dtype`.
-        dtype: of scales, biases and what is not packed.
-        on_progress: called with layers priced and layers in all.
+        read: reads the original weights.
+        windows: token ids (N, 1 + T) on which sensitivities are measured.
+        choices: for each tensor to pack; the others stay in `dtype`.
+        dtype: of scales, biases and unpacked tensors.
+        on_progress: called with the layers measured and the number of layers.
 
     Raises:
-        OpenELMError: so many bits cannot be reached with these choices.
+        OpenELMError: these choices cannot reach `bits_per_weight`.
     """
     _refuse_unreachable(config, bits_per_weight, choices, dtype)
-    losses = price_choices(
+    losses = estimate_losses(
         config, read, windows, choices, dtype=dtype, on_progress=on_progress
     )
     return choose(config, bits_per_weight, choices, losses, dtype=dtype)
 
 
-def price_choices(
+def estimate_losses(
     config: OpenELMConfig,
     read: Read,
     windows: mx.array,
@@ -114,24 +113,24 @@ def price_choices(
     dtype: mx.Dtype = mx.bfloat16,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[float]]:
-    """Return what each choice of each tensor costs, in KL; arguments as `allocate`."""
-    probes = {
+    """Return the estimated KL of each choice; arguments as for `allocate`."""
+    probe_packings = {
         name: min(packings, key=lambda p: abs(p.bits - PROBE_BITS))
         for name, packings in choices.items()
         if len(packings) > 1
     }
-    prices = measure_prices(
-        config, read, windows, probes, dtype=dtype, on_progress=on_progress
+    sensitivities = measure_sensitivities(
+        config, read, windows, probe_packings, dtype=dtype, on_progress=on_progress
     )
     losses = {}
     for name, packings in choices.items():
-        if name not in probes:
+        if name not in probe_packings:
             losses[name] = [0.0]
             continue
         stored = read(name).astype(dtype)
-        errors = _measure_errors(stored, [probes[name], *packings])
-        unit = prices[name] / max(errors[0], 1e-30)
-        losses[name] = [unit * error for error in errors[1:]]
+        errors = _measure_errors(stored, [probe_packings[name], *packings])
+        per_error = sensitivities[name] / max(errors[0], 1e-30)
+        losses[name] = [per_error * error for error in errors[1:]]
     return losses
 
 
@@ -143,7 +142,7 @@ def choose(
     *,
     dtype: mx.Dtype = mx.bfloat16,
 ) -> dict[str, Packing]:
-    """Return the choices of the least loss that have at most so many bits a weight."""
+    """Return the choices of least loss with at most `bits_per_weight` on average."""
     costs, unpacked = _count_costs(config, choices, dtype)
     budget = int(bits_per_weight * config.num_parameters / 8) - unpacked
     names = list(choices)
@@ -153,7 +152,7 @@ def choose(
     return {n: choices[n][i] for n, i in zip(names, picked, strict=True)}
 
 
-def measure_prices(
+def measure_sensitivities(
     config: OpenELMConfig,
     read: Read,
     windows: mx.array,
@@ -162,10 +161,10 @@ def measure_prices(
     dtype: mx.Dtype = mx.bfloat16,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Return the mean KL (nats a token) of packing each tensor alone.
+    """Return the mean KL (nats per token) of packing each tensor alone.
 
-    All variants walk through the layers together, so each layer is read once; a variant
-    leaves the original's path at the layer that its tensor is in.
+    All variants run side by side, so each layer is read once. A variant shares the
+    original's hidden states up to the layer of its packed tensor.
     """
 
     def pack(name: str) -> mx.array:
@@ -207,7 +206,7 @@ def _compare(
     original: mx.array,
     variants: Mapping[str, mx.array],
 ) -> dict[str, float]:
-    """Return each variant's mean KL from the original, from hidden states (N, T, D)."""
+    """Return each variant's mean KL to the original, from hidden states (N, T, D)."""
     before = model.norm(original)  # (N T, D)
     head = model.head()
     table = EMBEDDING if model.config.share_input_output_layers else HEAD
@@ -220,31 +219,32 @@ def _compare(
         for name, hidden in variants.items():
             after = model.norm(hidden.reshape(before.shape)[rows])
             q = nn.log_softmax(heads.get(name, head)(after))
-            sums[name] += _add_up(weights * (p - q))
+            sums[name] += _sum(weights * (p - q))
     return {name: max(0.0, kl / before.shape[0]) for name, kl in sums.items()}
 
 
 def solve_knapsack(
     costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int
 ) -> list[int]:
-    """Pick one choice of each item: the least loss whose costs fit the budget.
+    """Pick one choice per item for the least total loss within the budget.
 
-    Exact where the costs have a divisor that leaves at most `MAX_CELLS` cells; else
-    they are rounded up to cells of that size. The cheapest choices must fit.
+    Costs are counted in cells of their greatest common divisor, which is exact; if that
+    needs more than `MAX_CELLS` cells, they are rounded up to larger ones. The cheapest
+    choices must fit.
     """
     cell = max(math.gcd(*(c for item in costs for c in item)), budget // MAX_CELLS + 1)
     if budget // cell < sum(math.ceil(min(item) / cell) for item in costs):
         return [item.index(min(item)) for item in costs]
-    # What is cheapest is paid in advance, so that the table holds what can be chosen.
+    # The table covers only the cells beyond the cheapest choices.
     least = [math.ceil(min(item) / cell) for item in costs]
     cells = budget // cell - sum(least)
     best = np.zeros(cells + 1)  # least loss of the items so far, by cells spent
     picks = []
-    for item_costs, item_losses, floor in zip(costs, losses, least, strict=True):
+    for item_costs, item_losses, minimum in zip(costs, losses, least, strict=True):
         total = np.full(cells + 1, np.inf)
         pick = np.zeros(cells + 1, np.int16)
         for i, (cost, loss) in enumerate(zip(item_costs, item_losses, strict=True)):
-            more = math.ceil(cost / cell) - floor
+            more = math.ceil(cost / cell) - minimum
             if more > cells:
                 continue
             candidate = best[: cells + 1 - more] + loss
@@ -255,12 +255,12 @@ def solve_knapsack(
         picks.append(pick)
     left = cells
     chosen = []
-    for pick, item_costs, floor in zip(
+    for pick, item_costs, minimum in zip(
         reversed(picks), reversed(costs), reversed(least), strict=True
     ):
         i = int(pick[left])
         chosen.append(i)
-        left -= math.ceil(item_costs[i] / cell) - floor
+        left -= math.ceil(item_costs[i] / cell) - minimum
     return chosen[::-1]
 
 
@@ -269,7 +269,7 @@ def _measure_errors(weight: mx.array, packings: Sequence[Packing]) -> list[float
     rows = weight[:: max(1, weight.shape[0] // ERROR_ROWS)]
     exact = rows.astype(mx.float32)
     return [
-        _add_up(
+        _sum(
             mx.square(
                 unpack_weight(packing, pack_weight(packing, rows), mx.float32) - exact
             )
@@ -278,7 +278,7 @@ def _measure_errors(weight: mx.array, packings: Sequence[Packing]) -> list[float
     ]
 
 
-def _add_up(array: mx.array) -> float:
+def _sum(array: mx.array) -> float:
     return float(array.sum().item())  # type: ignore[arg-type] # it is real
 
 
@@ -293,7 +293,7 @@ def _count_bytes(packing: Packing, shape: tuple[int, ...], dtype: mx.Dtype) -> i
 def _count_costs(
     config: OpenELMConfig, choices: Choices, dtype: mx.Dtype
 ) -> tuple[dict[str, list[int]], int]:
-    """Return the bytes of each choice, and those of all that is not packed."""
+    """Return the bytes of each choice, and the total of the unpacked tensors."""
     shapes = config.tensor_shapes()
     costs = {
         name: [_count_bytes(packing, shapes[name], dtype) for packing in packings]
@@ -307,13 +307,13 @@ def _refuse_unreachable(
     config: OpenELMConfig, bits_per_weight: float, choices: Choices, dtype: mx.Dtype
 ) -> None:
     costs, unpacked = _count_costs(config, choices, dtype)
-    least, most = (
+    smallest, largest = (
         8 * (unpacked + sum(map(bound, costs.values()))) / config.num_parameters
         for bound in (min, max)
     )
-    if not least <= bits_per_weight <= most:
+    if not smallest <= bits_per_weight <= largest:
         raise OpenELMError(
-            f"`bits` auto:{bits_per_weight:g} cannot be reached: this model takes "
-            f"{math.ceil(1000 * least) / 1000:g} to {math.floor(1000 * most) / 1000:g} "
-            "bits a weight in all."
+            f"`bits` is auto:{bits_per_weight:g}; for this model it must be "
+            f"auto:{math.ceil(1000 * smallest) / 1000:g} to "
+            f"auto:{math.floor(1000 * largest) / 1000:g}."
         )

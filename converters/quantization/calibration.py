@@ -1,8 +1,8 @@
-"""The text that a quantization is measured on.
+"""Text on which a quantization is measured.
 
-`calibration.txt` is the sample that is used unless the person gives another: twelve
-passages of English prose and dialogue, 35 KB, in the public domain in the USA, from
-these books (in Project Gutenberg editions, whose notices are removed; no endorsement):
+The default, `calibration.txt`, has twelve passages of English prose and dialogue, 35
+KB, in the public domain in the USA, from these books (in Project Gutenberg editions
+without their notices; no endorsement):
 
     Kenneth Grahame, The Wind in the Willows    L. Carroll, Through the Looking-Glass
     Thornton W. Burgess, The Burgess Bird Book  James Baldwin, Fifty Famous Stories
@@ -23,11 +23,11 @@ from mlx_openelm.text.tokenizer import Tokenizer
 SAMPLE = Path(__file__).with_name("calibration.txt")
 SAMPLE_NAME = "the bundled sample of English prose"
 WINDOW = 256  # tokens
-MAX_CHARACTERS = 1_000_000  # of a longer text the beginning: encoding takes its time
+MAX_CHARACTERS = 1_000_000  # longer texts are cut, as encoding takes time
 
 
 def read_calibration(path: Path | None) -> tuple[str, str]:
-    """Return what the text is called, and the text.
+    """Return the name of the text, and the text.
 
     Args:
         path: a text file; None is the bundled sample.
@@ -39,7 +39,7 @@ def read_calibration(path: Path | None) -> tuple[str, str]:
         text = (path or SAMPLE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise OpenELMError(
-            f"Cannot read {path or SAMPLE} as UTF-8 text: {error}; give a plain text "
+            f"Cannot read {path or SAMPLE} as UTF-8 text: {error}; pass a plain text "
             "file as `calibration`."
         ) from error
     return (path.name if path else SAMPLE_NAME), text
@@ -53,23 +53,23 @@ def calibration_windows(
     num_tokens: int,
     window: int = WINDOW,
 ) -> mx.array:
-    """Return token ids (N, 1 + T): windows from all over the text, each after a BOS.
+    """Return token ids (N, 1 + T): windows spread over the text, each after a BOS.
 
-    T is `window`, or the context where that is shorter.
+    T is `window`, or the model's context length if that is smaller.
 
     Args:
-        num_tokens: N * T at most; fewer where the text has fewer.
+        num_tokens: upper bound of N * T; short texts give less.
 
     Raises:
-        OpenELMError: the text does not fill one window.
+        OpenELMError: the text is shorter than one window.
     """
     T = min(window, config.max_context_length)
     ids = tokenizer.encode(text[:MAX_CHARACTERS], bos=False)
     N = min(max(1, num_tokens // T), len(ids) // T)
     if N == 0:
         raise OpenELMError(
-            f"The calibration text has {len(ids)} tokens, and {T} are needed; give a "
-            "longer one as `calibration`."
+            f"The calibration text has {len(ids)} tokens, but needs at least {T}; pass "
+            "a longer one as `calibration`."
         )
     starts = [i * (len(ids) // N) for i in range(N)]
     return mx.array([[tokenizer.bos_id, *ids[s : s + T]] for s in starts])

@@ -1,7 +1,7 @@
-"""What a quantization cost: both models run side by side, one layer at a time.
+"""Quantization error, measured by running both models side by side, layer by layer.
 
-The hidden states of both are carried along, so that of the weights there are never more
-in memory than one layer of one model, and the two heads at the end.
+The hidden states of both models are kept, so at most one layer of one model is in
+memory, and both heads at the end.
 """
 
 import math
@@ -18,24 +18,25 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.openelm import Block, from_start
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
 
-NUM_TOKENS = 1024  # for these the 270M takes half a minute on two cores
-CHUNK = 128  # positions whose logits exist at a time: 16 MB a model for 32000 pieces
+NUM_TOKENS = 1024  # half a minute for the 270M on two cores
+CHUNK = 128  # positions whose logits are in memory: 16 MB per model for 32000 pieces
 
 Read = Callable[[str], mx.array]  # CoreNet name -> weight, in any floating dtype
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """How the quantized model's next-token distributions differ from the original's.
+    """Divergence of a quantized model's next-token distributions from the original's.
 
     Attributes:
-        text: what it was measured on.
-        tokens: of that text that were predicted.
+        text: name of the calibration text.
+        tokens: number of predicted tokens.
         bits_per_weight: of the quantized model.
-        mean_kl: KL(original || quantized), nats a token; `p99_kl` is its 99th
+        mean_kl: KL(original || quantized), nats per token; `p99_kl` is its 99th
             percentile.
-        top1_agreement: how often both think the same token likeliest, 0 to 1.
-        perplexity_before: of the original; `perplexity_after` is the quantized model's.
+        top1_agreement: fraction of positions where both have the same most likely
+            token.
+        perplexity_before: of the original; `perplexity_after`: of the quantized model.
     """
 
     text: str
@@ -61,14 +62,14 @@ def measure_quantization(
     """Compare two models of one shape, in float32, on windows of text.
 
     Args:
-        reference: reads the original's weights.
-        quantized: reads the quantized model's, unpacked.
+        reference: reads the original weights.
+        quantized: reads the quantized weights, unpacked.
         windows: token ids (N, 1 + T); all but the first of each are predicted.
-        text: what the windows are from.
-        on_progress: called with layers done and layers in all.
+        text: name of the text, for the receipt.
+        on_progress: called with the layers done and the number of layers.
 
     Raises:
-        OpenELMError: a model's figures are not finite.
+        OpenELMError: a model's loss is not finite.
     """
     models = [LayerwiseModel(config, read) for read in (reference, quantized)]
     inputs, targets = windows[:, :-1], windows[:, 1:].reshape(-1)
@@ -83,8 +84,8 @@ def measure_quantization(
     kl, agrees, nats_before, nats_after = np.concatenate(parts, axis=1)
     if not np.isfinite([kl, nats_before, nats_after]).all():
         raise OpenELMError(
-            f"The loss on {text} is not finite, so the weights are damaged or their "
-            "activations overflow; get the checkpoint again."
+            f"The loss on {text} is not finite, so the weights are damaged or "
+            "activations overflow; download the checkpoint again."
         )
     return Receipt(
         text=text,
@@ -101,18 +102,18 @@ def measure_quantization(
 def _compare(
     before: mx.array, after: mx.array, targets: mx.array
 ) -> npt.NDArray[np.float64]:
-    """Return KL, agreement and both models' nats a token (4, C) for logits (C, V)."""
+    """Return KL, agreement and both models' loss in nats (4, C) for logits (C, V)."""
     p, q = nn.log_softmax(before), nn.log_softmax(after)
-    wanted = targets[:, None]
-    figures = mx.stack(
+    columns = targets[:, None]
+    measures = mx.stack(
         [
             (mx.exp(p) * (p - q)).sum(axis=-1),
             (p.argmax(axis=-1) == q.argmax(axis=-1)).astype(mx.float32),
-            -mx.take_along_axis(p, wanted, axis=-1)[:, 0],
-            -mx.take_along_axis(q, wanted, axis=-1)[:, 0],
+            -mx.take_along_axis(p, columns, axis=-1)[:, 0],
+            -mx.take_along_axis(q, columns, axis=-1)[:, 0],
         ]
     )
-    return np.array(figures).astype(np.float64)
+    return np.array(measures).astype(np.float64)
 
 
 def _perplexity(nats: npt.NDArray[np.float64]) -> float:
@@ -120,12 +121,12 @@ def _perplexity(nats: npt.NDArray[np.float64]) -> float:
     return math.exp(min(mean, 700.0))  # JSON has no infinity
 
 
-# The model in pieces ---------------------------------------------------------------
+# Running models layer by layer -----------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LayerwiseModel:
-    """A model in float32 whose weights are read where they are used, and dropped."""
+    """A model in float32 whose weights are in memory only while they are used."""
 
     config: OpenELMConfig
     read: Read
@@ -146,13 +147,13 @@ class LayerwiseModel:
         return block
 
     def norm(self, x: mx.array) -> mx.array:
-        """Return what the head sees (N * T, D) for hidden states (N, T, D)."""
+        """Return the final norm (N * T, D) of hidden states (N, T, D)."""
         weight = self.read("norm.weight").astype(mx.float32)
         rows = x.reshape(-1, self.config.model_dim)
         return mx.fast.rms_norm(rows, weight, self.config.rms_norm_eps)
 
     def head(self) -> Callable[[mx.array], mx.array]:
-        """Return what makes logits (C, V) of normed hidden states (C, D)."""
+        """Return a function from normed hidden states (C, D) to logits (C, V)."""
         name = EMBEDDING if self.config.share_input_output_layers else HEAD
         head = self.read(name).astype(mx.float32)
         return lambda x: x @ head.T
@@ -163,12 +164,12 @@ def run_side_by_side(
     tokens: mx.array,
     on_progress: Callable[[int, int], None],
 ) -> list[mx.array]:
-    """Return each model's normed hidden states (N * T, D), one layer read at a time.
+    """Return each model's normed hidden states (N * T, D), read layer by layer.
 
     Args:
-        models: of one shape.
+        models: all of the same shape.
         tokens: ids (N, T).
-        on_progress: called with layers done and layers in all.
+        on_progress: called with the layers done and the number of layers.
     """
     config = models[0].config
     hidden = [model.embed(tokens) for model in models]  # (N, T, D) each

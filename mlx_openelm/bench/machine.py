@@ -1,4 +1,4 @@
-"""The machine as `bench` sees it: memory bandwidth, free memory, compiled steps."""
+"""Properties of the machine for `bench`: memory bandwidth, free memory, compilation."""
 
 import math
 import os
@@ -60,7 +60,7 @@ def _time_reads(num_bytes: int, rounds: int) -> dict[str, float]:
         "a product with its rows": (lambda: row @ matrix.T, 1),
         "a product with its columns": (lambda: column @ matrix, 1),
     }
-    found = {}
+    speeds = {}
     for name, (run, passes) in ways.items():
         mx.eval(run())
         best = math.inf
@@ -68,13 +68,13 @@ def _time_reads(num_bytes: int, rounds: int) -> dict[str, float]:
             started = time.perf_counter()
             mx.eval(run())
             best = min(best, time.perf_counter() - started)
-        found[name] = passes * matrix.nbytes / best
-    return found
+        speeds[name] = passes * matrix.nbytes / best
+    return speeds
 
 
 def available_memory() -> int:
     """Return the bytes of memory that are available for a model."""
-    free = mx.device_info().get("free_memory")  # of a CUDA device
+    free = mx.device_info().get("free_memory")  # on CUDA devices
     if isinstance(free, int) and free > 0:
         return free
     meminfo = Path("/proc/meminfo")

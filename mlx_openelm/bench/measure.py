@@ -41,7 +41,7 @@ def measure_cases(
     """Yield the number and cell of each case, then again after each of its rounds.
 
     Args:
-        on_note: called with each note about an adapter.
+        on_note: receives each note about an adapter.
 
     Raises:
         OpenELMError: weights are damaged, or an adapter does not fit.
@@ -107,10 +107,10 @@ def _find_obstacle(case: Case, form: Form | None, same: int | None) -> str | Non
         sizes = ", ".join(map(str, sorted(GROUP_SIZES)))
         return f"no group of {sizes} weights divides its rows"
     if same is not None:
-        return f"computed in {form} here, as {same} bits are"
+        return f"computed in {form} here, like {same} bits"
     needed, free = estimate_memory(case, form), available_memory()
     if needed > free:
-        return f"takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        return f"takes about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free"
     return None
 
 
@@ -149,11 +149,11 @@ def _measure_case(
                 ),
             )
     except RuntimeError as error:  # out of memory on a GPU in spite of the estimate
-        yield replace(cell, skipped=f"MLX could not: {error}")
+        yield replace(cell, skipped=f"MLX failed: {error}")
 
 
 def _draw(model: OpenELM, case: Case) -> Iterator[object]:
-    """Yield after each step; a step draws one token of every sequence."""
+    """Decode and yield after each step, which draws one token of every sequence."""
     config = model.config
     span = config.vocab_size - 3  # without unknown, BOS and EOS
     ids = [3 + 7919 * n % span for n in range(case.batch * case.prompt_tokens)]
@@ -163,7 +163,7 @@ def _draw(model: OpenELM, case: Case) -> Iterator[object]:
 
 
 def _draw_batch(model: OpenELM, prompts: mx.array, count: int) -> Iterator[object]:
-    """Decode prompts (B, T) greedily; a step is queued before the last one is read."""
+    """Decode prompts (B, T) greedily, each step queued before the last one is read."""
     cache = [KVCache() for _ in model.layers]
     for start in range(0, prompts.shape[1], PREFILL_CHUNK):
         hidden = model.transformer(prompts[:, start : start + PREFILL_CHUNK], cache)
@@ -190,7 +190,7 @@ def time_shell(folder: Path, adapter: Path | None, rounds: int) -> list[float]:
     command += ["--model", str(folder.resolve())]
     if adapter is not None:
         command += ["--adapter-path", str(adapter.resolve())]
-    found = []
+    seconds = []
     for _ in range(1 + rounds):  # the first one fills the file cache
         started = time.perf_counter()
         with subprocess.Popen(
@@ -202,10 +202,10 @@ def time_shell(folder: Path, adapter: Path | None, rounds: int) -> list[float]:
             try:
                 assert process.stdout is not None
                 process.stdout.read(1)
-                found.append(time.perf_counter() - started)
+                seconds.append(time.perf_counter() - started)
             except BaseException:
                 process.kill()
                 raise
         if process.returncode:
             return []
-    return found[1:]
+    return seconds[1:]

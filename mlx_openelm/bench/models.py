@@ -1,4 +1,4 @@
-"""Models as `bench` measures them: form of the weights, loading, memory estimates."""
+"""Models for `bench`: format of the weights in memory, loading, memory estimates."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from mlx_openelm.tensor_names import EMBEDDING, to_folder, to_module
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How the weights are held in memory during the computation.
+    """Format of the weights in memory during the computation.
 
     Attributes:
         dtype: of activations and of weights that are not quantized.
@@ -84,22 +84,22 @@ def estimate_memory(case: Case, form: Form) -> int:
             weights += math.prod(part) * (4 if suffix == "weight" else size)
     if case.subject.folder is not None and not (case.as_stored and form.packings):
         tensors = case.subject.folder.tensors.values()
-        weights += max(tensor.num_bytes for tensor in tensors)  # one is read, then cast
+        weights += max(tensor.num_bytes for tensor in tensors)  # read before its cast
     cache = case.batch * case.context * config.kv_bytes_per_token(form.dtype.size)
     chunk = min(case.prompt_tokens, PREFILL_CHUNK)
     tokens = case.batch * chunk
     scores = 2 * max(config.num_query_heads) * case.context
     work = tokens * (6 * max(config.ffn_dims) + 8 * config.model_dim + scores) * size
     logits = 4 * case.batch * config.vocab_size * size
-    # While a cache grows, the old and the new array exist.
+    # While a cache grows, both the old and the new arrays exist.
     return int(weights + 2 * cache + work + logits)
 
 
 def count_step_bytes(model: OpenELM, batch: int, attended: float) -> float:
     """Return the bytes that a decoding step of `batch` sequences must read.
 
-    Every weight once, and the keys and values of each sequence. Of an embedding that is
-    not tied to the output head, one row for each sequence.
+    These are all weights and the keys and values of each sequence. Of an embedding that
+    is not tied to the output head, only one row per sequence counts.
 
     Args:
         attended: tokens in the KV cache of a sequence.

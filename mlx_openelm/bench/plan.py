@@ -1,4 +1,4 @@
-"""The plan of `bench`: which models are measured, in which bits, and on what load."""
+"""The plan of `bench`: the models, bits and workloads that are measured."""
 
 import itertools
 from collections import Counter
@@ -90,12 +90,11 @@ def make_subject(size: str) -> Subject:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What to measure of every model: each combination of bits, batch and context.
+    """Measurements of each model: all combinations of bits, batch and context.
 
     Attributes:
         bits: empty: as stored.
-        contexts: tokens of a sequence at the end; the prompt is `contexts` less the
-            new tokens.
+        contexts: tokens of a sequence at the end, prompt and new tokens.
         prompt_tokens: only without `contexts`; None: 512, or as many as fit.
         new_tokens: None: 64, or half of the model's context if that is less.
     """
@@ -110,56 +109,54 @@ class Workload:
     def __post_init__(self) -> None:
         for flag, value, least in (
             ("`prompt_tokens`", self.prompt_tokens, 1),
-            ("`max_tokens`", self.new_tokens, 2),  # the first one is the prompt's
+            ("`max_tokens`", self.new_tokens, 2),  # the first one comes from the prompt
             ("`rounds`", self.rounds, 1),
             *(("`batch`", batch, 1) for batch in self.batches),
         ):
             if value is not None and value < least:
-                raise OpenELMError(f"{flag} is {value}; it is at least {least}.")
+                raise OpenELMError(f"{flag} is {value}; it must be at least {least}.")
         for bits in self.bits:
             if bits not in BITS:
-                known = ", ".join(map(str, BITS))
-                raise OpenELMError(
-                    f"`bits` is {bits}; weights are measured in {known}."
-                )
+                allowed = ", ".join(map(str, BITS))
+                raise OpenELMError(f"`bits` is {bits}; it must be one of {allowed}.")
         for context in self.contexts:
             if context <= (self.new_tokens or 2):
                 raise OpenELMError(
                     f"`context` is {context}, which leaves no prompt before "
-                    f"{self.new_tokens or 2} new tokens; say more, or fewer "
+                    f"{self.new_tokens or 2} new tokens; increase it, or reduce "
                     "`max_tokens`."
                 )
         if self.contexts and self.prompt_tokens is not None:
             raise OpenELMError(
-                "`context` says how long the prompt is, and so does `prompt_tokens`; "
-                "leave one of them out."
+                "`context` and `prompt_tokens` both set the prompt's length; leave out "
+                "one of them."
             )
 
 
 def plan_cases(subjects: Sequence[Subject], workload: Workload) -> list[Case]:
-    """Return every combination of subject and workload.
+    """Return all combinations of subjects and workload.
 
     Raises:
-        OpenELMError: more tokens than the context of a model.
+        OpenELMError: a case has more tokens than the model's context.
     """
     cases = list[Case]()
     for subject in subjects:
-        room = subject.config.max_context_length
+        limit = subject.config.max_context_length
         for bits, batch, context in itertools.product(
             dict.fromkeys(workload.bits or (subject.bits,)),
             dict.fromkeys(workload.batches),
             dict.fromkeys(workload.contexts or (None,)),
         ):
-            total = room if context is None else context
+            total = limit if context is None else context
             new_tokens = workload.new_tokens or max(2, min(NEW_TOKENS, total // 2))
             prompt_tokens = total - new_tokens
             if context is None:
                 usual = max(1, min(PROMPT_TOKENS, prompt_tokens))
                 prompt_tokens = workload.prompt_tokens or usual
-            if prompt_tokens + new_tokens > room:
+            if prompt_tokens + new_tokens > limit:
                 raise OpenELMError(
-                    f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are "
-                    f"more than the context of {subject.name}, {room} tokens."
+                    f"{prompt_tokens} prompt tokens and {new_tokens} new tokens exceed "
+                    f"the context of {subject.name}, {limit} tokens."
                 )
             cases.append(Case(subject, bits, batch, prompt_tokens, new_tokens))
     return cases

@@ -1,17 +1,17 @@
-"""How fast Apple says its models are on a Mac: Mehta et al., arXiv 2404.14619, table 7.
+"""Apple's published speeds on a Mac: Mehta et al., arXiv 2404.14619, table 7.
 
-UNVERIFIED: recalled, for the table itself was not at hand. Its totals agree with these
-figures to rounding, but for the 270M in 4 bits.
+UNVERIFIED: quoted from memory. The table's totals agree with these values to rounding,
+except for the 270M in 4 bits.
 """
 
 from dataclasses import dataclass
 
-SETTING = "M2 Max, MLX 0.10, 36 tokens of prompt and 1024 new ones"
+SETTING = "M2 Max, MLX 0.10, 36 prompt tokens and 1024 new tokens"
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedSpeed:
-    """Tokens per second; 16 bits are float16, of the 3B bfloat16."""
+    """Tokens per second; 16 bits are float16, or bfloat16 for the 3B."""
 
     size: str
     bits: int
@@ -34,6 +34,6 @@ PUBLISHED = (
 
 
 def find_published(size_name: str, bits: int) -> PublishedSpeed | None:
-    """Return what is published of a size ("OpenELM-1_1B") in so many bits."""
+    """Return the published speed of a size ("OpenELM-1_1B") in these bits, or None."""
     size = size_name.removeprefix("OpenELM-").replace("_", ".")
     return next((p for p in PUBLISHED if (p.size, p.bits) == (size, bits)), None)

@@ -33,16 +33,15 @@ class Cell:
     """The results of one case.
 
     Attributes:
-        made: the weights are synthetic: speed does not depend on their values.
+        made: whether the weights are synthetic.
         computed_with: form of the weights during the computation.
-        bytes_per_token: bytes that decoding one token must read; the reads of a batch
-            are divided by its size.
-        prompt_tps: tokens of all sequences per second, like `generation_tps`.
+        bytes_per_token: bytes read per token: those of a step divided by its batch.
+        prompt_tps, generation_tps: tokens per second, of all sequences together.
         first_token_s: time to the first token with a loaded model, prompt included.
         shell_first_token_s: time from the start of a new process to the first byte of
             its answer to a short prompt.
-        bandwidth_share: bytes that must be read per second over the measured bandwidth.
-        skipped: the reason if the case was not measured.
+        bandwidth_share: bytes read per second divided by the measured bandwidth.
+        skipped: the reason why the case was not measured, or None.
     """
 
     model: str

@@ -1,6 +1,6 @@
-"""Is this machine's device right? Apple's answers, and every path against float32.
+"""Self-check of this machine's device: every code path against reference results.
 
-The project is built where there is no Mac, so a Mac must be able to check itself.
+The project is developed without a Mac, so this checks its results on a user's Mac.
 """
 
 import time
@@ -36,7 +36,7 @@ TEXT_TOKENS = 48
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One comparison: `value` is what was found, at most `limit` is right."""
+    """One comparison, which passes if `value` is at most `limit`."""
 
     name: str
     value: float
@@ -46,10 +46,10 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
-    """The report that a person can send.
+    """The report of all checks.
 
     Attributes:
-        text: what the demo model wrote, greedily, in float32 on this device.
+        text: greedy answer of the demo model in float32 on this device.
     """
 
     version: str
@@ -63,7 +63,7 @@ class SelfCheck:
 def check_machine(
     on_check: Callable[[str], None] = lambda name: None,
 ) -> SelfCheck:
-    """Compare what this machine computes with Apple's answers and with its own CPU.
+    """Compare this device's results with Apple's reference and with the CPU.
 
     Raises:
         OpenELMError: the installation lacks the demo model.
@@ -74,24 +74,24 @@ def check_machine(
     tokens = mx.array([tokenizer.encode(PROMPT)])
     exact = load_model(folder, mx.float32)
     with _on_cpu():
-        trusted = exact(tokens)
-        mx.eval(trusted)
+        reference = exact(tokens)
+        mx.eval(reference)
     text = ""
 
-    def written() -> float:
+    def compare_text() -> float:
         nonlocal text
         sampling = Sampling(max_tokens=TEXT_TOKENS)
         text = PROMPT + generate(exact, tokenizer, PROMPT, sampling, template="raw")
         return float(text != (GOLDEN / "demo.txt").read_text())
 
-    # Float32 may be computed as TF32 on a GPU, so its limits there are wider.
+    # A GPU may compute float32 as TF32, so the limits are wider there.
     loose = 2e-2 if runs_on_gpu() else 1e-4
     planned: tuple[tuple[str, float, Callable[[], float]], ...] = (
-        ("Apple's logits of gpt-test, float32", loose, _golden_difference),
+        ("Apple's logits of gpt-test, float32", loose, _reference_difference),
         (
             "float32 against the CPU, logits",
             loose,
-            lambda: _largest(exact(tokens) - trusted),
+            lambda: _largest(exact(tokens) - reference),
         ),
         (
             "cached against uncached, logits",
@@ -106,14 +106,14 @@ def check_machine(
         (
             "bfloat16 against float32, KL in nats",
             1e-3,
-            lambda: _divergence(load_model(folder, mx.bfloat16)(tokens), trusted),
+            lambda: _divergence(load_model(folder, mx.bfloat16)(tokens), reference),
         ),
         (
             "4-bit kernels against unpacked, logits",
             loose,
             lambda: _quantized_difference(folder, tokens),
         ),
-        ("the demo's text differs (1: yes)", 0.0, written),
+        ("the demo's text differs (1: yes)", 0.0, compare_text),
     )
     checks = []
     for name, limit, measure in planned:
@@ -130,8 +130,8 @@ def check_machine(
     )
 
 
-def _golden_difference() -> float:
-    """Run Apple's smallest model on made weights; compare with Apple's own logits."""
+def _reference_difference() -> float:
+    """Compare the smallest model, with synthetic weights, with Apple's own logits."""
     with safe_open(GOLDEN / "gpt-test.safetensors", framework="numpy") as stored:
         seed = int(stored.metadata()["seed"])
         rows = int(stored.metadata()["vocab_size"])
@@ -145,17 +145,17 @@ def _golden_difference() -> float:
         for name, shape in config.tensor_shapes().items()
     }
     model.load_weights(list(weights.items()))
-    found = model(mx.array(tokens))[:, mx.array(positions), : logits.shape[-1]]
-    return _largest(found - mx.array(logits))
+    actual = model(mx.array(tokens))[:, mx.array(positions), : logits.shape[-1]]
+    return _largest(actual - mx.array(logits))
 
 
 def made_weight(
     name: str, shape: tuple[int, ...], seed: int
 ) -> npt.NDArray[np.float32]:
-    """Make again the weight that Apple's golden answers were computed with.
+    """Return a synthetic weight, as used for Apple's reference logits.
 
-    Standard normals z from PCG64, seeded with (seed, crc32 of the CoreNet name); a norm
-    is 1 + 0.1 z, a matrix z / sqrt(inputs).
+    From standard normals z of PCG64, seeded with (seed, crc32 of the CoreNet name), a
+    norm is 1 + 0.1 z and a matrix z / sqrt(inputs).
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     normal = rng.standard_normal(shape, dtype=np.float32)
@@ -165,7 +165,7 @@ def made_weight(
 
 
 def _cached(model: OpenELM, tokens: mx.array) -> mx.array:
-    """Return the logits of `tokens` (1, T), given to a cache in three parts."""
+    """Return the logits of `tokens` (1, T), processed with a cache in three chunks."""
     cache = [KVCache() for _ in model.layers]
     ends = (1, tokens.shape[1] // 2, tokens.shape[1])
     parts, start = [], 0
@@ -176,7 +176,7 @@ def _cached(model: OpenELM, tokens: mx.array) -> mx.array:
 
 
 def _stepped(model: OpenELM, tokens: mx.array) -> mx.array:
-    """Return the logits behind the tokens (1, T), but the first; a step for each."""
+    """Return the logits of `tokens` (1, T) except the first, one step per token."""
     cache, step = [KVCache() for _ in model.layers], compiled_step(model)
     mx.eval(model(tokens[:, :1], cache))
     return mx.stack(
@@ -195,15 +195,15 @@ def _quantized_difference(folder: ModelFolder, tokens: mx.array) -> float:
             )
             unpacked.load_weights([(f"{path}.weight", weight)], strict=False)
     with _on_cpu():
-        trusted = unpacked(tokens)
-        mx.eval(trusted)
-    return _largest(packed(tokens) - trusted)
+        reference = unpacked(tokens)
+        mx.eval(reference)
+    return _largest(packed(tokens) - reference)
 
 
-def _divergence(logits: mx.array, trusted: mx.array) -> float:
-    """Mean KL(trusted || logits) over positions, in nats."""
+def _divergence(logits: mx.array, reference: mx.array) -> float:
+    """Return the mean KL(reference || logits) over positions, in nats."""
     q = nn.log_softmax(logits.astype(mx.float32))
-    p = nn.log_softmax(trusted)
+    p = nn.log_softmax(reference)
     return float((mx.exp(p) * (p - q)).sum(axis=-1).mean().item())
 
 

@@ -146,11 +146,10 @@ def bench_command(
     report = report_bench(bandwidth, measured, len(cases), finished=stopped is None)
     if stopped is not None and not any(cell.rounds for cell in report.cells):
         raise stopped
-    from mlx_openelm.cli.views.bench import show_bench
+    from mlx_openelm.cli.views.bench import draw_bench, show_bench
 
     console.answer_report(report, show_bench, as_json=as_json)
     if chart is not None:
-        from mlx_openelm.cli.views.bench_picture import draw_bench
         from mlx_openelm.storage.staging import staged_file
 
         with staged_file(chart) as part:

@@ -271,7 +271,7 @@ class _Chat:
 
     def _note_forgotten(self) -> None:
         """Report, once, that the oldest messages have left the context."""
-        count, length = self._chat.forgotten, self._chat.context_length
+        count, length = self._chat.omitted_pairs, self._chat.context_length
         if count > self._reported:
             first = "message and its answer"
             if count > 1:

@@ -273,7 +273,7 @@ def _run_named(
     batch_size: int,
     force: bool,
 ) -> list["TaskResult"]:
-    from mlx_openelm.evaluation.harness import run_kept_task, run_task
+    from mlx_openelm.evaluation.harness import run_resumable_task, run_task
     from mlx_openelm.evaluation.harness_model import wrap_model
 
     results: list[TaskResult] = []
@@ -289,7 +289,7 @@ def _run_named(
                 )
                 results += run_task(lm, task, limit=plan.limit)
             else:
-                results += run_kept_task(
+                results += run_resumable_task(
                     model,
                     tokenizer,
                     task,
@@ -330,7 +330,7 @@ def _report(
     as_json: bool,
 ) -> None:
     from mlx_openelm.cli.views.evaluation import scores_json, show_scores, to_csv
-    from mlx_openelm.cli.views.evaluation_picture import draw_scores
+    from mlx_openelm.cli.views.evaluation_picture import draw_evaluation
     from mlx_openelm.storage.staging import replaced_file
 
     if as_json:
@@ -339,7 +339,7 @@ def _report(
         show_scores(console, scores, suite)
     for path, content in (
         (csv, to_csv(scores, suite) if csv else ""),
-        (picture, draw_scores(scores, suite) if picture else ""),
+        (picture, draw_evaluation(scores, suite) if picture else ""),
     ):
         if path is not None:
             with replaced_file(path) as part:

@@ -131,9 +131,9 @@ def plan_evaluation(
     opened: tuple[HarnessTask, ...] = ()
     if named:
         from mlx_openelm.evaluation.harness import open_tasks
-        from mlx_openelm.evaluation.harness_model import need_harness
+        from mlx_openelm.evaluation.harness_model import require_harness
 
-        need_harness()
+        require_harness()
         console.note("[loading the tasks of lm-evaluation-harness]")
         shown = io.StringIO() if console.quiet else sys.stderr  # progress of downloads
         with contextlib.redirect_stderr(shown):

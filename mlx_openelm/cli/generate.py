@@ -185,7 +185,7 @@ def generate_command(
             if piece.text and not (as_json or no_stream):
                 console.answer(piece.text, end="")
             if cache is not None and len(shown) == 1:
-                cache.keep(ids)  # written while generation continues
+                cache.store(ids)  # written while generation continues
         if as_json:
             console.answer_json(generated_json(shown, tokenizer))
             return

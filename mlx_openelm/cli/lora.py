@@ -97,6 +97,7 @@ def lora_command(
     from mlx_openelm.cli.views.finetuning import (
         TrainingView,
         note_plan,
+        note_start,
         plan_json,
         show_trained,
     )
@@ -118,7 +119,7 @@ def lora_command(
             fit=fit,
             offline=offline,
             on_event=view,
-            on_prepared=lambda prepared: note_plan(console, prepared),
+            on_prepared=lambda prepared: note_start(console, prepared),
         )
     if rank > 0:
         return

@@ -9,6 +9,7 @@ import typer
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.options import Json, Quiet, need_torch
 from mlx_openelm.options import OUTPUT_PANEL
+from mlx_openelm.reporting.trackers import TRACKERS
 
 SCHEDULE = "Schedule and checkpoints"  # a heading in --help
 REPORT_SECONDS = 10.0  # torchrun ends all processes when one ends
@@ -86,6 +87,13 @@ def pretrain_command(
             rich_help_panel=OUTPUT_PANEL,
         ),
     ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also send the metrics to a tracker; repeatable.",
+            metavar="|".join(TRACKERS),
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -106,6 +114,7 @@ def pretrain_command(
         "output": output,
         "steps": steps,
         "seed": seed,
+        "report_to": report_to,
     }
     chosen = load_recipe(PretrainRecipe, recipe, overrides)
     from mlx_openelm.cli.views.pretraining import (

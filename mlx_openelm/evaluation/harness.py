@@ -1,7 +1,7 @@
-"""EleutherAI's lm-evaluation-harness lets our models do its tasks.
+"""Run tasks of EleutherAI's lm-evaluation-harness.
 
-It builds the questions and counts the answers, which `harness_model` gives. It is the
-extra `eval`, and imported inside the functions.
+The harness builds the requests and computes the metrics; `harness_model` answers the
+requests. It is the optional extra `eval`, imported inside the functions.
 """
 
 import contextlib
@@ -21,20 +21,20 @@ import numpy as np
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.harness_model import (
-    KeptAnswers,
-    need_harness,
+    AnswerStore,
     quiet,
+    require_harness,
     wrap_model,
 )
 from mlx_openelm.evaluation.results import Metric, TaskResult
 from mlx_openelm.generation.batching import BATCH_SIZE
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.storage.staging import held, replaced_file
+from mlx_openelm.storage.staging import lock_target, replaced_file
 from mlx_openelm.text.tokenizer import Tokenizer
 
-SEEDS = (0, 1234)  # the harness's: of `random`; of numpy and of the examples in prompts
-BOOTSTRAP = 1000  # draws, for the error of what is no mean (F1, say)
+SEEDS = (0, 1234)  # the harness's defaults: `random`; numpy and few-shot examples
+BOOTSTRAP = 1000  # draws, for the standard error of metrics that are not means (F1)
 
 _NO_PROCESSES = "DISABLE_MULTIPROC"
 
@@ -56,21 +56,24 @@ def open_tasks(
     include_path: Path | None = None,
     offline: bool = False,
 ) -> tuple[HarnessTask, ...]:
-    """Find tasks and read their questions; those of the harness are on the Hub.
+    """Find tasks and load their questions, from the Hub for the harness's own tasks.
 
     Args:
-        wanted: names, with the solved examples in front of every question; None: as
-            the task says. A task that says 0 stays so.
-        include_path: a folder with more tasks, YAML files.
-        offline: use what was downloaded already.
+        wanted: names and numbers of few-shot examples; None: the task's own number. A
+            task whose own number is 0 keeps it.
+        include_path: a folder with more tasks (YAML files).
+        offline: use only downloaded data.
 
     Raises:
-        OpenELMError: the harness is not installed, a name is unknown (the nearest are
-            named), or the questions are not to be had.
+        OpenELMError: the harness is not installed, a name is unknown (the closest names
+            are listed), or the questions cannot be loaded.
     """
-    need_harness()
+    require_harness()
     if include_path is not None and not include_path.is_dir():
-        raise OpenELMError(f"`include_path` is {include_path}, where no folder is.")
+        raise OpenELMError(
+            f"`include_path` is {include_path}, which is not a folder; pass a folder "
+            "with YAML task files."
+        )
     names = [name for name, _ in wanted]
     with quiet(), _network(allowed=not offline):
         manager = _open_manager(names, include_path)
@@ -81,7 +84,7 @@ def open_tasks(
 
 
 def _open_manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """Return lm_eval's TaskManager; to know all its tasks takes it seconds."""
+    """Return a TaskManager, if possible without lm_eval's tasks, which load slowly."""
     from lm_eval.tasks import TaskManager  # type: ignore[import-untyped] # it has no stubs
 
     if include_path is not None:
@@ -92,7 +95,7 @@ def _open_manager(names: Sequence[str], include_path: Path | None) -> Any:
 
 
 def _is_whole(manager: Any, name: Any) -> bool:
-    """Whether a task, and all the tasks of a group, are known."""
+    """Whether a manager has a task, or all tasks of a group."""
     if name not in manager.all_groups:
         return name in manager.all_tasks
     members = manager.task_index[name].cfg["task"]
@@ -101,10 +104,10 @@ def _is_whole(manager: Any, name: Any) -> bool:
 
 def _describe_unknown(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3)
-    nearest = f" nearest are {', '.join(near)};" if near else ""
+    closest = f" closest are {', '.join(near)};" if near else ""
     return (
-        f"There is no file {name}, and the harness has no task of that name;{nearest} "
-        "say a task file, or a name that `lm-eval ls tasks` lists."
+        f"{name} is neither a file nor a task of the harness;{closest} pass a task "
+        "file, or a name that `lm-eval ls tasks` lists."
     )
 
 
@@ -118,14 +121,14 @@ def _open_task(manager: Any, name: str, num_fewshot: int | None) -> HarnessTask:
             task.set_fewshot_seed(seed=SEEDS[1])
     except _network_errors() as error:
         raise OpenELMError(
-            f"The questions of the task {name} are not on this machine, and they "
-            f"cannot be fetched: {_in_one_line(error)}; run it once with the network, "
-            "or say another task."
+            f"The questions of the task {name} are not on this machine and cannot be "
+            f"downloaded: {_in_one_line(error)}; run it once with network access, or "
+            "choose another task."
         ) from error
-    except Exception as error:  # a task is a YAML file with code, and may be anyone's
+    except Exception as error:  # a task is a YAML file that may contain any code
         raise OpenELMError(
-            f"The harness cannot read the task {name}: {type(error).__name__}, "
-            f"{_in_one_line(error)}; correct it, or say another task."
+            f"The harness cannot load the task {name}: {type(error).__name__}, "
+            f"{_in_one_line(error)}; correct it, or choose another task."
         ) from error
     return HarnessTask(name, num_fewshot, loaded)
 
@@ -133,11 +136,11 @@ def _open_task(manager: Any, name: str, num_fewshot: int | None) -> HarnessTask:
 def run_task(
     lm: Any, task: HarnessTask, *, limit: int | None
 ) -> tuple[TaskResult, ...]:
-    """Let a wrapped model do a task; a group without a score of its own gives several.
+    """Run a task; a group without an aggregate score gives one result per task.
 
     Args:
         lm: see `wrap_model`.
-        limit: of questions, the first ones; in a group, of each of its tasks.
+        limit: use only the first questions; in a group, of each of its tasks.
 
     Raises:
         OpenELMError: the model or the task fails.
@@ -148,7 +151,7 @@ def run_task(
     np.random.seed(SEEDS[1])
     try:
         with _silent():
-            found = lm_eval.evaluate(
+            output = lm_eval.evaluate(
                 lm, task.loaded, limit=limit, bootstrap_iters=BOOTSTRAP
             )
     except OpenELMError as error:
@@ -156,28 +159,28 @@ def run_task(
     except Exception as error:  # see `_open_task`
         raise OpenELMError(
             f"The harness fails in the task {task.name}: {type(error).__name__}, "
-            f"{_in_one_line(error)}; correct it, or say another task."
+            f"{_in_one_line(error)}; correct it, or choose another task."
         ) from error
-    return _read_results(found, task)
+    return _read_results(output, task)
 
 
 def _read_results(
-    found: Mapping[str, Any], task: HarnessTask
+    output: Mapping[str, Any], task: HarnessTask
 ) -> tuple[TaskResult, ...]:
-    groups = found.get("groups") or {}
+    groups = output.get("groups") or {}
     if task.name in groups:
-        return (_read_result(task.name, found, list(found["samples"])),)
-    return tuple(_read_result(name, found, [name]) for name in found["samples"])
+        return (_read_result(task.name, output, list(output["samples"])),)
+    return tuple(_read_result(name, output, [name]) for name in output["samples"])
 
 
 def _read_result(
-    name: str, found: Mapping[str, Any], leaves: Sequence[str]
+    name: str, output: Mapping[str, Any], leaves: Sequence[str]
 ) -> TaskResult:
-    """Return one task's result; `leaves` are the tasks that a group is made of."""
-    samples = [sample for leaf in leaves for sample in found["samples"][leaf]]
-    sizes = [found["n-samples"][leaf] for leaf in leaves]
+    """Return the result of a task, or of a group whose tasks are `leaves`."""
+    samples = [sample for leaf in leaves for sample in output["samples"][leaf]]
+    sizes = [output["n-samples"][leaf] for leaf in leaves]
     metrics = {}
-    row = found["results"][name]
+    row = output["results"][name]
     for key, value in row.items():
         metric, _, kind = key.partition(",")
         if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -191,7 +194,7 @@ def _read_result(
     digest = hashlib.sha256("".join(s["doc_hash"] for s in samples).encode())
     return TaskResult(
         task=name,
-        num_fewshot=max(found["n-shot"].get(leaf, 0) for leaf in leaves),
+        num_fewshot=max(output["n-shot"].get(leaf, 0) for leaf in leaves),
         n=sum(size["effective"] for size in sizes),
         total=sum(size["original"] for size in sizes),
         digest=digest.hexdigest(),
@@ -202,19 +205,19 @@ def _read_result(
 def _values(
     samples: Sequence[Mapping[str, Any]], metric: str, kind: str, mean: float
 ) -> tuple[float, ...]:
-    """Return a metric question by question, if it is their mean."""
+    """Return a metric's values by question if their mean is the metric, else none."""
     values = [s[metric] for s in samples if s["filter"] == kind and metric in s]
     if not values or not all(isinstance(value, int | float) for value in values):
         return ()
     if abs(sum(values) / len(values) - mean) <= 1e-9 * max(1.0, abs(mean)):
         return tuple(map(float, values))
-    return ()  # of NaN, too
+    return ()  # also for NaN
 
 
 # Results on disk -----------------------------------------------------------------
 
 
-def run_kept_task(
+def run_resumable_task(
     model: OpenELM,
     tokenizer: Tokenizer,
     task: HarnessTask,
@@ -225,45 +228,45 @@ def run_kept_task(
     force: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[TaskResult, ...]:
-    """Do a task and keep what comes of it in a folder; a stopped run goes on.
+    """Run a task and write its result to a folder; a stopped run resumes.
 
-    The folder gets TASK.json when the task is done, and until then every answer in
-    TASK.answers.jsonl. A task that is done there is not run again.
+    Answers are written to TASK.answers.jsonl as they come, and the result to TASK.json
+    at the end. A task with a result is not run again.
 
     Args:
-        folder: of this one model.
+        folder: results of this model only.
         force: replace the result of another model or of other settings.
 
     Raises:
-        OpenELMError: such a result is there, another process writes it, or the disk,
-            the model or the task fails.
+        OpenELMError: the folder has such a result, another process writes it, it cannot
+            be written, or the model or the task fails.
     """
-    said = _describe_run(task, limit, fingerprint_model(model))
+    run = _describe_run(task, limit, fingerprint_model(model))
     path = folder / f"{task.name.replace(os.sep, '_')}.json"
     try:
-        with held(path):
-            done = _read_file(path, said, force=force)
+        with lock_target(path):
+            done = _read_file(path, run, force=force)
             if done is not None:
                 return done
-            with KeptAnswers(path.with_suffix(".answers.jsonl"), said) as kept:
+            with AnswerStore(path.with_suffix(".answers.jsonl"), run) as store:
                 lm = wrap_model(
                     model,
                     tokenizer,
                     batch_size=batch_size,
-                    kept=kept,
+                    store=store,
                     on_progress=on_progress,
                 )
                 results = run_task(lm, task, limit=limit)
-                _write_file(path, said, results)
+                _write_file(path, run, results)
     except OSError as error:
         raise OpenELMError(
-            f"Cannot write {path}: {error.strerror or error}; what was answered stays."
+            f"Cannot write {path}: {error.strerror or error}; the answers are kept."
         ) from error
     return results
 
 
 def _describe_run(task: HarnessTask, limit: int | None, model: str) -> dict[str, Any]:
-    """Return all that a task's result depends on; `model` is a fingerprint."""
+    """Return everything that determines a task's result; `model` is a fingerprint."""
     return {
         "task": task.name,
         "num_fewshot": task.num_fewshot,
@@ -275,14 +278,14 @@ def _describe_run(task: HarnessTask, limit: int | None, model: str) -> dict[str,
 
 
 def _digest(task: HarnessTask) -> str:
-    """Return sha256 in hex of a task's settings, questions and solved examples."""
+    """Return the SHA-256 of a task's settings, questions and few-shot examples."""
     digest = hashlib.sha256()
     with quiet():
         for name, leaf in task.loaded["tasks"].items():
             shots = leaf.fewshot_docs() if leaf.get_config("num_fewshot") else ()
-            told = [name, leaf.dump_config(), list(leaf.eval_docs), list(shots)]
-            # What is no JSON counts by its type: an address differs in every run.
-            digest.update(json.dumps(told, default=_name_type).encode())
+            content = [name, leaf.dump_config(), list(leaf.eval_docs), list(shots)]
+            # Other objects count by type: their repr may contain an address.
+            digest.update(json.dumps(content, default=_name_type).encode())
     return digest.hexdigest()
 
 
@@ -291,23 +294,23 @@ def _name_type(value: object) -> str:
 
 
 def _read_file(
-    path: Path, said: Mapping[str, Any], *, force: bool
+    path: Path, run: Mapping[str, Any], *, force: bool
 ) -> tuple[TaskResult, ...] | None:
-    """Return the results that a former run has written; None where there are none.
+    """Return the results of an earlier run, or None.
 
     Raises:
-        OpenELMError: the file is of another run, or damaged.
+        OpenELMError: the file belongs to another run, or is damaged.
     """
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["run"] != said:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["run"] != run:
             if force:
                 return None
             raise OpenELMError(
                 f"{path} holds scores of another model or with other settings; choose "
-                "another folder, or say `force` to replace them."
+                "another folder, or use `force` to replace them."
             )
         return tuple(
             TaskResult(
@@ -321,33 +324,33 @@ def _read_file(
                     },
                 }
             )
-            for result in found["results"]
+            for result in content["results"]
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if force:
             return None
         raise OpenELMError(
-            f"{path} holds no scores that can be read; remove it, or say `force`."
+            f"{path} is damaged; remove it, or use `force` to replace it."
         ) from error
 
 
 def _write_file(
-    path: Path, said: Mapping[str, Any], results: Sequence[TaskResult]
+    path: Path, run: Mapping[str, Any], results: Sequence[TaskResult]
 ) -> None:
-    """Write a task's results, whole or not at all."""
-    told = {"run": said, "results": [asdict(result) for result in results]}
+    """Write a task's results atomically."""
+    content = {"run": run, "results": [asdict(result) for result in results]}
     with replaced_file(path) as part:
-        part.write_text(json.dumps(told), encoding="utf-8")
+        part.write_text(json.dumps(content), encoding="utf-8")
 
 
-# Keeping the harness quiet -------------------------------------------------------
+# Output and network access of the harness ----------------------------------------
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Let nothing through of the harness's bars; ours gets out, see `wrap_model`."""
+    """Suppress stderr, with the harness's progress bars; see also `wrap_model`."""
     former = os.environ.get(_NO_PROCESSES)
-    os.environ[_NO_PROCESSES] = "1"  # else it forks, for the errors of F1 and the like
+    os.environ[_NO_PROCESSES] = "1"  # else it forks to bootstrap standard errors
     try:
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             yield
@@ -360,7 +363,7 @@ def _silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _network(*, allowed: bool) -> Iterator[None]:
-    """Keep the data sets' library from the network, as HF_HUB_OFFLINE does."""
+    """Set whether `datasets` may use the network, as HF_HUB_OFFLINE does."""
     if allowed:
         yield
         return
@@ -385,5 +388,5 @@ def _network_errors() -> tuple[type[Exception], ...]:
 
 
 def _in_one_line(error: BaseException) -> str:
-    said = " ".join(str(error).split()).rstrip(".") or "without a word"
-    return said if len(said) <= 300 else f"{said[:297]}..."
+    text = " ".join(str(error).split()).rstrip(".") or "without a message"
+    return text if len(text) <= 300 else f"{text[:297]}..."

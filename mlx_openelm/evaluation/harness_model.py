@@ -1,7 +1,7 @@
-"""Our model, as EleutherAI's lm-evaluation-harness wants a model to be.
+"""The model interface of EleutherAI's lm-evaluation-harness.
 
-The harness (the extra `eval`) asks; the answers come from the same engines as
-everywhere. It is imported inside the functions: nothing else needs it.
+Requests of the harness are answered by `score_requests` and `answer_together`. The
+harness is the optional extra `eval`, imported inside the functions.
 """
 
 import contextlib
@@ -33,24 +33,24 @@ from mlx_openelm.storage.appended_jsonl import (
 )
 from mlx_openelm.text.tokenizer import Tokenizer
 
-MAX_NEW_TOKENS = 256  # where a task does not say; the harness's own default
-SEED = 1234  # of what is drawn
+MAX_NEW_TOKENS = 256  # for tasks that set no limit; the harness's own default
+SEED = 1234  # of sampled answers
 
 Answer = Any  # (nats, is greedy), nats or a text: JSON values
 
 
-def need_harness() -> None:
-    """Raise OpenELMError where the harness is not installed."""
+def require_harness() -> None:
+    """Raise OpenELMError if the harness is not installed."""
     if find_spec("lm_eval") is None:
         raise OpenELMError(
-            "Named tasks are run by lm-evaluation-harness, which is not installed; "
+            "Named tasks need lm-evaluation-harness, which is not installed; run "
             "pip install 'mlx-openelm[eval]'."
         )
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Leave stdout to the answer; of stderr, downloads may have it."""
+    """Redirect stdout to stderr and suppress logs and warnings."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -72,20 +72,20 @@ def wrap_model(
     tokenizer: Tokenizer,
     *,
     batch_size: int = BATCH_SIZE,
-    kept: "KeptAnswers | None" = None,
+    store: "AnswerStore | None" = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Any:
     """Return the model as an `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate`.
 
     Every text begins with BOS; there is no chat template. A rolling log-likelihood is
-    that of the text behind one BOS.
+    that of the text after one BOS.
 
     Args:
-        batch_size: answers that are written at once.
-        kept: answers of a stopped run; new ones are added as they come.
-        on_progress: called with requests answered and requests in all.
+        batch_size: number of answers that are generated together.
+        store: answers of a stopped run; new ones are added as they come.
+        on_progress: receives the number of answered requests and of all requests.
     """
-    need_harness()
+    require_harness()
     stderr = sys.stderr
     with quiet():
         from lm_eval.api.model import LM  # type: ignore[import-untyped] # it has no stubs
@@ -112,25 +112,25 @@ def wrap_model(
         ) -> list[Answer]:
             wanted = {i: request.args for i, request in enumerate(requests)}
             keys = _number(json.dumps([kind, args]) for args in wanted.values())
-            found: dict[int, Answer] = {}
-            if kept is not None:
-                found = {i: kept[key] for i, key in enumerate(keys) if key in kept}
-            missing = {i: args for i, args in wanted.items() if i not in found}
+            answers: dict[int, Answer] = {}
+            if store is not None:
+                answers = {i: store[key] for i, key in enumerate(keys) if key in store}
+            missing = {i: args for i, args in wanted.items() if i not in answers}
             with contextlib.redirect_stderr(stderr):
-                on_progress(len(found), len(requests))
+                on_progress(len(answers), len(requests))
                 for i, answered in answer(model, tokenizer, missing, batch_size):
-                    found[i] = answered
-                    if kept is not None:
-                        kept.add(keys[i], answered)
+                    answers[i] = answered
+                    if store is not None:
+                        store.add(keys[i], answered)
                     self.cache_hook.add_partial(kind, wanted[i], answered)
-                    on_progress(len(found), len(requests))
-            return [found[i] for i in range(len(requests))]
+                    on_progress(len(answers), len(requests))
+            return [answers[i] for i in range(len(requests))]
 
     return HarnessModel()
 
 
 def _number(texts: Iterable[str]) -> list[tuple[str, int]]:
-    """Return each text with how often it came before."""
+    """Return each text with the number of its earlier occurrences."""
     seen: Counter[str] = Counter()
     numbered = []
     for text in texts:
@@ -148,8 +148,8 @@ def _score(
     """Yield each (context, continuation)'s log-likelihood, and whether it is greedy."""
     requests = encode_requests(tokenizer, list(pairs.values()))
     numbers = list(pairs)
-    for index, found in score_requests(model, requests):
-        yield numbers[index], (found.nats, found.is_greedy)
+    for index, score in score_requests(model, requests):
+        yield numbers[index], (score.nats, score.is_greedy)
 
 
 def _score_texts(
@@ -158,7 +158,7 @@ def _score_texts(
     texts: Mapping[int, tuple[str]],
     batch_size: int,
 ) -> Iterator[tuple[int, Answer]]:
-    """Yield each text's log-likelihood, in windows as long as the context."""
+    """Yield each text's log-likelihood, computed in windows of the context length."""
     requests, owners = [], []
     for number, (text,) in texts.items():
         ids = tokenizer.encode(text, bos=False)
@@ -170,9 +170,9 @@ def _score_texts(
     waiting = Counter(owners)
     nats = dict.fromkeys(texts, 0.0)
     yield from ((number, 0.0) for number in texts if not waiting[number])
-    for index, found in score_requests(model, requests):
+    for index, score in score_requests(model, requests):
         owner = owners[index]
-        nats[owner] += found.nats
+        nats[owner] += score.nats
         waiting[owner] -= 1
         if not waiting[owner]:
             yield owner, nats[owner]
@@ -184,7 +184,7 @@ def _generate(
     prompts: Mapping[int, tuple[str, Mapping[str, Any]]],
     batch_size: int,
 ) -> Iterator[tuple[int, Answer]]:
-    """Yield each prompt's continuation; those of the same settings go together."""
+    """Yield each prompt's continuation, batched by equal settings."""
     groups: dict[str, list[int]] = {}
     for number, (_, settings) in prompts.items():
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(number)
@@ -194,61 +194,61 @@ def _generate(
         room = context - sampling.max_tokens
         if room < 1:
             raise OpenELMError(
-                f"Up to {sampling.max_tokens} new tokens are wanted, and the model's "
-                f"context is {context}; say another task."
+                f"The task needs {sampling.max_tokens} new tokens, and the model's "
+                f"context is {context}; choose another task."
             )
-        numbered = (  # what is too long is cut at the left, as the harness does
+        numbered = (  # truncated at the left, as by the harness
             BatchPrompt(number, tokenizer.encode(prompts[number][0])[-room:])
             for number in members
         )
-        for said in answer_together(
+        for answer in answer_together(
             model, tokenizer, numbered, sampling, batch_size=batch_size
         ):
-            yield said.prompt.number, said.text
+            yield answer.prompt.number, answer.text
 
 
-def _read_settings(said: Mapping[str, Any]) -> Sampling:
-    """Return a task's generation_kwargs; greedy unless they say `do_sample`."""
+def _read_settings(settings: Mapping[str, Any]) -> Sampling:
+    """Convert a task's generation_kwargs; greedy unless `do_sample` is set."""
     from lm_eval.models.utils import (  # type: ignore[import-untyped] # it has no stubs
         normalize_gen_kwargs,
     )
 
-    found = normalize_gen_kwargs(dict(said), MAX_NEW_TOKENS)
+    kwargs = normalize_gen_kwargs(dict(settings), MAX_NEW_TOKENS)
     sampled = {}
-    if found["do_sample"] and found["temperature"]:
+    if kwargs["do_sample"] and kwargs["temperature"]:
         sampled = {
-            ours: found[theirs]
+            ours: kwargs[theirs]
             for ours, theirs in (
                 *(("temp", "temperature"), ("top_p", "top_p")),
                 *(("top_k", "top_k"), ("min_p", "min_p")),
             )
-            if found.get(theirs) is not None
+            if kwargs.get(theirs) is not None
         }
     try:
         return Sampling(
-            max_tokens=found["max_gen_toks"],
-            stop=tuple(text for text in found["until"] if text),
-            repetition_penalty=found.get("repetition_penalty") or 1.0,
+            max_tokens=kwargs["max_gen_toks"],
+            stop=tuple(text for text in kwargs["until"] if text),
+            repetition_penalty=kwargs.get("repetition_penalty") or 1.0,
             seed=SEED,
             **sampled,
         )
     except OpenELMError as error:
-        raise OpenELMError(f"Its generation_kwargs are wrong: {error}") from error
+        raise OpenELMError(f"Its generation_kwargs are invalid: {error}") from error
 
 
-# Going on ------------------------------------------------------------------------
+# Resuming ------------------------------------------------------------------------
 
 
-class KeptAnswers:
-    """Answers in a file, a JSON object a line, for a run that may be stopped."""
+class AnswerStore:
+    """Answers in a file, one JSON value per line, from which a stopped run resumes."""
 
-    def __init__(self, path: Path, said: Mapping[str, Any]) -> None:
-        """Say the file, and what all its answers depend on (the model, say)."""
-        self._path, self._said = path, json.dumps(said, sort_keys=True)
+    def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
+        """Store at `path` the answers that are determined by `run` and their key."""
+        self._path, self._run = path, json.dumps(run, sort_keys=True)
         self._known: dict[str, Answer] = {}
 
     def __enter__(self) -> Self:
-        """Read the whole lines of a stopped run; what it has left of one is cut off."""
+        """Read the complete lines of a stopped run; truncate an incomplete one."""
         self._file = JsonLinesFile(self._path)
         size = 0
         for end, line in self._file.read_lines():
@@ -257,7 +257,7 @@ class KeptAnswers:
                     self._known[key], size = answer, end
                 case _:
                     break
-        self._file.cut(size)
+        self._file.truncate(size)
         return self
 
     def __exit__(
@@ -268,7 +268,7 @@ class KeptAnswers:
     ) -> None:
         self._file.close()
         if error is None:
-            self._path.unlink(missing_ok=True)  # the result is written
+            self._path.unlink(missing_ok=True)  # the result replaces it
         note_kept_answers(error, len(self._known))
 
     def __contains__(self, key: tuple[str, int]) -> bool:
@@ -282,4 +282,4 @@ class KeptAnswers:
         self._file.append([self._hash(key), answer])
 
     def _hash(self, key: tuple[str, int]) -> str:
-        return hashlib.sha256(f"{self._said} {key}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._run} {key}".encode()).hexdigest()

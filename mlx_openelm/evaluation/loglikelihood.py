@@ -1,8 +1,8 @@
-"""Continuations get their log-likelihoods, as lm-evaluation-harness defines them.
+"""Log-likelihoods of continuations, as lm-evaluation-harness defines them.
 
-Whatever requests begin alike is computed once: the prompt of a question's choices, what
-the choices themselves share, the examples in front of all questions. The last token of
-a continuation goes through no layer at all. The output head sees the scored places.
+Common prefixes of requests are computed once: the prompt of a question's choices, the
+common beginning of choices, few-shot examples. The last token of a continuation is not
+an input. The output head is applied only to scored positions.
 """
 
 import itertools
@@ -21,13 +21,13 @@ from mlx_openelm.model.chunk_sizes import LOGIT_ROWS
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
-ROW_TOKENS = 512 if runs_on_linux_cpu() else 2048  # that are computed together
-_MOST_ROWS = 4  # as long may a row be whose beginning is shared by nearly all of it
+ROW_TOKENS = 512 if runs_on_linux_cpu() else 2048  # tokens of a row
+_MOST_ROWS = 4  # factor by which a row may be longer if its sequences share most tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """How likely is this continuation of this context? Both are token ids."""
+    """A continuation to score, and its context; both are token ids."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -35,7 +35,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class LogLikelihood:
-    """The answer, in nats, and whether each token was the likeliest one."""
+    """Log-likelihood in nats, and whether greedy decoding gives the continuation."""
 
     nats: float
     is_greedy: bool
@@ -46,11 +46,11 @@ def encode_requests(
 ) -> list[Request]:
     """Encode (context, continuation) pairs as the harness does, with BOS.
 
-    White space at the end of a context goes to the continuation, which is what the
-    tokens of the whole text have more than those of the context.
+    White space at the end of a context belongs to the continuation. The continuation's
+    tokens are those of the whole text after as many as the context has.
 
     Raises:
-        OpenELMError: a text is no Unicode.
+        OpenELMError: a text is not valid Unicode.
     """
     contexts = [context.rstrip() for context, _ in pairs]
     wholes = [context + continuation for context, continuation in pairs]
@@ -66,13 +66,13 @@ def encode_requests(
 def rolling_requests(
     ids: Sequence[int], bos_id: int, context_length: int
 ) -> list[Request]:
-    """Return requests whose log-likelihoods add up to a text's.
+    """Return requests whose log-likelihoods add up to that of a text.
 
-    Every token is predicted once. The first window is begun with BOS; a later one sees
-    the token before it, and the last one as much as there is room for.
+    Every token is scored once. The context of the first window is BOS, of a later one
+    the token before it; that of the last one fills the context length.
 
     Args:
-        ids: of the text, without BOS.
+        ids: tokens of the text, without BOS.
     """
     L = context_length
     windows = [Request((bos_id,), tuple(ids[:L]))] if ids else []
@@ -89,17 +89,17 @@ def score_requests(
     *,
     row_tokens: int = ROW_TOKENS,
 ) -> Iterator[tuple[int, LogLikelihood]]:
-    """Yield every request's index and log-likelihood, in any order, as they come.
+    """Yield the index and log-likelihood of each request, in any order.
 
-    What is longer than the context length and one token is cut at the left, as the
-    harness cuts it.
+    Requests longer than the context length plus one token are truncated at the left, as
+    in the harness.
 
     Args:
-        row_tokens: that go through the model together, about.
+        row_tokens: approximate number of tokens per forward pass.
 
     Raises:
-        OpenELMError: a context is empty, a continuation has no place in the model's
-            context, or the model's numbers are none.
+        OpenELMError: a context is empty, a continuation does not fit into the model's
+            context, or a log-likelihood is not finite.
     """
     for request in requests:
         check_request(request, model)
@@ -112,11 +112,11 @@ def score_requests(
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Sequence:
-    """What goes through the model for a request; in order, neighbours begin alike.
+    """Inputs and targets of a request; sorted, neighbours share long prefixes.
 
     Attributes:
-        inputs: of which the last ones are scored.
-        targets: what stands behind each of these.
+        inputs: tokens; the outputs at the last ones are scored.
+        targets: the token after each of these.
     """
 
     inputs: tuple[int, ...]
@@ -130,16 +130,14 @@ class _Sequence:
 
 
 def check_request(request: Request, model: OpenELM) -> None:
-    """See that a request can be answered.
+    """Check that a request can be scored.
 
     Raises:
-        OpenELMError: its context is empty, or its continuation has no place.
+        OpenELMError: its context is empty, or its continuation is empty or too long.
     """
     length, most = len(request.continuation), model.config.max_context_length
     if not request.context:
-        raise OpenELMError(
-            "A context without tokens predicts nothing; begin it with BOS."
-        )
+        raise OpenELMError("A context has no tokens; it must at least have BOS.")
     if not 1 <= length <= most:
         raise OpenELMError(
             f"A continuation has {length} tokens; it must have between 1 and the "
@@ -150,9 +148,10 @@ def check_request(request: Request, model: OpenELM) -> None:
 def _fill_rows(
     sequences: Sequence[_Sequence], row_tokens: int
 ) -> Iterator[list[_Sequence]]:
-    """Yield neighbours that are computed together: about so many tokens.
+    """Yield groups of neighbours of about `row_tokens` tokens.
 
-    What has more in common with its neighbour than not is rather put to it.
+    A group may grow longer while a sequence shares at least half of its tokens with the
+    previous one.
     """
     row, filled = list[_Sequence](), 0
     for sequence in sequences:
@@ -185,8 +184,8 @@ def _score_row(
         nats = math.fsum(nats for nats, _ in tokens)
         if not math.isfinite(nats):
             raise OpenELMError(
-                f"The model gives {nats} for an answer, so its weights are damaged or "
-                "overflow; `mlx-openelm convert` refuses such weights and says which."
+                f"The log-likelihood of an answer is {nats}: the model's weights are "
+                "damaged or overflow. `mlx-openelm convert` reports which."
             )
         yield sequence.index, LogLikelihood(nats, all(greedy for _, greedy in tokens))
 
@@ -194,12 +193,12 @@ def _score_row(
 def _score_places(
     model: OpenELM, hidden: mx.array, wanted: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[float, bool]]:
-    """Return the log-probability of each target, and whether none is likelier.
+    """Return the log-probability of each target, and whether it is the argmax.
 
     Args:
-        hidden: of the whole row, (N, D).
-        wanted: places in it with their targets; the logits of a place are computed
-            once, for however many targets.
+        hidden: hidden states of the row, (N, D).
+        wanted: pairs of a place in the row and a target; the logits of a place are
+            computed once for all its targets.
     """
     places = sorted({place for place, _ in wanted})
     rows = {place: i for i, place in enumerate(places)}
@@ -216,12 +215,12 @@ def _score_places(
         log_totals = mx.logsumexp(logits, axis=-1)
         nats = logits[at, targets] - log_totals[at]
         greedy = logits.argmax(axis=-1)[at] == targets
-        mx.eval(nats, greedy)  # this chunk's logits are gone before the next ones come
-        found = zip(_to_list(nats), _to_list(greedy), strict=True)
-        for i, score in zip(members, found, strict=True):
+        mx.eval(nats, greedy)  # frees this chunk's logits
+        pairs = zip(_to_list(nats), _to_list(greedy), strict=True)
+        for i, score in zip(members, pairs, strict=True):
             scores[i] = score
     return iter(scores)
 
 
 def _to_list(array: mx.array) -> list[Any]:
-    return array.tolist()  # type: ignore[return-value] # it has an axis
+    return array.tolist()  # type: ignore[return-value] # not a scalar

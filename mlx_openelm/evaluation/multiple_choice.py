@@ -1,6 +1,7 @@
-"""A model answers the questions of a task: its choices, and how many are right.
+"""Multiple-choice tasks: score the choices of each question and the accuracy.
 
-It chooses what it finds likeliest: in sum (acc), or for each character (acc_norm).
+The model's answer is the choice of the highest log-likelihood (acc), or of the highest
+log-likelihood per character (acc_norm).
 """
 
 import math
@@ -22,18 +23,18 @@ from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.ordered_jsonl import JsonObject, hash_key, open_answers
 from mlx_openelm.text.tokenizer import Tokenizer
 
-TOGETHER = 64  # questions: several rows' worth, and not much to lose
+TOGETHER = 64  # questions scored together: some rows, and not much to lose on a stop
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a question.
+    """The scores of a question's choices.
 
     Attributes:
         line: the record's number in its file.
         loglikelihoods: of the choices, in nats.
         lengths: of the choices, in characters.
-        answer: number of the right choice, from 0.
+        answer: index of the right choice.
     """
 
     line: int
@@ -43,12 +44,12 @@ class Outcome:
 
     @property
     def choice(self) -> int:
-        """Number of the likeliest choice; the first of equal ones."""
+        """Index of the likeliest choice; the first of equal ones."""
         return self.loglikelihoods.index(max(self.loglikelihoods))
 
     @property
     def choice_norm(self) -> int:
-        """Number of the choice that is likeliest for its length."""
+        """Index of the choice of the highest log-likelihood per character."""
         scores = zip(self.loglikelihoods, self.lengths, strict=True)
         rates = [nats / length for nats, length in scores]
         return rates.index(max(rates))
@@ -64,7 +65,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """Shares of right answers, and their standard errors; one question has none."""
+    """Accuracies and their standard errors, which are None for one question."""
 
     acc: float
     acc_norm: float
@@ -78,7 +79,7 @@ class ScoredTask:
     """A task's score and outcomes, in the order of its questions.
 
     Attributes:
-        digest: the task's; other questions have another one.
+        digest: identifies the questions.
     """
 
     task: str
@@ -96,21 +97,22 @@ def score_task(
     force: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ScoredTask:
-    """Let a model answer the questions of a task.
+    """Score the questions of a task.
 
     Args:
-        output: where outcomes are written as they come, a JSON line each. What a
-            stopped run, or one with a smaller limit, has left there is not done again.
+        output: file to which outcomes are written as they come, one JSON object per
+            line. A run resumes from an output of a stopped run or a smaller limit.
         force: replace an output of another model, task or larger limit.
-        on_progress: told how many questions are done, and how many there are.
+        on_progress: receives the number of finished questions and of all questions.
 
     Raises:
-        OpenELMError: the output is something else or of another run, the disk refuses,
-            a choice does not fit the model, or its weights are damaged.
+        OpenELMError: the output belongs to another run, is another kind of file or
+            cannot be written, a choice does not fit into the model's context, or the
+            weights are damaged.
     """
     job = _Job(model, tokenizer, task, resumable=output is not None)
     with open_answers(output, job.find_place, force=force) as answers:
-        outcomes = {p: o for p, o in job.found.items() if p in answers}
+        outcomes = {p: o for p, o in job.resumed.items() if p in answers}
         total = len(task.questions)
         on_progress(len(outcomes), total)
         missing = [place for place in range(total) if place not in outcomes]
@@ -120,27 +122,27 @@ def score_task(
                 answers.add(place, job.describe(place, outcome))
                 on_progress(len(outcomes), total)
     in_order = tuple(outcomes[place] for place in range(total))
-    return ScoredTask(task.name, task.digest, sum_up(in_order), in_order)
+    return ScoredTask(task.name, task.digest, summarize(in_order), in_order)
 
 
-def sum_up(outcomes: Sequence[Outcome]) -> TaskScore:
-    """Return the score of outcomes, of which there is at least one."""
+def summarize(outcomes: Sequence[Outcome]) -> TaskScore:
+    """Return the score of one or more outcomes."""
     acc, stderr = mean_and_stderr([float(o.right) for o in outcomes])
     acc_norm, acc_norm_stderr = mean_and_stderr([float(o.right_norm) for o in outcomes])
     return TaskScore(acc, acc_norm, stderr, acc_norm_stderr, len(outcomes))
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return a mean and its standard error, as the harness does; one value has none."""
+    """Return a mean and its standard error as the harness does; None for one value."""
     n = len(values)
     return fmean(values), stdev(values) / math.sqrt(n) if n > 1 else None
 
 
 class _Job:
-    """All that decides what is answered.
+    """The task and the settings that determine its outcomes.
 
     Attributes:
-        found: outcomes that stood in the output, by the place of their question.
+        resumed: outcomes that the output already holds, by the place of their question.
     """
 
     def __init__(
@@ -149,7 +151,7 @@ class _Job:
         self._model, self._tokenizer, self._task = model, tokenizer, task
         self._places = {q.line: place for place, q in enumerate(task.questions)}
         self._model_key = fingerprint_model(model) if resumable else ""
-        self.found: dict[int, Outcome] = {}
+        self.resumed: dict[int, Outcome] = {}
 
     def answer(self, places: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         """Yield the outcomes of questions, each as soon as its choices are scored."""
@@ -171,7 +173,7 @@ class _Job:
                 yield place, Outcome(question.line, nats, lengths, question.answer)
 
     def describe(self, place: int, outcome: Outcome) -> JsonObject:
-        """Return the object that is written of an outcome."""
+        """Return the JSON object of an outcome."""
         return {
             **asdict(outcome),
             "choice": outcome.choice,
@@ -182,7 +184,7 @@ class _Job:
         }
 
     def find_place(self, answer: JsonObject) -> int | None:
-        """Return the place of an outcome that this job would write, too."""
+        """Return the place of an outcome of an earlier run of this job, or None."""
         place = self._places.get(answer["line"])
         if place is None or answer.get("key") != self._key(place):
             return None
@@ -191,7 +193,7 @@ class _Job:
         nats = _read_numbers(answer.get("loglikelihoods"))
         if len(nats) != len(lengths):
             return None
-        self.found[place] = Outcome(question.line, nats, lengths, question.answer)
+        self.resumed[place] = Outcome(question.line, nats, lengths, question.answer)
         return place
 
     def _encode(self, questions: Sequence[Question]) -> list[Request]:
@@ -216,7 +218,7 @@ class _Job:
 
 
 def _read_numbers(values: object) -> tuple[float, ...]:
-    """Return a list of finite numbers; nothing, if it is something else."""
+    """Return the values if they are a list of finite floats, else ()."""
     numbers = values if isinstance(values, list) else []
     finite = all(isinstance(v, float) and math.isfinite(v) for v in numbers)
     return tuple(numbers) if finite else ()

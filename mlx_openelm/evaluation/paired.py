@@ -1,7 +1,7 @@
-"""Paired differences: two models' scores on the same questions.
+"""Paired differences of two models' scores on the same questions.
 
-The difference is taken question by question. Its standard error is smaller than what
-two separate accuracies suggest, since most questions come out alike.
+The standard error of the per-question differences is smaller than that of two separate
+accuracies, because the scores of most questions are equal.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from mlx_openelm.evaluation.multiple_choice import mean_and_stderr
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """The second mean less the first, and its paired standard error.
+    """The second mean minus the first, and its paired standard error.
 
     Attributes:
-        stderr: None, if there is one question.
-        gained: questions on which the second is better; on `lost` it is worse.
+        stderr: None for a single question.
+        gained, lost: numbers of questions on which the second is better, or worse.
     """
 
     value: float
@@ -33,7 +33,7 @@ def paired_difference(
     """Return the mean difference of scores of the same questions in the same order.
 
     Raises:
-        OpenELMError: they are not as many, or none.
+        OpenELMError: the numbers of scores differ, or are 0.
     """
     if not first or len(first) != len(second):
         raise OpenELMError(

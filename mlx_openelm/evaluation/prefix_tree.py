@@ -1,8 +1,8 @@
-"""Sequences that begin alike are read in one row, and what they share only once.
+"""Prefix sharing: process sequences with common prefixes in one row, each prefix once.
 
-The tokens of all sequences form a tree, cut into segments where sequences part. A row
-holds the segments end to end: nothing is padded and the matrix products see one long
-row. Each segment attends to those above it and to itself.
+The tokens of all sequences form a tree, split into segments where sequences diverge. A
+row is the concatenation of the segments, without padding. Each segment attends to its
+ancestors and to itself.
 """
 
 import itertools
@@ -23,11 +23,11 @@ class PrefixTree(TokenLayout):
     """Sequences of tokens in one row.
 
     Attributes:
-        tokens: of the row, N of them.
-        positions: the place of each of them in its sequences, (N,).
-        segments: where each segment and those above it stand in the row, from the top
-            down; neighbours are joined. The segments come in the order of the row.
-        paths: the same for each sequence: its whole way through the row.
+        tokens: the N tokens of the row.
+        positions: position of each of them in its sequences, (N,).
+        segments: for each segment, in the order of the row, the spans of its ancestors
+            and itself, from the root down; adjacent spans are joined.
+        paths: for each sequence, the spans of its segments.
     """
 
     tokens: tuple[int, ...]
@@ -36,7 +36,7 @@ class PrefixTree(TokenLayout):
     paths: tuple[tuple[Span, ...], ...]
 
     def place(self, sequence: int, position: int) -> int:
-        """Return where a token of a sequence stands in the row."""
+        """Return the place in the row of a sequence's token."""
         for start, end in self.paths[sequence]:
             if position < end - start:
                 return start + position
@@ -44,7 +44,7 @@ class PrefixTree(TokenLayout):
         raise IndexError(position)
 
     def rotation(self, H: int, base: float, dtype: mx.Dtype) -> Rotation:
-        # Every token is taken for a sequence of its own, since each has its place.
+        # Each token is treated as a sequence of length 1 with its own position.
         turn = rotation_after(mx.array(self.positions), 1, H, base, dtype)
         return lambda x: turn(x.swapaxes(0, 1)).swapaxes(0, 2)  # (1, heads, N, H)
 
@@ -66,16 +66,16 @@ class PrefixTree(TokenLayout):
 
 
 def build_tree(sequences: Sequence[Sequence[int]]) -> PrefixTree:
-    """Return the tree of sequences, none of them empty, in lexicographic order."""
+    """Return the tree of non-empty sequences in lexicographic order."""
     tokens, positions = list[int](), list[int]()
     segments = list[tuple[Span, ...]]()
     paths: list[tuple[Span, ...]] = [()] * len(sequences)
-    # Sequences (first, last) that agree up to a depth, and where that stands in the row
+    # Ranges (first, last) of sequences with a common prefix: its length and spans
     waiting: list[tuple[int, int, int, tuple[Span, ...]]]
     waiting = [(0, len(sequences), 0, ())]
     while waiting:
         first, last, depth, above = waiting.pop()
-        # In this order, what the first and the last one share is shared by all.
+        # Sorted: the common prefix of the first and the last is that of all.
         end = count_common(sequences[first], sequences[last - 1], depth)
         if end > depth:
             own = (len(tokens), len(tokens) + end - depth)
@@ -92,12 +92,12 @@ def build_tree(sequences: Sequence[Sequence[int]]) -> PrefixTree:
         ):
             members = list(group)
             parts.append((members[0], members[-1] + 1, end, above))
-        waiting += reversed(parts)  # so that a first child stands behind its parent
+        waiting += reversed(parts)  # the first child directly follows its parent
     return PrefixTree(tuple(tokens), tuple(positions), tuple(segments), tuple(paths))
 
 
 def count_common(a: Sequence[int], b: Sequence[int], start: int = 0) -> int:
-    """Return how many tokens are the same, if the first `start` ones are."""
+    """Return the length of the common prefix, which is at least `start`."""
     most = min(len(a), len(b))
     return next((i for i in range(start, most) if a[i] != b[i]), most)
 
@@ -109,11 +109,11 @@ def _join(spans: tuple[Span, ...], own: Span) -> tuple[Span, ...]:
 
 
 def read_tree(model: OpenELM, tree: PrefixTree) -> mx.array:
-    """Return the normed hidden states of the row's tokens, (N, D)."""
+    """Return the normalized hidden states of the row's tokens, (N, D)."""
     return model.transformer(mx.array([tree.tokens]), layout=tree)[0]
 
 
 def _pick(x: mx.array, spans: Sequence[Span]) -> mx.array:
-    """Return the parts of (1, heads, N, H) that a segment sees."""
+    """Return the parts of (1, heads, N, H) that a segment attends to."""
     parts = [x[:, :, start:end] for start, end in spans]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)

@@ -1,8 +1,8 @@
-"""What OpenELM's authors and others published: scores, in percent.
+"""Published scores of OpenELM and other models, in percent.
 
-Where a row was read stands in its `source`. Rows that were recalled are not verified;
+`source` names where a row was published. Rows quoted from memory are not `verified`:
 their averages agree with their values to rounding, and every value is a whole number of
-right answers in its test set, but for what a note says.
+right answers of its test set, except where a note says otherwise.
 """
 
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ class PublishedScores:
     """One model's row of a table.
 
     Attributes:
-        model: "OpenELM-1_1B-Instruct", as the configuration spells the size, or
-            another's name with its size.
+        model: "OpenELM-1_1B-Instruct", with the configuration's spelling of the size,
+            or another model's name and size.
         values: percent, in the order of the table's columns; None: not published.
-        average: as published, or the mean of published values; None: not all are there.
-        tokens: pre-training tokens, as published; "" where it is not said.
+        average: as published, or the mean of all values; None if one is missing.
+        tokens: pre-training tokens, as published, or "".
         method: of an adapter: lora or dora.
     """
 
@@ -49,12 +49,12 @@ class PublishedTable:
 def find_published_scores(
     suite: str, size_name: str, *, instruct: bool, method: str | None = None
 ) -> PublishedScores | None:
-    """Return the row that a model belongs to; None where nothing is published of it.
+    """Return the published row of a model, or None.
 
     Args:
         suite: zero-shot, openllm, llm360 or peft.
-        size_name: as a configuration says it: "OpenELM-270M".
-        method: of the adapter that is on it: lora, dora or full; None without one.
+        size_name: as in a configuration: "OpenELM-270M".
+        method: of the model's adapter: lora, dora or full; None without one.
     """
     name = f"{size_name}-Instruct" if instruct else size_name
     rows = PUBLISHED_SCORES[suite].own
@@ -227,7 +227,7 @@ _PEFT = PublishedTable(
         _adapted(
             *("270M", "dora", 38.52),
             *(24.57, 26.69, 62.14, 24.84, 50.05, 42.02, 49.88, 28.00),
-            note="ARC-e: 26.69 or 26.68; of 2376 questions only 26.68 can come out",
+            note="ARC-e: 26.69 or 26.68; with 2376 questions only 26.68 is possible",
         ),
         _adapted(
             *("450M", "lora", 41.60),

@@ -1,4 +1,4 @@
-"""Scores of tasks, whoever computed them: beside other models', and the published."""
+"""Results of tasks, compared with other models and with published scores."""
 
 import json
 import math
@@ -24,8 +24,8 @@ class Metric:
 
     Attributes:
         value: an accuracy is a fraction, not percent.
-        stderr: standard error of the value, where it is known.
-        values: what it is the mean of, question by question; () where it is no mean.
+        stderr: standard error of the value, or None if unknown.
+        values: the values by question, of which it is the mean; () if it is not a mean.
     """
 
     value: float
@@ -35,13 +35,13 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """What one model reached in one task.
+    """Scores of one model in one task.
 
     Attributes:
-        num_fewshot: solved examples in front of every question.
-        n: questions asked, of `total` that the task has.
-        digest: of the questions, in their order.
-        metrics: by name; the harness's names.
+        num_fewshot: few-shot examples before each question.
+        n: number of scored questions, of `total` in the task.
+        digest: identifies the questions and their order.
+        metrics: by the harness's names.
     """
 
     task: str
@@ -54,12 +54,12 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What decides which published scores a model is compared with.
+    """Identity of a model, by which its published scores are found.
 
     Attributes:
-        name: as a person said it.
+        name: as given by the user.
         size_name: "OpenELM-270M", or "OpenELM" for a size that was not published.
-        method: of the adapter that is on it, or None.
+        method: of its adapter, or None.
     """
 
     name: str
@@ -70,7 +70,7 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class ModelScores:
-    """All that one model reached."""
+    """All scores of one model."""
 
     card: ModelCard
     text: TextScore | None
@@ -78,28 +78,27 @@ class ModelScores:
 
 
 def describe_model(name: str, folder: ModelFolder, method: str | None) -> ModelCard:
-    """Tell which published model a folder is, by its sizes and where it came from.
+    """Identify the published model of a folder by its sizes and its source.
 
     Args:
-        name: as a person said it: of the adapter, where there is a method.
-        method: of the adapter that is put on it, or None. Without one, that of the
-            adapter that was merged into it counts.
+        name: as given by the user: the adapter's name if there is a `method`.
+        method: of the attached adapter, or None; then that of a merged adapter counts.
     """
     source = folder.metadata.get("source")
-    said = "" if method else Path(name).name  # of an adapter it tells nothing
-    told = (said, folder.path.name, snapshot_of(folder.path), json.dumps(source))
+    own_name = "" if method else Path(name).name  # an adapter's name does not count
+    names = (own_name, folder.path.name, snapshot_of(folder.path), json.dumps(source))
     kind = str(source.get("kind", "")) if isinstance(source, dict) else ""
     fused = folder.metadata.get("fusion")
     if method is None and isinstance(fused, dict):
         method = str(fused.get("method"))
     if method is None and kind.endswith("merged"):
         method = next((m for m in ("dora", "lora") if m in kind.lower()), "adapter")
-    instruct = "instruct" in str(told).lower()
+    instruct = "instruct" in str(names).lower()
     return ModelCard(name, folder.config.size_name, instruct, method)
 
 
 def from_local(scored: ScoredTask, total: int) -> TaskResult:
-    """Return the result of a local file's task."""
+    """Return the result of a task that is a local file."""
     metrics = {}
     for name, right in (
         ("acc", [float(outcome.right) for outcome in scored.outcomes]),
@@ -116,7 +115,7 @@ def from_local(scored: ScoredTask, total: int) -> TaskResult:
 
 @dataclass(frozen=True, slots=True)
 class PairedScore:
-    """How far another model is from the first one, in the same questions."""
+    """Difference of another model's score from the first one's on a task."""
 
     task: str
     metric: str
@@ -126,7 +125,7 @@ class PairedScore:
 def pair(
     first: Sequence[TaskResult], other: Sequence[TaskResult]
 ) -> tuple[PairedScore, ...]:
-    """Return the differences of every metric that both models have, other - first."""
+    """Return other - first for each metric that both models have."""
     by_task = {result.task: result for result in other}
     pairs = []
     for ours in first:
@@ -141,7 +140,7 @@ def pair(
     return tuple(pairs)
 
 
-# Beside the published ------------------------------------------------------------
+# Published scores ----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +148,12 @@ class SuiteScore:
     """One column of a published table, or an average; in percent.
 
     Attributes:
-        value: ours; None where the task was not run.
-        stderr: of `value`.
-        published: of the same model, or None.
-        difference: ours - published.
-        difference_stderr: as of two independent samples of the task's questions; since
-            both answered the same ones, the true one is smaller.
+        value: measured score; None if the task was not run.
+        stderr: standard error of `value`.
+        published: score of the same model, or None.
+        difference: `value` - `published`.
+        difference_stderr: for two independent samples of questions; the true one is
+            smaller, because the questions are the same.
     """
 
     column: str
@@ -169,7 +168,7 @@ class SuiteScore:
 
 @dataclass(frozen=True, slots=True)
 class SuiteReport:
-    """A model's scores in a suite; `published` is the row that they stand beside."""
+    """A model's scores in a suite, and the `published` row that they compare with."""
 
     suite: str
     model: str
@@ -181,13 +180,13 @@ class SuiteReport:
 def report_suite(
     suite: Suite, card: ModelCard, results: Sequence[TaskResult]
 ) -> SuiteReport:
-    """Put a model's results beside the published row that it belongs to."""
+    """Compare a model's results with its published row."""
     row = find_published_scores(
         suite.name, card.size_name, instruct=card.instruct, method=card.method
     )
     by_task = {result.task: result for result in results}
     scores = []
-    errors: dict[str, float | None] = {}  # of the published figures, by column
+    errors: dict[str, float | None] = {}  # of the published scores, by column
     for i, column in enumerate(suite.tasks):
         result = by_task.get(column.task)
         published = row.values[i] if row else None
@@ -195,7 +194,7 @@ def report_suite(
         total = result.total if result else 0
         errors[column.name] = _published_stderr(published, total)
         scores.append(
-            _beside(
+            _compare(
                 column.name,
                 column,
                 100 * metric.value if metric else None,
@@ -215,11 +214,11 @@ def report_suite(
 def _average(
     name: str, scores: Sequence[SuiteScore], errors: Mapping[str, float | None]
 ) -> SuiteScore:
-    """Average what was run; the published ones over the same columns."""
+    """Average the measured scores, and the published ones of the same columns."""
     run = [score for score in scores if score.value is not None]
     if len(run) < len(scores):
         name = f"{name} of {len(run)} of {len(scores)}"
-    return _beside(
+    return _compare(
         name,
         None,
         _mean([score.value for score in run]),
@@ -230,7 +229,7 @@ def _average(
     )
 
 
-def _beside(
+def _compare(
     name: str,
     task: SuiteTask | None,
     value: float | None,
@@ -248,7 +247,7 @@ def _beside(
 
 
 def _published_stderr(percent: float | None, total: int) -> float | None:
-    """Return sqrt(p (1 - p) / N), in percent: what a share of N questions has."""
+    """Return the standard error of a fraction of N questions, sqrt(p (1 - p) / N)."""
     if percent is None or not total:
         return None
     return math.sqrt(percent * (100 - percent) / total)

@@ -1,4 +1,4 @@
-"""The published settings of evaluation: tasks, shots, and the metric that is reported.
+"""The published evaluation suites: tasks, numbers of few-shot examples, and metrics.
 
 The model card of apple/OpenELM calls the eight-task table "OpenLLM Leaderboard" and the
 five-task table "LLM360"; the paper's averages show that these headings are swapped.
@@ -12,12 +12,12 @@ from mlx_openelm.evaluation.published_scores import PUBLISHED_SCORES, PublishedT
 
 HARNESS = (
     "The authors ran lm-evaluation-harness of 2024-03-15 (commit dc90fec); this one is "
-    "later. That it gives the same scores is unverified, and so is which metric a "
-    "column reports."
+    "later. Whether it gives the same scores, and which metric a column reports, is "
+    "unverified."
 )
 PEFT_HARNESS = (
     "The authors ran lm-evaluation-harness of 2024-04-18 (commit 3196e907) on these "
-    "files; this scores them without it, by the same rule. That both give the same "
+    "files; this scores them by the same rule without it. Whether both give the same "
     "scores is unverified."
 )
 
@@ -28,7 +28,7 @@ class SuiteTask:
 
     Attributes:
         name: the column's heading.
-        task: the harness's name of it, or the stem of a local file.
+        task: its name in the harness, or the stem of a local file.
     """
 
     name: str
@@ -42,8 +42,8 @@ class Suite:
     """Tasks that are reported together.
 
     Attributes:
-        local: whether its tasks are files of `tasks_dir` instead of the harness's.
-        notes: what a reader of its table must know.
+        local: whether its tasks are files in `tasks_dir` instead of the harness's.
+        notes: remarks that are printed with its table.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Suite:
         return PUBLISHED_SCORES[self.name]
 
 
-_SHOTS = {  # of the five- and the eight-task table, by the card's commands
+_SHOTS = {  # tasks of the five- and the eight-task table, by the card's commands
     "ARC-c": SuiteTask("ARC-c", "arc_challenge", 25, "acc_norm"),
     "CrowS-Pairs": SuiteTask(
         "CrowS-Pairs", "crows_pairs_english", 25, "pct_stereotype"

@@ -1,15 +1,15 @@
-"""A local file becomes a task: multiple-choice questions.
+"""Local task files: multiple-choice questions.
 
-A file is a JSON array of records or JSON lines, plain or with .gz. A record is one of
+A file is a JSON array of records or JSON lines, optionally with .gz. A record is one of
 
     {"instruction", "input", "output", "answer"}    as CommonSense-170k's test files
-    {"context", "choices": [...], "answer"}         the context as it stands
+    {"context", "choices": [...], "answer"}         the unchanged context
     {"question", "choices": [...], "answer"}        "Question: ...<LF>Answer:"
 
-Of the first kind, the candidates stand in the instruction's "Answer format: a/b", the
-answer is one of them, and scored is "the correct answer is a" behind OpenELM's PEFT
-template. Of the others, scored is a choice behind one space, as lm-evaluation-harness
-joins them, and the answer is the choice's number, from 0, its text, or its letter.
+In the first kind, "Answer format: a/b" at the end of the instruction lists the choices,
+the answer is one of them, and the continuation "the correct answer is a" is scored with
+OpenELM's PEFT template. In the others, the continuation is a space and the choice, as
+in lm-evaluation-harness, and the answer is the choice's index, text or letter.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.text.messages import find_half_character
+from mlx_openelm.text.messages import find_unpaired_surrogate
 from mlx_openelm.text.record_files import (
     READ_ERRORS,
     describe_type,
@@ -34,7 +34,7 @@ from mlx_openelm.text.templates import Turn, render
 SEED = 83652  # of OpenELM's PEFT evaluation
 ANSWER_FORMAT = "Answer format:"
 PEFT_TEMPLATE = "openelm-peft"
-_MOST_SHOWN = 5  # problems
+_MOST_SHOWN = 5  # problems in an error message
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +43,10 @@ class Question:
 
     Attributes:
         line: the record's number in the file, from 1.
-        context: all that stands before a choice, but for the delimiter.
+        context: the text before a choice, without the delimiter.
         choices: their lengths in characters count for acc_norm.
-        answer: number of the right choice, from 0.
-        delimiter: what joins context and choice.
+        answer: index of the right choice.
+        delimiter: text between context and choice.
     """
 
     line: int
@@ -57,20 +57,20 @@ class Question:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The context and what continues it, for every choice."""
+        """Context and continuation of each choice."""
         return [(self.context, self.delimiter + choice) for choice in self.choices]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The questions of a file; `name` is the file's, without its endings."""
+    """The questions of a file; `name` is its file name without suffixes."""
 
     name: str
     questions: tuple[Question, ...]
 
     @property
     def digest(self) -> str:
-        """Sha256 in hex of the questions in their order."""
+        """SHA-256 of the questions in their order, in hex."""
         fields = [
             [q.line, q.context, q.choices, q.answer, q.delimiter]
             for q in self.questions
@@ -81,14 +81,14 @@ class Task:
 def read_task(path: Path, *, limit: int | None = None) -> Task:
     """Read a file and check every record.
 
-    The questions are shuffled, always alike, so that the first ones are a sample.
+    The questions are shuffled with a fixed seed, so that the first ones are a sample.
 
     Args:
-        limit: keep so many of them, the first ones after shuffling.
+        limit: number of questions to keep after shuffling.
 
     Raises:
-        OpenELMError: the file cannot be read, or records are wrong; each problem is
-            named with the number of its record.
+        OpenELMError: the file cannot be read, or records are invalid; each problem has
+            the number of its record.
     """
     if limit is not None and limit < 1:
         raise OpenELMError(f"`limit` is {limit}; it must be at least 1.")
@@ -109,17 +109,17 @@ def read_task(path: Path, *, limit: int | None = None) -> Task:
 
 
 def read_tasks(paths: Sequence[Path], *, limit: int | None = None) -> list[Task]:
-    """Read files, each of a name of its own; see `read_task`.
+    """Read files with different names; see `read_task`.
 
     Raises:
-        OpenELMError: two tasks are called the same, or a file is wrong.
+        OpenELMError: two tasks have the same name, or a file is invalid.
     """
     for i, path in enumerate(paths):
         for other in paths[:i]:
             if _name_of(path) == _name_of(other):
                 raise OpenELMError(
-                    f"{other} and {path} are both called {_name_of(path)}; rename one, "
-                    "or score them one after the other."
+                    f"{other} and {path} have the same task name {_name_of(path)}; "
+                    "rename one, or score them separately."
                 )
     return [read_task(path, limit=limit) for path in paths]
 
@@ -150,7 +150,7 @@ def _read_question(number: int, record: Any) -> Question:
     """Read one record.
 
     Raises:
-        OpenELMError: what is wrong with it, as the end of a sentence.
+        OpenELMError: its problem, as the end of a sentence.
     """
     if not isinstance(record, dict):
         raise OpenELMError(f"is {describe_type(record)}, not an object")
@@ -158,9 +158,9 @@ def _read_question(number: int, record: Any) -> Question:
         return _read_instruction(number, record)
     if "choices" in record:
         return _read_choices(number, record)
-    has = ", ".join(map(repr, sorted(record)[:10])) or "nothing"
+    keys = ", ".join(map(repr, sorted(record)[:10])) or "no keys"
     raise OpenELMError(
-        f"has {has}; it needs instruction and answer, or context (or question), "
+        f"has {keys}; it needs instruction and answer, or context (or question), "
         "choices and answer"
     )
 
@@ -168,16 +168,16 @@ def _read_question(number: int, record: Any) -> Question:
 def _read_instruction(number: int, record: Mapping[str, Any]) -> Question:
     instruction = _get_text(record, "instruction")
     input = _get_text(record, "input") if record.get("input") else ""
-    _, found, listed = instruction.rpartition(ANSWER_FORMAT)
-    labels = [label.strip() for label in listed.split("/")] if found else []
-    if not found:
+    _, marker, listed = instruction.rpartition(ANSWER_FORMAT)
+    if not marker:
         raise OpenELMError(f'has no "{ANSWER_FORMAT}" in its instruction')
+    labels = [label.strip() for label in listed.split("/")]
     if "\n" in listed.strip():
-        raise OpenELMError(f'has lines behind the one of its "{ANSWER_FORMAT}"')
+        raise OpenELMError(f'has lines after its "{ANSWER_FORMAT}"')
     _check_choices(labels, f'"{ANSWER_FORMAT}"')
     answer = _get_text(record, "answer").strip()
     if answer not in labels:
-        raise _no_choice(answer, labels)
+        raise _not_a_choice(answer, labels)
     (exchange,) = render(
         [Turn("user", instruction, input), Turn("assistant", "")], PEFT_TEMPLATE
     )
@@ -186,12 +186,12 @@ def _read_instruction(number: int, record: Mapping[str, Any]) -> Question:
 
 
 def _read_choices(number: int, record: Mapping[str, Any]) -> Question:
-    asked = [key for key in ("context", "question") if record.get(key) is not None]
-    if len(asked) != 1:
-        both = "both a context and a question" if asked else "no context (or question)"
-        raise OpenELMError(f"has {both}; it needs one of them")
-    text = _get_text(record, asked[0])
-    context = text if asked == ["context"] else f"Question: {text}\nAnswer:"
+    keys = [key for key in ("context", "question") if record.get(key) is not None]
+    if len(keys) != 1:
+        which = "both a context and a question" if keys else "no context (or question)"
+        raise OpenELMError(f"has {which}; it needs one of them")
+    text = _get_text(record, keys[0])
+    context = text if keys == ["context"] else f"Question: {text}\nAnswer:"
     choices = record["choices"]
     if not isinstance(choices, list):
         raise OpenELMError(f"has choices that are {describe_type(choices)}, not a list")
@@ -206,7 +206,7 @@ def _find_answer(answer: Any, choices: list[str]) -> int:
     if isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer < len(choices):
             raise OpenELMError(
-                f"has the answer {_shorten(answer)}, and choices from 0 to "
+                f"has the answer {_shorten(answer)}; its choices are 0 to "
                 f"{len(choices) - 1}"
             )
         return answer
@@ -216,19 +216,19 @@ def _find_answer(answer: Any, choices: list[str]) -> int:
             if answer is None
             else f"an answer that is {describe_type(answer)}"
         )
-        raise OpenELMError(f"has {what}; it needs a choice's number, text or letter")
+        raise OpenELMError(f"has {what}; it needs a choice's index, text or letter")
     if answer in choices:
         return choices.index(answer)
     letters = [chr(ord("A") + i) for i in range(min(len(choices), 26))]
     if answer.strip().upper() in letters:
         return letters.index(answer.strip().upper())
-    raise _no_choice(answer, choices)
+    raise _not_a_choice(answer, choices)
 
 
-def _no_choice(answer: str, choices: list[str]) -> OpenELMError:
+def _not_a_choice(answer: str, choices: list[str]) -> OpenELMError:
     listed = ", ".join(map(_shorten, choices[:6]))
     return OpenELMError(
-        f"has the answer {_shorten(answer)}, which is none of its choices: {listed}"
+        f"has the answer {_shorten(answer)}, which is not one of its choices: {listed}"
     )
 
 
@@ -251,18 +251,18 @@ def _get_text(record: Mapping[str, Any], key: str) -> str:
 
 def _check_text(value: Any, what: str, *, empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise OpenELMError(f"has {describe_type(value)} as {what}, not a text")
+        raise OpenELMError(f"has {describe_type(value)} as {what}, not a string")
     if not (value.strip() or empty):
         raise OpenELMError(f"has an empty {what}")
-    half = find_half_character(value)
-    if half:
-        raise OpenELMError(f"has {half}, half of a character, in {what}")
+    surrogate = find_unpaired_surrogate(value)
+    if surrogate:
+        raise OpenELMError(f"has the unpaired surrogate {surrogate} in {what}")
     return value
 
 
 def _shorten(value: object) -> str:
     try:
         shown = repr(value)
-    except ValueError:  # a whole number of thousands of digits
+    except ValueError:  # an integer with too many digits for repr
         return "a huge number"
     return shown if len(shown) <= 60 else f"{shown[:57]}..."

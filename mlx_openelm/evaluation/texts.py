@@ -1,4 +1,4 @@
-"""A model gets scores: how it predicts texts, and how it answers questions."""
+"""Score a model on texts (perplexity) and on local multiple-choice tasks."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +15,14 @@ from mlx_openelm.model.likelihood import log_likelihoods
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
-BATCH_TOKENS = 4096  # tokens to a forward pass
+BATCH_TOKENS = 4096  # tokens per forward pass
 
 Paths = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True, slots=True)
 class TextScore:
-    """How well a model predicts a text; logarithms are natural, bytes are UTF-8's."""
+    """Scores of a text; logarithms are natural, bytes are those of UTF-8."""
 
     nats_per_token: float
     perplexity: float
@@ -33,7 +33,7 @@ class TextScore:
 
 @dataclass(frozen=True, slots=True)
 class TaskScores:
-    """How many questions a model answers right, by the name of the task."""
+    """Accuracies by the name of the task."""
 
     tasks: dict[str, TaskScore]
 
@@ -70,26 +70,26 @@ def evaluate(
     limit: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TextScore | TaskScores:
-    """Score how well a model predicts texts, or how it answers questions.
+    """Score a model on texts or on multiple-choice tasks.
 
     Args:
-        text: one file or several, scored together; see `score_text`.
-        window: tokens predicted in a window of text.
-        tasks: one file of questions or several; see `task_files`.
-        limit: answer so many questions of each task, a sample.
-        on_progress: called with windows, or questions, done and in all.
+        text: one or more files, scored together; see `score_text`.
+        window: tokens per window of text.
+        tasks: one or more files of questions; see `task_files`.
+        limit: number of questions of each task, a fixed random sample.
+        on_progress: receives the number of finished windows or questions, and of all.
 
     Raises:
-        OpenELMError: a file is missing or wrong, or the settings do not fit.
+        OpenELMError: a file is missing or invalid, or the options do not fit.
     """
     if bool(text) == bool(tasks):
-        raise OpenELMError("There must be either texts or tasks to score.")
+        raise OpenELMError("Pass either `text` or `tasks`.")
     if text:
         if limit is not None:
-            raise OpenELMError("A limit is for tasks; a text is scored whole.")
+            raise OpenELMError("`limit` needs `tasks`; a text is scored as a whole.")
         return score_text(model, tokenizer, _list(text), window, on_progress)
     if window is not None:
-        raise OpenELMError("A window is for texts; a question is scored whole.")
+        raise OpenELMError("`window` needs `text`; a question is scored as a whole.")
     assert tasks
     return _score_tasks(model, tokenizer, _list(tasks), limit, on_progress)
 
@@ -129,13 +129,13 @@ def score_text(
     window: int | None,
     on_progress: Callable[[int, int], None],
 ) -> TextScore:
-    """Score text files, raw, in windows that are each begun with BOS.
+    """Score raw text files in windows that each begin with BOS.
 
     Every token is predicted once, the first of a window from BOS alone; the last window
     of a file may be shorter.
 
     Args:
-        window: tokens predicted in a window; default and most, the context length.
+        window: tokens predicted per window, at most the context length (the default).
 
     Raises:
         OpenELMError: a file is missing, empty or not UTF-8, or the window does not fit.
@@ -162,8 +162,8 @@ def score_text(
         on_progress(done, len(windows))
     if not math.isfinite(nats):
         raise OpenELMError(
-            f"The model gives {nats} for this text, so its weights are damaged or "
-            "overflow; `mlx-openelm convert` refuses such weights and says which."
+            f"The log-likelihood of this text is {-nats}: the model's weights are "
+            "damaged or overflow. `mlx-openelm convert` reports which."
         )
     tokens = sum(map(len, windows))
     mean = nats / tokens
@@ -177,7 +177,7 @@ def score_text(
 
 
 def _batches(windows: list[list[int]]) -> Iterator[list[list[int]]]:
-    """Group windows of one length, so that nothing is padded."""
+    """Group windows of equal length, so that no padding is needed."""
     by_length: dict[int, list[list[int]]] = {}
     for ids in windows:
         by_length.setdefault(len(ids), []).append(ids)
@@ -188,7 +188,7 @@ def _batches(windows: list[list[int]]) -> Iterator[list[list[int]]]:
 
 
 def _score(model: OpenELM, bos_id: int, batch: list[list[int]]) -> float:
-    """Return minus the log-likelihood of all tokens, in nats."""
+    """Return the negative log-likelihood of all tokens, in nats."""
     targets = mx.array(batch)  # (B, T)
     bos = mx.full((len(batch), 1), bos_id, dtype=targets.dtype)
     inputs = mx.concatenate([bos, targets[:, :-1]], axis=1)

@@ -1,8 +1,8 @@
 """The adapters in a run's folder: the last one, the best, and the mean of the last N.
 
 adapters.safetensors           the last save
-0000100_adapters.safetensors   those that the mean is made of, named as by mlx-lm
-best/, average/                adapter folders of their own
+0000100_adapters.safetensors   snapshots for the mean, with mlx-lm's names
+best/, average/                adapter folders
 """
 
 from collections.abc import Mapping
@@ -21,17 +21,17 @@ Tensors = Mapping[str, mx.array]
 
 
 def replace_weights(folder: Path, tensors: Tensors) -> None:
-    """Replace the folder's adapter; until the new one is whole the old one stays.
+    """Replace the folder's adapter atomically.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the adapter cannot be written.
     """
     with replaced_file(folder / WEIGHTS) as path:
         save_tensors(path, tensors, format="mlx")
 
 
 def replace_copy(run: Path, name: str, tensors: Tensors) -> None:
-    """Write, or replace, an adapter folder in a run's; errors as `replace_weights`."""
+    """Write or replace an adapter folder in a run; raises as `replace_weights`."""
     folder = run / name
     folder.mkdir(exist_ok=True)
     with replaced_file(folder / CONFIG) as path:
@@ -39,22 +39,22 @@ def replace_copy(run: Path, name: str, tensors: Tensors) -> None:
     replace_weights(folder, tensors)
 
 
-def keep(run: Path, step: int, tensors: Tensors, *, most: int) -> None:
-    """Keep an adapter under its step's name, and of these the last `most`.
+def save_snapshot(run: Path, step: int, tensors: Tensors, *, keep: int) -> None:
+    """Save the adapter of a step, and delete all but the last `keep` snapshots.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the adapter cannot be written.
     """
     with replaced_file(run / f"{step:07d}_{WEIGHTS}") as path:
         save_tensors(path, tensors, format="mlx")
-    for old in _kept(run)[:-most]:
+    for old in _find_snapshots(run)[:-keep]:
         old.unlink()
 
 
 def write_average(run: Path) -> None:
-    """Write the mean of the kept adapters; errors as `replace_weights`."""
+    """Write the mean of the snapshots; raises as `replace_weights`."""
     means: dict[str, Any] = {}
-    files = _kept(run)
+    files = _find_snapshots(run)
     if not files:
         return
     for path in files:
@@ -67,5 +67,5 @@ def write_average(run: Path) -> None:
     replace_copy(run, AVERAGE, tensors)
 
 
-def _kept(run: Path) -> list[Path]:
+def _find_snapshots(run: Path) -> list[Path]:
     return sorted(run.glob(f"[0-9]*_{WEIGHTS}"))

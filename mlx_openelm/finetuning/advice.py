@@ -1,4 +1,4 @@
-"""Advice of a fine-tuning run: how to resume, and what to do when memory runs out."""
+"""Commands that resume or restart a fine-tuning run, for its messages."""
 
 import contextlib
 import shlex
@@ -7,43 +7,54 @@ from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.run_files import RECIPE
 
 
-def advise_half_a_batch(recipe: FinetuneRecipe) -> str:
-    """Return a sentence on which options to use where the memory ran out."""
-    if recipe.dropout and not recipe.grad_checkpoint:
-        return "`resume` `grad_checkpoint` needs much less, and goes on the same."
-    if recipe.batch_size == 1 or recipe.dropout:
-        return "Begin anew with a smaller `max_seq_length` or `batch_size`."
-    return (
-        f"Half the batch needs half the memory: `resume` `batch_size` "
-        f"{recipe.batch_size // 2} `grad_accumulation_steps` "
-        f"{recipe.grad_accumulation_steps * 2} goes on with the same steps."
-    )
-
-
-def describe_resume(folder: Path) -> str:
+def advise_resume(folder: Path) -> str:
     """Return the command that resumes the run in a folder."""
-    path = shlex.quote(str(folder))
-    return f"Go on with: mlx-openelm lora --resume --adapter-path {path}"
+    return f"Resume with: {_resume_command(folder)}"
 
 
-def describe_death(step: int, recipe: FinetuneRecipe) -> str:
-    """Return a sentence on a run that ended without a trace, after a saved step."""
+def advise_less_memory(folder: Path, recipe: FinetuneRecipe) -> str:
+    """Return a command that resumes the run with less memory, or else restarts it."""
+    if recipe.batch_size % 2 == 0 and not recipe.dropout:
+        command = _resume_command(
+            folder,
+            batch_size=recipe.batch_size // 2,
+            grad_accumulation_steps=recipe.grad_accumulation_steps * 2,
+        )
+        return f"Resume with half the memory and the same steps: {command}"
+    if not recipe.grad_checkpoint:
+        command = _resume_command(folder, grad_checkpoint=True)
+        return f"Resume with much less memory: {command}"
+    length = max(4, (recipe.max_seq_length or 0) // 2)
+    command = _command(
+        *("--recipe", str(folder / RECIPE), "--force"),
+        *("--adapter-path", str(folder)),
+        max_seq_length=length,
+        max_prompt_length=length // 2,
+    )
+    return f"Start again with shorter sequences: {command}"
+
+
+def describe_killed(folder: Path, step: int, recipe: FinetuneRecipe) -> str:
+    """Describe a run whose process was killed after a saved step."""
     return (
-        f"The last run here was killed without a word, after step {step} was saved: by "
-        f"a kill, or because the memory ran out. {advise_half_a_batch(recipe)}"
+        f"The last process here was killed after step {step} was saved, perhaps "
+        f"because it was out of memory. {advise_less_memory(folder, recipe)}"
     )
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(
-    step: int, recipe: FinetuneRecipe, describe_kept: Callable[[], str]
+    folder: Path, step: int, recipe: FinetuneRecipe, describe_saved: Callable[[], str]
 ) -> Iterator[None]:
-    """Turn MLX's error into advice, where it raises; most back ends end the process.
+    """Turn MLX's out-of-memory error into advice.
+
+    On most backends MLX ends the process instead; see `describe_killed`.
 
     Raises:
-        OpenELMError: the memory ran out.
+        OpenELMError: out of memory.
     """
     try:
         yield
@@ -51,6 +62,17 @@ def explain_out_of_memory(
         if "alloc" not in str(error) and "emory" not in str(error):
             raise
         raise OpenELMError(
-            f"The memory ran out in step {step}; "
-            f"{describe_kept()} {advise_half_a_batch(recipe)}"
+            f"Out of memory in step {step}. "
+            f"{describe_saved()} {advise_less_memory(folder, recipe)}"
         ) from error
+
+
+def _resume_command(folder: Path, **changes: int | bool) -> str:
+    return _command("--resume", "--adapter-path", str(folder), **changes)
+
+
+def _command(*words: str, **changes: int | bool) -> str:
+    for name, value in changes.items():
+        words += (f"--{name.replace('_', '-')}",)
+        words += () if value is True else (str(value),)
+    return shlex.join(["mlx-openelm", "lora", *words])

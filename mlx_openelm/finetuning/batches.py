@@ -1,10 +1,10 @@
-"""Samples become batches without a token of padding.
+"""Batches of samples, without padding.
 
-Sequences stand end to end in one row of tokens; their lengths tell the model where
-attention ends. Only positions with a target get logits.
+The sequences of a batch are concatenated to one row of tokens; their lengths limit
+attention to each sequence. Logits are computed only at positions with a target.
 
-    N  input tokens of a batch: each sequence up to its last target, which is not read
-    M  positions that count
+    N  input tokens of a batch: each sequence up to, but without, its last target
+    M  targets of a batch
 """
 
 import bisect
@@ -19,14 +19,14 @@ from mlx_openelm.finetuning.samples import Pair, Sample
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one forward pass reads, and what it should find.
+    """The inputs and targets of one forward pass.
 
     Attributes:
-        tokens: int32 (N,).
-        lengths: of the sequences, in input tokens; their sum is N.
-        positions: int32 (M,), the rows of N whose logits count.
-        targets: int32 (M,), the token behind each of these.
-        sequence: int32 (M,), the number of the sequence that each belongs to.
+        tokens: input tokens, int32 (N,).
+        lengths: input tokens of each sequence; their sum is N.
+        positions: int32 (M,), the inputs after which a target follows.
+        targets: int32 (M,), the token that follows each of these positions.
+        sequence: int32 (M,), the index of the sequence of each target.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -44,18 +44,19 @@ def plan_epoch(
     epoch: int,
     pack_length: int | None = None,
 ) -> list[tuple[int, ...]]:
-    """Return the indices of every batch of an epoch; each sample is in it once.
+    """Return the sample indices of every batch of an epoch, which has each sample once.
 
-    The order depends on seed and epoch alone. The last batch may be smaller.
+    The order depends on seed and epoch alone. The last batch can be smaller.
 
     Args:
-        lengths: of the samples, in tokens.
-        batch_size: samples, or with `pack_length` rows of so many tokens at most, each
-            filled with whole samples.
+        lengths: tokens of each sample.
+        batch_size: number of samples; with `pack_length`, number of rows, each filled
+            with whole samples.
         seed, epoch: not negative.
+        pack_length: maximum number of tokens in a row.
     """
-    # Sorting raw numbers: NumPy keeps these the same in all its versions, and not what
-    # its generators make of them.
+    # NumPy guarantees that these raw numbers stay the same in all versions, unlike the
+    # output of its generators.
     numbers = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
     order = np.argsort(numbers.random_raw(len(lengths)), kind="stable").tolist()
     rows = [[i] for i in order]
@@ -70,9 +71,9 @@ def plan_epoch(
 def _fill_rows(
     order: Sequence[int], lengths: Sequence[int], pack_length: int
 ) -> list[list[int]]:
-    """Put each sample in the row that it fills best; one too long gets its own."""
+    """Pack samples best-fit; a sample longer than `pack_length` has its own row."""
     rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (tokens left, row), in this order
+    open_rows: list[tuple[int, int]] = []  # (tokens left, row), sorted
     smallest = min(lengths, default=0)
     for i in order:
         at = bisect.bisect_left(open_rows, (lengths[i], -1))
@@ -90,13 +91,13 @@ def _fill_rows(
 def share_out(
     indices: Sequence[int], lengths: Sequence[int], parts: int
 ) -> list[tuple[int, ...]]:
-    """Share samples out by tokens: the longest first, each to who has the least.
+    """Divide samples into parts of similar size: longest first, to the smallest part.
 
-    Used for the micro-batches of accumulation, and for machines. A part may be empty;
-    within one, the order is that of `indices`.
+    The parts are the micro-batches of gradient accumulation and of processes. Each
+    keeps the order of `indices`; a part can be empty.
 
     Args:
-        lengths: of all samples, in tokens; `indices` point into it.
+        lengths: tokens of all samples, indexed by `indices`.
     """
     shares: list[list[int]] = [[] for _ in range(parts)]
     loads = [0] * parts
@@ -108,22 +109,22 @@ def share_out(
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Put samples end to end; behind a sample's last target there is no work."""
-    at = [np.flatnonzero(sample.counts) for sample in samples]
-    assert all(len(found) for found in at), "a sample has nothing to learn"
-    lengths = [int(found[-1]) for found in at]
+    """Concatenate samples, without the tokens from each sample's last target on."""
+    places = [np.flatnonzero(sample.loss_mask) for sample in samples]  # of targets
+    assert all(len(p) for p in places), "a sample has no target"
+    lengths = [int(p[-1]) for p in places]
     starts = np.cumsum([0, *lengths[:-1]])
     return Batch(
         tokens=_join(s.tokens[:n] for s, n in zip(samples, lengths, strict=True)),
         lengths=tuple(lengths),
-        positions=_join(found - 1 + n for found, n in zip(at, starts, strict=True)),
-        targets=_join(s.tokens[found] for s, found in zip(samples, at, strict=True)),
-        sequence=_join(np.full(len(found), i) for i, found in enumerate(at)),
+        positions=_join(p - 1 + n for p, n in zip(places, starts, strict=True)),
+        targets=_join(s.tokens[p] for s, p in zip(samples, places, strict=True)),
+        sequence=_join(np.full(len(p), i) for i, p in enumerate(places)),
     )
 
 
 def collate_pairs(pairs: Sequence[Pair]) -> Batch:
-    """Put the chosen answers of all pairs first, and all rejected ones behind them."""
+    """Concatenate the chosen answers of all pairs, then the rejected ones."""
     return collate([*(p.chosen for p in pairs), *(p.rejected for p in pairs)])
 
 

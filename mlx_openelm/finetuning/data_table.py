@@ -1,4 +1,4 @@
-"""Statistics of the training data, as data.json and the report show them."""
+"""Statistics of the training data, for data.json and the report."""
 
 import statistics
 from collections.abc import Iterator, Mapping
@@ -17,19 +17,19 @@ _BUCKETS = 8
 
 @dataclass(frozen=True, slots=True)
 class SplitTable:
-    """What was found in one file.
+    """Statistics of one split.
 
     Attributes:
-        samples: sequences, or pairs of them.
-        tokens, targets: of all samples; targets are the tokens that count.
-        edges, lengths: lengths[i] sequences are longer than edges[i] and no longer than
-            edges[i + 1] tokens.
-        cut: records whose end did not fit, or plain texts in more than one piece.
-        prompt_cut: records whose prompt lost its beginning.
-        nothing_to_learn: records that are left out: empty texts, equal answers.
-        spelt_eos: records that hold `</s>` in a text.
-        duplicates: records that repeat an earlier one, but for white space.
-        in_train: records that are among those to train on too.
+        samples: number of sequences, or of pairs.
+        tokens, targets: numbers of tokens and of targets in all samples.
+        edges, lengths: histogram; lengths[i] sequences have more than edges[i] and at
+            most edges[i + 1] tokens.
+        cut: records that are truncated at the end; for plain texts, split into pieces.
+        prompt_cut: records whose prompt is truncated at the start.
+        nothing_to_learn: records without targets: empty texts, equal answers.
+        spelt_eos: records with `</s>` in a text.
+        duplicates: records that are equal to an earlier one, ignoring white space.
+        in_train: records that are also in the training split.
     """
 
     file: str
@@ -55,7 +55,7 @@ class SplitTable:
 
 @dataclass(frozen=True, slots=True)
 class DataTable:
-    """What will be trained on, as data.json and the report show it."""
+    """Statistics of all splits, the prompt template, and warnings."""
 
     template: str
     reason: str
@@ -67,7 +67,7 @@ class DataTable:
 
 
 def tabulate_split(dataset: Dataset, samples: Samples, max_length: int) -> SplitTable:
-    """Return the statistics of one file and its samples."""
+    """Return the statistics of one split and its samples."""
     sequences = [sequence for sample in samples for sequence in sample.sequences]
     sizes = [len(sample.tokens) for sample in sequences]
     edges = sorted({0, *(-(-max_length // 2**i) for i in range(_BUCKETS))})
@@ -87,12 +87,12 @@ def tabulate_split(dataset: Dataset, samples: Samples, max_length: int) -> Split
         shortest=min(sizes, default=0),
         median=int(statistics.median_low(sizes)) if sizes else 0,
         longest=max(sizes, default=0),
-        spelt_eos=sum(map(_spells_eos, records)),
+        spelt_eos=sum(map(_contains_eos, records)),
         duplicates=len(records) - len({record.key for record in records}),
     )
 
 
-def _spells_eos(record: Record) -> bool:
+def _contains_eos(record: Record) -> bool:
     texts = (text for turn in record.turns for text in (turn.text, turn.input))
     return any(EOS_TEXT in text for text in (*texts, record.rejected or ""))
 
@@ -100,25 +100,25 @@ def _spells_eos(record: Record) -> bool:
 def tabulate(
     data: Data, choice: TemplateChoice, splits: Mapping[str, SplitTable]
 ) -> DataTable:
-    """Put the tables of all files together, with what a person should know of them.
+    """Combine the statistics of all splits, and add warnings.
 
     Raises:
-        OpenELMError: nothing is left to train on.
+        OpenELMError: there are no training samples.
     """
     warnings = list(data.notes)
-    known = {record.key for record in data.train.records}
+    train_keys = {record.key for record in data.train.records}
     tables = dict(splits)
     for split in ("valid", "test"):
         if split in tables:
-            shared = sum(record.key in known for record in data.splits[split].records)
-            tables[split] = replace(tables[split], in_train=shared)
+            in_train = sum(r.key in train_keys for r in data.splits[split].records)
+            tables[split] = replace(tables[split], in_train=in_train)
     for split, table in tables.items():
         warnings += _warn(split, table)
     train = tables["train"]
     if not train.samples:
         raise OpenELMError(
-            f"{train.file} has nothing to learn from: its texts are empty, or its "
-            "answers are equal."
+            f"{train.file} has nothing to train on: all texts are empty, or all pairs "
+            "have equal answers."
         )
     return DataTable(
         template=choice.name,
@@ -132,23 +132,18 @@ def tabulate(
 
 
 def _warn(split: str, table: SplitTable) -> Iterator[str]:
-    """Yield a sentence for all that a person may not have meant."""
-    for count, what in (
-        (table.in_train, "also in train, so {split} says too little"),
-        (table.duplicates, "there before"),
-        (
-            table.cut,
-            "longer than fits in one sequence, and cut"
-            + (
-                " into pieces: nothing is lost"
-                if table.format == TEXT
-                else " at their end"
-            ),
-        ),
-        (table.prompt_cut, "so long that the beginning of the prompt is dropped"),
-        (table.nothing_to_learn, "left out, with nothing to learn"),
-        (table.spelt_eos, f"spelling {EOS_TEXT} in the text, which the template adds"),
+    """Yield a sentence for each property that is probably unintended."""
+    too_long = "truncated at the maximum length"
+    if table.format == TEXT:
+        too_long = "longer than the maximum length, so split into pieces without loss"
+    for count, description in (
+        (table.in_train, f"also in train, so the {split} loss is too low"),
+        (table.duplicates, "equal to an earlier record"),
+        (table.cut, too_long),
+        (table.prompt_cut, "so long that the prompt is truncated at its start"),
+        (table.nothing_to_learn, "left out, because there is nothing to train on"),
+        (table.spelt_eos, f"the text contains {EOS_TEXT}, which the template adds"),
     ):
         if count:
-            are = "record of {split} is" if count == 1 else "records of {split} are"
-            yield f"{count} {are} {what}.".format(split=split)
+            records = "record" if count == 1 else "records"
+            yield f"{count} {records} of {split}: {description}."

@@ -1,4 +1,4 @@
-"""What training makes small: the loss of a batch, and its gradient."""
+"""The losses of a batch: cross-entropy of target tokens, and DPO of pairs."""
 
 import mlx.core as mx
 
@@ -12,10 +12,14 @@ from mlx_openelm.model.token_layout import Sequences
 def batch_losses(
     model: OpenELM, batch: Batch, *, z_loss: float = 0.0, gradient: bool = True
 ) -> mx.array:
-    """Return the loss of each token that counts, float32 (M,), in nats.
+    """Return the cross-entropy of each target token, float32 (M,), in nats.
 
-    `gradient` says that it will be asked for: it is computed along with the loss.
-    Nothing is computed at the output head for positions that do not count.
+    The output head is computed at target positions only.
+
+    Args:
+        z_loss: weight of the squared log-partition function.
+        gradient: whether the loss will be differentiated; the gradient is then computed
+            together with it.
     """
     tokens = mx.array(batch.tokens)[None]  # (1, N)
     hidden = model.transformer(tokens, layout=Sequences(batch.lengths))[0]  # (N, D)
@@ -28,7 +32,7 @@ def batch_losses(
 def sequence_likelihoods(
     model: OpenELM, batch: Batch, *, gradient: bool = True
 ) -> mx.array:
-    """Return log p(answer | prompt) of each sequence, float32, in nats."""
+    """Return log p(targets | prompt) of each sequence, float32, in nats."""
     sums = mx.zeros((len(batch.lengths),))
     losses = batch_losses(model, batch, gradient=gradient)
     return sums.at[mx.array(batch.sequence)].add(-losses)
@@ -37,20 +41,25 @@ def sequence_likelihoods(
 def preference_margins(
     likelihoods: mx.array, reference: mx.array, *, beta: float
 ) -> mx.array:
-    """Return beta * (policy's log-ratio - reference's), one for each pair (P,).
+    """Return beta * (log-ratio of the policy - log-ratio of the reference), (P,).
 
     DPO: Rafailov et al., arXiv 2305.18290, equation 7.
 
     Args:
-        likelihoods: log-likelihoods (2 P,) of the chosen answers, then of the rejected.
-        reference: the same under the model before training.
+        likelihoods: log-likelihoods (2 P,) of the chosen answers, then of the rejected
+            ones, under the trained model.
+        reference: the same under the reference model.
     """
     chosen, rejected = mx.split(likelihoods - reference, 2)
     return beta * (chosen - rejected)
 
 
 def preference_losses(margins: mx.array, kind: str) -> mx.array:
-    """Return the loss of each pair (P,): -log sigmoid, or hinge (arXiv 2309.06657)."""
+    """Return the loss of each pair (P,).
+
+    Args:
+        kind: "sigmoid", -log sigmoid(margin), or "hinge" (arXiv 2309.06657).
+    """
     if kind == "hinge":
         return mx.maximum(1 - margins, 0)
     return mx.logaddexp(mx.zeros_like(margins), -margins)

@@ -1,7 +1,7 @@
-"""The objectives of fine-tuning: supervised (next token), and DPO (preferences).
+"""The objectives of fine-tuning: supervised (next token) and DPO (preferences).
 
-All that differs between objectives is in their classes: a new one is a class, in the
-table at the end, and a name in `recipe.OBJECTIVES`.
+Everything that differs between objectives is in their classes. A new objective is a
+class, an entry in `_OBJECTIVES` and a name in `recipe.OBJECTIVES`.
 """
 
 from collections.abc import Sequence
@@ -35,14 +35,14 @@ from mlx_openelm.training.objective import Objective, Totals
 
 
 class FinetuneObjective(Objective, Protocol):
-    """A loss, and how records become the samples that it is taken of.
+    """A loss, and how records are read and tokenized for it.
 
     Attributes:
-        name: of the recipe's `objective`.
-        label: what the report adds to the method.
-        likelihood: whether the loss is the mean negative log-likelihood of tokens, so
+        name: value of the recipe's `objective`.
+        label: what the report shows after the method; can be empty.
+        likelihood: whether the mean loss is a negative log-likelihood of tokens, so
             that its exponential is the perplexity.
-        default_length, default_rate: of `max_seq_length` and `learning_rate`.
+        default_length, default_rate: defaults of `max_seq_length` and `learning_rate`.
     """
 
     name: str
@@ -52,26 +52,26 @@ class FinetuneObjective(Objective, Protocol):
     default_rate: float
 
     def formats(self) -> RecordFormats:
-        """Return the formats of its records."""
+        """Return the record formats that this objective reads."""
 
     def make_samples(
         self, dataset: Dataset, tokenizer: Tokenizer, template: str
     ) -> tuple[Samples, SplitTable]:
-        """Tokenize records; the recipe must be resolved."""
+        """Tokenize records; needs a resolved recipe."""
 
-    def start(self, model: OpenELM, samples: Sequence[Any]) -> None:
-        """Compute what is needed of the model before the first update.
+    def precompute_reference(self, model: OpenELM, samples: Sequence[Any]) -> None:
+        """Compute what the loss needs of the model before training.
 
         Args:
-            samples: all that the run trains on, validates and tests.
+            samples: all samples of training, validation and test.
         """
 
 
 class Supervised:
-    """The mean negative log-likelihood of the tokens that count."""
+    """Supervised fine-tuning: the mean negative log-likelihood of target tokens."""
 
     name, label = "sft", ""
-    unit, compares, likelihood = "token", False, True
+    unit, pairwise, likelihood = "token", False, True
     default_length, default_rate = 2048, 3e-4
 
     def __init__(self, recipe: FinetuneRecipe) -> None:
@@ -92,8 +92,8 @@ class Supervised:
             max_length=self._recipe.max_seq_length or 0,
         )
 
-    def start(self, model: OpenELM, samples: Sequence[Sample]) -> None:
-        """Compute nothing: the loss is of the trained model alone."""
+    def precompute_reference(self, model: OpenELM, samples: Sequence[Sample]) -> None:
+        """Do nothing: the loss depends on the trained model alone."""
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         return collate(samples)
@@ -112,10 +112,11 @@ class Supervised:
 
 @dataclass(frozen=True, slots=True)
 class PairBatch:
-    """A batch of pairs, and the log-likelihoods of their answers before training.
+    """A batch of P pairs with the log-likelihoods of the reference model.
 
     Attributes:
-        reference: (2 P,), of the chosen answers, then of the rejected ones.
+        batch: the chosen answers, then the rejected ones.
+        reference: log-likelihoods of these answers, (2 P,).
     """
 
     batch: Batch
@@ -127,18 +128,19 @@ class PairBatch:
 
 
 class Preference:
-    """DPO (Rafailov et al., arXiv 2305.18290): chosen answers over rejected ones.
+    """Direct preference optimization (DPO; Rafailov et al., arXiv 2305.18290).
 
-    The reference is the model before training, which `start` computes.
+    The reference model is the model before training. Its log-likelihoods are computed
+    once, by `precompute_reference`.
     """
 
     name, label = "dpo", "dpo"
-    unit, compares, likelihood = "pair", True, False
+    unit, pairwise, likelihood = "pair", True, False
     default_length, default_rate = 1024, 5e-5
 
     def __init__(self, recipe: FinetuneRecipe) -> None:
         self._recipe = recipe
-        self._references: dict[str, tuple[float, float]] = {}  # by the pair's place
+        self._references: dict[str, tuple[float, float]] = {}  # by place
 
     def formats(self) -> RecordFormats:
         return preference_formats(self.name, self._recipe.prompt_key)
@@ -154,19 +156,19 @@ class Preference:
             max_prompt_length=self._recipe.max_prompt_length or 0,
         )
 
-    def start(self, model: OpenELM, samples: Sequence[Pair]) -> None:
-        """Compute the log-likelihoods of all answers under the model as it is."""
+    def precompute_reference(self, model: OpenELM, samples: Sequence[Pair]) -> None:
+        """Compute the log-likelihoods of all answers under the current model."""
         batch_size = self._recipe.batch_size
         for start in range(0, len(samples), batch_size):
             pairs = samples[start : start + batch_size]
-            both = sequence_likelihoods(model, collate_pairs(pairs), gradient=False)
-            values = np.array(both, np.float64).reshape(2, len(pairs)).T.tolist()
-            for pair, (chosen, rejected) in zip(pairs, values, strict=True):
+            flat = sequence_likelihoods(model, collate_pairs(pairs), gradient=False)
+            both = np.array(flat, np.float64).reshape(2, len(pairs)).T.tolist()
+            for pair, (chosen, rejected) in zip(pairs, both, strict=True):
                 self._references[pair.place] = (chosen, rejected)
 
     def collate(self, samples: Sequence[Pair]) -> PairBatch:
-        found = [self._references[pair.place] for pair in samples]
-        return PairBatch(collate_pairs(samples), mx.array(found).T.reshape(-1))
+        references = mx.array([self._references[pair.place] for pair in samples])
+        return PairBatch(collate_pairs(samples), references.T.reshape(-1))
 
     def loss(self, model: OpenELM, batch: PairBatch) -> tuple[mx.array, mx.array]:
         margins = self._margins(model, batch)

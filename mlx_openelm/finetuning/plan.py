@@ -1,7 +1,7 @@
-"""What a run will take, before it starts: steps, trained weights, memory.
+"""The plan of a run before its start: order of samples, steps, weights and memory.
 
-The memory is reckoned from the real lengths of the batches and the widths of the
-layers. Letters as in `model.openelm`; N tokens of one batch, M of them in the loss.
+Memory is estimated from the actual batch lengths and the layer widths. Letters as in
+`model.openelm`; a batch has N tokens, M of them targets.
 """
 
 import bisect
@@ -17,41 +17,41 @@ from mlx_openelm.model.chunk_sizes import QUERIES, training_logit_rows
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.training.arrays import flatten, trained_tensors
 
-# Copies of the trained weights, in float32, that an optimizer keeps.
+# Copies of the trained weights in the optimizer state, float32.
 _OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}
-_SCORES = 6  # copies of a block of attention's scores, in the gradient
-_OVERHEAD = 1.1  # for what is freed a moment later than it could be
+_SCORES = 6  # copies of a block of attention scores in the backward pass
+_OVERHEAD = 1.1  # some memory is freed later than possible
 
 
 class Order:
-    """Which samples each step takes: the same for the same recipe and data.
+    """The samples of each step, determined by recipe and data.
 
     Attributes:
-        steps: updates in the run.
-        epochs: how often they take all samples; for packed rows about.
+        steps: number of updates in the run.
+        epochs: passes over the data in these steps; with packing, approximate.
     """
 
     def __init__(self, lengths: Sequence[int], recipe: FinetuneRecipe) -> None:
         self._lengths, self._recipe = lengths, recipe
-        self._starts = [0]  # the first step of each epoch that is known
-        self._planned = -1, list[tuple[int, ...]]()
+        self._starts = [0]  # first step of each epoch, as far as computed
+        self._cached_plan = -1, list[tuple[int, ...]]()  # epoch, its batches
         if recipe.iters is not None:
             self.steps = recipe.iters
             self.epochs = recipe.iters / len(self._plan(0))
         else:
             self.epochs = recipe.epochs or 0.0
             whole = math.floor(self.epochs)
-            part = self.epochs - whole
-            rest = round(part * len(self._plan(whole))) if part else 0
+            fraction = self.epochs - whole
+            rest = round(fraction * len(self._plan(whole))) if fraction else 0
             self.steps = max(1, self._start(whole) + rest)
 
     def batch(self, step: int) -> tuple[int, ...]:
-        """Return the samples of the update after `step` others."""
+        """Return the sample indices of update number `step`, counted from 0."""
         epoch = self._epoch(step)
         return self._plan(epoch)[step - self._start(epoch)]
 
     def epoch_after(self, step: int) -> float:
-        """Return how often all samples were taken after `step` updates."""
+        """Return the passes over the data after `step` updates."""
         epoch = self._epoch(step)
         start = self._start(epoch)
         return epoch + (step - start) / (self._start(epoch + 1) - start)
@@ -65,14 +65,14 @@ class Order:
         """Return the first step of an epoch."""
         while len(self._starts) <= epoch:
             count = math.ceil(len(self._lengths) / self._recipe.step_size)
-            if self._recipe.pack:  # how many rows are filled is seen when they are
+            if self._recipe.pack:  # the number of rows depends on the packing
                 count = len(self._plan(len(self._starts) - 1))
             self._starts.append(self._starts[-1] + count)
         return self._starts[epoch]
 
     def _plan(self, epoch: int) -> list[tuple[int, ...]]:
-        """Return an epoch's batches; the last one that was asked for is kept."""
-        if self._planned[0] != epoch:
+        """Return the batches of an epoch; the last result is cached."""
+        if self._cached_plan[0] != epoch:
             recipe = self._recipe
             batches = plan_epoch(
                 self._lengths,
@@ -81,18 +81,18 @@ class Order:
                 epoch=epoch,
                 pack_length=recipe.max_seq_length if recipe.pack else None,
             )
-            self._planned = epoch, batches
-        return self._planned[1]
+            self._cached_plan = epoch, batches
+        return self._cached_plan[1]
 
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """What the memory of one forward and backward pass depends on.
+    """The sizes of a batch that determine its memory.
 
     Attributes:
-        tokens: N, of all its sequences.
-        targets: M, tokens that count.
-        longest: tokens of its longest sequence.
+        tokens: N, input tokens of all sequences.
+        targets: M, target tokens.
+        longest: tokens of the longest sequence.
     """
 
     tokens: int
@@ -103,11 +103,11 @@ class BatchShape:
 def largest_batch(
     order: Order, lengths: Sequence[int], targets: Sequence[int], parts: int
 ) -> BatchShape:
-    """Return the largest share of a step, in the run or in its first 1000 steps.
+    """Return the shape of the largest micro-batch in the first 1000 steps.
 
     Args:
-        lengths, targets: of each sample, in tokens.
-        parts: into which each step is shared out.
+        lengths, targets: number of tokens and of targets of each sample.
+        parts: number of micro-batches of a step, over all processes.
     """
     largest = BatchShape(1, 1, 1)
     for step in range(min(order.steps, 1000)):
@@ -121,10 +121,10 @@ def largest_batch(
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes at the moment when most are in use, by what they are for.
+    """Estimated peak memory of a step, in bytes.
 
     Attributes:
-        loss: what its logits take beyond the room of a block's work.
+        loss: memory of the logits beyond the temporary memory of a block.
     """
 
     weights: int
@@ -141,13 +141,13 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """A run before its start.
+    """The size of a run: steps, weights, tokens and memory.
 
     Attributes:
-        trainable, parameters: numbers of weights.
-        tokens: that the run reads, about; `targets` of them count in the loss.
-        limit: bytes that this machine should stay below.
-        smaller: settings that take less memory, each with the bytes that it takes.
+        trainable, parameters: numbers of trained weights and of all weights.
+        tokens, targets: approximate numbers of tokens and targets in the run.
+        limit: memory limit, in bytes.
+        smaller: settings that need less memory, each with its estimate in bytes.
     """
 
     steps: int
@@ -168,35 +168,36 @@ class TrainingPlan:
 def plan_memory(
     model: OpenELM, recipe: FinetuneRecipe, batch: BatchShape
 ) -> MemoryPlan:
-    """Reckon the memory of a run.
+    """Estimate the peak memory of a run.
 
     Args:
-        model: as it will be trained, adapter included; nothing of it is computed.
+        model: the model with its adapter; its weights can be lazy.
+        batch: the largest micro-batch.
     """
     adapter = 4 * sum(array.size for array in trained_tensors(model).values())
     kept, work = _activation_bytes(model, recipe, batch)
     return MemoryPlan(
         weights=count_bytes(model) - adapter,
         adapter=adapter,
-        # Those of a share, and their sum over shares. The update itself comes when the
-        # activations are gone.
+        # Of one micro-batch, plus their sum. The update follows when the activations
+        # are freed.
         gradients=adapter * (1 + (recipe.grad_accumulation_steps > 1)),
         optimizer=int(_OPTIMIZER_COPIES.get(recipe.optimizer, 0.1) * adapter),
         activations=int(_OVERHEAD * (kept + work)),
-        # Its own work is done when that of the blocks begins.
+        # The temporary memory of the loss is freed before that of the blocks is used.
         loss=max(0, _loss_bytes(model, recipe, batch) - work),
     )
 
 
 def count_bytes(model: OpenELM) -> int:
-    """Return the bytes of all weights, adapter included."""
+    """Return the bytes of all weights, with the adapter."""
     return sum(array.nbytes for array in flatten(model.parameters()).values())
 
 
 def _activation_bytes(
     model: OpenELM, recipe: FinetuneRecipe, batch: BatchShape
 ) -> tuple[int, int]:
-    """What the blocks keep for their gradients, and the widest block's own work."""
+    """Return the bytes of saved activations, and of the widest block's temporaries."""
     config = model.config
     D, H, N, T = config.model_dim, config.head_dim, batch.tokens, batch.longest
     size = _compute_size(model)
@@ -207,21 +208,21 @@ def _activation_bytes(
         Q, K = config.num_query_heads[i], config.num_kv_heads[i]
         F = config.ffn_dims[i]
         heads = (Q + 2 * K) * H
-        # stream, normed copies; q, k, v as projected, normed, rotated; attended twice;
-        # gate and up; their product.
+        # Residual stream and normalised copies; q, k, v projected, normalised, rotated;
+        # attention output twice; gate, up and their product.
         row = 4 * D + 3 * heads + 2 * Q * H + 3 * F
-        row += dropout * (2 * D + Q * H + F)  # what the adapters see
-        row += dora * (2 * D + heads + 2 * F)  # before m
+        row += dropout * (2 * D + Q * H + F)  # adapter inputs after dropout
+        row += dora * (2 * D + heads + 2 * F)  # outputs before the magnitude
         kept.append(N * row * size)
         scores = _SCORES * Q * min(QUERIES, T) * T * 4
         widest = max(widest, N * (2 * heads + 5 * F) * size + scores)
-    if recipe.grad_checkpoint:  # a block is computed again while the last one's goes
+    if recipe.grad_checkpoint:  # two blocks overlap: one is freed, one recomputed
         return len(kept) * N * D * size, 2 * max(kept) + widest
     return sum(kept), widest
 
 
 def _first_trained_block(model: OpenELM) -> int:
-    """Return the block where gradients end; what stands below it keeps nothing."""
+    """Return the first block with trained weights; blocks below save no activations."""
     L = model.config.num_transformer_layers
     blocks = [L]
     for name in trained_tensors(model):
@@ -234,33 +235,33 @@ def _first_trained_block(model: OpenELM) -> int:
 
 
 def _loss_bytes(model: OpenELM, recipe: FinetuneRecipe, batch: BatchShape) -> int:
-    """Logits and their powers, and each counted row with its gradient."""
+    """Return the bytes of logits, probabilities, target rows and their gradients."""
     V, D, M = model.config.vocab_size, model.config.model_dim, batch.targets
-    # Three chunks, for MLX begins the next ones while one is computed.
+    # Three chunks: MLX starts the next ones while one is computed.
     logits = min(3 * training_logit_rows(V), M) * V * 4
     head = V * D * 4 * (_compute_size(model) != 4)  # widened to float32
-    if recipe.fine_tune_type == "full":  # the head's gradient, from the logits' own
+    if recipe.fine_tune_type == "full":  # gradients of head and logits
         head += V * D * 4 + logits
     return 2 * logits + 3 * M * D * 4 + head
 
 
 def _compute_size(model: OpenELM) -> int:
-    """Bytes of an activation: the norms have the dtype that is computed in."""
+    """Return the bytes of an activation; norms are in the compute dtype."""
     return model.transformer.norm.weight.dtype.size
 
 
 def propose_smaller(
     recipe: FinetuneRecipe, shortest_useful: int = 128
 ) -> list[tuple[str, FinetuneRecipe]]:
-    """Return recipes that need less memory, the mildest first, each with its flags."""
-    found: list[tuple[str, FinetuneRecipe]] = []
-    flags: dict[str, str] = {}
+    """Return (settings, recipe) pairs that need less and less memory."""
+    proposals: list[tuple[str, FinetuneRecipe]] = []
+    settings: dict[str, str] = {}
 
-    def add(option: str, flag: str, **changes: Any) -> None:
+    def add(name: str, setting: str, **changes: Any) -> None:
         nonlocal recipe
         recipe = dataclasses.replace(recipe, **changes)
-        flags[option] = flag
-        found.append((" ".join(flags.values()), recipe))
+        settings[name] = setting
+        proposals.append((" ".join(settings.values()), recipe))
 
     if not recipe.grad_checkpoint:
         add("activations", "`grad_checkpoint`", grad_checkpoint=True)
@@ -279,4 +280,4 @@ def propose_smaller(
             max_seq_length=longest,
             max_prompt_length=min(recipe.max_prompt_length or longest, longest // 2),
         )
-    return found
+    return proposals

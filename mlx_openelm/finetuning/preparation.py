@@ -1,4 +1,4 @@
-"""A run before its start: data read and checked, steps and memory reckoned."""
+"""Preparation of a run: reads and checks the data, plans steps and memory."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -40,12 +40,12 @@ from mlx_openelm.training.arrays import trained_tensors
 from mlx_openelm.training.distributed import World
 from mlx_openelm.training.state import describe_arithmetic
 
-FOLDERS = Path("adapters")  # where a run goes that is told no folder
+DEFAULT_PARENT = Path("adapters")  # of runs without `adapter_path`
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run whose every record was read and whose memory was reckoned."""
+    """A checked run: resolved recipe, model folder, tokenized data and plan."""
 
     recipe: FinetuneRecipe
     objective: FinetuneObjective
@@ -65,7 +65,7 @@ class Prepared:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be the same when the run is resumed."""
+        """The data digest and arithmetic, compared when the run is resumed."""
         return {"data": self.table.digest, "arithmetic": describe_arithmetic()}
 
 
@@ -76,13 +76,13 @@ def prepare(
     fit: bool = False,
     offline: bool = False,
 ) -> Prepared:
-    """Read all data and plan the run; no weight is loaded.
+    """Read all data and plan the run, without loading weights.
 
     Args:
-        fit: take the mildest of the smaller settings that fits this machine.
+        fit: use the first of `propose_smaller`'s recipes that fits into memory.
 
     Raises:
-        OpenELMError: the model, the data (every problem of it) or an option is wrong.
+        OpenELMError: an error in model, options or data; all data errors are listed.
     """
     world = world or World.join()
     objective = make_objective(recipe)
@@ -94,7 +94,7 @@ def prepare(
     resolved = recipe.resolve(
         context_length=folder.config.max_context_length,
         template=choice.name,
-        model=_spell_model(recipe.model),
+        model=_absolute_model(recipe.model),
         data=str(Path(recipe.data).expanduser().absolute()),
         default_length=objective.default_length,
         default_rate=objective.default_rate,
@@ -125,11 +125,11 @@ def _prepare(
         )
     table = tabulate(data, choice, tables)
     for prompt in recipe.sample_prompt:
-        encode_prompt(tokenizer, prompt, template=choice.name)  # names a wrong one
+        encode_prompt(tokenizer, prompt, template=choice.name)  # checks the prompt
     if recipe.test and not splits.get("test"):
         raise OpenELMError(
-            f"`test` needs a test file; {recipe.data} has none. Give a folder with a "
-            "test.jsonl, or leave out `test`."
+            f"`test` needs a test file, but {recipe.data} has none. Pass a folder with "
+            "test.jsonl as `data`, or leave out `test`."
         )
     order = Order(lengths_of(splits["train"]), recipe)
     plan = _plan(recipe, folder, splits["train"], order, world)
@@ -158,20 +158,21 @@ def _plan(
     lengths, targets = lengths_of(train), targets_of(train)
     if world.size > recipe.step_size:
         raise OpenELMError(
-            f"{world.size} processes share a step of {recipe.step_size} samples; raise "
-            "`batch_size` to give each of them one."
+            f"A step has {recipe.step_size} samples for {world.size} processes; raise "
+            f"`batch_size` or `grad_accumulation_steps`."
         )
-    model = _outline(folder, recipe)  # lazy: nothing is computed
+    model = _build_lazy_model(folder, recipe)
     make_trainable(model, recipe)
     limit = describe_machine().memory_bytes
     if recipe.memory_limit is not None:
         limit = int(recipe.memory_limit * 1e9)
 
-    def reckon(recipe: FinetuneRecipe) -> MemoryPlan:
+    def estimate_memory(recipe: FinetuneRecipe) -> MemoryPlan:
         longest = recipe.max_seq_length or 0
-        short = [min(length, longest) for length in lengths]
+        truncated = [min(length, longest) for length in lengths]
         parts = recipe.grad_accumulation_steps * world.size
-        return plan_memory(model, recipe, largest_batch(order, short, targets, parts))
+        batch = largest_batch(order, truncated, targets, parts)
+        return plan_memory(model, recipe, batch)
 
     trainable = sum(array.size for array in trained_tensors(model).values())
     return TrainingPlan(
@@ -181,16 +182,17 @@ def _plan(
         parameters=folder.config.num_parameters,
         tokens=round(sum(lengths) * order.epochs),
         targets=round(sum(targets) * order.epochs),
-        memory=reckon(recipe),
+        memory=estimate_memory(recipe),
         limit=limit,
         smaller=tuple(
-            (flags, reckon(smaller).total) for flags, smaller in propose_smaller(recipe)
+            (settings, estimate_memory(smaller).total)
+            for settings, smaller in propose_smaller(recipe)
         ),
     )
 
 
-def _outline(folder: ModelFolder, recipe: FinetuneRecipe) -> OpenELM:
-    """Return a model of the folder's shapes and dtypes, whose weights are not made."""
+def _build_lazy_model(folder: ModelFolder, recipe: FinetuneRecipe) -> OpenELM:
+    """Return a model with the folder's shapes and dtypes; no weight is computed."""
     stored = stored_dtype(folder)
     chosen = training_dtype(folder, recipe)
     model = OpenELM(folder.config)
@@ -201,13 +203,13 @@ def _outline(folder: ModelFolder, recipe: FinetuneRecipe) -> OpenELM:
 
 
 def training_dtype(folder: ModelFolder, recipe: FinetuneRecipe) -> mx.Dtype:
-    """Full fine-tuning is done in float32: small updates would be rounded away."""
+    """Return the compute dtype; full fine-tuning needs float32 for small updates."""
     stored = stored_dtype(folder)
     return mx.float32 if recipe.fine_tune_type == "full" else compute_dtype(stored)
 
 
 def make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
-    """Freeze the model and put the recipe's adapter on it, or unfreeze what it says.
+    """Make the recipe's weights trainable: those of a new adapter, or the model's own.
 
     Raises:
         OpenELMError: the recipe's layers, keys or ranks do not fit the model.
@@ -230,8 +232,10 @@ def make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
 
 
 def run_folder(recipe: FinetuneRecipe) -> Path:
-    """Return where the run goes: by default a folder with the data's name."""
-    path = Path(recipe.adapter_path or FOLDERS / stem(Path(recipe.data))).expanduser()
+    """Return the folder of the run, by default named after the data."""
+    path = Path(
+        recipe.adapter_path or DEFAULT_PARENT / stem(Path(recipe.data))
+    ).expanduser()
     return path if path.name not in ("", "..") else path.resolve()
 
 
@@ -241,7 +245,7 @@ def stem(path: Path) -> str:
     return name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
 
 
-def _spell_model(name: str) -> str:
-    """Return a name that means the same model from another working folder."""
+def _absolute_model(name: str) -> str:
+    """Return a model name that does not depend on the working directory."""
     path = Path(name).expanduser()
     return str(path.absolute()) if name != DEMO and path.is_dir() else name

@@ -1,4 +1,4 @@
-"""The fine-tuning recipe: every option of a run in one frozen dataclass."""
+"""The options of a fine-tuning run."""
 
 import dataclasses
 import math
@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.options import MODEL_PANEL, OUTPUT_PANEL, check_options, option
+from mlx_openelm.reporting.trackers import TRACKERS
 
 OBJECTIVES = ("sft", "dpo")
 
@@ -26,10 +27,11 @@ def _read_rank(text: str) -> int | str:
 
 @dataclass(frozen=True, slots=True)
 class FinetuneRecipe:
-    """Every option of a fine-tuning run, for recipe files and the command line.
+    """The options of a fine-tuning run, in a recipe file and on the command line.
 
-    A step is one optimizer update, on `batch_size` samples (with `pack`: rows) times
-    `grad_accumulation_steps`. `resolve` sets defaults that depend on data and model.
+    A step is one update of the optimizer. It uses `grad_accumulation_steps` batches of
+    `batch_size` samples (with `pack`: rows). `resolve` replaces None by values that
+    depend on data and model.
     """
 
     data: str = option(
@@ -268,6 +270,12 @@ class FinetuneRecipe:
         panel=OUTPUT_PANEL,
     )
     sample_tokens: int = option(64, least=1, most=_BIG)
+    report_to: tuple[str, ...] = option(
+        (),
+        "Also send the metrics to a tracker; repeatable.",
+        panel="Output",
+        choices=TRACKERS,
+    )
     memory_limit: float | None = option(
         None,
         "Memory that training may use, in GB.",
@@ -282,31 +290,31 @@ class FinetuneRecipe:
         check_options(self)
         if self.num_layers != -1 and self.num_layers < 1:
             raise OpenELMError(
-                f"`num_layers` is {self.num_layers}; give the number of last layers to "
+                f"`num_layers` is {self.num_layers}; pass the number of last layers to "
                 "train, or -1 for all."
             )
         if self.epochs is not None and self.iters is not None:
-            raise OpenELMError("`epochs` and `iters` exclude each other; give one.")
+            raise OpenELMError("Pass either `epochs` or `iters`, not both.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise OpenELMError(
                 f"`betas` are {self.betas[0]} and {self.betas[1]}; they must be from 0 "
                 "to below 1."
             )
         if not self.data:
-            raise OpenELMError("`data` is empty; give a file or a folder of records.")
+            raise OpenELMError("`data` is empty; pass a file or a folder of records.")
         _ = self.mean_rank
 
     @property
     def mean_rank(self) -> int:
-        """The rank; with "auto:N", the mean rank N.
+        """The rank, or the mean rank with "auto:N".
 
         Raises:
-            OpenELMError: `rank` is neither a positive integer nor "auto:N".
+            OpenELMError: `rank` is neither a positive number nor "auto:N".
         """
         text = str(self.rank).removeprefix(_AUTO)
         if not (text.isascii() and text.isdigit() and len(text) < 9 and int(text)):
             raise OpenELMError(
-                f"`rank` is {self.rank!r}; give a number of 1 or more, or auto:16 for "
+                f"`rank` is {self.rank!r}; pass a positive number, or auto:16 for "
                 "ranks in proportion to each layer's width."
             )
         return int(text)
@@ -317,7 +325,7 @@ class FinetuneRecipe:
 
     @property
     def step_size(self) -> int:
-        """Samples (or rows) in one update, over all processes."""
+        """Samples (or rows) of one update, over all processes."""
         return self.batch_size * self.grad_accumulation_steps
 
     def resolve(
@@ -330,20 +338,19 @@ class FinetuneRecipe:
         default_length: int,
         default_rate: float,
     ) -> "FinetuneRecipe":
-        """Return the recipe with the defaults that depend on model and objective.
+        """Return the recipe with values for options that are None.
 
         Args:
-            default_length, default_rate: sequence length and learning rate of the
-                objective.
+            default_length, default_rate: defaults of the objective.
 
         Raises:
-            OpenELMError: `max_seq_length` exceeds the model's context length.
+            OpenELMError: `max_seq_length` is larger than the model's context.
         """
         longest = self.max_seq_length or min(default_length, context_length)
         if longest > context_length:
             raise OpenELMError(
-                f"`max_seq_length` is {longest}, but the model's context is "
-                f"{context_length}; give at most that."
+                f"`max_seq_length` is {longest}, more than the model's context of "
+                f"{context_length} tokens."
             )
         rate = default_rate if self.learning_rate is None else self.learning_rate
         return dataclasses.replace(
@@ -379,7 +386,7 @@ class FinetuneRecipe:
         return final + (peak - final) * falling
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML; `load_recipe` reads it back to an equal value."""
+        """Return the recipe as YAML, which `load_recipe` reads back."""
         values: dict[str, Any] = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
@@ -390,17 +397,17 @@ class FinetuneRecipe:
         return text
 
 
-# Options that may differ when a run resumes: at most they change rounding.
+# Options that can change on resume: their effect on the result is rounding at most.
 MAY_CHANGE = (
     *("data", "adapter_path", "model", "memory_limit", "grad_checkpoint"),
-    *("batch_size", "grad_accumulation_steps"),  # their product stays
-    *("steps_per_report", "save_every", "test"),
+    *("batch_size", "grad_accumulation_steps"),  # with the same product
+    *("steps_per_report", "save_every", "test", "report_to"),
 )
 
 
 def differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
-    """Describe each difference that forbids resuming a run of `old` with `new`."""
-    problems = [
+    """Describe the changes that prevent resuming a run of `old` with `new`."""
+    changes = [
         f"`{field.name}` was {getattr(old, field.name)!r} and is now "
         f"{getattr(new, field.name)!r}"
         for field in dataclasses.fields(FinetuneRecipe)
@@ -408,13 +415,13 @@ def differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
         and getattr(old, field.name) != getattr(new, field.name)
     ]
     if old.dropout and old.batch_size != new.batch_size:
-        problems.append(
+        changes.append(
             f"`batch_size` was {old.batch_size} and is now {new.batch_size}, which "
-            "changes what dropout drops"
+            "changes the dropout masks"
         )
     if old.step_size != new.step_size:
-        problems.append(
+        changes.append(
             f"`batch_size` times `grad_accumulation_steps` was {old.step_size} and is "
             f"now {new.step_size}"
         )
-    return problems
+    return changes

@@ -1,7 +1,7 @@
 """Formats of training records: text, prompt+completion, messages, Alpaca, preferences.
 
-A format is recognised by the fields of its records; each record is checked and read as
-the turns of a conversation.
+A format is detected from the fields of a record. Each record is checked and converted
+to the turns of a conversation.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ TEXT = "text"
 COMPLETION = "prompt+completion"
 MESSAGES = "messages"
 ALPACA = "alpaca"
-PREFERENCES = "preferences"  # prompt, chosen and rejected as texts
+PREFERENCES = "preferences"  # prompt, chosen and rejected are texts
 PREFERENCE_MESSAGES = "preferences in messages"
 
 
@@ -25,45 +25,45 @@ class RecordFormat:
     """A format of records.
 
     Attributes:
-        fields: identify it: all of them are there and not null.
-        read: returns a record as turns, checked.
-        rejected: returns the answer of a preference that is worse than the last turn.
-        applies: tells formats with the same fields apart.
+        fields: fields that identify the format; all must be present and not null.
+        read: checks a record and returns its turns.
+        rejected: returns the rejected answer of a preference.
+        applies: distinguishes formats with the same fields.
     """
 
     fields: tuple[str, ...]
     read: Callable[[Mapping[str, Any], "RecordChecks"], tuple[Turn, ...]]
-    rejected: Callable[[Mapping[str, Any]], str | None] = lambda found: None
-    applies: Callable[[Mapping[str, Any]], bool] = lambda found: True
+    rejected: Callable[[Mapping[str, Any]], str | None] = lambda record: None
+    applies: Callable[[Mapping[str, Any]], bool] = lambda record: True
 
 
 @dataclass(frozen=True, slots=True)
 class RecordFormats:
-    """The formats that an objective reads, by name.
+    """The record formats of an objective, by name.
 
     Attributes:
-        advise: returns what to do, given the fields of a record of none of them.
+        advise: returns advice, given the fields of a record in an unknown format.
     """
 
     known: Mapping[str, RecordFormat]
     advise: Callable[[set[str]], str]
 
     def find(self, record: Mapping[str, Any]) -> str:
-        """Return the name of the first format that the record has, or ""."""
-        for name, known in self.known.items():
-            there = all(record.get(key) is not None for key in known.fields)
-            if there and known.applies(record):
+        """Return the name of the first format that matches the record, or ""."""
+        for name, format in self.known.items():
+            complete = all(record.get(key) is not None for key in format.fields)
+            if complete and format.applies(record):
                 return name
         return ""
 
-    def describe_unknown(self, found: list[tuple[str, dict[str, Any]]]) -> str:
-        """Describe the error that no record of a file has any of the formats."""
-        there = set(found[0][1])
-        has = ", ".join(sorted(map(str, there))[:10]) or "no fields"
-        fields = dict.fromkeys(known.fields for known in self.known.values())
-        wanted = "; or ".join(" and ".join(names) for names in fields)
-        others = f", nor has any of the {len(found)} records" if len(found) > 1 else ""
-        return f"has {has}, and not {wanted}{others}: {self.advise(there)}"
+    def describe_unknown(self, records: list[dict[str, Any]]) -> str:
+        """Describe the error that no record of a file has a known format."""
+        fields = set(records[0])
+        listed = ", ".join(sorted(map(str, fields))[:10]) or "no fields"
+        known = dict.fromkeys(format.fields for format in self.known.values())
+        expected = "; or ".join(" and ".join(names) for names in known)
+        count = f" (as all {len(records)} records)" if len(records) > 1 else ""
+        return f"has {listed}{count}, but not {expected}: {self.advise(fields)}"
 
 
 @dataclass(slots=True)
@@ -73,14 +73,14 @@ class RecordChecks:
     problems: list[str] = field(default_factory=list)
 
     def text(self, value: Any, key: str, *, answer: bool = False) -> str:
-        """Return `value` if it is text that can be tokenized, else ""."""
+        """Return `value` if it is a text that can be tokenized, else ""."""
         problem = describe_text_problem(value)
         if problem:
             self.problems.append(f"{key} {problem}")
         if not isinstance(value, str):
             return ""
         if answer and not value.strip():
-            self.problems.append(f"{key} is empty: there is no answer to learn")
+            self.problems.append(f"{key} is empty: there is no answer to train on")
         self._refuse_nul(value, key)
         return value
 
@@ -91,54 +91,56 @@ class RecordChecks:
         for i, turn in enumerate(turns):
             self._refuse_nul(turn.text, f"{key}[{i}].content")
         if not self.problems and all(turn.role != "assistant" for turn in turns):
-            self.problems.append(f"{key} has no assistant's turn: nothing to learn")
+            self.problems.append(f"{key} has no assistant turn to train on")
         return turns
 
     def _refuse_nul(self, text: str, key: str) -> None:
         if "\0" in text:
-            self.problems.append(f"{key} holds a NUL character")
+            self.problems.append(f"{key} contains a NUL character")
 
 
 def supervised_formats(
     prompt_key: str | None = None, completion_key: str | None = None
 ) -> RecordFormats:
-    """Return the formats of examples to imitate.
+    """Return the formats for supervised fine-tuning.
 
     Args:
-        prompt_key, completion_key: other names of the fields of prompt+completion,
-            which is then the only format.
+        prompt_key, completion_key: fields of prompt and completion, if they have other
+            names; prompt+completion is then the only format.
     """
     prompt, completion = prompt_key or "prompt", completion_key or "completion"
 
-    def read_text(found: Mapping[str, Any], checks: RecordChecks) -> tuple[Turn, ...]:
-        return (Turn("assistant", checks.text(found["text"], "text")),)
+    def read_text(record: Mapping[str, Any], checks: RecordChecks) -> tuple[Turn, ...]:
+        return (Turn("assistant", checks.text(record["text"], "text")),)
 
     def read_completion(
-        found: Mapping[str, Any], checks: RecordChecks
+        record: Mapping[str, Any], checks: RecordChecks
     ) -> tuple[Turn, ...]:
         return (
-            Turn("user", checks.text(found[prompt], prompt)),
-            Turn("assistant", checks.text(found[completion], completion, answer=True)),
+            Turn("user", checks.text(record[prompt], prompt)),
+            Turn("assistant", checks.text(record[completion], completion, answer=True)),
         )
 
-    def read_alpaca(found: Mapping[str, Any], checks: RecordChecks) -> tuple[Turn, ...]:
-        given = found.get("input")
-        given = "" if given is None else checks.text(given, "input")
-        instruction = checks.text(found["instruction"], "instruction")
+    def read_alpaca(
+        record: Mapping[str, Any], checks: RecordChecks
+    ) -> tuple[Turn, ...]:
+        context = record.get("input")
+        context = "" if context is None else checks.text(context, "input")
+        instruction = checks.text(record["instruction"], "instruction")
         return (
-            Turn("user", instruction, input=given),
-            Turn("assistant", checks.text(found["output"], "output", answer=True)),
+            Turn("user", instruction, input=context),
+            Turn("assistant", checks.text(record["output"], "output", answer=True)),
         )
 
     def read_messages(
-        found: Mapping[str, Any], checks: RecordChecks
+        record: Mapping[str, Any], checks: RecordChecks
     ) -> tuple[Turn, ...]:
-        return checks.messages(found["messages"], "messages")
+        return checks.messages(record["messages"], "messages")
 
     def advise(fields: set[str]) -> str:
         if {"chosen", "rejected"} <= fields:
-            return "for preferences say `objective` dpo"
-        return "name other fields by `prompt_key` and `completion_key`"
+            return "for preferences use `objective` dpo"
+        return "pass the names of other fields as `prompt_key` and `completion_key`"
 
     completions = {COMPLETION: RecordFormat((prompt, completion), read_completion)}
     if prompt_key or completion_key:
@@ -159,11 +161,11 @@ def preference_formats(objective: str, prompt_key: str | None) -> RecordFormats:
     prompt = prompt_key or "prompt"
     fields = (prompt, "chosen", "rejected")
 
-    def read_texts(found: Mapping[str, Any], checks: RecordChecks) -> tuple[Turn, ...]:
-        checks.text(found["rejected"], "rejected", answer=True)
+    def read_texts(record: Mapping[str, Any], checks: RecordChecks) -> tuple[Turn, ...]:
+        checks.text(record["rejected"], "rejected", answer=True)
         return (
-            Turn("user", checks.text(found[prompt], prompt)),
-            Turn("assistant", checks.text(found["chosen"], "chosen", answer=True)),
+            Turn("user", checks.text(record[prompt], prompt)),
+            Turn("assistant", checks.text(record["chosen"], "chosen", answer=True)),
         )
 
     return RecordFormats(
@@ -171,29 +173,31 @@ def preference_formats(objective: str, prompt_key: str | None) -> RecordFormats:
             PREFERENCES: RecordFormat(
                 fields,
                 read_texts,
-                rejected=lambda found: str(found["rejected"]),
-                applies=lambda found: not isinstance(found["chosen"], list),
+                rejected=lambda record: str(record["rejected"]),
+                applies=lambda record: not isinstance(record["chosen"], list),
             ),
             PREFERENCE_MESSAGES: RecordFormat(
                 fields,
                 _read_preference_messages,
-                rejected=lambda found: str(found["rejected"][-1]["content"]),
+                rejected=lambda record: str(record["rejected"][-1]["content"]),
             ),
         },
-        lambda _: f"these are what `objective` {objective} needs",
+        lambda _: f"`objective` {objective} needs these fields",
     )
 
 
 def _read_preference_messages(
-    found: Mapping[str, Any], checks: RecordChecks
+    record: Mapping[str, Any], checks: RecordChecks
 ) -> tuple[Turn, ...]:
-    chosen = checks.messages(found["chosen"], "chosen")
-    rejected = checks.messages(found["rejected"], "rejected")
+    chosen = checks.messages(record["chosen"], "chosen")
+    rejected = checks.messages(record["rejected"], "rejected")
     if checks.problems:
         return ()
     for key, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[-1].role != "assistant":
-            checks.problems.append(f"the last of {key} is no assistant's turn")
+            checks.problems.append(
+                f"the last message of {key} is not an assistant turn"
+            )
     if chosen[:-1] != rejected[:-1]:
         checks.problems.append("chosen and rejected differ before their last turn")
     return chosen
@@ -204,39 +208,39 @@ def _read_preference_messages(
 
 @dataclass(frozen=True, slots=True)
 class TemplateChoice:
-    """The template that renders the records, and why it is that."""
+    """The prompt template of the records, and the reason for its choice."""
 
     name: str
     reason: str
 
 
 def choose_template(
-    said: str | None, stored: str | None, format: str
+    requested: str | None, stored: str | None, format: str
 ) -> TemplateChoice:
-    """Choose what renders records of `format`.
+    """Choose the prompt template for records of `format`.
 
     Args:
-        said: what a person asked for; None or "auto": nothing.
-        stored: what is stored with the model, if anything.
+        requested: the option `template`; None or "auto" chooses automatically.
+        stored: the template that is stored with the model, if any.
 
     Raises:
-        OpenELMError: a template is said for plain texts, which have no prompt.
+        OpenELMError: a template is requested for plain texts, which have no prompt.
     """
-    if said == "auto":
-        said = None
+    if requested == "auto":
+        requested = None
     if format == TEXT:
-        if said not in (None, "raw"):
+        if requested not in (None, "raw"):
             raise OpenELMError(
-                f"`template` {said} has no place for plain texts; leave it out, or "
-                "give records with prompt and completion."
+                f"`template` {requested} cannot be used for plain texts; leave it out, "
+                "or use records with prompt and completion."
             )
-        return TemplateChoice("raw", "plain texts are trained on as they are")
-    if said is not None:
-        return TemplateChoice(said, "it was asked for")
+        return TemplateChoice("raw", "plain texts have no prompt")
+    if requested is not None:
+        return TemplateChoice(requested, "requested")
     if stored is not None:
-        return TemplateChoice(stored, "it is stored with the model")
+        return TemplateChoice(stored, "stored with the model")
     if format in (MESSAGES, PREFERENCE_MESSAGES):
         return TemplateChoice("instruct", "the records are conversations")
     if format == ALPACA:
-        return TemplateChoice("alpaca", "the records are Alpaca's")
-    return TemplateChoice("raw", "neither the model nor the records ask for another")
+        return TemplateChoice("alpaca", "the records are in Alpaca's format")
+    return TemplateChoice("raw", "default")

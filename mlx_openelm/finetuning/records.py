@@ -1,7 +1,7 @@
-"""Training data: reads files of records, checks them and splits them.
+"""Training data: reads record files, checks them and splits them.
 
-All files are read and checked before training starts: every error is reported at once,
-with file, line and column.
+All files are checked before training starts. All errors are reported together, with
+file, line and column.
 """
 
 import difflib
@@ -17,8 +17,8 @@ from mlx_openelm.text.record_files import describe_type, open_records, read_valu
 from mlx_openelm.text.templates import Turn
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-_MOST_SET_ASIDE = 256  # records: enough to see a loss move, quick to evaluate
-_MOST_SHOWN = 20  # problems
+_MAX_HELD_OUT = 256  # records: enough to see the loss change, fast to evaluate
+_MAX_PROBLEMS_SHOWN = 20
 _OTHER_NAMES = ("val", "validation", "dev", "eval")
 
 
@@ -28,9 +28,9 @@ class Record:
 
     Attributes:
         place: "train.jsonl:17"; in an array "train.json:17:3", with the column.
-        turns: the conversation; a plain text is one assistant's turn.
-        key: equal in records that differ in nothing but white space.
-        rejected: of a preference, the answer that is worse than the last turn.
+        turns: the conversation; a plain text is one assistant turn.
+        key: hash of the content, which ignores differences in white space.
+        rejected: for preferences, the rejected alternative to the last turn.
     """
 
     place: str
@@ -41,11 +41,11 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """The records of one file, or the part of them that is set aside.
+    """The records of one file, or of one split of it.
 
     Attributes:
-        fields: the keys that were read, as ("question", "answer").
-        digest: sha256 of the file's bytes, in hex.
+        fields: the keys that are read, such as ("question", "answer").
+        digest: SHA-256 of the file, in hex.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """What is trained on and what is held against it; `notes` are sentences."""
+    """The training, validation and test records; `notes` are messages for the user."""
 
     train: Dataset
     valid: Dataset | None
@@ -66,13 +66,13 @@ class Data:
 
     @property
     def splits(self) -> dict[str, Dataset]:
-        """The files that there are, by "train", "valid" and "test"."""
+        """The present splits, by "train", "valid" and "test"."""
         splits = {"train": self.train, "valid": self.valid, "test": self.test}
-        return {name: found for name, found in splits.items() if found is not None}
+        return {name: split for name, split in splits.items() if split is not None}
 
     @property
     def digest(self) -> str:
-        """Sha256 in hex of all files' bytes: other data has another one."""
+        """SHA-256 of all files, in hex."""
         parts = [
             f"{name} {dataset.digest} {len(dataset.records)}\n"
             for name, dataset in self.splits.items()
@@ -83,12 +83,12 @@ class Data:
 def read_data(path: Path, formats: RecordFormats) -> Data:
     """Read a file, or a folder's train, valid and test files, and check every record.
 
-    Without a valid file, a tenth of the training records (at most 256) is set aside,
-    chosen by their content alone.
+    Without a validation file, a tenth of the training records (at most 256) is held
+    out, chosen by content alone.
 
     Raises:
-        OpenELMError: a file is missing or cannot be read, or records are wrong; all
-            problems of all files are in it.
+        OpenELMError: a file is missing or unreadable, or records have errors, which are
+            listed for all files.
     """
     files, notes = _find_files(path)
     problems: list[str] = []
@@ -97,34 +97,34 @@ def read_data(path: Path, formats: RecordFormats) -> Data:
         raise OpenELMError(_list_problems(problems))
     train, valid = read["train"], read.get("valid")
     if valid is None:
-        kept, aside = set_aside(train.records)
-        if aside:
+        kept, held_out = hold_out(train.records)
+        if held_out:
             notes.append(
-                f"There is no validation file, so {len(aside)} of the "
-                f"{len(train.records)} records of {train.path.name} are set aside."
+                f"There is no validation file, so training holds out {len(held_out)} "
+                f"of the {len(train.records)} records of {train.path.name}."
             )
-            valid = replace(train, records=aside)
+            valid = replace(train, records=held_out)
             train = replace(train, records=kept)
         else:
             notes.append(
-                "There is no validation file, and nothing to set aside from "
-                f"{train.path.name}: training goes without validation."
+                f"There is no validation file, and {train.path.name} has too few "
+                "records to hold some out: training runs without validation."
             )
     return Data(train, valid, read.get("test"), tuple(notes))
 
 
-def set_aside(
+def hold_out(
     records: tuple[Record, ...],
 ) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    """Split records into those to train on and those to validate with.
+    """Split records into training and validation records.
 
-    The order of hashes chooses: it depends on the content and on nothing else, and
-    equal records stay together.
+    Records are chosen by their hash, which depends on content alone; equal records stay
+    in the same part.
     """
     groups: dict[bytes, int] = {}
     for record in records:
         groups[record.key] = groups.get(record.key, 0) + 1
-    wanted = min(_MOST_SET_ASIDE, max(1, len(records) // 10))
+    wanted = min(_MAX_HELD_OUT, max(1, len(records) // 10))
     chosen: set[bytes] = set()
     for key in sorted(groups):
         if groups[key] <= wanted:
@@ -138,7 +138,7 @@ def set_aside(
     return kept, tuple(record for record in records if record.key in chosen)
 
 
-# Which files ---------------------------------------------------------------------
+# Finding the files -----------------------------------------------------------------
 
 
 def _find_files(path: Path) -> tuple[dict[str, Path], list[str]]:
@@ -148,8 +148,8 @@ def _find_files(path: Path) -> tuple[dict[str, Path], list[str]]:
         _refuse_missing(path)
     if not path.name.endswith(SUFFIXES):
         raise OpenELMError(
-            f"{path} is no file of records, which ends in {', '.join(SUFFIXES)}; give "
-            "one JSON object a line, or a JSON array."
+            f"{path} is not a record file; its name must end in {', '.join(SUFFIXES)}. "
+            "Use one JSON object per line, or a JSON array."
         )
     return {"train": path}, []
 
@@ -158,44 +158,42 @@ def _find_in_folder(folder: Path) -> tuple[dict[str, Path], list[str]]:
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     files = {}
     for split in ("train", "valid", "test"):
-        there = [split + suffix for suffix in SUFFIXES if split + suffix in names]
-        if len(there) > 1:
+        present = [split + suffix for suffix in SUFFIXES if split + suffix in names]
+        if len(present) > 1:
             raise OpenELMError(
-                f"{folder} holds {' and '.join(there)}; keep one of them, so that it "
-                "is clear which is meant."
+                f"{folder} has both {' and '.join(present)}; keep one of them."
             )
-        if there:
-            files[split] = folder / there[0]
+        if present:
+            files[split] = folder / present[0]
     similar = [name for name in names if name.endswith(SUFFIXES)]
     if "train" not in files:
-        holds = f"holds {', '.join(similar[:5])}" if similar else "holds no such file"
+        listed = ", ".join(similar[:5]) or "no record file"
         raise OpenELMError(
-            f"{folder} has no train.jsonl (nor train.json, nor either with .gz); it "
-            f"{holds}. Rename the file, or give it as `data` itself."
+            f"{folder} has no train.jsonl (or train.json, or .gz of these); "
+            f"found {listed}. Rename the file, or pass it as `data`."
         )
     other = [name for name in similar if name.partition(".")[0].lower() in _OTHER_NAMES]
     if other and "valid" not in files:
         return files, [
-            f"{folder / other[0]} is not read: a validation file is valid.jsonl."
+            f"{folder / other[0]} is ignored; name the validation file valid.jsonl."
         ]
     return files, []
 
 
 def _refuse_missing(path: Path) -> None:
     parent = path.parent
-    there = [file.name for file in parent.iterdir()] if parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, there, n=1)
+    names = [file.name for file in parent.iterdir()] if parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
     if not parent.is_dir():
-        similar = f"nor a folder {parent}"
+        hint = f"There is no folder {parent} either."
     elif close:
-        similar = f"but there is {parent / close[0]}"
+        hint = f"Did you mean {parent / close[0]}?"
     else:
-        found = sorted(name for name in there if name.endswith(SUFFIXES))
-        listed = ", ".join(found[:5]) or "no file of records"
-        similar = f"and {parent} holds {listed}"
+        files = sorted(name for name in names if name.endswith(SUFFIXES))
+        hint = f"{parent} contains {', '.join(files[:5]) or 'no record file'}."
     raise OpenELMError(
-        f"There is no file or folder {path}, {similar}; give a file of records, or a "
-        "folder with train.jsonl, as `data`."
+        f"There is no file or folder {path}. {hint} Pass a record file, or a folder "
+        "with train.jsonl, as `data`."
     )
 
 
@@ -203,65 +201,66 @@ def _refuse_missing(path: Path) -> None:
 
 
 def _read_file(path: Path, formats: RecordFormats, problems: list[str]) -> Dataset:
-    """Read one file; what is wrong with its records is added to `problems`."""
+    """Read one file; errors in its records are added to `problems`."""
     try:
         with path.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         with open_records(path) as lines:
-            found = _read_objects(path, lines, problems)
+            objects = _read_objects(path, lines, problems)
     except (EOFError, zlib.error) as error:
         raise OpenELMError(
-            f"{path} is damaged or cut off: {error}; get it anew."
+            f"{path} is damaged or truncated: {error}; replace it by a complete file."
         ) from error
     except OSError as error:
         raise OpenELMError(f"Cannot read {path}: {error}.") from error
-    if not found and not problems:
-        raise OpenELMError(f"{path} holds no records; it is empty.")
-    named = [formats.find(record) for _, record in found]
-    name, first = next(((n, i) for i, n in enumerate(named) if n), ("", 0))
+    if not objects and not problems:
+        raise OpenELMError(f"{path} has no records; it is empty.")
+    names = [formats.find(record) for _, record in objects]
+    name, first = next(((n, i) for i, n in enumerate(names) if n), ("", 0))
     if not name:
-        if found:
-            problems.append(f"{path}:{found[0][0]} {formats.describe_unknown(found)}")
+        if objects:
+            unknown = formats.describe_unknown([record for _, record in objects])
+            problems.append(f"{path}:{objects[0][0]} {unknown}")
         return Dataset(path, "", (), (), digest)
-    known = formats.known[name]
-    records, mixed = [], set()
-    for (place, record), other in zip(found, named, strict=True):
+    format = formats.known[name]
+    records, other_formats = [], set()
+    for (place, record), other in zip(objects, names, strict=True):
         if not other:
-            missing = [k for k in known.fields if record.get(k) is None]
+            missing = [key for key in format.fields if record.get(key) is None]
             problems.append(
                 f"{path}:{place} has no {' and no '.join(missing)}, as {name} needs"
             )
         elif other != name:
-            if other not in mixed:  # named once, or it would be half of the file
+            if other not in other_formats:  # one problem per format, not per record
                 problems.append(
-                    f"{path}:{place} is {other} while {path.name}:{found[first][0]} is "
-                    f"{name}; give each format a file of its own"
+                    f"{path}:{place} is {other} while {path.name}:{objects[first][0]} "
+                    f"is {name}; use one file per format"
                 )
-            mixed.add(other)
+            other_formats.add(other)
         else:
             checks = RecordChecks()
-            turns = known.read(record, checks)
+            turns = format.read(record, checks)
             problems += [f"{path}:{place}: {problem}" for problem in checks.problems]
             if not checks.problems:
-                rejected = known.rejected(record)
+                rejected = format.rejected(record)
                 key = _make_key(turns, rejected)
                 records.append(Record(f"{path.name}:{place}", turns, key, rejected))
-    return Dataset(path, name, known.fields, tuple(records), digest)
+    return Dataset(path, name, format.fields, tuple(records), digest)
 
 
 def _read_objects(
     path: Path, file: IO[bytes], problems: list[str]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Return the place and the object of every record."""
-    found = []
+    """Return the place and the value of each JSON object."""
+    objects = []
     for read in read_values(file):
         value, problem = read.value, read.problem
         if problem or not isinstance(value, dict):
             problem = problem or f"is {describe_type(value)}, not an object"
             problems.append(f"{path}:{read.place} {problem}")
         else:
-            found.append((read.place, value))
-    return found
+            objects.append((read.place, value))
+    return objects
 
 
 def _make_key(turns: tuple[Turn, ...], rejected: str | None) -> bytes:
@@ -271,8 +270,8 @@ def _make_key(turns: tuple[Turn, ...], rejected: str | None) -> bytes:
 
 
 def _list_problems(problems: list[str]) -> str:
-    shown = "; ".join(problems[:_MOST_SHOWN])
-    more = len(problems) - _MOST_SHOWN
+    shown = "; ".join(problems[:_MAX_PROBLEMS_SHOWN])
+    more = len(problems) - _MAX_PROBLEMS_SHOWN
     rest = f"; and {more} more" if more > 0 else ""
     count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
     return f"The data has {count}: {shown}{rest}."

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from mlx_openelm.finetuning.report_charts import Point
+from mlx_openelm.reporting.charts import Point
 from mlx_openelm.training.events import Event
 
 
@@ -95,22 +95,28 @@ def _perplexities(history: History, *losses: float) -> str:
     return f" (perplexity {' to '.join(shown)})"
 
 
-def describe_end(history: History) -> str:
-    """Return sentences about the end of the run, resumes and skipped batches."""
+def describe_end(history: History, failure: str | None = None) -> str:
+    """Return sentences about the end of the run, resumes and skipped batches.
+
+    Args:
+        failure: why the run failed, if it did.
+    """
     step = f"{history.last_step:,.0f}"
     reason = None if history.end is None else str(history.end.get("reason"))
-    said = {
+    description = {
         None: f"No end is on record: it is running still, or was killed after step "
         f"{step}.",
         "done": f"All {step} steps were trained.",
         "patience": f"Stopped early, at step {step}: the validation loss fell no more.",
         "interrupted": f"Interrupted at step {step}; --resume goes on from there.",
     }.get(reason, f"Ended at step {step}: {reason}.")
+    if failure is not None:
+        description = f"Failed after step {step}: {failure}"
     if history.resumed:
-        said += f" Resumed {_times(len(history.resumed))}."
+        description += f" Resumed {_times(len(history.resumed))}."
     if history.skips:
-        said += f" Skipped batches: {len(history.skips):,}."
-    return said
+        description += f" Skipped batches: {len(history.skips):,}."
+    return description
 
 
 def _times(count: int) -> str:

@@ -1,15 +1,17 @@
-"""Samples become an adapter: checked, planned, and trained by the loop in `trainer`.
+"""Fine-tuning from a recipe to a finished adapter folder.
 
-What is in a run's folder is in `run_files`.
+`prepare` reads the data and plans the run, `Trainer` is the training loop, and
+`run_files` lists the files of a run's folder.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm.finetuning.advice import describe_death
+from mlx_openelm.finetuning.advice import describe_killed
+from mlx_openelm.finetuning.live_report import LiveReport
 from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import (
     Prepared,
@@ -29,16 +31,23 @@ from mlx_openelm.finetuning.run_checks import (
 from mlx_openelm.finetuning.run_context import RunContext
 from mlx_openelm.finetuning.run_files import RECIPE, write_start, write_text
 from mlx_openelm.finetuning.run_saver import RunSaver
+from mlx_openelm.finetuning.tracking import MetricsTracking
 from mlx_openelm.finetuning.trainer import Trainer
 from mlx_openelm.finetuning.validation import Validator
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import generate
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import find_recipe, load_recipe
+from mlx_openelm.reporting.trackers import require_trackers
 from mlx_openelm.storage.loading import load_model
-from mlx_openelm.storage.staging import held, refuse_replacing, staged_folder
+from mlx_openelm.storage.staging import lock_target, refuse_replacing, staged_folder
 from mlx_openelm.training.distributed import World, run_on_first_rank
-from mlx_openelm.training.events import Event, EventLog, drop_events_after
+from mlx_openelm.training.events import (
+    Event,
+    EventLog,
+    drop_events_after,
+    read_events,
+)
 from mlx_openelm.training.optimizer import make_optimizer
 from mlx_openelm.training.state import TrainingState, running
 
@@ -53,33 +62,35 @@ def finetune(
     on_event: Callable[[Event], None] = lambda event: None,
     on_prepared: Callable[[Prepared], None] = lambda prepared: None,
 ) -> FinetuneReport:
-    """Train an adapter into the recipe's `adapter_path`.
+    """Train an adapter, or all weights, and save the run in `adapter_path`.
 
     Args:
-        recipe: the value, a recipe's file, or the name of one that is bundled.
-        resume: go on from the state that is saved there, exactly.
-        force: replace a run that is there.
-        fit: see `prepare`.
-        on_event: gets what is written to metrics.jsonl, and notes.
-        on_prepared: gets the plan, before anything is trained.
+        recipe: the options, a recipe file, or the name of a bundled recipe.
+        resume: continue the run in `adapter_path` from its saved state.
+        force: replace an existing run.
+        fit: choose smaller settings if the memory would not suffice.
+        offline: do not access the network.
+        on_event: receives each event of metrics.jsonl, with the number of steps.
+        on_prepared: receives the plan before training.
 
     Raises:
-        OpenELMError: what is wrong with data, options or folder, all that can be known
-            before the start; later, that the run went wrong.
+        OpenELMError: before training, an error in data, options or folder; later, a
+            failed run.
         KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; the run is saved, and a note
-            of the exception tells how to go on.
+            of the exception has the command that resumes it.
     """
     sources = []
     if not isinstance(recipe, FinetuneRecipe):
         sources.append(find_recipe(str(recipe)))
         recipe = load_recipe(FinetuneRecipe, str(recipe), {})
+    require_trackers(recipe.report_to)
     world, path = World.join(), run_folder(recipe)
     first = world.rank == 0
     if not resume:
         run_on_first_rank(world, lambda: refuse_present_run(path, force))
     with contextlib.ExitStack() as stack:
         if first:
-            stack.enter_context(held(path))
+            stack.enter_context(lock_target(path))
         prepared = prepare(recipe, world=world, fit=fit, offline=offline)
         refuse_other_settings(prepared, world)
         refuse_too_large(prepared.plan)
@@ -91,10 +102,11 @@ def finetune(
         if first:
             on_prepared(prepared)
         stack.enter_context(_limited_memory(prepared.plan))
-        run = _load(prepared, world, on_event)
+        observers = [on_event]
+        run = _load_run(prepared, world, _hand_to(observers))
         saver = RunSaver(run, prepared.identity)
         validator = Validator(
-            run, prepared.valid, saver, _continue_text(prepared, run.model)
+            run, prepared.valid, saver, _make_generator(prepared, run.model)
         )
         trainer = Trainer(run, prepared.train, saver, validator)
         if resume:
@@ -103,17 +115,20 @@ def finetune(
         else:
             run_on_first_rank(world, lambda: _write_start(prepared, run, saver, force))
         if first:
-            died = stack.enter_context(running(path))
+            was_killed = stack.enter_context(running(path))
             if resume:
-                _note_resume(run, died=died)
+                _record_resume(run, was_killed=was_killed)
+            observers.append(stack.enter_context(LiveReport(prepared, run)))
+            observers.append(stack.enter_context(MetricsTracking(run)))
+            stack.enter_context(_noting_interruption(run))
         reason = trainer.run()
         return finish_run(prepared, run, validator, reason)
 
 
-def _load(
+def _load_run(
     prepared: Prepared, world: World, on_event: Callable[[Event], None]
 ) -> RunContext:
-    """Load the model, and make it ready for the first update."""
+    """Load the model and prepare it for the first update."""
     recipe, order = prepared.recipe, prepared.order
     full = recipe.fine_tune_type == "full"
     model = load_model(prepared.folder, mx.float32 if full else None)
@@ -122,7 +137,9 @@ def _load(
         model, recipe.optimizer, recipe.betas, recipe.eps, recipe.weight_decay
     )
     test = prepared.test if recipe.test else ()
-    prepared.objective.start(model, [*prepared.train, *prepared.valid, *test])
+    prepared.objective.precompute_reference(
+        model, [*prepared.train, *prepared.valid, *test]
+    )
     state = TrainingState(model, optimizer)
     return RunContext(
         recipe=recipe,
@@ -137,7 +154,8 @@ def _load(
     )
 
 
-def _continue_text(prepared: Prepared, model: OpenELM) -> Callable[[str], str]:
+def _make_generator(prepared: Prepared, model: OpenELM) -> Callable[[str], str]:
+    """Return a function that continues a prompt with the recipe's template."""
     recipe, tokenizer = prepared.recipe, prepared.tokenizer
     tokenizer.template = recipe.template
     sampling = Sampling.from_defaults(
@@ -155,17 +173,40 @@ def _write_start(
         saver.save_start(staging)
 
 
-def _note_resume(run: RunContext, *, died: bool) -> None:
+def _record_resume(run: RunContext, *, was_killed: bool) -> None:
+    """Bring recipe and events in line with the restored state."""
     drop_events_after(run.folder, run.progress)
     write_text(run.folder / RECIPE, run.recipe.to_yaml())
     run.log.emit("resume")
-    if died:
-        run.log.note(describe_death(run.progress.step, run.recipe))
+    if was_killed:
+        run.log.note(describe_killed(run.folder, run.progress.step, run.recipe))
+
+
+@contextlib.contextmanager
+def _noting_interruption(run: RunContext) -> Iterator[None]:
+    """Record that a run stopped after its last step, but before its result."""
+    try:
+        yield
+    except BaseException:
+        ends = [e for e in read_events(run.folder) if e["event"] == "end"]
+        if ends and ends[-1].get("reason") != "interrupted":
+            run.log.emit("end", reason="interrupted")
+        raise
+
+
+def _hand_to(observers: Sequence[Callable[[Event], None]]) -> Callable[[Event], None]:
+    """Return what hands an event to all observers, also to those added later."""
+
+    def hand_on(event: Event) -> None:
+        for observer in observers:
+            observer(event)
+
+    return hand_on
 
 
 @contextlib.contextmanager
 def _limited_memory(plan: TrainingPlan) -> Iterator[None]:
-    """Tell MLX what to stay below, and to keep no more freed memory than is needed."""
+    """Set MLX's memory limit, and limit its cache to the planned memory."""
     before = mx.set_memory_limit(plan.limit), mx.set_cache_limit(plan.memory.total)
     mx.reset_peak_memory()
     try:

@@ -1,19 +1,19 @@
-"""What a fine-tuning run refuses before it starts or resumes."""
+"""Checks before a fine-tuning run starts or resumes."""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning.advice import describe_death
+from mlx_openelm.finetuning.advice import describe_killed
 from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import Prepared
 from mlx_openelm.finetuning.recipe import FinetuneRecipe, differences
-from mlx_openelm.finetuning.run_files import PAGE, RECIPE
+from mlx_openelm.finetuning.run_files import RECIPE
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import load_recipe
-from mlx_openelm.storage.adapter_folder import CONFIG, read_sketch
+from mlx_openelm.storage.adapter_folder import CONFIG, read_base_fingerprint
 from mlx_openelm.storage.base_check import base_weights, check_base
 from mlx_openelm.storage.model_folder import METADATA_KEY
 from mlx_openelm.storage.staging import refuse_existing
@@ -23,7 +23,7 @@ from mlx_openelm.training.state import RUNNING, STATE, load_state
 
 
 def refuse_other_settings(prepared: Prepared, world: World) -> None:
-    """Raise if this process would not train what the first one does."""
+    """Raise if this process has other data, options or model than rank 0."""
     recipe = dataclasses.replace(
         prepared.recipe, data="any", model="any", adapter_path=None, memory_limit=None
     )
@@ -32,10 +32,10 @@ def refuse_other_settings(prepared: Prepared, world: World) -> None:
         ("options", recipe.to_yaml()),
         ("model", str(prepared.folder.config)),
     ):
-        if world.tell(ours) != ours:
+        if world.broadcast_text(ours) != ours:
             raise OpenELMError(
-                f"Process {world.rank} has other {what} than process 0; give every "
-                "machine the same files and the same command."
+                f"Rank {world.rank} has other {what} than rank 0; use the same files "
+                "and the same command on every machine."
             )
 
 
@@ -43,77 +43,77 @@ def refuse_too_large(plan: TrainingPlan) -> None:
     """Raise if the planned memory is above the limit."""
     if plan.fits:
         return
-    fitting = [flags for flags, total in plan.smaller if total <= plan.limit]
+    fitting = [settings for settings, total in plan.smaller if total <= plan.limit]
     advice = (
-        f"say {fitting[0]}, or `fit` to take that"
+        f"Use {fitting[0]}, or `fit` to choose this automatically"
         if fitting
-        else "no smaller setting fits either; choose a smaller model"
+        else "No smaller setting fits; use a smaller model"
     )
     raise OpenELMError(
         f"The run needs about {plan.memory.total / 1e9:.2f} GB, and the limit is "
-        f"{plan.limit / 1e9:.2f} GB: {advice}, or raise `memory_limit`."
+        f"{plan.limit / 1e9:.2f} GB. {advice}, or raise `memory_limit`."
     )
 
 
 def refuse_present_run(path: Path, force: bool) -> None:
-    """Raise if the folder holds a run, or something else, that would be replaced."""
+    """Raise if a new run would replace a run or other files in the folder."""
     if not force and (path / STATE).is_file():
         step = load_state(path).progress.step
-        died = ""
+        killed = ""
         if (path / RUNNING).exists():
             recipe = load_recipe(FinetuneRecipe, str(path / RECIPE), {})
-            died = f" {describe_death(step, recipe)}"
+            killed = f" {describe_killed(path, step, recipe)}"
         raise OpenELMError(
-            f"{path} holds a run, up to step {step}; go on with `resume`, replace it "
-            f"with `force`, or choose another `adapter_path`.{died}"
+            f"{path} has a run, saved at step {step}; use `resume` to continue it, "
+            f"`force` to replace it, or another `adapter_path`.{killed}"
         )
     refuse_existing(path, force=force)
 
 
 def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> None:
-    """Raise if the run in the folder is not the one that would go on."""
+    """Raise if the run in the folder has other options or data, or is complete."""
     path, identity = prepared.path, prepared.identity
     state = load_state(path)
     if not (path / RECIPE).is_file():
         raise OpenELMError(
-            f"{path} holds no {RECIPE}, so nobody knows how its run was begun; begin "
-            "anew with `force`."
+            f"{path} has no {RECIPE}, so its run cannot be resumed; use `force` to "
+            "start again."
         )
     old = load_recipe(FinetuneRecipe, str(path / RECIPE), {})
-    found = differences(old, prepared.recipe)
+    changes = differences(old, prepared.recipe)
     if state.run.get("data") != identity["data"]:
-        found.append("the data is not the same")
-    if found:
+        changes.append("the data has changed")
+    if changes:
         raise OpenELMError(
-            f"The run in {path} cannot go on with other settings: {'; '.join(found)}. "
-            "Say what was said then, or begin anew with `force`."
+            f"The run in {path} cannot be resumed with other settings: "
+            f"{'; '.join(changes)}. Use the old ones, or `force` to start again."
         )
     ends = [event for event in read_events(path) if event["event"] == "end"]
     if (
         ends
         and ends[-1].get("reason") in ("done", "patience")
-        and (path / PAGE).exists()
+        and not (path / RUNNING).exists()  # killed before its report was complete
     ):
         raise OpenELMError(
-            f"The run in {path} is at its end, step {state.progress.step}; begin anew "
-            "with `force`, or choose another `adapter_path`."
+            f"The run in {path} is complete, at step {state.progress.step}; use "
+            "`force` to start again, or another `adapter_path`."
         )
     then, now = state.run.get("arithmetic", {}), identity["arithmetic"]
     for name, value in now.items():
         if then.get(name) != value:
             text = (
-                f"The run was begun with {name} {then.get(name)} and goes on with "
-                f"{value}: last bits may differ from an uninterrupted run."
+                f"The run started with {name} {then.get(name)} and resumes with "
+                f"{value}: rounding can differ from an uninterrupted run."
             )
             on_event({"event": "note", "step": state.progress.step, "text": text})
 
 
 def refuse_other_base(path: Path, model: OpenELM) -> None:
-    """Raise if the model is not the one that the run was begun with."""
+    """Raise if the run started from another base model."""
     described = read_mapping(path / CONFIG).get(METADATA_KEY)
-    sketch = read_sketch(described) if isinstance(described, dict) else None
-    notes = check_base(sketch, base_weights(model), path, None) if sketch else ()
+    stored = read_base_fingerprint(described) if isinstance(described, dict) else None
+    notes = check_base(stored, base_weights(model), path, None) if stored else ()
     if notes:
         raise OpenELMError(
-            f"The run in {path} cannot go on: {notes[0]} Say the same `model`."
+            f"The run in {path} cannot be resumed: {notes[0]} Use the same `model`."
         )

@@ -1,4 +1,4 @@
-"""What the parts of a fine-tuning run share."""
+"""The state that the parts of a fine-tuning run share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,10 @@ from mlx_openelm.training.state import TrainingProgress, TrainingState
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """A run: its options, and what its parts read and change together.
+    """A fine-tuning run. Only `state` changes during training.
 
     Attributes:
-        folder: where it is saved; exists, with its config, once training begins.
-        state: the only part that changes.
+        folder: the adapter folder; it exists, with its config, when training begins.
     """
 
     recipe: FinetuneRecipe

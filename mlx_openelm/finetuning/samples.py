@@ -1,4 +1,4 @@
-"""Samples: what a loss is taken of, as tokens. Lengths include BOS and EOS."""
+"""Tokenized training samples. All lengths include BOS and EOS."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 
 class Example(Protocol):
-    """What an objective takes its loss of: one sequence, or more that belong together.
+    """One training example of an objective: a sequence, or a group of sequences.
 
     Attributes:
-        place: the record, "train.jsonl:17".
+        place: file and line of its record, "train.jsonl:17".
     """
 
     @property
@@ -30,13 +30,13 @@ class Sample:
     """One sequence.
 
     Attributes:
-        tokens: int32 (L,); BOS first, EOS last unless it is cut.
-        counts: bool (L,); a token that counts is a target of the loss. BOS never is.
-        place: the record, "train.jsonl:17".
+        tokens: int32 (L,); BOS first, EOS last unless the sequence is truncated.
+        loss_mask: bool (L,); true for the targets of the loss, false for BOS.
+        place: file and line of its record, "train.jsonl:17".
     """
 
     tokens: npt.NDArray[np.int32]
-    counts: npt.NDArray[np.bool_]
+    loss_mask: npt.NDArray[np.bool_]
     place: str
 
     @property
@@ -46,7 +46,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The same prompt with the better and the worse answer."""
+    """A preference: one prompt with a chosen and a rejected answer."""
 
     chosen: Sample
     rejected: Sample
@@ -58,10 +58,10 @@ class Pair:
 
 
 def lengths_of(samples: Samples) -> list[int]:
-    """Return the tokens of each sample, over all its sequences."""
+    """Return the number of tokens of each sample, over all its sequences."""
     return [sum(len(part.tokens) for part in s.sequences) for s in samples]
 
 
 def targets_of(samples: Samples) -> list[int]:
-    """Return the tokens that count of each sample, over all its sequences."""
-    return [sum(int(part.counts.sum()) for part in s.sequences) for s in samples]
+    """Return the number of targets of each sample, over all its sequences."""
+    return [sum(int(part.loss_mask.sum()) for part in s.sequences) for s in samples]

@@ -1,4 +1,4 @@
-"""Putting a trainable adapter onto a model: which modules, which ranks, which start."""
+"""Trainable weights: choice of modules and ranks, initialisation, dropout keys."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ Method = Literal["lora", "dora", "full"]
 
 _LINEARS = nn.Linear | nn.QuantizedLinear
 _EMBEDDINGS = nn.Embedding | nn.QuantizedEmbedding
-_START, _DROPOUT = 1, 2  # what random numbers are for
+_INITIALISATION, _DROPOUT = 1, 2  # uses of random numbers
 _PACKED = nn.QuantizedLinear | nn.QuantizedEmbedding
 
 
@@ -28,19 +28,19 @@ def choose_modules(
     """Return the modules to adapt, by path in the model.
 
     Args:
-        num_layers: take the last so many blocks; -1 takes all.
+        num_layers: number of last blocks to adapt; -1 for all.
         keys: paths in a block ("attn.qkv_proj"), their last part ("qkv_proj"), or paths
-            in the model ("transformer.token_embeddings"); none: all linears of a block.
+            in the model ("transformer.token_embeddings"). Default: all linear layers
+            of the blocks.
 
     Raises:
-        OpenELMError: the model has fewer blocks, or a key is no such module (the
-            candidates are listed).
+        OpenELMError: the model has fewer blocks, or a key matches no module.
     """
     L = len(model.layers)
     if num_layers != -1 and not 1 <= num_layers <= L:
         raise OpenELMError(
-            f"num_layers is {num_layers}, but the model has {L} layers; say 1 to {L}, "
-            "or -1 for all."
+            f"`num_layers` is {num_layers}, but the model has {L} layers; use 1 to "
+            f"{L}, or -1 for all."
         )
     first = 0 if num_layers == -1 else L - num_layers
     in_blocks = {
@@ -56,18 +56,17 @@ def choose_modules(
     ]
     chosen: dict[str, None] = {} if keys else dict.fromkeys(in_blocks)
     for key in keys:
-        found = [
+        matches = [
             path
             for path, inside in in_blocks.items()
             if key in (path, inside, inside.rpartition(".")[2])
         ] + [path for path in outside if key == path]
-        if not found:
-            known = ", ".join([*sorted(set(in_blocks.values())), *outside])
+        if not matches:
+            candidates = ", ".join([*sorted(set(in_blocks.values())), *outside])
             raise OpenELMError(
-                f"No module is called {key!r}, so nothing could be trained there; "
-                f"choose among {known}."
+                f"`keys` has {key!r}, which is not a module; choose from {candidates}."
             )
-        chosen |= dict.fromkeys(found)
+        chosen |= dict.fromkeys(matches)
     modules = dict(model.named_modules())
     return {path: modules[path] for path in modules if path in chosen}
 
@@ -78,8 +77,8 @@ def choose_ranks(
     """Return a rank for each module.
 
     Args:
-        by_width: `rank` is the mean, and a module's own is in proportion to its inputs
-            and outputs; the sum of all ranks is the same.
+        by_width: choose ranks in proportion to the sum of inputs and outputs of each
+            module, with the mean `rank`.
 
     Raises:
         OpenELMError: a rank is larger than its matrix allows.
@@ -90,16 +89,17 @@ def choose_ranks(
         total, all_widths = rank * len(modules), sum(widths.values())
         exact = {path: total * width / all_widths for path, width in widths.items()}
         ranks = {path: max(1, math.floor(value)) for path, value in exact.items()}
+        # Largest remainders first, so that the sum of the ranks is exact.
         by_rest = sorted(exact, key=lambda path: math.floor(exact[path]) - exact[path])
         for path in by_rest[: max(0, total - sum(ranks.values()))]:
             ranks[path] += 1
     for path, module in modules.items():
-        most = min(weight_shape(module))
-        if not 1 <= ranks[path] <= most:
+        limit = min(weight_shape(module))
+        if ranks[path] > limit:
             raise OpenELMError(
-                f"Rank {ranks[path]} does not fit {path}, which is "
-                f"{' by '.join(map(str, weight_shape(module)))}; choose a `rank` of 1 "
-                f"to {most}."
+                f"Rank {ranks[path]} is too large for {path}, which is "
+                f"{' by '.join(map(str, weight_shape(module)))}; use a `rank` of 1 to "
+                f"{limit}."
             )
     return ranks
 
@@ -113,25 +113,25 @@ def adapt(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> None:
-    """Freeze the model and put LoRA or DoRA on the modules that `ranks` names.
+    """Freeze the model and add LoRA or DoRA to the modules in `ranks`.
 
-    A starts uniform within 1 / sqrt(I) (Kaiming's, as in mlx-lm and CoreNet), B at
-    zero, m at the lengths of the base's rows: so nothing has changed yet.
+    A is uniform within 1 / sqrt(I) (Kaiming, as in mlx-lm and CoreNet), B is zero, and
+    m is the norm of each row of the base: the output of the model does not change.
 
     Raises:
-        OpenELMError: DoRA for an embedding, which no other tool reads.
+        OpenELMError: DoRA for an embedding, which no other tool supports.
     """
     model.freeze()
     modules = dict(model.named_modules())
     wrapped: list[tuple[str, nn.Module]] = []
     for i, (path, rank) in enumerate(ranks.items()):
-        module, key = modules[path], random_key(seed, _START, i)
+        module, key = modules[path], random_key(seed, _INITIALISATION, i)
         rows, width = weight_shape(module)
         adapter: nn.Module
         if isinstance(module, _EMBEDDINGS):
             if method == "dora":
                 raise OpenELMError(
-                    f"DoRA cannot adapt {path}; leave it out of `keys`, or choose "
+                    f"DoRA cannot adapt {path}; leave it out of `keys`, or use "
                     "`fine_tune_type` lora."
                 )
             bound = 1 / math.sqrt(rows)
@@ -157,15 +157,15 @@ def unfreeze(model: OpenELM, *, num_layers: int = -1) -> None:
     """Make the model itself trainable: all of it, or its last `num_layers` blocks.
 
     Raises:
-        OpenELMError: it is quantized, or has fewer blocks.
+        OpenELMError: the model is quantized, or has fewer blocks.
     """
     packed = [p for p, m in model.named_modules() if isinstance(m, _PACKED)]
     if packed:
         raise OpenELMError(
             f"{packed[0]} is quantized, and quantized weights cannot be trained; "
-            "choose `fine_tune_type` lora, or convert the model with `dequantize`."
+            "use `fine_tune_type` lora, or convert the model with `dequantize`."
         )
-    choose_modules(model, num_layers=num_layers)  # names a wrong number
+    choose_modules(model, num_layers=num_layers)  # checks the number
     model.freeze()
     if num_layers == -1:
         model.unfreeze()
@@ -175,40 +175,40 @@ def unfreeze(model: OpenELM, *, num_layers: int = -1) -> None:
 
 
 def adapter_tensors(model: OpenELM) -> dict[str, mx.array]:
-    """Return what is trained, as mlx-lm stores it: one rank for all, zeros beyond."""
+    """Return the trained tensors in mlx-lm's format: ranks are padded with zeros."""
     tensors = trained_tensors(model)
-    most = max(
+    rank = max(
         (a.shape[-1] for n, a in tensors.items() if _leaf(n) == "lora_a"), default=0
     )
     axes = {"lora_a": 1, "lora_b": 0}
     for name, array in tensors.items():
         axis = axes.get(_leaf(name))
-        if axis is not None and array.shape[axis] < most:
+        if axis is not None and array.shape[axis] < rank:
             padding = [(0, 0), (0, 0)]
-            padding[axis] = (0, most - array.shape[axis])
+            padding[axis] = (0, rank - array.shape[axis])
             tensors[name] = mx.pad(array, padding)
     return tensors
 
 
 def random_key(*numbers: int) -> mx.array:
-    """Return a key of random numbers of its own for each tuple of numbers."""
+    """Return a random key that is determined by the numbers."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return mx.random.key(int(state[0]))
 
 
 def use_dropout(model: OpenELM, *numbers: int) -> None:
-    """Give every adapter its random numbers for dropout; no numbers: no dropout."""
+    """Set the dropout key of each adapter; without numbers, turn dropout off."""
     key = random_key(_DROPOUT, *numbers) if numbers else None
     adapters = [m for m in model.modules() if isinstance(m, LoRALinear)]
     keys = (
         [None] * len(adapters) if key is None else mx.random.split(key, len(adapters))
     )
-    for adapter, own in zip(adapters, keys, strict=True):
-        adapter.use_key(own)
+    for adapter, adapter_key in zip(adapters, keys, strict=True):
+        adapter.use_key(adapter_key)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """Return the shape of a linear's or an embedding's weight, unpacked."""
+    """Return the shape of the unpacked weight of a linear layer or embedding."""
     rows, width = module.weight.shape
     return rows, width * 32 // module.bits if isinstance(module, _PACKED) else width
 

@@ -1,19 +1,15 @@
-"""The training loop: one for LoRA, DoRA and full, for every objective.
-
-A step takes its samples from the order of the run and updates the weights (`Step`).
-`TrainingProgress` is saved with weights and optimizer, so that a run can be resumed
-exactly.
-"""
+"""The training loop, for every method (LoRA, DoRA, full) and every objective."""
 
 import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import mlx.core as mx
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning.advice import describe_resume, explain_out_of_memory
+from mlx_openelm.finetuning.advice import advise_resume, explain_out_of_memory
 from mlx_openelm.finetuning.batches import share_out
 from mlx_openelm.finetuning.run_context import RunContext
 from mlx_openelm.finetuning.run_saver import RunSaver
@@ -27,10 +23,10 @@ from mlx_openelm.training.step import Part, Step, StepResult
 
 
 class Trainer:
-    """The loop over the steps of a run.
+    """Trains a run to its end.
 
     Args:
-        run: its weights are still those of the start.
+        run: a run whose weights are still the initial ones.
         train: samples of the objective.
     """
 
@@ -50,21 +46,20 @@ class Trainer:
         self._initial_digest = digest_arrays(trained_tensors(run.model))
 
     def run(self) -> str:
-        """Train to the end; return why it ended: "done" or "patience".
+        """Train to the end; return why training ended: "done" or "patience".
 
         Raises:
-            OpenELMError: three batches in a row are not finite, the weights are not, or
-                nothing was learnt.
-            KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM came; all is saved, and a
-                note says how to go on.
+            OpenELMError: too many batches in a row or the weights are not finite, or
+                training has changed no weight.
+            KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; the run is saved, and a
+                note of the exception has the command that resumes it.
         """
         try:
             with deferred_signals() as stop:
-                reason = self._loop(stop)
-        except (KeyboardInterrupt, SystemExit) as stopped:
-            if not getattr(stopped, "__notes__", ()):  # the second one, at once
-                kept = self._saver.describe().capitalize()
-                stopped.add_note(f"{kept} {describe_resume(self._run.folder)}")
+                reason = self._train_steps(stop)
+        except (KeyboardInterrupt, SystemExit) as interrupt:
+            if not getattr(interrupt, "__notes__", ()):  # a second signal, not deferred
+                self._add_resume_note(interrupt, self._saver.describe_saved())
             raise
         self._refuse_unchanged()
         self._saver.save(last=True)
@@ -72,13 +67,11 @@ class Trainer:
         self._run.log.emit("end", reason=reason)
         return reason
 
-    def _loop(self, stop: Stop) -> str:
+    def _train_steps(self, stop: Stop) -> str:
+        """Make updates, validate, save and report; return why training ended."""
         recipe, progress = self._run.recipe, self._run.progress
         steps = self._run.order.steps
-        stopping = False
         while True:
-            if stopping and progress.step < steps:
-                self._leave(stop.number or signal.SIGTERM)
             last = progress.step == steps
             if progress.step % recipe.steps_per_eval == 0 or last:
                 self._validator.run_step()
@@ -87,13 +80,18 @@ class Trainer:
             if last or self._validator.out_of_patience:
                 return "done" if last else "patience"
             if self._run.world.size == 1 and stop.number is not None:
-                stopping = True
-                continue
-            with explain_out_of_memory(progress.step + 1, recipe, self._saver.describe):
+                self._interrupt(stop)  # a signal during validation or saving
+            with explain_out_of_memory(
+                self._run.folder,
+                progress.step + 1,
+                recipe,
+                self._saver.describe_saved,
+            ):
                 result = self.update(stop)
-            stopping = result.stop
             if progress.step % recipe.steps_per_report == 0 or progress.step == steps:
                 self._report(result.norm)
+            if result.stop and progress.step < steps:
+                self._interrupt(stop)
 
     def update(self, stop: Stop) -> StepResult:
         """Make one update, or skip its batch."""
@@ -115,7 +113,7 @@ class Trainer:
         return result
 
     def _parts(self, indices: Sequence[int]) -> Iterator[Part]:
-        """Yield this process's parts of a step, each with its own dropout."""
+        """Yield this process's micro-batches of a step, each with its own dropout."""
         run, count = self._run, self._run.recipe.grad_accumulation_steps
         shares = share_out(indices, self._lengths, count * run.world.size)
         for part in range(run.world.rank * count, (run.world.rank + 1) * count):
@@ -131,10 +129,10 @@ class Trainer:
         self._run.log.emit(
             "skip", loss=result.totals.loss, grad_norm=result.norm, samples=places
         )
-        refuse_repeated(progress, places, self._saver.describe())
+        refuse_repeated(progress, places, self._saver.describe_saved())
 
     def _report(self, norm: float) -> None:
-        """Report the updates since the last report."""
+        """Log the means over the updates since the last report."""
         run, progress = self._run, self._run.progress
         window = progress.window_tokens
         count = max(1, window)
@@ -151,7 +149,7 @@ class Trainer:
             loss=loss,
             learning_rate=run.recipe.rate_at(progress.step - 1, run.order.steps),
             grad_norm=norm,
-            **(pairs if run.objective.compares else {}),
+            **(pairs if run.objective.pairwise else {}),
             tokens=progress.tokens,
             tokens_per_second=round(window / seconds, 2),
             memory_bytes=mx.get_active_memory() + mx.get_cache_memory(),
@@ -159,22 +157,29 @@ class Trainer:
             seconds=round(progress.seconds, 3),
         )
 
-    def _leave(self, number: int) -> None:
-        step = self._run.progress.step
-        kept = self._saver.up_to_date or self._saver.save()
+    def _interrupt(self, stop: Stop) -> NoReturn:
+        """Save the run and raise the exception of the signal."""
+        number = stop.number or signal.SIGTERM  # None: another process received it
+        saved = self._saver.up_to_date or self._saver.save()
         self._run.log.emit("end", reason="interrupted")
-        leaving: BaseException = (
+        interrupt: BaseException = (
             KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
         )
-        said = f"Saved at step {step}." if kept else self._saver.describe().capitalize()
-        leaving.add_note(f"{said} {describe_resume(self._run.folder)}")
-        raise leaving
+        step = self._run.progress.step
+        self._add_resume_note(
+            interrupt,
+            f"Saved at step {step}." if saved else self._saver.describe_saved(),
+        )
+        raise interrupt
+
+    def _add_resume_note(self, interrupt: BaseException, saved: str) -> None:
+        interrupt.add_note(f"{saved} {advise_resume(self._run.folder)}")
 
     def _refuse_unchanged(self) -> None:
         progress = self._run.progress
         if digest_arrays(trained_tensors(self._run.model)) == self._initial_digest:
             raise OpenELMError(
-                f"After {progress.step} steps the adapter is what it was at the "
-                "start: nothing was learnt. Look at `learning_rate` and the data; "
-                f"{progress.skipped} batches were skipped."
+                f"Training changed no weight in {progress.step} steps; "
+                f"{progress.skipped} batches were skipped. Check `learning_rate` and "
+                "the data."
             )

@@ -1,8 +1,8 @@
-"""Many prompts are answered together: one step of the model serves all of them.
+"""Continuous batching: each decode step serves all prompts of the batch.
 
-A step costs hardly more for many rows than for one, as long as it is the weights that
-are waited for. A row whose answer has ended gives its place to the next prompt at once
-(continuous batching: Yu et al., Orca, OSDI 2022).
+While decoding is bound by reading the weights, a step costs hardly more for many rows
+than for one. The row of a finished answer goes to the next prompt at once (Yu et al.,
+Orca, OSDI 2022).
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from mlx_openelm import openblas
 from mlx_openelm.generation.cache import KVCache, SlotCache
-from mlx_openelm.generation.decoding import PREFILL_CHUNK, Drawn, Token
+from mlx_openelm.generation.decoding import PREFILL_CHUNK, DrawnTokens, Token
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.sampling import (
     choose_tokens,
@@ -32,12 +32,12 @@ from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
 BATCH_SIZE = 16
-REACH = 32  # slots by which a step's look at the caches grows
+REACH = 32  # slots: the attended part of the cache is a multiple of this
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPrompt:
-    """A prompt's ids, and its number: what is drawn for it depends on both alone."""
+    """A prompt's ids, and its number, which selects its random numbers."""
 
     number: int
     ids: Sequence[int]
@@ -45,13 +45,13 @@ class BatchPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A whole answer; see `generation.Piece` for what is not explained here.
+    """A complete answer; see `streaming.Piece` for the other attributes.
 
     Attributes:
         drawn: all its tokens, EOS included.
         tokens: their ids, without EOS.
-        time_to_first_token_s: since the prompt got its row.
-        generation_tps: of this answer alone; those beside it come on top.
+        time_to_first_token_s: since the prompt entered the batch.
+        generation_tps: of this answer alone, not of the batch.
     """
 
     prompt: BatchPrompt
@@ -74,29 +74,29 @@ def answer_together(
     batch_size: int = BATCH_SIZE,
     on_step: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Answered]:
-    """Answer prompts, `batch_size` at a time; yield each answer when it has ended.
+    """Answer prompts, `batch_size` at a time; yield each answer when it is complete.
 
-    A greedy answer is what `generation.stream` says to the prompt alone. With a
-    temperature, every token is drawn with a key of its own, made of the seed, the
-    prompt's number and the place: neither the batch nor the order changes it.
+    A greedy answer equals that of `streaming.stream` for the prompt alone. With a
+    temperature, every token has its own random key, made of the seed, the prompt's
+    number and the position, so the answer depends on neither the batch nor the order.
 
-    The caches hold `batch_size` times the longest sequence so far (in steps of 256
-    tokens) times the bytes that `inspect` tells for a token.
+    The caches take `batch_size` times the longest sequence so far (rounded up to 256
+    tokens) times the bytes per token that `inspect` reports.
 
     Args:
-        prompts: taken one by one, when there is a row for them.
-        on_step: told how many tokens the answers have grown by, after each step.
+        prompts: consumed one by one, as rows become free.
+        on_step: receives the number of new tokens after each step.
 
     Raises:
-        OpenELMError: a prompt is empty, too long, or holds ids that there are not.
+        OpenELMError: a prompt is empty, too long, or holds ids out of range.
     """
     mx.reset_peak_memory()
     waiting = iter(prompts)
     rows = _Rows(model, tokenizer, sampling, islice(waiting, batch_size))
     queued = None
     try:
-        while rows.seats:
-            following = rows.queue_step()  # in vain where an answer ends before it
+        while rows.sequences:
+            following = rows.queue_step()  # unused for answers that end before it
             if queued is not None:
                 grown = queued.read()
                 on_step(len(grown))
@@ -107,13 +107,13 @@ def answer_together(
         openblas.use_threads(None)
 
 
-class _Seat:
-    """A prompt in its row, and its answer so far.
+class _Sequence:
+    """A prompt in the batch and its answer so far.
 
     Attributes:
-        is_new: whether its prompt is yet to be read.
-        offset: tokens that went through the model, with the steps that are queued.
-        written: tokens drawn, likewise.
+        is_new: whether its prompt is still to be processed.
+        offset: tokens in the cache, including those of queued steps.
+        written: tokens drawn, including those of queued steps.
     """
 
     def __init__(
@@ -127,21 +127,21 @@ class _Seat:
         self.prompt = prompt
         self.answer = Answer(tokenizer, prompt.ids, sampling, budget)
         self.is_new = True
-        self.offset = len(prompt.ids) - 1  # the last one goes with the next step
+        self.offset = len(prompt.ids) - 1  # the next step processes the last one
         self.written = 0
         self._text: list[str] = []
         self._drawn: list[Token] = []
         self._started = self._first = time.perf_counter()
 
     def add(self, token: Token) -> None:
-        """Take the next token into the answer."""
+        """Append the next token to the answer."""
         if not self._drawn:
             self._first = time.perf_counter()
         self._drawn.append(token)
         self._text.append(self.answer.add(token.id))
 
     def conclude(self) -> Answered:
-        """Return the answer, which has ended."""
+        """Return the complete answer."""
         assert self.answer.finish_reason
         until_first = self._first - self._started
         since = time.perf_counter() - self._first
@@ -161,22 +161,22 @@ class _Seat:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A queued step: who sat where, and what is drawn for them."""
+    """A queued step: the sequences of its rows and the tokens drawn for them."""
 
-    seats: tuple[_Seat, ...]
-    drawn: Drawn
+    sequences: tuple[_Sequence, ...]
+    drawn: DrawnTokens
 
-    def read(self) -> list[_Seat]:
-        """Wait for the tokens and hand them out; return whose answers have grown."""
-        tokens = zip(self.seats, self.drawn.read(), strict=True)
-        going_on = [(s, token) for s, token in tokens if not s.answer.finish_reason]
-        for seat, token in going_on:
-            seat.add(token)
-        return [seat for seat, _ in going_on]
+    def read(self) -> list[_Sequence]:
+        """Wait for the tokens; return the unfinished sequences, which got one each."""
+        tokens = zip(self.sequences, self.drawn.read(), strict=True)
+        unfinished = [(s, token) for s, token in tokens if not s.answer.finish_reason]
+        for sequence, token in unfinished:
+            sequence.add(token)
+        return [sequence for sequence, _ in unfinished]
 
 
 class _Rows:
-    """The prompts that are answered now, and their rows in the caches."""
+    """The sequences of the batch and their rows in the caches."""
 
     def __init__(
         self,
@@ -186,64 +186,64 @@ class _Rows:
         prompts: Iterable[BatchPrompt],
     ) -> None:
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
-        self.seats = [self._seat(prompt) for prompt in prompts]
-        rows = len(self.seats)
+        self.sequences = [self._admit(prompt) for prompt in prompts]
+        rows = len(self.sequences)
         self._cache = [SlotCache(rows) for _ in model.layers]
         self._history_length = history_length(sampling, model.config.max_context_length)
         self._tokens = mx.zeros((rows,), mx.int32)  # the newest of each row
         self._history = mx.zeros((rows, self._history_length), mx.int32)
         self._seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-        self._take_in()
+        self._prefill_new()
 
     def queue_step(self) -> _Step:
-        """Let the newest token of every row through the model, and draw the next."""
-        offsets = mx.array([seat.offset for seat in self.seats])
-        longest = max(seat.offset for seat in self.seats) + 1
+        """Process the newest token of every row and draw the next one."""
+        offsets = mx.array([sequence.offset for sequence in self.sequences])
+        longest = max(sequence.offset for sequence in self.sequences) + 1
         for layer in self._cache:
             layer.offset, layer.reach = offsets, -(-longest // REACH) * REACH
         use_decoding_threads(self._model.config)
         hidden = self._model.transformer(self._tokens[:, None], self._cache)
         logits = self._model.head(hidden[:, -1])  # (R, V)
         self._tokens = self._draw(logits)
-        drawn = Drawn.of(self._tokens, logits, self._sampling.logprobs)
+        drawn = DrawnTokens.of(self._tokens, logits, self._sampling.logprobs)
         drawn.queue()
-        for seat in self.seats:
-            seat.offset += 1
-            seat.written += 1
+        for sequence in self.sequences:
+            sequence.offset += 1
+            sequence.written += 1
         if self._history_length:
             joined = mx.concatenate([self._history, self._tokens[:, None]], axis=1)
             self._history = joined[:, 1:]
-        return _Step(tuple(self.seats), drawn)
+        return _Step(tuple(self.sequences), drawn)
 
     def replace_ended(self, waiting: Iterator[BatchPrompt]) -> None:
-        """Give the rows of ended answers to who is waiting; else close the ranks."""
-        ended = [i for i, seat in enumerate(self.seats) if seat.answer.finish_reason]
+        """Give the rows of finished answers to waiting prompts, or remove them."""
+        ended = [i for i, s in enumerate(self.sequences) if s.answer.finish_reason]
         if not ended:
             return
         for row, prompt in zip(ended, waiting, strict=False):
-            self.seats[row] = self._seat(prompt)
-        kept = list(range(len(self.seats)))
+            self.sequences[row] = self._admit(prompt)
+        kept = list(range(len(self.sequences)))
         for row in reversed(ended):
-            if not self.seats[row].answer.finish_reason:
+            if not self.sequences[row].answer.finish_reason:
                 continue
-            last = len(self.seats) - 1
+            last = len(self.sequences) - 1
             if row < last:
                 for layer in self._cache:
-                    layer.move(last, row, self.seats[last].offset)
-            kept[row], self.seats[row] = kept[last], self.seats[last]
-            del kept[last], self.seats[last]
+                    layer.move(last, row, self.sequences[last].offset)
+            kept[row], self.sequences[row] = kept[last], self.sequences[last]
+            del kept[last], self.sequences[last]
         if kept:
             self._tokens = self._tokens[mx.array(kept)]
             if self._history_length:
                 self._history = self._history[mx.array(kept)]
-            self._take_in()
+            self._prefill_new()
 
-    def _seat(self, prompt: BatchPrompt) -> _Seat:
-        return _Seat(prompt, self._model, self._tokenizer, self._sampling)
+    def _admit(self, prompt: BatchPrompt) -> _Sequence:
+        return _Sequence(prompt, self._model, self._tokenizer, self._sampling)
 
     def _draw(self, logits: mx.array) -> mx.array:
         """Return the next token of every row, (R,)."""
-        written = [seat.written for seat in self.seats]
+        written = [sequence.written for sequence in self.sequences]
         shaped = shape_logits(
             logits,
             self._history,
@@ -253,7 +253,7 @@ class _Rows:
         )
         if self._sampling.temp == 0:
             return choose_tokens(shaped, self._sampling)
-        numbers = [seat.prompt.number for seat in self.seats]
+        numbers = [sequence.prompt.number for sequence in self.sequences]
         keys = [_make_key(self._seed, *at) for at in zip(numbers, written, strict=True)]
         tempered = temper(shaped, self._sampling)
         tokens: mx.array = mx.vmap(_draw_one)(tempered, mx.array(keys, mx.uint32))
@@ -261,23 +261,25 @@ class _Rows:
 
     # Prompts ---------------------------------------------------------------------
 
-    def _take_in(self) -> None:
-        """Read the prompts of the new seats, but for their last tokens."""
-        rows = [row for row, seat in enumerate(self.seats) if seat.is_new]
+    def _prefill_new(self) -> None:
+        """Process the prompts of new sequences, except for their last tokens."""
+        rows = [row for row, sequence in enumerate(self.sequences) if sequence.is_new]
         for row in rows:
-            seat, L = self.seats[row], self._history_length
-            seat.is_new = False
-            ids = list(seat.prompt.ids)
+            sequence, L = self.sequences[row], self._history_length
+            sequence.is_new = False
+            ids = list(sequence.prompt.ids)
             self._tokens[row] = ids[-1]
             if L:
                 self._history[row] = mx.array(([-1] * L + ids)[-L:])
-        for group in _group_by_length(rows, [self.seats[row].offset for row in rows]):
-            self._read([(row, self.seats[row].prompt.ids[:-1]) for row in group])
+        for group in _group_by_length(
+            rows, [self.sequences[row].offset for row in rows]
+        ):
+            self._prefill([(row, self.sequences[row].prompt.ids[:-1]) for row in group])
 
-    def _read(self, prompts: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """Read prompts together, padded at the right, and put them into their rows.
+    def _prefill(self, prompts: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Process prompts as one right-padded batch and store them in their rows.
 
-        No token sees what stands behind it, so none sees the padding.
+        Attention is causal, so no token sees the padding.
         """
         openblas.use_threads(None)
         longest = max(len(ids) for _, ids in prompts)
@@ -294,9 +296,9 @@ class _Rows:
 
 
 def _group_by_length(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Return rows that are read together: not much more than one chunk with padding.
+    """Return groups of rows to prefill together, at most one chunk with padding.
 
-    What has no length needs no reading.
+    A longer row is a group of its own; a row of length 0 is in none.
     """
     groups: list[list[int]] = []
     for length, row in sorted(zip(lengths, rows, strict=True)):
@@ -308,7 +310,7 @@ def _group_by_length(rows: Sequence[int], lengths: Sequence[int]) -> list[list[i
 
 
 def _make_key(seed: int, number: int, place: int) -> list[int]:
-    """Return the key, two words, of the random numbers that draw one token."""
+    """Return the random key (two words) of one token."""
     digest = hashlib.blake2b(struct.pack("<3Q", seed, number, place), digest_size=8)
     return list(struct.unpack("<2I", digest.digest()))
 

@@ -1,7 +1,7 @@
-"""The decode loop's key-value cache.
+"""The decode loop's KV caches.
 
-It keeps mlx-lm's calling contract (`offset`, `update_and_fetch`), so the model takes
-either. Keys are stored rotated.
+They have mlx-lm's interface (`offset`, `update_and_fetch`), so the model takes either.
+Keys are stored rotated.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import mlx.core as mx
 
 
 class ModelCache(Protocol):
-    """What the decode loop asks of a layer's cache, beside what the model does."""
+    """A layer's cache, as the decode loop uses it."""
 
     @property
     def offset(self) -> int: ...
@@ -31,13 +31,13 @@ class ModelCache(Protocol):
 
 
 class GrowingCache:
-    """One layer's tokens in arrays (B, K, S, any), whose room grows in steps.
+    """One layer's tokens in arrays (B, K, S, any), whose capacity S grows in steps.
 
     Attributes:
-        offset: tokens held.
+        offset: number of tokens stored.
     """
 
-    step = 256  # tokens by which the room grows
+    step = 256  # tokens by which the capacity grows
 
     def __init__(self) -> None:
         self.offset = 0
@@ -52,16 +52,16 @@ class GrowingCache:
             part[..., start:end, :] = new
         self.offset = end
 
-    def held(self) -> list[mx.array]:
-        """Return the arrays without their spare room."""
+    def stored(self) -> list[mx.array]:
+        """Return the arrays without their unused capacity."""
         return [part[..., : self.offset, :] for part in self._parts]
 
     def can_trim(self, count: int) -> bool:
-        """Whether the last `count` tokens can be forgotten."""
+        """Whether the last `count` tokens can be removed."""
         return count <= self.offset
 
     def trim(self, count: int) -> None:
-        """Forget the last `count` tokens."""
+        """Remove the last `count` tokens."""
         self.offset -= min(count, self.offset)
 
     @property
@@ -71,7 +71,7 @@ class GrowingCache:
 
     def _grow(self, like: Sequence[mx.array], end: int) -> None:
         size = _round_up(end, self.step)
-        self._parts = _with_room(self.held(), like, like[0].shape[0], size)
+        self._parts = _with_capacity(self.stored(), like, like[0].shape[0], size)
 
 
 class KVCache(GrowingCache):
@@ -82,31 +82,31 @@ class KVCache(GrowingCache):
     ) -> tuple[mx.array, mx.array]:
         """Append keys and values (B, K, T, H); return all of them, (B, K, S, H)."""
         self.append(keys, values)
-        all_keys, all_values = self.held()
+        all_keys, all_values = self.stored()
         return all_keys, all_values
 
-    def lend_slots(self) -> tuple[mx.array, mx.array]:
-        """Return keys and values with room for a further token; it holds a token."""
+    def reserve_slot(self) -> tuple[mx.array, mx.array]:
+        """Return all slots of a non-empty cache, with at least one free."""
         if self.offset == self._parts[0].shape[2]:
             self._grow(self._parts, self.offset + 1)
         keys, values = self._parts
         return keys, values
 
-    def take_back(self, keys: mx.array, values: mx.array) -> None:
-        """Take what was lent, with one token more."""
+    def set_slots(self, keys: mx.array, values: mx.array) -> None:
+        """Replace the slots by these, which hold one token more."""
         self._parts = [keys, values]
         self.offset += 1
 
 
 class SlotCache:
-    """One layer's keys and values of many sequences, each of a length of its own.
+    """One layer's keys and values of a batch of sequences of different lengths.
 
-    Every sequence has a row of slots. A step gives the first R rows one token each.
+    Every sequence has a row of slots. A step adds a token to each of the first R rows.
 
     Attributes:
-        offset: tokens that each of these R rows holds, (R,). Whoever decodes sets it
-            before a step, in all layers.
-        reach: slots that a step looks at; more than any of the rows holds.
+        offset: number of tokens in each of these rows, (R,). The caller sets it before
+            each step, in all layers.
+        reach: number of slots that a step attends to; more than any row holds.
     """
 
     step = 256  # slots by which the rows grow
@@ -119,12 +119,12 @@ class SlotCache:
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """Put keys and values (R, K, 1, H) behind each end; return what is in reach.
+        """Append keys and values (R, K, 1, H) to each row.
 
         Returns:
-            (R, K, reach, H), of which `make_mask` tells what is seen.
+            The rows' keys and values, (R, K, reach, H), to be masked by `make_mask`.
         """
-        self._make_room((keys, values), self.reach)
+        self._ensure_slots((keys, values), self.reach)
         rows = keys.shape[0]
         for slots, new in zip(self._parts, (keys, values), strict=True):
             slots[mx.arange(rows), :, self.offset] = new.squeeze(2)
@@ -138,14 +138,14 @@ class SlotCache:
         return (mx.arange(self.reach) <= self.offset[:, None])[:, None, None]
 
     def put(self, row: int, keys: mx.array, values: mx.array) -> None:
-        """Begin a row anew, with keys and values (1, K, T, H)."""
+        """Set the content of a row to keys and values (1, K, T, H)."""
         length = keys.shape[2]
-        self._make_room((keys, values), length)
+        self._ensure_slots((keys, values), length)
         for slots, new in zip(self._parts, (keys, values), strict=True):
             slots[row : row + 1, :, :length] = new
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Let a row have what the first slots of another one hold."""
+        """Copy the first `length` slots of a row to another row."""
         for slots in self._parts:
             slots[target, :, :length] = slots[source, :, :length]
 
@@ -154,23 +154,23 @@ class SlotCache:
         """The arrays to evaluate, (rows, K, slots, H) each."""
         return tuple(self._parts)
 
-    def _make_room(self, like: Sequence[mx.array], slots: int) -> None:
+    def _ensure_slots(self, like: Sequence[mx.array], slots: int) -> None:
         if not self._parts or slots > self._parts[0].shape[2]:
             size = _round_up(slots, self.step)
-            self._parts = _with_room(self._parts, like, self._rows, size)
+            self._parts = _with_capacity(self._parts, like, self._rows, size)
 
 
 def _round_up(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-def _with_room(
-    held: Sequence[mx.array], like: Sequence[mx.array], rows: int, size: int
+def _with_capacity(
+    parts: Sequence[mx.array], like: Sequence[mx.array], rows: int, size: int
 ) -> list[mx.array]:
-    """Return arrays (rows, K, size, any): what is held, if anything, then zeros."""
-    room = size - (held[0].shape[2] if held else 0)
-    fresh = [mx.zeros((rows, p.shape[1], room, p.shape[3]), p.dtype) for p in like]
-    if not held:
-        return fresh
-    pairs = zip(held, fresh, strict=True)
+    """Return arrays (rows, K, size, any): the parts, if any, padded with zeros."""
+    added = size - (parts[0].shape[2] if parts else 0)
+    zeros = [mx.zeros((rows, p.shape[1], added, p.shape[3]), p.dtype) for p in like]
+    if not parts:
+        return zeros
+    pairs = zip(parts, zeros, strict=True)
     return [mx.concatenate(list(pair), axis=2) for pair in pairs]

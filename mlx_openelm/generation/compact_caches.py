@@ -1,4 +1,4 @@
-"""Caches that keep less of a text: packed in a few bits, or a window that slides."""
+"""Compact KV caches: quantized, or a sliding window with attention sinks."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,17 +14,17 @@ from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.model.quantization import Packing
 
 KV_BITS = (4, 8)
-KV_GROUP_SIZES = (32, 64, 128)  # that MLX packs
-KEPT_FIRST = 4  # tokens: attention leans on the first ones, whatever they say
+KV_GROUP_SIZES = (32, 64, 128)  # supported by MLX
+KEPT_FIRST = 4  # attention sinks: first tokens, which a sliding cache keeps
 
 
 class QuantizedKVCache(GrowingCache):
-    """One layer's keys and values in 4 or 8 bits, unpacked whenever they are read.
+    """One layer's keys and values in 4 or 8 bits, dequantized at every step.
 
     `state` has the words, scales and biases of the keys, then those of the values.
 
     Attributes:
-        packing: of each head's vector, in groups with a scale and a bias.
+        packing: bits and group size; a group shares a scale and a bias.
     """
 
     def __init__(self, bits: int = 8, group_size: int = 64) -> None:
@@ -39,8 +39,8 @@ class QuantizedKVCache(GrowingCache):
             pack_weight(self.packing, x) for x in (keys, values)
         )
         self.append(*packed_keys.values(), *packed_values.values())
-        held = self.held()
-        return self._unpack(held[:3], keys.dtype), self._unpack(held[3:], keys.dtype)
+        parts = self.stored()
+        return self._unpack(parts[:3], keys.dtype), self._unpack(parts[3:], keys.dtype)
 
     def _unpack(self, parts: Sequence[mx.array], dtype: mx.Dtype) -> mx.array:
         named = dict(zip(("weight", "scales", "biases"), parts, strict=True))
@@ -48,13 +48,13 @@ class QuantizedKVCache(GrowingCache):
 
 
 class SlidingKVCache(KVCache):
-    """One layer's first tokens and its newest ones; a text may go on for ever.
+    """One layer's first and newest tokens, for texts of unbounded length.
 
-    A token sees the first `keep` tokens and the newest before it, itself included,
-    `max_size` in all, whatever chunks the text came in. The newest stand in a ring.
+    A token attends to the first `keep` tokens and the newest ones up to itself,
+    `max_size` in all, whatever the chunks. The newest are kept in a ring buffer.
 
     Attributes:
-        offset: tokens that went through, the forgotten ones included.
+        offset: number of tokens processed, including those no longer stored.
     """
 
     def __init__(self, max_size: int, keep: int = KEPT_FIRST) -> None:
@@ -65,24 +65,24 @@ class SlidingKVCache(KVCache):
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """Take keys and values (B, K, T, H); return what the T tokens see of them.
+        """Add keys and values (B, K, T, H); return those that the T tokens attend to.
 
         Returns:
-            each (B, K, S, H); `make_mask`, asked before, says which token sees which.
+            (B, K, S, H) each, to be masked by `make_mask`, which is called before.
         """
         end = self.offset + keys.shape[2]
         if end <= self.max_size:
             return super().update_and_fetch(keys, values)
-        held = self._parts or [new[..., :0, :] for new in (keys, values)]
-        slid_keys, seen_keys = self._slide(held[0], keys)
-        slid_values, seen_values = self._slide(held[1], values)
+        parts = self._parts or [new[..., :0, :] for new in (keys, values)]
+        slid_keys, seen_keys = self._slide(parts[0], keys)
+        slid_values, seen_values = self._slide(parts[1], values)
         self._parts, self.offset = [slid_keys, slid_values], end
         return seen_keys, seen_values
 
     def make_mask(
         self, num_tokens: int, return_array: bool, window_size: int | None
     ) -> mx.array | str | None:
-        """Return which keys each new token sees, (T, S), where that is not plain."""
+        """Return the mask (T, S) of the new tokens, "causal", or None for no mask."""
         start, end = self.offset, self.offset + num_tokens
         if num_tokens == 1:
             return None
@@ -91,24 +91,24 @@ class SlidingKVCache(KVCache):
         queries = np.arange(start, end)[:, None]
         slots = np.arange(min(start, self.max_size))
         newest = start - 1 - (start - 1 - slots) % self._ring
-        held = np.where(slots < self.keep, slots, newest)
-        keys = np.concatenate([held, np.arange(start, end)])
+        stored = np.where(slots < self.keep, slots, newest)  # position in each slot
+        keys = np.concatenate([stored, np.arange(start, end)])
         near = (keys < self.keep) | (keys > queries - self._ring)
         return mx.array((keys <= queries) & near)
 
     def can_trim(self, count: int) -> bool:
-        """Whether the last `count` tokens can be forgotten: not once it has slid."""
+        """Whether the last `count` tokens can be removed: not once it has slid."""
         return count == 0 or count <= self.offset <= self.max_size
 
     def _slide(self, slots: mx.array, new: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the slots with the new ones among them, and what those see."""
+        """Return the slots with the new tokens, and what the new tokens attend to."""
         B, K, T, H = new.shape
         known = slots[..., : min(self.offset, self.max_size), :]
         seen = mx.concatenate([known, new], axis=2)
-        room = self.max_size - slots.shape[2]
-        if room:  # the first time; the steps in which room grows may lead behind it
-            fresh = mx.zeros((B, K, max(room, 0), H), new.dtype)
-            slots = mx.concatenate([slots[..., : self.max_size, :], fresh], axis=2)
+        missing = self.max_size - slots.shape[2]
+        if missing:  # the first time; negative if the capacity grew beyond `max_size`
+            zeros = mx.zeros((B, K, max(missing, 0), H), new.dtype)
+            slots = mx.concatenate([slots[..., : self.max_size, :], zeros], axis=2)
         places = self.offset + np.arange(T)
         stay = (places < self.keep) | (places >= self.offset + T - self._ring)
         chosen = places[stay]
@@ -125,41 +125,43 @@ class SlidingKVCache(KVCache):
 def cache_maker(
     config: OpenELMConfig, options: CacheOptions
 ) -> Callable[[], ModelCache]:
-    """Return what makes a layer's cache, as the options say.
+    """Return the constructor of a layer's cache.
 
     Raises:
-        OpenELMError: there is no such cache for this model.
+        OpenELMError: the options are invalid, or do not fit this model.
     """
     kv_bits, kv_group_size = options.kv_bits, options.kv_group_size
     max_kv_size = options.max_kv_size
     if kv_bits is not None and max_kv_size is not None:
         raise OpenELMError(
-            "A cache slides or is packed in a few bits; leave out `kv_bits` or "
-            "`max_kv_size`."
+            "A sliding cache cannot be quantized; pass `kv_bits` or `max_kv_size`, "
+            "not both."
         )
     if max_kv_size is not None:
         if max_kv_size <= KEPT_FIRST:
             raise OpenELMError(
-                f"`max_kv_size` {max_kv_size} is too small: the first {KEPT_FIRST} "
-                f"tokens always stay; say {KEPT_FIRST + 1} or more."
+                f"`max_kv_size` is {max_kv_size}; it must be {KEPT_FIRST + 1} or more, "
+                f"because the first {KEPT_FIRST} tokens are always kept."
             )
         return partial(SlidingKVCache, max_kv_size)
     if kv_bits is None:
         return KVCache
     if kv_bits not in KV_BITS:
-        raise OpenELMError(f"`kv_bits` is {' or '.join(map(str, KV_BITS))}.")
+        allowed = " or ".join(map(str, KV_BITS))
+        raise OpenELMError(f"`kv_bits` is {kv_bits}; it must be {allowed}.")
     fitting = [size for size in KV_GROUP_SIZES if config.head_dim % size == 0]
     if kv_group_size not in fitting:
+        allowed = " or ".join(map(str, fitting))
         raise OpenELMError(
-            f"`kv_group_size` {kv_group_size} does not fit this model, whose heads are "
-            f"{config.head_dim} wide; "
-            + (f"say {' or '.join(map(str, fitting))}." if fitting else "none does.")
+            f"`kv_group_size` is {kv_group_size}, which does not fit this model's head "
+            f"size of {config.head_dim}; "
+            + (f"it must be {allowed}." if fitting else "leave out `kv_bits`.")
         )
     return partial(QuantizedKVCache, kv_bits, kv_group_size)
 
 
 def describe_cache(cache: ModelCache) -> str:
-    """Return in what form a cache keeps keys and values."""
+    """Return the format in which a cache keeps keys and values."""
     if isinstance(cache, QuantizedKVCache):
         packing = cache.packing
         return f"{packing.bits} bits in groups of {packing.group_size}"

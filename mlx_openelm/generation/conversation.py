@@ -1,8 +1,8 @@
-"""A conversation with a model: its turns, what of them the model still sees, its file.
+"""A conversation with a model: its turns, the context window, and its file.
 
-Every prompt is rendered afresh from the turns, so the model reads what it was trained
-on; what of it has gone through the model already is not processed again. A model
-without a template has no turns: it goes on with one text, to which both sides add.
+Every prompt is rendered from the turns, as in training; its common prefix with the
+processed tokens is not processed again. Without a template there are no turns: the
+model continues one text, to which user and model append.
 """
 
 import json
@@ -29,14 +29,14 @@ from mlx_openelm.text.tokenizer import EOS_TEXT, Tokenizer
 
 
 class Conversation:
-    """What was said so far, and the model that answers.
+    """The turns so far, and the model that answers.
 
     Attributes:
-        turns: the user's and the assistant's, in pairs; all of them, seen or not.
-        system: the system text; empty where there is none.
-        template: a name out of `TEMPLATE_NAMES`, but never "auto".
-        room: tokens kept free for an answer: max_tokens, at most half of the context.
-        forgotten: the oldest pairs that the last prompt had no room for.
+        turns: user and assistant in pairs, also those beyond the context.
+        system: the system text, or empty.
+        template: one of `TEMPLATE_NAMES`, but never "auto".
+        reserved: tokens reserved for an answer: max_tokens, at most half the context.
+        omitted_pairs: number of oldest pairs that did not fit into the last prompt.
         file: where this conversation was saved or loaded, or None.
     """
 
@@ -53,47 +53,48 @@ class Conversation:
         drafter: Drafter | None = None,
         make_cache: Callable[[], ModelCache] = KVCache,
     ) -> None:
-        """Begin with no turns.
+        """Start without turns.
 
         Args:
-            template: "auto" is the one stored with the model, raw where there is none.
-            name, adapter: what the file says of the model.
-            drafter: guesses tokens; see `stream`.
-            make_cache: of one layer; see `cache_maker`.
+            template: "auto" is the one stored with the model, or else raw.
+            name, adapter: names of model and adapter for the file.
+            drafter: draft source of speculative decoding; see `stream`.
+            make_cache: constructor of a layer's cache; see `cache_maker`.
 
         Raises:
-            OpenELMError: no such template, or the system text has no place.
+            OpenELMError: the template does not exist or takes no system text, or the
+                system text is too long.
         """
         self.sampling = sampling or Sampling()
         self.template = (tokenizer.template or RAW) if template == "auto" else template
         self.turns: tuple[Turn, ...] = ()
         self.system = ""
-        self.forgotten = 0
+        self.omitted_pairs = 0
         self.context_length = model.config.max_context_length
-        self.room = min(self.sampling.max_tokens, self.context_length // 2)
+        self.reserved = min(self.sampling.max_tokens, self.context_length // 2)
         self._model, self._tokenizer = model, tokenizer
         self._drafter, self._make_cache = drafter, make_cache
         self._context = Context(model, make_cache)
         self._name, self._adapter = name, adapter
         self.file: Path | None = None
-        if self.sampling.seed is not None:  # once: a second try is to be another one
+        if self.sampling.seed is not None:  # once, so that a retry gives another answer
             mx.random.seed(self.sampling.seed)
         self._sampling = replace(self.sampling, seed=None)
-        if not self.is_raw:  # an answer that spells it means it
+        if not self.is_raw:  # EOS spelled as text ends the answer, too
             stops = (*self.sampling.stop, EOS_TEXT)
             self._sampling = replace(self._sampling, stop=stops)
         self.set_system(system)
 
     @property
     def is_raw(self) -> bool:
-        """Whether it is one text that goes on, and no turns."""
+        """Whether it is one continued text without turns."""
         return self.template == RAW
 
     def reply(self, message: str) -> Generator[Piece]:
         """Answer a message, piece by piece.
 
-        What was yielded becomes the assistant's turn when the generator ends or is
-        closed. Where it was closed or failed before a word, nothing has changed.
+        The yielded text becomes the assistant's turn when the generator ends or is
+        closed. Without any text by then, nothing changes.
 
         Raises:
             OpenELMError: the message does not fit into the context.
@@ -101,39 +102,39 @@ class Conversation:
         return self._answer(self.turns, message)
 
     def retry(self) -> Generator[Piece]:
-        """Answer the last message again, in place of the last answer.
+        """Answer the last message again and replace its answer.
 
         Raises:
             OpenELMError: there is none.
         """
         if not self.turns:
-            raise OpenELMError("There is no answer yet that could be tried again.")
+            raise OpenELMError("There is no answer to retry; enter a message first.")
         return self._answer(self.turns[:-2], self.turns[-2].text)
 
     def undo(self) -> None:
-        """Take back the last message and its answer.
+        """Remove the last message and its answer.
 
         Raises:
             OpenELMError: there is none.
         """
         if not self.turns:
-            raise OpenELMError("There is no message yet that could be taken back.")
+            raise OpenELMError("There is no message to undo; enter one first.")
         self.turns = self.turns[:-2]
 
     def reset(self) -> None:
-        """Begin anew; the system text stays."""
-        self.turns, self.forgotten, self.file = (), 0, None
+        """Remove all turns; keep the system text."""
+        self.turns, self.omitted_pairs, self.file = (), 0, None
 
     def set_system(self, text: str) -> None:
-        """Change the system text; the turns stay.
+        """Change the system text; keep the turns.
 
         Raises:
-            OpenELMError: the template has no place for it, or the context.
+            OpenELMError: the template takes none, or it does not fit into the context.
         """
         if text and self.is_raw:
             *others, last = (n for n in TEMPLATE_NAMES if n not in ("auto", RAW))
             raise OpenELMError(
-                "A raw prompt has no place for a system text; choose `template` "
+                "A raw prompt takes no system text; choose `template` "
                 f"{', '.join(others)} or {last}."
             )
         self._fit((Turn("user", ""),), text)
@@ -143,14 +144,14 @@ class Conversation:
 
     def _answer(self, before: tuple[Turn, ...], message: str) -> Generator[Piece]:
         turns = (*before, Turn("user", message))
-        self.forgotten, ids, left_space = self._fit(turns, self.system)
+        self.omitted_pairs, ids, left_space = self._fit(turns, self.system)
         return self._record(turns, ids, left_space)
 
     def _record(
         self, turns: tuple[Turn, ...], ids: Sequence[int], left_space: bool
     ) -> Generator[Piece]:
-        """Yield an answer, and keep of it what was yielded."""
-        said, whole = "", False
+        """Yield an answer and append the yielded text to the turns."""
+        text, is_complete = "", False
         model, tokenizer, sampling = self._model, self._tokenizer, self._sampling
         pieces = stream(
             model,
@@ -162,64 +163,64 @@ class Conversation:
         )
         try:
             for piece in pieces:
-                if left_space and piece.text:  # it belongs to the template
+                if left_space and piece.text:  # the space belongs to the template
                     piece = replace(piece, text=piece.text.removeprefix(" "))
                     left_space = False
-                said += piece.text
-                whole = piece.finish_reason is not None
+                text += piece.text
+                is_complete = piece.finish_reason is not None
                 yield piece
         except GeneratorExit:
             raise
-        except BaseException:  # in the middle of a step: nobody knows what it holds
+        except BaseException:  # in the middle of a step: the cache is undefined
             self._context = Context(model, self._make_cache)
             raise
         finally:
-            if said or whole:
-                self.turns = (*turns, Turn("assistant", said))
+            if text or is_complete:
+                self.turns = (*turns, Turn("assistant", text))
 
     def _fit(self, turns: Sequence[Turn], system: str) -> tuple[int, list[int], bool]:
-        """Leave out the oldest pairs until the rest, and an answer, has room.
+        """Omit the oldest pairs until the rest and an answer fit into the context.
 
         Returns:
-            The number of pairs left out; the prompt's ids; whether the prompt's last
-            space was left to the answer's first word.
+            The number of omitted pairs; the prompt's ids; whether the prompt leaves its
+            last space to the answer's first token.
         """
-        most = self.context_length - self.room
+        most = self.context_length - self.reserved
         pairs = len(turns) // 2
 
-        def encode(left_out: int) -> tuple[list[int], bool]:
+        def encode(omitted: int) -> tuple[list[int], bool]:
             return encode_turns(
-                self._tokenizer, turns[2 * left_out :], self.template, system
+                self._tokenizer, turns[2 * omitted :], self.template, system
             )
 
-        # A prompt without a pair is shorter than with it.
-        left_out = bisect_left(
+        # Each omitted pair makes the prompt shorter.
+        omitted = bisect_left(
             range(pairs), True, key=lambda count: len(encode(count)[0]) <= most
         )
-        ids, left_space = encode(left_out)
+        ids, left_space = encode(omitted)
         if len(ids) > most:
             what = "system text" if system and not turns[-1].text else "message"
             raise OpenELMError(
-                f"The {what} makes a prompt of {len(ids)} tokens, and with {self.room} "
-                f"kept for the answer the context of {self.context_length} has room "
-                f"for {most}; shorten it."
+                f"The {what} makes a prompt of {len(ids)} tokens, but the context of "
+                f"{self.context_length} has room for {most}, with {self.reserved} "
+                "reserved for the answer; shorten it."
             )
-        return left_out, ids, left_space
+        return omitted, ids, left_space
 
     # The file --------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """Write the whole conversation, whatever the model still sees of it.
+        """Write all turns, also those beyond the context.
 
-        Its own file, where it was saved or loaded before, is replaced; no other is.
+        Only the file from which it was loaded, or to which it was saved, is replaced.
 
         Raises:
-            OpenELMError: something else is there, or the disk refuses.
+            OpenELMError: the path exists and is another file, or cannot be written.
         """
         try:
             own = os.path.lexists(path) and path.resolve() == self.file
             if own:
-                read_saved(path)  # or it has become something else
+                read_saved(path)  # fails if another program has replaced it
             elif os.path.lexists(path):
                 raise OpenELMError(
                     f"{path} exists already and is not this conversation's file; "
@@ -232,22 +233,22 @@ class Conversation:
             raise OpenELMError(f"Cannot write {path}: {error}.") from error
 
     def load(self, path: Path) -> list[str]:
-        """Go on with a saved conversation; return notes on what is different here.
+        """Resume a saved conversation; return notes on differences of the settings.
 
         Raises:
-            OpenELMError: the file is no conversation, or cannot go on with this
-                template; nothing has changed.
+            OpenELMError: the file is not a saved conversation, or its system text does
+                not fit this template; nothing has changed.
         """
         saved = read_saved(path)
         self.set_system(saved.system)
-        self.turns, self.forgotten, self.file = saved.turns, 0, path.resolve()
+        self.turns, self.omitted_pairs, self.file = saved.turns, 0, path.resolve()
         here = (
             ("model", saved.model, self._name),
             ("adapter", saved.adapter, self._adapter),
             ("template", saved.template, self.template),
         )
         return [
-            f"it was held with the {what} {then or 'none'}, and goes on with "
+            f"it was saved with the {what} {then or 'none'} and resumes with "
             f"{now or 'none'}"
             for what, then, now in here
             if then != now
@@ -279,7 +280,7 @@ _MOST_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class SavedConversation:
-    """What a file tells of a conversation."""
+    """The content of a conversation's file."""
 
     model: str
     adapter: str | None
@@ -292,35 +293,35 @@ def read_saved(path: Path) -> SavedConversation:
     """Read and check a saved conversation.
 
     Raises:
-        OpenELMError: the file is missing, damaged, or is something else.
+        OpenELMError: the file is missing, damaged, or of another kind.
     """
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise OpenELMError(f"{path} is not there, or is no file.")
+        if not path.is_file():  # reading a pipe would block
+            raise OpenELMError(f"{path} does not exist or is not a regular file.")
         if path.stat().st_size > _MOST_BYTES:
             raise OpenELMError(f"{path} is too large for a saved conversation.")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise OpenELMError(f"{path} is not a conversation that /save has written.")
-        return _check_saved(found)
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+            raise OpenELMError(f"{path} is not a conversation written by /save.")
+        return _check_saved(fields)
     except OSError as error:
         raise OpenELMError(f"Cannot read {path}: {error}.") from error
     except (ValueError, RecursionError) as error:
         raise OpenELMError(
-            f"{path} is damaged or is no saved conversation: {error}."
+            f"{path} is damaged or not a saved conversation: {error}."
         ) from error
 
 
-def _check_saved(found: Mapping[str, Any]) -> SavedConversation:
-    """Raise ValueError where something is not as `save` writes it."""
-    if found.get("version") != VERSION:
-        raise ValueError(f"its version is {found.get('version')!r}, not {VERSION}")
-    model, adapter, template = (found.get(n) for n in ("model", "adapter", "template"))
+def _check_saved(fields: Mapping[str, Any]) -> SavedConversation:
+    """Raise ValueError if a field is not as `save` writes it."""
+    if fields.get("version") != VERSION:
+        raise ValueError(f"its version is {fields.get('version')!r}, not {VERSION}")
+    model, adapter, template = (fields.get(n) for n in ("model", "adapter", "template"))
     if not (isinstance(model, str) and isinstance(template, str)):
-        raise ValueError("it names no model or no template")
+        raise ValueError("it does not name a model and a template")
     if not isinstance(adapter, str | None):
-        raise ValueError("its adapter is no name")
-    messages = found.get("messages")
+        raise ValueError("its adapter is not a name")
+    messages = fields.get("messages")
     checked, problems = ((), []) if messages == [] else check_messages(messages)
     if problems:
         raise ValueError("; ".join(problems))
@@ -328,5 +329,5 @@ def _check_saved(found: Mapping[str, Any]) -> SavedConversation:
     system = turns.pop(0).text if turns and turns[0].role == "system" else ""
     expected = ["user", "assistant"] * (len(turns) // 2)
     if [turn.role for turn in turns] != expected:
-        raise ValueError("its messages are not a user's and an assistant's in turn")
+        raise ValueError("its messages do not alternate between user and assistant")
     return SavedConversation(model, adapter, template, system, tuple(turns))

@@ -1,4 +1,4 @@
-"""The decode loop: a prompt's tokens in, drawn tokens out, one after the other."""
+"""The decode loop: prefill a prompt, then draw one token after another."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from mlx_openelm.generation.sampling import (
 from mlx_openelm.generation.step import Step, choose_step
 from mlx_openelm.model.openelm import OpenELM
 
-# Prompt tokens to a forward pass. Small ones save half of the masked scores, which cost
-# most on the CPU.
+# Prompt tokens per forward pass. Small chunks save half of the masked attention scores,
+# which dominate on the CPU.
 PREFILL_CHUNK = 128 if runs_on_linux_cpu() else 512
 
 
@@ -30,9 +30,9 @@ class Token:
     """A drawn token.
 
     Attributes:
-        logprob: what the model itself gives it, in nats, if `Sampling.logprobs` asks.
+        logprob: the model's own log-probability (nats), with `Sampling.logprobs`.
         alternatives: the likeliest tokens and their log-probabilities, likeliest first.
-        drafted: whether it was guessed, and the model agreed.
+        drafted: whether it is an accepted draft token.
     """
 
     id: int
@@ -42,43 +42,43 @@ class Token:
 
 
 class Context:
-    """Tokens that went through a model, with their keys and values.
+    """Tokens that a model has processed, with their keys and values.
 
     Attributes:
-        tokens: their ids; the cache may hold some more, that were queued in vain.
+        tokens: their ids. The cache may hold more: steps that were queued and not used.
     """
 
     def __init__(
         self, model: OpenELM, make_cache: Callable[[], ModelCache] = KVCache
     ) -> None:
-        """Begin with nothing, in one cache for each layer."""
+        """Start without tokens, with one cache per layer."""
         self.tokens: list[int] = []
         self.cache: list[ModelCache] = [make_cache() for _ in model.layers]
         self._make_cache = make_cache
         self._step: Step | None = None
 
     def step(self, model: OpenELM) -> Step:
-        """Return this device's step; if it is compiled, then once for a context."""
+        """Return this device's step, which is compiled at most once per context."""
         if self._step is None:
             self._step = choose_step(model)
         return self._step
 
     @property
     def slides(self) -> bool:
-        """Whether it forgets what is old, and so never ends."""
+        """Whether it drops old tokens, so that its length is unbounded."""
         return isinstance(self.cache[0], SlidingKVCache)
 
     def reuse(self, ids: Sequence[int]) -> int:
-        """Keep what begins as these ids do, and return how many tokens that is.
+        """Keep the common prefix with these ids and return its length.
 
-        The last id is never among them: its hidden state is what comes next.
+        The last id is never part of it: its hidden state gives the next token.
         """
         kept = 0
         for ours, theirs in zip(self.tokens, ids[:-1], strict=False):
             if ours != theirs:
                 break
             kept += 1
-        # A layer by itself: what was interrupted may have reached some of them alone.
+        # Each layer separately: an interrupted step may have reached only some.
         if all(layer.can_trim(layer.offset - kept) for layer in self.cache):
             for layer in self.cache:
                 layer.trim(layer.offset - kept)
@@ -89,23 +89,23 @@ class Context:
         return kept
 
     def read(self, model: OpenELM, ids: Sequence[int]) -> mx.array:
-        """Let more tokens through the model, in chunks; return the last hidden states.
+        """Process more tokens, in chunks.
 
         Returns:
-            (1, T, D), of the last chunk's T tokens.
+            The hidden states of the last chunk's T tokens, (1, T, D).
         """
         openblas.use_threads(None)
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = list(ids[start : start + PREFILL_CHUNK])
             hidden = model.transformer(mx.array([chunk]), self.cache)  # (1, T, D)
             self.tokens += chunk
-            # The last one, too: what follows may want fewer threads of the CPU.
+            # Also after the last chunk: what follows may set fewer CPU threads.
             mx.eval(hidden, [layer.state for layer in self.cache])
         return hidden
 
 
-class Drawing:
-    """How logits become tokens along one text: its history, and what is told of it."""
+class Sampler:
+    """Draws the tokens of one text from logits, with the history that it needs."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class Drawing:
         context_length: int,
         eos_id: int,
     ) -> None:
-        """Begin behind a prompt's ids."""
+        """Start after a prompt's ids."""
         self.sampling, self.eos_id = sampling, eos_id
         length = history_length(sampling, context_length)
         self.keeps_history = length > 0
@@ -122,25 +122,25 @@ class Drawing:
         self.history = mx.array([padding + list(prompt[-length:])] if length else [[]])
         self.written = 0
 
-    def draw(self, logits: mx.array) -> "Drawn":
-        """Draw the next token from logits (1, V), and remember it."""
+    def draw(self, logits: mx.array) -> "DrawnTokens":
+        """Draw the next token from logits (1, V) and add it to the history."""
         tokens = choose_tokens(self.shape(logits), self.sampling)  # (1,)
         self.remember(tokens)
-        return Drawn.of(tokens, logits, self.sampling.logprobs)
+        return DrawnTokens.of(tokens, logits, self.sampling.logprobs)
 
-    def shape(self, logits: mx.array, guesses: mx.array | None = None) -> mx.array:
-        """Apply the controls to logits (1, V) of the next token.
+    def shape(self, logits: mx.array, draft: mx.array | None = None) -> mx.array:
+        """Apply bias and penalties to logits (1, V) of the next token.
 
         Args:
-            guesses: (k,), what may come next: the logits are (k + 1, V), of the next
-                token and of what follows each of these.
+            draft: draft tokens (k,). Then the logits are (k + 1, V): those of the next
+                token and those after each draft token.
         """
         history = self.history
         written: int | mx.array = self.written
-        if guesses is not None:
-            places = mx.arange(guesses.size + 1)
+        if draft is not None:
+            places = mx.arange(draft.size + 1)
             if self.keeps_history:
-                line = mx.concatenate([history[0], guesses])
+                line = mx.concatenate([history[0], draft])
                 history = line[places[:, None] + mx.arange(history.shape[1])]
             if written < self.sampling.min_tokens:
                 written = written + places
@@ -149,7 +149,7 @@ class Drawing:
         )
 
     def remember(self, tokens: mx.array) -> None:
-        """Take tokens (N,) that were said into the history."""
+        """Add drawn tokens (N,) to the history."""
         self.written += tokens.size
         if self.keeps_history:
             length = self.history.shape[1]
@@ -158,34 +158,34 @@ class Drawing:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """Tokens (N,) that are perhaps not computed yet, and what is to be told of them."""
+class DrawnTokens:
+    """Drawn tokens (N,), not evaluated yet, with the `top_logprobs` arrays, if any."""
 
     tokens: mx.array
-    told: tuple[mx.array, ...]
+    logprobs: tuple[mx.array, ...]
 
     @classmethod
-    def of(cls, tokens: mx.array, logits: mx.array, logprobs: int) -> "Drawn":
-        """Tell so many `logprobs` of tokens drawn from the model's logits (N, V)."""
-        told = top_logprobs(logits, tokens, logprobs) if logprobs else ()
-        return cls(tokens, told)
+    def of(cls, tokens: mx.array, logits: mx.array, count: int) -> "DrawnTokens":
+        """Add the log-probabilities of the `count` likeliest by the logits (N, V)."""
+        return cls(tokens, top_logprobs(logits, tokens, count) if count else ())
 
     def queue(self) -> None:
-        mx.async_eval(self.tokens, *self.told)
+        mx.async_eval(self.tokens, *self.logprobs)
 
     def read(self, drafted: int = 0) -> list[Token]:
-        """Wait for the tokens; the first `drafted` of them were guessed."""
-        ids, told = _to_lists(self.tokens), list(map(_to_lists, self.told))
-        if not told:
+        """Wait for the tokens; the first `drafted` of them are draft tokens."""
+        ids, logprobs = _to_lists(self.tokens), list(map(_to_lists, self.logprobs))
+        if not logprobs:
             return [Token(id, drafted=i < drafted) for i, id in enumerate(ids)]
+        columns = zip(ids, *logprobs, strict=True)
         return [
             Token(id, own, tuple(zip(others, values, strict=True)), i < drafted)
-            for i, (id, own, others, values) in enumerate(zip(ids, *told, strict=True))
+            for i, (id, own, others, values) in enumerate(columns)
         ]
 
 
 def _to_lists(array: mx.array) -> list[Any]:
-    return array.tolist()  # type: ignore[return-value] # it has an axis
+    return array.tolist()  # type: ignore[return-value] # not a scalar
 
 
 def draw_tokens(
@@ -198,30 +198,30 @@ def draw_tokens(
     context: Context | None = None,
     step: Step | None = None,
 ) -> Iterator[Token]:
-    """Yield `count` tokens; behind the first one, each step is queued ahead.
+    """Yield `count` tokens; after the first one, each step is queued ahead.
 
     Args:
-        step: what takes a token through the model; by default this device's own.
-        context: what it has in common with the prompt is not computed again; it holds
-            all that went through the model in the end.
+        step: the decode step; by default the faster one on this device.
+        context: its common prefix with the prompt is reused; afterwards it holds all
+            processed tokens.
     """
     context = Context(model) if context is None else context
     step = step or context.step(model)
-    drawing = Drawing(sampling, prompt, model.config.max_context_length, eos_id)
-    known = context.reuse(prompt)
-    hidden = context.read(model, prompt[known:])
-    drawn = drawing.draw(model.head(hidden[:, -1]))
+    sampler = Sampler(sampling, prompt, model.config.max_context_length, eos_id)
+    reused = context.reuse(prompt)
+    hidden = context.read(model, prompt[reused:])
+    drawn = sampler.draw(model.head(hidden[:, -1]))
     (first,) = drawn.read()
-    yield first  # before a step is built, or even compiled
+    yield first  # before a step is built or compiled
     if count == 1:
         return
-    drawn = drawing.draw(step(drawn.tokens, context.cache))
+    drawn = sampler.draw(step(drawn.tokens, context.cache))
     context.tokens.append(first.id)
     try:
         for left in range(count - 2, -1, -1):
             following = drawn
             if left:
-                following = drawing.draw(step(drawn.tokens, context.cache))
+                following = sampler.draw(step(drawn.tokens, context.cache))
                 following.queue()
             (token,) = drawn.read()
             if left:

@@ -1,4 +1,4 @@
-"""Who guesses the next tokens: an earlier place in the text, or a smaller model."""
+"""Draft sources for speculative decoding: prompt lookup, or a smaller model."""
 
 import copy
 import sys
@@ -9,22 +9,23 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation.decoding import Context, Drawing
+from mlx_openelm.generation.decoding import Context, Sampler
 from mlx_openelm.generation.draft_pacing import Pace
 from mlx_openelm.generation.sampling import choose_tokens, distribution
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
-LONGEST = 32  # tokens to a draft
-NGRAMS = (4, 3, 2)  # tokens of the tail that is looked up, the longest one first
+LONGEST = 32  # tokens per draft
+NGRAMS = (4, 3, 2)  # lengths of the tail that is looked up, longest first
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Guessed tokens (k,), k >= 1, and how they were drawn.
+    """Draft tokens (k,), k >= 1.
 
     Attributes:
-        logprobs: of each place, (k, V), float32; None: the guess was certain.
+        logprobs: the distributions that they were drawn from, (k, V), float32; None:
+            they are not sampled, so each has probability 1.
     """
 
     tokens: mx.array
@@ -32,32 +33,32 @@ class Draft:
 
     @property
     def ids(self) -> list[int]:
-        found: list[int] = self.tokens.tolist()  # type: ignore[assignment] # it has an axis
-        return found
+        ids: list[int] = self.tokens.tolist()  # type: ignore[assignment] # not a scalar
+        return ids
 
 
 class Drafter(ABC):
-    """Guesses what a text goes on with.
+    """Drafts the next tokens of a text.
 
     Attributes:
-        length: tokens to a draft, at most.
-        is_free: a guess costs nothing, so it may be made to be compared only.
-        context_length: tokens of a text behind which it guesses nothing.
-        pace: whether it pays.
-        drafted, accepted: tokens that were guessed and verified; that were right.
-        equal_ties: in 16 bits, verified tokens whose logit another token shared: plain
-            decoding may have chosen that one.
-        note: why it does not guess, if something forbids it.
+        length: maximum number of tokens per draft.
+        is_free: a draft costs no time, so it may be made only to measure its accuracy.
+        context_length: length of a text beyond which it drafts nothing.
+        pace: chooses the draft length.
+        drafted, accepted: numbers of verified and of accepted draft tokens.
+        equal_ties: in 16 bits, verified tokens whose logit equals another token's:
+            plain decoding may have chosen that one.
+        note: why it cannot draft, or empty.
     """
 
     is_free: bool
     context_length = sys.maxsize
 
     def __init__(self, length: int, flag: str) -> None:
-        """Guess up to `length` tokens at once.
+        """Draft up to `length` tokens at once.
 
         Raises:
-            OpenELMError: that is none or too many.
+            OpenELMError: `length` is not 1 to 32.
         """
         if type(length) is not int or not 1 <= length <= LONGEST:
             raise OpenELMError(f"{flag} is {length}; it must be 1 to {LONGEST}.")
@@ -68,54 +69,54 @@ class Drafter(ABC):
 
     @abstractmethod
     def begin(self, prompt: Sequence[int]) -> None:
-        """Read the prompt of a text."""
+        """Start a text with this prompt."""
 
     @abstractmethod
     def propose(
-        self, text: Sequence[int], count: int, drawing: Drawing
+        self, text: Sequence[int], count: int, sampler: Sampler
     ) -> Draft | None:
-        """Guess up to `count` tokens behind the text so far, or None."""
+        """Draft up to `count` tokens to continue the text, or return None."""
 
-    def expect(self, text: Sequence[int]) -> int | None:
-        """Return the next token, if a free guess is at hand."""
+    def peek(self, text: Sequence[int]) -> int | None:
+        """Return the next token if a free draft has one."""
         return None
 
-    def settle(self, draft: Sequence[int]) -> None:  # noqa: B027 - not all have to
-        """Hear what the last draft was, once it has been computed."""
+    def record(self, draft: Sequence[int]) -> None:  # noqa: B027 - optional
+        """Record the ids of the last draft, after its evaluation."""
 
 
 class LookupDrafter(Drafter):
-    """Guesses what followed the last time when the text had the same last tokens."""
+    """Drafts what followed the last earlier occurrence of the text's last tokens."""
 
     is_free = True
 
     def __init__(self, length: int) -> None:
-        """Guess up to `length` tokens at once.
+        """Draft up to `length` tokens at once.
 
         Raises:
-            OpenELMError: that is none or too many.
+            OpenELMError: `length` is not 1 to 32.
         """
         super().__init__(length, "`lookup`")
         self.begin(())
 
     def begin(self, prompt: Sequence[int]) -> None:
-        self._places: dict[tuple[int, ...], int] = {}  # behind each n-gram's last one
+        self._places: dict[tuple[int, ...], int] = {}  # end of each n-gram's last match
         self._read = 0
         self._follows: int | None = None
         self._index(prompt)
 
     def propose(
-        self, text: Sequence[int], count: int, drawing: Drawing
+        self, text: Sequence[int], count: int, sampler: Sampler
     ) -> Draft | None:
         self._index(text)
         if self._follows is None:
             return None
-        # A text that repeats itself is guessed on beyond its end.
+        # A draft that reaches the end of the text repeats from the match.
         period = len(text) - self._follows
-        guesses = [text[self._follows + i % period] for i in range(count)]
-        return Draft(mx.array(guesses))
+        ids = [text[self._follows + i % period] for i in range(count)]
+        return Draft(mx.array(ids))
 
-    def expect(self, text: Sequence[int]) -> int | None:
+    def peek(self, text: Sequence[int]) -> int | None:
         self._index(text)
         return None if self._follows is None else text[self._follows]
 
@@ -134,15 +135,15 @@ class LookupDrafter(Drafter):
 
 
 class ModelDrafter(Drafter):
-    """Lets a smaller model of the same vocabulary write ahead."""
+    """Drafts with a smaller model of the same vocabulary."""
 
     is_free = False
 
     def __init__(self, model: OpenELM, length: int = 4) -> None:
-        """Guess up to `length` tokens at once.
+        """Draft up to `length` tokens at once.
 
         Raises:
-            OpenELMError: that is none or too many.
+            OpenELMError: `length` is not 1 to 32.
         """
         super().__init__(length, "The draft's length")
         self.context_length = model.config.max_context_length
@@ -150,35 +151,35 @@ class ModelDrafter(Drafter):
         self._context = Context(model)
 
     def begin(self, prompt: Sequence[int]) -> None:
-        known = self._context.reuse(prompt)
+        reused = self._context.reuse(prompt)
         if len(prompt) < self.context_length:
-            self._context.read(self._model, prompt[known:])
+            self._context.read(self._model, prompt[reused:])
 
     def propose(
-        self, text: Sequence[int], count: int, drawing: Drawing
+        self, text: Sequence[int], count: int, sampler: Sampler
     ) -> Draft | None:
-        drawing = copy.copy(drawing)  # the draft's history is its own
-        known = self._context.reuse(text)
-        hidden = self._context.read(self._model, text[known:])
+        sampler = copy.copy(sampler)  # the draft has its own history
+        reused = self._context.reuse(text)
+        hidden = self._context.read(self._model, text[reused:])
         tokens: list[mx.array] = []  # (1,) each
         logprobs: list[mx.array] = []  # (1, V) each
         for place in range(count):
             if place:
                 hidden = self._model.transformer(tokens[-1][None], self._context.cache)
-            shaped = drawing.shape(self._model.head(hidden[:, -1]))
-            if drawing.sampling.temp == 0:
-                token = choose_tokens(shaped, drawing.sampling)  # (1,)
+            shaped = sampler.shape(self._model.head(hidden[:, -1]))
+            if sampler.sampling.temp == 0:
+                token = choose_tokens(shaped, sampler.sampling)  # (1,)
             else:
-                logprobs.append(distribution(shaped, drawing.sampling))
+                logprobs.append(distribution(shaped, sampler.sampling))
                 token = mx.random.categorical(logprobs[-1]).astype(mx.int32)
-            drawing.remember(token)
+            sampler.remember(token)
             tokens.append(token)
         return Draft(
             mx.concatenate(tokens), mx.concatenate(logprobs) if logprobs else None
         )
 
-    def settle(self, draft: Sequence[int]) -> None:
-        self._context.tokens += draft[:-1]  # the last one was not read
+    def record(self, draft: Sequence[int]) -> None:
+        self._context.tokens += draft[:-1]  # the last one was not processed
 
 
 def check_draft(
@@ -187,30 +188,30 @@ def check_draft(
     draft_model: OpenELM,
     draft_tokenizer: Tokenizer,
 ) -> None:
-    """Check that a draft model speaks the model's tokens.
+    """Check that a draft model has the model's vocabulary.
 
     Raises:
-        OpenELMError: it has other rows or other pieces.
+        OpenELMError: the size of the vocabulary or a token piece differs.
     """
     rows, draft_rows = model.config.vocab_size, draft_model.config.vocab_size
     if rows != draft_rows:
         raise OpenELMError(
-            f"The draft model has a vocabulary of {draft_rows} rows, the model one of "
-            f"{rows}; say a `draft_model` with the same vocabulary."
+            f"The draft model's vocabulary has {draft_rows} rows, the model's {rows}; "
+            "choose a `draft_model` with the same vocabulary."
         )
     if draft_tokenizer.model_proto == tokenizer.model_proto:
         return
     pieces, drafts = _pieces(tokenizer), _pieces(draft_tokenizer)
     if pieces != drafts:
         if len(pieces) != len(drafts):
-            found = f"{len(drafts)} pieces and not {len(pieces)}"
+            difference = f"{len(drafts)} pieces, not {len(pieces)}"
         else:
             pairs = enumerate(zip(drafts, pieces, strict=True))
             place, (theirs, ours) = next(p for p in pairs if p[1][0] != p[1][1])
-            found = f"{theirs!r} and not {ours!r} as piece {place}"
+            difference = f"piece {place} {theirs!r}, not {ours!r}"
         raise OpenELMError(
-            f"The draft model's tokenizer is another one: it has {found}; "
-            "say a `draft_model` with the same tokenizer."
+            "The draft model's tokenizer differs from the model's: it has "
+            f"{difference}; choose a `draft_model` with the same tokenizer."
         )
 
 

@@ -1,6 +1,6 @@
 """Options of text generation.
 
-Imports neither mlx nor numpy: the command line derives its flags from these classes.
+This module imports neither mlx nor numpy, so that the command line starts fast.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,29 +32,28 @@ def _read_biases(texts: Sequence[str]) -> tuple[tuple[int, float], ...]:
 def _is_bias(pair: Any) -> bool:
     match pair:
         case (int(token), int() | float() as value):
-            # The repetition penalty could take a larger one out of float32.
-            numbers = not isinstance(token, bool) and not isinstance(value, bool)
-            return numbers and token >= 0 and -1e6 <= value <= 1e6
+            # A larger value could overflow float32 once it is penalized.
+            whole = not isinstance(token, bool) and not isinstance(value, bool)
+            return whole and token >= 0 and -1e6 <= value <= 1e6
     return False
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling parameters. `temp` 0 is greedy; a filter is off at 0 or 1.0.
+    """Options of decoding. `temp` 0 is greedy; 0 or 1.0 switches a filter off.
 
     Attributes:
-        max_tokens: maximum number of new tokens; the context length may end it sooner.
-        min_tokens: EOS is not sampled before this many new tokens; a stop text still
-            ends the answer.
+        max_tokens: maximum number of new tokens, also limited by the context length.
+        min_tokens: EOS is not drawn before this many; stop texts still end the answer.
         repetition_penalty: divides positive and multiplies negative logits of tokens
             among the last `repetition_context` (prompt included).
         no_repeat_ngram: no sequence of this many tokens occurs twice in prompt and
-            answer. EOS is exempt, and nothing is banned where all tokens would be.
+            answer. EOS is exempt; where every token would be banned, none is.
         logit_bias: (token id, value added to its logit); -100 bans and 100 forces.
         stop: texts that end the answer; they are not part of it.
-        stop_loops: ends the answer when its tail is a block of 1 to 64 tokens repeated
-            this many times, and is 16 tokens long or more; 0 is off.
-        logprobs: number of most likely tokens to return with each sampled one, with
+        stop_loops: ends an answer whose tail repeats one block of 1 to 64 tokens this
+            many times and is at least 16 tokens long; 0 is off.
+        logprobs: number of likeliest tokens that are reported with each drawn one, with
             their log-probabilities; 0 is off.
         seed: None leaves MLX's random state unchanged.
     """
@@ -147,39 +146,38 @@ class Sampling:
             )
         if not all(isinstance(text, str) and text for text in self.stop):
             raise OpenELMError(
-                "`stop` is empty or not a text; give a text that ends the answer."
+                "`stop` is empty or not a string; pass a text that ends the answer."
             )
 
     @classmethod
     def from_defaults(
         cls, defaults: Mapping[str, Any], given: Mapping[str, Any] | None = None
     ) -> Self:
-        """Merge a model's generation_config.json with the given options.
+        """Merge the given options with a model's generation_config.json.
 
         Args:
-            defaults: Hugging Face's names: temperature, top_p, top_k, min_p,
+            defaults: by Hugging Face's names: temperature, top_p, top_k, min_p,
                 repetition_penalty, no_repeat_ngram_size, max_new_tokens and
-                min_new_tokens; the first four are unused while do_sample is false.
-            given: options by field name; None means "not given".
+                min_new_tokens; the first four only apply if do_sample is true.
+            given: values by attribute name, which take precedence; None: not given.
         """
         sampled = defaults.get("do_sample") is True
-        merged: dict[str, Any] = {}
+        config: dict[str, Any] = {}
         for ours, theirs in _HUGGING_FACE.items():
             value = defaults.get(theirs)
             if value is not None and (sampled or ours not in _ONLY_SAMPLED):
-                merged[ours] = value
+                config[ours] = value
         if sampled:
-            merged.setdefault("temp", 1.0)
-        options = {k: v for k, v in (given or {}).items() if v is not None}
-        known = {f.name for f in fields(cls)}
-        assert options.keys() <= known, options
+            config.setdefault("temp", 1.0)
+        changes = {k: v for k, v in (given or {}).items() if v is not None}
+        assert changes.keys() <= {f.name for f in fields(cls)}, changes
         try:
-            base = cls(**merged)
+            base = cls(**config)
         except OpenELMError as error:
             raise OpenELMError(
                 f"The model's generation_config.json: {error}"
             ) from error
-        return replace(base, **options)
+        return replace(base, **changes)
 
 
 _HUGGING_FACE = {
@@ -218,7 +216,7 @@ class CacheOptions:
 
 @dataclass(frozen=True, slots=True)
 class DraftOptions:
-    """Draft source of speculative decoding; it is off while both are None."""
+    """Draft sources of speculative decoding; None: not used."""
 
     lookup: int | None = option(
         None,

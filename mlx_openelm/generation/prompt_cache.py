@@ -1,9 +1,8 @@
-"""A file that keeps a prompt as the model has read it, for the next time.
+"""Prompt cache: a file that stores a processed prompt, to skip its prefill later.
 
-A safetensors file of the prompt's token ids and of every layer's keys and values, with
-what it is good for in its metadata: the model with its adapter, the template, the form
-of the cache. What the next prompt has in common with it, from the first token on, is
-not read again.
+It is a safetensors file of the prompt's token ids and every layer's keys and values.
+Its metadata hold what it is valid for: the model with its adapter, the template and the
+format of the KV cache. The common prefix with the next prompt is not processed again.
 """
 
 import contextlib
@@ -24,22 +23,22 @@ from mlx_openelm.generation.decoding import Context
 from mlx_openelm.model.fingerprint import fingerprint_arrays, fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.model_folder import FLOATS
-from mlx_openelm.storage.staging import held, replaced_file
+from mlx_openelm.storage.staging import lock_target, replaced_file
 
-_FORMAT = 1  # another one where keys or values would come out otherwise
+_FORMAT = 1  # to be raised when the computed keys or values change
 _KEY = "mlx_openelm_prompt"
 _BEGINNING = b'{"__metadata__":{'  # of a safetensors header that MLX writes
-_BEGINNING_BYTES = 1024  # that hold our key, too
+_BEGINNING_BYTES = 1024  # enough to contain `_KEY`
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What a kept prompt is good for.
+    """What a stored prompt is valid for.
 
     Attributes:
-        model: the fingerprint of its weights, with its adapter.
-        template: the name of the prompt template.
-        cache: the form in which keys and values are kept.
+        model: fingerprint of the weights, including the adapter.
+        template: name of the prompt template.
+        cache: format of the KV cache.
     """
 
     model: str
@@ -49,10 +48,10 @@ class Binding:
 
 
 class PromptCache:
-    """An open file; see `open_prompt_cache`.
+    """An open prompt cache; see `open_prompt_cache`.
 
     Attributes:
-        context: what the file holds, or nothing; to be given to `stream`.
+        context: the stored prompt, or empty; to be passed to `stream`.
     """
 
     def __init__(
@@ -67,18 +66,18 @@ class PromptCache:
         self._stored = list(context.tokens)
         self._writing: Future[None] | None = None
 
-    def keep(self, prompt: Sequence[int]) -> None:
-        """Begin to write a prompt that the context begins with, if the file lacks it.
+    def store(self, prompt: Sequence[int]) -> None:
+        """Start to write a prompt that the context begins with, unless it is stored.
 
-        Best called when the first token is out: the disk works while others are drawn.
+        Call it after the first token, so that writing overlaps with decoding.
         """
         prompt = list(prompt)
         count = len(prompt)
         if self._stored[:count] == prompt or self._writing is not None:
             return
         if self.context.tokens[:count] != prompt:
-            raise ValueError("the context has not read this prompt")
-        # Copies, for the context goes on.
+            raise ValueError("the context does not begin with this prompt")
+        # Copies, because the context is modified while they are written.
         tensors = {
             f"layers.{i}.{j}": mx.contiguous(part[..., :count, :])
             for i, layer in enumerate(self.context.cache)
@@ -86,15 +85,15 @@ class PromptCache:
         }
         tensors["tokens"] = mx.array(prompt, dtype=mx.uint32)
         mx.eval(tensors)
-        said = asdict(self._binding) | {"content": fingerprint_arrays(tensors)}
-        self._writing = self._executor.submit(_write, self._path, tensors, said)
+        metadata = asdict(self._binding) | {"content": fingerprint_arrays(tensors)}
+        self._writing = self._executor.submit(_write, self._path, tensors, metadata)
 
     def wait(self) -> None:
-        """Wait until what was kept is on the disk.
+        """Wait until the prompt is written.
 
         Raises:
             OpenELMError: another process is writing the file.
-            OSError: the disk refuses; the file is as it was.
+            OSError: writing failed; the file is unchanged.
         """
         if self._writing is not None:
             self._writing.result()
@@ -108,30 +107,30 @@ def open_prompt_cache(
     on_note: Callable[[str], None] = lambda note: None,
     make_cache: Callable[[], ModelCache] = KVCache,
 ) -> Iterator[PromptCache]:
-    """Open a prompt cache; it is made where there is none.
+    """Open a prompt cache, or create it.
 
     Args:
-        on_note: is told why what the file holds is not used, or why it was not written.
-        make_cache: of one layer; see `cache_maker`.
+        on_note: receives the reason why the file is not used or not written.
+        make_cache: constructor of a layer's cache; see `cache_maker`.
 
     Raises:
-        OpenELMError: there is something else at `path`, it cannot be written, or the
-            cache slides.
+        OpenELMError: `path` is another kind of file or cannot be written, or the cache
+            slides.
     """
     path = Path(os.path.realpath(path))
     if isinstance(make_cache(), SlidingKVCache):
         raise OpenELMError(
-            "`prompt_cache` keeps every token of the prompt, and `max_kv_size` throws "
-            "some away; leave one of them out."
+            "`prompt_cache` stores every token of the prompt, but `max_kv_size` drops "
+            "some; leave out one of them."
         )
-    _check_place(path)
+    _check_path(path)
     binding = Binding(fingerprint_model(model), template, describe_cache(make_cache()))
     context = Context(model, make_cache)
-    if path.exists() and path.stat().st_size > 0:  # an empty one is nobody's work
+    if path.exists() and path.stat().st_size > 0:
         try:
             tokens, layers = _read(path, binding, model, make_cache)
-        except _Useless as useless:
-            on_note(f"{path} {useless}; the prompt is read anew.")
+        except _UnusableFile as reason:
+            on_note(f"{path} {reason}; the prompt is processed again.")
         else:
             for cache, parts in zip(context.cache, layers, strict=True):
                 cache.append(*parts)
@@ -144,28 +143,29 @@ def open_prompt_cache(
             try:
                 opened.wait()
             except OpenELMError as error:
-                on_note(f"The prompt was not kept. {error}")
+                on_note(f"The prompt was not stored. {error}")
             except (OSError, RuntimeError) as error:
-                on_note(f"The prompt was not kept: {_describe(error)}.")
+                on_note(f"The prompt was not stored: {_describe(error)}.")
 
 
 # Reading -------------------------------------------------------------------------
 
 
-class _Useless(Exception):
-    """Says what is wrong with a file of ours, or with what we want of it."""
+class _UnusableFile(Exception):
+    """Why a prompt cache is not used: it is damaged, or not valid for this prompt."""
 
 
-def _check_place(path: Path) -> None:
-    """Raise OpenELMError where a prompt cache cannot be written, or must not."""
+def _check_path(path: Path) -> None:
+    """Raise OpenELMError if a prompt cache cannot or must not be written there."""
+    choose = "choose another file for `prompt_cache`"
     if not path.parent.is_dir():
-        raise OpenELMError(f"{path.parent} is no folder; make it, or say another file.")
+        raise OpenELMError(f"{path.parent} is not a folder; create it, or {choose}.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OpenELMError(f"{path.parent} cannot be written to; say another file.")
+        raise OpenELMError(f"{path.parent} is not writable; {choose}.")
     if not os.path.lexists(path):
         return
     if not path.is_file():
-        raise OpenELMError(f"{path} is no file; say another place for `prompt_cache`.")
+        raise OpenELMError(f"{path} is not a regular file; {choose}.")
     try:
         with path.open("rb") as opened:
             beginning = opened.read(_BEGINNING_BYTES)
@@ -174,53 +174,54 @@ def _check_place(path: Path) -> None:
     ours = beginning[8:].startswith(_BEGINNING) and _KEY.encode() in beginning
     if beginning and not ours:
         raise OpenELMError(
-            f"{path} is no prompt cache, and `prompt_cache` would replace it; say "
-            "another file, or remove it yourself."
+            f"{path} is not a prompt cache, and it would be replaced; {choose}."
         )
 
 
 def _read(
     path: Path, binding: Binding, model: OpenELM, make_cache: Callable[[], ModelCache]
 ) -> tuple[list[int], list[list[mx.array]]]:
-    """Return the tokens that the file holds, and each layer's keys and values.
+    """Return the stored tokens and each layer's keys and values.
 
     Raises:
-        _Useless: it is damaged, or kept for something else.
+        _UnusableFile: it is damaged, or not valid for this binding.
     """
     try:
         arrays, metadata = _load(path)
-        said = json.loads(metadata[_KEY])
-        content, format = said["content"], said["format"]
+        stored = json.loads(metadata[_KEY])
+        content, format = stored["content"], stored["format"]
     except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-        raise _Useless("is damaged") from error
+        raise _UnusableFile("is damaged") from error
     if format != _FORMAT:
-        raise _Useless("was kept by another version of mlx-openelm")
-    if said.get("model") != binding.model:
-        raise _Useless("was kept for another model or adapter")
+        raise _UnusableFile("was written by another version of mlx-openelm")
+    if stored.get("model") != binding.model:
+        raise _UnusableFile("was written for another model or adapter")
     for what in ("template", "cache"):
-        theirs, ours = said.get(what), getattr(binding, what)
+        theirs, ours = stored.get(what), getattr(binding, what)
         if theirs != ours:
-            raise _Useless(f"was kept with the {what} {theirs!a:.80}, not {ours!a}")
+            raise _UnusableFile(
+                f"was written for the {what} {theirs!a:.80}, not {ours!a}"
+            )
     tokens = _take_tokens(arrays, model)
     layers = _take_layers(arrays, len(tokens), model, make_cache)
     if not tokens or not layers or fingerprint_arrays(arrays) != content:
-        raise _Useless("is damaged")
+        raise _UnusableFile("is damaged")
     return tokens, layers
 
 
 def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    # Both from one opening, for another process may replace the file.
-    return mx.load(  # type: ignore[return-value] # not of this format
+    # Both in one call, because another process may replace the file.
+    return mx.load(  # type: ignore[return-value] # always a pair for this format
         str(path), format="safetensors", return_metadata=True
     )
 
 
 def _take_tokens(arrays: Mapping[str, mx.array], model: OpenELM) -> list[int]:
-    """Return the token ids, or none if some are no ids of the model."""
+    """Return the token ids, or none if one is not an id of the model."""
     tokens = arrays.get("tokens")
     if tokens is None or tokens.dtype != mx.uint32 or tokens.ndim != 1:
         return []
-    ids: list[int] = tokens.tolist()  # type: ignore[assignment] # it has an axis
+    ids: list[int] = tokens.tolist()  # type: ignore[assignment] # not a scalar
     return ids if max(ids, default=0) < model.config.vocab_size else []
 
 
@@ -230,10 +231,10 @@ def _take_layers(
     model: OpenELM,
     make_cache: Callable[[], ModelCache],
 ) -> list[list[mx.array]]:
-    """Return each layer's keys and values, or none if a tensor is not as it should."""
+    """Return each layer's keys and values, or none if a tensor does not fit."""
     layers, H = [], model.config.head_dim
     for i, K in enumerate(model.config.num_kv_heads):
-        like = make_cache()  # with one token, which is never computed
+        like = make_cache()  # with one token, for shapes and dtypes; never evaluated
         like.update_and_fetch(*[mx.zeros((1, K, 1, H))] * 2)
         parts = []
         for j, expected in enumerate(like.state):
@@ -251,11 +252,11 @@ def _take_layers(
 
 
 def _write(
-    path: Path, tensors: dict[str, mx.array], said: Mapping[str, str | int]
+    path: Path, tensors: dict[str, mx.array], binding: Mapping[str, str | int]
 ) -> None:
-    """Replace the file, in one step; only its owner may read what a person wrote."""
-    metadata = {"format": "mlx", _KEY: json.dumps(said)}
-    with held(path), replaced_file(path) as part:
+    """Replace the file atomically; only its owner may read it."""
+    metadata = {"format": "mlx", _KEY: json.dumps(binding)}
+    with lock_target(path), replaced_file(path) as part:
         part.unlink(missing_ok=True)
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as opened:
@@ -265,5 +266,5 @@ def _write(
 def _describe(error: OSError | RuntimeError) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full"
-    said = error.strerror if isinstance(error, OSError) else None
-    return said or str(error).rstrip(".")
+    reason = error.strerror if isinstance(error, OSError) else None
+    return reason or str(error).rstrip(".")

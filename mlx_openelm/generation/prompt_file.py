@@ -1,4 +1,4 @@
-"""Files of prompts: JSON records or plain lines, kept with what is wrong with them."""
+"""Files of prompts: JSON records or plain lines; invalid ones keep their problem."""
 
 import io
 import sys
@@ -32,11 +32,11 @@ class Prompt:
     """One record or line of a file.
 
     Attributes:
-        number: of its line, in an array of the record; from 1.
+        number: of the line, or of the element of an array; from 1.
         place: its line, in an array with the column: "17" or "17:3".
-        content: a text, or the turns of a conversation, whose last one is the user's.
-        id: what the record calls itself, or None.
-        problem: why it is no prompt; empty where it is one.
+        content: a text, or the turns of a conversation that ends with the user's.
+        id: the record's "id", or None.
+        problem: why it is not a prompt; empty for a valid one.
     """
 
     number: int
@@ -58,12 +58,12 @@ class Prompts:
 def read_prompts(path: str | Path) -> Prompts:
     """Read a file, or "-" for stdin: JSON lines, a JSON array, or one prompt a line.
 
-    The name decides (.jsonl, .json, .ndjson; .txt; each also with .gz). Where it does
-    not, it is JSON if it begins with "{", with an array of objects or texts, or with a
-    line that is a JSON string. A record is a string, or an object with "prompt" (a
-    text) or "messages" (a list of role and content, the last one a user's), and perhaps
-    an "id" (a text or a whole number). Blank lines are skipped. What is wrong with a
-    record is kept as its `problem`.
+    The suffix gives the format (.jsonl, .json, .ndjson; .txt; each also with .gz). With
+    another suffix it is JSON if it begins with "{", with an array of objects or texts,
+    or with a line that is a JSON string. A record is a string, or an object with
+    "prompt" (a string) or "messages" (objects with role and content, ending with a
+    user's), and optionally "id" (a string or an integer). Blank lines are skipped. An
+    invalid record gets a `problem`.
 
     Raises:
         OpenELMError: the file cannot be read, or holds no prompts.
@@ -71,7 +71,7 @@ def read_prompts(path: str | Path) -> Prompts:
     from_stdin = str(path) == STDIN
     name = "stdin" if from_stdin else str(path)
     if from_stdin and sys.stdin is None:
-        raise OpenELMError("stdin is closed; say a file of prompts.")
+        raise OpenELMError("stdin is closed; pass a file of prompts.")
     try:
         data = sys.stdin.buffer.read() if from_stdin else _read_bytes(Path(path))
     except READ_ERRORS as error:
@@ -115,7 +115,7 @@ def _read_line(number: int, line: bytes) -> Prompt:
         return Prompt(number, str(number), line.decode())
     except UnicodeDecodeError as error:
         at = f"the byte 0x{line[error.start]:02x}, number {error.start + 1}"
-        problem = f"This line is no UTF-8 ({at}); save it as UTF-8."
+        problem = f"This line is not valid UTF-8 ({at}); save the file as UTF-8."
         return Prompt(number, str(number), problem=problem)
 
 
@@ -134,14 +134,14 @@ def _read_json(data: bytes, format: str) -> Iterator[Prompt]:
 
 
 def _read_record(prompt: Prompt, value: Any) -> Prompt:
-    """Return the prompt with what its record holds, or with the record's problem."""
+    """Return the prompt with the content or the problem of its record."""
     own = None
     try:
         if isinstance(value, str):
             value = {"prompt": value}
         if not isinstance(value, dict):
             raise OpenELMError(
-                f"The record is {describe_type(value)}; it must be an object or a text."
+                f"The record is {describe_type(value)}; it must be an object or string."
             )
         own = _check_id(value.get("id"))
         return replace(prompt, content=_read_object(value), id=own)
@@ -152,7 +152,7 @@ def _read_record(prompt: Prompt, value: Any) -> Prompt:
 def _check_id(value: Any) -> str | int | None:
     if isinstance(value, bool) or not isinstance(value, str | int | None):
         raise OpenELMError(
-            f"The id is {describe_type(value)}; it must be a text or a whole number."
+            f"The id is {describe_type(value)}; it must be a string or an integer."
         )
     problem = describe_text_problem(value) if isinstance(value, str) else ""
     if problem:
@@ -163,12 +163,12 @@ def _check_id(value: Any) -> str | int | None:
 def _read_object(value: Mapping[str, Any]) -> str | tuple[Turn, ...]:
     text, messages = value.get("prompt"), value.get("messages")
     if text is not None and messages is not None:
-        raise OpenELMError("There are a prompt and messages; give one of them.")
+        raise OpenELMError('The record has "prompt" and "messages"; give one of them.')
     if messages is not None:
         return _read_messages(messages)
     if text is None:
-        has = ", ".join(map(repr, sorted(value)[:10])) or "nothing"
-        raise OpenELMError(f"There is no prompt and no messages, but {has}.")
+        keys = ", ".join(map(repr, sorted(value)[:10])) or "no keys"
+        raise OpenELMError(f'The record needs "prompt" or "messages"; it has {keys}.')
     problem = describe_text_problem(text) or ("" if text.strip() else "is empty")
     if problem:
         raise OpenELMError(f"The prompt {problem}.")

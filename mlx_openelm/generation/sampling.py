@@ -1,9 +1,9 @@
-"""Logits become the next token.
+"""Sampling: draw the next token from logits.
 
-The filters follow the papers that brought them (top-p: Holtzman et al., 1904.09751;
-min-p: Nguyen et al., 2407.01082; repetition penalty: Keskar et al., 1909.05858), in
-mlx-lm's order: penalties, top-p, min-p, top-k, temperature. All functions take the
-logits (R, V) of many rows, in any float type, and read nothing back to the host.
+The filters follow their papers (top-p: Holtzman et al., 1904.09751; min-p: Nguyen et
+al., 2407.01082; repetition penalty: Keskar et al., 1909.05858), in mlx-lm's order:
+penalties, top-p, min-p, top-k, temperature. All functions take the logits (R, V) of R
+rows, in any float type, and read nothing back to the host.
 """
 
 import math
@@ -13,11 +13,11 @@ import mlx.core as mx
 from mlx_openelm.generation import penalties
 from mlx_openelm.generation.options import Sampling
 
-_SMALLEST = 1e-6  # what is smaller may be 0 in float32: nothing would be left to draw
+_SMALLEST = 1e-6  # a smaller value may be 0 in float32, which would leave no token
 
 
 def history_length(sampling: Sampling, context_length: int) -> int:
-    """Return how many of the last tokens `shape_logits` has to see; mostly 0."""
+    """Return how many of the last tokens `shape_logits` needs; 0 by default."""
     if sampling.no_repeat_ngram:
         return context_length
     if sampling.repetition_penalty != 1.0:
@@ -36,12 +36,12 @@ def shape_logits(
     """Apply bias, min_tokens, repetition penalty and no_repeat_ngram, in this order.
 
     Args:
-        history: (R, L), int32: the last tokens of prompt and answer, the newest at the
-            right, -1 where there is none; L is `history_length` or more.
-        written: new tokens so far, for all rows or (R,).
+        history: last tokens of prompt and answer, int32 (R, L), the newest at the
+            right, padded with -1; L is `history_length` or more.
+        written: number of new tokens so far, one for all rows or (R,).
 
     Returns:
-        (R, V) in float32; the very same array where nothing is asked.
+        (R, V) in float32; the same array if no control is set.
     """
     may_be_early = isinstance(written, mx.array) or written < sampling.min_tokens
     early = sampling.min_tokens > 0 and may_be_early
@@ -52,7 +52,7 @@ def shape_logits(
     if sampling.logit_bias:
         logits = penalties.add_bias(logits, sampling.logit_bias)
     if early:
-        least = min(sampling.min_tokens, 2**31 - 1)  # what an int32 holds
+        least = min(sampling.min_tokens, 2**31 - 1)  # int32
         logits = penalties.forbid_end(logits, written, least, eos_id)
     if penalized:
         length = min(sampling.repetition_context, history.shape[1])
@@ -75,7 +75,7 @@ def choose_tokens(logits: mx.array, sampling: Sampling) -> mx.array:
 
 
 def distribution(logits: mx.array, sampling: Sampling) -> mx.array:
-    """Return the log-probabilities (R, V), float32, that `choose_tokens` draws by."""
+    """Return the log-probabilities (R, V), float32, that `choose_tokens` draws from."""
     if sampling.temp == 0:
         chosen = mx.argmax(logits, axis=-1, keepdims=True)
         return mx.where(mx.arange(logits.shape[-1]) == chosen, 0.0, -mx.inf)
@@ -84,48 +84,48 @@ def distribution(logits: mx.array, sampling: Sampling) -> mx.array:
 
 
 def temper(logits: mx.array, sampling: Sampling) -> mx.array:
-    """Return the logits (R, V), float32, of what is drawn: filtered, over `temp`."""
+    """Return filtered logits divided by the temperature, float32 (R, V)."""
     return keep_likely(logits, sampling) / max(sampling.temp, _SMALLEST)
 
 
 def keep_likely(logits: mx.array, sampling: Sampling) -> mx.array:
-    """Set to -inf what top-p, min-p and top-k leave out; float32 (R, V).
+    """Set the logits that top-p, min-p and top-k remove to -inf; float32 (R, V).
 
-    Each filter keeps what is no smaller than a floor, so their order does not matter;
-    of equal logits it keeps all or none.
+    Each filter is a threshold on the logit, so their order does not matter; equal
+    logits are all kept or all removed.
     """
     logits = logits.astype(mx.float32)
-    floors = []
+    thresholds = []
     likeliest = logits
     if 0 < sampling.top_k < logits.shape[-1]:
         likeliest = mx.topk(logits, sampling.top_k, axis=-1)  # in no order
-        floors.append(likeliest.min(axis=-1, keepdims=True))
+        thresholds.append(likeliest.min(axis=-1, keepdims=True))
     if 0 < sampling.top_p < 1:
-        # With top-k, only its few are sorted: a full sort is what costs most here.
+        # With top-k, only its tokens are sorted: a full sort dominates the time here.
         falling = -mx.sort(-likeliest, axis=-1)
         probs = mx.exp(falling - mx.logsumexp(logits, axis=-1, keepdims=True))
         before = mx.cumsum(probs, axis=-1) - probs  # mass of the likelier tokens
         kept = before < max(sampling.top_p, _SMALLEST)
-        floors.append(mx.where(kept, falling, mx.inf).min(axis=-1, keepdims=True))
+        thresholds.append(mx.where(kept, falling, mx.inf).min(axis=-1, keepdims=True))
     if sampling.min_p > 0:
-        floors.append(logits.max(axis=-1, keepdims=True) + math.log(sampling.min_p))
-    for floor in floors:
-        logits = mx.where(logits < floor, -mx.inf, logits)
+        thresholds.append(logits.max(axis=-1, keepdims=True) + math.log(sampling.min_p))
+    for threshold in thresholds:
+        logits = mx.where(logits < threshold, -mx.inf, logits)
     return logits
 
 
 def top_logprobs(
     logits: mx.array, tokens: mx.array, count: int
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return what the model itself gives the drawn tokens, and the likeliest ones.
+    """Return the model's log-probabilities of the drawn and the likeliest tokens.
 
     Args:
-        logits: (R, V), as the model gave them.
-        tokens: (R,), the drawn ones.
+        logits: the model's own logits, (R, V).
+        tokens: the drawn tokens, (R,).
 
     Returns:
-        The tokens' log-probabilities (R,), the ids of the `count` likeliest (R, count),
-        the likeliest first, and theirs (R, count).
+        The tokens' log-probabilities (R,), and the ids and log-probabilities of the
+        `count` likeliest tokens, likeliest first, (R, count) each.
     """
     logits = logits.astype(mx.float32)
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

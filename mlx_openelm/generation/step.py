@@ -1,8 +1,8 @@
-"""One more token through the model: the step that decoding repeats.
+"""The decode step: one token through the model.
 
-On a GPU its graph is built once and run again for every token, which spares the host
-the work of building it. On the CPU mx.compile would call the C++ compiler, for seconds,
-and gained little there (benchmarks/decoding.py), so the graph is built anew.
+On a GPU its graph is compiled once and reused for every token, which saves the host the
+work of building it. On the CPU mx.compile runs the C++ compiler for seconds and gains
+little (benchmarks/decoding.py), so each step builds its graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,18 +14,17 @@ from mlx_openelm.generation.cache import KVCache, ModelCache
 from mlx_openelm.model.kernels import use_decoding_threads
 from mlx_openelm.model.openelm import OpenELM
 
-# Takes a token (1,) and the caches, which get its keys and values; returns logits
-# (1, V).
+# Takes a token (1,) and the caches, to which it adds; returns logits (1, V).
 Step = Callable[[mx.array, Sequence[ModelCache]], mx.array]
 
 
 def choose_step(model: OpenELM) -> Step:
-    """Return the step that is meant for this machine's device."""
+    """Return the faster step on this device."""
     return compiled_step(model) if runs_on_gpu() else plain_step(model)
 
 
 def plain_step(model: OpenELM) -> Step:
-    """Return a step whose graph grows with the text."""
+    """Return a step that attends to the tokens in the cache."""
 
     def step(token: mx.array, cache: Sequence[ModelCache]) -> mx.array:
         use_decoding_threads(model.config)
@@ -35,10 +34,10 @@ def plain_step(model: OpenELM) -> Step:
 
 
 def compiled_step(model: OpenELM) -> Step:
-    """Return a step that attends to all slots of a cache, so that no shape changes.
+    """Return a step that attends to all slots of a cache, so that its shapes are fixed.
 
-    It is compiled once for every 256 tokens of room. Caches of another kind than
-    `KVCache` go through the plain step.
+    It is compiled once for every 256 tokens of capacity. With other caches than
+    `KVCache` it is the plain step.
     """
 
     @mx.compile
@@ -46,7 +45,7 @@ def compiled_step(model: OpenELM) -> Step:
         token: mx.array, offset: mx.array, *slots: mx.array
     ) -> tuple[mx.array, ...]:
         cache = [
-            _LentSlots(keys, values, offset)
+            _FixedSlots(keys, values, offset)
             for keys, values in zip(slots[::2], slots[1::2], strict=True)
         ]
         logits = model.head(model.transformer(token[None], cache)[:, -1])
@@ -60,20 +59,20 @@ def compiled_step(model: OpenELM) -> Step:
         if len(layers) < len(cache):
             return plain(token, cache)
         offset = mx.array([layers[0].offset])
-        slots = [array for layer in layers for array in layer.lend_slots()]
+        slots = [array for layer in layers for array in layer.reserve_slot()]
         logits, *slots = forward(token, offset, *slots)
         for layer, keys, values in zip(layers, slots[::2], slots[1::2], strict=True):
-            layer.take_back(keys, values)
+            layer.set_slots(keys, values)
         return logits
 
     return step
 
 
-class _LentSlots:
-    """One layer's slots for keys and values, (1, K, S, H), of which some are in use.
+class _FixedSlots:
+    """One layer's slots for keys and values, (1, K, S, H).
 
     Attributes:
-        offset: how many, (1,).
+        offset: number of slots in use, (1,).
     """
 
     def __init__(self, keys: mx.array, values: mx.array, offset: mx.array) -> None:
@@ -82,7 +81,7 @@ class _LentSlots:
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """Put a token's keys and values (1, K, 1, H) behind the others; return all."""
+        """Add a token's keys and values (1, K, 1, H); return all slots."""
         self.keys = mx.slice_update(self.keys, keys, self.offset, axes=(2,))
         self.values = mx.slice_update(self.values, values, self.offset, axes=(2,))
         return self.keys, self.values
@@ -90,5 +89,5 @@ class _LentSlots:
     def make_mask(
         self, num_tokens: int, return_array: bool, window_size: int | None
     ) -> mx.array:
-        """Return which slots the token sees, (1, 1, 1, S)."""
+        """Return the mask of the token, (1, 1, 1, S)."""
         return (mx.arange(self.keys.shape[2]) <= self.offset)[None, None, None]

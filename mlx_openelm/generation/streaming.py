@@ -1,4 +1,4 @@
-"""A prompt becomes a stream of text."""
+"""Generate text from a prompt, as a stream or as a whole."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -21,19 +21,19 @@ from mlx_openelm.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A bit of the answer, and the figures so far.
+    """A piece of the answer, and the statistics so far.
 
     Attributes:
-        text: what has become certain since the last piece; may be empty.
+        text: text that is final since the last piece; may be empty.
         token: the token that was drawn, EOS included.
-        finish_reason: None, but in the last piece: "stop" (EOS or a stop text), "loop"
-            (`Sampling.stop_loops`) or "length" (max_tokens or the context length).
+        finish_reason: None, except in the last piece: "stop" (EOS or a stop text),
+            "loop" (`Sampling.stop_loops`) or "length" (max_tokens or the context).
         logprob, top_logprobs: see `decoding.Token`.
-        cached_tokens: prompt tokens that the context held already.
-        prompt_tps: other prompt tokens per second, up to the first token.
+        cached_tokens: prompt tokens that the context already held.
+        prompt_tps: other prompt tokens per second, up to the first new token.
         generation_tps: tokens per second after the first one.
         peak_memory_bytes: MLX's peak of active memory since the stream began.
-        drafted_tokens, accepted_tokens: tokens guessed by the drafter; right ones.
+        drafted_tokens, accepted_tokens: numbers of verified and accepted draft tokens.
     """
 
     text: str
@@ -66,14 +66,14 @@ def stream(
     """Continue a prompt, token by token.
 
     Args:
-        prompt: a text, which gets the template and one BOS; ids are taken as they are.
-        context: tokens that the model has read; those that the prompt begins with are
-            not read again. In the end it holds prompt and answer.
-        drafter: guesses tokens, which the model verifies many at a time; the answer is
-            the same, or of the same distribution where it is sampled.
+        prompt: a text, which gets the template and one BOS; ids are used unchanged.
+        context: its common prefix with the prompt is not processed again; afterwards it
+            holds prompt and answer.
+        drafter: draft source for speculative decoding, which leaves a greedy answer and
+            the distribution of a sampled one unchanged.
 
     Raises:
-        OpenELMError: the prompt is empty or leaves no room in the model's context.
+        OpenELMError: the prompt is empty or fills the model's context.
     """
     sampling = sampling or Sampling()
     ids = prepare_prompt(tokenizer, prompt, template=template, system=system)
@@ -132,7 +132,7 @@ def prepare_prompt(
     """
     if not isinstance(prompt, str):
         return list(prompt)
-    # What a raw prompt ends in was typed by a person, and stays.
+    # The end of a raw prompt was typed by the user and stays unchanged.
     chosen = tokenizer.template if template == "auto" else template
     as_trained = chosen not in (None, "raw")
     return encode_prompt(
@@ -168,21 +168,21 @@ def generate(
 def check_room(
     ids: Sequence[int], model: OpenELM, sampling: Sampling, *, slides: bool = False
 ) -> int:
-    """Return how many tokens may be written.
+    """Check a prompt; return the maximum number of new tokens.
 
     Args:
-        slides: the cache forgets old tokens, so a text may be longer than the context.
+        slides: the cache drops old tokens, so a text may be longer than the context.
 
     Raises:
-        OpenELMError: the prompt is empty, too long, or holds ids that there are not.
+        OpenELMError: the prompt is empty, too long, or holds ids out of range.
     """
     context, rows = model.config.max_context_length, model.config.vocab_size
     if not ids:
         raise OpenELMError("The prompt is empty; it needs at least one token.")
     if not all(isinstance(i, Integral) and 0 <= i < rows for i in ids):
         raise OpenELMError(
-            "The prompt holds what is no token id: they are whole numbers from 0 to "
-            f"{rows - 1}, the model's rows."
+            "The prompt holds an invalid token id; ids are whole numbers from 0 to "
+            f"{rows - 1}."
         )
     check_bias(sampling.logit_bias, rows)
     if slides:

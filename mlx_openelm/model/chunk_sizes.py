@@ -1,9 +1,9 @@
-"""How much of a large intermediate result exists at a time."""
+"""Chunk sizes that limit the memory of logits and attention scores."""
 
-LOGIT_ROWS = 512  # positions whose logits exist at a time: 65 MB for 32000 pieces
-QUERIES = 256  # queries whose attention scores exist at a time on the CPU
+LOGIT_ROWS = 512  # positions per chunk of logits: 65 MB at 32000 pieces
+QUERIES = 256  # queries per chunk of attention scores on the CPU
 
 
 def training_logit_rows(vocab_size: int) -> int:
-    """Return how many positions' logits exist at a time in training: about 16 MB."""
+    """Return the positions per chunk of logits in training: about 16 MB."""
     return max(LOGIT_ROWS * 8000 // vocab_size, 64)

@@ -1,9 +1,8 @@
-"""What tells one model's weights from another's, at the speed of memory.
+"""Fingerprints of weights, which detect other weights and damage, not forgery.
 
-Every bit of every weight counts: the columns and the rows of each tensor are summed
-up as whole numbers and the sums are hashed. That takes as long as reading the memory
-twice (0.2 s for a gigabyte on the Linux CPU); hashing all would take four times as
-long. It finds other weights and damage; it is no guard against forgery.
+The bits of each tensor are read as integers, summed over columns and over rows, and the
+sums are hashed. This takes as long as reading the memory twice (0.2 s per GB on the
+Linux CPU), a quarter of the time of hashing every byte.
 """
 
 import hashlib
@@ -21,33 +20,33 @@ _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}  # by bytes
 
 
 def fingerprint_model(model: OpenELM) -> str:
-    """Return a fingerprint of a model as it computes: its adapter and dtype count."""
+    """Return a fingerprint of a model, including its adapter and dtype."""
     scales = {
         path: module.scale
         for path, module in model.named_modules()
         if isinstance(module, LoRALinear | LoRAEmbedding)
     }
-    said = json.dumps([repr(model.config), scales])
-    return fingerprint_arrays(dict(tree_flatten(model.parameters())), said)
+    description = json.dumps([repr(model.config), scales])
+    return fingerprint_arrays(dict(tree_flatten(model.parameters())), description)
 
 
-def fingerprint_arrays(arrays: Mapping[str, mx.array], said: str = "") -> str:
-    """Return a fingerprint of arrays, their names, and of what is said of them."""
+def fingerprint_arrays(arrays: Mapping[str, mx.array], description: str = "") -> str:
+    """Return a fingerprint of arrays, their names and a description."""
     names = sorted(arrays)
-    sums = [_sum_up(arrays[name]) for name in names]
+    sums = [_sum_bits(arrays[name]) for name in names]
     mx.eval(sums)
-    digest = hashlib.sha256(said.encode())
-    for name, total in zip(names, sums, strict=True):
+    digest = hashlib.sha256(description.encode())
+    for name, (columns, rows) in zip(names, sums, strict=True):
         array = arrays[name]
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        for part in total:
-            digest.update(np.array(part).tobytes())
+        digest.update(np.array(columns).tobytes())
+        digest.update(np.array(rows).tobytes())
     return digest.hexdigest()
 
 
-def _sum_up(array: mx.array) -> tuple[mx.array, mx.array]:
-    """Return the sums of the columns and, since rows may change places, of the rows."""
+def _sum_bits(array: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the sums of the columns and, to detect swapped rows, of the rows."""
     width = max(1, array.shape[-1]) if array.ndim else 1
     bits = array.reshape(array.size // width, width).view(_UNSIGNED[array.dtype.size])
-    numbers = bits.astype(mx.uint32)
-    return numbers.sum(axis=0), numbers.sum(axis=1)
+    integers = bits.astype(mx.uint32)
+    return integers.sum(axis=0), integers.sum(axis=1)

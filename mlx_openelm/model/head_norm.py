@@ -1,4 +1,4 @@
-"""RMSNorm of all query and key heads in one call."""
+"""RMSNorm of all query and key heads in one call. Letters as in `openelm`."""
 
 import operator
 
@@ -9,11 +9,11 @@ from mlx_openelm.model.kernels import normalize
 
 
 class HeadNorm:
-    """Normalises query and key heads together, each with its own norm's weight.
+    """Normalises query and key heads together, each with the weight of its own norm.
 
-    The weights of both norms are joined into a row for each head. Decoding, where each
-    operation of a step counts, reuses the joined rows while the norms have the same
-    weights; a longer input, or training, joins them again.
+    The two weights (H,) are joined into one row per head, (Q + K, H). Decoding, where
+    every operation costs time, reuses the joined rows until a weight is replaced.
+    Longer inputs and training join them again.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class HeadNorm:
         *,
         cached: bool,
     ) -> mx.array:
-        """Return the normalised heads (B, T, heads, H) of x, query heads first.
+        """Return the normalised heads of x (B, T, Q + K, H), query heads first.
 
         Args:
             cached: whether the tokens follow those of a cache, as in decoding.
@@ -37,7 +37,7 @@ class HeadNorm:
         T, heads = x.shape[1:3]
         decoding = cached and T == 1
         weights = q_norm.weight, k_norm.weight
-        joined = self._joined if decoding and self._are_of(weights) else None
+        joined = self._joined if decoding and self._is_joined(weights) else None
         if joined is None:
             counts = num_query_heads, heads - num_query_heads
             rows = zip(weights, counts, strict=True)
@@ -46,7 +46,7 @@ class HeadNorm:
                 self._weights, self._joined = weights, joined
         return normalize(x, joined, q_norm.eps)
 
-    def _are_of(self, weights: tuple[mx.array, mx.array]) -> bool:
+    def _is_joined(self, weights: tuple[mx.array, mx.array]) -> bool:
         return self._weights is not None and all(
             map(operator.is_, self._weights, weights)
         )

@@ -1,11 +1,12 @@
 """RMSNorm, RoPE, SwiGLU, attention and softmax as MLX's fused operations.
 
-This is what a Mac runs. On the Linux CPU, where MLX has no fused kernels, each function
-delegates to `cpu_kernels`, which is imported there alone. Letters:
+On the Linux CPU, where MLX has no fused kernels, each function delegates to
+`cpu_kernels`, which is imported only there. Letters:
 
-    B  sequences          Q  query heads             T  queries of each sequence
-    H  head_dim           K  key-value heads         S  keys of each sequence
+    B  sequences          Q  query heads             T  queries per sequence
+    H  head_dim           K  key-value heads         S  keys per sequence
     D  model_dim          F  FFN width               V  rows of the output head
+    M  positions to score
 """
 
 import sys
@@ -34,18 +35,17 @@ def normalize(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x, None, eps) * weight
 
 
-# RoPE (Su et al., 2104.09864): rotates queries or keys (B, T, heads, H) to their
-# positions and returns them as (B, heads, T, H).
+# RoPE (Su et al., 2104.09864) at fixed positions: (B, T, heads, H) -> (B, heads, T, H)
 Rotation = Callable[[mx.array], mx.array]
 
 
 def rotation_after(
     offset: int | mx.array, num_tokens: int, H: int, base: float, dtype: mx.Dtype
 ) -> Rotation:
-    """Return the rotation of `num_tokens` tokens that follow `offset` others.
+    """Return the rotation of `num_tokens` tokens that start at position `offset`.
 
     Args:
-        offset: of all sequences, or of each one, (B,).
+        offset: one for all sequences, or one per sequence, (B,).
     """
     if not runs_on_linux_cpu() or dtype != mx.float32:
         return partial(_rotate_fused, H=H, base=base, offset=offset)
@@ -55,7 +55,7 @@ def rotation_after(
 
 
 def rotation_at(positions: mx.array, H: int, base: float) -> Rotation:
-    """Return the rotation of tokens at any positions, (T,) or (B, T)."""
+    """Return the rotation of tokens at the given positions, (T,) or (B, T)."""
     if runs_on_linux_cpu() and positions.size <= cpu.FEW_TOKENS:
         return partial(
             cpu.rotate_by_matrix, matrix=cpu.rotation_matrix(positions, H, base)
@@ -79,7 +79,7 @@ def _rotate_pairs(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """Return silu(gate) * up, all of one shape (B, T, F)."""
+    """Return silu(gate) * up, all of shape (B, T, F)."""
     if runs_on_linux_cpu():
         return cpu.swiglu(gate, up)
     return _compiled_swiglu(gate, up) if runs_on_gpu() else _swiglu(gate, up)
@@ -98,7 +98,8 @@ def attend(
     """Return softmax(queries keys^T / sqrt(H)) values, (B, Q, T, H).
 
     Args:
-        queries: (B, Q, T, H); keys and values are (B, K, S, H), shared by Q / K heads.
+        queries: (B, Q, T, H).
+        keys: (B, K, S, H), as the values; Q / K query heads share each of them.
         mask: "causal" (the last query attends to all keys), None, or a bool array that
             is true where a query attends to a key.
     """
@@ -132,6 +133,6 @@ def softmax_parts(
 
 
 def use_decoding_threads(config: OpenELMConfig) -> None:
-    """Limit the CPU's threads to as many as pay for a step of a few tokens."""
+    """Limit the CPU's threads to the number that is fastest in decoding."""
     if runs_on_linux_cpu():
         cpu.use_decoding_threads(config)

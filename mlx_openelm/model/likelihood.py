@@ -1,4 +1,4 @@
-"""Log-likelihoods and the loss, in chunks: the full logits never exist."""
+"""Log-likelihoods and the loss, in chunks, so that the full logits are never stored."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,20 +11,21 @@ from mlx_openelm.model.openelm import OpenELM
 def log_likelihoods(
     model: OpenELM, inputs: mx.array, targets: mx.array, *, chunk: int = LOGIT_ROWS
 ) -> mx.array:
-    """Return log p(target | inputs so far), float32 (B, T), in nats.
+    """Return log p(target | inputs up to its position), float32 (B, T), in nats.
 
     Args:
-        inputs: token ids (B, T); the target of each stands at its place in `targets`.
+        inputs: token ids (B, T).
+        targets: the token after each input, (B, T).
         chunk: positions scored at a time.
     """
     hidden = model.transformer(inputs)  # (B, T, D)
     B, T, D = hidden.shape
-    rows, wanted = hidden.reshape(B * T, D), targets.reshape(B * T)
+    rows, flat_targets = hidden.reshape(B * T, D), targets.reshape(B * T)
     parts = []
     for start in range(0, B * T, chunk):
         logits = model.head(rows[start : start + chunk]).astype(mx.float32)
-        part = -nn.losses.cross_entropy(logits, wanted[start : start + chunk])
-        mx.eval(part)  # so that this chunk's logits are gone before the next ones come
+        part = -nn.losses.cross_entropy(logits, flat_targets[start : start + chunk])
+        mx.eval(part)  # frees this chunk's logits before the next chunk
         parts.append(part)
     return mx.concatenate(parts).reshape(B, T)
 
@@ -37,17 +38,17 @@ def token_losses(
     z_loss: float = 0.0,
     gradient: bool = True,
 ) -> mx.array:
-    """Return each position's loss, float32 (M,), in nats; it can be differentiated.
+    """Return each position's loss, float32 (M,), in nats; differentiable.
 
-    The loss is -log p(target) + z_loss * log(Z)^2, Z the sum of exp(logit), as in
-    OpenELM's pre-training. The logits, in float32, exist for one chunk at a time: the
-    gradient is computed with the loss, and a chunk waits for the one before.
+    The loss is -log p(target) + z_loss * log(Z)^2, with Z the sum of exp(logit), as in
+    OpenELM's pre-training. The float32 logits of only one chunk exist at a time: the
+    gradient is computed with the loss, and each chunk depends on the one before.
 
     Args:
-        rows: normed hidden states (M, D) of the positions that count.
+        rows: normalised hidden states (M, D) of the positions with a loss.
         head: the output head (V, D).
-        targets: (M,), the token that stands next.
-        gradient: off, nothing is computed for it.
+        targets: the next token of each position, (M,).
+        gradient: whether the gradient is needed.
     """
     chunk = training_logit_rows(head.shape[0])
     starts = range(0, rows.shape[0], chunk)
@@ -55,23 +56,23 @@ def token_losses(
     rows, head = rows.astype(mx.float32), head.astype(mx.float32)
 
     @mx.custom_function
-    def losses(rows: mx.array, head: mx.array) -> tuple[mx.array, mx.array]:
-        found, pulls = list[mx.array](), list[mx.array]()
+    def compute_losses(rows: mx.array, head: mx.array) -> tuple[mx.array, mx.array]:
+        losses, row_gradients = list[mx.array](), list[mx.array]()
         for part in parts:
-            own = rows[part]
-            if found:  # a chunk waits for the one before
-                own = mx.depends(own, (pulls if gradient else found)[-1])
-            powers, total, log_total = softmax_parts(own, head)
-            wanted = head[targets[part]]
-            loss = log_total - (own * wanted).sum(axis=-1)
-            found.append(loss + z_loss * mx.square(log_total))
+            hidden = rows[part]  # (m, D)
+            if losses:  # computes the chunks one after another
+                hidden = mx.depends(hidden, (row_gradients if gradient else losses)[-1])
+            powers, total, log_z = softmax_parts(hidden, head)
+            target_rows = head[targets[part]]  # (m, D)
+            loss = log_z - (hidden * target_rows).sum(axis=-1)
+            losses.append(loss + z_loss * mx.square(log_z))
             if gradient:
-                # What the softmax expects of the head, less the target's row
-                expected = (powers @ head) / total
-                pulls.append((1 + 2 * z_loss * log_total)[:, None] * expected - wanted)
-        return mx.concatenate(found), mx.concatenate(pulls or found)
+                expected = (powers @ head) / total  # the softmax's mean row of the head
+                factor = (1 + 2 * z_loss * log_z)[:, None]
+                row_gradients.append(factor * expected - target_rows)
+        return mx.concatenate(losses), mx.concatenate(row_gradients or losses)
 
-    @losses.vjp
+    @compute_losses.vjp
     def losses_vjp(
         primals: tuple[mx.array, mx.array],
         cotangents: tuple[mx.array, mx.array],
@@ -79,14 +80,13 @@ def token_losses(
     ) -> tuple[mx.array, mx.array]:
         rows, head = primals
         weights = cotangents[0][:, None]  # (M, 1)
-        # The head's own gradient, if it is trained: lazily, so else it costs nothing.
-        for_head = mx.zeros_like(head)
+        d_head = mx.zeros_like(head)  # lazy: not computed unless the head is trained
         for part in parts:
-            own = mx.depends(rows[part], for_head)
-            powers, total, log_total = softmax_parts(own, head)
-            pull = weights[part] * (1 + 2 * z_loss * log_total)[:, None] / total
-            for_head = for_head + powers.T @ (pull * own)
-        return weights * outputs[1], for_head.at[targets].add(-weights * rows)
+            hidden = mx.depends(rows[part], d_head)
+            powers, total, log_z = softmax_parts(hidden, head)
+            factor = weights[part] * (1 + 2 * z_loss * log_z)[:, None] / total
+            d_head = d_head + powers.T @ (factor * hidden)  # (V, D)
+        return weights * outputs[1], d_head.at[targets].add(-weights * rows)
 
-    found: mx.array = losses(rows, head)[0]  # type: ignore[index] # untyped
-    return found
+    losses: mx.array = compute_losses(rows, head)[0]  # type: ignore[index] # untyped
+    return losses

@@ -1,7 +1,10 @@
 """LoRA and DoRA layers, with mlx-lm's tensors and names.
 
 LoRA: Hu et al., arXiv 2106.09685; DoRA: Liu et al., arXiv 2402.09353. `scale` is the
-multiplier itself, not alpha / rank. Letters: I inputs, O outputs, R rank, V rows.
+multiplier itself (PEFT's alpha / rank). Letters:
+
+    I  inputs of the linear      R  rank             V  rows of the embedding
+    O  outputs of the linear     D  model_dim
 """
 
 import mlx.core as mx
@@ -12,9 +15,7 @@ class LoRALinear(nn.Module):
     """y = linear(x) + scale * dropout(x) A B, with A (I, R) and B (R, O).
 
     Attributes:
-        dropout: the share of x that the adapter does not see in training.
-        key: of the random numbers of this step's dropout; without one there is none.
-            It is given, not drawn, so that computing a block again drops the same.
+        dropout: the rate of dropout on the adapter's input in training.
     """
 
     def __init__(
@@ -32,17 +33,21 @@ class LoRALinear(nn.Module):
         self._key: mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        out: mx.array = self._add_update(self.linear(x), self._drop(x)).astype(x.dtype)
+        dropped = self._apply_dropout(x)
+        out: mx.array = self._add_update(self.linear(x), dropped).astype(x.dtype)
         return out
 
     def use_key(self, key: mx.array | None) -> None:
-        """Set, or take away, the key of the random numbers of dropout."""
+        """Set the random key of dropout; None disables it.
+
+        The key is passed in so that gradient checkpointing recomputes the same dropout.
+        """
         self._key = key
 
-    def _add_update(self, to: mx.array, x: mx.array) -> mx.array:
-        return mx.addmm(to, x @ self.lora_a, self.lora_b, alpha=self.scale)  # (..., O)
+    def _add_update(self, out: mx.array, x: mx.array) -> mx.array:
+        return mx.addmm(out, x @ self.lora_a, self.lora_b, alpha=self.scale)  # (..., O)
 
-    def _drop(self, x: mx.array) -> mx.array:
+    def _apply_dropout(self, x: mx.array) -> mx.array:
         if self._key is None or self.dropout == 0:
             return x
         kept = mx.random.bernoulli(1 - self.dropout, x.shape, self._key)
@@ -50,11 +55,11 @@ class LoRALinear(nn.Module):
 
 
 class DoRALinear(LoRALinear):
-    """The same, each output rescaled so that its row of the sum has length m (O,).
+    """LoRA whose adapted weight is rescaled row by row to the length m (O,).
 
-    The length of the row is taken as a constant in the gradient (section 4.3 of the
-    paper). With dropout, what the rescaling adds to linear(x) sees dropout(x), too, as
-    in Apple's training.
+    The gradient treats the row lengths as constants (section 4.3 of the paper). With
+    dropout, y = linear(x) + DoRA(dropout(x)) - linear(dropout(x)), as in Apple's
+    training.
     """
 
     def __init__(
@@ -68,39 +73,45 @@ class DoRALinear(LoRALinear):
     ) -> None:
         super().__init__(linear, lora_a, lora_b, scale, dropout)
         self.m = m
-        self._squares = mx.square(row_lengths(linear))  # (O,), of the base
-        self._fixed: mx.array | None = None
+        self._base_squares = mx.square(row_lengths(linear))  # (O,)
+        self._fixed_factor: mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        factor = (self._factor() if self._fixed is None else self._fixed).astype(
-            x.dtype
-        )
-        seen = self._drop(x)
-        adapted = self._add_update(self.linear(seen), seen).astype(x.dtype) * factor
-        return adapted if seen is x else self.linear(x) - self.linear(seen) + adapted
+        fixed = self._fixed_factor
+        factor = (self._compute_factor() if fixed is None else fixed).astype(x.dtype)
+        dropped = self._apply_dropout(x)
+        adapted = self._add_update(self.linear(dropped), dropped).astype(x.dtype)
+        adapted = adapted * factor
+        if dropped is not x:
+            adapted = self.linear(x) - self.linear(dropped) + adapted
+        return adapted
 
     def fix_lengths(self) -> None:
-        """Compute the rows' lengths once, for weights that no longer change."""
-        self._fixed = self._factor()
+        """Compute the row lengths once, for weights that no longer change."""
+        self._fixed_factor = self._compute_factor()
 
-    def _factor(self) -> mx.array:
-        """Return m / |W + scale (A B)^T| by row, (O,).
+    def _compute_factor(self) -> mx.array:
+        """Return m / |W + scale (A B)^T| of each row, (O,).
 
-        |w + b|^2 = |w|^2 + 2 w.b + |b|^2, so that the sum (O, I) is never made.
+        With |w + b|^2 = |w|^2 + 2 w.b + |b|^2 the sum (O, I) is never stored.
         """
-        of_linear = self.linear(self.lora_a.T.astype(_dtype(self.linear)))  # (R, O)
-        crossed = (of_linear.astype(mx.float32) * self.lora_b).sum(axis=0)
-        grown = (self.lora_a.T @ self.lora_a) @ self.lora_b  # (R, O)
+        projected = self.linear(self.lora_a.T.astype(_dtype(self.linear)))  # (R, O)
+        products = (projected.astype(mx.float32) * self.lora_b).sum(axis=0)  # w.b
+        update = (self.lora_a.T @ self.lora_a) @ self.lora_b  # (R, O)
+        update_squares = (update * self.lora_b).sum(axis=0)  # |b|^2
         squares = (
-            self._squares
-            + (2 * self.scale) * crossed
-            + self.scale**2 * (grown * self.lora_b).sum(axis=0)
+            self._base_squares
+            + (2 * self.scale) * products
+            + self.scale**2 * update_squares
         )
         return self.m / mx.stop_gradient(mx.sqrt(squares))
 
 
 class LoRAEmbedding(nn.Module):
-    """Rows E + scale * A B, with A (V, R) and B (R, D); also when read backwards."""
+    """Embedding with rows E + scale * A B, with A (V, R) and B (R, D).
+
+    `as_linear` is the tied output head, which has the same update.
+    """
 
     def __init__(
         self, embedding: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float
@@ -121,7 +132,7 @@ class LoRAEmbedding(nn.Module):
 
 
 def adapted_weight(module: nn.Module) -> mx.array:
-    """Return the weight that a linear (O, I) or an embedding (V, D) stands for."""
+    """Return a linear's (O, I) or an embedding's (V, D) weight, with its adapter."""
     if isinstance(module, LoRAEmbedding):
         update = module.scale * (module.lora_a @ module.lora_b)
         return adapted_weight(module.embedding) + update

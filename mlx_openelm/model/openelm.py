@@ -1,18 +1,18 @@
-"""OpenELM in MLX, top to bottom.
+"""OpenELM in MLX (Mehta et al., arXiv 2404.14619).
 
-What makes it OpenELM (Mehta et al., arXiv 2404.14619): layers differ in width, the
-first ones narrow and the last ones wide; queries share keys and values in groups;
-queries and keys are RMS-normalised per head before RoPE; the FFN is a SwiGLU; the
-output head is the tied (transposed) embedding; nothing has a bias. Letters:
+A decoder-only transformer. Compared with Llama: layers differ in width, from narrow at
+the bottom to wide at the top; queries and keys are RMS-normalised per head before RoPE;
+the output head is the tied (transposed) embedding. As in Llama: pre-norm with RMSNorm,
+grouped-query attention, SwiGLU, no biases. Letters:
 
     B  sequences in the batch         D  model_dim
-    T  tokens given to this call      H  head_dim
-    S  tokens attended to, S >= T     Q  query heads of this layer
-    V  rows of the embedding          K  key-value heads of this layer
-                                      F  FFN width of this layer
+    T  new tokens per sequence        H  head_dim
+    S  tokens attended to, S >= T     Q  query heads of the layer
+    V  rows of the embedding          K  key-value heads of the layer
+                                      F  FFN width of the layer
 
-Read with it: `kernels` (the operations), `head_norm`, and `token_layout` (which tokens
-form a sequence). Module names and the calling contract are mlx-lm's, whose caches work.
+See also `kernels` (the operations), `head_norm`, and `token_layout` (which tokens form
+a sequence). Module names and the calling contract are those of mlx-lm.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,112 @@ from mlx_openelm.model.kernels import Rotation, normalize, swiglu
 from mlx_openelm.model.token_layout import Continuation, LayerCache, TokenLayout
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last axis (1910.07467)."""
+class OpenELM(nn.Module):
+    """The language model: tokens in, logits out.
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return normalize(x, self.weight, self.eps)
+    Attributes:
+        config: the sizes of the model.
+    """
+
+    def __init__(self, config: OpenELMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        if not config.share_input_output_layers:
+            self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+
+    def __call__(
+        self, inputs: mx.array, cache: Sequence[LayerCache] | None = None
+    ) -> mx.array:
+        """Return logits (B, T, V) for token ids (B, T).
+
+        Args:
+            cache: one KV cache per layer; receives the new keys and values.
+        """
+        return self.head(self.transformer(inputs, cache))
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Return logits (..., V) for normalised hidden states (..., D)."""
+        if self.config.share_input_output_layers:
+            tied: mx.array = self.transformer.token_embeddings.as_linear(hidden)
+            return tied
+        logits: mx.array = self.lm_head(hidden)
+        return logits
+
+    @property
+    def head_module(self) -> nn.Module:
+        """The module whose weight is the output head: the embedding if tied."""
+        tied = self.config.share_input_output_layers
+        module: nn.Module = self.transformer.token_embeddings if tied else self.lm_head
+        return module
+
+    @property
+    def layers(self) -> "list[Block]":
+        return self.transformer.layers
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm.
+
+    Attributes:
+        checkpointed: gradient checkpointing: training keeps only the input of each
+            block and recomputes the rest, for less memory and a third more work.
+    """
+
+    def __init__(self, config: OpenELMConfig) -> None:
+        super().__init__()
+        self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
+        self.layers = [Block(config, i) for i in range(config.num_transformer_layers)]
+        self.norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+        self.config = config
+        self.checkpointed = False
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: Sequence[LayerCache] | None = None,
+        *,
+        layout: TokenLayout | None = None,
+    ) -> mx.array:
+        """Return normalised hidden states (B, T, D) for token ids (B, T).
+
+        Args:
+            cache: one KV cache per layer; receives the new keys and values.
+            layout: how the tokens form sequences; by default each row continues one
+                sequence of the cache.
+        """
+        layout = layout or Continuation.after(cache, tokens.shape[1])
+        x = self.token_embeddings(tokens)  # (B, T, D)
+        rotate = layout.rotation(
+            self.config.head_dim, self.config.rope_freq_constant, x.dtype
+        )
+        caches = cache if cache is not None else [None] * len(self.layers)
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            block = nn.utils.checkpoint(layer) if self.checkpointed else layer
+            x = block(x, rotate, layout, layer_cache)
+        normed: mx.array = self.norm(x)
+        return normed
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + FFN(norm(x)), with x (B, T, D)."""
+
+    def __init__(self, config: OpenELMConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.ffn = FeedForward(config, layer)
+        self.attn_norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+
+    def __call__(
+        self,
+        x: mx.array,
+        rotate: Rotation,
+        layout: TokenLayout,
+        cache: LayerCache | None = None,
+    ) -> mx.array:
+        x = x + self.attn(self.attn_norm(x), rotate, layout, cache)
+        return x + self.ffn(self.ffn_norm(x))
 
 
 class Attention(nn.Module):
@@ -54,20 +155,22 @@ class Attention(nn.Module):
         layout: TokenLayout,
         cache: LayerCache | None,
     ) -> mx.array:
+        """Return the attention output (B, T, D) for x (B, T, D)."""
         B, T, _ = x.shape
         Q, K, H = self.num_query_heads, self.num_kv_heads, self.head_dim
         qkv = self.qkv_proj(x).reshape(B, T, Q + 2 * K, H)
-        qk, values = mx.split(qkv, [Q + K], axis=2)  # (B, T, heads, H)
+        qk, values = mx.split(qkv, [Q + K], axis=2)  # (B, T, Q + K, H), (B, T, K, H)
         cached = cache is not None
         qk = self._head_norm(qk, self.q_norm, self.k_norm, Q, cached=cached)
-        queries, keys = mx.split(rotate(qk), [Q], axis=1)  # (B, heads, T, H)
+        qk = rotate(qk)  # (B, Q + K, T, H)
+        queries, keys = mx.split(qk, [Q], axis=1)  # (B, Q, T, H), (B, K, T, H)
         values = values.swapaxes(1, 2)  # (B, K, T, H)
         attended = layout.attend(queries, keys, values, cache)  # (B, Q, T, H)
         return self.out_proj(attended.swapaxes(1, 2).reshape(B, T, Q * H))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: proj_2(silu(gate) * up), gate and up stacked in proj_1."""
+    """SwiGLU: proj_2(silu(gate) * up); proj_1 computes gate and up together."""
 
     def __init__(self, config: OpenELMConfig, layer: int) -> None:
         super().__init__()
@@ -77,121 +180,20 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = mx.split(self.proj_1(x), 2, axis=-1)  # each (B, T, F)
-        return self.proj_2(swiglu(gate, up))
+        return self.proj_2(swiglu(gate, up))  # (B, T, D)
 
 
-class Block(nn.Module):
-    """Attention and FFN, each on a normalised copy and added to the residual stream."""
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis (1910.07467)."""
 
-    def __init__(self, config: OpenELMConfig, layer: int) -> None:
-        super().__init__()
-        self.attn = Attention(config, layer)
-        self.ffn = FeedForward(config, layer)
-        self.attn_norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
-        self.ffn_norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
-
-    def __call__(
-        self,
-        x: mx.array,
-        rotate: Rotation,
-        layout: TokenLayout,
-        cache: LayerCache | None = None,
-    ) -> mx.array:
-        x = x + self.attn(self.attn_norm(x), rotate, layout, cache)
-        return x + self.ffn(self.ffn_norm(x))
-
-
-class Transformer(nn.Module):
-    """Embedding, blocks, final norm.
-
-    Attributes:
-        checkpointed: in training, keep only what goes into each block and compute the
-            block again for its gradient: less memory for a third more work.
-    """
-
-    def __init__(self, config: OpenELMConfig) -> None:
-        super().__init__()
-        self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
-        self.layers = [Block(config, i) for i in range(config.num_transformer_layers)]
-        self.norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
-        self.config = config
-        self.checkpointed = False
-
-    def __call__(
-        self,
-        tokens: mx.array,
-        cache: Sequence[LayerCache] | None = None,
-        *,
-        layout: TokenLayout | None = None,
-    ) -> mx.array:
-        """Return normed hidden states (B, T, D) for token ids (B, T).
-
-        Args:
-            cache: one for each layer; the new keys and values are added to it.
-            layout: how the tokens form sequences; by default each row is one sequence
-                that follows what the cache holds.
-        """
-        layout = layout or Continuation.after(cache, tokens.shape[1])
-        x = self.token_embeddings(tokens)  # (B, T, D)
-        rotate = layout.rotation(
-            self.config.head_dim, self.config.rope_freq_constant, x.dtype
-        )
-        caches = cache if cache is not None else [None] * len(self.layers)
-        for layer, layer_cache in zip(self.layers, caches, strict=True):
-            step = nn.utils.checkpoint(layer) if self.checkpointed else layer
-            x = step(x, rotate, layout, layer_cache)
-        normed: mx.array = self.norm(x)
-        return normed
-
-
-class OpenELM(nn.Module):
-    """The language model: tokens in, logits out.
-
-    Attributes:
-        config: its sizes.
-    """
-
-    def __init__(self, config: OpenELMConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.transformer = Transformer(config)
-        if not config.share_input_output_layers:
-            self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
-
-    def __call__(
-        self, inputs: mx.array, cache: Sequence[LayerCache] | None = None
-    ) -> mx.array:
-        """Return logits (B, T, V) for token ids (B, T).
-
-        Args:
-            cache: one for each layer; the new keys and values are added to it.
-        """
-        return self.head(self.transformer(inputs, cache))
-
-    def head(self, hidden: mx.array) -> mx.array:
-        """Return logits (..., V) for normed hidden states (..., D)."""
-        if self.config.share_input_output_layers:
-            tied: mx.array = self.transformer.token_embeddings.as_linear(hidden)
-            return tied
-        logits: mx.array = self.lm_head(hidden)
-        return logits
-
-    @property
-    def head_module(self) -> nn.Module:
-        """The module whose weight is the output head: the embedding, if it is tied."""
-        tied = self.config.share_input_output_layers
-        module: nn.Module = self.transformer.token_embeddings if tied else self.lm_head
-        return module
-
-    @property
-    def layers(self) -> list[Block]:
-        return self.transformer.layers
+    def __call__(self, x: mx.array) -> mx.array:
+        return normalize(x, self.weight, self.eps)
 
 
 def from_start(
     config: OpenELMConfig, num_tokens: int, dtype: mx.Dtype = mx.float32
 ) -> tuple[Rotation, TokenLayout]:
-    """Return what a block needs for the first `num_tokens` tokens of sequences."""
+    """Return the arguments of a block for the first `num_tokens` tokens."""
     layout = Continuation.after(None, num_tokens)
     rotate = layout.rotation(config.head_dim, config.rope_freq_constant, dtype)
     return rotate, layout

@@ -1,4 +1,4 @@
-"""Weights in a few bits and back, as a `Packing` says."""
+"""Quantization and dequantization of one weight, as a `Packing` describes."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from mlx_openelm.model.quantization import Packing
 
 
 def pack_weight(packing: Packing, weight: mx.array) -> dict[str, mx.array]:
-    """Return the packed weight and what decodes it, by the suffix of its name."""
+    """Return the packed weight, its scales and its biases, by name suffix."""
     packed = mx.quantize(
         weight, group_size=packing.group_size, bits=packing.bits, mode=packing.mode
     )
@@ -18,9 +18,9 @@ def pack_weight(packing: Packing, weight: mx.array) -> dict[str, mx.array]:
 def unpack_weight(
     packing: Packing, parts: Mapping[str, mx.array], dtype: mx.Dtype
 ) -> mx.array:
-    """Return the weight (out, in) that the packed parts stand for.
+    """Return the dequantized weight (out, in), rounded once, to `dtype`.
 
-    Rounded once, to `dtype`: mx.dequantize alone computes in the dtype of the scales.
+    mx.dequantize alone would compute in the dtype of the scales.
     """
     scales, biases = parts["scales"], parts.get("biases")
     if biases is not None:

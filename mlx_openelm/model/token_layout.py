@@ -1,4 +1,4 @@
-"""How the tokens of one call form sequences: their positions, and what they attend to.
+"""How the tokens of one call form sequences: positions, attention and cache.
 
 Letters as in `openelm`.
 """
@@ -15,10 +15,10 @@ from mlx_openelm.model.kernels import Rotation, attend, rotation_after, rotation
 
 
 class LayerCache(Protocol):
-    """What the model needs of one layer's cache; mlx-lm's caches have it, too."""
+    """The KV cache of one layer; mlx-lm's caches have this interface, too."""
 
     @property
-    def offset(self) -> int | mx.array: ...  # tokens held: of all, or of each, (B,)
+    def offset(self) -> int | mx.array: ...  # cached tokens, in all or per row (B,)
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
@@ -40,21 +40,22 @@ class TokenLayout(ABC):
         values: mx.array,
         cache: LayerCache | None,
     ) -> mx.array:
-        """Return the attended values (B, Q, T, H).
+        """Return the attention output (B, Q, T, H).
 
         Args:
-            queries: (B, Q, T, H); keys and values are (B, K, T, H).
-            cache: takes the new keys and values, where a layout allows one.
+            queries: (B, Q, T, H).
+            keys: (B, K, T, H), as the values.
+            cache: receives the new keys and values, if the layout supports one.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Continuation(TokenLayout):
-    """Each row of tokens is one sequence, which follows what a cache holds of it.
+    """Each row of tokens continues one sequence of the cache.
 
     Attributes:
         num_tokens: T.
-        offset: tokens held, of all sequences, or of each one, (B,).
+        offset: cached tokens, the same in all sequences or one number each, (B,).
         mask: see `kernels.attend`.
     """
 
@@ -70,7 +71,9 @@ class Continuation(TokenLayout):
         mask: mx.array | str | None = "causal" if num_tokens > 1 else None
         if not cache:
             return cls(num_tokens, 0, mask)
-        if hasattr(cache[0], "make_mask"):  # a sliding window, or rows of their own
+        if hasattr(
+            cache[0], "make_mask"
+        ):  # a sliding window, or rows unequal in length
             mask = cache[0].make_mask(num_tokens, return_array=False, window_size=None)
         return cls(num_tokens, cache[0].offset, mask)
 
@@ -93,7 +96,7 @@ class Continuation(TokenLayout):
 class Sequences(TokenLayout):
     """One row holds sequences of any lengths end to end, without padding.
 
-    No sequence attends to another one.
+    Sequences do not attend to each other.
     """
 
     lengths: tuple[int, ...]

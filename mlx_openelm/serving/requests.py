@@ -91,16 +91,16 @@ def read_json(data: bytes) -> dict[str, Any]:
     """Read a request's body.
 
     Raises:
-        RequestError: it is no JSON object.
+        RequestError: it is not JSON object.
     """
     try:
         body = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise RequestError(
-            f"The request is no JSON: {error}.", code="no_json"
+            f"The request is not JSON: {error}.", code="no_json"
         ) from None
     if not isinstance(body, dict):
-        raise RequestError("The request is no JSON object.", code="no_json")
+        raise RequestError("The request is not JSON object.", code="no_json")
     return body
 
 
@@ -218,7 +218,7 @@ def _read_sampling(body: Mapping[str, Any], served: Served) -> Sampling:
     if stop:
         texts = [stop] if isinstance(stop, str) else stop
         if not isinstance(texts, list) or len(texts) > MOST_STOPS:
-            raise _wrong("stop", f"must be a text, or a list of at most {MOST_STOPS}")
+            raise _wrong("stop", f"must be a string, or a list of at most {MOST_STOPS}")
         if not all(isinstance(text, str) and text for text in texts):
             raise _wrong("stop", "must be texts, and not empty ones")
         sampling = replace(sampling, stop=tuple(texts))
@@ -308,7 +308,7 @@ def _read_prompt(body: Mapping[str, Any], served: Served) -> list[int]:
         except OpenELMError as error:
             raise RequestError(str(error), param="prompt") from None
     if not isinstance(prompt, list):
-        raise _wrong("prompt", "must be a text, or a list of token ids")
+        raise _wrong("prompt", "must be a string, or a list of token ids")
     if not prompt or not all(map(_is_id, prompt)):
         raise _wrong(
             "prompt",

@@ -1,4 +1,4 @@
-"""An adapter folder, as mlx-lm writes it: read and attached to a model, and written."""
+"""Adapter folders in mlx-lm's format: reading, attaching to a model, writing."""
 
 import errno
 import os
@@ -27,15 +27,15 @@ from mlx_openelm.storage.model_folder import (
 from mlx_openelm.storage.shards import write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
-BEST = "best"  # in a training run's folder, the adapter of the least loss
-RECIPE = "recipe.yaml"  # what a training run writes first
+BEST = "best"  # in a training run's folder: the adapter with the lowest loss
+RECIPE = "recipe.yaml"  # the first file that a training run writes
 
 Method = Literal["lora", "dora", "full"]
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder(ConfiguredFolder):
-    """An adapter on disk whose config was read and whose tensors were not."""
+    """An adapter on disk; its config was read, its tensors were not."""
 
     method: Method
 
@@ -45,35 +45,35 @@ class AdapterFolder(ConfiguredFolder):
         return read_base(self.raw, self.path)
 
     def find_base(self, *, offline: bool = False) -> Path:
-        """Return the folder of its base; a Hub id may be downloaded.
+        """Return the folder of its base; a Hub id is downloaded if necessary.
 
         Raises:
-            OpenELMError: it does not say its base, or that is not to be had.
+            OpenELMError: the adapter does not name its base, or it is unavailable.
         """
         if self.base is None:
-            raise OpenELMError(f"{self.path} does not say its base; say `model` BASE.")
+            raise OpenELMError(f"{self.path} names no base; pass `model` BASE.")
         try:
             return find_model(self.base, offline=offline)
         except OpenELMError as error:
             raise OpenELMError(
-                f"The base that {self.path} names is not to be had: "
-                f"{str(error).rstrip('.')}; say `model` BASE."
+                f"The base of {self.path} is not available: "
+                f"{str(error).rstrip('.')}; pass `model` BASE."
             ) from error
 
     def check_base(self, weights: Mapping[str, BaseWeight]) -> tuple[str, ...]:
-        """Compare a base with the sketch of its own, if it has one; see there."""
-        sketch = read_sketch(self.metadata)
-        return check_base(sketch, weights, self.path, self.base) if sketch else ()
+        """Compare a base with the stored fingerprint; see `base_check.check_base`."""
+        stored = read_base_fingerprint(self.metadata)
+        return check_base(stored, weights, self.path, self.base) if stored else ()
 
 
 def open_adapter_folder(path: Path) -> AdapterFolder:
-    """Open an adapter folder of mlx-lm's or ours.
+    """Open an adapter folder of mlx-lm or mlx-openelm.
 
     Raises:
-        OpenELMError: it is none, is PEFT's, or holds no weights yet.
+        OpenELMError: it is not an adapter, is PEFT's, or has no weights yet.
     """
     if (path / RECIPE).is_file():
-        find_weights(path)  # else it says more than that the config is not there
+        find_weights(path)  # its error is more specific than that of a missing config
     if not (path / CONFIG).is_file():
         raise OpenELMError(
             f"{path} holds no {CONFIG}; an adapter folder has {CONFIG} and {WEIGHTS}."
@@ -81,24 +81,24 @@ def open_adapter_folder(path: Path) -> AdapterFolder:
     raw = read_mapping(path / CONFIG)
     if "peft_type" in raw:
         raise OpenELMError(
-            f"{path} is PEFT's; `mlx-openelm convert {path}` makes an adapter of it "
-            "that can be used here."
+            f"{path} is a PEFT adapter; `mlx-openelm convert {path}` converts it to a "
+            "format that can be used here."
         )
     find_weights(path)
     method = raw.get("fine_tune_type", "lora")
     if method not in ("lora", "dora", "full"):
         raise OpenELMError(
-            f"{path / CONFIG} says fine_tune_type {method!a}; expected lora, dora or "
+            f"{path / CONFIG} has fine_tune_type {method!a}; expected lora, dora or "
             "full."
         )
     return AdapterFolder(path, raw, method)
 
 
 def find_weights(path: Path) -> Path:
-    """Return the weight file of an adapter's or a training run's folder.
+    """Return the weight file of an adapter folder or a training run's folder.
 
     Raises:
-        OpenELMError: there is none, or none yet.
+        OpenELMError: there are no weights, or none yet.
     """
     if (path / WEIGHTS).is_file():
         return path / WEIGHTS
@@ -106,20 +106,19 @@ def find_weights(path: Path) -> Path:
     instead = f"use {best}" if (best / WEIGHTS).is_file() else "wait until it has"
     raise OpenELMError(
         f"{path} holds no {WEIGHTS}: its training has not saved yet, or "
-        f"it was not copied whole; {instead}."
+        f"the copy is incomplete; {instead}."
     )
 
 
 def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
-    """Put a LoRA, DoRA or full adapter onto a model, in place.
+    """Attach a LoRA, DoRA or full adapter to a model, in place.
 
     Returns:
-        What a person should know of it: that it was trained on another version of this
-        base, say.
+        Notes for the user, for example that the base is another version.
 
     Raises:
-        OpenELMError: the folder is no adapter, or was made for another model (the
-            tensors that do not fit are named).
+        OpenELMError: the folder is not an adapter, or is one for another model (the
+            tensors that do not match are named).
     """
     adapter = open_adapter_folder(path)
     headers = read_headers([path / WEIGHTS])
@@ -127,12 +126,12 @@ def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
     assert isinstance(arrays, dict)
     if not headers:
         raise OpenELMError(f"{path / WEIGHTS} is empty; use another adapter.")
-    found = {name: tensor.shape for name, tensor in headers.items()}
+    stored = {name: tensor.shape for name, tensor in headers.items()}
     if adapter.method == "full":
         parameters = dict(tree_flatten(model.parameters()))
         shapes = {name: tuple(array.shape) for name, array in parameters.items()}
-        expected = {name: shapes[name] for name in found if name in shapes}
-        check_shapes(expected, found, where=str(path / WEIGHTS))
+        expected = {name: shapes[name] for name in stored if name in shapes}
+        check_shapes(expected, stored, where=str(path / WEIGHTS))
         notes = adapter.check_base(base_weights(model))
         cast = {n: array.astype(parameters[n].dtype) for n, array in arrays.items()}
         model.load_weights(list(cast.items()), strict=False)
@@ -152,7 +151,7 @@ def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
         rank, dora = parts["lora_a"].shape[-1], adapter.method == "dora"
         expected_shapes |= _adapter_shapes(module, module_path, rank, dora)
         wrapped.append((module_path, wrap(module, parts, scale)))
-    check_shapes(expected_shapes, found, where=str(path / WEIGHTS))
+    check_shapes(expected_shapes, stored, where=str(path / WEIGHTS))
     notes = adapter.check_base(base_weights(model))
     model.update_modules(tree_unflatten(wrapped))
     for _, module in wrapped:
@@ -163,27 +162,27 @@ def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
 
 
 def read_base(raw: Mapping[str, Any], path: Path) -> str | None:
-    """Return what the adapter_config.json in `path` calls its base, or None.
+    """Return the base that the adapter_config.json in `path` names, or None.
 
-    A relative path starts in the working directory, as for mlx-lm; what is no folder
-    there, but is one from the adapter's own, is meant from there.
+    A relative path starts in the working directory, as in mlx-lm, or in the adapter's
+    folder if it exists only there.
     """
     name = raw.get("model")
     if not isinstance(name, str) or not name:
         return None
-    inside = os.path.join(path, name)  # os.path, for a name may be no path at all
+    inside = os.path.join(path, name)  # not Path: a Hub id must stay as it was
     return inside if os.path.isdir(inside) and not os.path.isdir(name) else name
 
 
-def read_sketch(metadata: Mapping[str, Any]) -> str | None:
-    """Return the sketch of its base that an adapter's own entry holds, or None."""
+def read_base_fingerprint(metadata: Mapping[str, Any]) -> str | None:
+    """Return the fingerprint of the base in an adapter's metadata, or None."""
     base = metadata.get("base")
-    sketch = base.get("sketch") if isinstance(base, dict) else None
-    return sketch if isinstance(sketch, str) else None
+    fingerprint = base.get("sketch") if isinstance(base, dict) else None
+    return fingerprint if isinstance(fingerprint, str) else None
 
 
 def read_scale(config: Mapping[str, Any], path: Path) -> float:
-    """Return the multiplier of A B that the adapter_config.json in `path` says."""
+    """Return the multiplier of A B in the adapter_config.json in `path`."""
     parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     if not is_number(scale):
@@ -194,18 +193,18 @@ def read_scale(config: Mapping[str, Any], path: Path) -> float:
     return float(scale)
 
 
-def read_dropout(found: Mapping[str, Any], key: str, path: Path) -> float:
-    """Return the dropout that a config at `path` says, 0 where it says none."""
-    value = found.get(key, 0.0)
+def read_dropout(config: Mapping[str, Any], key: str, path: Path) -> float:
+    """Return the dropout rate in the config at `path`; 0 if it has none."""
+    value = config.get(key, 0.0)
     if not is_number(value) or not 0 <= value < 1:
         raise OpenELMError(
-            f"{path} says {key} {value!a:.80}; expected a number from 0 to below 1."
+            f"{path} has {key} {value!a:.80}; expected a number from 0 to below 1."
         )
     return float(value)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a config's value is a number that can be computed with."""
+    """Return whether a config's value is a number below 1e9 in size."""
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
@@ -216,7 +215,7 @@ def is_number(value: object) -> TypeGuard[int | float]:
 def _adapter_shapes(
     module: nn.Module, path: str, rank: int, dora: bool
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes that an adapter of `rank` for this module has, by name."""
+    """Return the tensor shapes of an adapter of `rank` for this module, by name."""
     rows, width = module.weight.shape
     if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
         width = width * 32 // module.bits
@@ -232,7 +231,7 @@ def _adapter_shapes(
 def wrap(
     module: nn.Module, parts: Mapping[str, mx.array], scale: float
 ) -> LoRALinear | LoRAEmbedding:
-    """Return a linear or an embedding with its adapter's lora_a, lora_b and m."""
+    """Return a linear or embedding with its adapter: lora_a, lora_b and, in DoRA, m."""
     lora_a, lora_b = parts["lora_a"], parts["lora_b"]
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
         return LoRAEmbedding(module, lora_a, lora_b, scale)
@@ -246,16 +245,16 @@ def wrap(
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """What mlx-lm's loader must know of an adapter, and what we say besides.
+    """The contents of adapter_config.json: mlx-lm's keys and our metadata.
 
-    Of a full fine-tune `keys`, `rank` and `scale` say nothing, and are not written.
+    A full fine-tune has no `keys`, `rank` and `scale`.
 
     Attributes:
-        keys: the adapted modules, by their path in the model or in a block; the latter
-            are looked for in the last `num_layers` blocks.
+        keys: paths of the adapted modules, in the model or in a block; the latter apply
+            to the last `num_layers` blocks.
         scale: the multiplier of A B.
-        base: the model that it was made for, a folder or a Hub id.
-        metadata: our own entry: "template", "base" {"name", "sketch"}, source, hashes.
+        base: the model that it was trained on, a folder or a Hub id.
+        metadata: our entry: "template", "base" {"name", "sketch"}, source, hashes.
     """
 
     method: Method
@@ -274,33 +273,33 @@ def write_adapter(
     """Write an adapter folder that mlx-lm reads, into an empty folder.
 
     Args:
-        tensors: float32, by mlx-lm's names: `PATH.lora_a`, `PATH.lora_b` and, of DoRA,
-            `PATH.m` of every module in `config.keys`; of a full fine-tune the weights.
+        tensors: float32, by mlx-lm's names: `PATH.lora_a`, `PATH.lora_b` and, for DoRA,
+            `PATH.m` of every module in `config.keys`; for a full fine-tune the weights.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: a file cannot be written.
     """
     write_config(folder, config)
     save_tensors(folder / WEIGHTS, tensors, format="mlx")
 
 
 def write_config(folder: Path, config: AdapterConfig) -> None:
-    """Write an adapter folder's config alone; errors as `write_adapter`."""
-    described: dict[str, Any] = {
+    """Write only the config of an adapter folder; errors as `write_adapter`."""
+    entries: dict[str, Any] = {
         "fine_tune_type": config.method,
         "num_layers": config.num_layers,
         METADATA_KEY: dict(config.metadata),
     }
     if config.method != "full":
-        described["lora_parameters"] = {
+        entries["lora_parameters"] = {
             "keys": list(config.keys),
             "rank": config.rank,
             "scale": config.scale,
             "dropout": config.dropout,
         }
     if config.base:
-        described["model"] = config.base
-    write_json(folder / CONFIG, described)
+        entries["model"] = config.base
+    write_json(folder / CONFIG, entries)
 
 
 def save_tensors(
@@ -310,14 +309,14 @@ def save_tensors(
     format: Literal["mlx", "pt"],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file; `format` is what its readers ask for.
+    """Write a safetensors file; its readers require a `format` in the metadata.
 
     Raises:
-        OSError: the disk refuses, for want of room (ENOSPC) or otherwise.
+        OSError: the file cannot be written; ENOSPC if the disk is full.
     """
     try:
-        said = {"format": format, **(metadata or {})}
-        mx.save_safetensors(str(path), dict(tensors), metadata=said)
+        entries = {"format": format, **(metadata or {})}
+        mx.save_safetensors(str(path), dict(tensors), metadata=entries)
     except RuntimeError as error:
         num_bytes = sum(array.nbytes for array in tensors.values())
         full = shutil.disk_usage(path.parent).free < num_bytes

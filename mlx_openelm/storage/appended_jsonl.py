@@ -1,7 +1,7 @@
-"""A file of JSON lines that is written line by line, and continued after a kill.
+"""A JSON-lines file that is appended to and can be resumed after a kill.
 
-Every line goes to the file at once and as a whole. A kill can tear the last line alone,
-which then has no newline.
+Every line is written unbuffered. A kill can truncate only the last line, which then has
+no newline.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from mlx_openelm.errors import OpenELMError
 
 
 class JsonLinesFile:
-    """A file that is opened for reading and for appending lines."""
+    """A file that is open for reading and for appending lines."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file; it is made where it is not there.
+        """Open the file, creating it if necessary.
 
         Raises:
-            OpenELMError: the disk refuses, as in `cut` and `append`.
+            OpenELMError: the file cannot be written, as in `truncate` and `append`.
         """
         self.path = path
         with explain_write_errors(self.path):
@@ -31,15 +31,15 @@ class JsonLinesFile:
         self._file.close()
 
     def read_lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yield every line, and the size of the file up to its end."""
+        """Yield the offset of the end of each line, and the line."""
         self._file.seek(0)
         end = 0
         for line in self._file:
             end += len(line)
             yield end, line
 
-    def cut(self, size: int) -> None:
-        """Remove what is behind the first `size` bytes."""
+    def truncate(self, size: int) -> None:
+        """Truncate the file to its first `size` bytes."""
         with explain_write_errors(self.path):
             self._file.truncate(size)
 
@@ -52,24 +52,24 @@ class JsonLinesFile:
 
 @contextlib.contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Raise OpenELMError, which names the file, where the disk refuses."""
+    """Turn an OSError into an OpenELMError that names the file."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = f"The disk of {path} is full; make room and repeat"
+            problem = f"The disk of {path} is full; free disk space and repeat"
         else:
-            what = f"Cannot write {path}: {error.strerror or error}"
-        raise OpenELMError(f"{what}. The answers in it stay.") from error
+            problem = f"Cannot write {path}: {error.strerror or error}"
+        raise OpenELMError(f"{problem}. The answers in it are kept.") from error
 
 
 def to_line(value: Any) -> str:
-    """Return a value as its line has it, without the newline."""
+    """Return the line of a value, without the newline."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def parse_line(line: bytes) -> Any:
-    """Return the value of a line; None for what is torn or no JSON."""
+    """Return the value of a line; None if it is truncated or not JSON."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -79,6 +79,6 @@ def parse_line(line: bytes) -> Any:
 
 
 def note_kept_answers(error: BaseException | None, count: int) -> None:
-    """Add to an interruption that the answers so far are kept."""
+    """Add a note to an interruption: the answers so far are kept."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
-        error.add_note(f"The same command goes on from {count} answers.")
+        error.add_note(f"The same command resumes from {count} answers.")

@@ -1,12 +1,12 @@
-"""A sketch of a base model, by which an adapter knows its own base again.
+"""Fingerprint of the base weights, stored with an adapter to detect a wrong base.
 
-Some 256 weights stand for all: of every linear and of the embedding a few elements,
-evenly spread over the diagonal, in units of their rows' root mean square, so that small
-tensors count like large ones. Distances (relative L2), measured on the demo model:
+About 256 weights: a few elements of every linear and of the embedding, evenly spaced
+along the diagonal and divided by the root mean square of their rows, so that small and
+large tensors count the same. Relative L2 distances, measured on the demo model:
 
     another dtype     float16 0.0003, bfloat16 0.002
-    packed            8 bits 0.006, 4 bits 0.1, 3 bits 0.2, 2 bits 0.4
-    another model     1.4, as of any two random directions
+    quantized         8 bits 0.006, 4 bits 0.1, 3 bits 0.2, 2 bits 0.4
+    another model     1.4, as between any two random vectors of equal length
 """
 
 import base64
@@ -26,8 +26,8 @@ from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing
 
 NUM_ELEMENTS = 256  # in all
-SAME = 1e-3  # up to this nothing but float16's rounding, of the sketch or the weights
-OTHER = 0.9  # above this another model: halfway from 2 bits to random
+SAME = 1e-3  # at most: float16 rounding of the fingerprint or the weights
+OTHER = 0.9  # above: another model; halfway between 2 bits and random
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,75 +35,76 @@ class BaseWeight:
     """A weight (rows, width) of a linear or an embedding.
 
     Attributes:
-        read_rows: row numbers (K,) -> the rows (K, width), unpacked, in float32.
+        read_rows: row numbers (K,) -> dequantized rows (K, width), float32.
     """
 
     shape: tuple[int, int]
     read_rows: Callable[[mx.array], mx.array]
 
 
-def sketch_base(model: nn.Module) -> str:
-    """Return the sketch of a model's base, its adapters left out, as text."""
-    return base64.b64encode(_sketch(base_weights(model)).tobytes()).decode()
+def fingerprint_base(model: nn.Module) -> str:
+    """Return the fingerprint of a model's base, without adapters, as base64."""
+    return base64.b64encode(_sample(base_weights(model)).tobytes()).decode()
 
 
 def base_weights(model: nn.Module) -> dict[str, BaseWeight]:
-    """Return what a model's base is known by, by module path.
+    """Return the weights of a model's base, by module path.
 
-    An adapter's layer holds its base as `linear` or `embedding`; that makes the path
-    longer and leaves the order of paths as it is.
+    In an adapted layer the base is the submodule `linear` or `embedding`. This makes
+    its path longer but does not change the order of paths.
     """
-    found = {}
+    weights = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            found[path] = _packed_weight(module)
+            weights[path] = _packed_weight(module)
         elif isinstance(module, nn.Linear | nn.Embedding):
-            found[path] = _plain_weight(module.weight)
-    return found
+            weights[path] = _plain_weight(module.weight)
+    return weights
 
 
-def sketch_distance(sketch: str, weights: Mapping[str, BaseWeight]) -> float:
-    """Return how far a base is from a sketch: 0 for the same one, about 1.4 for others.
+def fingerprint_distance(fingerprint: str, weights: Mapping[str, BaseWeight]) -> float:
+    """Return the relative distance of a base: 0 if the same, about 1.4 if unrelated.
 
     Raises:
-        ValueError: this is no sketch.
+        ValueError: the fingerprint is damaged.
     """
     try:
-        known = np.frombuffer(base64.b64decode(sketch, validate=True), "<f2")
+        decoded = np.frombuffer(base64.b64decode(fingerprint, validate=True), "<f2")
     except binascii.Error as error:
-        raise ValueError(f"no base64: {error}") from error
-    known, found = known.astype(np.float64), _sketch(weights).astype(np.float64)
-    length = float(np.linalg.norm(known))
+        raise ValueError(f"not base64: {error}") from error
+    stored, actual = decoded.astype(np.float64), _sample(weights).astype(np.float64)
+    length = float(np.linalg.norm(stored))
     if not np.isfinite(length) or length == 0:
-        raise ValueError("no direction")
-    if known.shape != found.shape:
+        raise ValueError("zero, infinite or NaN")
+    if stored.shape != actual.shape:
         return float("inf")
-    return float(np.linalg.norm(found - known)) / length
+    return float(np.linalg.norm(actual - stored)) / length
 
 
 def check_base(
-    sketch: str, weights: Mapping[str, BaseWeight], adapter: Path, base: str | None
+    fingerprint: str, weights: Mapping[str, BaseWeight], adapter: Path, base: str | None
 ) -> tuple[str, ...]:
     """Compare a base with the one that an adapter was trained on.
 
     Args:
-        sketch: of that one; `base` is its name, where the adapter says it.
+        fingerprint: the fingerprint of the adapter's base.
+        base: the name of that base, if the adapter has it.
 
     Returns:
-        What a person should know: nothing, where it is the same.
+        Notes for the user; empty if the bases are the same.
 
     Raises:
-        OpenELMError: it is another model, or the sketch is damaged.
+        OpenELMError: it is another model, or the fingerprint is damaged.
     """
     named = f", {base}" if base else ""
     try:
-        distance = sketch_distance(sketch, weights)
+        distance = fingerprint_distance(fingerprint, weights)
     except ValueError as error:
         raise OpenELMError(
-            f"The sketch of its base that {adapter} holds is damaged ({error}); copy "
-            "the adapter again from where it was trained."
+            f"The base fingerprint in {adapter} is damaged ({error}); copy the adapter "
+            "again from where it was trained."
         ) from error
-    if not distance <= OTHER:  # NaN is no base either
+    if not distance <= OTHER:  # NaN counts as another model
         raise OpenELMError(
             f"The adapter {adapter} was trained on another base than this one (their "
             f"weights differ by {distance:.0%}); give its own base{named}."
@@ -116,20 +117,20 @@ def check_base(
     )
 
 
-def _sketch(weights: Mapping[str, BaseWeight]) -> npt.NDArray[np.float16]:
-    """Return the sketch (N * K,) of N weights, module by module in order of path."""
+def _sample(weights: Mapping[str, BaseWeight]) -> npt.NDArray[np.float16]:
+    """Return K elements of each of N weights, (N * K,), in order of module path."""
     count = max(1, round(NUM_ELEMENTS / len(weights)))
     parts = [np.array(_elements(weights[path], count)) for path in sorted(weights)]
     return np.concatenate(parts).astype("<f2")
 
 
 def _elements(weight: BaseWeight, count: int) -> mx.array:
-    """Return `count` elements of a weight's diagonal, in units of their rows' size."""
+    """Return K elements of a weight's diagonal over the RMS of their rows, (K,)."""
     rows, width = weight.shape
-    rows = min(rows, LLAMA_PIECES)  # behind these an embedding has padding or nothing
+    rows = min(rows, LLAMA_PIECES)  # later rows of an embedding are padding
     middles = [(2 * i + 1) / (2 * count) for i in range(count)]
     read = weight.read_rows(mx.array([int(m * rows) for m in middles]))  # (K, width)
-    columns = mx.array([int(m * width) for m in middles])[:, None]
+    columns = mx.array([int(m * width) for m in middles])[:, None]  # (K, 1)
     elements = mx.take_along_axis(read, columns, axis=1)[:, 0]
     return elements / mx.maximum(mx.sqrt(mx.square(read).mean()), 1e-20)
 

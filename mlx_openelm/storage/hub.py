@@ -1,7 +1,7 @@
-"""A name becomes a local folder: the demo, a path, or a Hugging Face Hub id.
+"""Finds the local folder of a model: the demo, a path, or a Hugging Face Hub id.
 
-Of a Hub id the local cache is looked at first: a snapshot that is whole is used, and
-the network is not. Branches therefore stay at the commit that was fetched once.
+A complete snapshot in the local Hub cache is used without network access. A branch
+therefore stays at the commit that was downloaded first.
 """
 
 import fnmatch
@@ -32,14 +32,14 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How a repository stores weights: its config's name, their pattern and index."""
+    """How a repository stores weights: config file, weight file pattern and index."""
 
     config: str
     weights: str
     index: str = ""
 
 
-_LAYOUTS = (  # the first that a repository has is taken, and no other
+_LAYOUTS = (  # only the first one that a repository has is used
     _Layout(CONFIG, "model*.safetensors", "model.safetensors.index.json"),
     _Layout(CONFIG, "weights.safetensors"),
     _Layout(CONFIG, "pytorch_model*.bin", "pytorch_model.bin.index.json"),
@@ -55,33 +55,33 @@ def demo_folder() -> Path:
     if not (folder / CONFIG).is_file():
         raise OpenELMError(
             f"The built-in model is missing from {folder}; reinstall mlx-openelm, or "
-            "say `model` NAME."
+            "pass `model` NAME."
         )
     return folder
 
 
 def is_demo(path: Path) -> bool:
-    """Whether a folder is the built-in model's."""
+    """Return whether a folder is that of the built-in model."""
     return path.resolve() == demo_folder().resolve()
 
 
 def find_model(
     name: str, *, offline: bool = False, revision: str | None = None
 ) -> Path:
-    """Return the local folder of a model or an adapter; a Hub id may be downloaded.
+    """Return the local folder of a model or adapter, downloading a Hub id if necessary.
 
     Args:
         name: "demo", a path, or a Hub id such as mlx-community/OpenELM-270M-Instruct.
-        offline: look into the local Hub cache only.
-        revision: of a Hub id: a branch, a tag or a commit.
+        offline: use only the local Hub cache.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
-        OpenELMError: there is no such folder, or the Hub cannot give it.
+        OpenELMError: there is no such folder, or the download failed.
     """
     path = Path(os.path.expanduser(name))  # Path.expanduser raises on "~nobody"
     if revision is not None and (path.exists() or name == DEMO):
         raise OpenELMError(
-            f"`revision` is of a Hub id, and {name} is here already; leave it out."
+            f"`revision` applies to a Hub id, but {name} is local; leave it out."
         )
     if path.is_dir():
         return path
@@ -89,8 +89,8 @@ def find_model(
         return demo_folder()
     if path.exists():
         raise OpenELMError(
-            f"{name} is a file, not a model folder; `mlx-openelm convert {name}` makes "
-            "one of it."
+            f"{name} is a file, not a model folder; `mlx-openelm convert {name}` "
+            "converts it to one."
         )
     if not _HUB_ID.fullmatch(name):
         raise OpenELMError(
@@ -118,10 +118,10 @@ def _suggest_released(name: str) -> str:
 def download(
     repo: str, wanted: Wanted, *, offline: bool = False, revision: str | None = None
 ) -> Path:
-    """Return the cached snapshot of a Hub repository; what is missing is fetched.
+    """Return the cached snapshot of a Hub repository; missing files are downloaded.
 
     Raises:
-        OpenELMError: not whole in the cache and offline, or the Hub cannot give it.
+        OpenELMError: offline and incomplete in the cache, or the download failed.
     """
     from huggingface_hub import constants
 
@@ -130,31 +130,31 @@ def download(
     if folder is not None and not missing:
         return folder
     if missing:
-        state = f"the local cache holds {repo} without {', '.join(missing)}"
+        state = f"the local cache has {repo} without {', '.join(missing)}"
     else:
-        named = "name and revision" if revision else "name"
-        state = f"no {wanted.noun} of that {named} in the local cache"
+        key = "name and revision" if revision else "name"
+        state = f"the local cache has no {wanted.noun} of that {key}"
     if offline or constants.HF_HUB_OFFLINE:
         raise OpenELMError(
-            f"{repo} is no folder here, and {state}; check the name, or let it be "
-            "downloaded, without `offline` and HF_HUB_OFFLINE."
+            f"{repo} is not a local folder, and {state}; check the name, or download "
+            "it by leaving out `offline` and HF_HUB_OFFLINE."
         )
     folder = fetch(repo, wanted, revision=revision, state=state)
     if missing := _missing(folder, wanted):
         raise OpenELMError(
             f"{repo} is incomplete on the Hub: its index names {missing[0]}, which is "
-            "not there."
+            "missing."
         )
     return folder
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
-    """Return the snapshot folder of a revision if there is one, whole or not."""
+    """Return the snapshot folder of a revision, complete or not, or None."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(
+        snapshot = snapshot_download(
             repo, revision=revision, allow_patterns=[], local_files_only=True
         )
     except LocalEntryNotFoundError:
@@ -162,43 +162,43 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     except (HFValidationError, OSError) as error:
         reason = str(error).rstrip(".")
         raise OpenELMError(
-            f"{repo} is no folder here, and no repository is named so: {reason}."
+            f"{repo} is neither a local folder nor a valid Hub id: {reason}."
         ) from error
-    return Path(found)
+    return Path(snapshot)
 
 
 def _missing(folder: Path, wanted: Wanted) -> list[str]:
-    """Return the files of a snapshot that are wanted and not there.
+    """Return the wanted files that are missing from a snapshot.
 
-    What there should be says the repository's listing, where the client has kept it,
-    and the index of the weights.
+    The complete list comes from the repository's listing, if the client has cached it,
+    and from the index of the weights.
     """
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    here = {path.name for path in folder.iterdir() if path.is_file()}
-    listed = here
-    if found := snapshot_of(folder):
-        repo, commit = found
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    listed = present
+    if snapshot := snapshot_of(folder):
+        repo, commit = snapshot
         try:
             tree = get_cached_repo_tree(repo, revision=commit)
             listed = {file.path for file in tree}
         except CachedRepoTreeNotFoundError:
             pass
-    for index in {layout.index for layout in _LAYOUTS} & here:
+    for index in {layout.index for layout in _LAYOUTS} & present:
         names = read_mapping(folder / index).get("weight_map")
         if isinstance(names, dict):
             listed = listed | {str(name) for name in names.values()}
-    return [name for name in wanted.choose(listed) if name not in here]
+    return [name for name in wanted.choose(listed) if name not in present]
 
 
-# What is needed of a repository --------------------------------------------------
+# The files that are needed -------------------------------------------------------
 
 
 def choose_model_files(names: Collection[str]) -> list[str]:
     """Return the files of a model or an adapter, with its weights in one layout.
 
-    Where there are no weights or no config, those of the first layout are named.
+    If there are no weights or no config, those of the first layout are included.
     """
     top = sorted(name for name in names if "/" not in name)
     for layout in _LAYOUTS:
@@ -211,10 +211,10 @@ def choose_model_files(names: Collection[str]) -> list[str]:
 
 
 def choose_tokenizer_files(names: Collection[str]) -> list[str]:
-    """Return the files of a tokenizer; where there is none, its first one."""
-    found = [name for name in TOKENIZER_FILES if name in names]
-    has_one = any(name in found for name in TOKENIZER_FILES[:2])
-    return found if has_one else [TOKENIZER_FILES[0], *found]
+    """Return the files of a tokenizer; if there are none, tokenizer.model."""
+    present = [name for name in TOKENIZER_FILES if name in names]
+    complete = any(name in present for name in TOKENIZER_FILES[:2])
+    return present if complete else [TOKENIZER_FILES[0], *present]
 
 
 MODEL = Wanted("model", choose_model_files)
@@ -225,7 +225,7 @@ TOKENIZER = Wanted("tokenizer", choose_tokenizer_files)
 
 
 def snapshot_of(path: Path) -> tuple[str, str] | None:
-    """Return the repository's id and the commit of a folder in the Hub cache."""
+    """Return the repository id and the commit of a folder in the Hub cache."""
     repo = _SNAPSHOT.fullmatch(path.parent.parent.name)
     if path.parent.name != "snapshots" or not repo or not _COMMIT.fullmatch(path.name):
         return None
@@ -233,7 +233,7 @@ def snapshot_of(path: Path) -> tuple[str, str] | None:
 
 
 def cached_snapshots() -> list[tuple[str, Path]]:
-    """Return every repository in the Hub cache with its newest snapshot, by name."""
+    """Return the repositories in the Hub cache with their newest snapshots, by name."""
     from huggingface_hub import constants
 
     newest: dict[str, Path] = {}
@@ -243,9 +243,9 @@ def cached_snapshots() -> list[tuple[str, Path]]:
             Path(constants.HF_HUB_CACHE).glob(pattern),
             key=lambda folder: folder.stat().st_mtime,
         )
-    except OSError:  # removed while we look
+    except OSError:  # removed in the meantime
         return []
     for folder in folders:
-        if found := snapshot_of(folder):
-            newest[found[0]] = folder
+        if snapshot := snapshot_of(folder):
+            newest[snapshot[0]] = folder
     return sorted(newest.items())

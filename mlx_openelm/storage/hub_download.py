@@ -1,8 +1,8 @@
-"""Fetching from the Hugging Face Hub: what is needed, resumed, errors in one sentence.
+"""Downloads from the Hugging Face Hub, with resumption and one-sentence errors.
 
-huggingface_hub does the work. It goes on with a cut file only while the process lives,
-though (measured with 2.4.0), and weights are gigabytes: so a file of weights is brought
-into its cache here, and goes on where the last run was stopped.
+huggingface_hub resumes an interrupted file only within one process (measured with
+2.4.0). Weights are gigabytes, so this module downloads them into the client's cache
+itself and resumes where the last run stopped.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from mlx_openelm.mapping_files import read_mapping
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
-FIRST_ANSWER_SECONDS = 5  # HF_HUB_ETAG_TIMEOUT, where it is set, goes before
+FIRST_RESPONSE_SECONDS = 5  # overridden by HF_HUB_ETAG_TIMEOUT
 WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is wanted of a repository.
+    """The files that are wanted from a repository.
 
     Attributes:
-        noun: what it is, for messages.
-        choose: from the names of all files, those that are needed; what it needs and
-            is not among them it names nevertheless.
+        noun: what they are, for messages.
+        choose: returns the needed files, given the names of all files; includes needed
+            files that are not among them.
     """
 
     noun: str
@@ -44,50 +44,50 @@ class Wanted:
 def fetch(
     repo: str, wanted: Wanted, *, revision: str | None = None, state: str
 ) -> Path:
-    """Bring what is wanted of a repository into the Hub cache, as a snapshot folder.
+    """Download the wanted files into the Hub cache; return the snapshot folder.
 
-    The small files come first, so weights in a snapshot mean that it is whole.
+    Small files are downloaded first, so a snapshot with weights is complete.
 
     Args:
-        state: what the local cache has of it, for messages.
+        state: what the local cache has, for messages.
 
     Raises:
-        OpenELMError: the Hub is away or refuses, it is not what is wanted, the disk is
-            full, or the download was interrupted.
+        OpenELMError: the Hub is unreachable or denies access, the repository is not
+            what is wanted, the disk is full, or the download was interrupted.
     """
     from huggingface_hub import HfApi, constants
 
-    begun = False
-    given = "HF_HUB_ETAG_TIMEOUT" in os.environ
-    timeout = constants.HF_HUB_ETAG_TIMEOUT if given else FIRST_ANSWER_SECONDS
+    started = False
+    has_timeout = "HF_HUB_ETAG_TIMEOUT" in os.environ
+    timeout = constants.HF_HUB_ETAG_TIMEOUT if has_timeout else FIRST_RESPONSE_SECONDS
     try:
-        with _hushed():
-            found = HfApi().model_info(
+        with _silenced():
+            info = HfApi().model_info(
                 repo, revision=revision, files_metadata=True, timeout=timeout
             )
-            begun = True
-            files = {file.rfilename: file for file in found.siblings or ()}
+            started = True
+            files = {file.rfilename: file for file in info.siblings or ()}
             names = wanted.choose(files)
-            _refuse_what_is_not_wanted(repo, wanted.noun, names, files)
+            _check_files(repo, wanted.noun, names, files)
             weights = [n for n in names if n.endswith(WEIGHTS)]
-            _refuse_small_disk(repo, [files[name] for name in weights])
+            _check_free_disk(repo, [files[name] for name in weights])
             small = [name for name in names if name not in weights]
-            folder = _take_snapshot(repo, small, revision)
+            folder = _download_snapshot(repo, small, revision)
             if weights:
-                _refuse_other_models(repo, folder)
+                _check_model_type(repo, folder)
                 for name in weights:
                     _fetch_weights(repo, folder.name, files[name])
-                _take_snapshot(repo, weights, folder.name)
+                _download_snapshot(repo, weights, folder.name)
             return folder
     except OpenELMError:
         raise
     except Exception as error:  # the client's, httpx's and Rust's have no common base
-        raise _explain(error, repo, revision, state, begun=begun) from error
+        raise _explain(error, repo, revision, state, started=started) from error
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Silence the client's warnings: what matters of them is said in our errors."""
+def _silenced() -> Iterator[None]:
+    """Silence the client's warnings; our errors contain what matters."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
@@ -98,8 +98,8 @@ def _hushed() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _take_snapshot(repo: str, names: list[str], revision: str | None) -> Path:
-    """Let the client bring files into the cache and link them; of small ones no bar."""
+def _download_snapshot(repo: str, names: list[str], revision: str | None) -> Path:
+    """Download files with the client, which links them into a snapshot; no bar."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
 
@@ -116,10 +116,10 @@ def _take_snapshot(repo: str, names: list[str], revision: str | None) -> Path:
 
 
 def _fetch_weights(repo: str, commit: str, file: "RepoSibling") -> None:
-    """Bring a large file into the cache's blobs, where the client links it from.
+    """Download a large file into the cache's blobs, from where the client links it.
 
-    What has come stays under the name that `hf cache prune` removes, until the whole
-    has the Hub's checksum.
+    Until it is complete and its checksum is verified, the file has the name of an
+    incomplete download, which `hf cache prune` removes.
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -127,12 +127,12 @@ def _fetch_weights(repo: str, commit: str, file: "RepoSibling") -> None:
 
     digest = file.lfs.sha256 if file.lfs else ""
     if not re.fullmatch("[0-9a-f]{64}", digest):
-        return  # small enough for git: the client's own download does
+        return  # stored in git, so it is small; the client downloads it
     blob = _storage(repo) / "blobs" / digest
     part = blob.with_name(f"{digest}.incomplete")
     lock = _cache() / ".locks" / blob.parents[1].name / f"{digest}.lock"  # the client's
-    for place in (blob, lock):
-        place.parent.mkdir(parents=True, exist_ok=True)
+    for path in (blob, lock):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
         if blob.exists():
             return
@@ -146,13 +146,13 @@ def _fetch_weights(repo: str, commit: str, file: "RepoSibling") -> None:
                 displayed_filename=file.rfilename,
             )
         with part.open("rb") as written:
-            found = hashlib.file_digest(written, "sha256").hexdigest()
-        if found != digest:
+            actual = hashlib.file_digest(written, "sha256").hexdigest()
+        if actual != digest:
             part.unlink()
             raise OpenELMError(
-                f"{file.rfilename} of {repo} came with the checksum {found[:12]}..., "
-                f"where the Hub says {digest[:12]}...; repeat the command to download "
-                "it anew."
+                f"{file.rfilename} of {repo} has the checksum {actual[:12]}..., not "
+                f"{digest[:12]}... as on the Hub; repeat the command to download it "
+                "again."
             )
         part.rename(blob)
 
@@ -167,10 +167,10 @@ def _storage(repo: str) -> Path:
     return _cache() / f"models--{repo.replace('/', '--')}"
 
 
-# Refusals ------------------------------------------------------------------------
+# Checks and errors ---------------------------------------------------------------
 
 
-def _refuse_what_is_not_wanted(
+def _check_files(
     repo: str, noun: str, names: list[str], files: Collection[str]
 ) -> None:
     missing = [name for name in names if name not in files]
@@ -178,44 +178,44 @@ def _refuse_what_is_not_wanted(
         few = sorted(files)[:8]
         more = ", ..." if len(files) > len(few) else ""
         raise OpenELMError(
-            f"{repo} holds no {noun}: it has no {missing[0]}, but "
-            f"{', '.join(few) or 'nothing'}{more}; name another repository."
+            f"{repo} has no {noun}: {missing[0]} is missing, its files are "
+            f"{', '.join(few) or 'none'}{more}; choose another repository."
         )
 
 
-def _refuse_other_models(repo: str, folder: Path) -> None:
+def _check_model_type(repo: str, folder: Path) -> None:
     path = folder / "config.json"
-    found = read_mapping(path) if path.is_file() else {}
-    kind = found.get("model_type", "openelm")
+    config = read_mapping(path) if path.is_file() else {}
+    kind = config.get("model_type", "openelm")
     if kind != "openelm":
         raise OpenELMError(
-            f"{repo} holds a model of type {kind!r}, and no OpenELM; its weights were "
-            "not downloaded."
+            f"{repo} is a model of type {kind!r}, not an OpenELM; its weights were not "
+            "downloaded."
         )
 
 
-def _refuse_small_disk(repo: str, weights: list["RepoSibling"]) -> None:
+def _check_free_disk(repo: str, weights: list["RepoSibling"]) -> None:
     blobs = _storage(repo) / "blobs"
     needed = 0
     for file in weights:
         digest = file.lfs.sha256 if file.lfs else ""
-        here = (blobs / name for name in (digest, f"{digest}.incomplete"))
-        had = max((path.stat().st_size for path in here if path.is_file()), default=0)
-        needed += (file.size or 0) - had
+        local = (blobs / name for name in (digest, f"{digest}.incomplete"))
+        done = max((path.stat().st_size for path in local if path.is_file()), default=0)
+        needed += (file.size or 0) - done
     disk = next(path for path in (blobs, *blobs.parents) if path.exists())
     free = shutil.disk_usage(disk).free
     if needed > free:
         raise OpenELMError(
             f"The download of {repo} needs {needed / 1e9:.2f} GB, and the disk of "
-            f"{_cache()} has {free / 1e9:.2f} GB free; make room, or set HF_HOME to a "
-            "folder on another disk."
+            f"{_cache()} has {free / 1e9:.2f} GB free; free disk space, or set HF_HOME "
+            "to a folder on another disk."
         )
 
 
 def _explain(
-    error: Exception, repo: str, revision: str | None, state: str, *, begun: bool
+    error: Exception, repo: str, revision: str | None, state: str, *, started: bool
 ) -> OpenELMError:
-    """Say in one sentence what happened and what to do."""
+    """Return an error that describes in one sentence what happened and what to do."""
     from huggingface_hub import errors
 
     causes = list(_causes(error))
@@ -227,9 +227,9 @@ def _explain(
             )
         if isinstance(cause, errors.RepositoryNotFoundError):
             return OpenELMError(
-                f"{repo} is no folder here, and the Hub has no repository of that "
-                "name, or a private one: check the name, or log in with `hf auth "
-                "login`."
+                f"{repo} is not a local folder, and the repository of that name is "
+                "missing from the Hub or private: check the name, or log in with `hf "
+                "auth login`."
             )
         if isinstance(cause, errors.RevisionNotFoundError):
             return OpenELMError(
@@ -237,26 +237,26 @@ def _explain(
             )
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return OpenELMError(
-                f"The disk of {_cache()} is full; make room and repeat the command, "
-                "and the download goes on from there."
+                f"The disk of {_cache()} is full; free disk space and repeat the "
+                "command to resume the download."
             )
         if isinstance(cause, OSError) and cause.filename is not None:
             return OpenELMError(f"Cannot write into the Hub cache {_cache()}: {cause}.")
         status = getattr(getattr(cause, "response", None), "status_code", 0)
         if isinstance(cause, errors.HfHubHTTPError) and status == 401:
             return OpenELMError(
-                "The Hub does not accept your token; make a new one and log in with "
-                "`hf auth login`."
+                "The Hub rejected your token; create a new one and log in with `hf "
+                "auth login`."
             )
     reason = _first_line(causes[-1])
-    if begun:
+    if started:
         return OpenELMError(
-            f"The download of {repo} was interrupted ({reason}); repeat the command, "
-            "and it goes on from where it stopped."
+            f"The download of {repo} was interrupted ({reason}); repeat the command to "
+            "resume it."
         )
     return OpenELMError(
-        f"{repo} is no folder here, {state}, and asking the Hub failed ({reason}); "
-        "check the name, the network, and HF_ENDPOINT where it is set."
+        f"{repo} is not a local folder, {state}, and the request to the Hub failed "
+        f"({reason}); check the name, the network, and HF_ENDPOINT if it is set."
     )
 
 
@@ -280,9 +280,9 @@ def _page(repo: str) -> str:
 def _list_revisions(repo: str) -> str:
     from huggingface_hub import HfApi
 
-    with contextlib.suppress(Exception):  # it is a help, and what failed is said
+    with contextlib.suppress(Exception):  # the caller reports the first error
         refs = HfApi().list_repo_refs(repo)
         names = [ref.name for ref in (*refs.branches, *refs.tags)]
         more = ", ..." if len(names) > 12 else ""
         return f"; it has {', '.join(names[:12])}{more}"
-    return "; its page shows the branches, tags and commits"
+    return "; its page on the Hub lists the branches, tags and commits"

@@ -1,4 +1,4 @@
-"""What a model folder holds, told without loading a weight."""
+"""A summary of a model folder, without loading the weights."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -25,17 +25,18 @@ class LayerSizes:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A model folder's facts.
+    """A summary of a model folder.
 
     Attributes:
-        storage: dtype or bits, by tensor group (embedding, linears, norms), with
-            the number of tensors where a group is stored in several.
-        weight_bytes: as stored; `memory_bytes` is at work here, at `context_length`
-            tokens, weights and key-value cache in the dtype that this machine uses.
-        tokenizer: pieces of it, or None.
-        source: where the weights came from, as the converter noted it; `options` are
-            those of the conversion that differ from the defaults.
-        receipt: what the quantization cost, as it was measured.
+        storage: dtype or bits, by tensor group (embedding, linears, norms), with the
+            number of tensors if a group has more than one.
+        weight_bytes: the size of the weights on disk.
+        memory_bytes: the size of weights and KV cache when running on this machine with
+            `context` tokens.
+        tokenizer: its number of pieces, or None.
+        source: origin of the weights, as recorded by the converter.
+        options: options of the conversion that differ from the defaults.
+        receipt: the measured errors of the quantization.
     """
 
     path: Path
@@ -63,10 +64,10 @@ def inspect(path: Path, *, context: int | None = None) -> Inspection:
     """Read a model folder's headers and config.
 
     Args:
-        context: tokens to reckon the memory for; default the model's context length.
+        context: tokens in the KV cache; default the model's context length.
 
     Raises:
-        OpenELMError: the folder is no model, or damaged.
+        OpenELMError: the folder is not a model folder, or damaged.
     """
     folder = open_folder(path)
     config = folder.config
@@ -101,15 +102,15 @@ def inspect(path: Path, *, context: int | None = None) -> Inspection:
         memory_bytes=working_bytes + tokens * kv_bytes,
         tokenizer=_count_pieces(folder),
         template=folder.template or "raw",
-        source=_noted(folder, "source") or {},
-        options=_noted(folder, "options") or {},
-        receipt=_noted(folder, "receipt"),
+        source=_read_metadata(folder, "source") or {},
+        options=_read_metadata(folder, "options") or {},
+        receipt=_read_metadata(folder, "receipt"),
     )
 
 
-def _noted(folder: ModelFolder, key: str) -> Mapping[str, Any] | None:
-    found = folder.metadata.get(key)
-    return found if isinstance(found, dict) else None
+def _read_metadata(folder: ModelFolder, key: str) -> Mapping[str, Any] | None:
+    value = folder.metadata.get(key)
+    return value if isinstance(value, dict) else None
 
 
 def _storage(folder: ModelFolder) -> dict[str, str]:
@@ -139,5 +140,5 @@ def _storage(folder: ModelFolder) -> dict[str, str]:
 def _count_pieces(folder: ModelFolder) -> int | None:
     try:
         return read_tokenizer(folder.path).vocab_size
-    except OpenELMError:  # there is none, or it is damaged
+    except OpenELMError:  # missing or damaged
         return None

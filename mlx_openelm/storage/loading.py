@@ -1,4 +1,4 @@
-"""A name becomes a model and a tokenizer, ready to run on this machine."""
+"""Loads a model and its tokenizer by name, ready to run on this machine."""
 
 import warnings
 from collections.abc import Mapping
@@ -35,8 +35,8 @@ class ModelChoice:
     """The model that a command runs, and the adapter for it.
 
     Attributes:
-        name: what was named, else the adapter's base, else "demo".
-        is_base: nothing was named, so the model is the adapter's own base.
+        name: the given name, else the adapter's base, else "demo".
+        is_base: no name was given; the model is the adapter's base.
     """
 
     name: str
@@ -46,14 +46,14 @@ class ModelChoice:
 
     @property
     def is_demo(self) -> bool:
-        """Whether it is the built-in model without an adapter."""
+        """Whether this is the built-in model without an adapter."""
         return self.adapter is None and self.name == DEMO
 
 
 def choose_model(
     name: str | None, adapter_path: str | Path | None, *, offline: bool
 ) -> ModelChoice:
-    """Open the named model, else the adapter's own base, else the demo model.
+    """Open the named model, else the adapter's base, else the demo model.
 
     Raises:
         OpenELMError: the model or the adapter is missing or damaged.
@@ -78,10 +78,10 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        name: "demo", a model folder, or a Hub id; None is the adapter's own base, and
-            the demo where there is no adapter.
-        adapter_path: an adapter folder, of mlx-lm or ours, for that model; the prompt
-            template that it was trained with becomes the tokenizer's.
+        name: "demo", a model folder, or a Hub id; None is the adapter's base, or the
+            demo without an adapter.
+        adapter_path: an adapter folder of mlx-lm or mlx-openelm for that model; its
+            prompt template becomes the tokenizer's.
 
     Raises:
         OpenELMError: the model or its tokenizer is missing or damaged.
@@ -112,7 +112,7 @@ def load_tokenizer(
         raise OpenELMError(
             f"{folder.path} holds no {MODEL_FILE} or {JSON_FILE}; convert the model "
             f"again with `tokenizer`, or put Llama 2's {MODEL_FILE} there "
-            "(NousResearch/Llama-2-7b-hf has a copy that is open to all)."
+            "(NousResearch/Llama-2-7b-hf has a public copy)."
         )
     template = (adapter.template if adapter else None) or folder.template
     tokenizer = read_tokenizer(folder.path, template=template)
@@ -125,13 +125,12 @@ def load_tokenizer(
 
 
 def load_model(folder: ModelFolder, dtype: mx.Dtype | None = None) -> OpenELM:
-    """Load the weights, in the dtype that this machine is quick in.
+    """Load the weights in the dtype that is fastest on this machine.
 
-    Quantized weights stay packed where they are quick, and are unpacked where that
-    dtype is not the stored one (the Linux CPU).
+    Quantized weights stay packed, except on the Linux CPU, where float32 is faster.
 
     Args:
-        dtype: compute in this one instead; unpacks quantized weights.
+        dtype: compute in this dtype instead, with quantized weights unpacked.
     """
     stored = stored_dtype(folder)
     chosen = dtype or compute_dtype(stored)
@@ -151,7 +150,7 @@ def load_model(folder: ModelFolder, dtype: mx.Dtype | None = None) -> OpenELM:
 
 
 def stored_dtype(folder: ModelFolder) -> mx.Dtype:
-    """Return the dtype of what is not packed: the norms have it in every folder."""
+    """Return the dtype of the unquantized tensors: that of the norms."""
     return folder.dtype_of("norm.weight")
 
 
@@ -171,7 +170,7 @@ def _unpacked(
 
 
 def make_quantized(model: OpenELM, packings: Mapping[str, Packing]) -> None:
-    """Give packed modules to the tensors (CoreNet names) that are packed, in place."""
+    """Replace the modules of packed tensors (CoreNet names) by quantized ones."""
     by_module = {to_module(name): packing for name, packing in packings.items()}
 
     def choose(path: str, module: nn.Module) -> bool | dict[str, int | str]:

@@ -1,7 +1,7 @@
-"""The model folder, as mlx-lm reads it: opened, checked, read lazily, written.
+"""Model folders in mlx-lm's format: opening, checking and lazy reading.
 
-Its metadata lives under "mlx_openelm" in config.json: where the weights came from and
-which prompt template belongs to them.
+Our metadata is the entry "mlx_openelm" of config.json: the origin of the weights and
+their prompt template.
 """
 
 import math
@@ -25,12 +25,12 @@ from mlx_openelm.tensor_names import to_folder, to_module
 METADATA_KEY = "mlx_openelm"
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-MOST_NAMED = 100  # tensors of which something is wrong
+MOST_NAMED = 100  # tensors listed in an error
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of a safetensors file: where it is, and what its header says."""
+    """The header of a tensor in a safetensors file."""
 
     file: Path
     dtype: str
@@ -54,22 +54,22 @@ class ConfiguredFolder:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        found = self.raw.get(METADATA_KEY)
-        return found if isinstance(found, dict) else {}
+        entry = self.raw.get(METADATA_KEY)
+        return entry if isinstance(entry, dict) else {}
 
     @property
     def template(self) -> str | None:
         """The prompt template that it was trained with."""
-        found = self.metadata.get("template")
-        return found if isinstance(found, str) else None
+        name = self.metadata.get("template")
+        return name if isinstance(name, str) else None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder(ConfiguredFolder):
-    """A model on disk whose headers were read and whose weights were not.
+    """A model on disk; its headers were read, its weights were not.
 
     Attributes:
-        tensors: by the names in the files.
+        tensors: headers by the names in the files.
         packings: how the quantized tensors are packed, by CoreNet name.
     """
 
@@ -87,7 +87,7 @@ class ModelFolder(ConfiguredFolder):
         return DTYPES[self.tensors[to_folder(name)].dtype]
 
     def read(self) -> dict[str, mx.array]:
-        """Return every tensor, lazily: bytes are read when it is evaluated."""
+        """Return all tensors, lazily: the bytes are read on evaluation."""
         arrays: dict[str, mx.array] = {}
         for file in sorted({tensor.file for tensor in self.tensors.values()}):
             loaded = mx.load(str(file))
@@ -101,7 +101,7 @@ def open_folder(path: Path) -> ModelFolder:
 
     Raises:
         OpenELMError: no config or weights, a damaged file, an index that does not match
-            the files, or tensors that do not match the config (all of them named).
+            the files, or tensors that do not match the config (all are named).
     """
     raw = read_mapping(_existing(path / "config.json"))
     config = OpenELMConfig.from_dict(raw)
@@ -125,17 +125,17 @@ def open_folder(path: Path) -> ModelFolder:
 def find_weight_files(
     path: Path, pattern: str = "model*.safetensors", index_name: str = INDEX
 ) -> list[Path]:
-    """Return the weight files of a folder, which the index, if any, must confirm."""
+    """Return the weight files of a folder, checked against its index, if any."""
     files = sorted(file for file in path.glob(pattern) if file.is_file())
     index = path / index_name
     if index.is_file():
         weight_map = read_mapping(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise OpenELMError(
-                f"{index} has no weight_map, or nothing in it; download or convert it "
+                f"{index} has no weight_map, or an empty one; download or convert it "
                 "again."
             )
-        # Compared with what lies here, so that no name leads out of the folder.
+        # Only names of files in this folder pass, so no name leads out of it.
         missing = sorted(
             {str(name) for name in weight_map.values()} - {f.name for f in files}
         )
@@ -154,16 +154,16 @@ def find_weight_files(
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Return the tensors of safetensors files by name; no weight is read.
+    """Return the tensor headers of safetensors files by name; no weights are read.
 
     Raises:
-        OpenELMError: a file is damaged, or of a dtype that no OpenELM has.
+        OpenELMError: a file is damaged, or a dtype is not supported.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         try:
             with safetensors.safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is no dict
+                for name in opened.keys():  # noqa: SIM118 - it is not a dict
                     part = opened.get_slice(name)
                     if name in tensors:
                         raise OpenELMError(
@@ -175,7 +175,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
                     )
         except (safetensors.SafetensorError, OSError) as error:
             raise OpenELMError(
-                f"{file} is damaged or no safetensors file ({error}); download or "
+                f"{file} is damaged or not a safetensors file ({error}); download or "
                 "convert it again."
             ) from error
     foreign = sorted(n for n, t in tensors.items() if t.dtype not in DTYPES)
@@ -190,7 +190,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
 def expected_shapes(
     config: OpenELMConfig, packings: Mapping[str, Packing]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in the folder, packed ones in their parts."""
+    """Return the shape of every tensor in the folder, with packed ones as parts."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, shape in config.tensor_shapes().items():
         packing = packings.get(name)
@@ -201,22 +201,22 @@ def expected_shapes(
 
 def check_shapes(
     expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
+    actual: Mapping[str, tuple[int, ...]],
     *,
     where: str,
 ) -> None:
     """Compare tensors by name and shape.
 
     Raises:
-        OpenELMError: missing, unexpected and misshapen tensors, all in one message (of
-            each kind the first hundred).
+        OpenELMError: names the missing, unexpected and misshapen tensors, up to 100 of
+            each kind.
     """
-    missing = [name for name in expected if name not in found]
-    unexpected = sorted(name for name in found if name not in expected)
+    missing = [name for name in expected if name not in actual]
+    unexpected = sorted(name for name in actual if name not in expected)
     misshapen = [
-        f"{name} is {list(found[name])}, expected {list(shape)}"
+        f"{name} is {list(actual[name])}, expected {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in actual and actual[name] != shape
     ]
     problems = [
         f"{kind}: {', '.join(names[:MOST_NAMED])}"
@@ -230,22 +230,21 @@ def check_shapes(
     ]
     if problems:
         raise OpenELMError(
-            f"The tensors of {where} are not those of its config; "
-            f"{'; '.join(problems)}."
+            f"The tensors of {where} do not match its config; {'; '.join(problems)}."
         )
 
 
 def check_dtypes(
     config: OpenELMConfig,
     packings: Mapping[str, Packing],
-    found: Mapping[str, mx.Dtype],
+    actual: Mapping[str, mx.Dtype],
     *,
     where: str,
 ) -> None:
-    """Check that what is packed is stored so, and that all the rest is floats.
+    """Check that packed tensors have packed dtypes and all others are floats.
 
     Raises:
-        OpenELMError: the first tensor of a dtype that it cannot have.
+        OpenELMError: names the first tensor with a wrong dtype.
     """
     for name in config.tensor_shapes():
         packing, module = packings.get(name), to_module(name)
@@ -256,16 +255,16 @@ def check_dtypes(
             if packing.mode == "affine":
                 wanted[f"{module}.biases"] = FLOATS
         for tensor, dtypes in wanted.items():
-            if found[tensor] not in dtypes:
+            if actual[tensor] not in dtypes:
                 spelled = " or ".join(map(spell_dtype, dtypes))
                 raise OpenELMError(
-                    f"{where}: {tensor} is stored as {spell_dtype(found[tensor])}, "
+                    f"{where}: {tensor} is stored as {spell_dtype(actual[tensor])}, "
                     f"expected {spelled} {'as packed' if packing else 'without scales'}"
                     "; download or convert it again."
                 )
 
 
-_BITS = {  # of floats read as whole numbers: their type, and infinity's
+_BITS = {  # float dtype -> unsigned dtype of the same size, bits of infinity
     mx.float32: (mx.uint32, 0x7F800000),
     mx.float16: (mx.uint16, 0x7C00),
     mx.bfloat16: (mx.uint16, 0x7F80),
@@ -273,33 +272,34 @@ _BITS = {  # of floats read as whole numbers: their type, and infinity's
 
 
 def is_finite(array: mx.array) -> bool:
-    """Whether no number of a float array is infinite or NaN.
+    """Return whether no element of a float array is infinite or NaN.
 
-    Those have the largest exponent and so, of either sign, the largest bits: two passes
-    of numpy's maximum, 30 times as fast as mx.isfinite on the Linux CPU.
+    Infinity and NaN have the largest exponent and so, for each sign, the largest bits.
+    Two passes of numpy's maximum find them, 30 times as fast as mx.isfinite on the
+    Linux CPU.
     """
     if array.size == 0:
         return True
     unsigned, infinity = _BITS[array.dtype]
     bits = np.array(array.view(unsigned), copy=False)
     sign = 1 << (8 * bits.itemsize - 1)
-    positive = bits.view(f"i{bits.itemsize}")  # the others are below 0 in it
+    positive = bits.view(f"i{bits.itemsize}")  # negative floats are below 0 here
     return bool(positive.max() < infinity and bits.max() < infinity + sign)
 
 
 def unpacks_to_finite(
     packing: Packing, parts: Mapping[str, mx.array], dtype: mx.Dtype
 ) -> bool:
-    """Whether no number that packed parts stand for is infinite or NaN in `dtype`."""
+    """Return whether no dequantized element is infinite or NaN in `dtype`."""
     if packing.mode != "affine":
         return is_finite(unpack_weight(packing, parts, dtype))
-    smallest = parts["biases"].astype(mx.float32)  # of each group, and the other end
-    largest = parts["scales"].astype(mx.float32) * (2**packing.bits - 1) + smallest
-    return all(is_finite(end.astype(dtype)) for end in (smallest, largest))
+    first = parts["biases"].astype(mx.float32)  # code 0 of each group
+    last = parts["scales"].astype(mx.float32) * (2**packing.bits - 1) + first
+    return all(is_finite(end.astype(dtype)) for end in (first, last))
 
 
 def spell_dtype(dtype: mx.Dtype) -> str:
-    """Return "bfloat16" for mx.bfloat16, as configs and people spell it."""
+    """Return "bfloat16" for mx.bfloat16, as in configs."""
     return str(dtype).removeprefix("mlx.core.")
 
 

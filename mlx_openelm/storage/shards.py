@@ -1,12 +1,12 @@
-"""The weights of a model folder, written as they come, in safetensors files (shards).
+"""Streaming writer of a model folder's weights, in safetensors files (shards).
 
-What will be written is known before the first tensor is made. So a shard's header goes
-to the disk first, and the bytes of each tensor follow at once: no more than one tensor
-waits in memory. A shard takes its name when all of it is on the disk, so one that has
-its name is whole, and an interrupted conversion goes on behind it.
+The layout is known before the first tensor is computed. The header of a shard is
+written first and each tensor follows at once, so at most one tensor waits in memory. A
+shard is renamed to its final name when it is complete on the disk. A shard with its
+final name is therefore complete, and an interrupted conversion resumes after it.
 
 A safetensors file is the length of the header (8 bytes, little-endian), the header (a
-JSON mapping from names to dtype, shape and place), and the tensors without gaps.
+JSON mapping from names to dtype, shape and offsets), and the tensors without gaps.
 """
 
 import hashlib
@@ -25,19 +25,19 @@ from mlx_openelm.storage.staging import SHARD_FILES, flush
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 10**9
 
-DTYPES = {  # safetensors' spelling of what an OpenELM may be stored in
+DTYPES = {  # supported dtypes, by their names in safetensors
     "F32": mx.float32,
     "F16": mx.float16,
     "BF16": mx.bfloat16,
     "U32": mx.uint32,
     "U8": mx.uint8,
 }
-_SPELLINGS = {dtype: spelling for spelling, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorLayout:
-    """What is known of a tensor before it is made; its dtype is one of `DTYPES`."""
+    """Dtype (one of `DTYPES`) and shape of a tensor, before it is computed."""
 
     dtype: mx.Dtype
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class TensorLayout:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A file of the plan and its tensors, in the order of their bytes."""
+    """A file and its tensors, in the order of their bytes."""
 
     name: str
     tensors: Mapping[str, TensorLayout]
@@ -60,28 +60,28 @@ class Shard:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def header(self, format: str) -> bytes:
-        """Return what stands in front of the tensors; readers ask for the format."""
-        described: dict[str, Any] = {"__metadata__": {"format": format}}
+        """Return the header with its length; readers require the format."""
+        entries: dict[str, Any] = {"__metadata__": {"format": format}}
         start = 0
         for name, tensor in self.tensors.items():
             end = start + tensor.num_bytes
-            described[name] = {
-                "dtype": _SPELLINGS[tensor.dtype],
+            entries[name] = {
+                "dtype": _DTYPE_NAMES[tensor.dtype],
                 "shape": tensor.shape,
                 "data_offsets": (start, end),
             }
             start = end
-        encoded = json.dumps(described, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # the tensors begin on a multiple of 8
+        encoded = json.dumps(entries, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # aligns the tensors to 8 bytes
         return len(encoded).to_bytes(8, "little") + encoded
 
 
 def plan_shards(
     layout: Mapping[str, TensorLayout], shard_bytes: int = SHARD_BYTES
 ) -> list[Shard]:
-    """Share tensors out, in their order, to files of at most `shard_bytes` each.
+    """Distribute tensors, in order, to files of at most `shard_bytes` each.
 
-    A tensor larger than that has a file of its own.
+    A larger tensor has its own file.
     """
     groups: list[dict[str, TensorLayout]] = [{}]
     num_bytes = 0
@@ -100,14 +100,14 @@ def plan_shards(
 
 
 class ShardWriter:
-    """Writes the tensors of a layout, one after the other, into a folder.
+    """Writes the tensors of a layout, one after another, into a folder.
 
-    Writing and hashing run on a second thread while the next tensor is made; leaving
-    the `with` block waits for it.
+    Writing and hashing run on a second thread while the next tensor is computed;
+    leaving the `with` block waits for that thread.
 
     Attributes:
-        whole: names of the tensors that the folder had already, in whole shards.
-        hashes: "sha256:..." of each shard by its file name, all there after `close`.
+        whole: names of the tensors that the folder already has, in complete shards.
+        hashes: "sha256:..." of each shard by its file name; complete after `close`.
     """
 
     def __init__(
@@ -144,29 +144,29 @@ class ShardWriter:
 
         Raises:
             OSError: this tensor or the one before it cannot be written.
-            ValueError: it is another tensor than the layout says.
+            ValueError: it is not the next tensor of the layout.
         """
         shard, expected = next(self._expected, (None, None))
         if shard is None or name != expected:
             raise ValueError(f"{name} came where the layout has {expected}")
-        found = TensorLayout(array.dtype, array.shape)
-        if found != shard.tensors[name]:
-            raise ValueError(f"{name} is {found}, not {shard.tensors[name]}")
-        # Its own bytes, not a copy, unless they lie in another order.
+        actual = TensorLayout(array.dtype, array.shape)
+        if actual != shard.tensors[name]:
+            raise ValueError(f"{name} is {actual}, not {shard.tensors[name]}")
+        # A view of the bytes; a copy only if they are not contiguous.
         content = memoryview(array.flatten().view(mx.uint8))  # type: ignore[arg-type]
         self._wait()
         self._running.append(self._worker.submit(self._write, shard, name, content))
 
     def close(self, num_parameters: int) -> None:
-        """Wait until all is on the disk, and write the index.
+        """Wait until everything is on the disk, and write the index.
 
         Raises:
-            OSError: it cannot be written.
-            ValueError: a tensor of the layout did not come.
+            OSError: a file cannot be written.
+            ValueError: a tensor of the layout was not added.
         """
         _, missing = next(self._expected, (None, None))
         if missing is not None:
-            raise ValueError(f"{missing} of the layout did not come")
+            raise ValueError(f"{missing} of the layout was not added")
         self._wait()
         total = sum(shard.num_bytes for shard in self._shards)
         weight_map = {n: shard.name for shard in self._shards for n in shard.tensors}
@@ -188,7 +188,7 @@ class ShardWriter:
             running.pop().result()
 
     def _is_whole(self, shard: Shard) -> bool:
-        """Return whether the file is there, laid out exactly as planned."""
+        """Return whether the file exists with exactly the planned layout."""
         path, header = self._folder / shard.name, shard.header(self._format)
         if not path.is_file() or path.is_symlink():
             return False
@@ -214,7 +214,7 @@ class ShardWriter:
 
     def _put(self, file: BinaryIO, content: memoryview) -> None:
         self._hash.update(content)
-        while content:  # a write may take a part
+        while content:  # a write may be partial
             content = content[file.write(content) :]
 
     def _hash_shard(self, name: str) -> None:

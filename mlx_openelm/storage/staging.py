@@ -1,14 +1,14 @@
-"""A result is written whole or not at all.
+"""Atomic writing of folders and files.
 
-It grows in a hidden sibling, is flushed to the disk and takes its name at the end, so a
-reader never sees half of it and a crash leaves the old one or the new one. The
-sibling's name stands for the target and the job, so what a killed run has left is found
-again, and continued or removed:
+A result is written into a hidden sibling, flushed to the disk and renamed at the end.
+Readers never see an incomplete result, and a crash leaves the old one or the new one.
+The sibling's name contains a hash of the job, so that a later run finds what a killed
+run has left, and resumes or removes it:
 
-    .NAME.0123456789ab.lock   held by who works at it; made first and removed last
-    .NAME.0123456789ab.part   the folder that grows
-    .NAME.0123456789ab.done   the same while names are exchanged; never continued,
-                              since after that it is the old one
+    .NAME.0123456789ab.lock   lock file; created first and removed last
+    .NAME.0123456789ab.part   the folder that is being written
+    .NAME.0123456789ab.done   the same folder during the rename; never resumed, as
+                              after the rename it is the old result
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from typing import IO, Any, Literal
 
 from mlx_openelm.errors import OpenELMError
 
-SHARD_FILES = "model*.safetensors"  # what has such a name is whole
+SHARD_FILES = "model*.safetensors"  # files with such a name are complete
 
 _MARK = b"mlx-openelm writes here, or was killed while it did.\n"
 
@@ -38,77 +38,77 @@ _MARK = b"mlx-openelm writes here, or was killed while it did.\n"
 def staged_folder(
     target: Path, *, force: bool = False, job: Mapping[str, Any] | None = None
 ) -> Iterator[Path]:
-    """Give a folder to write in; it becomes `target` if the block succeeds.
+    """Yield a folder to write in, which becomes `target` if the block succeeds.
 
     Args:
-        force: replace what is there, if `refuse_existing` agrees.
-        job: all that decides what will be written, as JSON has it. With it, the folder
-            holds the whole shards (and nothing else) that a stopped run of the same job
-            has left; Ctrl-C and SIGTERM leave them too, and their exception says so in
-            a note. Without it, the folder is empty.
+        force: replace an existing target, if `refuse_existing` allows it.
+        job: everything that determines the result, as JSON values. With it, the folder
+            contains only the complete shards of a stopped run of the same job, and
+            Ctrl-C and SIGTERM keep complete shards, with a note on their exception.
+            Without it, the folder is empty.
 
     Raises:
         OpenELMError: the target exists and `force` is off, another process is writing
-            it, or the disk refuses; nothing is kept.
+            it, or the disk is full or fails; nothing is kept.
     """
     refuse_existing(target, force=force)
-    with _in_one_sentence(target), _parents(target), _workplace(target, job) as staging:
+    with _explain_errors(target), _parents(target), _workplace(target, job) as staging:
         yield staging
         for path in (*staging.rglob("*"), staging):
             flush(path)
         done = staging.rename(staging.with_suffix(".done"))
-        _take_name(done, target, force)
+        _rename_to_target(done, target, force)
         flush(target.parent)
 
 
 @contextlib.contextmanager
 def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give a path to write one file at; it becomes `target` if the block succeeds.
+    """Yield a path for one file, which becomes `target` if the block succeeds.
 
     Raises:
         OpenELMError: as `staged_folder`.
     """
     refuse_existing_file(target, force=force)
-    with _in_one_sentence(target), _parents(target), _workplace(target) as staging:
+    with _explain_errors(target), _parents(target), _workplace(target) as staging:
         path = staging / target.name
         yield path
         flush(path)
-        refuse_existing_file(target, force=force)  # it may have come meanwhile
+        refuse_existing_file(target, force=force)  # created in the meantime?
         path.replace(target)
         flush(target.parent)
 
 
 @contextlib.contextmanager
-def held(target: Path) -> Iterator[None]:
-    """Keep out whoever else would hold `target`, which need not be there yet.
+def lock_target(target: Path) -> Iterator[None]:
+    """Lock `target`, which need not exist, against other processes.
 
     Raises:
-        OpenELMError: another process holds it.
+        OpenELMError: another process has locked it.
     """
     lock = target.parent / f".{target.name}.held"
-    refusal = (
-        f"{target} is in use by another process; wait for it, or choose another place."
+    message = (
+        f"{target} is in use by another process; wait for it, or choose another path."
     )
-    with _parents(target), lock_file(lock, refusal):
+    with _parents(target), lock_file(lock, message):
         yield
 
 
 @contextlib.contextmanager
-def lock_file(path: Path, refusal: str, *, required: bool = True) -> Iterator[None]:
-    """Hold a lock file, which is removed at the end, or unlocked if the process dies.
+def lock_file(path: Path, message: str, *, required: bool = True) -> Iterator[None]:
+    """Lock a file and remove it at the end; if the process dies, it is unlocked.
 
     Args:
-        refusal: the message where another process holds it.
-        required: fail where the file system has no locks; else go on without one.
+        message: the error if another process has locked it.
+        required: fail if the file system does not support locks; else continue.
 
     Raises:
-        OpenELMError: another process holds it.
+        OpenELMError: another process has locked it.
     """
     with path.open("ab") as opened:
         try:
             _lock(opened)
         except BlockingIOError as error:
-            raise OpenELMError(refusal) from error
+            raise OpenELMError(message) from error
         except OSError:
             if required:
                 raise
@@ -120,15 +120,16 @@ def lock_file(path: Path, refusal: str, *, required: bool = True) -> Iterator[No
 
 @contextlib.contextmanager
 def replaced_file(target: Path) -> Iterator[Path]:
-    """Give a path to write at; it takes the place of `target` if the block succeeds.
+    """Yield a path to write at, which replaces `target` if the block succeeds.
 
-    For a file of our own that is written again and again: until the new one is whole
-    and on the disk, the old one stays.
+    For files of ours that are written repeatedly. The old file stays until the new one
+    is complete on the disk.
 
     Raises:
-        OSError: the disk refuses; the old file is as it was.
+        OSError: the file cannot be written; the old file is unchanged.
     """
-    part = target.with_name(f".{target.name}.part{target.suffix}")
+    # safetensors needs the suffix; torch names a .pt archive after the stem.
+    part = target.with_name(f".{target.name}{target.suffix}")
     try:
         yield part
         flush(part)
@@ -147,27 +148,27 @@ def refuse_replacing(target: Path, files: Iterable[Path]) -> None:
     """Raise OpenELMError if writing the target would replace one of these files."""
     resolved = target.resolve()
     for file in files:
-        link = file.parent.resolve() / file.name  # a file in the Hub cache is one
+        link = file.parent.resolve() / file.name  # files in the Hub cache are links
         if any(path.is_relative_to(resolved) for path in (link, file.resolve())):
             raise OpenELMError(
-                f"{target} holds the source itself, and replacing it would lose it; "
-                "choose another place."
+                f"{target} holds the source itself, which would be lost; choose "
+                "another path."
             )
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
-    """Raise if something is at `target` that must not be replaced.
+    """Raise OpenELMError if `target` exists and must not be replaced by a folder.
 
-    `force` replaces a folder that holds a model or an adapter and nothing else, or
-    nothing at all: a slip of the pen must not cost what a person has made.
+    To protect other files from a typing error, `force` replaces only an empty folder or
+    one that holds nothing but a model or an adapter.
     """
     _refuse(target, force, _describe_foreign)
 
 
 def refuse_existing_file(target: Path, *, force: bool) -> None:
-    """Raise if something is at `target` that must not be replaced by a file.
+    """Raise OpenELMError if `target` exists and must not be replaced by a file.
 
-    `force` replaces a file that its name and its first bytes call a .pt or a .gguf.
+    `force` replaces only .pt and .gguf files, recognised by name and first bytes.
     """
     _refuse(target, force, _describe_foreign_file)
 
@@ -177,13 +178,13 @@ def _refuse(target: Path, force: bool, describe: Callable[[Path], str]) -> None:
         return
     if not force:
         raise OpenELMError(
-            f"{target} exists already; choose another place, or say `force` to replace "
+            f"{target} exists already; choose another path, or pass `force` to replace "
             "it."
         )
     foreign = describe(target)
     if foreign:
         raise OpenELMError(
-            f"{target} {foreign}, so `force` does not replace it; choose another place "
+            f"{target} {foreign}, so `force` does not replace it; choose another path "
             "or remove it yourself."
         )
 
@@ -191,37 +192,47 @@ def _refuse(target: Path, force: bool, describe: Callable[[Path], str]) -> None:
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja")
 _MODEL_FILES = ("README.md", "metrics.jsonl", "recipe.yaml", "report.html")
 _ADAPTER_FOLDERS = ("best", "average")  # in a training run's folder
+_TENSORBOARD, _EVENT_FILES = "tensorboard", "events.out.tfevents."
 _GROWN_FILES = (  # what `grow` writes; the first two always
     *("checkpoint.pt", "config.json", "tokenizer.model", "generation_config.json"),
 )
-_CLUTTER = (".DS_Store", ".gitattributes")  # nobody's work
+_IGNORED = (".DS_Store", ".gitattributes")
 
 
 def _describe_foreign(target: Path) -> str:
-    """Say why something is more, or other, than a model or an adapter; else nothing."""
+    """Return why `target` is not, or not only, a model or an adapter; else ""."""
     if target.is_symlink() or not target.is_dir():
         return "is not a model or adapter folder"
-    found = sorted(path for path in target.iterdir() if path.name not in _CLUTTER)
-    names = {path.name for path in found}
+    paths = sorted(path for path in target.iterdir() if path.name not in _IGNORED)
+    names = {path.name for path in paths}
     if names.issuperset(_GROWN_FILES[:2]) and names.issubset(_GROWN_FILES):
         return ""
-    described = bool(names & {"config.json", "adapter_config.json"})
-    if found and not (described and any(n.endswith(".safetensors") for n in names)):
+    has_config = bool(names & {"config.json", "adapter_config.json"})
+    if paths and not (has_config and any(n.endswith(".safetensors") for n in names)):
         return "is not a model or adapter folder"
-    for path in found:
+    for path in paths:
         if path.name in _ADAPTER_FOLDERS and not _describe_foreign(path):
             continue
-        known = path.suffix in _MODEL_SUFFIXES or path.name in _MODEL_FILES
-        if not known or not path.is_file():
-            return f"holds {path.name}, which is no part of a model"
+        if path.name == _TENSORBOARD and _holds_event_files(path):
+            continue
+        expected = path.suffix in _MODEL_SUFFIXES or path.name in _MODEL_FILES
+        if not expected or not path.is_file():
+            return f"holds {path.name}, which is not part of a model"
     return ""
+
+
+def _holds_event_files(folder: Path) -> bool:
+    """Whether a folder holds event files of TensorBoard and nothing else."""
+    return folder.is_dir() and all(
+        path.name.startswith(_EVENT_FILES) for path in folder.iterdir()
+    )
 
 
 _FIRST_BYTES = {".pt": b"PK\x03\x04", ".gguf": b"GGUF"}
 
 
 def _describe_foreign_file(target: Path) -> str:
-    """Say why something is no .pt or .gguf file, whichever its name says; else none."""
+    """Return why `target` is not the .pt or .gguf file of its suffix; else ""."""
     first = _FIRST_BYTES.get(target.suffix)
     if target.is_symlink() or not target.is_file() or first is None:
         return f"is not a {' or '.join(_FIRST_BYTES)} file"
@@ -234,7 +245,7 @@ def _describe_foreign_file(target: Path) -> str:
 
 @contextlib.contextmanager
 def _workplace(target: Path, job: Mapping[str, Any] | None = None) -> Iterator[Path]:
-    """Give the hidden folder, locked; it is removed afterwards unless shards stay."""
+    """Yield the locked hidden folder; remove it at the end unless shards are kept."""
     digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
     lock = target.parent / f".{target.name}.{digest[:12]}.lock"
     part = lock.with_suffix(".part")
@@ -243,7 +254,7 @@ def _workplace(target: Path, job: Mapping[str, Any] | None = None) -> Iterator[P
     except BlockingIOError as error:
         raise OpenELMError(
             f"{target} is being written by another process; wait for it, or choose "
-            "another place."
+            "another path."
         ) from error
     kept = False
     with locked:
@@ -263,8 +274,8 @@ def _workplace(target: Path, job: Mapping[str, Any] | None = None) -> Iterator[P
             count = len(_whole_shards(part, job))
             kept = count > 0
             if kept:
-                shards = f"{count} whole shard{'s' if count > 1 else ''}"
-                stopped.add_note(f"The same command goes on from {shards}.")
+                shards = f"{count} complete shard{'s' if count > 1 else ''}"
+                stopped.add_note(f"The same command resumes from {shards}.")
             raise
         finally:
             if not kept:
@@ -272,7 +283,7 @@ def _workplace(target: Path, job: Mapping[str, Any] | None = None) -> Iterator[P
 
 
 def _whole_shards(part: Path, job: Mapping[str, Any] | None) -> set[Path]:
-    """Return what may be continued: without a job nothing."""
+    """Return the shards from which a run can resume; without a job, none."""
     return set() if job is None else set(part.glob(SHARD_FILES))
 
 
@@ -288,10 +299,10 @@ def _open_locked(path: Path, mode: Literal["a+b", "r+b"]) -> FileIO:
 
 
 def _lock(opened: IO[bytes]) -> None:
-    """Lock a file until it is closed, by whatever death of the process.
+    """Lock a file until it is closed or the process ends.
 
     Raises:
-        BlockingIOError: another process has it, or has just finished and removed it.
+        BlockingIOError: another process has locked it, or has just removed it.
     """
     fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if os.fstat(opened.fileno()).st_nlink == 0:
@@ -299,7 +310,7 @@ def _lock(opened: IO[bytes]) -> None:
 
 
 def _remove_leftovers(target: Path, own: Path) -> None:
-    """Remove what killed runs of other jobs have left beside the same target."""
+    """Remove what killed runs of other jobs have left next to the target."""
     pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{12}\.lock")
     for lock in sorted(target.parent.iterdir()):
         if pattern.fullmatch(lock.name) and lock != own and lock.is_file():
@@ -309,7 +320,7 @@ def _remove_leftovers(target: Path, own: Path) -> None:
 
 
 def _remove_with_lock(lock: Path) -> None:
-    """Remove a workplace; the lock goes last, for without it nothing finds the rest."""
+    """Remove a hidden folder; the lock last, as leftovers are found by it."""
     try:
         _remove(lock.with_suffix(".part"))
     finally:
@@ -321,7 +332,7 @@ def _remove_with_lock(lock: Path) -> None:
 
 @contextlib.contextmanager
 def _parents(target: Path) -> Iterator[None]:
-    """Make the folders above the target; those that stay empty are removed."""
+    """Create the folders above the target; remove those that stay empty."""
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -333,14 +344,16 @@ def _parents(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_one_sentence(target: Path) -> Iterator[None]:
+def _explain_errors(target: Path) -> Iterator[None]:
+    """Turn OSErrors into OpenELMErrors that name the target."""
     try:
         yield
     except (OSError, OpenELMError) as error:
         cause = error.__cause__ if isinstance(error, OpenELMError) else error
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OpenELMError(
-                f"The disk of {target} is full; nothing was kept. Make room and repeat."
+                f"The disk of {target} is full; nothing was kept. Free disk space and "
+                "repeat."
             ) from error
         if isinstance(error, OpenELMError):
             raise
@@ -350,14 +363,14 @@ def _in_one_sentence(target: Path) -> Iterator[None]:
 # The disk ------------------------------------------------------------------------
 
 
-def _take_name(staging: Path, target: Path, force: bool) -> None:
+def _rename_to_target(staging: Path, target: Path, force: bool) -> None:
     if not os.path.lexists(target):
         staging.rename(target)
         return
-    refuse_existing(target, force=force)  # it came while we were writing
+    refuse_existing(target, force=force)  # created in the meantime?
     if _exchange(staging, target):
         return  # the old one now has the staging name and is removed by the caller
-    # A file system that cannot exchange names: two steps, the old one kept in between.
+    # The file system cannot exchange names: two steps, the old one kept in between.
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     target.rename(aside / target.name)
     try:
@@ -370,7 +383,7 @@ def _take_name(staging: Path, target: Path, force: bool) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names in one step; False where the system has no such call."""
+    """Swap two names atomically; False if the system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     first, second = os.fsencode(a), os.fsencode(b)
     try:
@@ -385,7 +398,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Bring a file or a folder's entries onto the disk itself."""
+    """Flush a file, or the entries of a folder, to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if sys.platform == "darwin" and path.is_file():
@@ -397,10 +410,10 @@ def flush(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder or a file, if it is there and can be."""
+    """Remove a folder or a file, ignoring errors."""
     try:
         shutil.rmtree(path, ignore_errors=True)
-    finally:  # and what a Ctrl-C in the middle of it has left
+    finally:  # again, after a Ctrl-C during the first attempt
         shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
-"""Finding a tokenizer, and proving that it is the right one.
+"""Finds the tokenizer of a model and verifies it.
 
-OpenELM's repositories carry no tokenizer, look-alikes of Llama's are about, and a wrong
-one spoils a model without any error: so what is found here is proved. A tokenizer has
-two files: tokenizer.model (SentencePiece's, which is ours) and tokenizer.json (Hugging
-Face's, for mlx-lm and transformers). `tokenizer_json` makes either from the other; that
-they agree is proved here.
+OpenELM's repositories contain no tokenizer, many tokenizers resemble Llama's, and a
+wrong one degrades a model without any error. Every tokenizer is therefore verified. It
+has two files: tokenizer.model (SentencePiece, which we use) and tokenizer.json (Hugging
+Face, for mlx-lm and transformers). `text.tokenizer_json` converts between them; this
+module checks that they agree.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from mlx_openelm.storage.hub import (
 from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 from mlx_openelm.text.tokenizer_json import (
     BYTE_PIECES,
-    GET_ONE,
+    TOKENIZER_HINT,
     UNK_ID,
     describe,
     rebuild,
@@ -38,7 +38,7 @@ from mlx_openelm.text.tokenizer_json import (
 
 MODEL_FILE, JSON_FILE, CONFIG_FILE = TOKENIZER_FILES
 
-PROBES = (  # what tokenizers differ in; none holds U+2581, which decodes to a space
+PROBES = (  # texts in which tokenizers differ; no U+2581, which decodes to a space
     *("", " ", "a", " a", "  two spaces", "trailing  ", "a b  c   d    e     f"),
     *(f"{' ' * n}x{' ' * n}\n" for n in (7, 15, 16, 17, 23, 33, 50)),
     *("\n", "\n\n\n", "tab\there\t\t", "windows\r\nlines\r\n", " \n \n  \n\t "),
@@ -62,29 +62,29 @@ LLAMA_VECTORS = {
     "### Instruction:": [1, 835, 2799, 4080, 29901],
     "<|user|>\n": [1, 529, 29989, 1792, 29989, 29958, 13],
     "日本語 café": [1, 29871, 30325, 30346, 30968, 274, 28059],
-    # From Llama 2's own file. transformers 5, given a tokenizer.model alone, ranks its
-    # merges by id instead of score, which joins spaces before words:
+    # From Llama 2's own file. transformers 5 ranks the merges of a tokenizer.model by
+    # id instead of score, which joins spaces before words:
     "x  x": [1, 921, 29871, 921],
     " " * 40: [1, 462, 462, 3986],
 }
-LLAMA_BYTES = 499_723  # of Llama's tokenizer.model
+LLAMA_BYTES = 499_723  # size of Llama's tokenizer.model
 
-OPEN_COPIES = (  # of Llama's tokenizer, open to all; the first is what is downloaded
+PUBLIC_COPIES = (  # repositories with Llama's tokenizer; the first is downloaded
     "NousResearch/Llama-2-7b-hf",
     "NousResearch/Llama-2-7b-chat-hf",
     "mlx-community/OpenELM-*",
     "PrunaAI/apple-OpenELM-*",
 )
-MOST_FOLDERS, MOST_TOKENIZERS, MOST_BYTES = 2000, 20, 20_000_000  # looked at unasked
+MOST_FOLDERS, MOST_TOKENIZERS, MOST_BYTES = 2000, 20, 20_000_000  # limits of the search
 
 
 @dataclass(frozen=True, slots=True)
 class FoundTokenizer:
-    """A proved tokenizer, and the file that it came from.
+    """A verified tokenizer and its file.
 
     Attributes:
-        notes: where it was looked for, and what was passed over and why; nothing where
-            it was given or lies in the source's folder.
+        notes: the places that were searched, and what was skipped and why; empty if the
+            tokenizer was given or is in the source's folder.
     """
 
     tokenizer: Tokenizer
@@ -95,63 +95,63 @@ class FoundTokenizer:
 def find_tokenizer(
     source: Path, given: str | None, num_rows: int, *, offline: bool = False
 ) -> FoundTokenizer:
-    """Find the tokenizer of a model and prove it.
+    """Find and verify the tokenizer of a model.
 
-    It is looked for in the source's folder, in folders in and beside that, and, if it
-    may be Llama's, in the Hub cache and on the Hub. What claims to belong, because it
-    was given or lies in the source's folder, must; what does not is passed over.
+    The search covers the source's folder, its subfolders and siblings, and, if it can
+    be Llama's, the Hub cache and the Hub. A tokenizer that is given or in the source's
+    folder must fit the model; others that do not fit are skipped.
 
     Args:
         source: the model's folder or file.
-        given: what `tokenizer` says: a file, a folder, or a repository on the Hub.
+        given: the value of `tokenizer`: a file, a folder, or a repository on the Hub.
         num_rows: rows of the model's embedding.
-        offline: of the Hub, use only what is on this machine already.
+        offline: use only the local Hub cache.
 
     Raises:
-        OpenELMError: none was found, or the one found is not this model's.
+        OpenELMError: no tokenizer was found, or it does not fit the model.
     """
     folder = source if source.is_dir() else source.parent
     if given is not None:
         file = find_tokenizer_file(_locate(given, offline=offline))
         if file is None:
             refuse(f"{given} holds neither {MODEL_FILE} nor {JSON_FILE}")
-        return FoundTokenizer(_read_and_prove(file, num_rows), file)
+        return FoundTokenizer(_read_and_verify(file, num_rows), file)
     if own := find_tokenizer_file(folder):
-        return FoundTokenizer(_read_and_prove(own, num_rows), own)
+        return FoundTokenizer(_read_and_verify(own, num_rows), own)
     notes = [f"There is no tokenizer in {folder}."]
-    found = _search_beside(folder, num_rows, notes)
-    if found is None and num_rows in (LLAMA_SIZE, pad_vocabulary(LLAMA_SIZE)):
-        found = _search_hub(num_rows, notes, offline=offline)
-    if found is None:
+    result = _search_nearby(folder, num_rows, notes)
+    if result is None and num_rows in (LLAMA_SIZE, pad_vocabulary(LLAMA_SIZE)):
+        result = _search_hub(num_rows, notes, offline=offline)
+    if result is None:
         tried = f" ({' '.join(notes[1:][-4:])})" if notes[1:] else ""
         raise OpenELMError(
-            f"No tokenizer was found beside {source}{tried}, and OpenELM's own "
-            f"repositories carry none. {GET_ONE}, or `tokenizer` none to convert "
-            "without one."
+            f"No tokenizer was found next to {source}{tried}, and OpenELM's own "
+            f"repositories contain none. {TOKENIZER_HINT}, or `tokenizer` none to "
+            "convert without one."
         )
-    return found
+    return result
 
 
-def _read_and_prove(file: Path, num_rows: int) -> Tokenizer:
+def _read_and_verify(file: Path, num_rows: int) -> Tokenizer:
     tokenizer = read_tokenizer(file)
     try:
-        prove_tokenizer(tokenizer, num_rows)
+        verify_tokenizer(tokenizer, num_rows)
     except OpenELMError as error:
         raise OpenELMError(f"{file}: {error}") from error
     return tokenizer
 
 
-def _search_beside(
+def _search_nearby(
     folder: Path, num_rows: int, notes: list[str]
 ) -> FoundTokenizer | None:
-    """Return the fitting tokenizer of a folder in or beside the source's.
+    """Return the fitting tokenizer of a subfolder or sibling of the source's folder.
 
-    Llama's is known by its ids. Any other is known by its size alone, so two that
-    differ are a question for a person.
+    Llama's is recognised by its ids, others only by their size. If two of the latter
+    fit, the user must choose.
     """
-    files = islice(_files_beside(folder), MOST_TOKENIZERS)
+    files = islice(_files_nearby(folder), MOST_TOKENIZERS)
     tried = (
-        _try(file, num_rows, "a folder beside the source", notes) for file in files
+        _try(file, num_rows, "a folder next to the source", notes) for file in files
     )
     fitting = filter(None, tried)
     first = next(fitting, None)
@@ -160,19 +160,19 @@ def _search_beside(
     for other in fitting:
         if _describe(other.tokenizer) != _describe(first.tokenizer):
             raise OpenELMError(
-                f"{first.path} and {other.path} both fit the model and differ; say "
-                "which is its own with `tokenizer`."
+                f"{first.path} and {other.path} both fit the model and differ; choose "
+                "one with `tokenizer`."
             )
     return first
 
 
-def _files_beside(folder: Path) -> Iterator[Path]:
-    here = Path(os.path.abspath(folder))
-    for parent in (here, here.parent):
-        found: list[Path] = []
-        with contextlib.suppress(OSError):  # not ours to read
-            found = sorted(islice(parent.iterdir(), MOST_FOLDERS))
-        for path in found:
+def _files_nearby(folder: Path) -> Iterator[Path]:
+    absolute = Path(os.path.abspath(folder))
+    for parent in (absolute, absolute.parent):
+        paths: list[Path] = []
+        with contextlib.suppress(OSError):  # not readable
+            paths = sorted(islice(parent.iterdir(), MOST_FOLDERS))
+        for path in paths:
             file = None
             with contextlib.suppress(OSError):
                 file = find_tokenizer_file(path) if path.is_dir() else None
@@ -185,12 +185,12 @@ def _search_hub(
 ) -> FoundTokenizer | None:
     """Return Llama's tokenizer from the Hub cache, or from the Hub."""
     for repo, file in islice(_files_in_cache(), MOST_TOKENIZERS):
-        if found := _try(file, num_rows, f"{repo} in the Hub cache", notes):
-            return found
+        if result := _try(file, num_rows, f"{repo} in the Hub cache", notes):
+            return result
     notes.append("The Hub cache has no copy of Llama's.")
-    repo = OPEN_COPIES[0]
+    repo = PUBLIC_COPIES[0]
     if offline:
-        notes.append(f"Offline, so {repo} was not asked for its copy.")
+        notes.append(f"Offline, so {repo} was not downloaded.")
         return None
     try:
         copy = find_tokenizer_file(download(repo, TOKENIZER))
@@ -202,39 +202,39 @@ def _search_hub(
 
 
 def _files_in_cache() -> Iterator[tuple[str, Path]]:
-    """Give the cached repositories with what may be Llama's, open copies first."""
+    """Yield cached files that may be Llama's with their repositories, public first."""
     snapshots = cached_snapshots()
-    for pattern in OPEN_COPIES:
+    for pattern in PUBLIC_COPIES:
         for repo, folder in snapshots:
             file = find_tokenizer_file(folder)
             if file is not None and fnmatch.fnmatchcase(repo, pattern):
                 yield repo, file
     for repo, folder in snapshots:
         copy = folder / MODEL_FILE
-        is_open = any(fnmatch.fnmatchcase(repo, pattern) for pattern in OPEN_COPIES)
-        if not is_open and copy.is_file() and copy.stat().st_size == LLAMA_BYTES:
+        is_public = any(fnmatch.fnmatchcase(repo, pattern) for pattern in PUBLIC_COPIES)
+        if not is_public and copy.is_file() and copy.stat().st_size == LLAMA_BYTES:
             yield repo, copy
 
 
 def _try(
     file: Path, num_rows: int, where: str, notes: list[str]
 ) -> FoundTokenizer | None:
-    """Prove a tokenizer that nobody named, and say what became of it."""
+    """Verify a tokenizer and add a note on the result."""
     try:
         if file.stat().st_size > MOST_BYTES:
             raise OpenELMError(f"{file} is too large for Llama's.")
-        tokenizer = _read_and_prove(file, num_rows)
+        tokenizer = _read_and_verify(file, num_rows)
     except (OpenELMError, OSError) as error:
-        reason, *_ = str(error).split(". ")  # what to do is no news here
-        notes.append(f"Passed over {reason.rstrip('.')}.")
+        reason, *_ = str(error).split(". ")  # without the advice
+        notes.append(f"Skipped {reason.rstrip('.')}.")
         return None
-    said = (
+    check = (
         "it gives Llama's ids for every probe"
         if tokenizer.vocab_size == LLAMA_SIZE
-        else f"it fits {num_rows} rows; if the model has another, say `tokenizer`"
+        else f"it fits {num_rows} rows; if the model has another, pass `tokenizer`"
     )
-    taken = f"The tokenizer is {file}, {where}: {said}."
-    return FoundTokenizer(tokenizer, file, (*notes, taken))
+    note = f"The tokenizer is {file}, {where}: {check}."
+    return FoundTokenizer(tokenizer, file, (*notes, note))
 
 
 def _describe(tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:
@@ -243,7 +243,7 @@ def _describe(tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:
 
 
 def _locate(given: str, *, offline: bool) -> Path:
-    """Return the path that `given` is; a repository on the Hub becomes a folder."""
+    """Return the path of a file, a folder, or a repository, which is downloaded."""
     path = Path(given).expanduser()
     if path.exists():
         return path
@@ -254,18 +254,18 @@ def _locate(given: str, *, offline: bool) -> Path:
 
 
 def find_tokenizer_file(path: Path) -> Path | None:
-    """Return the tokenizer's file in a folder; a file stands for itself."""
+    """Return the tokenizer file in a folder, or `path` itself if it is a file."""
     files = (path / MODEL_FILE, path / JSON_FILE) if path.is_dir() else (path,)
     return next((file for file in files if file.is_file()), None)
 
 
 def read_tokenizer(path: Path, *, template: str | None = None) -> Tokenizer:
-    """Read a folder's or a file's tokenizer; in a folder, tokenizer.model goes first.
+    """Read the tokenizer of a file or folder; in a folder, tokenizer.model comes first.
 
-    From a tokenizer.json, a SentencePiece model with the same ids is built.
+    A tokenizer.json is converted to a SentencePiece model with the same ids.
 
     Raises:
-        OpenELMError: there is none, or it cannot be read as SentencePiece BPE.
+        OpenELMError: there is no tokenizer, or it is not SentencePiece BPE.
     """
     file = find_tokenizer_file(path)
     if file is None:
@@ -278,26 +278,27 @@ def read_tokenizer(path: Path, *, template: str | None = None) -> Tokenizer:
         raise OpenELMError(f"Cannot read the tokenizer {file}: {error}.") from error
     except (LookupError, TypeError, AttributeError) as error:
         raise OpenELMError(
-            f"{file} is not laid out as a {JSON_FILE} is ({error!r}). {GET_ONE}."
+            f"{file} does not have the structure of {JSON_FILE} ({error!r}). "
+            f"{TOKENIZER_HINT}."
         ) from error
     except OpenELMError as error:
         raise OpenELMError(f"{file}: {error}") from error
 
 
-def _from_json(found: Mapping[str, Any], template: str | None) -> Tokenizer:
-    """Return the tokenizer of a tokenizer.json, proved to give the same ids."""
-    tokenizer = rebuild(found, template=template)
-    with contextlib.suppress(ImportError):  # then the comparison of merges has to do
-        described = {**describe(tokenizer), "model": found["model"]}
-        prove_same(json.dumps(described), tokenizer)
+def _from_json(description: Mapping[str, Any], template: str | None) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json, verified to give the same ids."""
+    tokenizer = rebuild(description, template=template)
+    with contextlib.suppress(ImportError):  # `rebuild` has compared the merges
+        combined = {**describe(tokenizer), "model": description["model"]}
+        verify_same(json.dumps(combined), tokenizer)
     return tokenizer
 
 
-def prove_tokenizer(tokenizer: Tokenizer, num_rows: int) -> None:
-    """Raise OpenELMError unless the tokenizer may be that of a model with `num_rows`.
+def verify_tokenizer(tokenizer: Tokenizer, num_rows: int) -> None:
+    """Raise OpenELMError unless the tokenizer fits a model with `num_rows` rows.
 
-    It must have Llama's manners (special ids, byte pieces, one dummy space, lossless
-    round trip) and fit the embedding; with 32000 pieces it must be Llama's own.
+    It must behave like Llama's (special ids, byte pieces, one dummy space, lossless
+    round trip) and match the embedding; with 32000 pieces it must be Llama's own.
     """
     processor = tokenizer.processor
     special = (processor.unk_id(), tokenizer.bos_id, tokenizer.eos_id)
@@ -307,45 +308,45 @@ def prove_tokenizer(tokenizer: Tokenizer, num_rows: int) -> None:
             f"{(UNK_ID, BOS_ID, EOS_ID)}"
         )
     if not all(processor.IsByte(processor.PieceToId(name)) for name in BYTE_PIECES):
-        refuse("The tokenizer lacks byte pieces, so rare characters would be lost")
+        refuse("The tokenizer has not all byte pieces, so rare characters are lost")
     first = processor.IdToPiece(tokenizer.encode("a", bos=False)[0])
     if not first.startswith(SPACE):
         refuse(
             "The tokenizer puts no dummy space in front of a text, as OpenELM's does: "
-            f'"a" begins with the piece {first!r}'
+            f'"a" starts with the piece {first!r}'
         )
     for text in PROBES:
-        if (back := tokenizer.decode(tokenizer.encode(text))) != text:
-            refuse(f"The tokenizer loses text: {text!r} comes back as {back!r}")
+        if (decoded := tokenizer.decode(tokenizer.encode(text))) != text:
+            refuse(f"The tokenizer loses text: {text!r} is decoded as {decoded!r}")
     size = tokenizer.vocab_size
     padded = pad_vocabulary(size)
     if num_rows not in (size, padded):
         raise OpenELMError(
             f"The tokenizer has {size} pieces and the model's embedding {num_rows} "
-            f"rows, where {size} would fit or, as CoreNet pads them, {padded}. Say the "
+            f"rows; expected {size} or, as CoreNet pads them, {padded}. Pass the "
             "`tokenizer` that the model was trained with."
         )
-    # Mistral's has the same size and special ids and passes all of the above.
+    # Mistral's has the same size and special ids and passes all checks above.
     for text, ids in LLAMA_VECTORS.items() if size == LLAMA_SIZE else ():
-        if (found := tokenizer.encode(text)) != ids:
+        if (actual := tokenizer.encode(text)) != ids:
             refuse(
                 f"The tokenizer has {size} pieces but is not Llama's: {text!r} gives "
-                f"{found}, not {ids}"
+                f"{actual}, not {ids}"
             )
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.model, tokenizer.json and its config, and prove that they agree.
+    """Write tokenizer.model, tokenizer.json and its config; verify that they agree.
 
     Raises:
-        OpenELMError: tokenizer.json cannot say what this tokenizer does, or read back
-            it gives other ids; or the folder cannot be written.
+        OpenELMError: tokenizer.json cannot express this tokenizer or gives other ids,
+            or the folder cannot be written.
     """
     described = json.dumps(describe(tokenizer), ensure_ascii=False)
     name = tokenizer.processor.IdToPiece
     config = {
-        # transformers 5 makes a "LlamaTokenizer" its own way, which drops one of the
-        # spaces that a text begins with; this class takes tokenizer.json as it is.
+        # transformers 5 rebuilds a "LlamaTokenizer" and drops one leading space of a
+        # text; this class uses tokenizer.json unchanged.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": name(tokenizer.bos_id),
         "eos_token": name(tokenizer.eos_id),
@@ -358,25 +359,25 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         (folder / MODEL_FILE).write_bytes(tokenizer.model_proto)
         (folder / JSON_FILE).write_bytes(described.encode())
         (folder / CONFIG_FILE).write_bytes(json.dumps(config, indent=2).encode())
-        prove_same((folder / JSON_FILE).read_text(encoding="utf-8"), tokenizer)
+        verify_same((folder / JSON_FILE).read_text(encoding="utf-8"), tokenizer)
     except (OSError, ImportError) as error:
         raise OpenELMError(
             f"Cannot write the tokenizer into {folder}: {error}."
         ) from error
 
 
-def prove_same(described: str, tokenizer: Tokenizer) -> None:
+def verify_same(json_text: str, tokenizer: Tokenizer) -> None:
     """Raise OpenELMError unless a tokenizer.json gives the same ids and text."""
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
     try:
-        other = HuggingFaceTokenizer.from_str(described)
+        other = HuggingFaceTokenizer.from_str(json_text)
     except Exception as error:  # Rust's errors arrive as plain Exceptions
         raise OpenELMError(f"{JSON_FILE} cannot be used: {error}.") from error
     for text in PROBES:
-        ids, found = tokenizer.encode(text), other.encode(text).ids
-        if found != ids or other.decode(ids) != text:
+        ids, other_ids = tokenizer.encode(text), other.encode(text).ids
+        if other_ids != ids or other.decode(ids) != text:
             refuse(
-                f"{JSON_FILE} differs from SentencePiece: {text!r} gives {found}, not "
-                f"{ids}, which decode to {other.decode(ids)!r}"
+                f"{JSON_FILE} differs from SentencePiece: {text!r} gives {other_ids}, "
+                f"not {ids}, which decode to {other.decode(ids)!r}"
             )

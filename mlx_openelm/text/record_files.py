@@ -1,8 +1,8 @@
-"""Files of JSON values: one a line or one array, plain or compressed with gzip.
+"""Files of JSON values: one per line or one array, plain or compressed with gzip.
 
-The one reader of fine-tuning data, tasks, prompts and pre-training corpora. A file is
-read in chunks and never held as a whole. Every value comes with its place, and so does
-every problem, so that a caller can stop at the first one or collect all of them.
+Reads fine-tuning data, tasks, prompts and pre-training corpora. A file is read in
+chunks and is never in memory as a whole. Values and problems have a line and column;
+the caller can stop at the first problem or collect all of them.
 """
 
 import codecs
@@ -18,14 +18,14 @@ from typing import IO, Any
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
-# Raised where a file is missing, damaged or cut off, or its name holds a NUL
+# Raised if a file is missing, damaged or truncated, or its name contains a NUL
 READ_ERRORS = (OSError, EOFError, zlib.error, ValueError)
 
 _BOM = b"\xef\xbb\xbf"
 _CHUNK = 1 << 16  # bytes
-# An array of objects or texts; a line that begins with another array is one value.
+# An array of objects or strings; a line that starts with another array is one value.
 _ARRAY = re.compile(rb'\s*\[(\s*[{"\]]|[ \t\r]*\n|\s*$)')
-_FILLED = re.compile(r"[^ \t\r\n]")  # no white space of JSON
+_NOT_BLANK = re.compile(r"[^ \t\r\n]")  # JSON's white space
 _DECODER = json.JSONDecoder()
 
 
@@ -35,9 +35,9 @@ class JsonValue:
 
     Attributes:
         line: from 1.
-        column: from 1, in characters; None where the value is the whole line.
-        problem: what is wrong at this place, as "is no JSON (Expecting value)"; empty
-            where there is a value.
+        column: from 1, in characters; None if the value is the whole line.
+        problem: what is wrong here, as "is not JSON (Expecting value)"; empty if there
+            is a value.
     """
 
     line: int
@@ -64,18 +64,19 @@ def without_gz(path: Path) -> Path:
 
 
 def is_array(start: bytes) -> bool:
-    """Whether a file that starts like this is an array of records."""
+    """Return whether a file that starts with `start` is an array of records."""
     return _ARRAY.match(start.removeprefix(_BOM)) is not None
 
 
 def read_values(file: IO[bytes], *, skip: int = 0) -> Iterator[JsonValue]:
-    """Yield the values of a file; blank lines are passed over.
+    """Yield the values of a file; blank lines are skipped.
 
-    Lines end at a newline alone: a text may contain U+2028 and similar characters. A
-    line that is no JSON is one problem among the other values; an array ends with it.
+    Only newlines end a line: strings may contain U+2028 and similar characters. A line
+    that is not JSON yields a problem and reading continues; in an array a problem is
+    the last value.
 
     Args:
-        skip: number of values to leave out; lines among them are not even parsed.
+        skip: number of values to skip; skipped lines are not parsed.
     """
     first, start = 1, file.readline(_CHUNK).removeprefix(_BOM)
     while start and not start.strip():
@@ -102,7 +103,7 @@ def _parse_line(number: int, line: bytes) -> JsonValue:
         problem = _describe_bad_byte(line[error.start])
         return JsonValue(number, column, problem=problem)
     except json.JSONDecodeError as error:
-        return JsonValue(number, error.pos + 1, problem=f"is no JSON ({error.msg})")
+        return JsonValue(number, error.pos + 1, problem=f"is not JSON ({error.msg})")
     except (ValueError, RecursionError) as error:  # a huge number, deep nesting
         return JsonValue(number, problem=f"cannot be read as JSON ({error})")
 
@@ -111,7 +112,7 @@ class _ArrayReader:
     """Reads a JSON array value by value, with the line and column of its position."""
 
     def __init__(self, file: IO[bytes], start: bytes, line: int) -> None:
-        """Start at bytes of this line that are already read from the file."""
+        """Start with bytes of line `line` that were already read from the file."""
         self._file = file
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._text = self._decoder.decode(start)
@@ -130,11 +131,11 @@ class _ArrayReader:
             if more:
                 self._move(self._position + 1)
         if self._find_next() != "]":
-            yield self._describe("is no JSON (Expecting ',' delimiter)")
+            yield self._describe("is not JSON (Expecting ',' delimiter)")
             return
         self._move(self._position + 1)
         if self._find_next():  # reads to the end, where gzip has its checksum
-            yield self._describe("is behind the end of the array")
+            yield self._describe("is after the end of the array")
 
     def _read_value(self) -> JsonValue:
         self._find_next()
@@ -143,7 +144,7 @@ class _ArrayReader:
         except json.JSONDecodeError as error:
             self._failed = True
             bad = _find_bad_byte(self._text, self._position)
-            position, problem = bad or (error.pos, f"is no JSON ({error.msg})")
+            position, problem = bad or (error.pos, f"is not JSON ({error.msg})")
             self._move(position)
             return self._describe(problem)
         except (ValueError, RecursionError) as error:
@@ -151,15 +152,15 @@ class _ArrayReader:
             return JsonValue(self._line, problem=f"cannot be read as JSON ({error})")
         bad = _find_bad_byte(self._text, self._position, end)
         if bad is None:
-            found = JsonValue(self._line, self._column, value)
+            result = JsonValue(self._line, self._column, value)
         else:
             self._move(bad[0])
-            found = self._describe(bad[1])
+            result = self._describe(bad[1])
         self._move(end)
-        return found
+        return result
 
     def _decode(self) -> tuple[Any, int]:
-        """Return the value at the position and its end, with as many chunks as needed.
+        """Return the value at the position and its end; reads chunks as needed.
 
         Raises:
             ValueError, RecursionError: see json.JSONDecoder.
@@ -171,17 +172,17 @@ class _ArrayReader:
             except json.JSONDecodeError:
                 if not self._read_chunk(size):
                     raise
-            else:  # a number that a chunk cuts in "1e+" ends 2 characters before it
+            else:  # a number cut after "1e+" parses as one that ends 2 characters early
                 if end < len(self._text) - 2 or not self._read_chunk(size):
                     return value, end
 
     def _find_next(self) -> str:
-        """Move to the next character that is no white space; "" at the file's end."""
+        """Move to the next character other than white space; "" at the file's end."""
         while True:
-            found = _FILLED.search(self._text, self._position)
-            self._move(found.start() if found else len(self._text))
-            if found or not self._read_chunk(_CHUNK):
-                return found[0] if found else ""
+            match = _NOT_BLANK.search(self._text, self._position)
+            self._move(match.start() if match else len(self._text))
+            if match or not self._read_chunk(_CHUNK):
+                return match[0] if match else ""
 
     def _move(self, position: int) -> None:
         newlines = self._text.count("\n", self._position, position)
@@ -193,7 +194,7 @@ class _ArrayReader:
         self._position = position
 
     def _read_chunk(self, size: int) -> bool:
-        """Replace what is before the position by more text, if there is any."""
+        """Drop the text before the position and append a chunk; False at the end."""
         text = ""
         while not text:
             data = self._file.read(size)
@@ -211,23 +212,23 @@ class _ArrayReader:
 def _find_bad_byte(
     text: str, start: int = 0, end: int | None = None
 ) -> tuple[int, str] | None:
-    """Return where the first escaped byte is, and the problem in words."""
+    """Return the position of the first escaped byte, and a description."""
     part = text[start:end]
     if part.isascii():
         return None
     try:
         part.encode()
     except UnicodeEncodeError as error:
-        byte = ord(part[error.start]) - 0xDC00  # as surrogateescape has it
+        byte = ord(part[error.start]) - 0xDC00  # undoes surrogateescape
         return start + error.start, _describe_bad_byte(byte)
     return None
 
 
 def _describe_bad_byte(byte: int) -> str:
-    return f"is no UTF-8 (the byte 0x{byte:02x}); save it as UTF-8"
+    return f"is not UTF-8 (the byte 0x{byte:02x}); save it as UTF-8"
 
 
 def describe_type(value: Any) -> str:
     """Return the type of a JSON value in words, for error messages."""
-    names = {str: "a text", bool: "true or false", list: "a list", dict: "an object"}
+    names = {str: "a string", bool: "true or false", list: "a list", dict: "an object"}
     return "null" if value is None else names.get(type(value), "a number")

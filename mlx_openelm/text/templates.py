@@ -1,4 +1,4 @@
-"""Prompt templates: turns of a conversation rendered as text, and encoded as ids."""
+"""Prompt templates: conversations rendered as text and encoded as token ids."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Turn:
     """One message of a conversation.
 
     Attributes:
-        role: "system" (the first turn alone), "user" or "assistant".
+        role: "system" (only in the first turn), "user" or "assistant".
         input: the input of an Alpaca instruction; usually empty.
     """
 
@@ -25,10 +25,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A rendered answer, which an EOS follows, and the text before it.
-
-    The context starts after the EOS of the previous exchange.
-    """
+    """A rendered answer, without its EOS, and the text since the previous EOS."""
 
     context: str
     answer: str
@@ -49,16 +46,16 @@ def _raw(turns: Sequence[Turn]) -> list[Exchange]:
         return [Exchange("", turns[0].text)]
     if roles != ["user", "assistant"]:
         raise OpenELMError(
-            "The raw template has no place for a conversation's turns "
+            "The raw template renders one prompt and answer, not a conversation "
             f"({', '.join(roles)}); choose `template` {_either(_TEMPLATES)}."
         )
     prompt, answer = _with_input(turns[0]), turns[1].text
-    joined = not prompt or prompt[-1].isspace() or answer[:1].isspace()
-    return [Exchange(prompt, answer if joined else f" {answer}")]
+    spaced = not prompt or prompt[-1].isspace() or answer[:1].isspace()
+    return [Exchange(prompt, answer if spaced else f" {answer}")]
 
 
 def _instruct(turns: Sequence[Turn]) -> list[Exchange]:
-    # Zephyr's turns, with the empty system turn that OpenELM-Instruct was trained with.
+    # Zephyr's format, with the empty system turn that OpenELM-Instruct was trained with
     if turns[0].role != "system":
         turns = [Turn("system", ""), *turns]
     exchanges, context = [], ""
@@ -77,7 +74,7 @@ def _alpaca(turns: Sequence[Turn]) -> list[Exchange]:
 
 
 def _openelm_peft(turns: Sequence[Turn]) -> list[Exchange]:
-    # Byte for byte Apple's PEFT template, without input and with.
+    # Byte for byte Apple's PEFT template, without and with an input
     return _sections(turns, indent=_INDENT, header_ends=("  ", " "))
 
 
@@ -106,7 +103,7 @@ def _sections(
 
 
 def _with_input(turn: Turn) -> str:
-    """Return the text and input as one, for templates without a section for inputs."""
+    """Return text and input joined, for templates without a section for inputs."""
     return f"{turn.text}\n\n{turn.input}" if turn.input else turn.text
 
 
@@ -143,8 +140,8 @@ def encode_prompt(
     """Render `prompt` and return its ids, with one BOS first and no EOS last.
 
     Args:
-        template: one of `TEMPLATE_NAMES`; "auto" is the one stored with the model, and
-            raw if there is none.
+        template: one of `TEMPLATE_NAMES`; "auto" is the one stored with the model, else
+            raw.
         as_trained: remove a trailing space, because the first piece of the answer
             includes it when prompt and answer are tokenized as one text.
 
@@ -155,7 +152,7 @@ def encode_prompt(
     if name == RAW:
         if system:
             raise OpenELMError(
-                "A raw prompt has no place for `system`; "
+                "The raw template does not support `system`; "
                 f"choose `template` {_either(_TEMPLATES)}."
             )
         return tokenizer.encode(prompt.removesuffix(" ") if as_trained else prompt)
@@ -171,9 +168,8 @@ def encode_turns(
     """Render turns that end with the user's, and return the prompt's ids.
 
     Returns:
-        The ids, with one BOS first and an EOS after each answer (none in a raw text);
-        whether a trailing space was removed, because the first piece of the answer
-        includes it.
+        The ids, with one BOS first and an EOS after each answer (none if raw); whether
+        a trailing space was removed, because the first piece of the answer includes it.
 
     Raises:
         OpenELMError: no such template, or a text is not valid Unicode.

@@ -1,8 +1,7 @@
-"""SentencePiece: encoding with one BOS, decoding as a stream.
+"""The SentencePiece tokenizer: encoding with one BOS, streaming decoding.
 
-OpenELM's tokenizer is Llama's: 32000 BPE pieces, `<s>` = 1, `</s>` = 2, one dummy
-space in front of a text, a byte piece for what the vocabulary lacks. Reading
-tokenizer.json is the business of `tokenizer_json`.
+OpenELM uses Llama's tokenizer: 32000 BPE pieces, `<s>` = 1, `</s>` = 2, one dummy
+space before each text, byte fallback. `tokenizer_json` reads tokenizer.json.
 """
 
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from mlx_openelm.errors import OpenELMError
 SPACE = "\u2581"  # how SentencePiece spells a space inside a piece
 EOS_TEXT = "</s>"
 
-_NO_UNICODE = (
-    "The text is not valid UTF-8 or holds half of a character; give it as UTF-8."
+_NOT_UNICODE = (
+    "The text is not valid UTF-8 or contains an unpaired surrogate; pass valid UTF-8."
 )
 
 
@@ -25,7 +24,7 @@ class Tokenizer:
     """Text to ids and back.
 
     Attributes:
-        processor: the SentencePieceProcessor underneath.
+        processor: the SentencePieceProcessor.
         template: the prompt template stored with the model, or None.
     """
 
@@ -35,12 +34,12 @@ class Tokenizer:
             loaded = self.processor.LoadFromSerializedProto(model_proto)
         except (RuntimeError, OSError) as error:
             raise OpenELMError(
-                f"This is not a SentencePiece model: {error}. Say another `tokenizer`."
+                f"This is not a SentencePiece model: {error}. Pass another `tokenizer`."
             ) from error
         if not loaded or self.processor.bos_id() < 0 or self.processor.eos_id() < 0:
             raise OpenELMError(
                 "The tokenizer has no BOS or no EOS piece, so OpenELM cannot use it; "
-                "say another `tokenizer`."
+                "pass another `tokenizer`."
             )
         self.model_proto = model_proto
         self.template = template
@@ -50,7 +49,7 @@ class Tokenizer:
         """Read a tokenizer.model.
 
         Raises:
-            OpenELMError: the file is missing or is no SentencePiece model.
+            OpenELMError: the file is missing or not a SentencePiece model.
         """
         try:
             return cls(path.read_bytes(), template=template)
@@ -69,19 +68,19 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of pieces, which may be less than the model's embedding rows."""
+        """The number of pieces; the embedding may have more rows."""
         return int(self.processor.vocab_size())
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Return the ids of `text`, with exactly one BOS in front unless `bos` is off.
+        """Return the ids of `text`, with exactly one BOS first unless `bos` is False.
 
         Raises:
-            OpenELMError: the text is no Unicode: it holds half of a surrogate pair.
+            OpenELMError: the text contains an unpaired surrogate.
         """
         try:
             ids: list[int] = self.processor.encode(text)
         except RuntimeError as error:
-            raise OpenELMError(_NO_UNICODE) from error
+            raise OpenELMError(_NOT_UNICODE) from error
         return [self.bos_id, *ids] if bos else ids
 
     def encode_rendered(self, text: str) -> list[int]:
@@ -94,16 +93,16 @@ class Tokenizer:
         """Return the ids of many texts, without BOS, on all cores.
 
         Args:
-            rendered: each `</s>` is the EOS token, and not five characters.
+            rendered: encode each `</s>` as the EOS token, not as four characters.
 
         Raises:
-            OpenELMError: a text is no Unicode.
+            OpenELMError: a text contains an unpaired surrogate.
         """
         split = [text.split(EOS_TEXT) if rendered else [text] for text in texts]
         try:
             encoded = iter(self.processor.encode([s for parts in split for s in parts]))
         except (RuntimeError, TypeError) as error:
-            raise OpenELMError(_NO_UNICODE) from error
+            raise OpenELMError(_NOT_UNICODE) from error
         many = []
         for parts in split:
             ids: list[int] = next(encoded)
@@ -113,7 +112,7 @@ class Tokenizer:
         return many
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; BOS and EOS have none.
+        """Return the text of `ids`; BOS and EOS are dropped.
 
         Raises:
             OpenELMError: an id is not in the vocabulary.
@@ -128,35 +127,35 @@ class Tokenizer:
         return text
 
     def piece(self, token: int) -> str:
-        """Return how the vocabulary spells a token, "\u2581king" say."""
-        known = 0 <= token < self.vocab_size
-        return self.processor.IdToPiece(token) if known else ""
+        """Return the piece of a token, as "\u2581king"; empty for an unknown id."""
+        in_vocabulary = 0 <= token < self.vocab_size
+        return self.processor.IdToPiece(token) if in_vocabulary else ""
 
     def stream_decoder(self, after: Sequence[int] = ()) -> "StreamDecoder":
-        """Return a decoder for what follows the ids `after`, a prompt's, say."""
+        """Return a decoder of ids that follow the ids `after`, such as a prompt's."""
         return StreamDecoder(self, after)
 
 
 class StreamDecoder:
     """Decodes id by id: the parts joined are exactly `Tokenizer.decode` of all ids.
 
-    Behind a prompt they are what `decode` of prompt and ids has behind the prompt's
-    text: the space of a first word is kept there. Bytes of a character that is not yet
-    whole are held back; so is nothing else.
+    After a prompt they are what `decode` of prompt and ids adds to the prompt's text,
+    including the space before the first word. Only the bytes of an incomplete character
+    are buffered.
     """
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._processor = tokenizer.processor
-        self._held = b""  # byte pieces that may still become a character
+        self._pending = b""  # bytes of an incomplete character
         # The dummy space is dropped once, at the start of a text.
         self._at_start = all(map(self._processor.IsControl, after))
 
     def add(self, token: int) -> str:
-        """Return the text that is certain once `token` is known; often one piece."""
+        """Return the text that `token` completes; often one piece."""
         processor = self._processor
         if processor.IsByte(token):
-            self._held += bytes([int(processor.IdToPiece(token)[3:5], 16)])
-            text, self._held = _decode_bytes(self._held)
+            self._pending += bytes([int(processor.IdToPiece(token)[3:5], 16)])
+            text, self._pending = _decode_bytes(self._pending)
             self._at_start = self._at_start and not text
             return text
         text = self.finish()
@@ -169,18 +168,18 @@ class StreamDecoder:
         return text + piece.replace(SPACE, " ")
 
     def finish(self) -> str:
-        """Return what was held back, a replacement character for each lone byte."""
-        text = "\ufffd" * len(self._held)
-        self._held = b""
+        """Return a replacement character for each buffered byte."""
+        text = "\ufffd" * len(self._pending)
+        self._pending = b""
         self._at_start = self._at_start and not text
         return text
 
 
 def _decode_bytes(data: bytes) -> tuple[str, bytes]:
-    """Split bytes into text and a rest that may yet become a character.
+    """Return the text of bytes, and the bytes of an incomplete character at the end.
 
-    As SentencePiece does, a byte that cannot start or continue a character becomes one
-    replacement character and the next byte is looked at afresh.
+    As in SentencePiece, a byte that cannot start or continue a character becomes one
+    replacement character, and decoding restarts at the next byte.
     """
     text = ""
     while data:

@@ -1,9 +1,6 @@
-"""SentencePiece's model as Hugging Face's tokenizer.json, and back.
+"""Conversion of a SentencePiece model to Hugging Face's tokenizer.json, and back.
 
-`describe` writes down in Hugging Face's terms what a SentencePiece model does, and
-`rebuild` makes the SentencePiece model that a tokenizer.json describes. Neither looks
-for a file; finding one and proving that both give the same ids is the business of
-`tokenizer_finder`.
+`storage.tokenizer_finder` finds the files and checks that both give the same ids.
 """
 
 import struct
@@ -16,15 +13,15 @@ from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 
 UNK_ID = 0
 BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
-GET_ONE = (
-    "Say `tokenizer` FILE, FOLDER or REPO with Llama 2's tokenizer.model, such as "
-    "`tokenizer` NousResearch/Llama-2-7b-hf (a copy that is open to all)"
+TOKENIZER_HINT = (
+    "Pass `tokenizer` FILE, FOLDER or REPO with Llama 2's tokenizer.model, such as "
+    "`tokenizer` NousResearch/Llama-2-7b-hf (a public copy)"
 )
 
 
 def refuse(reason: str) -> NoReturn:
     """Raise OpenELMError: the reason, and where to get Llama's tokenizer."""
-    raise OpenELMError(f"{reason}. {GET_ONE}.")
+    raise OpenELMError(f"{reason}. {TOKENIZER_HINT}.")
 
 
 class _Piece(NamedTuple):
@@ -47,7 +44,7 @@ _NORMALIZER = {
         {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
     ],
 }
-_DECODER = {  # mlx-lm tells a SentencePiece decoder by exactly this value
+_DECODER = {  # mlx-lm recognises a SentencePiece decoder by exactly this value
     "type": "Sequence",
     "decoders": [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -61,11 +58,11 @@ _DECODER = {  # mlx-lm tells a SentencePiece decoder by exactly this value
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the tokenizer.json of a SentencePiece model.
 
-    One thing stays different: "<s>" typed in a text is ordinary text to SentencePiece
-    and the special token to Hugging Face.
+    One difference remains: "<s>" in a text is ordinary text to SentencePiece and the
+    special token to Hugging Face.
 
     Raises:
-        OpenELMError: the model does what a tokenizer.json of ours cannot express.
+        OpenELMError: our tokenizer.json cannot express what the model does.
     """
     pieces = _read_proto(tokenizer.model_proto)
     bos = pieces[tokenizer.bos_id].text
@@ -105,12 +102,12 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _merges(pieces: Sequence[_Piece]) -> list[tuple[str, str]]:
-    """Return the merges, best first, that make Hugging Face's BPE SentencePiece's.
+    """Return the merges, best first, that make Hugging Face's BPE equal SentencePiece.
 
-    SentencePiece joins the neighbours whose union scores highest, of equals the
-    leftmost; Hugging Face the pair that ranks first, then the leftmost. Of equal scores
-    the longest left part ranks first: what was begun on the left grows on, and Llama's
-    runs of spaces, which all score the same, come out as SentencePiece cuts them.
+    SentencePiece joins the neighbours whose union scores highest, and on ties the
+    leftmost; Hugging Face joins the pair of the lowest rank, then the leftmost. Among
+    equal scores the longest left part ranks first, so that Llama's runs of spaces,
+    which all have the same score, are split as in SentencePiece.
     """
     normal = {piece.text: piece.score for piece in pieces if piece.kind == _NORMAL}
     splits = [
@@ -125,31 +122,33 @@ def _merges(pieces: Sequence[_Piece]) -> list[tuple[str, str]]:
 # tokenizer.json -> SentencePiece -------------------------------------------------
 
 
-def rebuild(found: Mapping[str, Any], *, template: str | None = None) -> Tokenizer:
-    """Return the SentencePiece tokenizer with a tokenizer.json's ids.
+def rebuild(
+    description: Mapping[str, Any], *, template: str | None = None
+) -> Tokenizer:
+    """Return the SentencePiece tokenizer with the ids of a tokenizer.json.
 
     Raises:
-        OpenELMError: it does what SentencePiece's BPE cannot.
-        LookupError, TypeError, AttributeError, ValueError: it is not laid out as a
-            tokenizer.json is.
+        OpenELMError: SentencePiece's BPE cannot express it.
+        LookupError, TypeError, AttributeError, ValueError: it does not have the
+            structure of a tokenizer.json.
     """
-    model = found["model"]
+    model = description["model"]
     if model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
         refuse("It is not BPE with byte fallback, as OpenELM's is")
     vocab = model["vocab"]
     names = sorted(vocab, key=vocab.__getitem__)
     if [vocab[name] for name in names] != list(range(len(names))):
         refuse(f"Its ids are not 0 to {len(names) - 1}")
-    if not _has_dummy_space(found):
+    if not _only_adds_dummy_space(description):
         refuse(
-            "It does not put one space in front of a text and leave the rest: it has "
-            f"{found.get('normalizer')} and {found.get('pre_tokenizer')}"
+            "It does not put one space in front of a text and keep the rest: it has "
+            f"{description.get('normalizer')} and {description.get('pre_tokenizer')}"
         )
-    special = {token["id"]: token["content"] for token in found["added_tokens"]}
-    # A padding token behind the vocabulary comes out of no text, so it is left out.
+    special = {token["id"]: token["content"] for token in description["added_tokens"]}
+    # A padding token after the vocabulary never occurs in a text and is left out.
     kept = {i for i, x in special.items() if i < len(names) or "pad" not in x.lower()}
     if kept != {UNK_ID, BOS_ID, EOS_ID}:
-        refuse(f"Its added tokens are {special}; OpenELM has unknown, BOS, EOS only")
+        refuse(f"Its added tokens are {special}; OpenELM has only unknown, BOS and EOS")
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     scores: dict[str, float] = {}
     for rank, (left, right) in enumerate(merges):
@@ -158,22 +157,22 @@ def rebuild(found: Mapping[str, Any], *, template: str | None = None) -> Tokeniz
     kinds[names[0]] = _UNKNOWN
     lowest = -float(len(merges))
     pieces = [_Piece(x, scores.get(x, lowest), kinds.get(x, _NORMAL)) for x in names]
-    # SentencePiece joins whatever spells a piece: with other merges, ids would differ.
+    # SentencePiece joins any two pieces that make a piece; other merges, other ids.
     if {m for m in merges if "".join(m) not in kinds} != {*_merges(pieces)}:
         refuse("Its merges are not those of a SentencePiece model")
     return Tokenizer(_write_proto(pieces), template=template)
 
 
-def _has_dummy_space(found: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json puts one space in front of a text and no more.
+def _only_adds_dummy_space(description: Mapping[str, Any]) -> bool:
+    """Return whether a tokenizer.json only puts one space in front of a text.
 
     transformers 5 rewrites Llama's normalizer as the pre-tokenizer Metaspace, which
-    drops one of the spaces that a text begins with. OpenELM was trained with
-    SentencePiece, so this is let pass and not taken over.
+    drops one leading space of a text. That is accepted but not reproduced, as OpenELM
+    was trained with SentencePiece.
     """
-    pre_tokenizer = found.get("pre_tokenizer") or {}
-    if found.get("normalizer") is not None:
-        return found["normalizer"] == _NORMALIZER and not pre_tokenizer
+    pre_tokenizer = description.get("pre_tokenizer") or {}
+    if description.get("normalizer") is not None:
+        return description["normalizer"] == _NORMALIZER and not pre_tokenizer
     return (
         (pre_tokenizer.get("type"), pre_tokenizer.get("split")) == ("Metaspace", False)
         and pre_tokenizer["replacement"] == SPACE
@@ -181,7 +180,7 @@ def _has_dummy_space(found: Mapping[str, Any]) -> bool:
     )
 
 
-# The part of sentencepiece_model.proto that matters ------------------------------
+# The fields of sentencepiece_model.proto that are used ---------------------------
 #
 # ModelProto      1 pieces (1 piece, 2 score, 3 type), 2 trainer_spec, 3 normalizer_spec
 # TrainerSpec     3 model_type, 4 vocab_size, 24 treat_whitespace_as_suffix,
@@ -195,7 +194,7 @@ def _read_proto(proto: bytes) -> list[_Piece]:
     """Return a SentencePiece model's pieces.
 
     Raises:
-        OpenELMError: the model does what a tokenizer.json of ours cannot express.
+        OpenELMError: our tokenizer.json cannot express what the model does.
     """
     messages: dict[int, list[dict[int, Any]]] = {1: [], 2: [{}], 3: [{}]}
     for number, value in _fields(proto):
@@ -210,7 +209,7 @@ def _read_proto(proto: bytes) -> list[_Piece]:
     reasons = {
         "is not BPE": trainer.get(3, 1) != _BPE,
         "has no byte fallback": not trainer.get(35, 0),
-        "puts spaces behind words": trainer.get(24, 0),
+        "puts spaces after words": trainer.get(24, 0),
         f"normalizes text ({normalizer.get(1, b'').decode()})": normalizer.get(2),
         "puts no dummy space in front of a text": not normalizer.get(3, 1),
         "removes extra white space": normalizer.get(4, 1),
@@ -218,8 +217,8 @@ def _read_proto(proto: bytes) -> list[_Piece]:
         f"has user-defined or unused pieces ({odd[:5]})": odd,
     }
     if any(reasons.values()):
-        found = ", ".join(reason for reason, holds in reasons.items() if holds)
-        refuse(f"tokenizer.json cannot express this tokenizer, which {found}")
+        listed = ", ".join(reason for reason, applies in reasons.items() if applies)
+        refuse(f"tokenizer.json cannot express this tokenizer, which {listed}")
     return pieces
 
 
@@ -237,28 +236,28 @@ def _write_proto(pieces: Sequence[_Piece]) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield a protobuf message's fields: (number, a whole number or bytes)."""
-    at = 0
+    """Yield a protobuf message's fields: (number, an integer or bytes)."""
+    position = 0
 
     def varint() -> int:
-        nonlocal at
+        nonlocal position
         value = shift = 0
         while True:
-            byte = data[at]
-            at += 1
+            byte = data[position]
+            position += 1
             value |= (byte & 0x7F) << shift
             shift += 7
             if byte < 0x80:
                 return value
 
-    while at < len(data):
+    while position < len(data):
         number, wire_type = divmod(varint(), 8)
         if wire_type == 0:
             yield number, varint()
             continue
         size = {1: 8, 5: 4}.get(wire_type) or varint()
-        yield number, data[at : at + size]
-        at += size
+        yield number, data[position : position + size]
+        position += size
 
 
 def _message(fields: Mapping[int, float | bytes]) -> bytes:
@@ -274,7 +273,7 @@ def _field(number: int, value: float | bytes) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    value &= (1 << 64) - 1  # negative numbers are written as their two's complement
+    value &= (1 << 64) - 1  # negative numbers as two's complement
     encoded = bytearray()
     while value >= 0x80:
         encoded.append(value & 0x7F | 0x80)

@@ -1,4 +1,4 @@
-"""Arrays and trees of them: flattened by path, digested, and read as numbers."""
+"""Helpers for arrays and trees of arrays: flattening, digests, scalars."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,17 +11,17 @@ from mlx.utils import tree_flatten
 
 
 def flatten(tree: Any) -> dict[str, mx.array]:
-    """Return the arrays of a tree by their path."""
+    """Return the arrays of a tree by path."""
     return dict(tree_flatten(tree))
 
 
 def trained_tensors(model: nn.Module) -> dict[str, mx.array]:
-    """Return what is trained, by name."""
+    """Return the trainable parameters by name."""
     return flatten(model.trainable_parameters())
 
 
 def digest_arrays(arrays: Mapping[str, mx.array]) -> str:
-    """Return the SHA-256 of named arrays, as float32."""
+    """Return the SHA-256 of named arrays, converted to float32."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(np.array(arrays[name].astype(mx.float32)).tobytes())
@@ -29,5 +29,5 @@ def digest_arrays(arrays: Mapping[str, mx.array]) -> str:
 
 
 def to_float(array: mx.array) -> float:
-    """Return the value of an array with one real element."""
-    return float(array.item())  # type: ignore[arg-type] # it is real
+    """Return the value of an array with one element."""
+    return float(array.item())  # type: ignore[arg-type] # not complex

@@ -1,7 +1,7 @@
-"""The events of a training run: metrics.jsonl, one a line.
+"""The events of a training run, stored as lines of metrics.jsonl.
 
-Each has "event", its kind, and "step". What is newer than the saved state is dropped
-when the run is resumed.
+Each event has its kind ("event") and "step". On resume, events after the saved state
+are dropped.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ Event = Mapping[str, Any]
 
 
 class EventLog:
-    """Writes events into a run's folder and passes them on, in the first process alone.
+    """Writes events to the run's folder and passes them to `on_event`, on rank 0 only.
 
     Args:
-        steps: of the whole run; `on_event` gets it with each event.
+        steps: number of steps in the run; `on_event` receives it with each event.
     """
 
     def __init__(
@@ -40,21 +40,21 @@ class EventLog:
         self._world, self._on_event = world, on_event
 
     def emit(self, kind: str, **values: Any) -> None:
-        """Write an event of the current step, and pass it on."""
+        """Record an event of the current step."""
         if self._world.rank == 0:
             event = {"event": kind, "step": self._state.progress.step, **values}
             append_event(self._folder, event)
             self._on_event({**event, "steps": self._steps})
 
     def note(self, text: str) -> None:
-        """Write a sentence, and pass it on."""
+        """Record a message for the user."""
         self.emit("note", text=text)
 
 
 def append_event(folder: Path, event: Mapping[str, Any]) -> None:
-    """Add a line to the folder's metrics; what is not finite becomes null.
+    """Append a line to the folder's metrics.jsonl; non-finite floats become null.
 
-    A full disk loses the line, not the run.
+    Write errors are ignored, so that a full disk does not stop the run.
     """
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -68,7 +68,7 @@ def append_event(folder: Path, event: Mapping[str, Any]) -> None:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return the folder's events; a line that a death has cut is left out."""
+    """Return the folder's events, without incomplete lines of a killed process."""
     path = folder / METRICS
     events: list[dict[str, Any]] = []
     if path.is_file():
@@ -80,12 +80,12 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _is_event(found: Mapping[str, Any]) -> bool:
-    return isinstance(found.get("step"), int) and isinstance(found.get("event"), str)
+def _is_event(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("step"), int) and isinstance(row.get("event"), str)
 
 
 def drop_events_after(folder: Path, progress: TrainingProgress) -> None:
-    """Forget what came after the state that is gone on from."""
+    """Remove the events after a saved state, before training resumes from it."""
     kept = [
         event
         for event in read_events(folder)

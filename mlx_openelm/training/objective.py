@@ -1,4 +1,4 @@
-"""What training minimises: the interface of an objective, and the sums it reports."""
+"""The interface of a training objective, and the sums that it reports."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from mlx_openelm.model.openelm import OpenELM
 
 @dataclass(slots=True)
 class Totals:
-    """Sums over the samples of a step or a validation, over all its parts.
+    """Sums over all samples of a step or a validation.
 
     Attributes:
-        loss: the sum of the losses, in nats.
-        count: tokens (or pairs) that the loss is divided by.
-        wins: pairs whose margin is positive; 0 where there are none.
-        margin: the sum of the margins of pairs.
+        loss: sum of the losses, in nats.
+        count: number of target tokens (or pairs), the divisor of the mean loss.
+        wins: number of pairs with a positive margin; 0 without pairs.
+        margin: sum of the margins of pairs.
     """
 
     loss: float = 0.0
@@ -36,21 +36,21 @@ class Objective(Protocol):
     """A loss over samples of one kind.
 
     Attributes:
-        unit: what the loss is divided by: "token", or "pair".
-        compares: whether `Totals` has wins and margins.
+        unit: what the mean loss is taken over: "token" or "pair".
+        pairwise: whether `Totals` has wins and margins.
     """
 
     unit: str
-    compares: bool
+    pairwise: bool
 
     def collate(self, samples: Sequence[Any]) -> Any:
-        """Return the samples as one batch."""
+        """Return a batch of the samples."""
 
     def loss(self, model: OpenELM, batch: Any) -> tuple[mx.array, mx.array]:
-        """Return the sum of the losses and the margins of pairs, to differentiate."""
+        """Return the summed loss, to be differentiated, and the margins of pairs."""
 
     def totals(self, batch: Any, loss: mx.array, margins: mx.array) -> Totals:
-        """Return the figures of a batch, once its loss is computed."""
+        """Return the totals of a batch from the values of `loss`."""
 
     def evaluate(self, model: OpenELM, batch: Any) -> Totals:
-        """Return the figures of a batch, without anything for a gradient."""
+        """Return the totals of a batch, computed without a gradient."""

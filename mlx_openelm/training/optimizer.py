@@ -1,4 +1,4 @@
-"""MLX's optimizers, without weight decay for vectors."""
+"""MLX's optimizers, with weight decay for matrices only."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,13 +14,14 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
 ) -> optim.Optimizer:
-    """Return an optimizer with a state for the model's trainable weights.
+    """Return an optimizer, initialised for the model's trainable weights.
 
-    Vectors (norms, magnitudes) have no weight decay, as in OpenELM's pre-training.
+    Vectors (norms, magnitudes) have no weight decay, as in OpenELM's pre-training. The
+    learning rate is set before each update.
 
     Args:
         name: adamw, adam, sgd, lion, muon or adafactor.
-        betas: SGD's momentum is the first one, Muon's the second.
+        betas: Adam's; SGD uses the first as momentum, Muon the second.
     """
     moments = list(betas)
 

@@ -1,10 +1,7 @@
-"""What a fine-tuning run keeps on disk, so that it can be killed at any moment.
+"""The saved state of a training run, from which a killed run resumes exactly.
 
-All that is needed to go on stands in one file, which is written beside the old one and
-takes its name when it is whole:
-
-    state.safetensors   trained weights, optimizer, and how far the run is
-    running.json        there while a process trains; left behind only by a death
+state.safetensors   trained weights, optimizer and progress; replaced atomically
+running.json        exists while a process trains; it remains if that is killed
 """
 
 import contextlib
@@ -38,19 +35,20 @@ _FORMAT = 1
 
 @dataclass(slots=True)
 class TrainingProgress:
-    """How far a run is: what the next step needs, beside weights and optimizer.
+    """The counters of a run, saved with its weights and optimizer.
 
     Attributes:
-        step: updates made.
-        tokens: trained tokens (of preferences: pairs) so far.
-        seconds: spent on training, without validation.
-        window_loss, window_tokens, window_wins, window_margin: since the last report.
-        reported: seconds at that report.
-        best_loss, best_step: of the validation; infinity where there was none.
-        evals_since_best: for early stopping.
-        evaluated_step: when the validation was computed last.
-        skipped: batches left out because something was not finite.
-        skipped_in_row: the last so many of them.
+        step: number of updates, skipped batches included.
+        tokens: number of trained target tokens (or preference pairs).
+        seconds: training time, without validation.
+        window_loss, window_tokens, window_wins, window_margin: totals since the last
+            report.
+        reported: `seconds` at the last report.
+        best_loss, best_step: of validation; infinity and 0 before the first one.
+        evals_since_best: validations without an improvement, for early stopping.
+        evaluated_step: step of the last validation; -1 before the first one.
+        skipped: batches that were skipped because loss or gradient was not finite.
+        skipped_in_row: length of the current run of skipped batches.
         peak_memory: bytes.
     """
 
@@ -71,7 +69,7 @@ class TrainingProgress:
     peak_memory: int = 0
 
     def add_update(self, totals: Totals) -> None:
-        """Count a batch that changed the weights."""
+        """Add the totals of an applied update."""
         self.skipped_in_row = 0
         self.tokens += totals.count
         self.window_loss += totals.loss
@@ -80,12 +78,12 @@ class TrainingProgress:
         self.window_margin += totals.margin
 
     def add_skipped(self) -> None:
-        """Count a batch that changed nothing."""
+        """Count a skipped batch."""
         self.skipped += 1
         self.skipped_in_row += 1
 
     def start_window(self) -> None:
-        """Begin what the next report is about."""
+        """Reset the totals since the last report."""
         self.reported = self.seconds
         self.window_loss = self.window_wins = self.window_margin = 0.0
         self.window_tokens = 0
@@ -93,10 +91,12 @@ class TrainingProgress:
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """A saved run.
+    """The contents of state.safetensors.
 
     Attributes:
-        run: what must be the same to go on: digests of the data, the kind of machine.
+        trained: trained weights by name.
+        optimizer: optimizer state by path.
+        run: identity of the run, compared on resume: data digest and arithmetic.
     """
 
     progress: TrainingProgress
@@ -107,17 +107,17 @@ class SavedState:
 
 @dataclass(slots=True)
 class TrainingState:
-    """All that updates change: a model's trained weights, optimizer and progress."""
+    """What an update changes: trained weights, optimizer state and progress."""
 
     model: OpenELM
     optimizer: optim.Optimizer
     progress: TrainingProgress = field(default_factory=TrainingProgress)
 
     def save(self, folder: Path, run: Mapping[str, Any]) -> None:
-        """Replace the folder's state; until the new one is whole the old one stays.
+        """Replace the folder's state atomically.
 
         Raises:
-            OSError: the disk refuses; the old state is as it was.
+            OSError: the state cannot be written; the old one is unchanged.
         """
         progress = {
             name: None if value == math.inf else value
@@ -133,10 +133,10 @@ class TrainingState:
             )
 
     def restore(self, folder: Path, world: World) -> None:
-        """Go on from the folder's state, which the first process reads for all.
+        """Restore the folder's state; rank 0 reads it and broadcasts it.
 
         Raises:
-            OpenELMError: it is damaged, or of another model.
+            OpenELMError: the state is damaged, or belongs to another model.
         """
         trained, optimizer = trained_tensors(self.model), flatten(self.optimizer.state)
         state = SavedState(self.progress, trained, optimizer, {})
@@ -145,15 +145,15 @@ class TrainingState:
             for ours, saved in ((trained, state.trained), (optimizer, state.optimizer)):
                 if _shapes(ours) != _shapes(saved):
                     raise OpenELMError(
-                        f"The state in {folder} is of another model or recipe; begin "
-                        "anew with `force`."
+                        f"The state in {folder} belongs to another model or recipe; "
+                        "use `force` to start again."
                     )
-        progress = world.tell(json.dumps(dataclasses.asdict(state.progress)))
+        progress = world.broadcast_text(json.dumps(dataclasses.asdict(state.progress)))
         self.progress = TrainingProgress(**json.loads(progress))
-        weights = [(n, world.from_first(a)) for n, a in state.trained.items()]
+        weights = [(n, world.broadcast(a)) for n, a in state.trained.items()]
         self.model.update(tree_unflatten(weights))
         self.optimizer.state = tree_map_with_path(
-            lambda path, _: world.from_first(state.optimizer[path]),
+            lambda path, _: world.broadcast(state.optimizer[path]),
             self.optimizer.state,
         )
 
@@ -163,7 +163,7 @@ def _shapes(arrays: Mapping[str, mx.array]) -> dict[str, tuple[int, ...]]:
 
 
 def describe_arithmetic() -> dict[str, Any]:
-    """Return what the last bits of a sum depend on: the same here, the same bits."""
+    """Return what rounding depends on; equal values give bit-identical results."""
     return {
         "device": str(mx.default_device().type).rpartition(".")[2],
         "blas": str(openblas.ACTIVE),
@@ -174,9 +174,9 @@ def describe_arithmetic() -> dict[str, Any]:
 
 
 def _count_threads() -> int:
-    said = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS")
-    if said and said.isdigit():
-        return int(said)
+    limit = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS")
+    if limit and limit.isdigit():
+        return int(limit)
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
@@ -185,17 +185,17 @@ def load_state(folder: Path) -> SavedState:
     """Read the folder's state.
 
     Raises:
-        OpenELMError: there is none, or it is damaged or of another version.
+        OpenELMError: the state is missing, damaged or of another version.
     """
     path = folder / STATE
     if not path.is_file():
         raise OpenELMError(
-            f"{folder} holds no {STATE}, so there is nothing to go on from; leave out "
-            "`resume` to begin."
+            f"{folder} has no {STATE}, so there is no run to resume; leave out "
+            "`resume` to start one."
         )
-    wrong = OpenELMError(
-        f"{path} is damaged or was written by another version of mlx-openelm; begin "
-        "anew with `force`."
+    unreadable = OpenELMError(
+        f"{path} is damaged or was written by another version of mlx-openelm; use "
+        "`force` to start again."
     )
     try:
         with safetensors.safe_open(path, framework="numpy") as opened:
@@ -204,25 +204,25 @@ def load_state(folder: Path) -> SavedState:
         assert isinstance(arrays, dict)
         mx.eval(arrays)
         if metadata["format"] != _FORMAT:
-            raise wrong
+            raise unreadable
         saved = metadata["progress"]
         saved["best_loss"] = (
             math.inf if saved["best_loss"] is None else saved["best_loss"]
         )
         return SavedState(
             progress=TrainingProgress(**saved),
-            trained=_below("trained.", arrays),
-            optimizer=_below("optimizer.", arrays),
+            trained=_with_prefix("trained.", arrays),
+            optimizer=_with_prefix("optimizer.", arrays),
             run=metadata["run"],
         )
     except (
         *(KeyError, TypeError, ValueError, RuntimeError, OSError),
         safetensors.SafetensorError,
     ) as error:
-        raise wrong from error
+        raise unreadable from error
 
 
-def _below(prefix: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+def _with_prefix(prefix: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
     return {
         name.removeprefix(prefix): array
         for name, array in arrays.items()
@@ -230,18 +230,18 @@ def _below(prefix: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
     }
 
 
-# Deaths --------------------------------------------------------------------------
+# Detection of killed processes ---------------------------------------------------
 
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[bool]:
-    """Mark the folder while training; tells whether the last run in it has died."""
+    """Mark the folder as in training; yield whether the last process was killed."""
     path = folder / RUNNING
-    died = path.exists()
+    was_killed = path.exists()
     with contextlib.suppress(OSError):  # a full disk
         path.write_text(json.dumps({"pid": os.getpid()}) + "\n")
         flush(path)
     try:
-        yield died
+        yield was_killed
     finally:
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""One update: gradients of parts, summed over processes, clipped and applied."""
+"""One update: gradients of micro-batches, summed over processes, clipped, applied."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -19,11 +19,11 @@ from mlx_openelm.training.objective import Objective, Totals
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The samples of one forward and backward pass.
+    """A micro-batch: the samples of one forward and backward pass.
 
     Attributes:
-        number: of the part within the step, over all processes.
-        indices: of the samples in the training data.
+        number: index of the part in the step, over all processes.
+        indices: indices of its samples in the training data.
     """
 
     number: int
@@ -33,14 +33,14 @@ class Part:
 
 @dataclass(slots=True)
 class StepResult:
-    """What an update did.
+    """The result of an update.
 
     Attributes:
-        totals: over all parts and processes.
-        norm: of the gradient of the mean loss, before clipping.
-        applied: whether the weights changed: loss and gradient were finite.
+        totals: sums over all parts and processes.
+        norm: norm of the gradient of the mean loss, before clipping.
+        applied: whether loss and gradient were finite, so that the weights changed.
         non_finite: indices of samples in this process's parts with a non-finite loss.
-        stop: whether any process was asked to stop.
+        stop: whether any process received a request to stop.
     """
 
     totals: Totals
@@ -54,7 +54,7 @@ class Step:
     """Updates the trainable weights of a model.
 
     Args:
-        clip_norm: largest norm of the gradient of the mean loss; 0 or None: no limit.
+        clip_norm: maximum norm of the gradient of the mean loss; 0 or None: no limit.
     """
 
     def __init__(
@@ -81,18 +81,18 @@ class Step:
         learning_rate: float,
         stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
-        """Apply one update; a loss or gradient that is not finite changes nothing.
+        """Make one update, unless loss or gradient are not finite.
 
         Args:
-            parts: of this process. They are taken one by one, so that what belongs to
-                a part (dropout keys) can be set before it is yielded.
-            stop: whether this process was asked to stop; called after the parts.
+            parts: micro-batches of this process, consumed one by one: the iterator can
+                set the dropout keys of a part before it yields the part.
+            stop: returns whether this process should stop; called after the last part.
         """
         totals, gradients, non_finite = Totals(), None, list[int]()
         for part in parts:
-            found, gradient = self._compute_gradient(part)
-            totals.add(found)
-            if not math.isfinite(found.loss):
+            part_totals, gradient = self._compute_gradient(part)
+            totals.add(part_totals)
+            if not math.isfinite(part_totals.loss):
                 non_finite += part.indices
             gradients = (
                 gradient if gradients is None else tree_map(mx.add, gradients, gradient)
@@ -101,15 +101,15 @@ class Step:
         if gradients is None:  # fewer samples than processes
             gradients = tree_map(mx.zeros_like, self._model.trainable_parameters())
         if self._world.size > 1:
-            # MLX averages over processes, in few messages; the sum is needed.
+            # The sum is needed; MLX only has the average, in few large messages.
             gradients = nn.average_gradients(gradients)
             gradients = tree_map(lambda g: g * self._world.size, gradients)
-        totals, stopping = self._sum_over_processes(totals, stop())
+        totals, stop_requested = self._sum_over_processes(totals, stop())
         norm = to_float(gradient_norm(gradients)) / max(1, totals.count)
         applied = math.isfinite(totals.loss) and math.isfinite(norm)
         if applied:
             self._apply(gradients, norm, totals.count, learning_rate)
-        return StepResult(totals, norm, applied, non_finite, stopping)
+        return StepResult(totals, norm, applied, non_finite, stop_requested)
 
     def _compute_gradient(self, part: Part) -> tuple[Totals, Any]:
         batch = self._objective.collate(part.samples)
@@ -118,8 +118,8 @@ class Step:
         return self._objective.totals(batch, loss, margins), gradient
 
     def _sum_over_processes(self, totals: Totals, stop: bool) -> tuple[Totals, bool]:
-        figures = [totals.loss, totals.count, totals.wins, totals.margin, stop]
-        summed = self._world.sum(mx.array(figures, mx.float32))
+        values = [totals.loss, totals.count, totals.wins, totals.margin, stop]
+        summed = self._world.sum(mx.array(values, mx.float32))
         loss, count, wins, margin, stops = np.array(summed, np.float64).tolist()
         return Totals(loss, round(count), wins, margin), stops > 0
 
@@ -136,7 +136,7 @@ class Step:
 
 
 def gradient_norm(gradients: Any) -> mx.array:
-    """Return the L2 norm of all gradients of a tree together, float32."""
+    """Return the global L2 norm of a tree of gradients, float32."""
     arrays = flatten(gradients).values()
     squares = [mx.square(array.astype(mx.float32)).sum() for array in arrays]
     return mx.sqrt(mx.stack(squares).sum())

@@ -1,4 +1,4 @@
-"""A Mac user's check must pass on a right machine and fail on a wrong one."""
+"""The self-check passes on a correct machine and fails on a faulty one."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def failed(report):
     return {check.name for check in report.checks if not check.passed}
 
 
-def test_a_wrong_activation_is_found(monkeypatch):
+def test_a_wrong_activation_is_detected(monkeypatch):
     original = openelm.swiglu
     monkeypatch.setattr(openelm, "swiglu", lambda gate, up: original(up, gate))
     report = check_machine()
@@ -38,7 +38,7 @@ def test_a_wrong_activation_is_found(monkeypatch):
     assert "the demo's text differs (1: yes)" in failed(report)
 
 
-def test_a_wrong_cache_is_found(monkeypatch):
+def test_a_wrong_cache_is_detected(monkeypatch):
     original = token_layout.rotation_after
     monkeypatch.setattr(
         token_layout, "rotation_after", lambda offset, *given: original(0, *given)
@@ -46,7 +46,7 @@ def test_a_wrong_cache_is_found(monkeypatch):
     assert "cached against uncached, logits" in failed(check_machine())
 
 
-def test_wrong_quantized_kernels_are_found(monkeypatch):
+def test_wrong_quantized_kernels_are_detected(monkeypatch):
     original = nn.QuantizedLinear.__call__
     monkeypatch.setattr(
         nn.QuantizedLinear, "__call__", lambda self, x: original(self, x) * 1.01
@@ -54,14 +54,14 @@ def test_wrong_quantized_kernels_are_found(monkeypatch):
     assert failed(check_machine()) == {"4-bit kernels against unpacked, logits"}
 
 
-def test_not_a_number_does_not_pass(monkeypatch):
-    monkeypatch.setattr(benchmark, "_golden_difference", lambda: float("nan"))
+def test_nan_does_not_pass(monkeypatch):
+    monkeypatch.setattr(benchmark, "_reference_difference", lambda: float("nan"))
     assert failed(check_machine()) == {"Apple's logits of gpt-test, float32"}
 
 
 @pytest.mark.proof
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere compiling is always on")
-def test_the_compiled_path_is_right_too():
+def test_the_compiled_path_passes():
     root = ROOT
     environment = {k: v for k, v in os.environ.items() if k != "MLX_DISABLE_COMPILE"}
     done = subprocess.run(
@@ -73,8 +73,7 @@ def test_the_compiled_path_is_right_too():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_golden_answers_are_apples():
-    """What the package carries is the golden file's first columns."""
+def test_the_packaged_logits_are_the_first_columns_of_the_golden_file():
     from models import read_golden
     from safetensors.numpy import load_file
 

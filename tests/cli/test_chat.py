@@ -192,7 +192,7 @@ def test_a_wrong_line_is_reported_and_the_others_are_processed(here):
             b"no command /sav;",
             b"not UTF-8",
             b"diary exists already",
-            b"none is not there",
+            b"none does not exist",
             b"/undo takes no argument",
             b"Give a file",
             b"Give a file",
@@ -209,7 +209,7 @@ def test_a_wrong_line_is_reported_and_the_others_are_processed(here):
 def test_wrong_options_are_refused_before_the_first_prompt(here):
     for options, message in (
         (("--template", "chatml"), b"No template is called 'chatml'"),
-        (("--template", "raw", "--system", "x"), b"no place for a system text"),
+        (("--template", "raw", "--system", "x"), b"takes no system text"),
     ):
         ran = piped(here, "Hi\n", *options)
         assert (ran.exit_code, ran.stdout_bytes) == (1, b"")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import weakref
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,12 +13,12 @@ from commands import call, refuse
 from models import TEXT, UNEVEN, make_factors, weights_of, write_mlx_lm_adapter
 
 from mlx_openelm.cli import evaluate as evaluate_module
-from mlx_openelm.cli.views.evaluation_picture import LEFT, RIGHT
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.evaluation import harness_model
 from mlx_openelm.evaluation.multiple_choice import score_task
 from mlx_openelm.evaluation.paired import paired_difference
 from mlx_openelm.evaluation.task_files import read_task
+from mlx_openelm.reporting.pictures import SCORE_AREA
 from mlx_openelm.storage.loading import load
 
 MODULES = tuple(
@@ -257,10 +258,12 @@ def test_a_base_without_its_row_and_an_adapter_with_one_are_compared(peft):
     assert "adapter beside OpenELM-270M with LoRA" in ran.stdout
     assert "unverified" in ran.stdout
     picture = (peft / "suite.svg").read_text()
-    assert picture.count('class="hollow c1"') == 3  # two columns and the average
-    x = LEFT + (RIGHT - LEFT) * 0.6214
-    assert f'class="hollow c1" cx="{x:.1f}"' in picture
-    assert 'class="hollow c0"' not in picture
+    hollow = re.findall(r'<g class="published">.*?<use [^>]*>', picture)
+    assert len(hollow) == 3  # two columns and the average
+    assert all("var(--orange)" in dot for dot in hollow)  # of the adapter
+    left, width = SCORE_AREA
+    places = [float(re.search(r' x="([0-9.]+)"', dot)[1]) for dot in hollow]
+    assert pytest.approx(left + width * 0.6214, abs=0.01) in places
     rows = list(csv.DictReader(io.StringIO((peft / "suite.csv").read_text())))
     published = {(r["model"], r["task"], r["metric"]): r["published"] for r in rows}
     assert published["adapter", "boolq", "acc"] == "62.14"

@@ -87,14 +87,14 @@ def test_logprobs_come_with_json(here):
     ("args", "says"),
     [
         (("--lookup", 0), "--lookup is 0"),
-        (("--kv-bits", 3), "--kv-bits is 4 or 8"),
-        (("--max-kv-size", 2), "--max-kv-size 2 is too small"),
+        (("--kv-bits", 3), "--kv-bits is 3; it must be 4 or 8"),
+        (("--max-kv-size", 2), "--max-kv-size is 2; it must be 5 or more"),
         (("--logit-bias", "five=1"), "it must be ID=BIAS"),
         (("--logit-bias", "100000=1"), "--logit-bias names the token 100000"),
         (("--stop-loops", 1), "--stop-loops is 1"),
-        (("--draft-model", "demo"), "vocabulary of 4096 rows"),
+        (("--draft-model", "demo"), "vocabulary has 4096 rows"),
         (("--prompt-cache", "model/config.json"), "config.json"),
-        (("--max-kv-size", 40, "--prompt-cache", "x"), "leave one of them out"),
+        (("--max-kv-size", 40, "--prompt-cache", "x"), "leave out one of them"),
     ],
 )
 def test_wrong_values_are_refused_in_one_line(here, args, says):
@@ -125,7 +125,9 @@ def test_a_foreign_file_is_not_overwritten(here, foreign):
     (here / "prompts.txt").write_text("the king\n")
     (here / "notes").write_text(foreign)
     args = ("generate", "--prompts-file", "prompts.txt", *MODEL, "-m", 4)
-    refuse(here, *args, "--output", "notes", says="notes:1 is no answer to a prompt")
+    refuse(
+        here, *args, "--output", "notes", says="notes:1 is not an answer to a prompt"
+    )
 
 
 def test_the_prompts_file_is_not_overwritten(here):

@@ -55,12 +55,12 @@ FLAGS = {
         "--schedule --warmup-steps --weight-decay --clip-norm --z-loss --dpo-loss "
         "--dpo-beta --grad-checkpoint --seed --steps-per-report --steps-per-eval "
         "--val-batches --save-every --patience --average-last --sample-prompt "
-        "--memory-limit --test --resume --dry-run --fit --force --json --quiet "
-        "--offline"
+        "--report-to --memory-limit --test --resume --dry-run --fit --force --json "
+        "--quiet --offline"
     ),
     "pretrain": (
         "-c --recipe --data --init --output --steps --seed --resume --dry-run "
-        "--devices --json --quiet"
+        "--devices --report-to --json --quiet"
     ),
     "grow": (
         "--width --ffn --noise-db --seed -o --output --tokenizer --revision "

@@ -1,4 +1,4 @@
-"""The PyTorch reference against Apple's answers, and MLX against it."""
+"""The PyTorch reference, compared with Apple's logits and with MLX."""
 
 from dataclasses import replace
 
@@ -46,18 +46,18 @@ def test_the_state_dict_has_corenets_names_and_order():
 @pytest.mark.parametrize(
     "case", ["gpt-test", pytest.param("OpenELM-270M", marks=pytest.mark.proof)]
 )
-def test_apples_answers(case):
+def test_the_reference_reproduces_apples_logits(case):
     metadata, shapes, tokens, positions, logits = read_golden(case)
     seed = int(metadata["seed"])
     weights = {n: made_weight(n, s, seed) for n, s in shapes.items()}
     model = reference(OpenELMConfig.from_shapes(shapes), weights)
     with torch.no_grad():
-        found = model(torch.from_numpy(tokens).long()).numpy()[:, positions]
-    assert np.abs(found - logits).max() <= 1e-4
-    assert (found.argmax(-1) == logits.argmax(-1)).all()
+        actual = model(torch.from_numpy(tokens).long()).numpy()[:, positions]
+    assert np.abs(actual - logits).max() <= 1e-4
+    assert (actual.argmax(-1) == logits.argmax(-1)).all()
 
 
-def test_weights_are_drawn_as_corenet_draws_them():
+def test_weights_are_initialised_as_in_corenet():
     config = OpenELMConfig.scaled(
         num_layers=4, model_dim=256, head_dim=64, vocab_size=2000
     )
@@ -127,12 +127,12 @@ def test_loss_and_gradients_agree_through_the_converter(tmp_path):
     assert value.item() == pytest.approx(loss.item() / targets.size, rel=1e-5)
     scored = log_likelihoods(ours, mx.array(inputs), mx.array(targets), chunk=7)
     assert -scored.mean().item() == pytest.approx(value.item(), rel=1e-5)
-    found = dict(tree_flatten(gradients))
+    by_name = dict(tree_flatten(gradients))
     for name, parameter in theirs.named_parameters():
         expected = parameter.grad.numpy()
-        difference = np.abs(np.array(found[to_folder(name)]) - expected).max()
+        difference = np.abs(np.array(by_name[to_folder(name)]) - expected).max()
         assert difference <= 1e-4 * np.abs(expected).max(), name
-    assert len(found) == len(UNEVEN.tensor_shapes())
+    assert len(by_name) == len(UNEVEN.tensor_shapes())
 
 
 def test_z_loss_and_ignored_targets():

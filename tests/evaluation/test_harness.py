@@ -1,4 +1,4 @@
-"""Our model in lm-evaluation-harness, beside the harness's own PyTorch path."""
+"""Our model in lm-evaluation-harness, compared with the harness's PyTorch model."""
 
 import contextlib
 import json
@@ -15,8 +15,8 @@ from models import UNEVEN, as_torch, build, small_tokenizer, weights_of
 from mlx_openelm.cli.views.evaluation import scores_json, to_csv
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation import harness_model
-from mlx_openelm.evaluation.harness import open_tasks, run_kept_task, run_task
-from mlx_openelm.evaluation.harness_model import KeptAnswers, wrap_model
+from mlx_openelm.evaluation.harness import open_tasks, run_resumable_task, run_task
+from mlx_openelm.evaluation.harness_model import AnswerStore, wrap_model
 from mlx_openelm.evaluation.multiple_choice import score_task
 from mlx_openelm.evaluation.results import ModelCard, ModelScores, pair
 from mlx_openelm.evaluation.task_files import read_task
@@ -194,10 +194,10 @@ def simple_evaluate(lm, folder, name):
     return lm_eval.simple_evaluate(lm, tasks=[name], task_manager=manager)
 
 
-# Proof ---------------------------------------------------------------------------
+# The PyTorch reference -----------------------------------------------------------
 
 
-def test_log_likelihoods_are_those_of_the_reference(model, theirs):
+def test_log_likelihoods_equal_those_of_the_reference(model, theirs):
     pairs = [
         (record["context"].rstrip(i % 2 * " "), f" {choice}"[i % 2 :])
         for i, record in enumerate(RECORDS)
@@ -205,7 +205,7 @@ def test_log_likelihoods_are_those_of_the_reference(model, theirs):
     ]
     pairs += [("", "gold"), ("wolf " * 40, "is there, said the wolf"), ("a ", " b")]
     greedy = "Once upon a time"
-    for _ in range(3):  # what the model itself goes on with
+    for _ in range(3):  # the model's own greedy continuation
         logits = model(mx.array([tokenizer.encode(greedy)]))[0, -1]
         following = tokenizer.decode(
             [*tokenizer.encode(greedy), logits.argmax().item()]
@@ -221,7 +221,7 @@ def test_log_likelihoods_are_those_of_the_reference(model, theirs):
     assert len({round(nats, 3) for nats, _ in ours}) > len(pairs) / 2
 
 
-def test_a_task_comes_out_as_with_the_reference(model, theirs, folder):
+def test_scores_of_a_task_equal_those_of_the_reference(model, theirs, folder):
     ours = simple_evaluate(wrap_model(model, tokenizer), folder, "tales")
     expected = simple_evaluate(theirs(add_bos_token=True), folder, "tales")
     for key in ("acc,none", "acc_norm,none", "acc_stderr,none", "acc_norm_stderr,none"):
@@ -234,25 +234,25 @@ def test_a_task_comes_out_as_with_the_reference(model, theirs, folder):
             assert mine[1] == other[1]
 
 
-def test_rolling_log_likelihoods_are_those_of_the_reference(model, theirs):
+def test_rolling_log_likelihoods_equal_those_of_the_reference(model, theirs):
     texts = [(record["text"],) for record in RECORDS]
     texts += [("wolf " * n,) for n in (1, 31, 32, 33, 100)]
     ours = ask(wrap_model(model, tokenizer), "loglikelihood_rolling", texts)
-    # With add_bos_token the harness would score BOS as well, behind another BOS.
+    # With add_bos_token the harness would score BOS as well, after another BOS.
     expected = ask(theirs(add_bos_token=False), "loglikelihood_rolling", texts)
     longest = max(len(tokenizer.encode(text)) for (text,) in texts)
     assert longest > 2 * UNEVEN.max_context_length
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
 
 
-def test_greedy_texts_are_those_of_the_reference(model, theirs):
+def test_greedy_texts_equal_those_of_the_reference(model, theirs):
     settings = {"until": [".", "s"], "max_gen_toks": 14, "do_sample": False}
     prompts = [
         (record["context"] * (1 + i), settings) for i, record in enumerate(RECORDS)
     ]
     prompts = [*prompts[:6], ("Once", {"until": [], "max_gen_toks": 20})]
     reference = theirs(add_bos_token=True)
-    # transformers shows a run of bytes that is no UTF-8 as marks for all of its bytes.
+    # transformers decodes each byte of an invalid UTF-8 sequence to its own U+FFFD.
     decode = reference.tok_decode
     reference.tok_decode = lambda ids, **options: (
         tokenizer.decode(ids) if isinstance(ids, list) else decode(ids, **options)
@@ -268,54 +268,56 @@ def test_greedy_texts_are_those_of_the_reference(model, theirs):
 def test_a_local_file_and_the_harness_agree(model, folder, tmp_path):
     ours = score_task(model, tokenizer, read_task(folder / "records.json"))
     (task,) = open_tasks([("tales", None)], include_path=folder)
-    (found,) = run_task(wrap_model(model, tokenizer), task, limit=None)
-    assert found.metrics["acc"].value == ours.score.acc
-    assert found.metrics["acc_norm"].value == ours.score.acc_norm
-    assert found.metrics["acc"].stderr == pytest.approx(ours.score.stderr)
-    assert found.metrics["acc_norm"].stderr == pytest.approx(ours.score.acc_norm_stderr)
+    (result,) = run_task(wrap_model(model, tokenizer), task, limit=None)
+    assert result.metrics["acc"].value == ours.score.acc
+    assert result.metrics["acc_norm"].value == ours.score.acc_norm
+    assert result.metrics["acc"].stderr == pytest.approx(ours.score.stderr)
+    assert result.metrics["acc_norm"].stderr == pytest.approx(
+        ours.score.acc_norm_stderr
+    )
 
 
 # Results -------------------------------------------------------------------------
 
 
-def test_results_are_the_harness_s_own(model, folder):
+def test_results_equal_the_harness_s_own(model, folder):
     lm = wrap_model(model, tokenizer)
     for task in open_tasks([("tales", 3), ("texts", None)], include_path=folder):
-        (found,) = run_task(lm, task, limit=7)
-        assert (found.task, found.n, found.total) == (task.name, 7, 20)
-        assert found.num_fewshot == (task.num_fewshot or 0)
+        (result,) = run_task(lm, task, limit=7)
+        assert (result.task, result.n, result.total) == (task.name, 7, 20)
+        assert result.num_fewshot == (task.num_fewshot or 0)
     whole = simple_evaluate(lm, folder, "texts")["results"]["texts"]
     (task,) = open_tasks([("texts", None)], include_path=folder)
-    (found,) = run_task(lm, task, limit=None)
-    value = found.metrics["word_perplexity"]
+    (result,) = run_task(lm, task, limit=None)
+    value = result.metrics["word_perplexity"]
     assert value.value == pytest.approx(whole["word_perplexity,none"])
     assert value.values == ()
     (task,) = open_tasks([("middle", None)], include_path=folder)
-    (found,) = run_task(lm, task, limit=None)
-    assert found.metrics["acc"].value in (0, 1)
-    assert found.metrics["acc"].values == ()  # it is no mean of its questions
+    (result,) = run_task(lm, task, limit=None)
+    assert result.metrics["acc"].value in (0, 1)
+    assert result.metrics["acc"].values == ()  # it is not a mean of its questions
 
 
-def test_a_metric_that_is_no_number_is_null_and_not_compared(model, folder):
+def test_a_nan_metric_is_null_and_not_compared(model, folder):
     (task,) = open_tasks([("numberless", None)], include_path=folder)
     results = run_task(wrap_model(model, tokenizer), task, limit=3)
     assert math.isnan(results[0].metrics["numberless"].value)
     assert pair(results, results) == ()
     scores = [ModelScores(ModelCard(name, "OpenELM"), None, results) for name in "ab"]
-    told = json.dumps(scores_json(scores, None), allow_nan=False)
-    metric = json.loads(told)["tasks"]["numberless"]["metrics"]["numberless"]
+    text = json.dumps(scores_json(scores, None), allow_nan=False)
+    metric = json.loads(text)["tasks"]["numberless"]["metrics"]["numberless"]
     assert metric == {"value": None, "stderr": None}
     assert to_csv(scores, None).count("numberless,numberless,0,3,nan,nan,,,,") == 2
 
 
-def test_solved_examples_stand_before_a_question(model, folder):
-    asked = []
+def test_few_shot_examples_precede_a_question(model, folder):
+    seen = []
     lm = wrap_model(model, tokenizer)
     score = lm.loglikelihood
-    lm.loglikelihood = lambda requests: [asked.extend(requests), score(requests)][1]
+    lm.loglikelihood = lambda requests: [seen.extend(requests), score(requests)][1]
     (task,) = open_tasks([("tales", 2)], include_path=folder)
     run_task(lm, task, limit=1)
-    assert all(request.args[0].count("who was it?") == 3 for request in asked)
+    assert all(request.args[0].count("who was it?") == 3 for request in seen)
 
 
 def test_a_group_is_one_result_of_all_its_questions(model, folder):
@@ -334,22 +336,22 @@ def test_a_group_is_one_result_of_all_its_questions(model, folder):
     )
 
 
-def test_nothing_is_said_but_by_the_callback(model, folder, capfd):
+def test_only_the_callback_may_print(model, folder, capfd):
     (task,) = open_tasks([("tales", None)], include_path=folder)
-    told = []
+    progress = []
 
-    def tell(done, total):
-        told.append((done, total))
+    def report(done, total):
+        progress.append((done, total))
         if done == 3:
             sys.stderr.write("three")
 
-    run_task(wrap_model(model, tokenizer, on_progress=tell), task, limit=None)
+    run_task(wrap_model(model, tokenizer, on_progress=report), task, limit=None)
     requests = sum(len(record["choices"]) for record in RECORDS)
-    assert told == [(i, requests) for i in range(requests + 1)]
+    assert progress == [(i, requests) for i in range(requests + 1)]
     assert capfd.readouterr() == ("", "three")
 
 
-# Going on ------------------------------------------------------------------------
+# Resuming ------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -357,9 +359,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("name", ["tales", "written"])
-def test_a_stopped_task_goes_on_with_the_answers_that_it_has(
-    model, folder, tmp_path, name
-):
+def test_a_stopped_task_resumes_with_its_answers(model, folder, tmp_path, name):
     (task,) = open_tasks([(name, None)], include_path=folder)
     (expected,) = run_task(wrap_model(model, tokenizer), task, limit=None)
 
@@ -368,37 +368,41 @@ def test_a_stopped_task_goes_on_with_the_answers_that_it_has(
             raise Killed
 
     def run(**options):
-        return run_kept_task(model, tokenizer, task, tmp_path, limit=None, **options)
+        return run_resumable_task(
+            model, tokenizer, task, tmp_path, limit=None, **options
+        )
 
     kept = tmp_path / f"{name}.answers.jsonl"
     for at in (6, 9):
         with pytest.raises(Killed):
             run(on_progress=lambda done, total, at=at: stop(at, done))
         with kept.open("ab") as file:
-            file.write(kept.read_bytes()[:30])  # what a kill leaves of a line
-    told = []
-    (found,) = run(on_progress=lambda *at: told.append(at))
-    assert told[0][0] == 9
-    assert found == expected
+            file.write(kept.read_bytes()[:30])  # an incomplete line
+    progress = []
+    (result,) = run(on_progress=lambda *at: progress.append(at))
+    assert progress[0][0] == 9
+    assert result == expected
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.json"]
-    told.clear()
-    assert run(on_progress=lambda *at: told.append(at)) == (expected,)
-    assert told == []  # it was done
+    progress.clear()
+    assert run(on_progress=lambda *at: progress.append(at)) == (expected,)
+    assert progress == []  # it was done
 
 
-def test_scores_of_another_model_are_not_taken_for_this_one_s(model, folder, tmp_path):
+def test_scores_of_another_model_are_not_reused(model, folder, tmp_path):
     (task,) = open_tasks([("tales", None)], include_path=folder)
-    run_kept_task(model, tokenizer, task, tmp_path, limit=3)
+    run_resumable_task(model, tokenizer, task, tmp_path, limit=3)
     other = build(UNEVEN, seed=1)
-    for asked, limit in ((other, 3), (model, 4)):
+    for loaded, limit in ((other, 3), (model, 4)):
         with pytest.raises(OpenELMError, match=r"other settings; .* `force`"):
-            run_kept_task(asked, tokenizer, task, tmp_path, limit=limit)
-    (replaced,) = run_kept_task(other, tokenizer, task, tmp_path, limit=3, force=True)
+            run_resumable_task(loaded, tokenizer, task, tmp_path, limit=limit)
+    (replaced,) = run_resumable_task(
+        other, tokenizer, task, tmp_path, limit=3, force=True
+    )
     (fresh,) = run_task(wrap_model(other, tokenizer), task, limit=3)
     assert replaced == fresh
 
 
-def test_scores_of_other_questions_are_not_taken_for_these(model, tmp_path):
+def test_scores_of_other_questions_are_not_reused(model, tmp_path):
     kept = tmp_path / "kept"
     kept.mkdir()
     common = COMMON.replace("FOLDER", str(tmp_path))
@@ -407,7 +411,7 @@ def test_scores_of_other_questions_are_not_taken_for_these(model, tmp_path):
     def run(records):
         (tmp_path / "records.json").write_text(json.dumps(records))
         (task,) = open_tasks([("tales", None)], include_path=tmp_path)
-        return run_kept_task(model, tokenizer, task, kept, limit=None)
+        return run_resumable_task(model, tokenizer, task, kept, limit=None)
 
     (first,) = run(RECORDS)
     assert run(RECORDS) == (first,)
@@ -420,29 +424,29 @@ def test_scores_of_other_questions_are_not_taken_for_these(model, tmp_path):
         run(RECORDS)
 
 
-def test_a_full_disk_is_not_the_task_s_fault(model, folder, tmp_path):
+def test_a_full_disk_is_reported_as_a_write_error(model, folder, tmp_path):
     (task,) = open_tasks([("tales", None)], include_path=folder)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OpenELMError) as caught:
-            run_kept_task(model, tokenizer, task, tmp_path, limit=None)
+            run_resumable_task(model, tokenizer, task, tmp_path, limit=None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     kept = tmp_path / "tales.answers.jsonl"
-    said = f"In the task tales: Cannot write {kept}: File too large. The answers"
-    assert str(caught.value).startswith(said)
+    message = f"In the task tales: Cannot write {kept}: File too large. The answers"
+    assert str(caught.value).startswith(message)
     assert kept.stat().st_size == 1000
-    told = []
-    run_kept_task(
+    progress = []
+    run_resumable_task(
         *(model, tokenizer, task, tmp_path),
         limit=None,
-        on_progress=lambda *at: told.append(at),
+        on_progress=lambda *at: progress.append(at),
     )
-    assert told[0][0] > 3
+    assert progress[0][0] > 3
 
 
-def test_what_is_drawn_depends_on_the_question_not_on_the_batch(model, tmp_path):
+def test_sampled_answers_do_not_depend_on_the_batch(model, tmp_path):
     settings = {"until": [], "max_gen_toks": 10, "do_sample": True, "temperature": 1.0}
     prompts = [("Once upon", settings)] * 5
     one, five = (
@@ -451,38 +455,41 @@ def test_what_is_drawn_depends_on_the_question_not_on_the_batch(model, tmp_path)
     )
     assert one == five
     assert len(set(one)) > 1
-    with contextlib.suppress(Killed), KeptAnswers(tmp_path / "kept", {}) as kept:
-        ask(wrap_model(model, tokenizer, kept=kept), "generate_until", prompts[:3])
+    with contextlib.suppress(Killed), AnswerStore(tmp_path / "store", {}) as store:
+        ask(wrap_model(model, tokenizer, store=store), "generate_until", prompts[:3])
         raise Killed
-    with KeptAnswers(tmp_path / "kept", {}) as kept:
-        again = ask(wrap_model(model, tokenizer, kept=kept), "generate_until", prompts)
+    with AnswerStore(tmp_path / "store", {}) as store:
+        lm = wrap_model(model, tokenizer, store=store)
+        again = ask(lm, "generate_until", prompts)
     assert again == one
 
 
 # Bad input -----------------------------------------------------------------------
 
 
-def test_the_nearest_names_of_an_unknown_task_are_said(folder, monkeypatch):
+def test_the_closest_names_of_an_unknown_task_are_reported(folder, monkeypatch):
     from lm_eval import tasks
 
     own = tasks.TaskManager(include_path=folder, include_defaults=False)
     monkeypatch.setattr(tasks, "TaskManager", lambda **options: own)  # all take seconds
-    with pytest.raises(OpenELMError, match=r"no task of that name; nearest are tales"):
+    with pytest.raises(
+        OpenELMError, match=r"nor a task of the harness; closest are tales"
+    ):
         open_tasks([("talez", None)], include_path=folder)
 
 
-def test_a_task_whose_questions_are_on_the_hub_is_named(tmp_path):
+def test_a_task_that_needs_the_network_is_reported(tmp_path):
     (tmp_path / "far.yaml").write_text(
         "task: far\ndataset_path: org/far-away\ntest_split: test\n"
         "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_target: 0\n"
     )
-    says = r"task far are not on this machine.*'org/far-away'.*say another task\."
-    with pytest.raises(OpenELMError, match=says):
+    message = r"task far are not on this machine.*'org/far-away'.*choose another task\."
+    with pytest.raises(OpenELMError, match=message):
         open_tasks([("far", None)], include_path=tmp_path, offline=True)
 
 
 def test_a_broken_task_is_one_sentence(model, folder):
-    with pytest.raises(OpenELMError, match=r"cannot read the task broken: .*\.$"):
+    with pytest.raises(OpenELMError, match=r"cannot load the task broken: .*\.$"):
         open_tasks([("broken", None)], include_path=folder)
     (task,) = open_tasks([("late", None)], include_path=folder)
     with pytest.raises(OpenELMError, match=r"fails in the task late: .*\.$"):
@@ -495,7 +502,7 @@ def test_more_new_tokens_than_the_context_holds_are_refused(model):
         ask(wrap_model(model, tokenizer), "generate_until", [("Once", settings)])
 
 
-def test_settings_that_cannot_be_are_said_to_be_the_task_s(model, folder):
+def test_invalid_settings_of_a_task_are_reported(model, folder):
     (folder / "odd.yaml").write_text(
         (YAML["written"] + COMMON)
         .replace("FOLDER", str(folder))
@@ -509,7 +516,7 @@ def test_settings_that_cannot_be_are_said_to_be_the_task_s(model, folder):
         run_task(wrap_model(model, tokenizer), task, limit=1)
 
 
-def test_a_harness_that_is_not_installed_is_named(monkeypatch):
+def test_a_missing_harness_is_reported(monkeypatch):
     monkeypatch.setattr(harness_model, "find_spec", lambda name: None)
     with pytest.raises(OpenELMError, match=r"pip install 'mlx-openelm\[eval\]'\.$"):
         open_tasks([("arc_easy", None)])

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, with all that they share computed once."""
+"""Log-likelihoods of continuations with prefix sharing."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def quantized():
 
 
 def adapted():
-    """A model whose embedding and linears have an adapter that does something."""
+    """Return a model with an adapter on its embedding and linear layers."""
     model = build(UNEVEN)
     parts = {}
     for i, (path, module) in enumerate(model.named_modules()):
@@ -57,7 +57,7 @@ model = MODELS["tied"]
 
 
 def score_alone(model, request):
-    """The definition, in float64, from logits of this sequence and nothing else."""
+    """Score a request by the definition, in float64, in its own forward pass."""
     whole = (request.context + request.continuation)[-(CONTEXT + 1) :]
     logits = np.array(model(mx.array([whole[:-1]])).astype(mx.float32), np.float64)[0]
     n = len(request.continuation)
@@ -70,20 +70,20 @@ def score_alone(model, request):
 
 def score(model, requests):
     """Return the log-likelihoods in the order of the requests."""
-    found = dict(score_requests(model, requests))
-    return [found[index] for index in range(len(requests))]
+    scores = dict(score_requests(model, requests))
+    return [scores[index] for index in range(len(requests))]
 
 
 def assert_right(model, requests, **options):
-    found = dict(score_requests(model, requests, **options))
-    assert sorted(found) == list(range(len(requests)))
+    scores = dict(score_requests(model, requests, **options))
+    assert sorted(scores) == list(range(len(requests)))
     for index, request in enumerate(requests):
         nats, is_greedy = score_alone(model, request)
-        assert found[index].nats == pytest.approx(nats, abs=1e-4)
-        assert found[index].is_greedy == is_greedy
+        assert scores[index].nats == pytest.approx(nats, abs=1e-4)
+        assert scores[index].is_greedy == is_greedy
 
 
-# Few different tokens, so that most sequences begin alike; too long ones are cut.
+# Few different tokens, so that most sequences share prefixes; long ones are truncated.
 tokens = st.lists(st.integers(3, 5), max_size=6)
 contexts = st.builds(
     lambda stem, times, end: (1, *stem * times, *end),
@@ -97,18 +97,18 @@ requests = st.lists(st.builds(Request, contexts, continuations), max_size=12)
 
 @settings(max_examples=25)
 @given(requests=requests, kind=st.sampled_from(list(MODELS)), row=st.integers(1, 200))
-def test_each_request_is_scored_as_if_it_were_alone(requests, kind, row):
+def test_shared_scores_equal_those_of_single_requests(requests, kind, row):
     assert_right(MODELS[kind], requests, row_tokens=row)
 
 
-def test_an_adapter_counts_in_every_layer_and_in_the_embedding():
+def test_an_adapter_is_applied_in_every_layer_and_the_embedding():
     with_adapter = adapted()
     request = Request((1, 40, 50), (60, 70))
     assert score_alone(with_adapter, request) != score_alone(model, request)
     assert_right(with_adapter, [request, Request((1, 40, 50), (60, 71, 8))])
 
 
-def test_bfloat16_is_rotated_as_ever_and_weighed_in_float32():
+def test_a_bfloat16_model_scores_like_a_single_request():
     half = build(UNEVEN)
     half.set_dtype(mx.bfloat16)
     whole = Request((1,), tuple(range(10, 70)))
@@ -117,30 +117,30 @@ def test_bfloat16_is_rotated_as_ever_and_weighed_in_float32():
     assert scored.nats == pytest.approx(alone, abs=1e-4)
 
 
-def test_logits_exist_for_some_places_at_a_time(monkeypatch):
+def test_logits_are_computed_in_chunks(monkeypatch):
     monkeypatch.setattr("mlx_openelm.evaluation.loglikelihood.LOGIT_ROWS", 7)
     stems = [(1, 40, n) for n in range(50, 56)]
     assert_right(model, [Request(s, (7, 8, 9, n)) for s in stems for n in (4, 5)])
 
 
-def test_greedy_means_the_likeliest_token_at_every_place():
+def test_greedy_means_the_likeliest_token_at_every_position():
     ids = [1, 40, 50]
     for _ in range(4):
         ids.append(int(model(mx.array([ids]))[0, -1].argmax()))
-    context, said = tuple(ids[:3]), tuple(ids[3:])
-    first = (said[0] ^ 1, *said[1:])
-    last = (*said[:-1], said[-1] ^ 1)
-    scored = score(model, [Request(context, c) for c in (said, first, last)])
+    context, greedy = tuple(ids[:3]), tuple(ids[3:])
+    first = (greedy[0] ^ 1, *greedy[1:])
+    last = (*greedy[:-1], greedy[-1] ^ 1)
+    scored = score(model, [Request(context, c) for c in (greedy, first, last)])
     assert [s.is_greedy for s in scored] == [True, False, False]
 
 
 @settings(max_examples=50)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1))
-def test_a_row_holds_every_shared_beginning_once(sequences):
+def test_a_row_has_every_prefix_once(sequences):
     sequences.sort()
     tree = build_tree(sequences)
-    beginnings = {tuple(s[: n + 1]) for s in sequences for n in range(len(s))}
-    assert len(tree.tokens) == len(beginnings)
+    prefixes = {tuple(s[: n + 1]) for s in sequences for n in range(len(s))}
+    assert len(tree.tokens) == len(prefixes)
     for i, sequence in enumerate(sequences):
         places = [tree.place(i, n) for n in range(len(sequence))]
         assert [tree.tokens[place] for place in places] == sequence
@@ -149,7 +149,7 @@ def test_a_row_holds_every_shared_beginning_once(sequences):
         tree.place(0, len(sequences[0]))
 
 
-def test_labels_that_differ_in_their_last_token_cost_nothing_more(monkeypatch):
+def test_labels_that_differ_in_their_last_token_add_no_inputs(monkeypatch):
     rows = []
     monkeypatch.setattr(
         "mlx_openelm.evaluation.loglikelihood.build_tree",
@@ -160,7 +160,7 @@ def test_labels_that_differ_in_their_last_token_cost_nothing_more(monkeypatch):
     assert [row.tokens for row in rows] == [(*prompt, *label)]
 
 
-def test_a_row_grows_beyond_its_size_for_what_nearly_all_of_it_shares(monkeypatch):
+def test_a_row_grows_beyond_its_size_for_a_long_shared_prefix(monkeypatch):
     sizes = []
     monkeypatch.setattr(
         "mlx_openelm.evaluation.loglikelihood.build_tree",
@@ -173,19 +173,19 @@ def test_a_row_grows_beyond_its_size_for_what_nearly_all_of_it_shares(monkeypatc
     sizes.clear()
     no_context = [Request((1,), (n, 9, 9, 9)) for n in range(40, 80)]
     list(score_requests(model, no_context, row_tokens=21))
-    assert max(sizes) == 6  # one token is shared, which is no reason to grow
+    assert max(sizes) == 6  # a single shared token does not extend a row
 
 
-def test_what_cannot_be_scored_is_named():
+def test_invalid_requests_and_weights_are_refused():
     with pytest.raises(OpenELMError, match=r"65 tokens.*between 1 and.*64"):
         score(model, [Request((1,), (5,) * 65)])
     with pytest.raises(OpenELMError, match="0 tokens"):
         score(model, [Request((1,), ())])
-    with pytest.raises(OpenELMError, match="begin it with BOS"):
+    with pytest.raises(OpenELMError, match="at least have BOS"):
         score(model, [Request((), (5,))])
     damaged = build(UNEVEN)
     damaged.transformer.norm.weight = mx.full((64,), mx.nan)
-    with pytest.raises(OpenELMError, match="weights are damaged"):
+    with pytest.raises(OpenELMError, match="weights are damaged or overflow"):
         score(damaged, [Request((1,), (5,))])
 
 
@@ -227,7 +227,7 @@ def test_pairs_are_encoded_as_the_harness_does():
     assert [(list(r.context), list(r.continuation)) for r in ours] == theirs
 
 
-def test_white_space_goes_to_the_continuation_and_bos_to_the_front():
+def test_white_space_belongs_to_the_continuation_and_bos_comes_first():
     pairs = [("Once upon \n", " a time"), ("", "Once")]
     request, alone = encode_requests(tokenizer, pairs)
     assert request.context == tuple(tokenizer.encode("Once upon"))
@@ -240,7 +240,7 @@ def test_white_space_goes_to_the_continuation_and_bos_to_the_front():
 
 @pytest.mark.interop
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 128, 129, 200])
-def test_rolling_windows_are_the_harness_s(length):
+def test_rolling_windows_equal_those_of_the_harness(length):
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     ids = list(range(100, 100 + length))
@@ -252,7 +252,7 @@ def test_rolling_windows_are_the_harness_s(length):
     assert [(list(r.context), list(r.continuation)) for r in ours] == theirs
 
 
-def test_a_rolling_log_likelihood_is_that_of_every_token():
+def test_rolling_requests_score_every_token_once():
     ids = tokenizer.encode(TEXT[:400], bos=False)
     assert len(ids) > 2 * CONTEXT
     windows = rolling_requests(ids, tokenizer.bos_id, CONTEXT)

@@ -1,4 +1,4 @@
-"""A task's questions are answered, written down and counted."""
+"""Multiple-choice tasks: scores, and the output file."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from mlx_openelm.evaluation.multiple_choice import (
     Outcome,
     mean_and_stderr,
     score_task,
-    sum_up,
+    summarize,
 )
 from mlx_openelm.evaluation.task_files import Question, Task
 
@@ -49,7 +49,7 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_choice_is_scored_behind_its_own_context():
+def test_every_choice_is_scored_after_its_context():
     scored = score_task(model, tokenizer, TASK)
     assert [o.line for o in scored.outcomes] == list(range(1, 21))
     for question, outcome in zip(TASK.questions, scored.outcomes, strict=True):
@@ -58,31 +58,31 @@ def test_every_choice_is_scored_behind_its_own_context():
         assert outcome.loglikelihoods == pytest.approx(alone, abs=1e-4)
         assert outcome.lengths == tuple(map(len, question.choices))
         assert outcome.answer == question.answer
-    assert scored.score == sum_up(scored.outcomes)
+    assert scored.score == summarize(scored.outcomes)
     assert (scored.task, scored.digest) == ("wood", TASK.digest)
 
 
-def test_the_likeliest_choice_counts_in_sum_or_for_each_character():
+def test_the_likeliest_choice_is_by_sum_or_per_character():
     outcome = Outcome(1, (-3.0, -4.0, -3.0), (2, 8, 5), 1)
     assert (outcome.choice, outcome.right) == (0, False)  # the first of equal ones
     assert (outcome.choice_norm, outcome.right_norm) == (1, True)
 
 
-def test_a_score_is_the_share_of_right_answers():
+def test_a_score_is_the_fraction_of_right_answers():
     first, second = (
         Outcome(1, (-1.0, -2.0), (1, 4), 0),
         Outcome(2, (-1.0, -2.0), (1, 1), 0),
     )
-    score = sum_up([first, second, Outcome(3, (-1.0, -2.0), (1, 1), 1)])
+    score = summarize([first, second, Outcome(3, (-1.0, -2.0), (1, 1), 1)])
     assert score.acc == pytest.approx(2 / 3)
     assert score.acc_norm == pytest.approx(1 / 3)
     assert score.stderr == pytest.approx(math.sqrt((2 / 3) * (1 / 3) / 2))
     assert score.n == 3
-    assert sum_up([first]).stderr is None
+    assert summarize([first]).stderr is None
 
 
 @pytest.mark.interop
-def test_the_standard_error_is_the_harness_s():
+def test_the_standard_error_equals_that_of_the_harness():
     from lm_eval.api.metrics import mean_stderr
 
     values = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0]
@@ -94,7 +94,7 @@ def test_the_standard_error_is_the_harness_s():
 # The output ----------------------------------------------------------------------
 
 
-def test_outcomes_are_written_in_order_with_what_was_chosen(tmp_path):
+def test_outcomes_are_written_in_order(tmp_path):
     output = tmp_path / "wood.jsonl"
     scored = score_task(model, tokenizer, TASK, output=output)
     written = lines_of(output)
@@ -121,7 +121,7 @@ def run_until(count, output, task=TASK):
 
 
 def count_scored(monkeypatch):
-    """Return a list that grows by the size of every batch of requests."""
+    """Return a list to which the size of each batch of requests is appended."""
     sizes = []
     real = scoring.score_requests
 
@@ -134,21 +134,21 @@ def count_scored(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 7, 19])
-def test_a_killed_run_goes_on(tmp_path, monkeypatch, count):
+def test_a_killed_run_resumes(tmp_path, monkeypatch, count):
     whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
     expected = score_task(model, tokenizer, TASK, output=whole)
     run_until(count, stopped)
-    with stopped.open("a") as file:  # what a kill leaves of a line
+    with stopped.open("a") as file:  # an incomplete line
         file.write('{"line": 1')
-    sizes, told = count_scored(monkeypatch), []
+    sizes, steps = count_scored(monkeypatch), []
     scored = score_task(
-        model, tokenizer, TASK, output=stopped, on_progress=lambda *at: told.append(at)
+        model, tokenizer, TASK, output=stopped, on_progress=lambda *at: steps.append(at)
     )
-    # A row may be cut elsewhere now, which changes the last bits.
+    # Rows may be composed differently, which changes the last bits.
     for ours, theirs in zip(scored.outcomes, expected.outcomes, strict=True):
         assert ours.loglikelihoods == pytest.approx(theirs.loglikelihoods, abs=1e-4)
     assert scored.score == expected.score
-    assert told == [(n, 20) for n in range(count, 21)]
+    assert steps == [(n, 20) for n in range(count, 21)]
     assert sum(sizes) < sum(len(q.choices) for q in TASK.questions)
     assert len(lines_of(stopped)) == 20
 
@@ -162,7 +162,7 @@ def test_a_finished_run_is_read_and_not_repeated(tmp_path, monkeypatch):
     assert output.read_bytes() == before
 
 
-def test_a_larger_limit_goes_on_and_a_smaller_one_is_refused(tmp_path):
+def test_a_larger_limit_resumes_and_a_smaller_one_is_refused(tmp_path):
     output = tmp_path / "wood.jsonl"
     score_task(model, tokenizer, make_task(5), output=output)
     assert score_task(model, tokenizer, make_task(8), output=output).score.n == 8
@@ -200,7 +200,7 @@ def test_another_model_or_task_is_refused_unless_forced(tmp_path):
     assert len(lines_of(output)) == 20
 
 
-def test_an_outcome_without_its_numbers_is_not_taken(tmp_path):
+def test_an_outcome_without_its_numbers_is_not_reused(tmp_path):
     output = tmp_path / "wood.jsonl"
     score_task(model, tokenizer, TASK, output=output)
     for wrong in ([-1.0], "none", [math.nan, -1.0]):
@@ -211,13 +211,13 @@ def test_an_outcome_without_its_numbers_is_not_taken(tmp_path):
             score_task(model, tokenizer, TASK, output=output)
 
 
-def test_a_choice_that_is_too_long_is_named():
+def test_a_choice_that_is_too_long_is_reported():
     long = Question(7, "Once", ("a", "wolf " * 200), 0, " ")
     with pytest.raises(OpenELMError, match=r"wood, record 7: .* tokens"):
         score_task(model, tokenizer, Task("wood", (long,)))
 
 
-def test_a_long_context_is_cut_at_its_beginning():
+def test_a_long_context_is_truncated_at_the_left():
     long = Question(1, "wolf " * 200 + "said the", ("king", "wood"), 0, " ")
     scored = score_task(model, tokenizer, Task("long", (long,)))
     for (context, continuation), nats in zip(

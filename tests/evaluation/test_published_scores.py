@@ -16,7 +16,7 @@ PER_TABLE = {"zero-shot": (8, 6), "openllm": (8, 12), "llm360": (8, 4), "peft": 
 
 
 def read_sheet(shared, heading):
-    """The rows of the tables below a heading: the first cell, then the numbers."""
+    """Yield the cells and the numbers of each row of the tables below a heading."""
     text = (shared / "facts" / "openelm.md").read_text()
     section = re.split(r"\n##", text.split(heading, 1)[1])[0]
     for line in section.splitlines():
@@ -33,13 +33,13 @@ def test_a_row_is_complete_and_its_average_is_the_mean(suite, row):
     if len(known) < len(row.values):
         return
     assert all(0 < value < 100 for value in known)
-    # The sheet: row averages to rounding, one of another model off by 0.01
+    # The sheet's averages are rounded; one of another model is off by 0.01
     off = 0.011 if row.model.startswith("OpenELM") else 0.016
     assert row.average == pytest.approx(sum(known) / len(known), abs=off)
 
 
 @pytest.mark.parametrize(("suite", "counts"), PER_TABLE.items())
-def test_every_published_size_is_there(suite, counts):
+def test_every_published_size_is_included(suite, counts):
     table = PUBLISHED_SCORES[suite]
     assert (len(table.own), len(table.others)) == counts
     assert len({(row.model, row.method) for row in table.own}) == 8
@@ -54,31 +54,31 @@ def test_every_published_size_is_there(suite, counts):
         ("peft", "### 4.6"),
     ],
 )
-def test_the_figures_of_openelm_are_the_sheet_s(shared, suite, heading):
-    found = [numbers for _, numbers in read_sheet(shared, heading)]
+def test_scores_of_openelm_equal_the_sheet(shared, suite, heading):
+    sheet = [numbers for _, numbers in read_sheet(shared, heading)]
     rows = PUBLISHED_SCORES[suite].own
-    for numbers, row in zip(found[: len(rows)], rows, strict=True):
-        said = [f"{value:.2f}" for value in row.values]
+    for numbers, row in zip(sheet[: len(rows)], rows, strict=True):
+        values = [f"{value:.2f}" for value in row.values]
         if row.note:  # "26.69 (or 26.68)"
             numbers.remove("26.68")
-        assert numbers[: len(said) + 1] == [*said, f"{row.average:.2f}"]
+        assert numbers[: len(values) + 1] == [*values, f"{row.average:.2f}"]
 
 
-def test_the_figures_of_others_are_the_sheet_s(shared):
-    found = {}
+def test_scores_of_other_models_equal_the_sheet(shared):
+    sheet = {}
     for cells, numbers in read_sheet(shared, "### 7.5"):
         if len(cells) > 2:
-            found.setdefault(f"{cells[0]} {cells[1]}", []).append(numbers)
+            sheet.setdefault(f"{cells[0]} {cells[1]}", []).append(numbers)
     for suite in ("zero-shot", "openllm", "llm360"):
         for row in PUBLISHED_SCORES[suite].others:
             if row.verified:
                 continue  # averages in a sentence
-            said = [v for v in row.values if v is not None]
-            as_numbers = [list(map(float, n[: len(said)])) for n in found[row.model]]
-            assert said in as_numbers, row.model
+            values = [v for v in row.values if v is not None]
+            as_numbers = [list(map(float, n[: len(values)])) for n in sheet[row.model]]
+            assert values in as_numbers, row.model
 
 
-def test_what_was_recalled_is_marked():
+def test_rows_from_memory_are_not_verified():
     for suite in ("zero-shot", "openllm", "llm360"):
         table = PUBLISHED_SCORES[suite]
         assert all(row.verified for row in table.own)
@@ -91,7 +91,7 @@ def test_what_was_recalled_is_marked():
 
 
 @pytest.mark.parametrize(
-    ("asked", "average"),
+    ("wanted", "average"),
     [
         (("zero-shot", "OpenELM-1_1B", False, None), 63.44),
         (("zero-shot", "OpenELM-1_1B", True, None), 65.50),
@@ -103,7 +103,7 @@ def test_what_was_recalled_is_marked():
         (("zero-shot", "OpenELM", False, None), None),
     ],
 )
-def test_a_model_finds_the_row_that_it_belongs_to(asked, average):
-    suite, size, instruct, method = asked
+def test_a_model_has_its_published_row(wanted, average):
+    suite, size, instruct, method = wanted
     row = find_published_scores(suite, size, instruct=instruct, method=method)
     assert (row and row.average) == average

@@ -1,4 +1,4 @@
-"""The published settings, and our scores beside the published ones."""
+"""The published suites, and comparisons with published scores."""
 
 import math
 
@@ -30,7 +30,7 @@ def make_result(task, right, *, metric="acc", total=None, digest="same"):
 
 
 @pytest.mark.parametrize(
-    ("suite", "said"),
+    ("suite", "expected"),
     [
         (
             "zero-shot",
@@ -50,21 +50,21 @@ def make_result(task, right, *, metric="acc", total=None, digest="same"):
         ),
     ],
 )
-def test_a_suite_has_the_published_shots_and_metrics(suite, said):
+def test_a_suite_has_the_published_shots_and_metrics(suite, expected):
     tasks = SUITES[suite].tasks
-    assert ", ".join(f"{t.task} {t.num_fewshot} {t.metric}" for t in tasks) == said
+    assert ", ".join(f"{t.task} {t.num_fewshot} {t.metric}" for t in tasks) == expected
 
 
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
-def test_a_suite_s_columns_are_the_published_table_s(suite):
+def test_a_suite_has_the_columns_of_the_published_table(suite):
     assert tuple(t.name for t in suite.tasks) == PUBLISHED_SCORES[suite.name].columns
     assert any("unverified" in note for note in suite.notes)
 
 
-def test_it_is_said_that_the_card_swaps_two_headings():
-    said = {name: " ".join(SUITES[name].notes) for name in ("openllm", "llm360")}
-    assert '"LLM360": its two headings are swapped' in said["openllm"]
-    assert '"OpenLLM Leaderboard": its two headings are swapped' in said["llm360"]
+def test_the_notes_mention_the_swapped_headings_of_the_card():
+    notes = {name: " ".join(SUITES[name].notes) for name in ("openllm", "llm360")}
+    assert '"LLM360": its two headings are swapped' in notes["openllm"]
+    assert '"OpenLLM Leaderboard": its two headings are swapped' in notes["llm360"]
 
 
 @pytest.mark.interop
@@ -79,7 +79,7 @@ def test_the_harness_has_every_task_and_metric():
         pass
 
     Loader.add_constructor("!function", lambda loader, node: node.value)
-    root, found = Path(lm_eval.tasks.__file__).parent, {}
+    root, tasks = Path(lm_eval.tasks.__file__).parent, {}
     for place in (
         *("arc", "super_glue", "hellaswag", "piqa", "sciq", "winogrande"),
         *("mmlu/default", "truthfulqa", "crows_pairs", "race"),
@@ -87,12 +87,12 @@ def test_the_harness_has_every_task_and_metric():
         for path in (root / place).rglob("*.yaml"):
             read = yaml.load(path.read_text(), Loader)
             name = read.get("task") if "group" not in read else read["group"]
-            found[name if isinstance(name, str) else path.stem] = read
+            tasks[name if isinstance(name, str) else path.stem] = read
     for suite in SUITES.values():
         for task in [] if suite.local else suite.tasks:
-            read = found[task.task]
+            read = tasks[task.task]
             while "metric_list" not in read and "include" in read:
-                read = found[read["include"].removesuffix(".yaml")]
+                read = tasks[read["include"].removesuffix(".yaml")]
             listed = read.get("metric_list") or read["aggregate_metric_list"]
             assert task.metric in {metric["metric"] for metric in listed}, task
 
@@ -107,7 +107,7 @@ def test_a_task_file_is_found_by_either_of_its_names(tmp_path):
     assert find_suite_file(tmp_path, SUITES["peft"].tasks[0]) is None
 
 
-# Which model ---------------------------------------------------------------------
+# Identity of a model -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_task_file_is_found_by_either_of_its_names(tmp_path):
         ),
     ],
 )
-def test_a_model_is_known_by_its_sizes_and_where_it_came_from(
+def test_a_model_is_identified_by_its_sizes_and_source(
     tmp_path, size, name, metadata, method, expected
 ):
     raw = {"mlx_openelm": metadata}
@@ -152,7 +152,7 @@ def test_other_sizes_have_no_published_row():
 # Differences ---------------------------------------------------------------------
 
 
-def test_a_score_stands_beside_the_published_one():
+def test_a_score_is_compared_with_the_published_one():
     card = ModelCard("apple/OpenELM-1_1B", "OpenELM-1_1B")
     right = [1, 0, 1, 1] * 100
     results = [make_result("sciq", right, total=1000), make_result("boolq", right)]
@@ -189,9 +189,9 @@ def test_averages_are_over_what_was_run_on_both_sides():
 def test_differences_of_models_are_paired():
     first = make_result("sciq", [1, 0, 1, 0, 1, 0, 1, 0])
     second = make_result("sciq", [1, 1, 1, 0, 1, 0, 0, 1])
-    (found,) = pair([first], [second])
-    assert (found.task, found.metric) == ("sciq", "acc")
-    difference = found.difference
+    (paired,) = pair([first], [second])
+    assert (paired.task, paired.metric) == ("sciq", "acc")
+    difference = paired.difference
     assert (difference.gained, difference.lost, difference.n) == (2, 1, 8)
     assert difference.value == pytest.approx(1 / 8)
     changes = [0, 1, 0, 0, 0, 0, -1, 1]

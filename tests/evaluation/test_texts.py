@@ -25,7 +25,7 @@ def story(tmp_path):
 
 
 def scored_token_by_token(text, window):
-    """The definition: each window alone, each token from what precedes it."""
+    """Score a text by the definition, each window in its own forward pass."""
     ids = tokenizer.encode(text, bos=False)
     nats = 0.0
     for start in range(0, len(ids), window):
@@ -38,7 +38,7 @@ def scored_token_by_token(text, window):
 
 
 @pytest.mark.parametrize("window", [1, 7, 16, 64, None])
-def test_every_token_is_scored_once_from_what_precedes_it(story, window):
+def test_every_token_is_scored_once_given_the_tokens_before_it(story, window):
     score = evaluate(model, tokenizer, text=story, window=window)
     nats, tokens = scored_token_by_token(STORY, window or UNEVEN.max_context_length)
     assert score.tokens == tokens
@@ -50,7 +50,7 @@ def test_every_token_is_scored_once_from_what_precedes_it(story, window):
     )
 
 
-def test_several_files_are_scored_together(story, tmp_path):
+def test_multiple_files_are_scored_together(story, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("Another tale.")
     both = evaluate(model, tokenizer, text=[story, other])
@@ -68,8 +68,8 @@ def test_chunks_do_not_change_a_likelihood(chunk):
     logits = model(inputs)
     picked = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     expected = picked - mx.logsumexp(logits, axis=-1)
-    found = log_likelihoods(model, inputs, targets, chunk=chunk)
-    np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-4)
+    actual = log_likelihoods(model, inputs, targets, chunk=chunk)
+    np.testing.assert_allclose(np.array(actual), np.array(expected), atol=1e-4)
 
 
 # Tasks ---------------------------------------------------------------------------
@@ -87,16 +87,16 @@ def write_task(folder, name, count):
 
 def test_tasks_are_scored_by_name_and_their_report_is_json(tmp_path):
     paths = [write_task(tmp_path, f"{name}.json", 6) for name in ("wood", "gold")]
-    told = []
+    steps = []
     report = evaluate(
         model,
         tokenizer,
         tasks=paths,
         limit=4,
-        on_progress=lambda *progress: told.append(progress),
+        on_progress=lambda *progress: steps.append(progress),
     )
-    assert told[-1] == (8, 8)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert steps[-1] == (8, 8)
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     written = json.loads(json.dumps(asdict(report)))
     assert list(written["tasks"]) == ["wood", "gold"]
     for score in written["tasks"].values():
@@ -106,12 +106,12 @@ def test_tasks_are_scored_by_name_and_their_report_is_json(tmp_path):
     assert alone.tasks["wood"] == report.tasks["wood"]
 
 
-def test_texts_and_tasks_are_scored_one_or_the_other(story, tmp_path):
+def test_texts_and_tasks_exclude_each_other(story, tmp_path):
     task = write_task(tmp_path, "wood.json", 2)
     for wrong in ({}, {"text": story, "tasks": task}, {"text": []}, {"tasks": []}):
-        with pytest.raises(OpenELMError, match="either texts or tasks"):
+        with pytest.raises(OpenELMError, match="either `text` or `tasks`"):
             evaluate(model, tokenizer, **wrong)
-    with pytest.raises(OpenELMError, match="limit is for tasks"):
+    with pytest.raises(OpenELMError, match="`limit` needs `tasks`"):
         evaluate(model, tokenizer, text=story, limit=3)
-    with pytest.raises(OpenELMError, match="window is for texts"):
+    with pytest.raises(OpenELMError, match="`window` needs `text`"):
         evaluate(model, tokenizer, tasks=task, window=3)

@@ -16,11 +16,11 @@ lengths = st.lists(st.integers(2, 40), max_size=60)
 
 @st.composite
 def samples(draw) -> Sample:
-    counts = draw(st.lists(st.booleans(), min_size=1, max_size=12).filter(any))
+    loss_mask = draw(st.lists(st.booleans(), min_size=1, max_size=12).filter(any))
     tokens = [1, *draw(st.lists(st.integers(0, 99), min_size=12, max_size=12))]
     return Sample(
-        np.array(tokens[: len(counts) + 1], np.int32),
-        np.array([False, *counts]),
+        np.array(tokens[: len(loss_mask) + 1], np.int32),
+        np.array([False, *loss_mask]),
         "train.jsonl:1",
     )
 
@@ -52,24 +52,24 @@ def test_a_packed_row_is_never_too_long_unless_a_sample_is(sizes, pack):
     loads = [sum(sizes[i] for i in row) for row in rows]
     for row, load in zip(rows, loads, strict=True):
         assert load <= pack or len(row) == 1
-    # Two rows that fit into one would have become one.
+    # Two rows that fit into one are one.
     assert len(loads) < 2 or sum(sorted(loads)[:2]) > pack
     both = plan_epoch(sizes, 2, seed=0, epoch=0, pack_length=pack)
     joined = [sum(rows[i : i + 2], ()) for i in range(0, len(rows), 2)]
     assert both == joined
 
 
-def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
+def test_the_order_depends_on_seed_and_epoch_alone():
     def plan(seed, epoch):
         return plan_epoch([5] * 40, 4, seed=seed, epoch=epoch)
 
     assert plan(0, 0) == plan(0, 0)
     assert len({tuple(plan(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
-    # The same for ever: an interrupted run may go on with another NumPy.
+    # Independent of the NumPy version, which can change before a run is resumed.
     assert plan_epoch([5] * 8, 8, seed=7, epoch=2) == [(6, 4, 0, 5, 7, 1, 3, 2)]
 
 
-def test_all_places_in_an_epoch_are_equally_likely():
+def test_all_positions_in_an_epoch_are_equally_likely():
     seen = np.zeros((6, 6))
     for epoch in range(3000):
         ((*order,),) = plan_epoch([5] * 6, 6, seed=1, epoch=epoch)
@@ -102,46 +102,46 @@ def test_more_parts_than_samples_leaves_some_empty():
 
 
 @given(st.lists(samples(), min_size=1, max_size=6))
-def test_a_batch_asks_for_exactly_what_counts(chosen):
+def test_a_batch_has_exactly_the_targets_of_its_samples(chosen):
     batch = collate(chosen)
     row = 0
     expected = []
     for number, sample in enumerate(chosen):
-        tokens, counts = sample.tokens.tolist(), sample.counts.tolist()
-        last = max(i for i, count in enumerate(counts) if count)
+        tokens, loss_mask = sample.tokens.tolist(), sample.loss_mask.tolist()
+        last = max(i for i, count in enumerate(loss_mask) if count)
         assert batch.lengths[number] == last
         assert batch.tokens[row : row + last].tolist() == tokens[:last]
         for i in range(1, len(tokens)):
-            if counts[i]:
+            if loss_mask[i]:
                 expected.append((row + i - 1, tokens[i], number))
         row += last
-    found = zip(batch.positions, batch.targets, batch.sequence, strict=True)
-    assert [tuple(map(int, one)) for one in found] == expected
+    rows = zip(batch.positions, batch.targets, batch.sequence, strict=True)
+    assert [tuple(map(int, row)) for row in rows] == expected
     assert len(batch.tokens) == row == sum(batch.lengths)
-    assert len(batch.targets) == sum(int(sample.counts.sum()) for sample in chosen)
+    assert len(batch.targets) == sum(int(sample.loss_mask.sum()) for sample in chosen)
     for part in ("tokens", "positions", "targets", "sequence"):
         assert getattr(batch, part).dtype == np.int32
 
 
-def test_no_work_is_done_behind_the_last_target():
+def test_tokens_from_the_last_target_on_are_not_inputs():
     tokens = np.array([1, 5, 6, 7, 8], np.int32)
-    counts = np.array([False, False, True, False, False])
-    batch = collate([Sample(tokens, counts, "")])
+    loss_mask = np.array([False, False, True, False, False])
+    batch = collate([Sample(tokens, loss_mask, "")])
     assert (batch.tokens.tolist(), batch.lengths) == ([1, 5], (2,))
     assert (batch.positions.tolist(), batch.targets.tolist()) == ([1], [6])
 
 
 @given(st.lists(st.tuples(samples(), samples()), min_size=1, max_size=4))
-def test_pairs_stand_as_all_chosen_and_then_all_rejected(both):
+def test_a_batch_of_pairs_has_all_chosen_then_all_rejected_answers(both):
     pairs = [Pair(chosen, rejected, "") for chosen, rejected in both]
     batch = collate_pairs(pairs)
     order = [chosen for chosen, _ in both] + [rejected for _, rejected in both]
     expected = collate(order)
     for field in dataclasses.fields(batch):
-        found, wanted = getattr(batch, field.name), getattr(expected, field.name)
-        assert np.array_equal(found, wanted)
-    scores = np.bincount(batch.sequence, minlength=2 * len(pairs))
-    assert scores.tolist() == [int(sample.counts.sum()) for sample in order]
+        ours, theirs = getattr(batch, field.name), getattr(expected, field.name)
+        assert np.array_equal(ours, theirs)
+    per_sequence = np.bincount(batch.sequence, minlength=2 * len(pairs))
+    assert per_sequence.tolist() == [int(sample.loss_mask.sum()) for sample in order]
 
 
 # Real data -----------------------------------------------------------------------
@@ -166,10 +166,10 @@ def test_packed_rows_of_gsm8k_are_full(gsm8k):
 
 def test_an_epoch_of_gsm8k_trains_every_target(gsm8k):
     sizes = [len(sample.tokens) for sample in gsm8k]
-    wanted = sum(int(sample.counts.sum()) for sample in gsm8k)
+    targets = sum(int(sample.loss_mask.sum()) for sample in gsm8k)
     for pack in (None, 2048):
         plan = plan_epoch(sizes, 4, seed=0, epoch=0, pack_length=pack)
         batches = [collate([gsm8k[i] for i in batch]) for batch in plan]
-        assert sum(len(batch.targets) for batch in batches) == wanted
-        # Up to its last target, which is EOS: all but one token of each is read.
+        assert sum(len(batch.targets) for batch in batches) == targets
+        # The last target is EOS, so all tokens but one of each sample are inputs.
         assert sum(len(b.tokens) for b in batches) == sum(sizes) - len(sizes)

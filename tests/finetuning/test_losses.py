@@ -1,4 +1,4 @@
-"""Losses and gradients in the form that training computes them."""
+"""Losses and gradients as training computes them."""
 
 from dataclasses import replace
 
@@ -44,8 +44,8 @@ def normal(*shape, seed=0):
     return mx.array(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
-def assert_near(found, expected, limit=1e-5):
-    for ours, theirs in zip(found, expected, strict=True):
+def assert_near(actual, expected, limit=1e-5):
+    for ours, theirs in zip(actual, expected, strict=True):
         assert ours.shape == theirs.shape
         size = mx.maximum(mx.abs(theirs).max(), 0.1)
         assert mx.abs(ours - theirs).max() <= limit * size
@@ -62,7 +62,7 @@ def plain_losses(rows, head, targets, z_loss):
 
 @pytest.mark.parametrize("M", [1, 106, 107, 250])
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
-def test_losses_and_their_gradients_are_cross_entropys(monkeypatch, M, z_loss):
+def test_losses_and_gradients_are_those_of_cross_entropy(monkeypatch, M, z_loss):
     monkeypatch.setattr(likelihood, "training_logit_rows", lambda vocab_size: 106)
     rows, head = normal(M, 24), normal(300, 24, seed=1)
     targets = mx.array(np.random.default_rng(2).integers(0, 300, M))
@@ -74,16 +74,16 @@ def test_losses_and_their_gradients_are_cross_entropys(monkeypatch, M, z_loss):
     def theirs(rows, head):
         return (plain_losses(rows, head, targets, z_loss) * weights).sum()
 
-    found = token_losses(rows, head, targets, z_loss=z_loss)
+    losses = token_losses(rows, head, targets, z_loss=z_loss)
     expected = plain_losses(rows, head, targets, z_loss)
-    assert_near([found], [expected])
+    assert_near([losses], [expected])
     without = token_losses(rows, head, targets, z_loss=z_loss, gradient=False)
     assert_near([without], [expected])
     assert_near(
         mx.grad(ours, argnums=(0, 1))(rows, head),
         mx.grad(theirs, argnums=(0, 1))(rows, head),
     )
-    # As of a head that is not trained
+    # With a head that is not trained
     assert_near([mx.grad(ours)(rows, head)], [mx.grad(theirs)(rows, head)])
 
 
@@ -131,12 +131,12 @@ def test_a_batch_of_sequences_gives_each_its_own_losses():
     for i, sample in enumerate(samples):
         tokens = mx.array(sample.tokens)[None]
         losses = nn.losses.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:])
-        alone = np.array(losses)[sample.counts[1:]]
+        alone = np.array(losses)[sample.loss_mask[1:]]
         np.testing.assert_allclose(together[batch.sequence == i], alone, atol=1e-5)
         assert likelihoods[i] == pytest.approx(-alone.sum(), rel=1e-5)
 
 
-def test_packed_sequences_give_their_own_logits_and_nothing_crosses():
+def test_packed_sequences_do_not_attend_to_each_other():
     model, lengths = build(UNEVEN), (5, 1, 30, 12)
     rng = np.random.default_rng(4)
     parts = [rng.integers(3, 300, length) for length in lengths]
@@ -146,14 +146,14 @@ def test_packed_sequences_give_their_own_logits_and_nothing_crosses():
         hidden = model.transformer(row, layout=Sequences(tuple(map(len, parts))))
         return np.split(np.array(model.head(hidden)[0]), np.cumsum(lengths)[:-1])
 
-    found = logits(parts)
-    for part, own in zip(parts, found, strict=True):
+    packed = logits(parts)
+    for part, own in zip(parts, packed, strict=True):
         alone = np.array(model(mx.array(part)[None])[0])
         np.testing.assert_allclose(own, alone, atol=1e-5 * np.abs(alone).max())
     changed = logits([parts[0], parts[1], (parts[2] + 7) % 300, parts[3]])
     for i in (0, 1, 3):
-        assert np.array_equal(changed[i], found[i])
-    assert not np.allclose(changed[2], found[2])
+        assert np.array_equal(changed[i], packed[i])
+    assert not np.allclose(changed[2], packed[2])
 
 
 # Kernels -------------------------------------------------------------------------
@@ -162,9 +162,9 @@ def test_packed_sequences_give_their_own_logits_and_nothing_crosses():
 @pytest.mark.parametrize("T", [1, 100, QUERIES, QUERIES + 1, 2 * QUERIES + 60])
 @pytest.mark.parametrize("before", [0, 37])
 @pytest.mark.parametrize(("Q", "K"), [(4, 2), (3, 3), (3, 1)])
-def test_attention_and_its_gradients_are_mlxs(T, before, Q, K):
+def test_attention_and_its_gradients_are_those_of_mlx(T, before, Q, K):
     H, S = 16, T + before
-    given = normal(2, Q, T, H), normal(2, K, S, H, seed=1), normal(2, K, S, H, seed=2)
+    inputs = normal(2, Q, T, H), normal(2, K, S, H, seed=1), normal(2, K, S, H, seed=2)
     weights = normal(2, Q, T, H, seed=3)
     mask = mx.arange(S) <= mx.arange(before, S)[:, None]
 
@@ -173,18 +173,18 @@ def test_attention_and_its_gradients_are_mlxs(T, before, Q, K):
         scores = mx.where(mask, q @ k.swapaxes(-1, -2) * H**-0.5, -mx.inf)
         return mx.softmax(scores, axis=-1) @ v
 
-    expected = plain(*given)
-    fused = mx.fast.scaled_dot_product_attention(*given, scale=H**-0.5, mask=mask)
-    found = attend(*given, "causal")
-    assert_near([found, fused], [expected, expected])
+    expected = plain(*inputs)
+    fused = mx.fast.scaled_dot_product_attention(*inputs, scale=H**-0.5, mask=mask)
+    ours = attend(*inputs, "causal")
+    assert_near([ours, fused], [expected, expected])
     assert_near(
-        mx.grad(lambda *a: (attend(*a, "causal") * weights).sum(), (0, 1, 2))(*given),
-        mx.grad(lambda *a: (plain(*a) * weights).sum(), (0, 1, 2))(*given),
+        mx.grad(lambda *a: (attend(*a, "causal") * weights).sum(), (0, 1, 2))(*inputs),
+        mx.grad(lambda *a: (plain(*a) * weights).sum(), (0, 1, 2))(*inputs),
     )
 
 
 @pytest.mark.parametrize("T", [1, 2, 50])
-def test_swiglu_and_its_gradients_are_mlxs(T):
+def test_swiglu_and_its_gradients_are_those_of_mlx(T):
     gate, up = 4 * normal(2, T, 33), normal(2, T, 33, seed=1)
     gate[0, 0, :4] = mx.array([-300.0, 300.0, 0.0, -88.0])
     weights = normal(2, T, 33, seed=2)
@@ -205,15 +205,15 @@ def test_swiglu_and_its_gradients_are_mlxs(T):
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_checkpointing_computes_the_same(method, dropout):
-    found = {}
+    gradients = {}
     for checkpointed in (False, True):
         recipe = make_recipe(
             fine_tune_type=method, dropout=dropout, grad_checkpoint=checkpointed
         )
         training = make_training(recipe, make_samples())
-        found[checkpointed] = [step(training), step(training)]
+        gradients[checkpointed] = [step(training), step(training)]
         assert training.model.transformer.checkpointed == checkpointed
-    for plain, again in zip(found[False], found[True], strict=True):
+    for plain, again in zip(gradients[False], gradients[True], strict=True):
         for name in plain:
             assert np.array_equal(plain[name], again[name]), name
 
@@ -237,7 +237,7 @@ def test_checkpointing_takes_less_memory(method):
     assert peaks[1] < 0.6 * peaks[0]
 
 
-def test_dropout_is_drawn_anew_each_step_and_is_the_same_again():
+def test_dropout_differs_between_steps_and_is_reproducible():
     def make(dropout, seed=0):
         recipe = make_recipe(
             dropout=dropout,
@@ -246,7 +246,7 @@ def test_dropout_is_drawn_anew_each_step_and_is_the_same_again():
             batch_size=1,
             grad_accumulation_steps=1,
         )
-        # The same sample in both steps, so that only dropout tells them apart
+        # The same sample in both steps, so that only dropout differs
         training = make_training(recipe, make_samples((20,)))
         return [step(training), step(training)]
 
@@ -279,8 +279,8 @@ def test_dropout_changes_nothing_on_average(method):
     assert mx.array_equal(layer(x), plain)
 
 
-def test_dropout_is_on_what_the_adapter_sees_alone():
-    """As in the paper, and for DoRA as in Apple's training."""
+def test_dropout_is_applied_to_the_input_of_the_adapter_only():
+    """As in the papers, and for DoRA as in Apple's training code."""
     x, kept = normal(4, 24, seed=5), None
     for method in ("lora", "dora"):
         layer, key = make_layer(method, dropout=0.3), mx.random.key(8)
@@ -306,7 +306,7 @@ def make_layer(method, dropout):
     return DoRALinear(linear, *parts, 5 + normal(16, seed=3), dropout)
 
 
-def test_each_adapter_and_each_share_drops_something_else():
+def test_each_adapter_and_micro_batch_has_its_own_dropout():
     model, keys = make_model(make_recipe(dropout=0.5)), []
     for numbers in [(0, 1, 2), (0, 1, 3), (0, 2, 2), (1, 1, 2)]:
         use_dropout(model, *numbers)
@@ -319,7 +319,7 @@ def test_each_adapter_and_each_share_drops_something_else():
 # Preferences ---------------------------------------------------------------------
 
 
-def test_preference_losses_are_the_papers():
+def test_preference_losses_are_those_of_the_papers():
     likelihoods = np.array([-3.0, -8.0, -5.0, -4.0])
     reference = np.array([-4.0, -7.0, -4.5, -6.0])
     margins = preference_margins(mx.array(likelihoods), mx.array(reference), beta=0.5)
@@ -334,7 +334,7 @@ def test_preference_losses_are_the_papers():
     np.testing.assert_allclose(far, [1000.0, 0.0])
 
 
-def test_a_first_preference_step_starts_from_indifference():
+def test_margins_are_zero_before_the_first_step_and_then_grow():
     recipe = make_recipe(objective="dpo", dpo_beta=0.2)
     training = make_training(recipe, make_pairs())
     step(training)
@@ -343,5 +343,5 @@ def test_a_first_preference_step_starts_from_indifference():
     assert progress.window_loss == pytest.approx(6 * np.log(2), rel=1e-5)
     assert progress.window_margin == pytest.approx(0, abs=1e-4)
     step(training)
-    assert progress.window_margin > 0.01  # the same pairs again: learnt
+    assert progress.window_margin > 0.01  # the same pairs again
     assert progress.window_wins >= 6

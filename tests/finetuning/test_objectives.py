@@ -1,4 +1,4 @@
-"""The figures that an objective reports of a batch, against sums by hand."""
+"""The totals of each objective, compared with sums computed from plain logits."""
 
 import math
 
@@ -15,37 +15,37 @@ from mlx_openelm.model.openelm import OpenELM
 
 
 def log_likelihood(model: OpenELM, sample: Sample) -> float:
-    """Return log p of the tokens that count, from the plain logits."""
+    """Return log p of the targets, from the plain logits."""
     logits = np.array(model(mx.array(sample.tokens)[None, :-1]))[0].astype(np.float64)
     logits -= logits.max(axis=-1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    places = np.flatnonzero(sample.counts)
+    places = np.flatnonzero(sample.loss_mask)
     return float(sum(log_p[place - 1, sample.tokens[place]] for place in places))
 
 
-def figures(objective, model, samples):
+def both_totals(objective, model, samples):
     batch = objective.collate(samples)
     return objective.totals(batch, *objective.loss(model, batch)), objective.evaluate(
         model, batch
     )
 
 
-def test_supervised_sums_the_losses_of_the_tokens_that_count():
+def test_supervised_sums_the_losses_of_the_targets():
     model, samples = build(UNEVEN), make_samples()
     objective = make_objective(make_recipe())
     loss = -sum(log_likelihood(model, sample) for sample in samples)
-    count = sum(int(sample.counts.sum()) for sample in samples)
-    for totals in figures(objective, model, samples):
+    count = sum(int(sample.loss_mask.sum()) for sample in samples)
+    for totals in both_totals(objective, model, samples):
         assert totals.loss == pytest.approx(loss, rel=1e-5)
         assert (totals.count, totals.wins, totals.margin) == (count, 0, 0)
-    assert (objective.unit, objective.compares) == ("token", False)
+    assert (objective.unit, objective.pairwise) == ("token", False)
 
 
 def test_preferences_are_measured_against_the_model_before_training():
     before, model, pairs = build(UNEVEN), build(UNEVEN, seed=1), make_pairs()
     recipe = make_recipe(objective="dpo")
     objective = make_objective(recipe)
-    objective.start(before, pairs)
+    objective.precompute_reference(before, pairs)
     margins = [
         recipe.dpo_beta
         * (
@@ -55,18 +55,18 @@ def test_preferences_are_measured_against_the_model_before_training():
         )
         for pair in pairs
     ]
-    trained, evaluated = figures(objective, model, pairs)
+    trained, evaluated = both_totals(objective, model, pairs)
     loss = sum(math.log1p(math.exp(-margin)) for margin in margins)
     for totals in (trained, evaluated):
         assert totals.loss == pytest.approx(loss, rel=1e-4)
         assert totals.count == len(pairs)
         assert totals.wins == sum(margin > 0 for margin in margins)
     assert trained.margin == pytest.approx(sum(margins), rel=1e-4)
-    assert (objective.unit, objective.compares) == ("pair", True)
+    assert (objective.unit, objective.pairwise) == ("pair", True)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_each_name_of_a_recipe_has_its_objective(name):
+def test_each_name_in_a_recipe_has_its_objective(name):
     assert make_objective(make_recipe(objective=name)).name == name
 
 

@@ -1,4 +1,4 @@
-"""Steps of our training, each number of them computed by PyTorch, too."""
+"""Training steps, compared with the same steps in PyTorch."""
 
 import math
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ EVERYWHERE = ("qkv_proj", "out_proj", "proj_1", "proj_2", EMBEDDING)
 
 
 class Adapted(torch.nn.Module):
-    """W + scale (A B)^T, of DoRA with its rows at the lengths m; an embedding E + A B.
+    """W + scale (A B)^T, with DoRA rescaled to the row norms m; for embeddings E + A B.
 
-    It stands where the weight stood, so it is what a tied head reads, too.
+    It parametrizes the weight itself, so a tied head uses it too.
     """
 
     def __init__(self, parts, scale, is_embedding):
@@ -52,7 +52,7 @@ class Adapted(torch.nn.Module):
 
 
 def in_torch(model, scale):
-    """Return the model in PyTorch, and what is trained of it by our names."""
+    """Return the model in PyTorch, and its trained parameters by our names."""
     reference = ReferenceOpenELM(model.config)
     state = {n: torch.from_numpy(w) for n, w in weights_of(model.config).items()}
     reference.load_state_dict(state)
@@ -65,9 +65,9 @@ def in_torch(model, scale):
     modules = dict(reference.named_modules())
     plain = dict(reference.named_parameters())
     trained = {}
-    for path, found in parts.items():
+    for path, tensors_here in parts.items():
         module = modules[path.removeprefix("transformer.")]
-        adapted = Adapted(found, scale, isinstance(module, torch.nn.Embedding))
+        adapted = Adapted(tensors_here, scale, isinstance(module, torch.nn.Embedding))
         parametrize.register_parametrization(module, "weight", adapted)
         trained |= {f"{path}.{n}": p for n, p in adapted.named_parameters()}
     for name in tensors.keys() - trained.keys():
@@ -78,14 +78,14 @@ def in_torch(model, scale):
 
 
 def padded(samples: Sequence[Sample]):
-    """Return tokens and targets (B, T), -100 where nothing is learnt."""
+    """Return tokens and targets (B, T); targets are -100 where the mask is false."""
     T = max(len(s.tokens) for s in samples) - 1
     tokens = torch.zeros(len(samples), T, dtype=torch.long)
     targets = torch.full((len(samples), T), -100)
     for i, sample in enumerate(samples):
         read = torch.from_numpy(sample.tokens.astype(np.int64))
         tokens[i, : len(read) - 1] = read[:-1]
-        wanted = torch.where(torch.from_numpy(sample.counts), read, -100)
+        wanted = torch.where(torch.from_numpy(sample.loss_mask), read, -100)
         targets[i, : len(read) - 1] = wanted[1:]
     return tokens, targets
 
@@ -127,7 +127,7 @@ def minus(after, before):
 
 
 def compare_steps(recipe, model, rates, samples, loss_of):
-    """Make steps here and there; every number of each must agree."""
+    """Make steps with both; loss, norm, gradients and weights must agree."""
     training = make_training(recipe, samples, model)
     reference, trained = in_torch(model, recipe.scale)
     optimizer = make_adamw(trained, recipe)
@@ -154,7 +154,7 @@ def compare_steps(recipe, model, rates, samples, loss_of):
         ours = ours_of(model)
         theirs = theirs_of(trained)
         assert_close(ours, theirs)
-        # Adam divides by the gradient's size: where that is rounding, so is the update.
+        # Adam normalises gradients, so rounding of tiny ones becomes a large update.
         moved, expected = minus(ours, start), minus(theirs, start)
         assert_close(moved, expected, size=length, limit=5e-3)
         start = ours
@@ -164,7 +164,7 @@ def token_loss(z_loss=0.0):
     def loss_of(reference, samples: Sequence[Sample]):
         tokens, targets = padded(samples)
         _, total = summed_loss(reference(tokens), targets, z_loss=z_loss)
-        return total, sum(int(s.counts.sum()) for s in samples)
+        return total, sum(int(s.loss_mask.sum()) for s in samples)
 
     return loss_of
 
@@ -187,14 +187,14 @@ def token_loss(z_loss=0.0):
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_two_steps_are_pytorchs(options, config):
+def test_two_steps_agree_with_pytorch(options, config):
     recipe = make_recipe(weight_decay=0.1, **options)
     model = make_model(recipe, config)
     loss_of = token_loss(recipe.z_loss)
     compare_steps(recipe, model, [3e-4, 3e-4], make_samples(), loss_of)
 
 
-def test_a_schedule_and_adams_state_are_pytorchs():
+def test_a_schedule_and_adams_state_agree_with_pytorch():
     recipe = make_recipe(
         warmup_steps=1, schedule="cosine", iters=3, weight_decay=0.1, betas=(0.8, 0.9)
     )
@@ -206,12 +206,12 @@ def test_a_schedule_and_adams_state_are_pytorchs():
 
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge"])
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_preference_steps_are_pytorchs(method, kind):
+def test_preference_steps_agree_with_pytorch(method, kind):
     recipe = make_recipe(
         objective="dpo", fine_tune_type=method, dpo_loss=kind, dpo_beta=0.3, rank=3
     )
     model, pairs = make_model(recipe), make_pairs(12)
-    start, _ = in_torch(model, recipe.scale)  # the reference: the model as it starts
+    start, _ = in_torch(model, recipe.scale)  # the reference: the initial model
 
     def log_ratios(policy, answers):
         tokens, targets = padded(answers)
@@ -222,8 +222,8 @@ def test_preference_steps_are_pytorchs(method, kind):
             return (picked * (targets >= 0)).sum(-1)
 
         with torch.no_grad():
-            anchor = likelihoods(start)
-        return likelihoods(policy) - anchor
+            reference = likelihoods(start)
+        return likelihoods(policy) - reference
 
     def loss_of(policy, chosen: Sequence[Pair]):
         better = log_ratios(policy, [pair.chosen for pair in chosen])
@@ -240,7 +240,7 @@ def test_preference_steps_are_pytorchs(method, kind):
 
 @pytest.mark.interop
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_gradients_are_pefts(method):
+def test_gradients_agree_with_peft(method):
     peft = pytest.importorskip("peft", reason="needs PEFT")
     recipe = make_recipe(fine_tune_type=method, clip_norm=0.0)
     model, samples = make_model(recipe), make_samples()

@@ -1,4 +1,4 @@
-"""What a run will do and take, against what it does and takes."""
+"""The planned order and memory of a run, compared with the actual ones."""
 
 import gc
 from collections import Counter
@@ -45,7 +45,7 @@ def test_every_sample_is_taken_once_an_epoch_and_epochs_differ(pack):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_a_packed_step_has_no_more_rows_than_asked_for():
+def test_a_packed_step_has_at_most_its_number_of_rows():
     recipe = make_recipe(pack=True, max_seq_length=64, batch_size=2, iters=3)
     order = Order(SIZES, recipe)
     for i in range(3):
@@ -73,7 +73,7 @@ def test_iterations_go_beyond_an_epoch_in_the_order_of_the_epochs():
     assert by_steps.epoch_after(20) == pytest.approx(20 / 7)
 
 
-def test_a_run_takes_the_samples_that_its_order_says():
+def test_a_run_trains_the_samples_of_its_order():
     samples = make_samples()
     training = make_training(make_recipe(batch_size=1), samples)
     seen: list[list[int]] = []
@@ -93,7 +93,7 @@ def test_a_run_takes_the_samples_that_its_order_says():
         )
 
 
-def test_the_largest_share_is_found():
+def test_the_largest_micro_batch_is_chosen():
     order = Order(SIZES, make_recipe(iters=None, epochs=2.0))
     counted = [size // 2 for size in SIZES]
     batch = largest_batch(order, SIZES, counted, 2)
@@ -146,13 +146,13 @@ proof = pytest.mark.proof
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_the_planned_memory_is_what_a_step_takes(config, lengths, options):
+def test_the_planned_memory_is_close_to_that_of_a_step(config, lengths, options):
     planned, measured = measure(config, lengths, options)
     assert 0.9 * measured <= planned <= 1.4 * measured
 
 
 def measure(config, lengths, options):
-    """Return the planned bytes of a step, and MLX's peak over what is there before."""
+    """Return the planned and the measured peak memory of a step, in bytes."""
     gc.collect()
     before = mx.get_active_memory()
     parts = options.get("grad_accumulation_steps", 1)
@@ -184,7 +184,7 @@ def test_nothing_is_computed_for_a_plan():
     assert plan.weights == 4 * model.config.num_parameters
 
 
-def test_the_plan_counts_weights_and_the_adapter_apart():
+def test_the_plan_separates_weights_and_adapter():
     model = make_model(make_recipe())
     plan = plan_memory(model, make_recipe(), BatchShape(100, 50, 40))
     adapter = sum(array.nbytes for array in trained_tensors(model).values())
@@ -194,7 +194,7 @@ def test_the_plan_counts_weights_and_the_adapter_apart():
     assert plan.total > plan.weights + 4 * adapter
 
 
-def test_every_proposal_takes_less_than_the_one_before():
+def test_every_proposal_needs_less_than_the_one_before():
     recipe = make_recipe(batch_size=4, grad_accumulation_steps=1, max_seq_length=512)
     model = make_model(recipe)
 
@@ -208,7 +208,7 @@ def test_every_proposal_takes_less_than_the_one_before():
     totals = [total(recipe), *(total(smaller) for _, smaller in proposals)]
     assert totals == sorted(totals, reverse=True)
     assert len(set(totals)) == len(totals) == 6
-    assert [flags for flags, _ in proposals] == [
+    assert [settings for settings, _ in proposals] == [
         "`grad_checkpoint`",
         "`grad_checkpoint` `batch_size` 2 `grad_accumulation_steps` 2",
         "`grad_checkpoint` `batch_size` 1 `grad_accumulation_steps` 4",
@@ -220,9 +220,9 @@ def test_every_proposal_takes_less_than_the_one_before():
     assert all(smaller.step_size == 4 for _, smaller in proposals)
 
 
-def test_the_flags_of_every_proposal_are_all_its_changes():
+def test_the_settings_of_a_proposal_are_all_its_changes():
     recipe = make_recipe(batch_size=6, grad_accumulation_steps=1, max_seq_length=256)
-    assert [flags for flags, _ in propose_smaller(recipe)] == [
+    assert [settings for settings, _ in propose_smaller(recipe)] == [
         "`grad_checkpoint`",
         "`grad_checkpoint` `batch_size` 3 `grad_accumulation_steps` 2",
         "`grad_checkpoint` `batch_size` 3 `grad_accumulation_steps` 2 "

@@ -8,7 +8,7 @@ import pytest
 from trainings import read_data
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning.records import set_aside
+from mlx_openelm.finetuning.records import hold_out
 from mlx_openelm.text.templates import Turn
 
 TEXTS = [{"text": f"the {number}th story"} for number in range(40)]
@@ -27,7 +27,7 @@ def write(path: Path, records: list, newline: str = "\n") -> Path:
 
 
 def refused(path: Path, content: bytes | str | list, **options) -> str:
-    """The one sentence that a file with this content is refused with."""
+    """Return the error message for a file with this content."""
     if isinstance(content, list):
         write(path, content)
     else:
@@ -53,19 +53,19 @@ def file(tmp_path):
 # Formats -------------------------------------------------------------------------
 
 
-def test_the_format_is_found_by_the_fields(file):
-    asked = (Turn("user", "Hi"), Turn("assistant", "Hello."))
+def test_the_format_is_detected_from_the_fields(file):
+    conversation = (Turn("user", "Hi"), Turn("assistant", "Hello."))
     assert turns(file, {"text": "Once"}) == (Turn("assistant", "Once"),)
-    assert turns(file, {"prompt": "Hi", "completion": "Hello."}) == asked
-    assert turns(file, CHAT) == (Turn("system", "Be brief."), *asked)
+    assert turns(file, {"prompt": "Hi", "completion": "Hello."}) == conversation
+    assert turns(file, CHAT) == (Turn("system", "Be brief."), *conversation)
     alpaca = {"instruction": "Hi", "input": "", "output": "Hello."}
-    assert turns(file, alpaca) == asked
+    assert turns(file, alpaca) == conversation
     assert turns(file, alpaca | {"input": "there"})[0].input == "there"
     assert turns(file, {"instruction": "Hi", "input": None, "output": "Hello."}) == (
-        asked
+        conversation
     )
     keys = {"prompt_key": "question", "completion_key": "answer"}
-    assert turns(file, {"question": "Hi", "answer": "Hello."}, **keys) == asked
+    assert turns(file, {"question": "Hi", "answer": "Hello."}, **keys) == conversation
     assert read_data(file, **keys).train.fields == ("question", "answer")
 
 
@@ -77,26 +77,26 @@ def test_further_fields_and_nulls_do_not_hide_the_format(file):
 
 def test_preferences_are_texts_or_conversations(file):
     plain = {"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}
-    found = read_data(write(file, [plain]), objective="dpo").train
-    assert found.format == "preferences"
-    assert found.records[0].turns == (Turn("user", "Hi"), Turn("assistant", "Hello."))
-    assert found.records[0].rejected == "No."
+    data = read_data(write(file, [plain]), objective="dpo").train
+    assert data.format == "preferences"
+    assert data.records[0].turns == (Turn("user", "Hi"), Turn("assistant", "Hello."))
+    assert data.records[0].rejected == "No."
     head, answer = CHAT["messages"][:-1], CHAT["messages"][-1]
     lists = {
         "prompt": "Hi",
         "chosen": [*head, answer],
         "rejected": [*head, {"role": "assistant", "content": "No."}],
     }
-    found = read_data(write(file, [lists]), objective="dpo").train
-    assert found.format == "preferences in messages"
-    assert [turn.text for turn in found.records[0].turns] == [
+    data = read_data(write(file, [lists]), objective="dpo").train
+    assert data.format == "preferences in messages"
+    assert [turn.text for turn in data.records[0].turns] == [
         *("Be brief.", "Hi", "Hello.")
     ]
-    assert found.records[0].rejected == "No."
+    assert data.records[0].rejected == "No."
     assert "differ before their last" in refused(
         file, [lists | {"rejected": lists["rejected"][1:]}], objective="dpo"
     )
-    assert "the last of chosen" in refused(
+    assert "the last message of chosen" in refused(
         file,
         [lists | {"chosen": [*CHAT["messages"], head[1]], "rejected": CHAT["messages"]}]
         * 2,
@@ -113,7 +113,7 @@ def test_preferences_are_texts_or_conversations(file):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_every_layout_holds_the_same_records(tmp_path, layout, suffix):
     lines = [json.dumps(record) for record in TEXTS]
-    lines[0] = '{"text": "the 0th\u2028story"}'  # no end of a line in JSON
+    lines[0] = '{"text": "the 0th\u2028story"}'  # not a line end in JSON
     text = {
         "lines": "\n".join(lines),
         "CRLF": "\r\n".join(lines) + "\r\n",
@@ -125,8 +125,8 @@ def test_every_layout_holds_the_same_records(tmp_path, layout, suffix):
     name = "train.json" if layout in ("array", "pretty") else "train.jsonl"
     data = gzip.compress(text.encode()) if suffix else text.encode()
     (tmp_path / (name + suffix)).write_bytes(data)
-    found = read_data(tmp_path)
-    records = sorted([*found.train.records, *found.valid.records], key=str)
+    data = read_data(tmp_path)
+    records = sorted([*data.train.records, *data.valid.records], key=str)
     assert len(records) == 40
     assert {record.turns[0].text.split()[-1] for record in records} == {"story"}
     assert len({record.place for record in records}) == 40
@@ -145,11 +145,11 @@ def test_a_folder_has_its_own_valid_and_test_files(tmp_path):
     write(tmp_path / "train.jsonl", TEXTS)
     write(tmp_path / "valid.jsonl", TEXTS[:3])
     write(tmp_path / "test.jsonl", [CHAT])
-    found = read_data(tmp_path)
-    sizes = [len(s.records) for s in (found.train, found.valid, found.test)]
+    data = read_data(tmp_path)
+    sizes = [len(s.records) for s in (data.train, data.valid, data.test)]
     assert sizes == [40, 3, 1]
-    assert found.test.format == "messages"
-    assert found.notes == ()
+    assert data.test.format == "messages"
+    assert data.notes == ()
 
 
 def test_the_digest_is_of_the_bytes_and_of_all_files(tmp_path):
@@ -164,25 +164,25 @@ def test_the_digest_is_of_the_bytes_and_of_all_files(tmp_path):
     assert read_data(tmp_path).digest != changed.digest
 
 
-def test_what_is_missing_is_said_with_what_is_there(tmp_path):
+def test_a_missing_file_is_reported_with_similar_ones(tmp_path):
     write(tmp_path / "trian.jsonl", TEXTS)
-    with pytest.raises(OpenELMError, match=r"no train\.jsonl .*holds trian\.jsonl"):
+    with pytest.raises(OpenELMError, match=r"no train\.jsonl .*found trian\.jsonl"):
         read_data(tmp_path)
-    with pytest.raises(OpenELMError, match=r"but there is .*trian\.jsonl"):
+    with pytest.raises(OpenELMError, match=r"Did you mean .*trian\.jsonl"):
         read_data(tmp_path / "train.jsonl")
-    with pytest.raises(OpenELMError, match="nor a folder"):
+    with pytest.raises(OpenELMError, match=r"no folder .*none either"):
         read_data(tmp_path / "none" / "train.jsonl")
     write(tmp_path / "train.json", TEXTS)
     write(tmp_path / "train.jsonl", TEXTS)
-    with pytest.raises(OpenELMError, match=r"train\.jsonl and train\.json;"):
+    with pytest.raises(OpenELMError, match=r"both train\.jsonl and train\.json;"):
         read_data(tmp_path)
     assert "train.parquet" in refused(tmp_path / "train.parquet", b"PAR1")
 
 
-def test_a_validation_file_of_another_name_is_not_passed_over_in_silence(tmp_path):
+def test_a_validation_file_of_another_name_is_noted(tmp_path):
     write(tmp_path / "train.jsonl", TEXTS)
     write(tmp_path / "val.jsonl", TEXTS)
-    assert any("val.jsonl is not read" in note for note in read_data(tmp_path).notes)
+    assert any("val.jsonl is ignored" in note for note in read_data(tmp_path).notes)
 
 
 # Bad input -----------------------------------------------------------------------
@@ -192,11 +192,11 @@ def test_a_bad_line_among_thousands_is_named_with_its_column(file):
     lines = [json.dumps({"text": f"{i}"}) for i in range(5000)]
     lines[3210] = '{"text": "no end'
     message = refused(file, "\n".join(lines))
-    assert f"{file}:3211:10 is no JSON" in message
+    assert f"{file}:3211:10 is not JSON" in message
     assert "a problem" in message
 
 
-def test_all_problems_stand_in_one_report(file):
+def test_all_problems_are_in_one_message(file):
     message = refused(
         file,
         b"\n".join(
@@ -216,58 +216,55 @@ def test_all_problems_stand_in_one_report(file):
             ]
         ),
     )
-    for said in (
-        ":2:16 is no JSON",
-        ":3: prompt is a number, not a text; ",
-        ":3: completion is a list, not a text",
+    for problem in (
+        ":2:16 is not JSON",
+        ":3: prompt is a number, not a string; ",
+        ":3: completion is a list, not a string",
         ":4 has no completion",
         ":5: completion is empty",
-        ":6:13 is no UTF-8 (the byte 0xff)",
-        ":7: prompt holds a NUL",
-        r":7: completion holds \ud83d, half of a character",
+        ":6:13 is not UTF-8 (the byte 0xff)",
+        ":7: prompt contains a NUL",
+        r":7: completion contains the unpaired surrogate \ud83d",
         ":8 is a list, not an object",
         ":9 is text while train.jsonl:1 is prompt+completion",
         ":10",
         ":11 has no completion",
         ":12 cannot be read as JSON",
     ):
-        assert f"{file}{said}" in message
+        assert f"{file}{problem}" in message
     assert "13 problems" in message
 
 
-def test_a_long_report_is_cut_with_the_number_of_the_rest(file):
+def test_a_long_list_of_problems_ends_with_the_number_of_the_rest(file):
     message = refused(file, "{\n" * 50)
     assert "50 problems" in message
-    assert message.count("is no JSON") == 20
+    assert message.count("is not JSON") == 20
     assert message.endswith("; and 30 more.")
 
 
-def test_problems_of_all_files_come_at_once(tmp_path):
+def test_problems_of_all_files_are_in_one_message(tmp_path):
     write(tmp_path / "valid.jsonl", [{"text": 1}])
     message = refused(tmp_path / "train.jsonl", [{"text": 2}])
-    assert "valid" not in message  # a file alone has no other
+    assert "valid" not in message  # only this file is read
     with pytest.raises(OpenELMError, match=r"train\.jsonl:1: .*valid\.jsonl:1: "):
         read_data(tmp_path)
 
 
-def test_unknown_fields_are_listed_with_the_options_that_name_them(file):
+def test_unknown_fields_are_listed_with_the_options_for_them(file):
     message = refused(file, [{"question": "a", "answer": "b"}] * 30)
-    assert "has answer, question, and not messages; or instruction and output" in (
-        message
-    )
-    assert "nor has any of the 30 records" in message
+    assert "has answer, question (as all 30 records), but not messages; or " in message
     assert "`prompt_key`" in message
     assert "a problem" in message
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "problem"),
     [
         ([], "messages is an empty list"),
-        ("Hi", "messages is a text, not a list"),
-        (["Hi"], "messages[0] is a text, not a message"),
+        ("Hi", "messages is a string, not a list"),
+        (["Hi"], "messages[0] is a string, not a message"),
         ([{"role": "tool", "content": "x"}], "messages[0].role is 'tool'"),
-        ([{"role": "user", "content": "x"}], "messages has no assistant's turn"),
+        ([{"role": "user", "content": "x"}], "messages has no assistant turn"),
         ([{"role": "user", "content": [{}]}], "messages[0].content is a list"),
         ([*CHAT["messages"], CHAT["messages"][0]], "messages[3] is a system message"),
         ([{"role": "assistant", "content": ""}], "messages[0].content is empty"),
@@ -275,51 +272,51 @@ def test_unknown_fields_are_listed_with_the_options_that_name_them(file):
         ([{"role": [], "content": "x"}], "messages[0].role is []"),
     ],
 )
-def test_what_is_wrong_with_a_conversation_is_named(file, messages, said):
-    assert f"{file}:1: {said}" in refused(file, [{"messages": messages}])
+def test_problems_of_a_conversation_are_named(file, messages, problem):
+    assert f"{file}:1: {problem}" in refused(file, [{"messages": messages}])
 
 
-def test_files_that_are_no_json_lines_are_refused_in_one_sentence(tmp_path):
-    for name, content, said in (
-        ("a.jsonl", "", "holds no records"),
-        ("a.jsonl", "\n \n", "holds no records"),
-        ("a.json", "[]", "holds no records"),
-        ("a.json", "[ ]\n", "holds no records"),
+def test_files_that_are_not_json_lines_are_refused(tmp_path):
+    for name, content, problem in (
+        ("a.jsonl", "", "has no records"),
+        ("a.jsonl", "\n \n", "has no records"),
+        ("a.json", "[]", "has no records"),
+        ("a.json", "[ ]\n", "has no records"),
         ("a.json", '[{"text": "a"},\n  3]', "a.json:2:3 is a number"),
-        ("a.json", '[{"text": "a"},\n {"text" 3}]', "a.json:2:10 is no JSON"),
-        ("a.json", b'[{"text": "a"},\n {"text": "\xe9"}]', "a.json:2:12 is no UTF-8"),
-        ("a.jsonl", "Once upon a time", "a.jsonl:1:1 is no JSON"),
-        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "a.jsonl:1:1 is no UTF-8"),
+        ("a.json", '[{"text": "a"},\n {"text" 3}]', "a.json:2:10 is not JSON"),
+        ("a.json", b'[{"text": "a"},\n {"text": "\xe9"}]', "a.json:2:12 is not UTF-8"),
+        ("a.jsonl", "Once upon a time", "a.jsonl:1:1 is not JSON"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "a.jsonl:1:1 is not UTF-8"),
         ("a.jsonl.gz", '{"text": "a"}', "a.jsonl.gz"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "cut off"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "truncated"),
         ("a.jsonl.gz", b"\x1f\x8b\x08\x00" + b"\xff" * 40, "a.jsonl.gz is damaged"),
     ):
-        assert said in refused(tmp_path / name, content), name
+        assert problem in refused(tmp_path / name, content), name
 
 
-# What is set aside ---------------------------------------------------------------
+# Held-out records ----------------------------------------------------------------
 
 
 def texts_of(records) -> set[str]:
     return {record.turns[0].text for record in records}
 
 
-def test_a_tenth_is_set_aside_by_content_alone(tmp_path):
-    found = read_data(write(tmp_path / "train.jsonl", TEXTS))
-    assert (len(found.train.records), len(found.valid.records)) == (36, 4)
-    assert "4 of the 40 records" in found.notes[0]
+def test_a_tenth_is_held_out_by_content_alone(tmp_path):
+    data = read_data(write(tmp_path / "train.jsonl", TEXTS))
+    assert (len(data.train.records), len(data.valid.records)) == (36, 4)
+    assert "4 of the 40 records" in data.notes[0]
     (tmp_path / "other").mkdir()
     other = read_data(write(tmp_path / "other" / "b.jsonl", TEXTS[::-1], "\r\n\n"))
-    assert texts_of(other.valid.records) == texts_of(found.valid.records)
+    assert texts_of(other.valid.records) == texts_of(data.valid.records)
 
 
-def test_equal_records_are_never_on_both_sides(tmp_path):
+def test_equal_records_are_in_the_same_split(tmp_path):
     spaced = [{"text": record["text"].replace(" ", " \n")} for record in TEXTS]
     data = read_data(write(tmp_path / "a.jsonl", [*TEXTS, *spaced, *TEXTS[:30]]))
     trained = {record.key for record in data.train.records}
-    held = {record.key for record in data.valid.records}
-    assert not trained & held
-    assert len(trained | held) == 40
+    held_out = {record.key for record in data.valid.records}
+    assert not trained & held_out
+    assert len(trained | held_out) == 40
     assert 1 <= len(data.valid.records) <= 11
 
 
@@ -335,12 +332,12 @@ def test_small_files_are_fine(tmp_path):
     assert (len(lopsided.train.records), len(lopsided.valid.records)) == (9, 5)
 
 
-def test_no_more_than_256_are_set_aside(tmp_path):
+def test_at_most_256_records_are_held_out(tmp_path):
     many = [{"text": f"{i}"} for i in range(5000)]
     records = read_data(write(tmp_path / "a.jsonl", many))
     assert len(records.valid.records) == 256
-    kept, aside = set_aside((*records.train.records, *records.valid.records))
-    assert {r.key for r in aside} == {r.key for r in records.valid.records}
+    kept, held_out = hold_out((*records.train.records, *records.valid.records))
+    assert {r.key for r in held_out} == {r.key for r in records.valid.records}
     assert len(kept) == 5000 - 256
 
 
@@ -348,10 +345,10 @@ def test_no_more_than_256_are_set_aside(tmp_path):
 
 
 def test_gsm8k_and_commonsense_are_read_whole(shared):
-    found = read_data(
+    data = read_data(
         shared / "data" / "gsm8k", prompt_key="question", completion_key="answer"
     )
-    sizes = [len(s.records) for s in (found.train, found.valid, found.test)]
+    sizes = [len(s.records) for s in (data.train, data.valid, data.test)]
     assert sizes == [7473 - 256, 256, 1319]
     for file in (shared / "data" / "commonsense").glob("*.json"):
         data = read_data(file)

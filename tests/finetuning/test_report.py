@@ -8,16 +8,15 @@ from html.parser import HTMLParser
 
 import pytest
 from browser import find_browser, started
-from hypothesis import given
-from hypothesis import strategies as st
 
-from mlx_openelm.finetuning.report import TrainingRun, render_page
-from mlx_openelm.finetuning.report_charts import choose_axis, thin_out
+from mlx_openelm.finetuning.report_content import TrainingRun, describe_run
 from mlx_openelm.finetuning.report_history import (
     describe_end,
     describe_result,
     read_history,
 )
+from mlx_openelm.reporting.charts import LARGE, RIGHT
+from mlx_openelm.reporting.training_report import render_training_report
 
 EVIL = "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'>\"'&\x00\x1b"
 
@@ -118,6 +117,10 @@ RUNS = {
         *("r", (), True),
     ),
 }
+
+
+def render_page(run):
+    return render_training_report(describe_run(run))
 
 
 # What it says --------------------------------------------------------------------
@@ -263,12 +266,17 @@ def test_the_markup_is_sound_and_holds_nothing_of_the_texts(name):
     assert "nan" not in re.sub(r"<[^>]*>", "", page).split()
 
 
+def drawn_lines(markup):
+    """The `d` of each path of each line of a chart, by line."""
+    groups = re.findall(r'<g class="line [^"]*">(.*?)</g>', markup)
+    return [re.findall(r' d="(.*?)"', group) for group in groups]
+
+
 def test_thousands_of_steps_make_a_page_of_less_than_half_a_megabyte():
     page = render_page(RUNS["thousands of steps"])
     assert len(page) < 500_000
-    assert (
-        max(len(line.split()) for line in re.findall(r'points="(.*?)"', page)) <= 1000
-    )
+    lines = [d for line in drawn_lines(page) for d in line]
+    assert max(line.count("L") for line in lines) <= 1000
 
 
 def test_a_value_that_is_not_finite_leaves_a_gap():
@@ -282,38 +290,12 @@ def test_a_value_that_is_not_finite_leaves_a_gap():
         step(7),
     ]
     page = render_page(dataclasses.replace(RUN, events=line))
-    loss = page.split('<figure class="chart large"')[1].split("</figure>")[0]
-    drawn = re.findall(r'<polyline class="first" points="(.*?)"', loss)
-    assert [len(points.split()) for points in drawn] == [2, 2, 1]
-    lone = re.findall(r'</svg>\n<circle class="dot first" cx="100.00%"', loss)
-    assert len(lone) == 1
-
-
-NUMBERS = st.floats(
-    allow_nan=False, allow_infinity=False, min_value=-1e9, max_value=1e9
-)
-
-
-@given(st.lists(st.none() | NUMBERS, min_size=60, max_size=99), st.integers(10, 50))
-def test_thinning_out_keeps_the_ends_and_the_peaks(values, most):
-    points = list(enumerate(values))
-    kept = thin_out(points, most)
-    assert sum(value is not None for _, value in kept) <= most
-    assert set(kept) <= set(points)
-    assert [n for n, _ in kept] == sorted({n for n, _ in kept})
-    assert (kept[0], kept[-1]) == (points[0], points[-1])
-    known = [value for value in values if value is not None]
-    for extreme in (min, max) if known else ():
-        assert extreme(v for _, v in kept if v is not None) == extreme(known)
-    assert (None in values) == any(value is None for _, value in kept)
-
-
-@given(st.lists(NUMBERS, min_size=1, max_size=9), st.booleans())
-def test_every_axis_holds_its_values_and_some_round_ones(values, from_zero):
-    axis = choose_axis(values, from_zero=from_zero)
-    assert all(0 <= axis.place(value) <= 100 for value in values)
-    assert 1 <= len(axis.ticks) <= 12
-    assert all(-1e-6 <= axis.place(tick) <= 100 + 1e-6 for tick in axis.ticks)
+    loss = page.split('id="loss"')[1].split("</svg>")[0]
+    drawn = drawn_lines(loss)[0][0]
+    assert [stretch.count("L") for stretch in drawn.split("M")[1:]] == [1, 1, 0]
+    [dots] = re.findall(r'<g class="dots">(.*?)</g>', loss)
+    [lone] = re.findall(r'<use [^>]*\bx="([0-9.]+)"', dots)
+    assert float(lone) == LARGE[0] - RIGHT
 
 
 # In a browser --------------------------------------------------------------------
@@ -344,20 +326,24 @@ OVERFLOWING = """
   const box = e.getBoundingClientRect();
   if (box.width === 0) return false;
   const clipped = e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0
-    && !(e instanceof SVGElement) && !e.classList.contains('chart');
+    && !(e instanceof SVGElement);
   return clipped || box.right > innerWidth + 0.5 || box.left < -0.5;
 }).map(e => e.outerHTML.slice(0, 150))
 """
 
 # Lines and dots that leave the plotting area of their chart, and charts without a size.
 MISPLACED = """
-[...document.querySelectorAll('.chart > svg')].flatMap(svg => {
-  const area = svg.getBoundingClientRect();
-  const wrong = area.width < 200 || area.height < 100 ? ['no size'] : [];
-  for (const e of svg.querySelectorAll('polyline, circle.dot, line.mark, line.grid')) {
-    const box = e.getBoundingClientRect(), air = e.matches('circle') ? 6 : 1.5;
-    if (box.left < area.left - air || box.right > area.right + air ||
-        box.top < area.top - air || box.bottom > area.bottom + air)
+[...document.querySelectorAll('.chart svg')].flatMap(svg => {
+  if (svg.getBoundingClientRect().width === 0) return [];
+  const bands = [...svg.querySelectorAll('.band rect')]
+    .map(e => e.getBoundingClientRect());
+  const left = bands[0].left, right = bands[bands.length - 1].right;
+  const top = bands[0].top, bottom = bands[0].bottom;
+  const wrong = right - left < 200 || bottom - top < 100 ? ['no size'] : [];
+  for (const e of svg.querySelectorAll('.line path, .dots use, .mark path')) {
+    const box = e.getBoundingClientRect(), air = e.matches('use') ? 6 : 1.5;
+    if (box.left < left - air || box.right > right + air ||
+        box.top < top - air || box.bottom > bottom + air)
       wrong.push(e.outerHTML.slice(0, 150));
   }
   return wrong;
@@ -383,7 +369,7 @@ CONTRASTS = """
         !['title', 'desc'].includes(e.tagName)) {
       const color = e instanceof SVGElement ? style.fill : style.color;
       found.push([ratio(color, behind(e)), 4.5, e.outerHTML.slice(0, 99)]);
-    } else if (e.matches('polyline, .mark')) {
+    } else if (e.matches('.line path, .mark path')) {
       found.push([ratio(style.stroke, behind(e)), 3, e.outerHTML.slice(0, 99)]);
     }
   }
@@ -433,15 +419,19 @@ def test_a_point_stands_where_its_value_is(tab, pages):
     tab.open(pages / "usual.html")
     places = tab.evaluate("""
 (() => {
+  const svg = document.querySelector('#loss svg.if-wide');
   const middle = e => { const b = e.getBoundingClientRect();
     return [b.x + b.width / 2, b.y + b.height / 2]; };
-  const ticks = kind => [...document.querySelectorAll(`#loss text.${kind}`)]
-    .filter(e => !e.matches('.name'))
+  const ticks = [...svg.querySelectorAll('text')]
+    .filter(e => /^[0-9.]+$/.test(e.textContent))
     .map(e => [Number(e.textContent), ...middle(e)]);
-  const line = document.querySelector('#loss polyline.second');
-  const points = [...line.points].map(p => p.matrixTransform(line.getScreenCTM()));
-  return {ring: middle(document.querySelector('#loss .ring')), x: ticks('x'),
-    y: ticks('y'), said: document.querySelector('#loss .best').textContent,
+  const line = svg.querySelector('.line.orange path');
+  const points = line.getAttribute('d').match(/[0-9.]+ [0-9.]+/g)
+    .map(p => new DOMPoint(...p.split(' ').map(Number))
+      .matrixTransform(svg.getScreenCTM()));
+  return {ring: middle(svg.querySelector('.ring use')),
+    x: ticks.filter(t => t[0] % 100 === 0), y: ticks.filter(t => t[0] % 100 !== 0),
+    said: svg.querySelector('.best text').textContent,
     lowest: points.map(p => [p.x, p.y]).sort((a, b) => b[1] - a[1])[0]};
 })()""")
     best = min(
@@ -460,13 +450,16 @@ def test_a_point_stands_where_its_value_is(tab, pages):
 
 def test_the_pointer_reads_the_values_of_a_step(tab, pages):
     tab.open(pages / "usual.html", width=390)
-    shown = """[...document.querySelectorAll('#loss .stop text')]
+    shown = """[...document.querySelectorAll('#loss .if-narrow .band text')]
       .filter(e => getComputedStyle(e).visibility === 'visible')
       .map(e => [e.textContent, e.getBoundingClientRect().left])"""
     assert tab.evaluate(shown) == []
     tab.evaluate("document.querySelector('#loss').scrollIntoView()")
-    x, y, width = tab.evaluate("""(() => { const b = document.querySelector(
-      '#loss > svg').getBoundingClientRect(); return [b.x, b.y, b.width]; })()""")
+    x, y, width = tab.evaluate("""(() => {
+      const bands = document.querySelectorAll('#loss .if-narrow .band rect');
+      const first = bands[0].getBoundingClientRect();
+      const last = bands[bands.length - 1].getBoundingClientRect();
+      return [first.left, first.top, last.right - first.left]; })()""")
     tab.move_pointer(x + width / 2, y + 40)
     [(text, left)] = tab.evaluate(shown)
     rows = {
@@ -501,8 +494,8 @@ def test_the_data_stand_beside_each_other(pages, tab):
     assert told["tokens"] == ["345,678"] * 2
     assert told["something new"] == ["-"] * 2
     assert "edges" not in told
-    bars = tab.evaluate("""[...document.querySelector('.bars').querySelectorAll('g')]
-      .map(e => [e.textContent, e.children[1].getBoundingClientRect().height])""")
+    bars = tab.evaluate("""[...document.querySelector('.bars').children]
+      .map(e => [e.title, e.children[0].getBoundingClientRect().height])""")
     names = ["1 to 64: 12", "65 to 128: 140", "129 to 256: 700", "257 to 512: 0"]
     assert [name for name, _ in bars] == names
     heights = [height / bars[2][1] for _, height in bars]

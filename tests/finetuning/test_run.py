@@ -1,9 +1,10 @@
-"""The fine-tuning verb: a run is checked, planned, and never lost."""
+"""Fine-tuning runs: checks, plan, training, interruption and resuming."""
 
 import dataclasses
 import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def base(tmp_path_factory) -> Path:
 
 
 def write_data(path: Path, count: int = 40, seed: int = 0) -> Path:
-    """Records of a task that a tiny model can learn a little of."""
+    """Write records of a task that a tiny model can learn in part."""
     words = ["king", "gold", "wolf", "wood", "daughter", "eldest", "youngest", "said"]
     numbers = np.random.default_rng(seed)
     with path.open("w") as opened:
@@ -87,14 +88,14 @@ def weights(folder: Path) -> bytes:
 
 
 def mean_loss(model, samples) -> float:
-    """Nats per token that counts, one sample at a time, by the plainest of means."""
+    """Return the nats per target, from the logits of one sample at a time."""
     losses: list[float] = []
     for sample in samples:
         logits = model(mx.array(sample.tokens[:-1])[None])[0]
         logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         losses += [
             -logits[int(i) - 1, int(sample.tokens[i])].item()
-            for i in np.flatnonzero(sample.counts)
+            for i in np.flatnonzero(sample.loss_mask)
         ]
     return float(np.mean(losses))
 
@@ -115,7 +116,6 @@ def test_a_run_learns_and_its_adapter_is_used(base, tmp_path, method):
 
 
 def test_the_validation_loss_is_that_of_the_saved_adapter(recipe):
-    """The loss that is reported is that of the folder's adapter on these records."""
     report = finetune(recipe)
     prepared = prepare(recipe)
     model, _ = load(str(recipe.model), report.path)
@@ -165,7 +165,7 @@ def test_every_sample_is_trained_in_every_epoch(base, tmp_path, monkeypatch):
 
 
 def worsen_after(monkeypatch, step: int) -> None:
-    """Let the validation find a loss of 99 after this step."""
+    """Make the validation loss 99 after this step."""
     evaluate = Validator.evaluate
 
     def worsen(self, samples):
@@ -175,17 +175,17 @@ def worsen_after(monkeypatch, step: int) -> None:
     monkeypatch.setattr(Validator, "evaluate", worsen)
 
 
-def test_patience_ends_a_run_that_gains_nothing_more(base, tmp_path, monkeypatch):
+def test_patience_ends_a_run_without_improvement(base, tmp_path, monkeypatch):
     worsen_after(monkeypatch, 8)
     recipe = make_recipe(base, tmp_path, patience=2, iters=100, average_last=2)
     report = finetune(recipe)
     assert (report.reason, report.steps, report.best_step) == ("patience", 16, 8)
-    # The last step was no one to save at, but is the last.
+    # Step 16 is no multiple of `save_every`, but the last step.
     kept = sorted(report.path.glob("0*_adapters.safetensors"))
     assert [path.name[:7] for path in kept] == ["0000015", "0000016"]
 
 
-def test_the_best_adapter_stays_beside_the_last(base, tmp_path, monkeypatch):
+def test_the_best_adapter_is_saved_apart_from_the_last(base, tmp_path, monkeypatch):
     worsen_after(monkeypatch, 8)
     recipe = make_recipe(base, tmp_path)
     report = finetune(recipe)
@@ -211,19 +211,19 @@ def test_the_mean_of_the_last_saves_is_written_on_request(base, tmp_path):
 def test_the_mean_is_the_same_after_interruptions(base, tmp_path, monkeypatch):
     recipe = make_recipe(base, tmp_path, average_last=3)
     whole = dataclasses.replace(recipe, adapter_path=str(tmp_path / "whole"))
-    keep = run_saver.keep
+    save_snapshot = run_saver.save_snapshot
 
-    def die_before_keeping(run, step, tensors, *, most):
+    def fail_at_6(run, step, tensors, *, keep):
         if step == 6:
             raise Killed
-        keep(run, step, tensors, most=most)
+        save_snapshot(run, step, tensors, keep=keep)
 
     def stop(event):
         if event["event"] == "step" and event["step"] == 8:
-            os.kill(os.getpid(), signal.SIGINT)  # 8 is no step to save at
+            os.kill(os.getpid(), signal.SIGINT)  # 8 is no multiple of `save_every`
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_saver, "keep", die_before_keeping)
+        patched.setattr(run_saver, "save_snapshot", fail_at_6)
         with pytest.raises(Killed):
             finetune(recipe)
     with pytest.raises(KeyboardInterrupt):
@@ -232,7 +232,7 @@ def test_the_mean_is_the_same_after_interruptions(base, tmp_path, monkeypatch):
     assert weights(path / "average") == weights(finetune(whole).path / "average")
 
 
-def test_preferences_are_learnt(base, tmp_path):
+def test_preferences_are_learned(base, tmp_path):
     data = tmp_path / "train.jsonl"
     with data.open("w") as opened:
         for i in range(30):
@@ -287,7 +287,7 @@ def test_every_bundled_recipe_runs(base, tmp_path, name):
     assert resolved.step_size == bundled.step_size
 
 
-# Never lost ----------------------------------------------------------------------
+# Interruptions -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +298,7 @@ def uninterrupted(base, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd", "lion", "adafactor", "muon"])
-def test_every_optimizer_goes_on_with_the_same_bytes(base, tmp_path, name):
+def test_every_optimizer_resumes_bit_identically(base, tmp_path, name):
     recipe = make_recipe(base, tmp_path, optimizer=name, weight_decay=0.01, iters=6)
     whole = dataclasses.replace(recipe, adapter_path=str(tmp_path / "whole"))
     interrupt_after(recipe, 3)
@@ -306,7 +306,7 @@ def test_every_optimizer_goes_on_with_the_same_bytes(base, tmp_path, name):
     assert weights(resumed.path) == weights(finetune(whole).path)
 
 
-def test_a_full_fine_tune_with_decay_goes_on_with_the_same_bytes(base, tmp_path):
+def test_full_fine_tuning_with_decay_resumes_bit_identically(base, tmp_path):
     changes = {"fine_tune_type": "full", "weight_decay": 0.1, "grad_checkpoint": True}
     recipe = make_recipe(base, tmp_path, iters=6, **changes)
     whole = dataclasses.replace(recipe, adapter_path=str(tmp_path / "whole"))
@@ -316,7 +316,7 @@ def test_a_full_fine_tune_with_decay_goes_on_with_the_same_bytes(base, tmp_path)
 
 
 class Killed(Exception):
-    """What no handler in the product knows: as sudden as a kill."""
+    """Simulates a kill: no code of the package handles it."""
 
 
 @settings(
@@ -325,20 +325,20 @@ class Killed(Exception):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    deaths=st.lists(
+    signals=st.lists(
         st.tuples(st.integers(0, 28), st.sampled_from(["kill", "int", "term"])),
         min_size=1,
         max_size=4,
     )
 )
 def test_an_interrupted_run_ends_with_the_same_bytes(
-    base, tmp_path_factory, uninterrupted, deaths
+    base, tmp_path_factory, uninterrupted, signals
 ):
     folder = tmp_path_factory.mktemp("resumed")
     recipe = make_recipe(base, folder)
     path, done = folder / "run", False
     codes: list[object] = []
-    for number, how in deaths:
+    for number, how in signals:
         events = 0
 
         def interrupt(event, number=number, how=how):
@@ -383,19 +383,19 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 )
-def test_a_signal_saves_and_says_how_to_go_on(
+def test_a_signal_saves_and_shows_the_command_to_resume(
     base, tmp_path, uninterrupted, number, code
 ):
     recipe = make_recipe(base, tmp_path, iters=2000, save_every=100000)
     started = start(recipe, tmp_path)
     wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 4')
     started.send_signal(number)
-    _, said = started.communicate(timeout=60)
-    assert started.returncode == code, said
+    _, stderr = started.communicate(timeout=60)
+    assert started.returncode == code, stderr
     step = load_state(tmp_path / "run").progress.step
     assert step >= 4
-    assert f"Saved at step {step}." in said
-    assert "mlx-openelm lora --resume --adapter-path" in said
+    assert f"Saved at step {step}." in stderr
+    assert "mlx-openelm lora --resume --adapter-path" in stderr
     assert not (tmp_path / "run" / "running.json").exists()
 
 
@@ -411,7 +411,7 @@ def start(recipe: FinetuneRecipe, folder: Path, *args: str) -> subprocess.Popen:
 def wait_for(path: Path, text: str) -> None:
     until = time.monotonic() + 60
     while not (path.exists() and text in path.read_text()):
-        assert time.monotonic() < until, "nothing came"
+        assert time.monotonic() < until, f"{text} is not in {path}"
         time.sleep(0.02)
 
 
@@ -424,11 +424,13 @@ def test_twenty_kills_do_not_stop_a_run(base, tmp_path):
     run = tmp_path / "run"
     for _ in range(20):
         started = start(recipe, tmp_path, *(("--resume",) if run.exists() else ()))
-        # Some die while they start, the others after a few steps.
-        before, more = last_step(run), numbers.integers(-4, 20)
+        # Some are killed while they start, the others after a few steps.
+        before, steps = last_step(run), numbers.integers(-4, 20)
         deadline = time.monotonic() + numbers.uniform(0.1, 1.0)
         while (
-            time.monotonic() < deadline if more <= 0 else last_step(run) < before + more
+            time.monotonic() < deadline
+            if steps <= 0
+            else last_step(run) < before + steps
         ):
             assert started.poll() is None, started.communicate()
             time.sleep(0.002)
@@ -437,8 +439,8 @@ def test_twenty_kills_do_not_stop_a_run(base, tmp_path):
         if run.exists():
             assert load_state(run).progress.step >= last_step(run) - 5
     started = start(recipe, tmp_path, "--resume")
-    _, said = started.communicate(timeout=300)
-    assert started.returncode == 0, said
+    _, stderr = started.communicate(timeout=300)
+    assert started.returncode == 0, stderr
     assert weights(run) == weights(expected.path)
 
 
@@ -446,30 +448,39 @@ def last_step(folder: Path) -> int:
     return max((e["step"] for e in read_events(folder)), default=0)
 
 
-def test_a_death_is_told_and_half_the_batch_goes_on(base, tmp_path):
-    recipe = make_recipe(base, tmp_path, dropout=0.0)
+@pytest.mark.parametrize(
+    ("changes", "flags"),
+    [
+        ({"dropout": 0.0}, "--batch-size 2 --grad-accumulation-steps 2"),
+        ({"dropout": 0.1}, "--grad-checkpoint"),
+        ({"batch_size": 1, "grad_checkpoint": True}, "--max-seq-length 32"),
+    ],
+)
+def test_the_command_after_a_kill_works(base, tmp_path, changes, flags):
+    recipe = make_recipe(base, tmp_path, **changes)
+    interrupt_after(recipe, 6)
     path = Path(recipe.adapter_path)
-
-    def die(event):
-        if event["event"] == "save" and event["step"] == 6:
-            raise Killed
-
-    with pytest.raises(Killed):
-        finetune(recipe, on_event=die)
-    (path / "running.json").write_text("{}")  # what a killed process leaves behind
-    with pytest.raises(OpenELMError, match=r"killed without a word.*`batch_size` 2"):
+    (path / "running.json").write_text("{}")  # as a killed process leaves it
+    with pytest.raises(OpenELMError, match="killed after step 6 was saved") as raised:
         finetune(recipe)
-    said = []
-    half = dataclasses.replace(recipe, batch_size=2, grad_accumulation_steps=2)
-    report = finetune(half, resume=True, on_event=said.append)
-    assert report.steps == STEPS
-    [note] = [event["text"] for event in said if event["event"] == "note"]
-    assert "after step 6 was saved" in note
-    assert "`batch_size` 1 `grad_accumulation_steps` 4" in note
+    command = str(raised.value).partition(": mlx-openelm ")[2]
+    assert flags in command
+    ran = call(*shlex.split(command), "--json")
+    assert ran.exit_code == 0, ran.stderr
+    assert json.loads(ran.stdout)["steps"] == STEPS
+
+
+def test_a_resumed_run_notes_the_kill(recipe):
+    interrupt_after(recipe, 6)
+    (Path(recipe.adapter_path) / "running.json").write_text("{}")
+    events = []
+    finetune(recipe, resume=True, on_event=events.append)
+    [note] = [event["text"] for event in events if event["event"] == "note"]
+    assert "killed after step 6 was saved" in note
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"learning_rate": 1e-4}, "`learning_rate` was 0.003 and is now 0.0001"),
         ({"seed": 5}, "`seed` was 0 and is now 5"),
@@ -477,22 +488,22 @@ def test_a_death_is_told_and_half_the_batch_goes_on(base, tmp_path):
         ({"rank": 8}, "`rank` was 4 and is now 8"),
     ],
 )
-def test_other_options_are_not_resumed(recipe, changes, says):
+def test_a_run_is_not_resumed_with_other_options(recipe, changes, message):
     interrupt_after(recipe, 3)
     before = weights(Path(recipe.adapter_path))
-    with pytest.raises(OpenELMError, match=says):
+    with pytest.raises(OpenELMError, match=message):
         finetune(dataclasses.replace(recipe, **changes), resume=True)
     assert weights(Path(recipe.adapter_path)) == before
 
 
-def test_other_data_is_not_resumed(recipe):
+def test_a_run_is_not_resumed_with_other_data(recipe):
     interrupt_after(recipe, 3)
     write_data(Path(recipe.data), seed=1)
-    with pytest.raises(OpenELMError, match="the data is not the same"):
+    with pytest.raises(OpenELMError, match="the data has changed"):
         finetune(recipe, resume=True)
 
 
-def test_another_base_is_not_resumed(recipe, tmp_path):
+def test_a_run_is_not_resumed_with_another_base(recipe, tmp_path):
     interrupt_after(recipe, 3)
     other = make_source(tmp_path / "other", weights_of(UNEVEN, seed=1))
     with pytest.raises(OpenELMError, match="another base"):
@@ -508,7 +519,7 @@ def interrupt_after(recipe: FinetuneRecipe, step: int) -> None:
         finetune(recipe, on_event=interrupt)
 
 
-def test_a_full_disk_costs_a_save_and_not_the_run(recipe, uninterrupted, monkeypatch):
+def test_a_full_disk_does_not_stop_the_run(recipe, uninterrupted, monkeypatch):
     save, refused = training_state.save_tensors, []
 
     def sometimes_full(path, tensors, **options):
@@ -522,65 +533,64 @@ def test_a_full_disk_costs_a_save_and_not_the_run(recipe, uninterrupted, monkeyp
             raise OSError(errno.ENOSPC, "No space left on device")
         save(path, tensors, **options)
 
-    said = []
+    events = []
 
-    def look(event):
-        said.append(event)
+    def record(event):
+        events.append(event)
         if event["event"] == "note":
-            load_state(Path(recipe.adapter_path))  # the old one is whole
+            load_state(Path(recipe.adapter_path))  # the old state is intact
 
     monkeypatch.setattr(training_state, "save_tensors", sometimes_full)
-    finetune(recipe, on_event=look)
+    finetune(recipe, on_event=record)
     assert refused
-    notes = [event["text"] for event in said if event["event"] == "note"]
-    assert len(notes) == 1
-    assert "could not be saved" in notes[0]
+    [note] = [event["text"] for event in events if event["event"] == "note"]
+    assert "could not be saved" in note
     assert weights(Path(recipe.adapter_path)) == weights(uninterrupted)
 
 
 def test_only_one_process_trains_a_folder(recipe):
     path = Path(recipe.adapter_path)
-    said = []
+    refusals = []
 
     def start_another(event):
         if event["event"] == "save" and event["step"] == 3:
             for options in ({"force": True}, {"resume": True}):
                 with pytest.raises(OpenELMError, match="in use by another process"):
                     finetune(recipe, **options)
-                said.append(event)
+                refusals.append(options)
 
     finetune(recipe, on_event=start_another)
-    assert len(said) == 2
+    assert len(refusals) == 2
     assert not (path / "running.json").exists()
 
 
-# Never NaN -----------------------------------------------------------------------
+# Non-finite values ---------------------------------------------------------------
 
 
-def spoil(monkeypatch, *, steps: set[int]) -> None:
+def make_nan(monkeypatch, *, steps: set[int]) -> None:
     """Make the loss of these steps NaN."""
-    differentiate, update, now = Step._compute_gradient, Trainer.update, [0]
+    compute_gradient, update, current = Step._compute_gradient, Trainer.update, [0]
 
-    def note(self, stop):
-        now[0] = self._run.progress.step
+    def record_step(self, stop):
+        current[0] = self._run.progress.step
         return update(self, stop)
 
-    def spoilt(self, part):
-        totals, gradients = differentiate(self, part)
-        if now[0] in steps:
+    def with_nan(self, part):
+        totals, gradients = compute_gradient(self, part)
+        if current[0] in steps:
             totals.loss = float("nan")
         return totals, gradients
 
-    monkeypatch.setattr(Trainer, "update", note)
-    monkeypatch.setattr(Step, "_compute_gradient", spoilt)
+    monkeypatch.setattr(Trainer, "update", record_step)
+    monkeypatch.setattr(Step, "_compute_gradient", with_nan)
 
 
-def test_a_batch_that_is_not_finite_is_skipped_and_named(recipe, monkeypatch):
-    spoil(monkeypatch, steps={2, 5, 6})
-    said = []
-    report = finetune(recipe, on_event=said.append)
+def test_a_non_finite_batch_is_skipped_and_its_samples_are_named(recipe, monkeypatch):
+    make_nan(monkeypatch, steps={2, 5, 6})
+    events = []
+    report = finetune(recipe, on_event=events.append)
     assert report.skipped == 3
-    skips = [event for event in said if event["event"] == "skip"]
+    skips = [event for event in events if event["event"] == "skip"]
     order = prepare(recipe).order
     for skip, step in zip(skips, (2, 5, 6), strict=True):
         assert skip["step"] == step + 1
@@ -590,8 +600,8 @@ def test_a_batch_that_is_not_finite_is_skipped_and_named(recipe, monkeypatch):
     assert all(mx.isfinite(array).all().item() for array in arrays.values())
 
 
-def test_three_in_a_row_stop_the_run_and_keep_the_last_state(recipe, monkeypatch):
-    spoil(monkeypatch, steps={7, 8, 9})
+def test_three_skipped_batches_in_a_row_stop_the_run(recipe, monkeypatch):
+    make_nan(monkeypatch, steps={7, 8, 9})
     with pytest.raises(OpenELMError, match=r"3 batches in a row, .*state of step 9"):
         finetune(recipe)
     assert load_state(Path(recipe.adapter_path)).progress.step == 9
@@ -600,7 +610,7 @@ def test_three_in_a_row_stop_the_run_and_keep_the_last_state(recipe, monkeypatch
 def test_nan_is_never_saved(recipe, monkeypatch):
     update = Trainer.update
 
-    def spoilt(self, stop):
+    def with_nan(self, stop):
         result = update(self, stop)
         if self._run.progress.step == 5:
             self._run.model.update(
@@ -614,7 +624,7 @@ def test_nan_is_never_saved(recipe, monkeypatch):
             )
         return result
 
-    monkeypatch.setattr(Trainer, "update", spoilt)
+    monkeypatch.setattr(Trainer, "update", with_nan)
     with pytest.raises(OpenELMError):
         finetune(recipe)
     path = Path(recipe.adapter_path)
@@ -625,7 +635,7 @@ def test_nan_is_never_saved(recipe, monkeypatch):
 
 def test_a_run_that_learns_nothing_fails(base, tmp_path):
     recipe = make_recipe(base, tmp_path, learning_rate=0.0, final_learning_rate=0.0)
-    with pytest.raises(OpenELMError, match="nothing was learnt"):
+    with pytest.raises(OpenELMError, match="changed no weight"):
         finetune(recipe)
 
 
@@ -646,37 +656,39 @@ def test_a_dry_run_plans_and_writes_nothing(base, tmp_path):
     assert not out.exists()
 
 
-def test_what_does_not_fit_is_refused_and_fit_takes_smaller_settings(base, tmp_path):
+def test_a_run_that_does_not_fit_is_refused_and_fit_chooses_smaller_settings(
+    base, tmp_path
+):
     recipe = make_recipe(base, tmp_path, batch_size=16)
     whole = prepare(recipe).plan.memory.total
     smaller = dict(prepare(recipe).plan.smaller)
     least = min(smaller.values())
     assert least < whole
     limited = dataclasses.replace(recipe, memory_limit=(whole + least) / 2 / 1e9)
-    with pytest.raises(OpenELMError, match="or `fit` to take that"):
+    with pytest.raises(OpenELMError, match="or `fit` to choose this automatically"):
         finetune(limited)
     assert not Path(recipe.adapter_path).exists()
     report = finetune(limited, fit=True)
-    taken = load_recipe(FinetuneRecipe, str(report.path / "recipe.yaml"), {})
-    assert taken.step_size == recipe.step_size
-    assert taken.grad_checkpoint or taken.batch_size < 16
+    chosen = load_recipe(FinetuneRecipe, str(report.path / "recipe.yaml"), {})
+    assert chosen.step_size == recipe.step_size
+    assert chosen.grad_checkpoint or chosen.batch_size < 16
 
 
-def test_memory_that_runs_out_is_one_sentence(base, tmp_path, monkeypatch):
+def test_out_of_memory_shows_a_command_that_needs_less(base, tmp_path, monkeypatch):
     recipe = make_recipe(base, tmp_path, dropout=0.0)
 
     def run_out(self, part):
         raise RuntimeError("[metal::malloc] Attempting to allocate 1 bytes")
 
     monkeypatch.setattr(Step, "_compute_gradient", run_out)
-    with pytest.raises(OpenELMError, match="`batch_size` 2 `grad_accumulation_steps`"):
+    with pytest.raises(OpenELMError, match=r"--resume .* --batch-size 2 --grad-acc"):
         finetune(recipe)
 
 
 # Bad input -----------------------------------------------------------------------
 
 
-def bad(tmp_path: Path, content: bytes) -> Path:
+def write_bytes(tmp_path: Path, content: bytes) -> Path:
     path = tmp_path / "train.jsonl"
     path.write_bytes(content)
     return path
@@ -686,19 +698,19 @@ GOOD = b'{"prompt": "the king", "completion": "gold"}\n'
 
 
 @pytest.mark.parametrize(
-    ("content", "args", "says"),
+    ("content", "args", "message"),
     [
-        (b"", (), "holds no records"),
+        (b"", (), "has no records"),
         (GOOD * 999 + b'{"prompt": 1}\n' + GOOD, (), "train.jsonl:1000"),
         (GOOD + b'{"text": "x"}\n', (), "train.jsonl:2 is text"),
         (GOOD + b'{"prompt": "x", "completion": " "}\n', (), "train.jsonl:2"),
         (GOOD + b'{"prompt": "x",\n', (), "train.jsonl:2:"),
-        (GOOD, ("--keys", "attn.nothing"), "choose among attn.out_proj, attn.qkv_proj"),
+        (GOOD, ("--keys", "attn.nothing"), "choose from attn.out_proj, attn.qkv_proj"),
         (GOOD, ("--rank", 1000), "--rank of 1 to"),
         (GOOD, ("--rank", "auto"), "--rank is 'auto'"),
         (GOOD, ("--num-layers", 9), "the model has 3 layers"),
-        (GOOD, ("--max-seq-length", 100), "the model's context is 64"),
-        (GOOD, ("--epochs", 1, "--iters", 3), "give one"),
+        (GOOD, ("--max-seq-length", 100), "the model's context of 64"),
+        (GOOD, ("--epochs", 1, "--iters", 3), "not both"),
         (GOOD, ("--optimizer", "adamx"), "choose adamw"),
         (GOOD, ("--template", "chat"), "chat"),
         (GOOD, ("--test",), "needs a test file"),
@@ -707,20 +719,20 @@ GOOD = b'{"prompt": "the king", "completion": "gold"}\n'
             ("--objective", "dpo", "--max-prompt-length", 64),
             "--max-prompt-length is 64",
         ),
-        (GOOD, ("--resume",), "nothing to go on from"),
+        (GOOD, ("--resume",), "no run to resume"),
         (GOOD, ("--learning-rate", "nan"), "--learning-rate is nan"),
         (GOOD, ("--model", "nowhere"), "nowhere"),
     ],
 )
-def test_bad_input_is_named_before_anything_starts(base, tmp_path, content, args, says):
-    bad(tmp_path, content)
+def test_bad_input_is_reported_before_the_start(base, tmp_path, content, args, message):
+    write_bytes(tmp_path, content)
     model = () if "--model" in args else ("--model", base)
     out = ("--adapter-path", tmp_path / "run", "--offline")
     data = ("--data", tmp_path / "train.jsonl")
-    refuse(tmp_path, "lora", *data, *model, *out, *args, says=says)
+    refuse(tmp_path, "lora", *data, *model, *out, *args, says=message)
 
 
-def test_missing_data_says_what_was_looked_for(base, tmp_path):
+def test_missing_data_is_reported_with_the_path(base, tmp_path):
     out = ("--adapter-path", tmp_path / "run")
     refuse(
         tmp_path,
@@ -745,7 +757,7 @@ def test_missing_data_says_what_was_looked_for(base, tmp_path):
     )
 
 
-def test_a_folder_that_holds_a_run_is_kept(base, tmp_path, recipe):
+def test_a_folder_with_a_run_is_not_replaced(base, tmp_path, recipe):
     finetune(recipe)
     refuse(
         tmp_path,
@@ -759,11 +771,11 @@ def test_a_folder_that_holds_a_run_is_kept(base, tmp_path, recipe):
         "--adapter-path",
         recipe.adapter_path,
         "--resume",
-        says="at its end",
+        says="is complete",
     )
 
 
-def test_force_does_not_replace_what_is_no_run(base, tmp_path, recipe):
+def test_force_does_not_replace_other_files(base, tmp_path, recipe):
     Path(recipe.adapter_path).mkdir()
     (Path(recipe.adapter_path) / "thesis.txt").write_text("all of it")
     with pytest.raises(OpenELMError, match="`force` does not replace it"):
@@ -771,7 +783,7 @@ def test_force_does_not_replace_what_is_no_run(base, tmp_path, recipe):
     assert (Path(recipe.adapter_path) / "thesis.txt").exists()
 
 
-def test_force_keeps_the_old_run_until_the_new_one_has_begun(recipe):
+def test_force_keeps_the_old_run_until_the_new_one_starts(recipe):
     path = finetune(recipe).path
     before = weights(path)
     with pytest.raises(OpenELMError, match="`rank`"):
@@ -789,13 +801,13 @@ def test_an_unknown_key_of_a_recipe_is_named(tmp_path):
 
 
 def test_a_single_record_is_enough(base, tmp_path):
-    bad(tmp_path, GOOD)
+    write_bytes(tmp_path, GOOD)
     report = finetune(make_recipe(base, tmp_path, batch_size=8, iters=3))
     assert report.first_loss is None
     assert report.steps == 3
 
 
-def test_a_damaged_state_is_one_sentence(recipe):
+def test_a_damaged_state_is_reported(recipe):
     interrupt_after(recipe, 6)
     state = Path(recipe.adapter_path) / "state.safetensors"
     state.write_bytes(state.read_bytes()[:500])
@@ -819,13 +831,13 @@ def test_force_replaces_neither_the_base_nor_the_data(tmp_path, data):
     args = ["--model", model, "--iters", 2, "--adapter-path", run]
     assert call("lora", "--data", tmp_path / "train.jsonl", *args).exit_code == 0
     if data == "model":
-        args, says = ["--model", model, "--adapter-path", model], "the source itself"
+        args, message = ["--model", model, "--adapter-path", model], "the source itself"
         args += ["--data", tmp_path / "train.jsonl"]
     else:
         write_data(run / "train.jsonl")
         chosen = run if data == "run" else run / "train.jsonl"
-        args, says = [*args, "--data", chosen], "--force does not replace it"
-    refuse(tmp_path, "lora", *args, "--force", says=says)
+        args, message = [*args, "--data", chosen], "--force does not replace it"
+    refuse(tmp_path, "lora", *args, "--force", says=message)
 
 
 def test_preferences_are_tested_at_the_end(base, tmp_path):
@@ -866,7 +878,7 @@ def test_preferences_report_the_same_after_an_interruption(base, tmp_path):
     assert shown[0] == shown[1]
 
 
-def test_events_survive_odd_samples_and_damaged_lines(tmp_path):
+def test_odd_samples_and_damaged_lines_are_read(tmp_path):
     append_event(tmp_path, {"event": "sample", "step": 1, "text": "a\u2028b\u0085c"})
     with (tmp_path / "metrics.jsonl").open("a") as opened:
         opened.write('{"step": 3}\n{"event": 5, "step": 3}\n[1]\n{"ev')
@@ -874,7 +886,7 @@ def test_events_survive_odd_samples_and_damaged_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"epochs": float("nan"), "iters": None}, "`epochs` is nan"),
         ({"epochs": 1e9, "iters": None}, "`epochs` is 1000000000.0"),
@@ -885,15 +897,15 @@ def test_events_survive_odd_samples_and_damaged_lines(tmp_path):
         ({"data": ""}, "`data` is empty"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_named(base, tmp_path, changes, says):
-    with pytest.raises(OpenELMError, match=says):
+def test_invalid_options_are_reported(base, tmp_path, changes, message):
+    with pytest.raises(OpenELMError, match=message):
         make_recipe(base, tmp_path, **changes)
 
 
-# Several processes ---------------------------------------------------------------
+# More than one process -----------------------------------------------------------
 
 
-def test_two_processes_learn_what_one_does(base, tmp_path):
+def test_two_processes_train_the_same_weights_as_one(base, tmp_path):
     alone = make_recipe(base, tmp_path, dropout=0.0, batch_size=5)
     together = dataclasses.replace(alone, adapter_path=str(tmp_path / "together"))
     expected = finetune(alone)
@@ -912,9 +924,9 @@ def test_two_processes_learn_what_one_does(base, tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     [line] = [line for line in ran.stdout.splitlines() if line.startswith("{")]
-    found = json.loads(line)
-    assert found["tokens"] == expected.tokens
-    assert found["last_loss"] == pytest.approx(expected.last_loss, abs=1e-5)
+    report = json.loads(line)
+    assert report["tokens"] == expected.tokens
+    assert report["last_loss"] == pytest.approx(expected.last_loss, abs=1e-5)
     ours = mx.load(str(Path(together.adapter_path) / "adapters.safetensors"))
     for name, array in mx.load(str(expected.path / "adapters.safetensors")).items():
         assert mx.abs(ours[name] - array).max().item() <= 1e-5, name

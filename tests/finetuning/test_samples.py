@@ -27,7 +27,7 @@ words = st.text(
 
 
 def dataset(*conversations, format="prompt+completion", rejected=None) -> Dataset:
-    """Conversations of texts, which user and assistant say in turns."""
+    """Return conversations in which user and assistant alternate."""
     records = []
     for i, texts in enumerate(conversations):
         roles = ["assistant"] if len(texts) == 1 else ["user", "assistant"] * len(texts)
@@ -47,15 +47,15 @@ def make_one(*texts, template="raw", max_length=10_000, **options):
     )
     (sample,) = made
     assert sample.tokens.dtype == np.int32
-    assert sample.counts.dtype == bool
-    assert sample.tokens.shape == sample.counts.shape
+    assert sample.loss_mask.dtype == bool
+    assert sample.tokens.shape == sample.loss_mask.shape
     assert sample.tokens[0] == BOS
-    assert not sample.counts[0]
-    return sample.tokens.tolist(), sample.counts.tolist()
+    assert not sample.loss_mask[0]
+    return sample.tokens.tolist(), sample.loss_mask.tolist()
 
 
-def targets(tokens, counts) -> list[int]:
-    return [token for token, count in zip(tokens, counts, strict=True) if count]
+def targets(tokens, loss_mask) -> list[int]:
+    return [token for token, count in zip(tokens, loss_mask, strict=True) if count]
 
 
 # Rendering -----------------------------------------------------------------------
@@ -93,8 +93,8 @@ def test_alpacas_template_has_a_form_with_input():
         f"{TASK}{PAIRED}{ASK}\n\n### Instruction:\nDo it.\n\n### Input:\nHere.\n\n"
         "### Response:\nDone"
     )
-    for template, said in (("raw", "Do it.\n\nHere. Done"), ("instruct", "\n\nHere.")):
-        assert said in tokenizer.decode(make_one(*with_input, template=template)[0])
+    for template, text in (("raw", "Do it.\n\nHere. Done"), ("instruct", "\n\nHere.")):
+        assert text in tokenizer.decode(make_one(*with_input, template=template)[0])
 
 
 def test_a_second_exchange_follows_an_eos_and_has_no_header():
@@ -110,14 +110,14 @@ def test_a_second_exchange_follows_an_eos_and_has_no_header():
 
 
 @pytest.mark.parametrize("template", ["instruct", "alpaca", "openelm-peft"])
-def test_a_system_text_stands_where_generation_puts_it(template):
+def test_a_system_text_is_where_generation_puts_it(template):
     turns = [
         Turn("system", "Be brief."),
         Turn("user", "One?"),
         Turn("assistant", "the"),
     ]
-    tokens, counts = make_one(*turns, template=template)
-    text = re.sub(" +\n", "\n", tokenizer.decode(tokens))  # dummy spaces behind EOS
+    tokens, loss_mask = make_one(*turns, template=template)
+    text = re.sub(" +\n", "\n", tokenizer.decode(tokens))  # dummy spaces after EOS
     assert text.startswith(
         {
             "instruct": "<|system|>\nBe brief.\n<|user|>\nOne?",
@@ -128,7 +128,7 @@ def test_a_system_text_stands_where_generation_puts_it(template):
     seen = encode_prompt(
         tokenizer, "One?", template=template, system="Be brief.", as_trained=True
     )
-    assert tokens[: counts.index(True)] == seen
+    assert tokens[: loss_mask.index(True)] == seen
 
 
 def test_raw_joins_prompt_and_completion_by_one_space_unless_one_is_there():
@@ -139,9 +139,9 @@ def test_raw_joins_prompt_and_completion_by_one_space_unless_one_is_there():
         ("Hi", "\n\nthere", "Hi\n\nthere"),
         ("", "there", "there"),
     ):
-        tokens, counts = make_one(prompt, answer)
+        tokens, loss_mask = make_one(prompt, answer)
         assert tokens == [*tokenizer.encode(text), EOS]
-        assert tokenizer.decode(targets(tokens, counts)).strip() == "there"
+        assert tokenizer.decode(targets(tokens, loss_mask)).strip() == "there"
 
 
 def test_instruct_repeats_zephyrs_turns():
@@ -162,13 +162,13 @@ def test_instruct_repeats_zephyrs_turns():
 @pytest.mark.parametrize("template", TEMPLATES)
 @given(prompt=words, answer=words)
 def test_generation_sees_what_training_saw(template, prompt, answer):
-    """The prompt's ids at generation are the trained sample's in front of the answer.
+    """The prompt's ids at generation are the sample's ids before the answer.
 
-    A sample is one text; where its prompt ends in a space, that space is the beginning
-    of the answer's first word, and `as_trained` leaves it to it.
+    If the prompt ends in a space, that space belongs to the first token of the answer,
+    and `as_trained` leaves it out.
     """
-    tokens, counts = make_one(prompt, answer, template=template)
-    start = counts.index(True)
+    tokens, loss_mask = make_one(prompt, answer, template=template)
+    start = loss_mask.index(True)
     seen = [
         encode_prompt(tokenizer, prompt, template=template, as_trained=as_trained)
         for as_trained in (False, True)
@@ -181,21 +181,21 @@ def test_generation_sees_what_training_saw(template, prompt, answer):
         for ids in seen
     )
     assert start == common
-    assert counts[start:] == [True] * (len(tokens) - start)
+    assert loss_mask[start:] == [True] * (len(tokens) - start)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_words_prompt_is_the_same_to_the_last_token(template):
     for prompt in ("Who came?", "Once upon a", "Who? "):
-        tokens, counts = make_one(prompt, "the old woman", template=template)
-        start = counts.index(True)
+        tokens, loss_mask = make_one(prompt, "the old woman", template=template)
+        start = loss_mask.index(True)
         trained = encode_prompt(tokenizer, prompt, template=template, as_trained=True)
         assert trained == tokens[:start]
         if template in ("instruct", "alpaca"):
             assert encode_prompt(tokenizer, prompt, template=template) == trained
 
 
-def test_what_has_no_place_in_a_template_is_named_with_its_record():
+def test_a_conversation_that_a_template_does_not_support_is_named():
     turns = [("Hi", "Hello"), ("One?", "1.", "Two?", "2.")]
     with pytest.raises(OpenELMError, match=r"train\.jsonl:2: .*raw.*instruct"):
         make_samples(dataset(*turns), tokenizer, template="raw", max_length=99)
@@ -203,7 +203,7 @@ def test_what_has_no_place_in_a_template_is_named_with_its_record():
         make_samples(dataset(*turns), tokenizer, template="zephyr", max_length=99)
 
 
-def test_the_template_is_chosen_for_a_reason():
+def test_the_template_is_chosen_by_request_model_and_format():
     assert choose_template("alpaca", "instruct", "messages").name == "alpaca"
     assert choose_template("auto", "alpaca", "messages").name == "alpaca"
     assert choose_template(None, None, "messages").name == "instruct"
@@ -211,21 +211,21 @@ def test_the_template_is_chosen_for_a_reason():
     assert choose_template(None, None, "alpaca").name == "alpaca"
     assert choose_template(None, None, "prompt+completion").name == "raw"
     text = choose_template(None, "instruct", "text")
-    assert text == TemplateChoice("raw", "plain texts are trained on as they are")
+    assert text == TemplateChoice("raw", "plain texts have no prompt")
     with pytest.raises(OpenELMError, match="plain texts"):
         choose_template("instruct", None, "text")
 
 
-# Where the loss is ---------------------------------------------------------------
+# The loss mask --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", ["instruct", "alpaca", "openelm-peft"])
-def test_every_answer_counts_with_its_end_and_nothing_else(template):
+def test_the_loss_is_on_all_answers_with_their_eos(template):
     turns = ("One?", "and one more", "Two?", "two, she said", "More?", "no")
-    tokens, counts = make_one(*turns, template=template)
-    found = tokenizer.decode(targets(tokens, counts)).replace(" ", "")
-    assert found == "andonemoretwo,shesaidno"
-    assert targets(tokens, counts).count(EOS) == 3
+    tokens, loss_mask = make_one(*turns, template=template)
+    trained = tokenizer.decode(targets(tokens, loss_mask)).replace(" ", "")
+    assert trained == "andonemoretwo,shesaidno"
+    assert targets(tokens, loss_mask).count(EOS) == 3
     last_tokens, last = make_one(*turns, template=template, last_turn_only=True)
     assert last_tokens == tokens
     assert tokenizer.decode(targets(tokens, last)).strip() == "no"
@@ -234,62 +234,62 @@ def test_every_answer_counts_with_its_end_and_nothing_else(template):
     assert everything == (tokens, [False] + [True] * (len(tokens) - 1))
 
 
-def test_a_turn_behind_the_last_answer_is_left_out():
+def test_a_turn_after_the_last_answer_is_left_out():
     whole = make_one("One?", "1.", template="instruct")
     assert make_one("One?", "1.", "Two?", template="instruct") == whole
 
 
 def test_the_number_of_targets_is_exact():
-    _, counts = make_one("Who came?", "the old woman")
-    assert sum(counts) == len(tokenizer.encode("the old woman", bos=False)) + 1
-    _, counts = make_one("Who came?", "the old woman", mask_prompt=False)
-    assert sum(counts) == len(tokenizer.encode("Who came? the old woman"))
+    _, loss_mask = make_one("Who came?", "the old woman")
+    assert sum(loss_mask) == len(tokenizer.encode("the old woman", bos=False)) + 1
+    _, loss_mask = make_one("Who came?", "the old woman", mask_prompt=False)
+    assert sum(loss_mask) == len(tokenizer.encode("Who came? the old woman"))
 
 
-# Too long ------------------------------------------------------------------------
+# Truncation ----------------------------------------------------------------------
 
 
 @given(words, st.integers(2, 12))
-def test_a_long_text_loses_no_token(text, max_length):
+def test_a_long_text_is_split_without_loss(text, max_length):
     data = dataset((text,), format="text")
     pieces, table = make_samples(data, tokenizer, template="raw", max_length=max_length)
     joined = [token for piece in pieces for token in piece.tokens[1:].tolist()]
     assert [BOS, *joined] == [*tokenizer.encode(text), EOS]
     for piece in pieces:
         assert piece.tokens[0] == BOS
-        assert piece.counts.tolist() == [False] + [True] * (len(piece.tokens) - 1)
+        assert piece.loss_mask.tolist() == [False] + [True] * (len(piece.tokens) - 1)
         assert len(piece.tokens) <= max_length
     assert table.cut == (len(pieces) > 1)
     assert table.targets == len(joined)
 
 
-def test_a_long_answer_loses_its_end_and_a_longer_prompt_its_beginning():
+def test_a_long_answer_is_truncated_at_its_end_and_a_prompt_at_its_start():
     prompt, answer = "Once upon a time " * 3, "there was a king " * 3
-    tokens, counts = make_one(prompt, answer)
-    start, length = counts.index(True), len(tokens)
+    tokens, loss_mask = make_one(prompt, answer)
+    start, length = loss_mask.index(True), len(tokens)
 
-    def shortened(max_length):
+    def truncate(max_length):
         made, table = make_samples(
             dataset((prompt, answer)), tokenizer, template="raw", max_length=max_length
         )
-        return made[0].tokens.tolist(), made[0].counts.tolist(), table
+        return made[0].tokens.tolist(), made[0].loss_mask.tolist(), table
 
     for max_length in range(2, length + 2):
-        found, count, table = shortened(max_length)
-        assert len(found) == min(length, max_length)
-        assert found[0] == BOS
-        assert any(count)
-        assert not count[0]
+        cut, mask, table = truncate(max_length)
+        assert len(cut) == min(length, max_length)
+        assert cut[0] == BOS
+        assert any(mask)
+        assert not mask[0]
         if max_length >= length:
-            assert (found, table.cut, table.prompt_cut) == (tokens, 0, 0)
+            assert (cut, table.cut, table.prompt_cut) == (tokens, 0, 0)
         elif max_length > start:
-            assert found == tokens[:max_length]
-            assert count == counts[:max_length]
+            assert cut == tokens[:max_length]
+            assert mask == loss_mask[:max_length]
             assert (table.cut, table.prompt_cut) == (1, 0)
         else:
             first = min(start, length - max_length + 1)
-            assert found[1:] == tokens[first : first + max_length - 1]
-            assert count[1:] == counts[first : first + max_length - 1]
+            assert cut[1:] == tokens[first : first + max_length - 1]
+            assert mask[1:] == loss_mask[first : first + max_length - 1]
             fits = length - start <= max_length - 1
             assert (table.cut, table.prompt_cut) == (not fits, 1)
 
@@ -314,25 +314,25 @@ def test_a_pair_is_the_same_prompt_with_two_answers():
     ((pair,), table) = make_pair("Who came?", "the wolf", "nobody")
     for side, answer in ((pair.chosen, "the wolf"), (pair.rejected, "nobody")):
         expected = make_one("Who came?", answer)
-        assert (side.tokens.tolist(), side.counts.tolist()) == expected
+        assert (side.tokens.tolist(), side.loss_mask.tolist()) == expected
     assert (table.samples, sum(table.lengths)) == (1, 2)
     assert table.tokens == len(pair.chosen.tokens) + len(pair.rejected.tokens)
 
 
-def test_only_the_last_answer_of_a_preference_counts():
+def test_the_loss_of_a_preference_is_on_the_last_answer():
     data = dataset(("One?", "1.", "Two?", "two"), rejected=["none"])
     limits = {"max_length": 999, "max_prompt_length": 499}
     ((pair,), _) = make_pairs(data, tokenizer, template="instruct", **limits)
     for side, answer in ((pair.chosen, "two"), (pair.rejected, "none")):
-        learnt = targets(side.tokens.tolist(), side.counts.tolist())
-        assert tokenizer.decode(learnt).strip() == answer
-        assert learnt[-1] == EOS
+        trained = targets(side.tokens.tolist(), side.loss_mask.tolist())
+        assert tokenizer.decode(trained).strip() == answer
+        assert trained[-1] == EOS
 
 
-def test_long_preferences_are_cut_as_openelm_instructs_were():
+def test_long_preferences_are_truncated_as_for_openelm_instruct():
     prompt, short, long = "Once upon a time" * 3, "yes", "there was a king " * 3
     ((whole,), _) = make_pair(prompt, short, long, max_length=999)
-    start = whole.chosen.counts.tolist().index(True)
+    start = whole.chosen.loss_mask.tolist().index(True)
     length = len(whole.rejected.tokens)
     limits = {"max_length": length - 3, "max_prompt_length": start - 2}
     ((pair,), table) = make_pair(prompt, short, long, **limits)
@@ -340,7 +340,7 @@ def test_long_preferences_are_cut_as_openelm_instructs_were():
     for side, before in ((pair.chosen, whole.chosen), (pair.rejected, whole.rejected)):
         kept = [BOS, *before.tokens[3:].tolist()][: limits["max_length"]]
         assert side.tokens.tolist() == kept
-        assert side.counts.tolist().index(True) == start - 2
+        assert side.loss_mask.tolist().index(True) == start - 2
     ((pair,), table) = make_pair(
         prompt, short, long, max_length=length, max_prompt_length=3
     )
@@ -348,18 +348,18 @@ def test_long_preferences_are_cut_as_openelm_instructs_were():
     assert pair.rejected.tokens.tolist() == whole.rejected.tokens.tolist()
 
 
-def test_equal_answers_teach_nothing():
+def test_pairs_with_equal_answers_are_left_out():
     made, table = make_pair("Who?", "he", "he")
     assert (made, table.nothing_to_learn) == ((), 1)
     options = {"max_length": 8, "max_prompt_length": 4}
     made, table = make_pair("Who?", "a a a a a b", "a a a a a c", **options)
-    assert (made, table.nothing_to_learn) == ((), 1)  # they differ behind the cut
+    assert (made, table.nothing_to_learn) == ((), 1)  # they differ after the cut
 
 
-# What was found ------------------------------------------------------------------
+# Statistics ---------------------------------------------------------------------
 
 
-def test_the_table_says_what_was_found_and_is_json(tmp_path):
+def test_the_table_has_statistics_and_is_json(tmp_path):
     texts = ["a story", "a  story", "b </s>", "c " * 99, ""]
     for name, some in (("train", texts), ("valid", ["a story\n", "d"])):
         lines = [json.dumps({"text": text}) for text in some]
@@ -379,7 +379,7 @@ def test_the_table_says_what_was_found_and_is_json(tmp_path):
     assert sum(table.train.lengths) == table.train.samples
     assert table.train.longest == 16
     assert table.test is None
-    assert "1 record of valid is also in train, so valid says too little." in (
+    assert "1 record of valid: also in train, so the valid loss is too low." in (
         table.warnings
     )
     assert len(table.warnings) == 5
@@ -397,20 +397,20 @@ def test_lengths_are_counted_up_to_their_edge():
     assert table.median in sizes
 
 
-def test_data_without_a_thing_to_learn_is_refused():
+def test_data_without_targets_is_refused():
     empty = dataset(("",), format="text")
     _, table = make_samples(empty, tokenizer, template="raw", max_length=16)
     choice = TemplateChoice("raw", "")
-    with pytest.raises(OpenELMError, match="nothing to learn"):
+    with pytest.raises(OpenELMError, match="nothing to train on"):
         tabulate(Data(empty, None, None, ()), choice, {"train": table})
 
 
-# Against others ------------------------------------------------------------------
+# Other tools --------------------------------------------------------------------
 
 
 @pytest.mark.interop
 @pytest.mark.parametrize("template", ["instruct", "alpaca", "raw"])
-def test_mlx_lm_finds_the_same_tokens_and_the_same_prompt(shared, tmp_path, template):
+def test_mlx_lm_has_the_same_tokens_and_the_same_prompt(shared, tmp_path, template):
     """With a chat template that renders the same, through transformers' tokenizer."""
     from mlx_lm.tuner.datasets import CompletionsDataset
     from transformers import AutoTokenizer
@@ -444,10 +444,10 @@ def test_mlx_lm_finds_the_same_tokens_and_the_same_prompt(shared, tmp_path, temp
     compared = 0
     for i, row in enumerate(rows, 1):
         sample = ours.get(f"test.jsonl:{i}")
-        if sample is not None:  # it is not set aside
+        if sample is not None:  # not held out
             tokens, offset = theirs_read.process(row)
             assert sample.tokens.tolist() == tokens
-            assert sample.counts.tolist().index(True) == offset
+            assert sample.loss_mask.tolist().index(True) == offset
             compared += 1
     assert compared > 40
 
@@ -463,13 +463,13 @@ def test_gsm8ks_prompts_are_what_generation_sees(shared):
         made, table = make_samples(data, llama, template=template, max_length=2048)
         assert table.samples == 200
         for record, sample in zip(data.records, made, strict=True):
-            start = int(sample.counts.argmax())
+            start = int(sample.loss_mask.argmax())
             prompt = record.turns[0].text
             seen = encode_prompt(llama, prompt, template=template, as_trained=True)
             answer = record.turns[1].text
             if template == "openelm-peft" and not answer[0].isascii():
                 continue
             if template == "openelm-peft" and answer[0].isdigit():
-                # Llama's digits take no space along: here the whole prompt is seen.
+                # Llama's digits have no leading space, so the prompt keeps it.
                 seen = encode_prompt(llama, prompt, template=template)
             assert sample.tokens[:start].tolist() == seen

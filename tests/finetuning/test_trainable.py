@@ -1,4 +1,4 @@
-"""Putting adapters on a model, and what mlx-lm makes of them."""
+"""Trainable weights and adapters, and how mlx-lm reads them."""
 
 from dataclasses import replace
 
@@ -38,13 +38,13 @@ IN_A_BLOCK = ["attn.out_proj", "attn.qkv_proj", "ffn.proj_1", "ffn.proj_2"]
 EVEN = replace(SCALED, num_query_heads=(2, 4, 6), num_kv_heads=(1, 2, 3))
 
 
-# Which modules -------------------------------------------------------------------
+# Choice of modules ---------------------------------------------------------------
 
 
 def test_all_linears_of_all_blocks_are_the_default():
-    found = choose_modules(build(UNEVEN))
+    modules = choose_modules(build(UNEVEN))
     paths = [f"transformer.layers.{i}.{p}" for i in range(3) for p in IN_A_BLOCK]
-    assert sorted(found) == sorted(paths)
+    assert sorted(modules) == sorted(paths)
 
 
 @pytest.mark.parametrize(
@@ -57,23 +57,23 @@ def test_all_linears_of_all_blocks_are_the_default():
         (-1, ("lm_head",), ["lm_head"]),
     ],
 )
-def test_keys_are_looked_for_in_the_last_blocks(num_layers, keys, expected):
-    found = choose_modules(build(UNTIED), num_layers=num_layers, keys=keys)
-    assert sorted(found) == sorted(expected)
+def test_keys_are_matched_in_the_last_blocks(num_layers, keys, expected):
+    modules = choose_modules(build(UNTIED), num_layers=num_layers, keys=keys)
+    assert sorted(modules) == sorted(expected)
 
 
 @pytest.mark.parametrize("key", ["self_attn.q_proj", "attn", "norm", "lm_head", ""])
 def test_a_key_that_matches_nothing_lists_the_candidates(key):
-    with pytest.raises(OpenELMError) as refused:
+    with pytest.raises(OpenELMError) as raised:
         choose_modules(build(UNEVEN), keys=("qkv_proj", key))
-    assert repr(key) in str(refused.value)
+    assert repr(key) in str(raised.value)
     for candidate in [*IN_A_BLOCK, EMBEDDING]:
-        assert candidate in str(refused.value)
+        assert candidate in str(raised.value)
 
 
 @pytest.mark.parametrize("number", [0, 4, -2])
 def test_a_wrong_number_of_layers_is_refused(number):
-    with pytest.raises(OpenELMError, match="has 3 layers; say 1 to 3, or -1"):
+    with pytest.raises(OpenELMError, match="has 3 layers; use 1 to 3, or -1"):
         choose_modules(build(UNEVEN), num_layers=number)
     with pytest.raises(OpenELMError, match="has 3 layers"):
         unfreeze(build(UNEVEN), num_layers=number)
@@ -89,7 +89,7 @@ def test_the_last_layers_alone_are_trained_in_full():
     assert len(trained_tensors(model)) == len(UNEVEN.tensor_shapes())
 
 
-# Which ranks ---------------------------------------------------------------------
+# Choice of ranks -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [1, 2, 7, 16])
@@ -114,7 +114,7 @@ def test_a_rank_larger_than_its_matrix_is_refused(by_width):
     choose_ranks(modules, 32)
 
 
-def test_ranks_of_a_quantized_model_are_those_of_its_real_widths():
+def test_ranks_of_a_quantized_model_follow_its_unpacked_widths():
     plain, packed = build(SCALED), build(SCALED)
     nn.quantize(packed, 64, 4, class_predicate=lambda p, m: isinstance(m, nn.Linear))
     shapes = [
@@ -125,13 +125,13 @@ def test_ranks_of_a_quantized_model_are_those_of_its_real_widths():
     assert isinstance(next(iter(choose_modules(packed).values())), nn.QuantizedLinear)
 
 
-# The start -----------------------------------------------------------------------
+# Initialisation ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_at_the_start_nothing_has_changed_and_the_adapter_alone_is_trained(method):
+def test_a_new_adapter_changes_no_output_and_is_trained_alone(method):
     recipe = make_recipe(fine_tune_type=method, rank="auto:4")
-    model = make_model(recipe, stir=False)
+    model = make_model(recipe, perturb=False)
     expected = np.array(build(UNEVEN)(TOKENS))
     np.testing.assert_allclose(model(TOKENS), expected, atol=1e-5)
     leaves = {name.rpartition(".")[2] for name in trained_tensors(model)}
@@ -150,9 +150,9 @@ def test_at_the_start_nothing_has_changed_and_the_adapter_alone_is_trained(metho
         assert np.array_equal(array, before[name]) == (name not in trained), name
 
 
-def test_the_seed_decides_the_start():
+def test_the_seed_determines_the_initial_adapter():
     def start(seed):
-        return trained_tensors(make_model(make_recipe(seed=seed), stir=False))
+        return trained_tensors(make_model(make_recipe(seed=seed), perturb=False))
 
     first, again, other = start(0), start(0), start(1)
     for name in first:
@@ -176,7 +176,7 @@ def test_full_training_of_a_quantized_model_is_refused():
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_a_quantized_base_gives_the_gradients_of_what_it_stands_for(method):
+def test_a_quantized_base_has_the_gradients_of_its_unpacked_weights(method):
     from mlx_openelm.model.lora import adapted_weight
 
     recipe = make_recipe(fine_tune_type=method)
@@ -186,13 +186,13 @@ def test_a_quantized_base_gives_the_gradients_of_what_it_stands_for(method):
     plain.load_weights(
         [(f"{path}.weight", adapted_weight(m)) for path, m in linears.items()], False
     )
-    found = []
+    gradients = []
     for model in (packed, plain):
         adapt(model, method, dict.fromkeys(linears, 4), scale=2.0)
         training = make_training(recipe, make_samples(), model)
         step(training)
-        found.append(step(training))
-    assert_close(*found)
+        gradients.append(step(training))
+    assert_close(*gradients)
 
 
 # mlx-lm --------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def write_base(folder, config):
     ],
     ids=str,
 )
-def test_stock_mlx_lm_opens_what_a_step_has_made(tmp_path, options):
+def test_stock_mlx_lm_opens_a_trained_adapter(tmp_path, options):
     from mlx_lm import load as load_theirs
 
     base = write_base(tmp_path / "base", EVEN)
@@ -232,7 +232,7 @@ def test_stock_mlx_lm_opens_what_a_step_has_made(tmp_path, options):
     step(make_training(recipe, make_samples(), model))
     tensors = adapter_tensors(model)
     ranks = {a.shape[1] for n, a in tensors.items() if n.endswith("lora_a")}
-    assert len(ranks) <= 1  # what mlx-lm's config can say
+    assert len(ranks) <= 1  # mlx-lm's config has a single rank
     if options.get("rank") == "auto:4":
         assert ranks > {4} or max(ranks) > 4
     config = AdapterConfig(
@@ -254,7 +254,7 @@ def test_stock_mlx_lm_opens_what_a_step_has_made(tmp_path, options):
 
 @pytest.mark.interop
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_mlx_lms_layers_give_our_gradients(method):
+def test_mlx_lms_layers_have_the_same_gradients(method):
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     recipe = make_recipe(fine_tune_type=method, clip_norm=0.0)
@@ -275,8 +275,8 @@ def test_mlx_lms_layers_give_our_gradients(method):
         for sample in chosen:
             tokens = mx.array(sample.tokens)[None]
             losses = nn.losses.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:])
-            total += (losses * mx.array(sample.counts[1:])).sum()
-            count += int(sample.counts.sum())
+            total += (losses * mx.array(sample.loss_mask[1:])).sum()
+            count += int(sample.loss_mask.sum())
         return total / count
 
     _, expected = nn.value_and_grad(theirs, loss)(theirs)

@@ -18,7 +18,7 @@ from mlx_openelm.generation.streaming import stream
 tokenizer = small_tokenizer()
 model = build(UNEVEN)
 EOS = tokenizer.eos_id
-SOMETIMES = ((EOS, 2.0),)  # so that some answers end at once, and some never
+SOMETIMES = ((EOS, 2.0),)  # some answers end at once, and some never
 
 
 def make_prompts(count, *, seed=0, longest=50, vocabulary=300):
@@ -68,7 +68,7 @@ CONTROLS = {
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_answers_are_those_of_the_prompts_alone(name):
+def test_batched_answers_equal_those_of_single_prompts(name):
     sampling = CONTROLS[name]
     prompts = make_prompts(60, seed=len(name))
     expected = {q.number: alone(q, sampling) for q in prompts}
@@ -105,7 +105,7 @@ def test_rows_grow_beyond_their_first_slots(monkeypatch):
         assert_same(answered, pieces)
 
 
-def test_the_demo_says_the_same_in_company():
+def test_the_demo_gives_the_same_answers_in_a_batch():
     demo, words = mlx_openelm.load("demo")
     prompts = make_prompts(12, longest=30, vocabulary=4000)
     sampling = Sampling(max_tokens=16, logprobs=1)
@@ -117,7 +117,7 @@ def test_the_demo_says_the_same_in_company():
 
 
 class Watched:
-    """A model that remembers how many rows and tokens each call had."""
+    """A model that records how many rows and tokens each call had."""
 
     def __init__(self):
         self.config, self.layers, self.head = model.config, model.layers, model.head
@@ -129,7 +129,7 @@ class Watched:
 
 
 def watch(lengths, batch_size):
-    """Answers of such lengths: the context ends them."""
+    """Return the rows of each step for answers of these lengths, cut by the context."""
     watched = Watched()
     context = model.config.max_context_length
     prompts = [BatchPrompt(n, [7] * (context - k)) for n, k in enumerate(lengths)]
@@ -143,17 +143,17 @@ def watch(lengths, batch_size):
 
 def test_an_ended_answers_row_goes_to_the_next_prompt_at_once():
     rows = watch([31, *[3] * 8], batch_size=2)
-    # A row's step after an answer's last one was queued before that was known.
+    # One step per answer is queued before its end is detected.
     assert len(rows) == 8 * (3 + 1)
     assert set(rows) == {2}
 
 
-def test_an_idle_row_costs_nothing():
+def test_idle_rows_are_not_computed():
     rows = watch([3, 5, 20, 4], batch_size=4)
     assert rows == [4] * 4 + [3] + [2] + [1] * 15
 
 
-def test_prompts_are_taken_when_there_is_a_row():
+def test_prompts_are_consumed_as_rows_become_free():
     taken = itertools.count()
     prompts = (q for q, _ in zip(make_prompts(40), taken, strict=False))
     sampling = Sampling(max_tokens=3, logit_bias=((EOS, -100.0),))
@@ -162,8 +162,8 @@ def test_prompts_are_taken_when_there_is_a_row():
     assert next(taken) <= 2 * 4 + 1
 
 
-def test_answers_come_when_they_have_ended_and_steps_are_told():
-    told = []
+def test_answers_are_yielded_when_complete_and_steps_are_reported():
+    steps = []
     prompts = [
         BatchPrompt(0, [7] * 30),
         BatchPrompt(1, [7] * 62),
@@ -171,10 +171,10 @@ def test_answers_come_when_they_have_ended_and_steps_are_told():
     ]
     sampling = Sampling(max_tokens=99, logit_bias=((EOS, -100.0),))
     answered = list(
-        answer_together(model, tokenizer, prompts, sampling, on_step=told.append)
+        answer_together(model, tokenizer, prompts, sampling, on_step=steps.append)
     )
     assert [a.prompt.number for a in answered] == [1, 2, 0]
-    assert told == [3] * 2 + [2] * 2 + [1] * 30
+    assert steps == [3] * 2 + [2] * 2 + [1] * 30
     for answer in answered:
         assert answer.time_to_first_token_s > 0
         assert answer.prompt_tps * answer.time_to_first_token_s == pytest.approx(
@@ -184,15 +184,19 @@ def test_answers_come_when_they_have_ended_and_steps_are_told():
 
 
 def test_a_prompt_without_room_is_refused():
-    for ids, words in (([1] * 64, "64 tokens"), ([], "empty"), ([300], "no token id")):
+    for ids, words in (
+        ([1] * 64, "64 tokens"),
+        ([], "empty"),
+        ([300], "invalid token id"),
+    ):
         with pytest.raises(OpenELMError, match=words):
             together([BatchPrompt(0, [1]), BatchPrompt(1, ids)], Sampling())
 
 
-# Chance ----------------------------------------------------------------------------
+# Sampling --------------------------------------------------------------------------
 
 
-def test_what_is_drawn_depends_on_seed_and_number_alone():
+def test_sampled_tokens_depend_on_seed_and_number_only():
     sampling = Sampling(max_tokens=12, temp=1.0, top_p=0.95, seed=3)
     prompts = make_prompts(24, seed=1)
     first = together(prompts, sampling)
@@ -208,7 +212,7 @@ def test_what_is_drawn_depends_on_seed_and_number_alone():
     assert len({a.tokens for a in same.values()}) > 15
 
 
-def test_without_a_seed_every_run_draws_anew():
+def test_without_a_seed_every_run_differs():
     sampling = Sampling(max_tokens=12, temp=1.0)
     prompts = make_prompts(8, seed=1)
     mx.random.seed(0)
@@ -218,7 +222,7 @@ def test_without_a_seed_every_run_draws_anew():
     assert any(first[n].tokens != again[n].tokens for n in first)
 
 
-def test_tokens_are_drawn_as_likely_as_the_model_finds_them():
+def test_tokens_are_drawn_from_the_models_distribution():
     sampling = Sampling(max_tokens=2, temp=1.3, top_k=6, seed=0)
     prompt, draws = [1, 9, 30], 3000
     prompts = [BatchPrompt(n, prompt) for n in range(draws)]
@@ -236,13 +240,13 @@ def test_tokens_are_drawn_as_likely_as_the_model_finds_them():
         likeliest = np.argsort(-logits)[:6]
         odds = np.exp(logits[likeliest] - logits[likeliest[0]])
         expected = draws * odds / odds.sum()
-        found = np.array([counted[int(i)] for i in likeliest])
-        assert found.sum() == draws
-        chi_square = ((found - expected) ** 2 / expected).sum()
+        counts = np.array([counted[int(i)] for i in likeliest])
+        assert counts.sum() == draws
+        chi_square = ((counts - expected) ** 2 / expected).sum()
         assert chi_square < 20.5  # 5 degrees of freedom: once in a thousand seeds
 
 
-def test_each_place_of_an_answer_is_drawn_afresh():
+def test_each_position_of_an_answer_has_its_own_random_key():
     never = ((EOS, -1e6),)
     sampling = Sampling(max_tokens=30, temp=1e5, seed=0, logit_bias=never)
     prompts = [BatchPrompt(n, [1, 5]) for n in range(20)]

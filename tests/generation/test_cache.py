@@ -28,7 +28,7 @@ def tokens_of(count):
 
 
 def logits_in(chunks, tokens, caches, of=model):
-    """All logits of a text that is read in these chunks."""
+    """Return all logits of a text that is processed in these chunks."""
     out, start = [], 0
     for length in chunks:
         part = mx.array([tokens[start : start + length]])
@@ -41,11 +41,11 @@ def random_kv(length, width=32, heads=3):
     return [mx.array(rng.standard_normal((1, heads, length, width))) for _ in range(2)]
 
 
-# A window that slides ------------------------------------------------------------
+# Sliding window ------------------------------------------------------------------
 
 
 class WholeText:
-    """No cache: the whole text at once, under the mask that is meant."""
+    """No cache: the whole text at once, with the mask of a sliding window."""
 
     offset = 0
 
@@ -70,8 +70,8 @@ class WholeText:
 def test_a_token_sees_the_first_and_the_newest_whatever_the_chunks(chunks, size, keep):
     tokens = tokens_of(sum(chunks))
     expected = logits_in([len(tokens)], tokens, [WholeText(size, keep)] * 3)
-    found = logits_in(chunks, tokens, [SlidingKVCache(size, keep) for _ in range(3)])
-    np.testing.assert_allclose(found, expected, atol=2e-4)
+    actual = logits_in(chunks, tokens, [SlidingKVCache(size, keep) for _ in range(3)])
+    np.testing.assert_allclose(actual, expected, atol=2e-4)
 
 
 @pytest.mark.interop
@@ -100,7 +100,7 @@ def test_a_sliding_cache_is_a_plain_one_until_it_is_full():
     assert (sliding == plain).all()
 
 
-def test_a_text_goes_on_behind_the_models_context_in_the_same_memory():
+def test_a_text_longer_than_the_context_takes_no_more_memory():
     context = Context(model, cache_maker(UNEVEN, CacheOptions(max_kv_size=24)))
     answer = list(draw_tokens(model, [1, 7, 20], Sampling(), 200, context=context))
     assert len(answer) == 200 > UNEVEN.max_context_length
@@ -109,13 +109,13 @@ def test_a_text_goes_on_behind_the_models_context_in_the_same_memory():
         assert [part.shape for part in layer.state] == [(1, K, 24, 16)] * 2
 
 
-def test_what_has_slid_is_not_trimmed_but_read_anew():
+def test_a_slid_cache_is_not_trimmed_but_rebuilt():
     cache = SlidingKVCache(10)
     cache.update_and_fetch(*random_kv(10))
     assert cache.can_trim(3)
     cache.update_and_fetch(*random_kv(1))
     assert not cache.can_trim(1)
-    assert cache.can_trim(0)  # so a chat goes on
+    assert cache.can_trim(0)  # so a chat can continue
     context = Context(model, lambda: SlidingKVCache(10))
     prompt = tokens_of(14)
     context.read(model, prompt)
@@ -124,27 +124,27 @@ def test_what_has_slid_is_not_trimmed_but_read_anew():
     assert context.cache[0].offset == 0
 
 
-def test_a_trimmed_sliding_cache_slides_rightly_afterwards():
+def test_a_trimmed_sliding_cache_slides_correctly():
     tokens = tokens_of(40)
     caches = [SlidingKVCache(12) for _ in range(3)]
     logits_in([12], tokens_of(12), caches)
     for cache in caches:
         cache.trim(12)
     expected = logits_in([40], tokens, [WholeText(12, 4)] * 3)
-    found = logits_in([11, 1, 1, 9, 1, 17], tokens, caches)
-    np.testing.assert_allclose(found, expected, atol=2e-4)
+    actual = logits_in([11, 1, 1, 9, 1, 17], tokens, caches)
+    np.testing.assert_allclose(actual, expected, atol=2e-4)
 
 
-# Packed in a few bits ------------------------------------------------------------
+# Quantized -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 32), (4, 64), (8, 64)])
-def test_a_packed_number_is_half_a_step_off_at_most(bits, group):
+def test_the_quantization_error_is_at_most_half_a_step(bits, group):
     cache, given = QuantizedKVCache(bits, group), random_kv(300, width=64)
     for start, end in ((0, 7), (7, 8), (8, 290), (290, 300)):
-        found = cache.update_and_fetch(*(x[..., start:end, :] for x in given))
+        actual = cache.update_and_fetch(*(x[..., start:end, :] for x in given))
     assert {part.shape[2] for part in cache.state} == {512}  # steps of 256
-    for mine, exact in zip(found, given, strict=True):
+    for mine, exact in zip(actual, given, strict=True):
         groups = np.array(exact).reshape(-1, group)
         step = np.ptp(groups, axis=1, keepdims=True) / (2**bits - 1)
         off = np.abs(np.array(mine).reshape(-1, group) - groups)
@@ -161,8 +161,8 @@ def test_mlx_lms_quantized_cache_holds_the_same_bits():
     for start, end in ((0, 5), (5, 261), (261, 270)):
         part = [x[..., start:end, :] for x in kv]
         ours.update_and_fetch(*part)
-        held = theirs.update_and_fetch(*part)
-    for mine, other in zip(ours.state, [*held[0], *held[1]], strict=True):
+        keys, values = theirs.update_and_fetch(*part)
+    for mine, other in zip(ours.state, [*keys, *values], strict=True):
         assert mx.array_equal(mine[..., :270, :], other)
 
 
@@ -173,8 +173,8 @@ def test_a_packed_cache_does_not_depend_on_chunks_or_trimming(chunks, data):
     whole = [QuantizedKVCache(8, 32) for _ in range(3)]
     expected = logits_in([len(tokens)], tokens, whole, scaled)
     caches = [QuantizedKVCache(8, 32) for _ in range(3)]
-    found = logits_in(chunks, tokens, caches, scaled)
-    np.testing.assert_allclose(found, expected, atol=0.02)
+    actual = logits_in(chunks, tokens, caches, scaled)
+    np.testing.assert_allclose(actual, expected, atol=0.02)
     count = data.draw(st.integers(0, len(tokens)))
     for cache in caches:
         assert cache.can_trim(count)
@@ -185,16 +185,16 @@ def test_a_packed_cache_does_not_depend_on_chunks_or_trimming(chunks, data):
     assert not caches[0].can_trim(len(tokens) + 1)
 
 
-def test_eight_bits_answer_as_full_width_does():
+def test_logits_with_8_bits_are_close_to_full_precision():
     tokens = tokens_of(60)
     exact = logits_in([60], tokens, [KVCache() for _ in range(3)], scaled)
     packed = [QuantizedKVCache(8, 32) for _ in range(3)]
-    found = logits_in([30, 30], tokens, packed, scaled)
-    assert np.abs(found - exact).max() < 0.05 * np.abs(exact).max()
+    actual = logits_in([30, 30], tokens, packed, scaled)
+    assert np.abs(actual - exact).max() < 0.05 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize(("bits", "share"), [(4, 6 / 32), (8, 10 / 32)])
-def test_packed_keys_take_so_much_less_memory(bits, share):
+def test_a_quantized_cache_takes_less_memory(bits, share):
     plain, packed = KVCache(), QuantizedKVCache(bits, 32)
     for cache in (plain, packed):
         cache.update_and_fetch(*random_kv(500))
@@ -202,7 +202,7 @@ def test_packed_keys_take_so_much_less_memory(bits, share):
     assert sizes[0] == share * sizes[1]
 
 
-# As a person asks ----------------------------------------------------------------
+# Options -------------------------------------------------------------------------
 
 
 def test_options_become_caches():
@@ -216,17 +216,17 @@ def test_options_become_caches():
 
 
 @pytest.mark.parametrize(
-    ("config", "options", "said"),
+    ("config", "options", "message"),
     [
         (SCALED, {"kv_bits": 5}, "4 or 8"),
-        (SCALED, {"kv_bits": 4}, "heads are 32 wide; say 32"),
-        (SCALED, {"kv_bits": 4, "kv_group_size": 0}, "say 32"),
-        (UNEVEN, {"kv_bits": 4}, "heads are 16 wide; none does"),
-        (SCALED, {"max_kv_size": 4}, "say 5 or more"),
-        (SCALED, {"max_kv_size": -1}, "say 5 or more"),
-        (SCALED, {"kv_bits": 4, "max_kv_size": 50}, "leave out"),
+        (SCALED, {"kv_bits": 4}, "head size of 32; it must be 32"),
+        (SCALED, {"kv_bits": 4, "kv_group_size": 0}, "must be 32"),
+        (UNEVEN, {"kv_bits": 4}, "head size of 16; leave out"),
+        (SCALED, {"max_kv_size": 4}, "must be 5 or more"),
+        (SCALED, {"max_kv_size": -1}, "must be 5 or more"),
+        (SCALED, {"kv_bits": 4, "max_kv_size": 50}, "not both"),
     ],
 )
-def test_what_cannot_be_is_said(config, options, said):
-    with pytest.raises(OpenELMError, match=said):
+def test_invalid_options_are_refused(config, options, message):
+    with pytest.raises(OpenELMError, match=message):
         cache_maker(config, CacheOptions(**options))

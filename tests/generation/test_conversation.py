@@ -1,4 +1,4 @@
-"""A conversation: what the model reads, what it no longer sees, and the file."""
+"""Conversations: prompts, the context window, and saved files."""
 
 import json
 import random
@@ -37,8 +37,8 @@ def begin(template: str = "instruct", *, model=MODEL, **options) -> Conversation
 SAMPLED = {"max_tokens", "temp", "seed"}
 
 
-def say(talk: Conversation, message: str) -> str:
-    return "".join(piece.text for piece in talk.reply(message))
+def send(chat: Conversation, message: str) -> str:
+    return "".join(piece.text for piece in chat.reply(message))
 
 
 def messages(*texts: str) -> tuple[Turn, ...]:
@@ -54,7 +54,7 @@ def piece(text: str, finish_reason: str | None = None, token: int = 5) -> Piece:
 
 @pytest.fixture
 def prompts(monkeypatch) -> list[list[int]]:
-    """The ids of every prompt that is given to the model."""
+    """Return the ids of every prompt that the model gets."""
     seen = []
 
     def watched(model, tokenizer, ids, *args, **options):
@@ -65,12 +65,12 @@ def prompts(monkeypatch) -> list[list[int]]:
     return seen
 
 
-# What the model reads ------------------------------------------------------------
+# Prompts -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("system", ["", "Be kind."])
-def test_a_prompt_is_what_training_reads_up_to_the_answer(template, system):
+def test_a_prompt_equals_the_training_sample_up_to_the_answer(template, system):
     turns = messages("Who wept?", "The youngest.", "And why?", " She had nothing.")
     first = (Turn("system", system),) if system else ()
     record = Record("here", (*first, *turns), b"")
@@ -84,13 +84,13 @@ def test_a_prompt_is_what_training_reads_up_to_the_answer(template, system):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_every_prompt_is_a_fresh_rendering_of_all_turns(template, prompts):
-    talk = begin(template, system="Be kind.")
+def test_every_prompt_is_rendered_from_all_turns(template, prompts):
+    chat = begin(template, system="Be kind.")
     for message in ("Hi", "Who wept?\nAnd why?", "1234"):
-        said = say(talk, message)
-        assert talk.turns[-2:] == messages(message, said)
+        answer = send(chat, message)
+        assert chat.turns[-2:] == messages(message, answer)
     fresh = [
-        encode_turns(small_tokenizer(), talk.turns[:n], template, "Be kind.")[0]
+        encode_turns(small_tokenizer(), chat.turns[:n], template, "Be kind.")[0]
         for n in (1, 3, 5)
     ]
     assert prompts == fresh
@@ -101,26 +101,26 @@ def test_every_prompt_is_a_fresh_rendering_of_all_turns(template, prompts):
         assert [ids.count(small_tokenizer().eos_id) for ids in prompts] == [0, 1, 2]
 
 
-def test_without_a_template_both_sides_add_to_one_text(prompts):
-    talk = begin("auto")
-    assert talk.is_raw
+def test_without_a_template_the_turns_form_one_text(prompts):
+    chat = begin("auto")
+    assert chat.is_raw
     texts = []
     for message in ("Once upon a time", "", "Then", "\nThe wolf"):
-        text = "".join(turn.text for turn in talk.turns)
+        text = "".join(turn.text for turn in chat.turns)
         begins_word = message == "Then" and not text[-1].isspace()
-        texts += [" " if begins_word else "", message, say(talk, message)]
+        texts += [" " if begins_word else "", message, send(chat, message)]
     whole = "".join(texts[:-1])
     assert prompts[-1] == small_tokenizer().encode(whole)
-    assert "a time" + texts[2] + texts[5] in whole  # an empty line goes on
+    assert "a time" + texts[2] + texts[5] in whole  # an empty line continues it
 
 
-def test_the_templates_last_space_is_no_part_of_the_answer(monkeypatch):
+def test_the_templates_last_space_is_not_part_of_the_answer(monkeypatch):
     script = [piece(""), piece(" The"), piece(" wolf", "stop")]
     monkeypatch.setattr(module, "stream", lambda *args, **options: iter(script))
-    for template, said in (("openelm-peft", "The wolf"), ("instruct", " The wolf")):
-        talk = begin(template)
-        assert say(talk, "Who?") == said
-        assert talk.turns == messages("Who?", said)
+    for template, answer in (("openelm-peft", "The wolf"), ("instruct", " The wolf")):
+        chat = begin(template)
+        assert send(chat, "Who?") == answer
+        assert chat.turns == messages("Who?", answer)
 
 
 def test_the_stored_template_is_the_default_and_an_unknown_one_is_refused():
@@ -132,36 +132,36 @@ def test_the_stored_template_is_the_default_and_an_unknown_one_is_refused():
         begin("chatml")
 
 
-def test_an_answer_that_spells_eos_ends_there(monkeypatch):
-    asked = []
+def test_eos_spelled_as_text_ends_an_answer(monkeypatch):
+    samplings = []
     monkeypatch.setattr(
         module,
         "stream",
-        lambda m, t, ids, sampling, **o: asked.append(sampling) or iter([piece("x")]),
+        lambda m, t, i, sampling, **o: samplings.append(sampling) or iter([piece("x")]),
     )
     for template in ("instruct", "raw"):
         list(begin(template).reply("Hi"))
-    assert [sampling.stop for sampling in asked] == [("</s>",), ()]
+    assert [sampling.stop for sampling in samplings] == [("</s>",), ()]
 
 
-def test_a_seed_counts_once_so_that_a_second_try_differs():
-    said = []
+def test_a_seed_is_set_once_so_that_a_retry_differs():
+    answers = []
     for seed in (1, 1, 2):
-        talk = begin(temp=2.0, seed=seed, max_tokens=24)
-        first = say(talk, "Hi")
-        again = "".join(p.text for p in talk.retry())
-        said.append((first, again))
+        chat = begin(temp=2.0, seed=seed, max_tokens=24)
+        first = send(chat, "Hi")
+        again = "".join(p.text for p in chat.retry())
+        answers.append((first, again))
         assert first != again
-        assert talk.turns == messages("Hi", again)
-    assert said[0] == said[1] != said[2]
+        assert chat.turns == messages("Hi", again)
+    assert answers[0] == answers[1] != answers[2]
 
 
-# What goes through the model -----------------------------------------------------
+# Reuse of the context ------------------------------------------------------------
 
 
 @pytest.fixture
 def passed(monkeypatch) -> list[int]:
-    """The number of tokens of each forward pass."""
+    """Return the number of tokens of each forward pass."""
     seen: list[int] = []
     kind = type(MODEL.transformer)
     forward = kind.__call__
@@ -175,48 +175,47 @@ def passed(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES, "raw"])
-def test_what_the_model_has_read_does_not_go_through_it_again(
-    template, passed, prompts
-):
+def test_processed_tokens_are_not_processed_again(template, passed, prompts):
     roomy = build(replace(UNEVEN, max_context_length=2048))
-    talk, before = begin(template, max_tokens=24, model=roomy), 0
+    chat, before = begin(template, max_tokens=24, model=roomy), 0
     for n, message in enumerate(("The wolf wept", "And why?", "Who said that?")):
         passed.clear()
-        said = list(talk.reply(message))
-        assert said[-1].prompt_tokens == len(prompts[-1])
-        assert sum(passed) == len(prompts[-1]) - said[-1].cached_tokens + len(said) - 1
-        if n:  # but for what an answer's first piece may change
-            assert said[-1].cached_tokens >= before - 8
+        answer = list(chat.reply(message))
+        last, new = answer[-1], len(answer) - 1
+        assert last.prompt_tokens == len(prompts[-1])
+        assert sum(passed) == len(prompts[-1]) - last.cached_tokens + new
+        if n:  # except for tokens that the answer's first piece may change
+            assert last.cached_tokens >= before - 8
         before = len(prompts[-1])
     assert before > 100
 
 
-def test_answers_are_those_of_a_model_that_reads_everything_afresh(monkeypatch):
+def test_answers_equal_those_without_a_reused_context(monkeypatch):
     def fresh(model, tokenizer, ids, sampling, **options):
         return stream(model, tokenizer, ids, sampling)
 
-    def held(*, template: str) -> tuple[Turn, ...]:
-        talk = begin(template, max_tokens=12)
+    def converse(*, template: str) -> tuple[Turn, ...]:
+        chat = begin(template, max_tokens=12)
         for n in range(6):
-            say(talk, f"{n} said the wolf")
-            with closing(talk.reply("And then?")) as pieces:
+            send(chat, f"{n} said the wolf")
+            with closing(chat.reply("And then?")) as pieces:
                 for _ in zip(range(n), pieces, strict=False):
                     pass
             if n % 3 == 2:
-                list(talk.retry())
-                talk.undo()
-        return talk.turns
+                list(chat.retry())
+                chat.undo()
+        return chat.turns
 
-    reused = {template: held(template=template) for template in ("instruct", "raw")}
+    reused = {template: converse(template=template) for template in ("instruct", "raw")}
     monkeypatch.setattr(module, "stream", fresh)
     for template, turns in reused.items():
-        assert held(template=template) == turns
+        assert converse(template=template) == turns
 
 
-def test_after_a_step_that_broke_off_everything_is_read_afresh(monkeypatch):
-    talk, expected = begin(), begin()
-    for conversation in (talk, expected):
-        say(conversation, "Hi")
+def test_after_an_interrupted_step_the_context_is_rebuilt(monkeypatch):
+    chat, expected = begin(), begin()
+    for conversation in (chat, expected):
+        send(conversation, "Hi")
     layer = MODEL.layers[1]
     forward = type(layer).__call__
 
@@ -228,64 +227,64 @@ def test_after_a_step_that_broke_off_everything_is_read_afresh(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(type(layer), "__call__", breaks)
         with pytest.raises(KeyboardInterrupt):
-            say(talk, "Who wept?")
-    assert say(talk, "Who wept?") == say(expected, "Who wept?")
+            send(chat, "Who wept?")
+    assert send(chat, "Who wept?") == send(expected, "Who wept?")
 
 
-# Cut answers ---------------------------------------------------------------------
+# Stopped answers -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_a_stopped_answer_is_kept_as_far_as_it_was_shown(count, prompts):
-    talk, shown = begin(), ""
-    with closing(talk.reply("Hi")) as pieces:
+def test_the_yielded_text_of_a_stopped_answer_is_kept(count, prompts):
+    chat, shown = begin(), ""
+    with closing(chat.reply("Hi")) as pieces:
         for _, got in zip(range(count), pieces, strict=False):
             shown += got.text
-    assert talk.turns == (messages("Hi", shown) if shown else ())
-    say(talk, "Go on")
-    asked = messages(*(("Hi", shown) if shown else ()), "Go on")
-    assert prompts[-1] == encode_turns(small_tokenizer(), asked, "instruct")[0]
+    assert chat.turns == (messages("Hi", shown) if shown else ())
+    send(chat, "Go on")
+    turns = messages(*(("Hi", shown) if shown else ()), "Go on")
+    assert prompts[-1] == encode_turns(small_tokenizer(), turns, "instruct")[0]
 
 
-def test_an_answer_stopped_before_a_word_changes_nothing(monkeypatch):
-    talk = begin()
-    say(talk, "Hi")
-    before = talk.turns
-    for pieces in (talk.reply("Who?"), talk.retry()):
+def test_an_answer_stopped_before_any_text_changes_nothing(monkeypatch):
+    chat = begin()
+    send(chat, "Hi")
+    before = chat.turns
+    for pieces in (chat.reply("Who?"), chat.retry()):
         pieces.close()
-        assert talk.turns == before
+        assert chat.turns == before
 
     def fails(*args, **options):
         yield piece("")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "stream", fails)
-    for pieces in (talk.reply("Who?"), talk.retry()):
+    for pieces in (chat.reply("Who?"), chat.retry()):
         with pytest.raises(KeyboardInterrupt):
             list(pieces)
-        assert talk.turns == before
+        assert chat.turns == before
 
 
-def test_an_empty_answer_is_an_answer(monkeypatch):
+def test_an_empty_answer_is_recorded(monkeypatch):
     script = [piece("", "stop", token=2)]
     monkeypatch.setattr(module, "stream", lambda *args, **options: iter(script))
-    talk = begin()
-    assert say(talk, "Hi") == ""
-    assert talk.turns == messages("Hi", "")
+    chat = begin()
+    assert send(chat, "Hi") == ""
+    assert chat.turns == messages("Hi", "")
 
 
-def test_undo_and_reset_and_nothing_to_undo():
-    talk = begin(system="Be kind.")
-    for wrong in (talk.undo, talk.retry):
+def test_undo_and_reset():
+    chat = begin(system="Be kind.")
+    for wrong in (chat.undo, chat.retry):
         with pytest.raises(OpenELMError, match="There is no"):
             wrong()
-    say(talk, "Hi")
-    kept = talk.turns
-    say(talk, "Who?")
-    talk.undo()
-    assert talk.turns == kept
-    talk.reset()
-    assert (talk.turns, talk.system) == ((), "Be kind.")
+    send(chat, "Hi")
+    kept = chat.turns
+    send(chat, "Who?")
+    chat.undo()
+    assert chat.turns == kept
+    chat.reset()
+    assert (chat.turns, chat.system) == ((), "Be kind.")
 
 
 # The context ---------------------------------------------------------------------
@@ -295,9 +294,7 @@ lengths = st.lists(st.tuples(st.integers(0, 150), st.integers(0, 60)), max_size=
 
 @given(lengths, st.sampled_from(["", "Be kind."]), st.integers(1, 300))
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_it_slides_by_whole_turns_and_no_further_than_it_must(
-    monkeypatch, lengths, system, max_tokens
-):
+def test_as_few_pairs_as_possible_are_omitted(monkeypatch, lengths, system, max_tokens):
     words = ["the", "wolf", "said", "love", "gold", "wept", "1234"]
     seen: list[list[int]] = []
     answer = ""
@@ -312,7 +309,7 @@ def test_it_slides_by_whole_turns_and_no_further_than_it_must(
         return replace(ready, text=text)
 
     monkeypatch.setattr(module, "stream", scripted)
-    talk = begin("instruct", system=system, max_tokens=max_tokens)
+    chat = begin("instruct", system=system, max_tokens=max_tokens)
     most = 512 - min(max_tokens, 256)
     rng = random.Random(7)
 
@@ -320,69 +317,69 @@ def test_it_slides_by_whole_turns_and_no_further_than_it_must(
         rest = turns[2 * left_out :]
         return len(encode_turns(small_tokenizer(), rest, "instruct", system)[0]) <= most
 
-    for asked, answered in lengths:
-        message = " ".join(rng.choices(words, k=asked))
-        answer = " ".join(rng.choices(words, k=answered))
-        before = talk.turns
+    for message_length, answer_length in lengths:
+        message = " ".join(rng.choices(words, k=message_length))
+        answer = " ".join(rng.choices(words, k=answer_length))
+        before = chat.turns
         turns = (*before, Turn("user", message))
         pairs = len(before) // 2
         if not fits(pairs, turns):
-            forgotten = talk.forgotten
+            omitted = chat.omitted_pairs
             with pytest.raises(OpenELMError, match=r"The message makes a prompt of \d"):
-                talk.reply(message)
-            assert (talk.turns, talk.forgotten) == (before, forgotten)
+                chat.reply(message)
+            assert (chat.turns, chat.omitted_pairs) == (before, omitted)
             continue
-        list(talk.reply(message))
+        list(chat.reply(message))
         expected = next(n for n in range(pairs + 1) if fits(n, turns))
-        assert talk.forgotten == expected
+        assert chat.omitted_pairs == expected
         rest = turns[2 * expected :]
         assert seen[-1] == encode_turns(small_tokenizer(), rest, "instruct", system)[0]
-        assert talk.turns == (*turns, Turn("assistant", answer))  # nothing is lost
+        assert chat.turns == (*turns, Turn("assistant", answer))  # nothing is lost
 
 
-@pytest.mark.parametrize(("more", "forgotten"), [(0, 0), (1, 1)])
-def test_a_prompt_may_fill_the_context_to_the_last_token(more, forgotten):
+@pytest.mark.parametrize(("more", "omitted"), [(0, 0), (1, 1)])
+def test_a_prompt_may_fill_the_context_to_the_last_token(more, omitted):
     turns = messages("wolf " * 40, "gold " * 20, "Who?")
     ids, _ = encode_turns(small_tokenizer(), turns, "instruct")
     assert 256 <= len(ids) < 512
-    talk = begin(max_tokens=512 - len(ids) + more)
-    talk.turns = turns[:2]
-    talk.reply("Who?").close()
-    assert talk.forgotten == forgotten
+    chat = begin(max_tokens=512 - len(ids) + more)
+    chat.turns = turns[:2]
+    chat.reply("Who?").close()
+    assert chat.omitted_pairs == omitted
 
 
-def test_the_whole_of_a_long_talk_with_a_real_model_stays_in_the_context(prompts):
-    talk = begin("alpaca", max_tokens=32, system="Tell.")
+def test_the_prompts_of_a_long_conversation_stay_in_the_context(prompts):
+    chat = begin("alpaca", max_tokens=32, system="Tell.")
     for n in range(16):
-        say(talk, f"Then {n}, said the old woman, the wolf wept")
-    assert talk.forgotten > 5
-    assert len(talk.turns) == 32
+        send(chat, f"Then {n}, said the old woman, the wolf wept")
+    assert chat.omitted_pairs > 5
+    assert len(chat.turns) == 32
     assert all(len(ids) + 32 <= 512 for ids in prompts)
     first = encode_turns(small_tokenizer(), messages("Hi"), "alpaca", "Tell.")[0][:5]
     assert all(ids[:5] == first for ids in prompts)  # the system turn stays
 
 
-def test_a_system_text_that_does_not_fit_or_has_no_place_is_refused():
+def test_a_system_text_that_does_not_fit_the_context_or_template_is_refused():
     with pytest.raises(OpenELMError, match="The system text makes a prompt of"):
         begin(system="wolf " * 512)
-    with pytest.raises(OpenELMError, match="no place for a system text; choose"):
+    with pytest.raises(OpenELMError, match="takes no system text; choose"):
         begin("raw", system="Be kind.")
-    talk = begin(system="Be kind.")
-    say(talk, "Hi")
+    chat = begin(system="Be kind.")
+    send(chat, "Hi")
     with pytest.raises(OpenELMError, match="The system text"):
-        talk.set_system("wolf " * 512)
-    assert talk.system == "Be kind."
-    talk.set_system("Be short.")
-    assert len(talk.turns) == 2
+        chat.set_system("wolf " * 512)
+    assert chat.system == "Be kind."
+    chat.set_system("Be short.")
+    assert len(chat.turns) == 2
 
 
 def test_half_a_character_is_refused_and_nothing_is_lost():
-    talk = begin("raw")
-    say(talk, "Hi")
-    before = talk.turns
+    chat = begin("raw")
+    send(chat, "Hi")
+    before = chat.turns
     with pytest.raises(OpenELMError, match="not valid UTF-8"):
-        talk.reply("\udcff")
-    assert talk.turns == before
+        chat.reply("\udcff")
+    assert chat.turns == before
 
 
 # The file ------------------------------------------------------------------------
@@ -392,69 +389,69 @@ texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 
 @given(st.lists(st.tuples(texts, texts), max_size=4), texts)
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_saved_is_loaded(tmp_path, pairs, system):
-    talk, path = begin(name="demo", adapter="a"), tmp_path / "talk.json"
+def test_a_saved_conversation_is_loaded_unchanged(tmp_path, pairs, system):
+    chat, path = begin(name="demo", adapter="a"), tmp_path / "chat.json"
     path.unlink(missing_ok=True)
-    talk.system = system
-    talk.turns = messages(*(text for pair in pairs for text in pair))
-    talk.save(path)
+    chat.system = system
+    chat.turns = messages(*(text for pair in pairs for text in pair))
+    chat.save(path)
     other = begin(name="demo", adapter="a")
     assert other.load(path) == []
-    assert (other.turns, other.system) == (talk.turns, system)
+    assert (other.turns, other.system) == (chat.turns, system)
 
 
 def test_the_file_is_json_with_messages_model_template_and_settings(tmp_path):
-    talk = begin(system="Be kind.", name="demo", temp=0.5, seed=3)
-    said = say(talk, "Hi \u2603")
-    talk.save(tmp_path / "talk.json")
-    found = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
-    assert found["messages"] == [
+    chat = begin(system="Be kind.", name="demo", temp=0.5, seed=3)
+    answer = send(chat, "Hi \u2603")
+    chat.save(tmp_path / "chat.json")
+    fields = json.loads((tmp_path / "chat.json").read_text(encoding="utf-8"))
+    assert fields["messages"] == [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Hi \u2603"},
-        {"role": "assistant", "content": said},
+        {"role": "assistant", "content": answer},
     ]
-    assert (found["model"], found["adapter"]) == ("demo", None)
-    assert (found["template"], found["settings"]["seed"]) == ("instruct", 3)
-    assert found["settings"]["stop"] == []
-    assert list(tmp_path.iterdir()) == [tmp_path / "talk.json"]
+    assert (fields["model"], fields["adapter"]) == ("demo", None)
+    assert (fields["template"], fields["settings"]["seed"]) == ("instruct", 3)
+    assert fields["settings"]["stop"] == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "chat.json"]
 
 
 def test_only_its_own_file_is_replaced(tmp_path):
-    talk, path = begin(), tmp_path / "talk.json"
+    chat, path = begin(), tmp_path / "chat.json"
     for there in (b"my diary", b"", json.dumps({"format": "other"}).encode()):
         path.write_bytes(there)
         with pytest.raises(OpenELMError, match="not this conversation's file"):
-            talk.save(path)
+            chat.save(path)
         assert path.read_bytes() == there
     path.unlink()
-    say(talk, "Hi")
-    talk.save(path)
+    send(chat, "Hi")
+    chat.save(path)
     first = path.read_bytes()
-    say(talk, "Who?")
-    talk.save(path)
+    send(chat, "Who?")
+    chat.save(path)
     assert path.read_bytes() != first
     second = path.read_bytes()
-    stranger = begin()
+    other = begin()
     with pytest.raises(OpenELMError, match="not this conversation's file"):
-        stranger.save(path)
-    talk.reset()
+        other.save(path)
+    chat.reset()
     with pytest.raises(OpenELMError, match="not this conversation's file"):
-        talk.save(path)
+        chat.save(path)
     assert path.read_bytes() == second
-    stranger.load(path)
-    stranger.undo()
-    stranger.save(path)
+    other.load(path)
+    other.undo()
+    other.save(path)
     assert path.read_bytes() == first
-    path.write_text("my diary")  # it has become something else
-    with pytest.raises(OpenELMError, match="damaged or is no saved"):
-        stranger.save(path)
+    path.write_text("my diary")  # replaced by another program
+    with pytest.raises(OpenELMError, match="damaged or not a saved"):
+        other.save(path)
     assert path.read_text() == "my diary"
 
 
 @pytest.mark.parametrize(
-    "name", ["", "/dev/null", "no/such\0name", "x" * 300, "/dev/full/talk.json"]
+    "name", ["", "/dev/null", "no/such\0name", "x" * 300, "/dev/full/chat.json"]
 )
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, name):
+def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path, name):
     with pytest.raises(OpenELMError, match=r"\.$"):
         begin().save(tmp_path / name)
     with pytest.raises(OpenELMError, match=r"\.$"):
@@ -481,7 +478,7 @@ def saved(**changes) -> dict:
 
 
 @pytest.mark.parametrize(
-    "found",
+    "fields",
     [
         [],
         {},
@@ -501,26 +498,26 @@ def saved(**changes) -> dict:
         saved(messages=[{"role": "user", "content": "\ud800"}, saved_answer()]),
     ],
 )
-def test_what_is_no_conversation_is_refused_and_nothing_changes(tmp_path, found):
-    talk, path = begin(system="Be kind."), tmp_path / "talk.json"
-    say(talk, "Hi")
-    before = talk.turns
-    path.write_text(json.dumps(found))
-    with pytest.raises(OpenELMError, match=r"talk.json is .*\.$"):
-        talk.load(path)
-    assert (talk.turns, talk.system, talk.file) == (before, "Be kind.", None)
+def test_an_invalid_file_is_refused_and_changes_nothing(tmp_path, fields):
+    chat, path = begin(system="Be kind."), tmp_path / "chat.json"
+    send(chat, "Hi")
+    before = chat.turns
+    path.write_text(json.dumps(fields))
+    with pytest.raises(OpenELMError, match=r"chat.json is .*\.$"):
+        chat.load(path)
+    assert (chat.turns, chat.system, chat.file) == (before, "Be kind.", None)
 
 
-def test_damaged_files_are_never_more_than_refused(tmp_path):
-    path, rng = tmp_path / "talk.json", random.Random(3)
+def test_damaged_files_raise_no_other_error(tmp_path):
+    path, rng = tmp_path / "chat.json", random.Random(3)
     whole = json.dumps(saved()).encode()
     path.write_bytes(whole)
     assert read_saved(path).turns == messages("Hi", "Yes?")
     damaged = [whole[:n] for n in range(len(whole))]
     for _ in range(300):
-        spoilt = bytearray(whole)
-        spoilt[rng.randrange(len(whole))] = rng.randrange(256)
-        damaged.append(bytes(spoilt))
+        changed = bytearray(whole)
+        changed[rng.randrange(len(whole))] = rng.randrange(256)
+        damaged.append(bytes(changed))
     refused = 0
     for content in (*damaged, b"[" * 100_000, b"\xff\xfe", b"9" * 5000):
         path.write_bytes(content)
@@ -531,23 +528,23 @@ def test_damaged_files_are_never_more_than_refused(tmp_path):
     assert refused > len(whole) + 200
 
 
-def test_what_is_different_here_is_said(tmp_path):
-    path = tmp_path / "talk.json"
+def test_differences_of_the_settings_are_noted(tmp_path):
+    path = tmp_path / "chat.json"
     path.write_text(json.dumps(saved(model="other", adapter="a", template="alpaca")))
     notes = begin(name="demo").load(path)
-    assert [note.split(",")[0] for note in notes] == [
-        "it was held with the model other",
-        "it was held with the adapter a",
-        "it was held with the template alpaca",
+    assert [note.split(" and")[0] for note in notes] == [
+        "it was saved with the model other",
+        "it was saved with the adapter a",
+        "it was saved with the template alpaca",
     ]
     assert all(note.endswith(("demo", "none", "instruct")) for note in notes)
 
 
-def test_a_system_text_cannot_be_loaded_where_none_has_a_place(tmp_path):
-    path = tmp_path / "talk.json"
+def test_a_system_text_cannot_be_loaded_with_a_raw_template(tmp_path):
+    path = tmp_path / "chat.json"
     system = {"role": "system", "content": "Be kind."}
     path.write_text(json.dumps(saved(messages=[system, *saved()["messages"]])))
-    talk = begin("raw")
-    with pytest.raises(OpenELMError, match="no place for a system text"):
-        talk.load(path)
-    assert talk.turns == ()
+    chat = begin("raw")
+    with pytest.raises(OpenELMError, match="takes no system text"):
+        chat.load(path)
+    assert chat.turns == ()

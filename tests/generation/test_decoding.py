@@ -1,4 +1,4 @@
-"""The decode loop: the same tokens by whatever way they come."""
+"""The decode loop gives the same tokens with any chunks, steps and contexts."""
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +25,7 @@ def draw(prompt, count=12, sampling=None, **options):
 
 
 def uncached(prompt, count):
-    """What stands in no cache is the argmax of the whole text, again and again."""
+    """Decode greedily without a cache."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(int(np.array(model(mx.array([tokens])))[0, -1].argmax()))
@@ -34,9 +34,7 @@ def uncached(prompt, count):
 
 @settings(max_examples=60)
 @given(prompts, st.integers(1, 8), st.data())
-def test_greedy_tokens_do_not_depend_on_chunks_or_what_was_read_before(
-    prompt, chunk, data
-):
+def test_greedy_tokens_do_not_depend_on_chunks_or_the_context(prompt, chunk, data):
     expected = uncached(prompt, 6)
     before = prompt[: data.draw(st.integers(0, len(prompt)))] + data.draw(prompts)
     context = Context(model)
@@ -47,7 +45,7 @@ def test_greedy_tokens_do_not_depend_on_chunks_or_what_was_read_before(
         assert draw(prompt, 6, context=context) == expected
 
 
-def test_a_context_reads_only_what_is_new(monkeypatch):
+def test_a_context_processes_only_new_tokens(monkeypatch):
     read = []
     original = type(model.transformer).__call__
 
@@ -58,29 +56,29 @@ def test_a_context_reads_only_what_is_new(monkeypatch):
     monkeypatch.setattr(type(model.transformer), "__call__", count)
     context = Context(model)
     first = list(range(3, 23))
-    said = draw(first, 4, context=context)
+    answer = draw(first, 4, context=context)
     assert read == [20, 1, 1, 1]
-    assert context.tokens == first + said[:-1]
+    assert context.tokens == first + answer[:-1]
     read.clear()
-    draw([*first, *said, 7, 8], 2, context=context)
-    assert read == [3, 1]  # the last word, which was drawn and not read, and the two
+    draw([*first, *answer, 7, 8], 2, context=context)
+    assert read == [3, 1]  # the last drawn token, not yet processed, and the two
     read.clear()
-    draw(first[:10], 1, context=context)  # its last one is read again
+    draw(first[:10], 1, context=context)  # its last token is processed again
     assert read == [1]
     assert context.tokens == first[:10]
 
 
-def test_a_stream_that_is_left_leaves_a_right_context():
+def test_a_closed_stream_leaves_a_valid_context():
     context = Context(model)
     prompt = list(range(3, 13))
     drawn = draw_tokens(model, prompt, Sampling(), 20, context=context)
-    said = [next(drawn).id for _ in range(3)]
+    answer = [next(drawn).id for _ in range(3)]
     drawn.close()
-    longer = [*prompt, *said, 9]
+    longer = [*prompt, *answer, 9]
     assert draw(longer, 5, context=context) == uncached(longer, 5)
 
 
-@pytest.mark.parametrize("offset", [3, 5])  # the room is full inside, or at the end
+@pytest.mark.parametrize("offset", [3, 5])  # the cache grows inside, or at the end
 def test_the_compiled_step_draws_what_the_plain_one_does(monkeypatch, offset):
     monkeypatch.setattr(KVCache, "step", 8)
     prompt = list(range(3, 3 + offset))
@@ -99,7 +97,7 @@ def test_on_a_gpu_the_step_is_compiled(monkeypatch):
 
 
 @pytest.mark.interop
-def test_it_draws_what_stock_mlx_lm_draws():
+def test_it_draws_the_tokens_of_mlx_lm():
     from mlx_lm.generate import generate_step
 
     prompt = list(range(3, 30))
@@ -123,31 +121,31 @@ def test_logprobs_are_the_models_own():
         text.append(token.id)
 
 
-def test_controls_see_the_prompt_and_what_was_said():
+def test_controls_see_the_prompt_and_the_answer():
     prompt = [7, 8, 9]
-    said = draw(prompt, 40, Sampling(no_repeat_ngram=1))
-    assert len({*prompt, *said}) == 43
+    answer = draw(prompt, 40, Sampling(no_repeat_ngram=1))
+    assert len({*prompt, *answer}) == 43
     early = Sampling(min_tokens=10, logit_bias=((2, 100.0),))
     assert [token == 2 for token in draw(prompt, 12, early)] == [False] * 10 + [
         True
     ] * 2
 
 
-def test_the_threads_of_a_small_model_are_given_back(monkeypatch):
-    asked = []
-    monkeypatch.setattr(openblas, "use_threads", asked.append)
+def test_the_thread_limit_of_a_small_model_is_reset(monkeypatch):
+    limits = []
+    monkeypatch.setattr(openblas, "use_threads", limits.append)
     drawn = draw_tokens(model, [3, 4, 5], Sampling(), 8)
     next(drawn), next(drawn)
-    assert asked[-1] == 1
+    assert limits[-1] == 1
     drawn.close()
-    assert asked[-1] is None
+    assert limits[-1] is None
 
 
-def test_an_interrupt_in_a_forward_pass_leaves_a_right_context(monkeypatch):
+def test_an_interrupted_forward_pass_leaves_a_valid_context(monkeypatch):
     context = Context(model)
     prompt = list(range(3, 13))
     drawn = draw_tokens(model, prompt, Sampling(), 20, context=context)
-    said = [next(drawn).id]
+    answer = [next(drawn).id]
     layers = iter([None, KeyboardInterrupt()])  # in the second one
     original = decoding.KVCache.update_and_fetch
 
@@ -160,11 +158,11 @@ def test_an_interrupt_in_a_forward_pass_leaves_a_right_context(monkeypatch):
         patch.setattr(decoding.KVCache, "update_and_fetch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(drawn)
-    longer = [*prompt, *said, 9]
+    longer = [*prompt, *answer, 9]
     assert draw(longer, 5, context=context) == uncached(longer, 5)
 
 
-def test_new_norms_are_noticed_in_the_next_step():
+def test_changed_norms_are_used_in_the_next_step():
     changed, cache = build(UNEVEN), [KVCache() for _ in model.layers]
     tokens = mx.array([[1, 2, 3, 4]])
     changed(tokens[:, :2], cache)
@@ -177,7 +175,7 @@ def test_new_norms_are_noticed_in_the_next_step():
     np.testing.assert_allclose(np.array(step), np.array(expected), atol=1e-5)
 
 
-def test_the_first_token_comes_before_a_step_is_made():
+def test_the_first_token_is_yielded_before_a_step_is_built():
     steps_made = []
 
     def step(token, cache):

@@ -15,18 +15,18 @@ from mlx_openelm.generation.sampling import (
 )
 
 TOKENS, EOS = 8, 7
-said = st.lists(st.integers(0, TOKENS - 2), min_size=1, max_size=14)
-several = st.lists(said, min_size=1, max_size=3)
+token_lists = st.lists(st.integers(0, TOKENS - 2), min_size=1, max_size=14)
+batches = st.lists(token_lists, min_size=1, max_size=3)
 
 
-def shape(logits, texts, sampling, *, written=0, room=3):
-    """Shape a row of logits for each text; the histories get `room` empty places."""
-    length = max(map(len, texts)) + room
+def shape(logits, texts, sampling, *, written=0, padding=3):
+    """Shape a row of logits for each text, padded with `padding` more places."""
+    length = max(map(len, texts)) + padding
     history = [[-1] * (length - len(text)) + text for text in texts]
-    found = shape_logits(
+    shaped = shape_logits(
         mx.array(logits), mx.array(history), sampling, written=written, eos_id=EOS
     )
-    return np.array(found)
+    return np.array(shaped)
 
 
 def some_logits(rows, seed=0):
@@ -42,8 +42,8 @@ def repeats_a_run(text, size):
     return len(set(runs)) < len(runs)
 
 
-@given(several, st.integers(1, 5))
-def test_a_token_is_banned_exactly_if_it_would_end_a_run_said_before(texts, size):
+@given(batches, st.integers(1, 5))
+def test_exactly_the_tokens_that_repeat_an_ngram_are_banned(texts, size):
     shaped = shape(some_logits(len(texts)), texts, Sampling(no_repeat_ngram=size))
     for text, row in zip(texts, shaped, strict=True):
         runs = {tuple(text[i : i + size]) for i in range(len(text) - size + 1)}
@@ -52,10 +52,10 @@ def test_a_token_is_banned_exactly_if_it_would_end_a_run_said_before(texts, size
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_no_run_of_tokens_is_said_twice(size):
+def test_no_ngram_occurs_twice(size):
     sampling = Sampling(no_repeat_ngram=size)
     logits, text = some_logits(1), [0]
-    logits[0, EOS] = -99  # drawn only where all others are banned
+    logits[0, EOS] = -99  # drawn only if all others are banned
     while len(text) < 999:
         shaped = shape(logits, [text], sampling)
         token = int(choose_tokens(mx.array(shaped), sampling).item())
@@ -72,7 +72,7 @@ def test_eos_is_never_a_repetition():
     assert banned(shaped[0]) == set()
 
 
-def test_where_every_token_would_be_banned_the_row_is_left_alone():
+def test_a_row_keeps_its_logits_if_every_token_would_be_banned():
     used_up, fresh = list(range(TOKENS - 1)), [0, 1, 2]
     sampling = Sampling(temp=1.0, no_repeat_ngram=1, min_tokens=5)
     logits = some_logits(2)
@@ -106,14 +106,14 @@ def test_a_bias_bans_forces_and_adds():
     expected = logits.copy()
     expected[:, 1] += 0.75
     expected[:, 4] -= 2
-    found = shape(logits, [[0], [0]], Sampling(logit_bias=pairs))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    shaped = shape(logits, [[0], [0]], Sampling(logit_bias=pairs))
+    np.testing.assert_allclose(shaped, expected, rtol=1e-6)
     with pytest.raises(OpenELMError, match=r"token 8; .* 0 to 7"):
         shape(logits, [[0], [0]], Sampling(logit_bias=((TOKENS, 1.0),)))
 
 
-@given(said, st.integers(1, 6))
-def test_the_penalty_looks_back_as_far_as_its_context(text, context):
+@given(token_lists, st.integers(1, 6))
+def test_the_penalty_covers_its_context(text, context):
     logits = some_logits(1)
     sampling = Sampling(repetition_penalty=2.0, repetition_context=context)
     shaped = shape(logits, [text], sampling)
@@ -122,11 +122,11 @@ def test_the_penalty_looks_back_as_far_as_its_context(text, context):
     needed = history_length(sampling, 64)
     assert needed == context
     short = ([-1] * context + text)[-needed:]
-    np.testing.assert_array_equal(shape(logits, [short], sampling, room=0), shaped)
+    np.testing.assert_array_equal(shape(logits, [short], sampling, padding=0), shaped)
 
 
-@given(several, st.integers(0, 99))
-def test_a_row_does_not_depend_on_the_others_nor_on_empty_places(texts, seed):
+@given(batches, st.integers(0, 99))
+def test_a_row_does_not_depend_on_other_rows_or_padding(texts, seed):
     sampling = Sampling(
         min_tokens=4,
         repetition_penalty=1.3,
@@ -138,50 +138,54 @@ def test_a_row_does_not_depend_on_the_others_nor_on_empty_places(texts, seed):
     written = mx.array([2 * row for row in range(len(texts))])
     together = shape(logits, texts, sampling, written=written)
     for row, text in enumerate(texts):
-        alone = shape(logits[row : row + 1], [text], sampling, written=2 * row, room=0)
+        alone = shape(
+            logits[row : row + 1], [text], sampling, written=2 * row, padding=0
+        )
         np.testing.assert_array_equal(together[row], alone[0])
 
 
 def test_a_history_without_a_token_penalizes_nothing():
     logits = some_logits(1)
-    found = shape(logits, [[]], Sampling(repetition_penalty=2.0, no_repeat_ngram=1))
-    np.testing.assert_array_equal(found, logits)
+    shaped = shape(logits, [[]], Sampling(repetition_penalty=2.0, no_repeat_ngram=1))
+    np.testing.assert_array_equal(shaped, logits)
 
 
-def test_nothing_asked_is_nothing_done():
+def test_without_controls_the_logits_are_returned_unchanged():
     logits, nothing = mx.zeros((1, TOKENS), mx.bfloat16), mx.zeros((1, 0), mx.int32)
     for sampling in (Sampling(), Sampling(temp=1.0, top_p=0.5), Sampling(min_tokens=3)):
         assert history_length(sampling, 2048) == 0
-        found = shape_logits(logits, nothing, sampling, written=3, eos_id=EOS)
-        assert found is logits
+        shaped = shape_logits(logits, nothing, sampling, written=3, eos_id=EOS)
+        assert shaped is logits
     assert history_length(Sampling(no_repeat_ngram=3), 2048) == 2048
     assert history_length(Sampling(repetition_penalty=1.1), 64) == 64
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_half_precision_is_shaped_in_full(dtype):
+def test_half_precision_is_shaped_in_float32(dtype):
     logits = mx.array(some_logits(2)).astype(dtype)
-    # 0.25 apart, which bfloat16 cannot see beside 100.
+    # 0.25 apart, which bfloat16 cannot represent near 100.
     sampling = Sampling(logit_bias=((1, 100.0), (2, 100.25)), repetition_penalty=1.1)
-    found = shape(logits, [[1, 2], [3]], sampling)
+    shaped = shape(logits, [[1, 2], [3]], sampling)
     expected = shape(logits.astype(mx.float32), [[1, 2], [3]], sampling)
-    np.testing.assert_array_equal(found, expected)
-    assert found.dtype == np.float32
+    np.testing.assert_array_equal(shaped, expected)
+    assert shaped.dtype == np.float32
 
 
-# Beside others -------------------------------------------------------------------
+# Other implementations -----------------------------------------------------------
 
 
 @pytest.mark.interop
 @given(
-    said,
+    token_lists,
     st.integers(0, 99),
     st.floats(0.5, 3),
     st.integers(0, 4),
     st.integers(0, 14),
     st.dictionaries(st.integers(0, TOKENS - 1), st.floats(-9, 9), max_size=3),
 )
-def test_the_controls_are_transformers(text, seed, penalty, size, min_tokens, bias):
+def test_the_controls_equal_those_of_transformers(
+    text, seed, penalty, size, min_tokens, bias
+):
     torch = pytest.importorskip("torch")
     from transformers import generation as hf
 
@@ -197,24 +201,24 @@ def test_the_controls_are_transformers(text, seed, penalty, size, min_tokens, bi
     logits = some_logits(1, seed)
     expected = theirs(torch.tensor([text]), torch.tensor(logits)).numpy()
     if (expected == -np.inf).all():
-        return  # there we differ, see above
+        return  # a deliberate difference, tested above
     sampling = Sampling(
         min_tokens=min_tokens,
         repetition_penalty=penalty,
         no_repeat_ngram=size,
         logit_bias=tuple(bias.items()),
     )
-    found = shape(logits, [text], sampling, written=len(text) - prompt_length)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    shaped = shape(logits, [text], sampling, written=len(text) - prompt_length)
+    np.testing.assert_allclose(shaped, expected, rtol=1e-5)
 
 
 @pytest.mark.interop
-@given(said, st.floats(1.01, 3))
-def test_the_penalty_is_mlx_lms(recent, penalty):
+@given(token_lists, st.floats(1.01, 3))
+def test_the_penalty_equals_that_of_mlx_lm(recent, penalty):
     from mlx_lm.sample_utils import make_repetition_penalty
 
     logits = some_logits(1)
     theirs = make_repetition_penalty(penalty, len(recent))
     expected = np.array(theirs(mx.array(recent), mx.array(logits)))
-    found = shape(logits, [recent], Sampling(repetition_penalty=penalty))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    shaped = shape(logits, [recent], Sampling(repetition_penalty=penalty))
+    np.testing.assert_allclose(shaped, expected, rtol=1e-6)

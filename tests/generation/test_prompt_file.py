@@ -43,7 +43,7 @@ def read(data: bytes, name="prompts.jsonl", folder=None):
 
 
 def test_a_line_is_a_text_an_object_or_a_conversation(tmp_path):
-    found = read(
+    result = read(
         b'\xef\xbb\xbf{"prompt": "a king", "id": "k1", "more": [1]}\r\n'
         b"\n   \r\n"
         b'"a \\u00e9 queen"\n'
@@ -51,8 +51,8 @@ def test_a_line_is_a_text_an_object_or_a_conversation(tmp_path):
         b'{"role": "user", "content": "Hi"}]}',
         folder=tmp_path,
     )
-    assert found.format == JSONL
-    assert found.prompts == (
+    assert result.format == JSONL
+    assert result.prompts == (
         Prompt(1, "1", "a king", "k1"),
         Prompt(4, "4", "a \xe9 queen"),
         Prompt(5, "5", (Turn("system", ""), Turn("user", "Hi")), 7),
@@ -60,21 +60,21 @@ def test_a_line_is_a_text_an_object_or_a_conversation(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["p.json", "p.json.gz", "p.JSONL", "p", "-"])
-def test_an_array_holds_a_prompt_a_record(tmp_path, monkeypatch, name):
+def test_each_element_of_an_array_is_a_prompt(tmp_path, monkeypatch, name):
     data = (
         b'\xef\xbb\xbf[\n  {"prompt": "a king", "id": 1}, "a queen",\n'
         b'  {"promt": 1}, {"prompt": "a wolf"}\n]\n'
     )
     if name == "-":
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        found = read_prompts(name)
+        result = read_prompts(name)
     else:
         packed = gzip.compress(data) if name.endswith("gz") else data
-        found = read(packed, name, tmp_path)
-    assert found.format == ARRAY
-    problem = found.prompts[2].problem
-    assert "no prompt and no messages" in problem
-    assert found.prompts == (
+        result = read(packed, name, tmp_path)
+    assert result.format == ARRAY
+    problem = result.prompts[2].problem
+    assert 'needs "prompt" or "messages"' in problem
+    assert result.prompts == (
         Prompt(1, "2:3", "a king", 1),
         Prompt(2, "2:34", "a queen"),
         Prompt(3, "3:3", problem=problem),
@@ -82,24 +82,29 @@ def test_an_array_holds_a_prompt_a_record(tmp_path, monkeypatch, name):
     )
 
 
-def test_an_array_is_answered_to_where_it_is_damaged(tmp_path):
+def test_a_damaged_array_is_answered_up_to_the_damage(tmp_path):
     prompts = read(b'[{"prompt": "a king"},\n {"prompt" 1}]', "p.json", tmp_path)
-    told, given = [], []
+    problems, given = [], []
     answer_prompts(
-        model, tokenizer, prompts, SHORT, on_answer=given.append, on_problem=told.append
+        model,
+        tokenizer,
+        prompts,
+        SHORT,
+        on_answer=given.append,
+        on_problem=problems.append,
     )
     assert given[0]["text"] == generate(model, tokenizer, "a king", SHORT)
-    problem = "Line 2, column 12 is no JSON (Expecting ':' delimiter)."
+    problem = "Line 2, column 12 is not JSON (Expecting ':' delimiter)."
     assert given[1] == {"line": 2, "error": problem}
-    assert told == [f"{tmp_path / 'p.json'}:2:12: {problem}"]
+    assert problems == [f"{tmp_path / 'p.json'}:2:12: {problem}"]
 
 
 @pytest.mark.parametrize("name", ["p.txt.gz", "p.jsonl.gz"])
-def test_a_compressed_file_is_read_as_what_it_holds(tmp_path, name):
-    found = read(gzip.compress(b'"one"\n\n"two"'), name, tmp_path)
-    assert found.format == (LINES if "txt" in name else JSONL)
-    assert [p.content.strip('"') for p in found.prompts] == ["one", "two"]
-    assert [p.place for p in found.prompts] == ["1", "3"]
+def test_a_compressed_file_is_decompressed(tmp_path, name):
+    result = read(gzip.compress(b'"one"\n\n"two"'), name, tmp_path)
+    assert result.format == (LINES if "txt" in name else JSONL)
+    assert [p.content.strip('"') for p in result.prompts] == ["one", "two"]
+    assert [p.place for p in result.prompts] == ["1", "3"]
     with pytest.raises(OpenELMError, match="Cannot read the prompts of"):
         read(gzip.compress(b'"one"')[:-3], name, tmp_path)
 
@@ -121,15 +126,18 @@ def test_a_compressed_file_is_read_as_what_it_holds(tmp_path, name):
         ("p.md", b"a king", LINES),
     ],
 )
-def test_the_name_or_the_first_line_tells_the_format(tmp_path, name, data, format):
+def test_the_suffix_or_the_first_line_gives_the_format(tmp_path, name, data, format):
     assert read(data, name, tmp_path).format == format
 
 
-def test_stdin_is_read_as_well(monkeypatch):
+def test_prompts_are_read_from_stdin(monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO(b"one\ntwo"))
     monkeypatch.setattr(sys, "stdin", stdin)
-    found = read_prompts("-")
-    assert (found.name, [p.content for p in found.prompts]) == ("stdin", ["one", "two"])
+    result = read_prompts("-")
+    assert (result.name, [p.content for p in result.prompts]) == (
+        "stdin",
+        ["one", "two"],
+    )
 
 
 plain = st.text(
@@ -140,7 +148,7 @@ plain = st.text(
 
 @settings(max_examples=200)
 @given(st.lists(plain), st.sampled_from(["\n", "\r\n"]), st.booleans(), st.booleans())
-def test_plain_lines_are_read_as_they_are(tmp_path_factory, texts, end, bom, last):
+def test_plain_lines_are_read_unchanged(tmp_path_factory, texts, end, bom, last):
     filled = [(n, t) for n, t in enumerate(texts, 1) if t.encode().strip()]
     data = end.join(texts) + end * last
     folder = tmp_path_factory.getbasetemp()
@@ -148,56 +156,56 @@ def test_plain_lines_are_read_as_they_are(tmp_path_factory, texts, end, bom, las
         with pytest.raises(OpenELMError, match="no prompts"):
             read(data.encode(), "p.txt", folder)
         return
-    found = read(b"\xef\xbb\xbf" * bom + data.encode(), "p.txt", folder)
-    assert [(p.number, p.content) for p in found.prompts] == filled
+    result = read(b"\xef\xbb\xbf" * bom + data.encode(), "p.txt", folder)
+    assert [(p.number, p.content) for p in result.prompts] == filled
 
 
 @settings(max_examples=200)
 @given(st.lists(plain.filter(str.strip), min_size=1), st.booleans())
-def test_json_lines_are_read_as_they_are(tmp_path_factory, texts, ascii):
+def test_json_lines_are_read_unchanged(tmp_path_factory, texts, ascii):
     values = [t if n % 2 else {"prompt": t} for n, t in enumerate(texts)]
     data = "\n".join(json.dumps(v, ensure_ascii=ascii) for v in values).encode()
-    found = read(data, folder=tmp_path_factory.getbasetemp())
-    assert [p.content for p in found.prompts] == texts
+    result = read(data, folder=tmp_path_factory.getbasetemp())
+    assert [p.content for p in result.prompts] == texts
 
 
 @settings(max_examples=300)
 @given(st.lists(st.binary(max_size=30) | st.sampled_from([b"{", b'"a"', b"[[[", b"0"])))
-def test_no_bytes_are_too_bad(tmp_path_factory, lines):
+def test_any_bytes_give_prompts_problems_or_one_error(tmp_path_factory, lines):
     try:
-        found = read(b"\n".join(lines), folder=tmp_path_factory.getbasetemp())
+        result = read(b"\n".join(lines), folder=tmp_path_factory.getbasetemp())
     except OpenELMError:
         data = b"".join(lines).removeprefix(b"\xef\xbb\xbf")
         assert not data.strip() or re.fullmatch(rb"\s*\[\s*\]\s*", data)
         return
-    for prompt in found.prompts:
+    for prompt in result.prompts:
         assert prompt.content or prompt.problem.endswith(".")
 
 
 BAD = {
-    b'{"prompt": "a"': "Line 1, column 15 is no JSON (Expecting ','",
-    b"nope": "no JSON",
+    b'{"prompt": "a"': "Line 1, column 15 is not JSON (Expecting ','",
+    b"nope": "not JSON",
     b"[" * 100_000: "cannot be read as JSON",
     b"9" * 5000: "cannot be read as JSON",
-    b'"caf\xe9"': ", column 5 is no UTF-8 (the byte 0xe9)",
+    b'"caf\xe9"': ", column 5 is not UTF-8 (the byte 0xe9)",
     b"[1]": "The record is a list",
     b"null": "The record is null",
     b"3": "The record is a number",
-    b"{}": "no prompt and no messages, but nothing",
-    b'{"text": "a"}': "but 'text'",
-    b'{"prompt": null}': "no prompt",
+    b"{}": "it has no keys",
+    b'{"text": "a"}': "it has 'text'",
+    b'{"prompt": null}': "needs",
     b'{"prompt": 3}': "The prompt is a number",
     b'{"prompt": " \\n"}': "The prompt is empty",
     b'""': "The prompt is empty",
-    b'"\\ud800"': "The prompt holds \\ud800, half of a character",
+    b'"\\ud800"': "The prompt contains the unpaired surrogate \\ud800",
     b'{"prompt": "a", "id": [1]}': "The id is a list",
     b'{"prompt": "a", "id": true}': "The id is true or false",
     b'{"prompt": "a", "id": 1.5}': "The id is a number; it must be",
-    b'{"prompt": "a", "id": "\\udc00"}': "The id holds \\udc00",
-    b'{"prompt": "a", "messages": [1]}': "a prompt and messages",
+    b'{"prompt": "a", "id": "\\udc00"}': "contains the unpaired surrogate \\udc00",
+    b'{"prompt": "a", "messages": [1]}': '"prompt" and "messages"',
     b'{"messages": []}': "messages is an empty list",
-    b'{"messages": "a"}': "messages is a text",
-    b'{"messages": ["a"]}': "messages[0] is a text",
+    b'{"messages": "a"}': "messages is a string",
+    b'{"messages": ["a"]}': "messages[0] is a string",
     b'{"messages": [{"role": "tool", "content": "a"}]}': "messages[0].role is 'tool'",
     b'{"messages": [{"role": [], "content": "a"}]}': "messages[0].role is []",
     b'{"messages": [{"role": "user"}]}': "messages[0] has no content",
@@ -208,12 +216,17 @@ BAD = {
 }
 
 
-def test_every_bad_line_is_named_and_the_rest_is_answered(tmp_path):
+def test_every_invalid_line_is_reported_and_the_rest_is_answered(tmp_path):
     lines = [line for bad in BAD for line in (bad, b'"a king"')]
     prompts = read(b"\n".join(lines), folder=tmp_path)
-    told, given = [], []
+    problems, given = [], []
     report = answer_prompts(
-        model, tokenizer, prompts, SHORT, on_answer=given.append, on_problem=told.append
+        model,
+        tokenizer,
+        prompts,
+        SHORT,
+        on_answer=given.append,
+        on_problem=problems.append,
     )
     text = generate(model, tokenizer, "a king", SHORT)
     assert [answer["line"] for answer in given] == [*range(1, len(lines) + 1)]
@@ -222,13 +235,14 @@ def test_every_bad_line_is_named_and_the_rest_is_answered(tmp_path):
     ):
         line = 2 * number + 1
         assert words in answer["error"]
-        assert told[number] == f"{tmp_path / 'prompts.jsonl'}:{line}: {answer['error']}"
+        place = f"{tmp_path / 'prompts.jsonl'}:{line}"
+        assert problems[number] == f"{place}: {answer['error']}"
     assert {answer["text"] for answer in given[1::2]} == {text}
-    assert report.problems == tuple(told)
+    assert report.problems == tuple(problems)
     assert (report.prompts, report.kept) == (len(lines), 0)
 
 
-def test_prompts_that_do_not_fit_the_model_are_named_as_well(tmp_path):
+def test_prompts_that_do_not_fit_the_model_are_reported(tmp_path):
     data = b'"a king"\n"' + b"king " * 80 + b'"\n{"id": 1, "messages": ['
     data += b'{"role": "system", "content": "b"}, {"role": "user", "content": "c"}]}'
     prompts, given = read(data, folder=tmp_path), []
@@ -236,19 +250,19 @@ def test_prompts_that_do_not_fit_the_model_are_named_as_well(tmp_path):
     assert len(report.problems) == 2
     assert "the model's context is 64" in given[1]["error"]
     assert given[2]["id"] == 1
-    assert "no place" in given[2]["error"]
+    assert "not a conversation" in given[2]["error"]
 
 
-def test_what_is_wrong_with_all_is_said_once(tmp_path):
+def test_invalid_settings_are_reported_once(tmp_path):
     prompts = read(b'"a king"', folder=tmp_path)
-    with pytest.raises(OpenELMError, match="no place for `system`"):
+    with pytest.raises(OpenELMError, match="not support `system`"):
         answer_prompts(model, tokenizer, prompts, SHORT, system="Be kind.")
     with pytest.raises(OpenELMError, match="No template is called"):
         answer_prompts(model, tokenizer, prompts, SHORT, template="x")
 
 
 @pytest.mark.parametrize("missing", ["nowhere.txt", ".", "\0"])
-def test_a_file_that_cannot_be_read_is_named(missing):
+def test_an_unreadable_file_is_reported(missing):
     with pytest.raises(OpenELMError, match="Cannot read the prompts of"):
         read_prompts(missing)
 
@@ -256,7 +270,7 @@ def test_a_file_that_cannot_be_read_is_named(missing):
 # Answers ---------------------------------------------------------------------------
 
 
-def test_an_answer_tells_what_generate_tells(tmp_path):
+def test_an_answer_has_the_fields_of_generate(tmp_path):
     given = []
     sampling = Sampling(max_tokens=5, logprobs=2)
     prompts = read(b'{"prompt": "a king", "id": "x"}', folder=tmp_path)
@@ -267,16 +281,16 @@ def test_an_answer_tells_what_generate_tells(tmp_path):
     assert answer["finish_reason"] == "length"
     assert answer["prompt_tokens"] == len(tokenizer.encode("a king"))
     assert answer["generation_tokens"] == len(answer["tokens"]) == 5
-    assert [told["token"] for told in answer["logprobs"]] == answer["tokens"]
-    for told in answer["logprobs"]:
-        assert told["piece"] == tokenizer.piece(told["token"])
-        assert told["top"][0]["logprob"] == told["logprob"]
-        assert len(told["top"]) == 2
+    assert [token["token"] for token in answer["logprobs"]] == answer["tokens"]
+    for token in answer["logprobs"]:
+        assert token["piece"] == tokenizer.piece(token["token"])
+        assert token["top"][0]["logprob"] == token["logprob"]
+        assert len(token["top"]) == 2
     assert json.loads(json.dumps(answer)) == answer
 
 
 def test_turns_and_texts_get_the_template(tmp_path):
-    # Answers of one template's prompts are the prompts' own: their keys tell ids.
+
     templated = Tokenizer(tokenizer.model_proto, template="instruct")
     roomy = build(UNEVEN.__class__(**{**_fields(UNEVEN), "max_context_length": 512}))
     data = b'"Hi"\n{"messages": [{"role": "user", "content": "Hi"}]}\n'
@@ -315,7 +329,7 @@ def timeless(answers):
     return [{k: v for k, v in a.items() if k not in left_out} for a in answers]
 
 
-def test_a_stopped_run_is_gone_on_with(tmp_path):
+def test_a_stopped_run_resumes(tmp_path):
     texts = [f'"king {n}"'.encode() for n in range(30)]
     texts[4:6] = [b'"\xff"', b'"' + b"king " * 80 + b'"']
     prompts = read(b"\n".join(texts), folder=tmp_path)
@@ -338,17 +352,17 @@ def test_a_stopped_run_is_gone_on_with(tmp_path):
 
         with pytest.raises(KeyboardInterrupt) as stopped:
             run("stopped", on_progress=stop)
-        assert "The same command goes on from" in stopped.value.__notes__[0]
+        assert "The same command resumes from" in stopped.value.__notes__[0]
         again, second = run("stopped", batch_size=3)
         assert again == whole
         assert stop_at - 2 < second.kept < 28
         assert second.problems == report.problems
         assert second.tokens < report.tokens
         (tmp_path / "stopped").unlink()
-    given, told = [], []
-    again, third = run("whole", on_answer=given.append, on_problem=told.append)
+    given, problems = [], []
+    again, third = run("whole", on_answer=given.append, on_problem=problems.append)
     assert (given, third.kept, third.tokens) == ([], 28, 0)
-    assert told == list(report.problems)
+    assert problems == list(report.problems)
 
     with pytest.raises(OpenELMError, match="`force`"):
         run("whole", sampling=Sampling(max_tokens=30))
@@ -361,17 +375,17 @@ def test_a_stopped_run_is_gone_on_with(tmp_path):
     assert run("whole", force=True)[0] != whole
 
 
-def test_a_mended_line_is_all_that_is_done_again(tmp_path):
+def test_a_resumed_run_answers_only_corrected_and_new_lines(tmp_path):
     texts = [f'"king {n}"'.encode() for n in range(8)]
-    torn = [*texts[:2], b'"king', texts[3], b'"king', *texts[5:]]
+    invalid = [*texts[:2], b'"king', texts[3], b'"king', *texts[5:]]
     path, given = tmp_path / "answers", []
     answer_prompts(
-        model, tokenizer, read(b"\n".join(torn), folder=tmp_path), SHORT, output=path
+        model, tokenizer, read(b"\n".join(invalid), folder=tmp_path), SHORT, output=path
     )
-    mended = read(b"\n".join([*texts, b'"more"']), folder=tmp_path)
-    report = answer_prompts(model, tokenizer, mended, SHORT, output=path)
+    corrected = read(b"\n".join([*texts, b'"more"']), folder=tmp_path)
+    report = answer_prompts(model, tokenizer, corrected, SHORT, output=path)
     assert report.kept == 6
-    answer_prompts(model, tokenizer, mended, SHORT, on_answer=given.append)
+    answer_prompts(model, tokenizer, corrected, SHORT, on_answer=given.append)
     assert timeless(lines_of(path)) == timeless(given)
     fewer = read(b"\n".join(texts[:5]), folder=tmp_path)
     with pytest.raises(OpenELMError, match="`force`"):
@@ -393,7 +407,7 @@ answer_prompts(model, tokenizer, prompts, sampling, output=Path(sys.argv[2]))
 
 
 @pytest.mark.proof
-def test_a_run_that_is_killed_again_and_again_writes_the_same(tmp_path):
+def test_a_run_that_is_killed_repeatedly_writes_the_same(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"The king {n} said to the\n" for n in range(150)))
 
@@ -407,8 +421,8 @@ def test_a_run_that_is_killed_again_and_again_writes_the_same(tmp_path):
         process = start("killed")
         while process.poll() is None:
             files = (tmp_path / "killed", waiting)
-            held = sum(p.read_bytes().count(b"\n") for p in files if p.exists())
-            if held >= wanted:
+            written = sum(p.read_bytes().count(b"\n") for p in files if p.exists())
+            if written >= wanted:
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.001)
@@ -416,9 +430,9 @@ def test_a_run_that_is_killed_again_and_again_writes_the_same(tmp_path):
             break
         kills += 1
         files = (tmp_path / "killed", waiting)
-        held = sum(p.read_bytes().count(b"\n") for p in files if p.exists())
-        assert held >= before
-        before = held
+        written = sum(p.read_bytes().count(b"\n") for p in files if p.exists())
+        assert written >= before
+        before = written
     assert kills >= 5
     killed, whole = (lines_of(tmp_path / name) for name in ("killed", "whole"))
     assert timeless(killed) == timeless(whole)

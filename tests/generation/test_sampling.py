@@ -36,7 +36,7 @@ def softmax(logits):
 @given(logit_lists, st.floats(0.05, 0.99))
 def test_top_p_keeps_the_smallest_set_of_that_mass(logits, top_p):
     probs = softmax(logits)
-    # By the logits: two that differ by less than exp can see have one probability.
+    # Ordered by logits: close ones may have equal probabilities after rounding.
     order = np.argsort(-np.array(logits, np.float32), kind="stable")
     mass = np.cumsum(probs[order])
     if np.abs(mass - top_p).min() < 1e-5:
@@ -52,7 +52,7 @@ def test_top_k_keeps_the_k_likeliest(logits, top_k):
 
 
 @given(logit_lists, st.floats(0.01, 0.9))
-def test_min_p_keeps_what_is_likely_beside_the_likeliest(logits, min_p):
+def test_min_p_is_relative_to_the_likeliest_token(logits, min_p):
     probs = softmax(logits)
     share = probs / probs.max()
     if np.abs(share - min_p).min() < 1e-5:
@@ -82,9 +82,9 @@ def test_draws_follow_the_distribution(options):
         expected = np.zeros(5)
         expected[likely] = softmax(np.array(logits)[row, likely] / 0.7)
         np.testing.assert_allclose(probs[row], expected, rtol=1e-5)
-        found = np.bincount(drawn, minlength=5)
-        assert not found[expected == 0].any()
-        parts = (found - count * expected)[likely] ** 2 / (count * expected[likely])
+        counts = np.bincount(drawn, minlength=5)
+        assert not counts[expected == 0].any()
+        parts = (counts - count * expected)[likely] ** 2 / (count * expected[likely])
         assert parts.sum() < 25  # chi-square, at most 4 degrees of freedom: p < 1e-4
 
 
@@ -107,7 +107,7 @@ filters = st.fixed_dictionaries(
 
 
 @given(st.integers(0, 999), filters)
-def test_together_the_filters_keep_what_each_one_keeps(seed, options):
+def test_combined_filters_keep_the_intersection(seed, options):
     logits = np.random.default_rng(seed).normal(0, 2, 12).astype(np.float32)
     each = [kept(logits, **{name: value}) for name, value in options.items()]
     assert kept(logits, **options) == set(range(12)).intersection(*each)
@@ -115,15 +115,15 @@ def test_together_the_filters_keep_what_each_one_keeps(seed, options):
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("options", [{"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 40}])
-def test_half_precision_is_filtered_and_drawn_in_full(dtype, options):
+def test_half_precision_is_filtered_and_drawn_in_float32(dtype, options):
     mx.random.seed(3)
     logits = mx.random.normal((2, 32000)).astype(dtype)
     sampling = Sampling(temp=1.0, **options)
     for function in (keep_likely, distribution):
-        found = function(logits, sampling)
+        actual = function(logits, sampling)
         expected = function(logits.astype(mx.float32), sampling)
-        assert found.dtype == mx.float32
-        assert mx.array_equal(found, expected)
+        assert actual.dtype == mx.float32
+        assert mx.array_equal(actual, expected)
     if "top_p" in options:
         mass = mx.softmax(logits.astype(mx.float32), axis=-1)
         mass = mx.where(keep_likely(logits, sampling) > -mx.inf, mass, 0).sum(axis=-1)
@@ -139,7 +139,7 @@ def test_half_precision_is_filtered_and_drawn_in_full(dtype, options):
         {"temp": 1.0, "top_k": 1},
     ],
 )
-def test_the_extremes_leave_the_likeliest(options):
+def test_extreme_values_keep_the_likeliest(options):
     logits = mx.array([[0.0, 60000.0, 1.0]]).astype(mx.float16)
     assert choose_tokens(logits, Sampling(**options)).tolist() == [1]
     probs = np.exp(np.array(distribution(logits, Sampling(**options))))
@@ -161,7 +161,7 @@ def test_logprobs_are_the_models_own(seed, count):
     np.testing.assert_allclose(values, expected, atol=1e-5)
 
 
-def test_no_value_is_read_back_while_a_step_is_built(tmp_path):
+def test_no_value_is_read_back_while_a_graph_is_built(tmp_path):
     sampling = Sampling(
         min_tokens=3,
         temp=0.8,
@@ -190,7 +190,7 @@ def test_no_value_is_read_back_while_a_step_is_built(tmp_path):
 
 @pytest.mark.interop
 @given(st.integers(0, 999), filters)
-def test_the_filters_are_transformers(seed, options):
+def test_the_filters_equal_those_of_transformers(seed, options):
     torch = pytest.importorskip("torch")
     from transformers import generation as hf
 
@@ -205,13 +205,13 @@ def test_the_filters_are_transformers(seed, options):
         theirs.append(hf.MinPLogitsWarper(options["min_p"]))
     if "top_k" in options:
         theirs.append(hf.TopKLogitsWarper(options["top_k"]))
-    # Scores come with a history, which these do not read.
+    # These processors ignore the history.
     expected = theirs(torch.zeros((3, 1), dtype=torch.long), torch.tensor(logits))
-    found = keep_likely(mx.array(logits), Sampling(temp=1.0, **options))
-    np.testing.assert_array_equal(np.array(found), expected.numpy())
+    actual = keep_likely(mx.array(logits), Sampling(temp=1.0, **options))
+    np.testing.assert_array_equal(np.array(actual), expected.numpy())
 
 
-def test_what_a_person_said_wins_over_the_models_defaults():
+def test_given_options_take_precedence_over_the_models_defaults():
     defaults = {
         "do_sample": True,
         "temperature": 0.8,
@@ -219,14 +219,14 @@ def test_what_a_person_said_wins_over_the_models_defaults():
         "repetition_penalty": 1.1,
     }
     assert Sampling.from_defaults(defaults).temp == 0.8
-    found = Sampling.from_defaults(defaults, {"temp": 0.0, "top_k": None})
-    assert (found.temp, found.top_p, found.repetition_penalty) == (0.0, 0.9, 1.1)
+    actual = Sampling.from_defaults(defaults, {"temp": 0.0, "top_k": None})
+    assert (actual.temp, actual.top_p, actual.repetition_penalty) == (0.0, 0.9, 1.1)
     greedy = Sampling.from_defaults({"temperature": 0.8, "repetition_penalty": 1.2})
     assert (greedy.temp, greedy.repetition_penalty) == (0.0, 1.2)
     assert Sampling.from_defaults({"do_sample": True}).temp == 1.0
     lengths = {"max_new_tokens": 9, "min_new_tokens": 3, "no_repeat_ngram_size": 4}
-    found = Sampling.from_defaults(lengths, {"max_tokens": 8})
-    assert (found.max_tokens, found.min_tokens, found.no_repeat_ngram) == (8, 3, 4)
+    actual = Sampling.from_defaults(lengths, {"max_tokens": 8})
+    assert (actual.max_tokens, actual.min_tokens, actual.no_repeat_ngram) == (8, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +256,6 @@ def test_what_a_person_said_wins_over_the_models_defaults():
         ("logit_bias", (5, 1.0)),
     ],
 )
-def test_values_without_sense_are_refused_by_their_name(option, value):
+def test_an_invalid_value_is_refused_with_the_options_name(option, value):
     with pytest.raises(OpenELMError, match=f"`{option}`"):
         Sampling(**{option: value})

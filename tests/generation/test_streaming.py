@@ -17,8 +17,8 @@ tokenizer = small_tokenizer()
 model = build(UNEVEN)
 
 
-class Parrot:
-    """A model that says given tokens, one after the other, whatever it reads."""
+class Scripted:
+    """A model that yields given tokens in turn, whatever its input."""
 
     def __init__(self, tokens, context=64):
         self.config = replace(UNEVEN, max_context_length=context)
@@ -33,9 +33,9 @@ class Parrot:
         return 10.0 * (mx.arange(tokenizer.vocab_size) == token)[None]
 
 
-def say(text, *, eos=True, **options):
+def stream_text(text, *, eos=True, **options):
     ids = tokenizer.encode(text, bos=False) + ([tokenizer.eos_id] if eos else [])
-    return list(stream(Parrot(ids, 4096), tokenizer, [1], Sampling(**options)))
+    return list(stream(Scripted(ids, 4096), tokenizer, [1], Sampling(**options)))
 
 
 def test_greedy_is_the_argmax_of_the_uncached_model():
@@ -43,8 +43,8 @@ def test_greedy_is_the_argmax_of_the_uncached_model():
     expected = list(prompt)
     for _ in range(20):
         expected.append(int(np.array(model(mx.array([expected])))[0, -1].argmax()))
-    found = [p.token for p in stream(model, tokenizer, prompt, Sampling(max_tokens=20))]
-    assert found == expected[3:]
+    ids = [p.token for p in stream(model, tokenizer, prompt, Sampling(max_tokens=20))]
+    assert ids == expected[3:]
 
 
 def test_the_prompts_chunks_do_not_change_the_answer(monkeypatch):
@@ -62,7 +62,7 @@ texts = st.text(st.sampled_from("ab \n日\U0001f600é"), min_size=1, max_size=20
 @settings(max_examples=150)
 @given(texts, st.lists(st.text("ab \n日", min_size=1, max_size=4), max_size=3))
 def test_the_answer_ends_before_the_first_stop_text(text, stops):
-    pieces = say(text, stop=tuple(stops), max_tokens=200)
+    pieces = stream_text(text, stop=tuple(stops), max_tokens=200)
     ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
     expected = text[: min(ends)[1]] if ends else text
     assert "".join(p.text for p in pieces) == expected
@@ -74,7 +74,7 @@ def test_the_answer_ends_before_the_first_stop_text(text, stops):
 def test_eos_ends_the_answer_wherever_it_comes(place):
     words = tokenizer.encode("a king and a queen", bos=False)[:8]
     ids = [*words[:place], tokenizer.eos_id, *words]
-    pieces = list(stream(Parrot(ids), tokenizer, [1], Sampling(max_tokens=30)))
+    pieces = list(stream(Scripted(ids), tokenizer, [1], Sampling(max_tokens=30)))
     assert [p.token for p in pieces] == ids[: place + 1]
     assert "".join(p.text for p in pieces) == tokenizer.decode(words[:place])
     assert pieces[-1].finish_reason == "stop"
@@ -82,9 +82,10 @@ def test_eos_ends_the_answer_wherever_it_comes(place):
 
 
 def test_max_tokens_and_the_context_end_it_with_length():
-    assert len(say("a king and a queen", eos=False, max_tokens=3)) == 3
+    assert len(stream_text("a king and a queen", eos=False, max_tokens=3)) == 3
     assert (
-        say("a king and a queen", eos=False, max_tokens=3)[-1].finish_reason == "length"
+        stream_text("a king and a queen", eos=False, max_tokens=3)[-1].finish_reason
+        == "length"
     )
     prompt = [1, *[7] * 59]
     pieces = list(stream(model, tokenizer, prompt, Sampling(max_tokens=999)))
@@ -92,10 +93,16 @@ def test_max_tokens_and_the_context_end_it_with_length():
     assert pieces[-1].finish_reason == "length"
 
 
-def test_half_a_character_at_the_end_is_not_swallowed():
-    bites = [tokenizer.processor.PieceToId(f"<0x{b:02X}>") for b in "日".encode()[:2]]
-    pieces = list(stream(Parrot(bites), tokenizer, [1], Sampling(max_tokens=2)))
-    assert "".join(p.text for p in pieces) == tokenizer.decode(bites) == "\ufffd\ufffd"
+def test_half_a_character_at_the_end_is_kept():
+    byte_tokens = [
+        tokenizer.processor.PieceToId(f"<0x{b:02X}>") for b in "日".encode()[:2]
+    ]
+    pieces = list(stream(Scripted(byte_tokens), tokenizer, [1], Sampling(max_tokens=2)))
+    assert (
+        "".join(p.text for p in pieces)
+        == tokenizer.decode(byte_tokens)
+        == "\ufffd\ufffd"
+    )
 
 
 def test_a_prompt_without_room_is_refused():
@@ -103,9 +110,9 @@ def test_a_prompt_without_room_is_refused():
         list(stream(model, tokenizer, [1] * 64))
     with pytest.raises(OpenELMError, match="empty"):
         list(stream(model, tokenizer, []))
-    with pytest.raises(OpenELMError, match="no token id"):
+    with pytest.raises(OpenELMError, match="invalid token id"):
         list(stream(model, tokenizer, [1, 300]))
-    with pytest.raises(OpenELMError, match="no token id"):
+    with pytest.raises(OpenELMError, match="invalid token id"):
         list(stream(model, tokenizer, [1, 1.5]))
 
 
@@ -127,8 +134,8 @@ def test_the_penalty_keeps_a_greedy_answer_from_repeating():
     assert len(set(plain)) < len(plain)
 
 
-def test_figures_are_those_of_the_run():
-    pieces = say("a king", max_tokens=50)
+def test_the_statistics_are_those_of_the_run():
+    pieces = stream_text("a king", max_tokens=50)
     last = pieces[-1]
     assert last.prompt_tokens == 1
     assert last.generation_tokens == len(pieces)
@@ -139,9 +146,9 @@ def test_figures_are_those_of_the_run():
     assert last.peak_memory_bytes >= 0
 
 
-def test_the_first_words_space_is_kept_behind_a_prompt():
+def test_the_first_words_space_is_kept_after_a_prompt():
     ids = tokenizer.encode("king", bos=False)
     pieces = list(
-        stream(Parrot(ids, 4096), tokenizer, "the", Sampling(max_tokens=len(ids)))
+        stream(Scripted(ids, 4096), tokenizer, "the", Sampling(max_tokens=len(ids)))
     )
     assert "the" + "".join(p.text for p in pieces) == "the king"

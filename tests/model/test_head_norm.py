@@ -1,4 +1,4 @@
-"""Norms of query and key heads, joined: always those that the module has now."""
+"""Joined norms of query and key heads use the module's current weights."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,40 +23,40 @@ def heads(num_tokens: int) -> mx.array:
 
 
 def expected(x: mx.array, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm) -> np.ndarray:
-    found = np.array(x, np.float64)
-    found /= np.sqrt((found**2).mean(axis=-1, keepdims=True) + 1e-6)
-    found[..., :Q, :] *= np.array(q_norm.weight)
-    found[..., Q:, :] *= np.array(k_norm.weight)
-    return found
+    normed = np.array(x, np.float64)
+    normed /= np.sqrt((normed**2).mean(axis=-1, keepdims=True) + 1e-6)
+    normed[..., :Q, :] *= np.array(q_norm.weight)
+    normed[..., Q:, :] *= np.array(k_norm.weight)
+    return normed
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5])
 @pytest.mark.parametrize("cached", [False, True])
 def test_each_head_has_the_weight_of_its_norm(norms, num_tokens, cached):
     x = heads(num_tokens)
-    found = HeadNorm()(x, *norms, Q, cached=cached)
-    np.testing.assert_allclose(found, expected(x, *norms), rtol=1e-5, atol=1e-6)
+    normed = HeadNorm()(x, *norms, Q, cached=cached)
+    np.testing.assert_allclose(normed, expected(x, *norms), rtol=1e-5, atol=1e-6)
 
 
-def test_decoding_sees_weights_that_were_replaced(norms):
-    join, x = HeadNorm(), heads(1)
-    join(x, *norms, Q, cached=True)
+def test_decoding_uses_a_replaced_weight(norms):
+    head_norm, x = HeadNorm(), heads(1)
+    head_norm(x, *norms, Q, cached=True)
     norms[1].weight = mx.full((H,), 5.0)
-    found = join(x, *norms, Q, cached=True)
-    np.testing.assert_allclose(found, expected(x, *norms), rtol=1e-5, atol=1e-6)
+    normed = head_norm(x, *norms, Q, cached=True)
+    np.testing.assert_allclose(normed, expected(x, *norms), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("num_tokens", "cached"), [(1, False), (5, True), (5, False)])
-def test_all_but_decoding_sees_weights_changed_in_place(norms, num_tokens, cached):
-    join, x = HeadNorm(), heads(num_tokens)
-    join(x, *norms, Q, cached=cached)
+def test_all_but_decoding_uses_weights_changed_in_place(norms, num_tokens, cached):
+    head_norm, x = HeadNorm(), heads(num_tokens)
+    head_norm(x, *norms, Q, cached=cached)
     norms[0].weight[:] = 7.0
-    found = join(x, *norms, Q, cached=cached)
-    np.testing.assert_allclose(found, expected(x, *norms), rtol=1e-5, atol=1e-6)
+    normed = head_norm(x, *norms, Q, cached=cached)
+    np.testing.assert_allclose(normed, expected(x, *norms), rtol=1e-5, atol=1e-6)
 
 
-def test_training_keeps_nothing_of_its_graph(norms):
-    join = HeadNorm()
+def test_training_does_not_cache_joined_weights(norms):
+    head_norm = HeadNorm()
     norms[0].train()
-    join(heads(5), *norms, Q, cached=False)
-    assert join._joined is None
+    head_norm(heads(5), *norms, Q, cached=False)
+    assert head_norm._joined is None

@@ -27,11 +27,11 @@ def golden_difference() -> float:
     model.load_weights(
         [(to_folder(n), mx.array(made_weight(n, s, seed))) for n, s in shapes.items()]
     )
-    found = np.array(model(mx.array(tokens)))[:, positions]
-    return float(np.abs(found - logits).max())
+    ours = np.array(model(mx.array(tokens)))[:, positions]
+    return float(np.abs(ours - logits).max())
 
 
-def test_apples_answers_of_gpt_test():
+def test_logits_of_gpt_test_match_apples():
     assert golden_difference() <= LIMIT
 
 
@@ -40,8 +40,8 @@ def swap_queries_and_keys(monkeypatch):
 
     def swapped(queries, keys, values, mask):
         groups = queries.shape[1] // keys.shape[1]
-        asked = mx.repeat(keys, groups, axis=1)
-        return original(asked, queries, mx.repeat(values, groups, axis=1), mask)
+        keys, values = (mx.repeat(x, groups, axis=1) for x in (keys, values))
+        return original(keys, queries, values, mask)
 
     monkeypatch.setattr(token_layout, "attend", swapped)
 
@@ -63,9 +63,9 @@ def interleave_rope(monkeypatch):
     monkeypatch.setattr(token_layout, "rotation_after", interleaved)
 
 
-def forget_rope(monkeypatch):
-    plain = lambda *given: lambda x: x.swapaxes(1, 2)  # noqa: E731
-    monkeypatch.setattr(token_layout, "rotation_after", plain)
+def skip_rope(monkeypatch):
+    skipped = lambda *args: lambda x: x.swapaxes(1, 2)  # noqa: E731
+    monkeypatch.setattr(token_layout, "rotation_after", skipped)
 
 
 def swap_gate_and_up(monkeypatch):
@@ -79,11 +79,11 @@ def swap_gate_and_up(monkeypatch):
         swap_queries_and_keys,
         drop_the_qk_norm,
         interleave_rope,
-        forget_rope,
+        skip_rope,
         swap_gate_and_up,
     ],
 )
-def test_a_wrong_model_does_not_pass_for_apples(monkeypatch, mutation):
+def test_logits_of_a_wrong_model_differ_from_apples(monkeypatch, mutation):
     mutation(monkeypatch)
     assert golden_difference() > 100 * LIMIT
 
@@ -105,13 +105,13 @@ def test_any_split_through_the_cache_gives_the_uncached_logits(tokens, data):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
 
 
-def test_the_caches_room_grows_and_shrinks_without_a_trace(monkeypatch):
+def test_growing_and_trimming_the_cache_does_not_change_logits(monkeypatch):
     monkeypatch.setattr(KVCache, "step", 3)
     tokens = list(range(30))
     whole = np.array(model(mx.array([tokens])))
     cache = [KVCache() for _ in model.layers]
     model(mx.array([tokens[:10]]), cache)
-    model(mx.array([[7, 7, 7]]), cache)  # a wrong turn, taken back
+    model(mx.array([[7, 7, 7]]), cache)  # rejected tokens, trimmed again
     for layer in cache:
         layer.trim(3)
     rest = np.array(model(mx.array([tokens[10:]]), cache))
@@ -119,7 +119,7 @@ def test_the_caches_room_grows_and_shrinks_without_a_trace(monkeypatch):
     assert cache[0].offset == 30
 
 
-def test_sequences_of_a_batch_do_not_touch_each_other():
+def test_sequences_of_a_batch_do_not_affect_each_other():
     a, b = list(range(20)), list(range(100, 120))
     both = np.array(model(mx.array([a, b])))
     np.testing.assert_allclose(both[1:], np.array(model(mx.array([b]))), atol=2e-5)
@@ -132,7 +132,7 @@ def test_later_tokens_do_not_change_earlier_logits():
     assert np.abs(first[:, 3] - second[:, 3]).max() > 1e-2
 
 
-def test_an_untied_head_is_its_own():
+def test_an_untied_head_uses_its_own_weight():
     untied = build(replace(UNEVEN, share_input_output_layers=False))
     tokens = mx.array([[1, 2, 3]])
     assert untied(tokens).shape == (1, 3, UNEVEN.vocab_size)
@@ -142,13 +142,13 @@ def test_an_untied_head_is_its_own():
 
 
 @pytest.mark.interop
-def test_mlx_lms_caches_are_taken():
-    from mlx_lm.models.cache import KVCache as Theirs
+def test_mlx_lms_caches_are_accepted():
+    from mlx_lm.models.cache import KVCache as MlxLmKVCache
     from mlx_lm.models.cache import RotatingKVCache
 
     tokens = list(range(24))
     whole = np.array(model(mx.array([tokens])))
-    for make in (Theirs, lambda: RotatingKVCache(max_size=64)):
+    for make in (MlxLmKVCache, lambda: RotatingKVCache(max_size=64)):
         cache = [make() for _ in model.layers]
         parts = [
             np.array(model(mx.array([tokens[a:b]]), cache))
@@ -158,7 +158,7 @@ def test_mlx_lms_caches_are_taken():
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_new_norms_are_noticed(in_place):
+def test_changed_norm_weights_take_effect(in_place):
     changed = build(UNEVEN)
     tokens = mx.array([[1, 2, 3]])
     before = np.array(changed(tokens))
@@ -171,7 +171,7 @@ def test_new_norms_are_noticed(in_place):
 
 
 @pytest.mark.parametrize("lengths", [(5, 7), (40, 60)])
-def test_sequences_are_trained_in_the_models_own_dtype(lengths):
+def test_sequences_are_trained_in_the_dtype_of_the_model(lengths):
     half = build(UNEVEN)
     half.set_dtype(mx.bfloat16)
     tokens = mx.arange(sum(lengths))[None]
@@ -185,11 +185,11 @@ def test_sequences_are_trained_in_the_models_own_dtype(lengths):
     assert mx.grad(loss)(weight).dtype == mx.bfloat16
 
 
-@pytest.mark.parametrize("rows", [2, 200])  # what is small has a form of its own
-def test_a_norm_is_its_formula(rows):
+@pytest.mark.parametrize("rows", [2, 200])  # small tensors use another kernel
+def test_normalize_matches_the_formula(rows):
     x = np.random.default_rng(0).standard_normal((1, rows, 6, 64), np.float32)
     for shape in ((64,), (6, 64)):
         weight = np.random.default_rng(1).standard_normal(shape, np.float32)
         expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
-        found = openelm.normalize(mx.array(x), mx.array(weight), 1e-6)
-        np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
+        normed = openelm.normalize(mx.array(x), mx.array(weight), 1e-6)
+        np.testing.assert_allclose(np.array(normed), expected, atol=1e-5)

@@ -20,7 +20,7 @@ from mlx_openelm.recipe_loader import load_recipe
 from mlx_openelm.storage.hub import demo_folder
 from mlx_openelm.storage.loading import load
 from mlx_openelm.storage.model_folder import open_folder
-from mlx_openelm.storage.tokenizer_finder import prove_tokenizer
+from mlx_openelm.storage.tokenizer_finder import verify_tokenizer
 from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 
 DEMO = demo_folder()
@@ -54,7 +54,7 @@ def test_its_tokenizer_loses_nothing(text):
 
 
 def test_its_tokenizer_is_of_llamas_kind():
-    prove_tokenizer(tokenizer, open_folder(DEMO).config.vocab_size)
+    verify_tokenizer(tokenizer, open_folder(DEMO).config.vocab_size)
     assert 4096 <= tokenizer.vocab_size <= 8192
 
 

@@ -86,7 +86,7 @@ def test_a_stopped_convert_keeps_whole_shards_and_says_so(here, number, code):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, b"")
-    assert err.endswith(b"The same command goes on from 1 whole shard.\n")
+    assert err.endswith(b"The same command resumes from 1 complete shard.\n")
     assert len(err.splitlines()) <= 2
     check_it_goes_on(here)
 
@@ -169,7 +169,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(here, monkeypatc
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(folder_writing.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(folder_writing, "ShardWriter", None)
-    refuse(here, *CONVERT, says=["a/b needs", "make room"])
+    refuse(here, *CONVERT, says=["a/b needs", "free some space"])
 
 
 def test_a_full_disk_behind_stdout_is_no_traceback(here):

@@ -28,7 +28,7 @@ PLANTED = {
         "mlx_openelm/training/step.py",
         "import torch",
     ),
-    "Pre-training runs where mlx is not installed": (
+    "Pre-training runs, and reports are drawn, where mlx is not installed": (
         "converters/pretraining/packing.py",
         "import mlx.core",
     ),

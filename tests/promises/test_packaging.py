@@ -92,6 +92,8 @@ def test_wheel_is_the_packages_and_the_recipes(checkout: Path, wheel: Path) -> N
     assert f"mlx_openelm-{VERSION}.dist-info/licenses/LICENSE" in found
     assert {f"{package}/py.typed" for package in PACKAGES} <= expected
     assert "mlx_openelm/recipes/pretrain/stories.yaml" in expected
+    templates = {"page.css", "palette.css", "picture.svg", "training_report.html"}
+    assert {f"mlx_openelm/reporting/templates/{name}" for name in templates} <= expected
 
 
 def test_demo_model_is_in_the_wheel(wheel: Path) -> None:
@@ -164,7 +166,7 @@ def test_metadata_names_version_and_licence(metadata: email.message.Message) -> 
     assert metadata["Version"] == VERSION
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    extras = ["eval", "gguf", "tensorboard", "torch"]
+    extras = ["eval", "gguf", "tensorboard", "torch", "trackio", "wandb"]
     assert metadata.get_all("Provides-Extra") == extras
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import call, make_source, refuse, spoilt
+from commands import call, make_source, refuse, replace_last
 from models import UNEVEN, small_tokenizer, weights_of, write_pt
 
 from mlx_openelm.storage.model_folder import open_folder
@@ -23,13 +23,13 @@ PACK = ("-q", "--q-group-size", "32", "--no-receipt")
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("packed", [(), PACK])
 def test_weights_that_are_no_numbers_are_refused(here, value, packed):
-    make_source(here / "nan", {FFN: spoilt(WEIGHTS[FFN], value)})
+    make_source(here / "nan", {FFN: replace_last(WEIGHTS[FFN], value)})
     says = [FFN, "NaN or infinity"]
     refuse(here, "convert", "nan", "--mlx-path", "deep/down/out", *packed, says=says)
 
 
 def test_numbers_beyond_the_range_of_a_dtype_are_refused(here):
-    make_source(here / "large", {FFN: spoilt(WEIGHTS[FFN], 1e5)})
+    make_source(here / "large", {FFN: replace_last(WEIGHTS[FFN], 1e5)})
     says = [FFN, "beyond float16's range"]
     refuse(here, "convert", "large", "--dtype", "float16", says=says)
     far = WEIGHTS[FFN].copy()
@@ -107,7 +107,7 @@ def test_a_tokenizer_that_is_nowhere_is_named(here):
     [
         ("nowhere", "There is no folder nowhere"),
         ("a/b/c", "There is no folder a/b/c"),
-        ("no-such/model", "no model of that name in the local cache"),
+        ("no-such/model", "cache has no model of that name"),
         ("..", "holds no config.json"),
         ("model/config.json", "is a file, not a model folder"),
         ("~nobody", "There is no folder ~nobody"),
@@ -137,7 +137,7 @@ def test_a_model_that_is_none_is_named(here, name, says):
         (["--stop", ""], "--stop is empty"),
         (["--stop", "\udcff"], "UTF-8"),
         (["--template", "poem"], ["'poem'", "instruct"]),
-        (["--system", "Be kind."], "no place for --system"),
+        (["--system", "Be kind."], "not support --system"),
         (["--adapter-path", "nowhere"], "nowhere"),
     ],
 )
@@ -209,7 +209,7 @@ def test_damaged_defaults_of_a_model_are_named(here, content, says):
 def test_a_score_is_a_number(here):
     make_source(here / "nan", {"norm.weight": np.full(64, np.nan, "f")})
     args = ("evaluate", "--quiet", "--model", "nan", "--text", "nan/config.json")
-    refuse(here, *args, says="gives nan for this text")
+    refuse(here, *args, says="log-likelihood of this text is nan")
 
 
 @pytest.mark.parametrize(

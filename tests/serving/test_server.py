@@ -249,7 +249,7 @@ def test_chats_are_those_of_chat(client, small):
             deltas = [c.choices[0].delta.content or "" for c in streamed]
             assert "".join(deltas) == expected
             messages.append({"role": "assistant", "content": expected})
-        assert not conversation.forgotten
+        assert not conversation.omitted_pairs
 
 
 def test_a_model_without_a_template_goes_on_with_one_text(openai, small):
@@ -426,7 +426,7 @@ def healthy(url):
         ({"max_tokens": 2.5}, "max_tokens is 2.5"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": "hot" * 10**5}, "temperature is not"),
-        ({"temperature": 1e999}, "no JSON"),
+        ({"temperature": 1e999}, "not JSON"),
         ({"temperature": [[]]}, "temperature is"),
         ({"top_p": 2}, "top_p is 2"),
         ({"top_k": -1}, "top_k is -1"),

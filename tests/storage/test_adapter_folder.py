@@ -12,7 +12,7 @@ from models import EVEN, build, small_tokenizer, weights_of, write_hugging_face
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.adapter_folder import AdapterConfig, write_adapter
-from mlx_openelm.storage.base_check import sketch_base
+from mlx_openelm.storage.base_check import fingerprint_base
 from mlx_openelm.storage.hub import demo_folder
 from mlx_openelm.storage.loading import choose_model, load
 from mlx_openelm.storage.tokenizer_finder import write_tokenizer
@@ -28,7 +28,7 @@ def base(tmp_path):
 
 
 def make_adapter(folder, base, kind, keys=None):
-    """Let mlx-lm's own layers make an adapter with no zero in it; return its logits."""
+    """Make an adapter with mlx-lm's layers, without zeros; return its logits."""
     from mlx_lm import load as load_theirs
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -62,12 +62,12 @@ def make_adapter(folder, base, kind, keys=None):
         ("lora", ["transformer.token_embeddings", "ffn.proj_2"]),
     ],
 )
-def test_an_adapter_of_mlx_lms_gives_mlx_lms_logits(tmp_path, base, kind, keys):
+def test_an_adapter_of_mlx_lm_gives_mlx_lms_logits(tmp_path, base, kind, keys):
     expected = make_adapter(tmp_path / "adapter", base, kind, keys)
     model, _ = load(str(base), adapter_path=tmp_path / "adapter")
-    found = np.array(model(TOKENS))
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert np.abs(found - np.array(build(EVEN)(TOKENS))).max() > 0.1
+    logits = np.array(model(TOKENS))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    assert np.abs(logits - np.array(build(EVEN)(TOKENS))).max() > 0.1
 
 
 @pytest.mark.interop
@@ -98,12 +98,12 @@ def test_a_full_fine_tune_replaces_the_weights(tmp_path, base):
     ("config", "message"),
     [
         (None, "no adapter_config.json"),
-        ('{"peft_type": "LORA"}', "is PEFT's; `mlx-openelm convert"),
+        ('{"peft_type": "LORA"}', "is a PEFT adapter; `mlx-openelm convert"),
         ('{"fine_tune_type": "ia3", "lora_parameters": {"scale": 1}}', "ia3"),
         ('{"fine_tune_type": "lora"}', r"lora_parameters\.scale"),
     ],
 )
-def test_a_folder_that_is_no_adapter_is_refused(tmp_path, base, config, message):
+def test_a_folder_that_is_not_an_adapter_is_refused(tmp_path, base, config, message):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     mx.save_safetensors(str(adapter / "adapters.safetensors"), {"x": mx.zeros((2,))})
@@ -113,10 +113,12 @@ def test_a_folder_that_is_no_adapter_is_refused(tmp_path, base, config, message)
         load(str(base), adapter_path=adapter)
 
 
-# What our training says of itself ------------------------------------------------
+# Metadata of our training --------------------------------------------------------
 
 
-def write_own(folder, base="base", *, sketch=None, template="alpaca", method="lora"):
+def write_own(
+    folder, base="base", *, fingerprint=None, template="alpaca", method="lora"
+):
     """Write an adapter as `mlx-openelm lora` does."""
     rng = np.random.default_rng(3)
     path = "transformer.layers.1.ffn.proj_2"
@@ -129,8 +131,8 @@ def write_own(folder, base="base", *, sketch=None, template="alpaca", method="lo
         for name, shape in shapes.items()
     }
     metadata = {"template": template}
-    if sketch:
-        metadata["base"] = {"name": base, "sketch": sketch}
+    if fingerprint:
+        metadata["base"] = {"name": base, "sketch": fingerprint}
     folder.mkdir(parents=True, exist_ok=True)
     config = AdapterConfig(
         method, -1, ("ffn.proj_2",), 4, 2.0, base=base, metadata=metadata
@@ -152,21 +154,21 @@ def test_a_full_fine_tune_of_ours_gives_mlx_lms_logits(tmp_path, base):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_another_base_is_refused_and_another_version_is_said(tmp_path, base, method):
+def test_another_base_is_refused_and_another_version_warns(tmp_path, base, method):
     folder = tmp_path / "adapter"
-    same = sketch_base(build(EVEN))
-    load(str(base), write_own(folder, sketch=same, method=method))  # warns of nothing
+    write_own(folder, fingerprint=fingerprint_base(build(EVEN)), method=method)
+    load(str(base), folder)  # without a warning
     rounded = build(EVEN)
     rounded.set_dtype(mx.bfloat16)
-    write_own(folder, sketch=sketch_base(rounded), method=method)
+    write_own(folder, fingerprint=fingerprint_base(rounded), method=method)
     with pytest.warns(UserWarning, match="another version of this base, base"):
         load(str(base), folder)
-    write_own(folder, sketch=sketch_base(build(EVEN, seed=5)), method=method)
+    write_own(folder, fingerprint=fingerprint_base(build(EVEN, seed=5)), method=method)
     with pytest.raises(OpenELMError, match="trained on another base than this one"):
         load(str(base), folder)
 
 
-def test_its_base_and_template_are_the_default(tmp_path, base, monkeypatch):
+def test_base_and_template_of_an_adapter_are_the_default(tmp_path, base, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapter = write_own(tmp_path / "adapter", "base")
     model, tokenizer = load(adapter_path=adapter)
@@ -176,30 +178,33 @@ def test_its_base_and_template_are_the_default(tmp_path, base, monkeypatch):
     assert load(adapter_path=adapter)[1].template is None
 
 
-def test_a_base_beside_the_adapter_is_found_from_elsewhere(tmp_path, base):
+def test_a_base_relative_to_the_adapter_is_found_from_elsewhere(tmp_path, base):
     adapter = write_own(tmp_path / "adapter", "../base")
     assert load(adapter_path=adapter)[0].config == EVEN
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
-    [("gone/away/base", "is not to be had: .*say `model`"), (None, "say `model` BASE")],
+    ("name", "message"),
+    [
+        ("gone/away/base", "is not available: .*pass `model`"),
+        (None, "pass `model` BASE"),
+    ],
 )
-def test_a_base_that_is_not_to_be_had_is_said(tmp_path, said, message):
-    adapter = write_own(tmp_path / "adapter", said)
+def test_a_missing_base_is_reported(tmp_path, name, message):
+    adapter = write_own(tmp_path / "adapter", name)
     with pytest.raises(OpenELMError, match=message):
         load(adapter_path=adapter)
 
 
-def test_the_model_is_what_was_named_else_the_base_else_the_demo(tmp_path, base):
+def test_the_model_is_the_named_one_else_the_base_else_the_demo(tmp_path, base):
     adapter = write_own(tmp_path / "adapter", "../base")
     chosen = [
         choose_model(name, path, offline=True)
         for name, path in ((str(base), adapter), (None, adapter), (None, None))
     ]
     demo = demo_folder()
-    beside = f"{adapter}/../base"
-    assert [c.name for c in chosen] == [str(base), beside, "demo"]
+    relative = f"{adapter}/../base"
+    assert [c.name for c in chosen] == [str(base), relative, "demo"]
     assert [c.folder.path.resolve() for c in chosen] == [base, base, demo.resolve()]
     assert [c.is_base for c in chosen] == [False, True, False]
     assert [c.is_demo for c in chosen] == [False, False, True]
@@ -209,8 +214,10 @@ def test_the_model_is_what_was_named_else_the_base_else_the_demo(tmp_path, base)
 
 def test_generate_takes_base_and_template_from_the_adapter(tmp_path, base, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sketch = sketch_base(build(EVEN))
-    write_own(tmp_path / "adapter", "base", sketch=sketch, template="openelm-peft")
+    fingerprint = fingerprint_base(build(EVEN))
+    write_own(
+        tmp_path / "adapter", "base", fingerprint=fingerprint, template="openelm-peft"
+    )
 
     def count_prompt_tokens(*args):
         command = ("generate", "-p", "Go", "-m", "1", "--json")
@@ -218,13 +225,13 @@ def test_generate_takes_base_and_template_from_the_adapter(tmp_path, base, monke
         assert ran.exit_code == 0, ran.stderr
         return json.loads(ran.stdout)["prompt_tokens"], ran.stderr
 
-    own, said = count_prompt_tokens("--template", "raw")
-    assert own == len(small_tokenizer().encode("Go"))
-    assert "the adapter's base, base" in said
+    count, stderr = count_prompt_tokens("--template", "raw")
+    assert count == len(small_tokenizer().encode("Go"))
+    assert "the adapter's base, base" in stderr
     with pytest.raises(AssertionError, match="the model's context is 64"):
         count_prompt_tokens()  # Apple's template is longer than this model's context
     ran = call("generate", "Go", "--adapter-path", "adapter", "--model", "demo")
-    assert "The tensors of" in ran.stderr  # what is said, is meant
+    assert "The tensors of" in ran.stderr  # --model overrides the adapter's base
     monkeypatch.setenv("MLX_OPENELM_MODEL", "demo")
     assert call("generate", "Go", "--adapter-path", "adapter").stderr == ran.stderr
 

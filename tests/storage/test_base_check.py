@@ -1,4 +1,4 @@
-"""A base is known again by its sketch: itself, its roundings, and other models."""
+"""The fingerprint of a base: the same model, rounded ones, and other models."""
 
 from dataclasses import replace
 
@@ -17,42 +17,42 @@ from mlx_openelm.storage.base_check import (
     SAME,
     base_weights,
     check_base,
-    sketch_base,
-    sketch_distance,
+    fingerprint_base,
+    fingerprint_distance,
 )
 
 
 def distance(one, other):
-    return sketch_distance(sketch_base(one), base_weights(other))
+    return fingerprint_distance(fingerprint_base(one), base_weights(other))
 
 
 @pytest.mark.parametrize("config", [UNEVEN, SCALED])
-def test_a_base_is_nothing_away_from_itself_and_far_from_others(config):
+def test_the_distance_is_0_to_the_same_base_and_large_to_others(config):
     base, other = build(config), build(config, seed=5)
     assert distance(base, build(config)) == 0.0
     assert distance(base, other) > OTHER + 0.3
-    for model in (base, other):  # what they have in common says nothing
+    for model in (base, other):  # equal norms do not count
         model.apply(mx.ones_like, lambda module, name, value: "norm" in name)
     assert distance(base, other) > OTHER + 0.3
 
 
-def test_rounding_moves_it_the_more_the_fewer_the_bits():
+def test_the_distance_grows_with_coarser_rounding():
     base = build(SCALED)
-    found = []
+    distances = []
     for dtype in (mx.float16, mx.bfloat16):
         model = build(SCALED)
         model.set_dtype(dtype)
-        found.append(distance(base, model))
+        distances.append(distance(base, model))
     for bits in (8, 4, 3, 2):
         model = build(SCALED)
         nn.quantize(model, group_size=64, bits=bits)
-        found.append(distance(base, model))
-    assert found == sorted(found)
-    assert found[0] < SAME < found[1]
-    assert found[-1] < OTHER - 0.3
+        distances.append(distance(base, model))
+    assert distances == sorted(distances)
+    assert distances[0] < SAME < distances[1]
+    assert distances[-1] < OTHER - 0.3
 
 
-def test_a_packed_base_is_what_its_numbers_are():
+def test_a_quantized_base_has_the_fingerprint_of_its_dequantized_weights():
     packed, plain = build(SCALED), build(SCALED)
     nn.quantize(packed, group_size=64, bits=4)
     for module in packed.modules():
@@ -87,17 +87,17 @@ def test_adapters_are_not_part_of_the_base():
             parts["m"] = mx.ones(rows)
         wrapped.append((path, wrap(module, parts, 1.0)))
     adapted.update_modules(tree_unflatten(wrapped))
-    assert sketch_base(adapted) == sketch_base(base)
+    assert fingerprint_base(adapted) == fingerprint_base(base)
 
 
-def test_a_sketch_is_small_and_every_matrix_counts_the_same():
+def test_a_fingerprint_is_small_and_every_matrix_counts_the_same():
     def build_one_large():
         model = build(UNEVEN)
         model.layers[0].ffn.proj_1.weight *= 100
         return model
 
     base = build_one_large()
-    assert len(sketch_base(base)) < 800
+    assert len(fingerprint_base(base)) < 800
     for path, weight in base_weights(base).items():
         model = build_one_large()
         module = dict(model.named_modules())[path]
@@ -105,7 +105,7 @@ def test_a_sketch_is_small_and_every_matrix_counts_the_same():
         assert distance(base, model) > 0.2, path
 
 
-def test_rows_that_pad_a_vocabulary_do_not_count():
+def test_padding_rows_of_the_embedding_do_not_count():
     cut = OpenELM(replace(UNEVEN, vocab_size=32000))
     padded = OpenELM(replace(UNEVEN, vocab_size=32128))
     padded.update(cut.parameters())
@@ -115,13 +115,13 @@ def test_rows_that_pad_a_vocabulary_do_not_count():
     assert distance(cut, padded) == 0.0
 
 
-def test_a_person_is_told_what_was_found(tmp_path):
+def test_another_version_gives_a_note_and_another_base_an_error(tmp_path):
     base, packed = build(SCALED), build(SCALED)
     nn.quantize(packed, group_size=64, bits=4)
-    sketch = sketch_base(base)
+    fingerprint = fingerprint_base(base)
 
     def check(model):
-        return check_base(sketch, base_weights(model), tmp_path / "a", "org/base")
+        return check_base(fingerprint, base_weights(model), tmp_path / "a", "org/base")
 
     assert check(base) == ()
     (note,) = check(packed)
@@ -131,7 +131,9 @@ def test_a_person_is_told_what_was_found(tmp_path):
             check(other)
 
 
-@pytest.mark.parametrize("sketch", ["AAA", "é", "", "AAAA", "//8=", "AAAAAA==", "AHw="])
-def test_a_damaged_sketch_is_said(tmp_path, sketch):
-    with pytest.raises(OpenELMError, match=r"sketch .* is damaged .*\.$"):
-        check_base(sketch, base_weights(build(UNEVEN)), tmp_path, None)
+@pytest.mark.parametrize(
+    "fingerprint", ["AAA", "é", "", "AAAA", "//8=", "AAAAAA==", "AHw="]
+)
+def test_a_damaged_fingerprint_is_reported(tmp_path, fingerprint):
+    with pytest.raises(OpenELMError, match=r"fingerprint .* is damaged .*\.$"):
+        check_base(fingerprint, base_weights(build(UNEVEN)), tmp_path, None)

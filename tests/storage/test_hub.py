@@ -1,4 +1,4 @@
-"""Models come from the Hub once, whole, and no more of them than is needed."""
+"""Models are downloaded from the Hub once, completely, and only the needed files."""
 
 import errno
 import hashlib
@@ -28,7 +28,7 @@ from mlx_openelm.storage.hub import (
 )
 
 CONFIG = b'{"model_type": "openelm"}'
-WEIGHTS = bytes(range(256)) * 2000  # 512,000 bytes, none of them where it is by chance
+WEIGHTS = bytes(range(256)) * 2000  # 512,000 bytes
 ONE_FILE = {"config.json": CONFIG, "model.safetensors": WEIGHTS}
 SHARDS = {
     "config.json": CONFIG,
@@ -62,18 +62,18 @@ def read(folder):
 
 
 def refused(name, **options):
-    with pytest.raises(OpenELMError) as refusal:
+    with pytest.raises(OpenELMError) as error:
         find_model(name, **options)
-    said = str(refusal.value)
-    assert said.endswith(".")
-    assert "\n" not in said
-    return said
+    message = str(error.value)
+    assert message.endswith(".")
+    assert "\n" not in message
+    return message
 
 
-# What is fetched -----------------------------------------------------------------
+# Downloads -----------------------------------------------------------------------
 
 
-def test_a_first_download_brings_what_is_needed_and_nothing_else(hub):
+def test_only_the_needed_files_are_downloaded(hub):
     needed = {
         **ONE_FILE,
         "generation_config.json": b"{}",
@@ -121,7 +121,7 @@ def test_weights_are_chosen_in_one_layout(names, needed):
     assert len(chosen) == len(set(chosen))
 
 
-def test_a_repository_of_pytorchs_files_comes_with_its_index(hub):
+def test_a_repository_of_pytorch_files_is_downloaded_with_its_index(hub):
     index = {"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}
     files = {
         "config.json": CONFIG,
@@ -138,7 +138,7 @@ def test_an_adapter_is_found_by_its_name_too(hub):
     assert read(find_model("org/adapter")) == files
 
 
-def test_branches_tags_and_commits_are_told_apart(hub):
+def test_branches_tags_and_commits_are_distinguished(hub):
     files = {name: {**ONE_FILE, "tokenizer.json": name.encode()} for name in "abc"}
     for revision, content in zip(("main", "v1", "a/b"), files.values(), strict=True):
         hub.add("org/name", content, revision)
@@ -165,7 +165,7 @@ def test_a_token_stays_at_the_hub(hub, monkeypatch):
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_what_is_whole_in_the_cache_needs_no_network(hub, offline):
+def test_a_complete_snapshot_needs_no_network(hub, offline):
     commit = hub.add("org/name", SHARDS)
     folder = find_model("org/name")
     before = len(hub.requests)
@@ -179,9 +179,9 @@ def test_what_is_whole_in_the_cache_needs_no_network(hub, offline):
 def test_an_incomplete_snapshot_is_completed_or_refused(hub, tmp_path, listed):
     hub.add("org/name", SHARDS)
     folder = find_model("org/name")
-    if not listed:  # as older clients leave it: the index alone tells what is missing
+    if not listed:  # older clients do not cache the listing; only the index is left
         shutil.rmtree(folder.parents[1] / "trees")
-    (folder / SECOND).resolve().unlink()  # the link stays and leads nowhere
+    (folder / SECOND).resolve().unlink()  # leaves a dangling link
     assert f"without {SECOND};" in refused("org/name", offline=True)
     hub.sent.clear()
     assert read(find_model("org/name")) == SHARDS
@@ -194,10 +194,10 @@ def test_a_missing_tokenizer_is_noticed_by_the_listing(hub):
     (folder / "tokenizer.json").unlink()
     assert "without tokenizer.json;" in refused("org/name", offline=True)
     hub.down = True
-    assert "without tokenizer.json, and asking the Hub failed" in refused("org/name")
+    assert "without tokenizer.json, and the request to the Hub" in refused("org/name")
 
 
-def test_a_snapshot_that_others_left_without_weights_is_completed(hub):
+def test_a_snapshot_of_another_program_without_weights_is_completed(hub):
     from huggingface_hub import hf_hub_download
 
     hub.add("org/name", ONE_FILE)
@@ -206,7 +206,7 @@ def test_a_snapshot_that_others_left_without_weights_is_completed(hub):
     assert read(find_model("org/name")) == ONE_FILE
 
 
-def test_the_clients_own_check_finds_every_file_whole(hub):
+def test_the_clients_check_finds_every_file_complete(hub):
     from huggingface_hub import HfApi
 
     hub.add("org/name", SHARDS)
@@ -217,7 +217,7 @@ def test_the_clients_own_check_finds_every_file_whole(hub):
     assert (verified.mismatches, verified.missing_paths) == ([], [])
 
 
-def test_repositories_and_commits_are_read_off_the_cache(hub, tmp_path):
+def test_repositories_and_commits_are_read_from_the_cache(hub, tmp_path):
     commit = hub.add("org/some-name_1.0", ONE_FILE)
     folder = find_model("org/some-name_1.0")
     assert snapshot_of(folder) == ("org/some-name_1.0", commit)
@@ -229,18 +229,18 @@ def test_repositories_and_commits_are_read_off_the_cache(hub, tmp_path):
 # Interruptions -------------------------------------------------------------------
 
 
-def test_a_cut_connection_is_taken_up_where_it_broke(hub, caplog):
+def test_a_broken_connection_is_resumed(hub, caplog):
     logging.getLogger("huggingface_hub").addHandler(caplog.handler)
     hub.add("org/name", ONE_FILE)
     hub.cut_after, hub.cuts = 200_500, 2
     assert read(find_model("org/name")) == ONE_FILE
-    assert not caplog.records  # the client's addresses and retries are no news
+    assert not caplog.records  # the client's retries are not shown
     logging.getLogger("huggingface_hub").removeHandler(caplog.handler)
     assert hub.ranges == ["bytes=200000-", "bytes=400000-"]  # in chunks of 1000
     assert hub.sent["model.safetensors"] == len(WEIGHTS) + 2 * 500
 
 
-def test_an_interrupted_download_says_so_and_goes_on(hub):
+def test_an_interrupted_download_is_reported_and_resumes(hub):
     hub.add("org/name", SHARDS)
     hub.cut_after, hub.cuts = 200_500, 1
 
@@ -248,9 +248,9 @@ def test_an_interrupted_download_says_so_and_goes_on(hub):
         hub.down = name == SECOND
 
     hub.on_large = go_down
-    said = refused("org/name")
-    assert "download of org/name was interrupted" in said
-    assert "goes on from where it stopped" in said
+    message = refused("org/name")
+    assert "download of org/name was interrupted" in message
+    assert "repeat the command to resume it" in message
     hub.down, hub.on_large = False, None
     sent = dict(hub.sent)
     assert read(find_model("org/name")) == SHARDS
@@ -258,7 +258,7 @@ def test_an_interrupted_download_says_so_and_goes_on(hub):
     assert hub.sent[SECOND] - sent[SECOND] < len(WEIGHTS)
 
 
-def test_a_killed_download_goes_on_from_where_it_stopped(hub, tmp_path):
+def test_a_killed_download_resumes_from_where_it_stopped(hub, tmp_path):
     large = os.urandom(24_000_000)
     hub.add("org/name", {"config.json": CONFIG, "model.safetensors": large})
     hub.cut_after, hub.cuts, hub.stall = 15_000_000, 1, threading.Event()
@@ -274,16 +274,16 @@ def test_a_killed_download_goes_on_from_where_it_stopped(hub, tmp_path):
             assert process.poll() is None
         process.send_signal(signal.SIGKILL)
     (part,) = blobs.glob("*.incomplete")
-    had = part.stat().st_size
+    size = part.stat().st_size
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ran.stderr == ""  # no bar where there is no terminal
+    assert ran.stderr == ""  # no bar without a terminal
     assert (Path(ran.stdout.strip()) / "model.safetensors").read_bytes() == large
-    assert hub.ranges == [f"bytes={had}-"]
-    assert hub.sent["model.safetensors"] == 15_000_000 + len(large) - had
+    assert hub.ranges == [f"bytes={size}-"]
+    assert hub.sent["model.safetensors"] == 15_000_000 + len(large) - size
     assert not part.exists()
 
 
-def test_a_part_that_is_not_of_this_file_is_thrown_away(hub, tmp_path):
+def test_a_part_of_another_file_is_discarded(hub, tmp_path):
     hub.add("org/name", ONE_FILE)
     digest = hashlib.sha256(WEIGHTS).hexdigest()
     part = tmp_path / f"home/hub/models--org--name/blobs/{digest}.incomplete"
@@ -293,7 +293,7 @@ def test_a_part_that_is_not_of_this_file_is_thrown_away(hub, tmp_path):
     assert read(find_model("org/name")) == ONE_FILE
 
 
-def test_two_at_once_download_it_once(hub):
+def test_two_threads_download_a_model_once(hub):
     hub.add("org/name", ONE_FILE)
     with ThreadPoolExecutor(2) as pool:
         folders = set(pool.map(find_model, ["org/name"] * 2))
@@ -301,41 +301,42 @@ def test_two_at_once_download_it_once(hub):
     assert hub.sent["model.safetensors"] == len(WEIGHTS)
 
 
-# Refusals ------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------
 
 
 def test_a_missing_repository_may_be_private(hub):
-    said = refused("no-such/model")
-    assert "no repository of that name, or a private one" in said
-    assert "`hf auth login`" in said
+    message = refused("no-such/model")
+    assert "missing from the Hub or private" in message
+    assert "`hf auth login`" in message
 
 
-def test_a_gated_repository_says_how_to_get_in(hub):
+def test_the_error_for_a_gated_repository_explains_how_to_get_access(hub):
     hub.add("org/name", ONE_FILE)
     hub.gated.add("org/name")
-    said = refused("org/name")
-    assert f"accept its terms on {hub.endpoint}/org/name" in said
-    assert "`hf auth login`" in said
+    message = refused("org/name")
+    assert f"accept its terms on {hub.endpoint}/org/name" in message
+    assert "`hf auth login`" in message
 
 
-def test_a_token_that_is_no_good_is_named(hub, monkeypatch):
+def test_an_invalid_token_is_reported(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_old")
     hub.add("org/name", ONE_FILE)
-    hub.knows_nobody = True
-    assert "does not accept your token" in refused("org/name")
+    hub.rejects_tokens = True
+    assert "rejected your token" in refused("org/name")
 
 
-def test_a_wrong_revision_is_named_beside_the_right_ones(hub):
+def test_the_error_for_a_wrong_revision_lists_the_existing_ones(hub):
     hub.add("org/name", ONE_FILE)
     hub.add("org/name", ONE_FILE, "v1.0")
-    said = refused("org/name", revision="v9")
-    assert said == "org/name has no revision v9; it has main, v1.0."
+    message = refused("org/name", revision="v9")
+    assert message == "org/name has no revision v9; it has main, v1.0."
 
 
-def test_a_repository_without_a_model_says_what_it_has(hub):
+def test_the_error_for_a_repository_without_a_model_lists_its_files(hub):
     hub.add("apple/OpenELM", {"LICENSE": b"", "README.md": b""})
-    said = refused("apple/OpenELM")
-    assert "holds no model: it has no config.json, but LICENSE, README.md" in said
+    message = refused("apple/OpenELM")
+    assert "has no model: config.json is missing" in message
+    assert "its files are LICENSE, README.md" in message
     index = json.loads(SHARDS["model.safetensors.index.json"])
     index["weight_map"]["c"] = "model-c.safetensors"
     broken = {"model.safetensors.index.json": json.dumps(index).encode()}
@@ -343,50 +344,50 @@ def test_a_repository_without_a_model_says_what_it_has(hub):
     assert "its index names model-c.safetensors" in refused("org/broken")
 
 
-def test_another_kind_of_model_is_refused_before_its_weights_come(hub):
+def test_another_kind_of_model_is_refused_before_its_weights_are_downloaded(hub):
     hub.add("org/llama", ONE_FILE | {"config.json": b'{"model_type": "llama"}'})
-    assert "model of type 'llama', and no OpenELM" in refused("org/llama")
+    assert "model of type 'llama', not an OpenELM" in refused("org/llama")
     assert "model.safetensors" not in hub.sent
 
 
 @pytest.mark.parametrize("name", ["a/b--c", "a/b.git", "-a/b", "a/b..c"])
-def test_what_cannot_be_a_repository_is_no_traceback(hub, name):
+def test_an_invalid_repository_name_is_reported(hub, name):
     assert name in refused(name)
     assert not hub.requests
 
 
-def test_no_network_is_said_at_once(hub):
+def test_a_missing_network_is_reported(hub):
     hub.down = True
-    said = refused("org/name")
-    assert "no model of that name in the local cache" in said
-    assert "asking the Hub failed" in said
+    message = refused("org/name")
+    assert "the local cache has no model of that name" in message
+    assert "the request to the Hub failed" in message
 
 
 @pytest.mark.parametrize("variable", [True, False])
-def test_offline_asks_for_nothing(hub, monkeypatch, variable):
+def test_offline_sends_no_request(hub, monkeypatch, variable):
     hub.add("org/name", ONE_FILE)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", variable)
-    said = refused("org/name", offline=not variable)
-    assert "no model of that name in the local cache" in said
-    assert "`offline` and HF_HUB_OFFLINE" in said
+    message = refused("org/name", offline=not variable)
+    assert "the local cache has no model of that name" in message
+    assert "`offline` and HF_HUB_OFFLINE" in message
     assert not hub.requests
 
 
-def test_a_full_disk_is_noticed_before_the_start(hub, monkeypatch):
+def test_a_full_disk_is_reported_before_the_download(hub, monkeypatch):
     hub.add("org/name", ONE_FILE)
     little = shutil.disk_usage("/")._replace(free=len(WEIGHTS) - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda path: little)
-    assert "make room, or set HF_HOME" in refused("org/name")
+    assert "free disk space, or set HF_HOME" in refused("org/name")
     assert not hub.sent
 
 
-def test_a_disk_that_fills_up_is_named(hub, monkeypatch):
+def test_a_disk_that_fills_up_during_the_download_is_reported(hub, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     hub.add("org/name", ONE_FILE)
     monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
-    assert "is full; make room and repeat the command" in refused("org/name")
+    assert "is full; free disk space and repeat" in refused("org/name")
 
 
 def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path):
@@ -399,7 +400,7 @@ def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path):
 # Through the command line --------------------------------------------------------
 
 
-def test_convert_takes_a_hub_id_with_a_bar_and_again_without_the_hub(hub, tmp_path):
+def test_convert_downloads_with_a_bar_and_then_works_without_the_hub(hub, tmp_path):
     source = make_source(tmp_path / "source")
     commit = hub.add("org/OpenELM-small", read(source), "v2")
     screen, terminal = pty.openpty()

@@ -1,4 +1,4 @@
-"""Answers in a file, in order and complete whenever the process is killed."""
+"""Answers in a file are in order and complete, whenever the process is killed."""
 
 import contextlib
 import itertools
@@ -19,46 +19,46 @@ class Killed(BaseException):
 
 
 class Disk:
-    """Dies before or in the middle of a step, and leaves the folder as it was then."""
+    """Simulates a kill before or during a write, `share` of a line being written."""
 
     def __init__(self, folder, monkeypatch):
-        self.folder, self.steps, self.dies_at, self.share = folder, 0, None, 0.0
-        self._left = {}
-        append, cut = JsonLinesFile.append, JsonLinesFile.cut
+        self.folder, self.steps, self.killed_at, self.share = folder, 0, None, 0.0
+        self._files = {}
+        append, truncate = JsonLinesFile.append, JsonLinesFile.truncate
 
-        def dying_append(file, answer):
-            if self.must_die():
+        def append_or_kill(file, answer):
+            if self.is_last_step():
                 line = to_line(answer).encode() + b"\n"
                 with file.path.open("ab") as opened:
                     opened.write(line[: int(self.share * len(line))])
-                self.die()
+                self.kill()
             append(file, answer)
 
-        def dying_cut(file, size):
-            if self.must_die():
-                self.die()
-            cut(file, size)
+        def truncate_or_kill(file, size):
+            if self.is_last_step():
+                self.kill()
+            truncate(file, size)
 
-        monkeypatch.setattr(JsonLinesFile, "append", dying_append)
-        monkeypatch.setattr(JsonLinesFile, "cut", dying_cut)
+        monkeypatch.setattr(JsonLinesFile, "append", append_or_kill)
+        monkeypatch.setattr(JsonLinesFile, "truncate", truncate_or_kill)
 
-    def must_die(self):
+    def is_last_step(self):
         self.steps += 1
-        return self.steps - 1 == self.dies_at
+        return self.steps - 1 == self.killed_at
 
-    def die(self):
-        self._left = {p: p.read_bytes() for p in self.folder.iterdir()}
+    def kill(self):
+        self._files = {p: p.read_bytes() for p in self.folder.iterdir()}
         raise Killed
 
-    def leave(self):
-        """What tidying up did after the death did not happen."""
+    def restore(self):
+        """Undo the cleanup after the kill, which a real kill prevents."""
         for path in self.folder.iterdir():
             path.unlink()
-        for path, data in self._left.items():
+        for path, data in self._files.items():
             path.write_bytes(data)
 
 
-def line_of(place, text="said"):
+def line_of(place, text="answer"):
     return {"line": place + 1, "text": f"{text} {place} \xe9", "key": f"k{place}"}
 
 
@@ -74,14 +74,14 @@ def find_place(answer):
 
 
 def write_answers(path, order, make=line_of, find_place=find_place, **options):
-    """Write what is not there yet, in this order; return what was given on."""
-    given = []
-    opened = AnswersFile(path, find_place, given.append, **options)
+    """Write the missing answers in this order; return those that were passed on."""
+    passed_on = []
+    opened = AnswersFile(path, find_place, passed_on.append, **options)
     with opened as answers:
         for place in order:
             if place not in answers:
                 answers.add(place, make(place))
-    return given
+    return passed_on
 
 
 def lines_of(path):
@@ -97,20 +97,20 @@ def test_nothing_is_lost_whenever_it_is_killed(tmp_path, monkeypatch, share):
         chance = random.Random(seed)
         order = chance.sample(range(count), count)
         for first in itertools.count():
-            disk.steps, disk.dies_at, done = 0, first, []
+            disk.steps, disk.killed_at, done = 0, first, []
             make = partial(note, done)
             try:
                 write_answers(path, order, make)
                 break
             except Killed:
-                disk.leave()
-            # The run that goes on is killed as well, in its first steps.
-            disk.steps, disk.dies_at = 0, chance.randrange(6)
+                disk.restore()
+            # The resumed run is killed as well, in its first steps.
+            disk.steps, disk.killed_at = 0, chance.randrange(6)
             try:
                 write_answers(path, chance.sample(order, count), make)
             except Killed:
-                disk.leave()
-            disk.steps, disk.dies_at = 0, None
+                disk.restore()
+            disk.steps, disk.killed_at = 0, None
             write_answers(path, order, make)
             assert lines_of(path) == [line_of(place) for place in range(count)]
             assert [p.name for p in tmp_path.iterdir()] == ["answers.jsonl"]
@@ -120,19 +120,19 @@ def test_nothing_is_lost_whenever_it_is_killed(tmp_path, monkeypatch, share):
         path.unlink()
 
 
-def test_what_stands_behind_a_gap_is_kept(tmp_path, monkeypatch):
+def test_answers_after_a_gap_are_kept(tmp_path, monkeypatch):
     disk = Disk(tmp_path, monkeypatch)
     path = tmp_path / "answers.jsonl"
     for steps in itertools.count():
         lines = [line_of(0), {"line": 2, "error": "It was."}, line_of(2), line_of(3)]
         path.write_text("".join(to_line(a) + "\n" for a in lines))
-        disk.steps, disk.dies_at, done = 0, steps, []
+        disk.steps, disk.killed_at, done = 0, steps, []
         with contextlib.suppress(Killed):
             write_answers(path, range(5), partial(note, done))
         killed = disk.steps > steps
         if killed:
-            disk.leave()
-            disk.dies_at = None
+            disk.restore()
+            disk.killed_at = None
             write_answers(path, range(5), partial(note, done))
         assert lines_of(path) == [line_of(place) for place in range(5)]
         assert set(done) == {1, 4}
@@ -141,18 +141,18 @@ def test_what_stands_behind_a_gap_is_kept(tmp_path, monkeypatch):
     assert steps > 6
 
 
-def test_a_torn_line_is_done_again(tmp_path):
+def test_a_truncated_line_is_written_again(tmp_path):
     path = tmp_path / "answers.jsonl"
     write_answers(path, range(3))
     whole = path.read_bytes()
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        given = write_answers(path, range(3))
+        passed_on = write_answers(path, range(3))
         assert path.read_bytes() == whole
-        assert len(given) == 3 - whole[:size].count(b"\n")
+        assert len(passed_on) == 3 - whole[:size].count(b"\n")
 
 
-def test_answers_to_something_else_are_replaced_by_force_alone(tmp_path):
+def test_answers_of_another_run_are_replaced_only_with_force(tmp_path):
     path = tmp_path / "answers.jsonl"
     write_answers(path, [0, 1, 3])
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
@@ -168,20 +168,20 @@ def test_answers_to_something_else_are_replaced_by_force_alone(tmp_path):
 @pytest.mark.parametrize(
     "data", [b"a diary\n", b"[]\n", b'{"line": 1}\n', b'{"line": [], "key": "a"}\n']
 )
-def test_a_file_of_something_else_is_left_as_it_is(tmp_path, data):
+def test_a_file_of_another_kind_is_not_changed(tmp_path, data):
     path = tmp_path / "diary"
     path.write_bytes(data)
     for force in (False, True):
-        with pytest.raises(OpenELMError, match="diary:1 is no answer to a prompt"):
+        with pytest.raises(OpenELMError, match="diary:1 is not an answer to a prompt"):
             write_answers(path, range(3), force=force)
         assert path.read_bytes() == data
-    with pytest.raises(OpenELMError, match="is no file"):
+    with pytest.raises(OpenELMError, match="is not a file"):
         write_answers(tmp_path, range(3))
     with pytest.raises(OpenELMError, match="Cannot write"):
         write_answers(path / "below", range(3))
 
 
-def test_two_do_not_write_to_one_file(tmp_path):
+def test_only_one_run_writes_to_a_file(tmp_path):
     path = tmp_path / "answers.jsonl"
     with AnswersFile(path, find_place, print) as answers:
         answers.add(0, line_of(0))
@@ -191,7 +191,7 @@ def test_two_do_not_write_to_one_file(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_said(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     path = tmp_path / "answers.jsonl"
     with (
         contextlib.closing(JsonLinesFile(Path("/dev/full"))) as full,
@@ -200,7 +200,7 @@ def test_a_full_disk_is_said(tmp_path):
         answers.add(0, line_of(0))
         answers.add(1, line_of(1))
         file, answers._file = answers._file, full
-        with pytest.raises(OpenELMError, match=r"The disk of .* is full; make room"):
+        with pytest.raises(OpenELMError, match=r"The disk of .* is full; free disk"):
             answers.add(2, line_of(2))
         answers._file = file
     assert lines_of(path) == [line_of(0), line_of(1)]

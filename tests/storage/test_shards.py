@@ -1,4 +1,4 @@
-"""Shards are written as they come, read back by others, and written once."""
+"""Shards are streamed, readable by other libraries, and written once."""
 
 import hashlib
 import itertools
@@ -32,7 +32,7 @@ SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (64, 64)]
 
 
 def make_arrays() -> dict[str, mx.array]:
-    """Random bits of every dtype, NaN among them; after the first none is aligned."""
+    """Random bits of every dtype, including NaN; only the first is aligned."""
     random = np.random.default_rng(0)
     arrays = {}
     for spelling, dtype in reversed(DTYPES.items()):
@@ -48,7 +48,7 @@ def layout_of(arrays):
 
 
 def write(folder, arrays, **options):
-    """Write what is not whole; return the writer."""
+    """Write the tensors that are not in complete shards; return the writer."""
     with ShardWriter(folder, layout_of(arrays), **options) as writer:
         for name, array in arrays.items():
             if name not in writer.whole:
@@ -65,7 +65,7 @@ def state_of(folder):
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.iterdir()}
 
 
-# What is written -----------------------------------------------------------------
+# Contents ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 5000])
@@ -78,9 +78,9 @@ def test_mlx_and_safetensors_read_every_bit_back(tmp_path, shard_bytes):
     for file in set(weight_map.values()):
         by_mlx |= mx.load(str(tmp_path / file))
     for name, array in arrays.items():
-        found = by_mlx[name]
-        assert (found.dtype, found.shape) == (array.dtype, array.shape)
-        assert bits(found) == bits(array)
+        loaded = by_mlx[name]
+        assert (loaded.dtype, loaded.shape) == (array.dtype, array.shape)
+        assert bits(loaded) == bits(array)
         with safe_open(tmp_path / weight_map[name], framework="numpy") as opened:
             assert opened.metadata() == {"format": "mlx"}
             part = opened.get_slice(name)
@@ -97,23 +97,23 @@ def test_pytorch_reads_every_bit_back(tmp_path):
     with safe_open(tmp_path / "model.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
         for name, array in arrays.items():
-            found = opened.get_tensor(name).reshape(-1).view(torch.uint8)
-            assert found.numpy().tobytes() == bits(array)
+            tensor = opened.get_tensor(name).reshape(-1).view(torch.uint8)
+            assert tensor.numpy().tobytes() == bits(array)
 
 
-def test_an_array_is_written_in_its_order_wherever_it_lies_in_memory(tmp_path):
+def test_arrays_with_any_strides_are_written_in_row_major_order(tmp_path):
     base = mx.arange(24, dtype=mx.float32).reshape(4, 6)
     for name, dtype in DTYPES.items():
         a = base.astype(dtype)
         arrays = {"turned": a.T, "cut": a[1:3, 2:5], "spread": mx.zeros(3, dtype)[None]}
         (tmp_path / name).mkdir()
         write(tmp_path / name, arrays)
-        found = mx.load(str(tmp_path / name / "model.safetensors"))
-        assert found.keys() == arrays.keys()
-        assert all(mx.array_equal(found[n], arrays[n]) for n in arrays)
+        loaded = mx.load(str(tmp_path / name / "model.safetensors"))
+        assert loaded.keys() == arrays.keys()
+        assert all(mx.array_equal(loaded[n], arrays[n]) for n in arrays)
 
 
-def test_index_and_hashes_say_what_is_there(tmp_path):
+def test_index_and_hashes_match_the_files(tmp_path):
     arrays = make_arrays()
     writer = write(tmp_path, arrays, shard_bytes=5000)
     index = json.loads((tmp_path / INDEX).read_text())
@@ -132,7 +132,7 @@ def test_index_and_hashes_say_what_is_there(tmp_path):
     st.lists(st.integers(1, 50), min_size=1, max_size=30),
     st.integers(1, 120),
 )
-def test_shards_hold_every_tensor_once_in_order_and_no_more_than_fits(sizes, most):
+def test_shards_hold_every_tensor_once_in_order_and_keep_the_size_limit(sizes, most):
     layout = {f"t{i}": TensorLayout(mx.uint8, (n,)) for i, n in enumerate(sizes)}
     shards = plan_shards(layout, most)
     assert [item for shard in shards for item in shard.tensors.items()] == [
@@ -141,14 +141,14 @@ def test_shards_hold_every_tensor_once_in_order_and_no_more_than_fits(sizes, mos
     count = len(shards)
     for i, shard in enumerate(shards, start=1):
         assert shard.num_bytes <= most or len(shard.tensors) == 1
-        several = f"model-{i:05d}-of-{count:05d}.safetensors"
-        assert shard.name == ("model.safetensors" if count == 1 else several)
+        numbered = f"model-{i:05d}-of-{count:05d}.safetensors"
+        assert shard.name == ("model.safetensors" if count == 1 else numbered)
     for one, following in itertools.pairwise(shards):
         first = next(iter(following.tensors.values()))
         assert one.num_bytes + first.num_bytes > most  # it was full
 
 
-# Going on ------------------------------------------------------------------------
+# Resuming ------------------------------------------------------------------------
 
 
 def cut_short(path):
@@ -171,15 +171,15 @@ def put_a_link_there(path):
 
 
 @pytest.mark.parametrize(
-    "spoil", [cut_short, lengthen, flip_a_bit_of_the_header, put_a_link_there]
+    "damage", [cut_short, lengthen, flip_a_bit_of_the_header, put_a_link_there]
 )
-def test_whole_shards_are_kept_and_a_spoilt_one_is_written_again(tmp_path, spoil):
+def test_complete_shards_are_kept_and_a_damaged_one_is_written_again(tmp_path, damage):
     arrays = make_arrays()
     first = write(tmp_path, arrays, shard_bytes=5000)
     content = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert not first.whole
     names = sorted(first.hashes)
-    spoil(tmp_path / names[1])
+    damage(tmp_path / names[1])
     before = state_of(tmp_path)
     second = write(tmp_path, arrays, shard_bytes=5000)
     assert len(second.whole) == len(arrays) - sum(
@@ -194,7 +194,7 @@ def test_whole_shards_are_kept_and_a_spoilt_one_is_written_again(tmp_path, spoil
 
 
 @pytest.mark.parametrize("what", ["dtype", "shape", "name", "format", "shard_bytes"])
-def test_shards_of_another_plan_are_not_taken_for_whole(tmp_path, what):
+def test_shards_of_another_plan_are_not_kept(tmp_path, what):
     arrays = {f"t{i}": mx.full((4, 8), i, mx.float16) for i in range(4)}
     write(tmp_path, arrays, shard_bytes=128)
     options = {"shard_bytes": 128}
@@ -211,15 +211,15 @@ def test_shards_of_another_plan_are_not_taken_for_whole(tmp_path, what):
             options["shard_bytes"] = 1000
     writer = write(tmp_path, arrays, **options)
     assert not writer.whole
-    found = {}
+    loaded = {}
     for path in tmp_path.glob("*.safetensors"):
-        found |= mx.load(str(path))
-    assert found.keys() == arrays.keys()
-    assert all(a.dtype == found[n].dtype for n, a in arrays.items())
+        loaded |= mx.load(str(path))
+    assert loaded.keys() == arrays.keys()
+    assert all(a.dtype == loaded[n].dtype for n, a in arrays.items())
     assert {p.name for p in tmp_path.iterdir()} == {INDEX, *writer.hashes}
 
 
-def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path):
+def test_a_shard_has_its_final_name_only_when_complete(tmp_path):
     arrays = {f"t{i}": mx.full(1000, i, mx.uint8) for i in range(4)}
     with ShardWriter(tmp_path, layout_of(arrays), shard_bytes=2000) as writer:
         for name in ("t0", "t1", "t2"):
@@ -230,20 +230,20 @@ def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path):
     assert write(tmp_path, arrays, shard_bytes=2000).whole == {"t0", "t1"}
 
 
-# Slips and faults ----------------------------------------------------------------
+# Errors --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("tensors", "says"),
+    ("tensors", "message"),
     [
         ({"b": mx.ones(2)}, "b came where the layout has a"),
         ({"a": mx.ones(3)}, "a is TensorLayout"),
         ({"a": mx.ones(2, mx.float16)}, "a is TensorLayout"),
-        ({"a": mx.ones(2)}, "b of the layout did not come"),
+        ({"a": mx.ones(2)}, "b of the layout was not added"),
         ({"a": mx.ones(2), "b": mx.ones(2), "c": mx.ones(2)}, "c came where"),
     ],
 )
-def test_what_the_layout_does_not_say_is_not_written(tmp_path, tensors, says):
+def test_tensors_that_differ_from_the_layout_are_refused(tmp_path, tensors, message):
     def write_others():
         layout = layout_of({"a": mx.ones(2), "b": mx.ones(2)})
         with ShardWriter(tmp_path, layout) as writer:
@@ -251,13 +251,13 @@ def test_what_the_layout_does_not_say_is_not_written(tmp_path, tensors, says):
                 writer.add(name, array)
             writer.close(4)
 
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         write_others()
     assert not (tmp_path / INDEX).exists()
 
 
 @pytest.mark.parametrize("limit", [1000, 150_000, 390_000])
-def test_a_disk_that_refuses_is_one_sentence_and_nothing_is_kept(tmp_path, limit):
+def test_a_write_error_is_one_sentence_and_nothing_is_kept(tmp_path, limit):
     arrays = {f"t{i}": mx.ones((100, 250)) for i in range(4)}
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
@@ -304,7 +304,7 @@ def test_no_more_than_a_few_tensors_are_in_memory(tmp_path):
     size = 8
     assert (tmp_path / "model.safetensors").stat().st_size > 64 * size * 2**20
     assert allocated <= 4 * size
-    assert resident <= 8 * size  # and what the interpreter took on the way
+    assert resident <= 8 * size  # includes growth of the interpreter
 
 
 def test_json_is_written_as_mlx_lm_writes_it(tmp_path):

@@ -1,4 +1,4 @@
-"""A result is written whole or not at all, and nothing that was there is lost."""
+"""A result is written completely or not at all, and no existing file is lost."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ CONVERT = ("convert", "source", "--quiet")
 
 
 def a_project(folder):
-    """Files as a person may have them, beside a config.json that is no model's."""
+    """A project folder with a config.json that is not a model's."""
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "package.json").write_text("{}")
@@ -59,7 +59,7 @@ def a_file(path):
         (a_folder_in_a_model, "holds thesis"),
     ],
 )
-def test_what_is_no_model_is_never_replaced(here, make, reason):
+def test_only_a_model_folder_is_replaced(here, make, reason):
     make(here / "out")
     args = (*CONVERT, "--mlx-path", "out")
     refuse(here, *args, says=["out exists already", "--force"])
@@ -67,18 +67,18 @@ def test_what_is_no_model_is_never_replaced(here, make, reason):
     assert os.path.lexists("out")
 
 
-def test_a_model_is_replaced_when_that_is_said(here):
+def test_force_replaces_a_model(here):
     args = (*CONVERT, "--mlx-path", "model", "--tokenizer", "none")
     refuse(here, *args, says=["model exists already", "--force"])
     (here / "model" / ".DS_Store").write_text("the Finder's")
     ran = call(*args, "--force")
     assert (ran.exit_code, ran.stdout) == (0, "model\n")
-    assert not (here / "model" / "tokenizer.model").exists()  # all is new
+    assert not (here / "model" / "tokenizer.model").exists()  # no old file is left
     assert open_folder(here / "model")
     assert sorted(path.name for path in here.iterdir()) == ["model", "source"]
 
 
-def test_an_empty_folder_is_filled_when_that_is_said(here):
+def test_force_replaces_an_empty_folder(here):
     (here / "out").mkdir()
     args = (*CONVERT, "--mlx-path", "out")
     refuse(here, *args, says="out exists already")
@@ -104,7 +104,7 @@ def test_force_never_loses_the_source(here):
 
 
 @pytest.mark.parametrize("name", ["mit Leerzeichen", "日本/ü.model", "-x", "a/b/c/d"])
-def test_any_name_and_depth_of_target_is_made(here, name):
+def test_a_target_of_any_name_and_depth_is_created(here, name):
     (here / "a").mkdir()
     ran = call(*CONVERT, f"--mlx-path={name}")
     assert (ran.exit_code, ran.stdout) == (0, f"{name}\n")
@@ -124,11 +124,11 @@ def test_any_name_and_depth_of_target_is_made(here, name):
         ("", ". exists already"),
     ],
 )
-def test_a_target_that_cannot_be_is_named(here, name, says):
+def test_an_impossible_target_is_named(here, name, says):
     refuse(here, *CONVERT, "--mlx-path", name, says=says)
 
 
-def test_a_target_that_comes_while_we_write_is_not_lost(here):
+def test_a_target_that_is_created_during_writing_is_not_lost(here):
     def write_and_be_overtaken():
         with staged_folder(here / "new"):
             (here / "new").mkdir()
@@ -141,8 +141,8 @@ def test_a_target_that_comes_while_we_write_is_not_lost(here):
 
 
 @pytest.mark.parametrize("error", [OSError("stale"), KeyboardInterrupt()])
-def test_without_an_exchange_of_names_the_old_one_comes_back(here, monkeypatch, error):
-    """The file system cannot exchange names, and the second renaming fails."""
+def test_without_an_atomic_exchange_the_old_model_is_restored(here, monkeypatch, error):
+    """The file system cannot exchange names, and the second rename fails."""
     before = snapshot(here)
     rename = staging.Path.rename
 
@@ -182,7 +182,7 @@ def test_a_second_ctrl_c_does_not_leave_the_hidden_folder(here, monkeypatch):
     assert snapshot(here) == before
 
 
-def test_a_folder_is_readable_as_the_umask_says(here):
+def test_a_folder_has_the_permissions_of_the_umask(here):
     old = os.umask(0o022)
     try:
         with staged_folder(here / "new") as folder:
@@ -192,12 +192,12 @@ def test_a_folder_is_readable_as_the_umask_says(here):
     assert (here / "new").stat().st_mode & 0o777 == 0o755
 
 
-# Stopped and continued -----------------------------------------------------------
+# Resuming ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["new", "force"])
-def test_killed_at_any_step_it_is_whole_or_not_there_and_goes_on(tmp_path, target):
-    """See killing.py, which asserts it after each death."""
+def test_after_a_kill_at_any_step_the_result_is_complete_or_absent(tmp_path, target):
+    """See killing.py, which checks this after each kill and resumes."""
     ran = subprocess.run(
         [sys.executable, SUPPORT / "killing.py", tmp_path, target],
         capture_output=True,
@@ -208,7 +208,7 @@ def test_killed_at_any_step_it_is_whole_or_not_there_and_goes_on(tmp_path, targe
 
 
 def stop(target, error, *, job, shards=1):
-    """Write some shards and other files, and be stopped by an error; return it."""
+    """Write some shards and other files, then raise an error; return it."""
 
     def write_and_stop():
         with staged_folder(target, job=job) as folder:
@@ -225,12 +225,12 @@ def stop(target, error, *, job, shards=1):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
-def test_who_stops_it_may_go_on(tmp_path, error):
+def test_an_interrupted_run_resumes(tmp_path, error):
     target = tmp_path / "deep" / "out"
     stopped = stop(target, error, job={"bits": 4}, shards=2)
-    assert stopped.__notes__ == ["The same command goes on from 2 whole shards."]
+    assert stopped.__notes__ == ["The same command resumes from 2 complete shards."]
     assert not target.exists()
-    with staged_folder(target, job={"bits": 4}) as folder:  # what is whole, no more
+    with staged_folder(target, job={"bits": 4}) as folder:  # only complete shards
         names = sorted(path.name for path in folder.iterdir())
         assert names == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2)]
     assert list(target.parent.iterdir()) == [target]
@@ -247,23 +247,23 @@ def test_who_stops_it_may_go_on(tmp_path, error):
         (AssertionError(), {"bits": 4}, 2),
     ],
 )
-def test_what_cannot_or_must_not_be_continued_is_removed(tmp_path, error, job, shards):
+def test_a_run_that_cannot_be_resumed_is_removed(tmp_path, error, job, shards):
     stopped = stop(tmp_path / "a" / "b" / "out", error, job=job, shards=shards)
     assert not hasattr(stopped, "__notes__")
     assert not list(tmp_path.iterdir())
 
 
-def test_another_job_starts_anew_and_tidies_up(tmp_path):
+def test_another_job_starts_again_and_removes_leftovers(tmp_path):
     target = tmp_path / "out"
     stop(target, KeyboardInterrupt(), job={"bits": 4})
     with staged_folder(target, job={"bits": 5}) as folder:
         assert not list(folder.iterdir())
         assert {path.suffix for path in tmp_path.iterdir()} == {".lock", ".part"}
-        assert len(list(tmp_path.iterdir())) == 2  # this one's; the other is gone
+        assert len(list(tmp_path.iterdir())) == 2  # only those of this job
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_run_without_a_job_tidies_up_and_continues_nothing(tmp_path):
+def test_a_run_without_a_job_removes_leftovers_and_does_not_resume(tmp_path):
     target = tmp_path / "out"
     stop(target, KeyboardInterrupt(), job={"bits": 4})
     with staged_folder(target) as folder:
@@ -271,12 +271,12 @@ def test_a_run_without_a_job_tidies_up_and_continues_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_only_our_own_left_overs_are_removed(tmp_path):
+def test_only_our_own_leftovers_are_removed(tmp_path):
     stop(tmp_path / "other", KeyboardInterrupt(), job={})  # of another target
     stop(tmp_path / "out.x", KeyboardInterrupt(), job={})
     for name in (
         ".out.part",
-        ".out.0123456789ab.part",  # no lock beside it
+        ".out.0123456789ab.part",  # without a lock
         ".out.1123456789ab.part",  # a lock that is not ours
         ".out.2123456789ab",
         "out.3123456789ab.part",
@@ -298,7 +298,7 @@ def test_only_our_own_left_overs_are_removed(tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_a_link_in_the_place_of_ours_is_not_followed(tmp_path):
+def test_a_link_in_place_of_the_hidden_folder_is_not_followed(tmp_path):
     stop(tmp_path / "out", KeyboardInterrupt(), job={})
     (part,) = tmp_path.glob("*.part")
     shutil.rmtree(part)
@@ -322,7 +322,7 @@ with staged_folder(Path(sys.argv[1]), job={"bits": 4}) as folder:
 """
 
 
-def test_a_second_process_is_refused_and_a_dead_one_is_no_hindrance(tmp_path):
+def test_a_second_process_is_refused_until_the_first_one_ends(tmp_path):
     target = tmp_path / "out"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, target],
@@ -342,7 +342,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_no_hindrance(tmp_path):
             pass
         (tmp_path / "out.2").rmdir()
         with pytest.raises(KeyError), staged_folder(target, job={"bits": 5}):
-            raise KeyError  # another job may be tried, and leaves the first alone
+            raise KeyError  # another job may start and does not touch the first
         assert snapshot(tmp_path) == before
         holder.kill()
     with staged_folder(target, job={"bits": 4}) as folder:
@@ -355,7 +355,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_no_hindrance(tmp_path):
 PT, GGUF = b"PK\x03\x04 and so on", b"GGUF and so on"
 
 
-def test_a_file_is_there_when_it_is_whole(tmp_path):
+def test_a_file_appears_only_when_complete(tmp_path):
     target = tmp_path / "deep" / "out.gguf"
     with staged_file(target) as path:
         assert path.suffix == ".gguf"
@@ -368,7 +368,7 @@ def test_a_file_is_there_when_it_is_whole(tmp_path):
 @pytest.mark.parametrize(
     "error", [OpenELMError("No."), OSError("No."), KeyboardInterrupt(), SystemExit(1)]
 )
-def test_a_file_that_fails_leaves_what_was_there(tmp_path, error):
+def test_a_failed_write_leaves_the_old_file(tmp_path, error):
     (tmp_path / "out.pt").write_bytes(PT)
     before = snapshot(tmp_path)
 
@@ -383,7 +383,7 @@ def test_a_file_that_fails_leaves_what_was_there(tmp_path, error):
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.pt", PT), ("a.gguf", GGUF)])
-def test_a_file_of_its_kind_is_replaced_when_that_is_said(tmp_path, name, content):
+def test_force_replaces_a_file_of_its_kind(tmp_path, name, content):
     (tmp_path / name).write_bytes(content + b"old")
     with (
         pytest.raises(OpenELMError, match="exists already"),
@@ -408,7 +408,7 @@ def test_a_file_of_its_kind_is_replaced_when_that_is_said(tmp_path, name, conten
         ("a.pt", "link.pt"),
     ],
 )
-def test_what_is_no_such_file_is_never_replaced_by_one(tmp_path, name, content):
+def test_a_file_of_another_kind_is_never_replaced(tmp_path, name, content):
     (tmp_path / "link.pt").write_bytes(PT)
     if content is None:
         (tmp_path / name).mkdir()
@@ -425,7 +425,7 @@ def test_what_is_no_such_file_is_never_replaced_by_one(tmp_path, name, content):
     assert snapshot(tmp_path) == before
 
 
-def test_a_file_that_comes_while_we_write_is_not_lost(tmp_path):
+def test_a_file_that_is_created_during_writing_is_not_lost(tmp_path):
     target = tmp_path / "out.pt"
 
     def write_and_be_overtaken():
@@ -439,7 +439,7 @@ def test_a_file_that_comes_while_we_write_is_not_lost(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_what_a_killed_file_writer_left_is_gone_after_the_next(tmp_path):
+def test_leftovers_of_a_killed_run_are_removed_by_the_next(tmp_path):
     code = """
 import os, signal, sys
 from pathlib import Path
@@ -460,7 +460,7 @@ with staged_file(Path(sys.argv[1])) as path:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_lock_file_is_held_by_one_and_removed_afterwards(tmp_path):
+def test_a_lock_file_excludes_others_and_is_removed_afterwards(tmp_path):
     path = tmp_path / "lock"
     with (
         lock_file(path, "mine"),
@@ -471,14 +471,14 @@ def test_a_lock_file_is_held_by_one_and_removed_afterwards(tmp_path):
     assert not path.exists()
 
 
-def test_a_file_system_without_locks_is_refused_unless_the_caller_goes_on(
+def test_a_file_system_without_locks_is_refused_if_a_lock_is_required(
     tmp_path, monkeypatch
 ):
     def fail(*arguments):
         raise OSError(errno.ENOSYS, "no locks here")
 
     monkeypatch.setattr(staging.fcntl, "flock", fail)
-    with pytest.raises(OSError, match="no locks"), lock_file(tmp_path / "a", "held"):
+    with pytest.raises(OSError, match="no locks"), lock_file(tmp_path / "a", "in use"):
         pass
-    with lock_file(tmp_path / "b", "held", required=False):
+    with lock_file(tmp_path / "b", "in use", required=False):
         assert (tmp_path / "b").exists()

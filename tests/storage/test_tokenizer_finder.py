@@ -1,4 +1,4 @@
-"""A tokenizer is found, proved, and written into files that agree."""
+"""Finding, verifying and writing the tokenizer of a model."""
 
 import random
 import shutil
@@ -16,8 +16,8 @@ from mlx_openelm.storage.tokenizer_finder import (
     LLAMA_VECTORS,
     PROBES,
     find_tokenizer,
-    prove_tokenizer,
     read_tokenizer,
+    verify_tokenizer,
     write_tokenizer,
 )
 from mlx_openelm.text import tokenizer_json
@@ -26,7 +26,7 @@ from mlx_openelm.text.tokenizer import Tokenizer
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty Hub cache; the Hub itself is away."""
+    """An empty Hub cache; the Hub itself is unreachable."""
     nowhere = Hub(endpoint="http://127.0.0.1:9")
     return connect(nowhere, tmp_path / "hugging-face", monkeypatch)
 
@@ -41,7 +41,7 @@ def hub(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A model's folder that holds no tokenizer, alone in its own."""
+    """A model folder without a tokenizer and without siblings."""
     folder = tmp_path / "models" / "source"
     folder.mkdir(parents=True)
     return folder
@@ -59,13 +59,13 @@ def llama() -> Tokenizer:
 
 @pytest.fixture(scope="module", params=["small", "llama"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    found: Tokenizer = request.getfixturevalue(request.param)
-    return found
+    tokenizer: Tokenizer = request.getfixturevalue(request.param)
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that `write_tokenizer` has filled."""
+    """A folder written by `write_tokenizer`."""
     folder = tmp_path_factory.mktemp("written")
     write_tokenizer(tokenizer, folder)
     return folder
@@ -74,40 +74,40 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
 # Finding -------------------------------------------------------------------------
 
 
-def test_a_tokenizer_beside_a_folder_or_a_file_is_found(
+def test_a_tokenizer_in_the_folder_of_the_source_is_found(
     small: Tokenizer, tmp_path: Path
 ) -> None:
     write_tokenizer(small, tmp_path)
     for source in (tmp_path, tmp_path / "openelm.pt"):
-        found = find_tokenizer(source, None, SIZE)
-        assert found.path == tmp_path / "tokenizer.model"
-        assert found.tokenizer.model_proto == small.model_proto
+        result = find_tokenizer(source, None, SIZE)
+        assert result.path == tmp_path / "tokenizer.model"
+        assert result.tokenizer.model_proto == small.model_proto
     (tmp_path / "tokenizer.model").unlink()
     assert find_tokenizer(tmp_path, None, SIZE).path == tmp_path / "tokenizer.json"
 
 
 @pytest.mark.parametrize("name", ["", "tokenizer.model", "tokenizer.json"])
-def test_a_given_tokenizer_goes_before_one_beside_the_source(
+def test_a_given_tokenizer_overrides_that_of_the_source(
     small: Tokenizer, tmp_path: Path, name: str
 ) -> None:
     write_tokenizer(train(vocab_size=500), tmp_path)
-    given_one = tmp_path / "given"
-    given_one.mkdir()
-    write_tokenizer(small, given_one)
-    found = find_tokenizer(tmp_path, str(given_one / name), SIZE)
-    assert found.path.parent == given_one
-    assert found.tokenizer.vocab_size == SIZE
+    given = tmp_path / "given"
+    given.mkdir()
+    write_tokenizer(small, given)
+    result = find_tokenizer(tmp_path, str(given / name), SIZE)
+    assert result.path.parent == given
+    assert result.tokenizer.vocab_size == SIZE
 
 
-def test_no_tokenizer_says_where_to_get_one(source: Path) -> None:
+def test_the_error_for_a_missing_tokenizer_tells_where_to_get_one(source: Path) -> None:
     for path in (source, source / "openelm.pt"):
         for num_rows in (32000, 300):
-            with pytest.raises(OpenELMError) as refusal:
+            with pytest.raises(OpenELMError) as error:
                 find_tokenizer(path, None, num_rows)
             for part in (str(path), "NousResearch/Llama-2-7b-hf", "`tokenizer` none"):
-                assert part in str(refusal.value)
-            asked = "asking the Hub failed" in str(refusal.value)
-            assert asked == (num_rows == 32000)  # another's is not on the Hub
+                assert part in str(error.value)
+            used_hub = "the request to the Hub failed" in str(error.value)
+            assert used_hub == (num_rows == 32000)  # others are not on the Hub
 
 
 def test_a_wrong_tokenizer_is_named_by_its_file(
@@ -119,7 +119,7 @@ def test_a_wrong_tokenizer_is_named_by_its_file(
 
 
 @pytest.mark.parametrize("name", ["no.model", "a/b/c", "./x", "/x/y", "a/b.model"])
-def test_a_given_path_that_is_not_there_is_not_sought_on_the_hub(
+def test_a_missing_path_is_not_searched_for_on_the_hub(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer_finder, "download", None)
@@ -133,27 +133,27 @@ def test_a_given_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_a_repository_that_is_given_is_fetched_once(
+def test_a_given_repository_is_downloaded_once(
     small: Tokenizer, source: Path, hub: Hub, offline: bool
 ) -> None:
     more = {"config.json": b"{}", "model.safetensors": b"not needed"}
-    hub.add("someone/tokenizer", {"tokenizer.model": small.model_proto} | more)
+    hub.add("org/tokenizer", {"tokenizer.model": small.model_proto} | more)
     if offline:
-        with pytest.raises(OpenELMError, match="no tokenizer of that name in the loc"):
-            find_tokenizer(source, "someone/tokenizer", SIZE, offline=True)
+        with pytest.raises(OpenELMError, match="cache has no tokenizer of that name"):
+            find_tokenizer(source, "org/tokenizer", SIZE, offline=True)
         assert not hub.requests
-    found = find_tokenizer(source, "someone/tokenizer", SIZE)
-    assert found.tokenizer.model_proto == small.model_proto
+    result = find_tokenizer(source, "org/tokenizer", SIZE)
+    assert result.tokenizer.model_proto == small.model_proto
     assert hub.sent == {"tokenizer.model": len(small.model_proto)}
     hub.down = True
-    again = find_tokenizer(source, "someone/tokenizer", SIZE, offline=offline)
-    assert again.path == found.path
+    again = find_tokenizer(source, "org/tokenizer", SIZE, offline=offline)
+    assert again.path == result.path
 
 
 def test_a_repository_without_a_tokenizer_is_named(source: Path, hub: Hub) -> None:
-    hub.add("someone/model", {"config.json": b"{}", "model.safetensors": b""})
-    with pytest.raises(OpenELMError, match="someone/model holds no tokenizer"):
-        find_tokenizer(source, "someone/model", SIZE)
+    hub.add("org/model", {"config.json": b"{}", "model.safetensors": b""})
+    with pytest.raises(OpenELMError, match="org/model has no tokenizer"):
+        find_tokenizer(source, "org/model", SIZE)
 
 
 # Searching -----------------------------------------------------------------------
@@ -173,7 +173,7 @@ def put_into_cache(cache: Path, repo: str, tokenizer: Tokenizer | bytes) -> Path
 
 @pytest.fixture(scope="module")
 def mistral(llama: Tokenizer) -> bytes:
-    """A file of Llama's size, ids and manners, with its pieces in another order."""
+    """A file with Llama's size and special ids, and its pieces in another order."""
     fake = pieces_of(llama.model_proto)
     for i in range(300, 31000, 2):
         one, other = fake.pieces[i], fake.pieces[i + 1]
@@ -185,7 +185,7 @@ def mistral(llama: Tokenizer) -> bytes:
 
 @pytest.mark.parametrize("offline", [True, False])
 @pytest.mark.parametrize("rows", [32000, 32128])
-def test_it_is_sought_nearby_then_in_the_cache_then_on_the_hub(
+def test_the_search_covers_nearby_folders_then_the_cache_then_the_hub(
     llama: Tokenizer, source: Path, cache: Path, hub: Hub, rows: int, offline: bool
 ) -> None:
     name = "NousResearch/Llama-2-7b-hf"
@@ -204,16 +204,16 @@ def test_it_is_sought_nearby_then_in_the_cache_then_on_the_hub(
     (source / "tokenizer.model").write_bytes(llama.model_proto)
     places["source"] = source / "tokenizer.model"
     for where, file in places.items():
-        found = find_tokenizer(source, None, rows, offline=offline)
-        assert found.path == file
-        assert found.tokenizer.model_proto == llama.model_proto
+        result = find_tokenizer(source, None, rows, offline=offline)
+        assert result.path == file
+        assert result.tokenizer.model_proto == llama.model_proto
         if where == "source":
-            assert found.notes == ()
+            assert result.notes == ()
         else:
-            assert f"There is no tokenizer in {source}." in found.notes
-            assert str(file) in found.notes[-1]
-            assert "gives Llama's ids for every probe" in found.notes[-1]
-            assert "/" not in where or f"{where} in the Hub cache" in found.notes[-1]
+            assert f"There is no tokenizer in {source}." in result.notes
+            assert str(file) in result.notes[-1]
+            assert "gives Llama's ids for every probe" in result.notes[-1]
+            assert "/" not in where or f"{where} in the Hub cache" in result.notes[-1]
         assert not hub.requests
         file.unlink()
         if "snapshots" in file.parts:
@@ -223,36 +223,36 @@ def test_it_is_sought_nearby_then_in_the_cache_then_on_the_hub(
             find_tokenizer(source, None, rows, offline=True)
         assert not hub.requests
         return
-    found = find_tokenizer(source, None, rows)
-    assert f"downloaded from {name}" in found.notes[-1]
-    assert found.tokenizer.model_proto == llama.model_proto
+    result = find_tokenizer(source, None, rows)
+    assert f"downloaded from {name}" in result.notes[-1]
+    assert result.tokenizer.model_proto == llama.model_proto
     assert hub.sent == {"tokenizer.model": len(llama.model_proto)}
 
 
-def test_a_look_alike_of_llamas_is_passed_over_wherever_it_lies(
+def test_tokenizers_that_resemble_llamas_are_skipped_everywhere(
     llama: Tokenizer, mistral: bytes, source: Path, cache: Path, hub: Hub
 ) -> None:
     wrong = [
         put(source.parent / "mistral", mistral),
         put_into_cache(cache, "NousResearch/Llama-2-7b-hf", mistral),
         put_into_cache(cache, "mistralai/Mistral-7B-v0.1", mistral),
-        put(source.parent / "rubbish", b"rubbish"),
+        put(source.parent / "invalid", b"invalid"),
         put(source.parent / "small", train()),
     ]
     right = put_into_cache(cache, "meta-llama/Llama-2-7b", llama)
-    found = find_tokenizer(source, None, 32128)
-    assert found.path == right
-    said = "\n".join(found.notes)
+    result = find_tokenizer(source, None, 32128)
+    assert result.path == right
+    notes = "\n".join(result.notes)
     for file in (wrong[0], wrong[1], wrong[3], wrong[4]):  # [2] comes after `right`
-        assert f"Passed over {file}: " in said
-    assert said.count("has 32000 pieces but is not Llama's") == 2
+        assert f"Skipped {file}: " in notes
+    assert notes.count("has 32000 pieces but is not Llama's") == 2
     shutil.rmtree(right.parents[2])
     hub.add("NousResearch/Llama-2-7b-hf", {"tokenizer.model": mistral})
     with pytest.raises(OpenELMError, match="is not Llama's"):
         find_tokenizer(source, None, 32128)
 
 
-def test_what_lies_in_the_sources_own_folder_must_fit(
+def test_a_tokenizer_in_the_folder_of_the_source_must_fit(
     llama: Tokenizer, mistral: bytes, source: Path
 ) -> None:
     put(source.parent / "beside", llama)
@@ -261,7 +261,7 @@ def test_what_lies_in_the_sources_own_folder_must_fit(
         find_tokenizer(source, None, 32000)
 
 
-def test_a_tokenizer_of_another_vocabulary_is_sought_nearby_only(
+def test_a_tokenizer_of_another_vocabulary_is_searched_for_only_nearby(
     small: Tokenizer, source: Path, cache: Path, hub: Hub
 ) -> None:
     put_into_cache(cache, "NousResearch/Llama-2-7b-hf", small)
@@ -270,20 +270,22 @@ def test_a_tokenizer_of_another_vocabulary_is_sought_nearby_only(
     put(source.parent / "copy", small)
     write_tokenizer(small, put(source.parent / "same", small).parent)
     (source.parent / "same" / "tokenizer.model").unlink()  # its tokenizer.json stays
-    found = find_tokenizer(source, None, SIZE)
-    assert found.path == source.parent / "copy" / "tokenizer.model"
-    assert f"it fits {SIZE} rows; if the model has another" in found.notes[-1]
+    result = find_tokenizer(source, None, SIZE)
+    assert result.path == source.parent / "copy" / "tokenizer.model"
+    assert f"it fits {SIZE} rows; if the model has another" in result.notes[-1]
     assert not hub.requests
 
 
-def test_two_that_fit_and_differ_are_a_question(small: Tokenizer, source: Path) -> None:
+def test_two_different_fitting_tokenizers_are_an_error(
+    small: Tokenizer, source: Path
+) -> None:
     put(source.parent / "one", small)
     put(source.parent / "two", train(split_digits=False))
     with pytest.raises(OpenELMError, match=r"one.*two.* both fit the model and differ"):
         find_tokenizer(source, None, SIZE)
 
 
-def test_only_so_much_is_looked_at(
+def test_the_search_is_limited(
     small: Tokenizer, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(source.parent / "large", small)
@@ -313,40 +315,41 @@ def test_a_damaged_file_is_a_named_error(
 def test_a_tokenizer_json_that_gives_other_ids_is_noticed(
     small: Tokenizer, tmp_path: Path
 ) -> None:
-    # Its pieces and merges are ours, but all merges are skipped when it is used.
-    file = edited(small, tmp_path, lambda found: found["model"].update(dropout=1.0))
+    # Its pieces and merges are ours, but dropout skips all merges.
+    file = edited(small, tmp_path, lambda file: file["model"].update(dropout=1.0))
     with pytest.raises(OpenELMError, match="differs from SentencePiece"):
         read_tokenizer(file)
 
 
-# Proving -------------------------------------------------------------------------
+# Verifying -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_rows", [SIZE, 640])
 def test_rows_that_fit_are_accepted(small: Tokenizer, num_rows: int) -> None:
-    prove_tokenizer(small, num_rows)
+    verify_tokenizer(small, num_rows)
 
 
 @pytest.mark.parametrize("num_rows", [0, 512, SIZE - 1, SIZE + 1, 639, 641, 768, 32000])
 def test_rows_that_do_not_fit_are_named(small: Tokenizer, num_rows: int) -> None:
     with pytest.raises(OpenELMError, match=rf"{SIZE} pieces.* {num_rows} rows"):
-        prove_tokenizer(small, num_rows)
+        verify_tokenizer(small, num_rows)
 
 
 def test_llama_fits_its_rows_and_corenets_padding(llama: Tokenizer) -> None:
-    prove_tokenizer(llama, 32000)
-    prove_tokenizer(llama, 32128)
+    verify_tokenizer(llama, 32000)
+    verify_tokenizer(llama, 32128)
     for num_rows in (31999, 32001, 32127, 32129, 32256):
         with pytest.raises(OpenELMError, match="32000 pieces"):
-            prove_tokenizer(llama, num_rows)
+            verify_tokenizer(llama, num_rows)
 
 
 def test_a_full_multiple_of_128_is_padded_by_another_128() -> None:
-    prove_tokenizer(train(vocab_size=512), 640)  # the padding id takes a row of its own
+    # The padding id needs a row of its own.
+    verify_tokenizer(train(vocab_size=512), 640)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"pad_id": 0, "unk_id": 3}, "unknown, BOS and EOS"),
         ({"bos_id": 2, "eos_id": 1}, "unknown, BOS and EOS"),
@@ -357,11 +360,11 @@ def test_a_full_multiple_of_128_is_padded_by_another_128() -> None:
         ({"normalization_rule_name": "nmt_nfkc"}, "loses text"),
     ],
 )
-def test_a_tokenizer_without_llamas_manners_is_refused(
-    options: dict[str, Any], said: str
+def test_a_tokenizer_that_behaves_unlike_llamas_is_refused(
+    options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(OpenELMError, match=said):
-        prove_tokenizer(train(**options), SIZE)
+    with pytest.raises(OpenELMError, match=message):
+        verify_tokenizer(train(**options), SIZE)
 
 
 def test_another_vocabulary_of_llamas_size_is_refused(small: Tokenizer) -> None:
@@ -371,7 +374,7 @@ def test_another_vocabulary_of_llamas_size_is_refused(small: Tokenizer) -> None:
     look_alike = Tokenizer(fake.SerializeToString())
     assert look_alike.vocab_size == 32000
     with pytest.raises(OpenELMError, match="32000 pieces but is not Llama's"):
-        prove_tokenizer(look_alike, 32000)
+        verify_tokenizer(look_alike, 32000)
 
 
 def test_llamas_pieces_in_another_order_are_refused(llama: Tokenizer) -> None:
@@ -381,7 +384,7 @@ def test_llamas_pieces_in_another_order_are_refused(llama: Tokenizer) -> None:
     del fake.pieces[259:]
     fake.pieces.extend(shuffled)
     with pytest.raises(OpenELMError, match="not Llama's"):
-        prove_tokenizer(Tokenizer(fake.SerializeToString()), 32128)
+        verify_tokenizer(Tokenizer(fake.SerializeToString()), 32128)
 
 
 def test_llamas_published_vectors_hold(llama: Tokenizer) -> None:
@@ -396,17 +399,17 @@ def test_llamas_published_vectors_hold(llama: Tokenizer) -> None:
         assert llama.encode(text) == [1, *map(int, numbers.split())]
 
 
-def test_merges_that_cut_words_otherwise_do_not_pass_for_llama(
+def test_merges_in_another_order_are_refused_for_llama(
     llama: Tokenizer, tmp_path: Path
 ) -> None:
-    # What transformers 5 makes of a tokenizer.model alone: merges in the order of ids.
-    def by_id(found: dict[str, Any]) -> None:
-        vocab = found["model"]["vocab"]
-        found["model"]["merges"].sort(key=lambda pair: vocab["".join(pair)])
+    # As transformers 5 converts a tokenizer.model: merges in the order of ids.
+    def by_id(file: dict[str, Any]) -> None:
+        vocab = file["model"]["vocab"]
+        file["model"]["merges"].sort(key=lambda pair: vocab["".join(pair)])
 
     file = edited(llama, tmp_path, by_id)
     with pytest.raises(OpenELMError, match="not Llama's"):
-        prove_tokenizer(read_tokenizer(file), 32000)
+        verify_tokenizer(read_tokenizer(file), 32000)
 
 
 # Writing -------------------------------------------------------------------------
@@ -418,7 +421,7 @@ def test_tokenizer_model_is_written_byte_for_byte(
     assert (folder / "tokenizer.model").read_bytes() == tokenizer.model_proto
 
 
-def test_nothing_is_written_of_what_tokenizer_json_cannot_express(
+def test_nothing_is_written_if_tokenizer_json_cannot_express_it(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(OpenELMError, match="cannot express"):
@@ -462,17 +465,17 @@ def test_transformers_and_mlx_lm_give_the_same_ids(
 
 
 @pytest.mark.interop
-def test_what_transformers_saves_is_read_back(
+def test_a_tokenizer_saved_by_transformers_is_read(
     llama: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The way of mlx_lm.convert: a Llama repository's tokenizer.json, saved again.
+    # As in mlx_lm.convert: a Llama repository's tokenizer.json, saved again.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from transformers import LlamaTokenizer
 
     write_tokenizer(llama, tmp_path)
     LlamaTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "tokenizer.model").exists()
-    found = find_tokenizer(tmp_path / "saved", None, 32000)
-    assert found.path == tmp_path / "saved" / "tokenizer.json"
+    result = find_tokenizer(tmp_path / "saved", None, 32000)
+    assert result.path == tmp_path / "saved" / "tokenizer.json"
     for text in PROBES:
-        assert found.tokenizer.encode(text) == llama.encode(text)
+        assert result.tokenizer.encode(text) == llama.encode(text)

@@ -1,4 +1,4 @@
-"""A headless Chromium, if one is here, spoken to over its DevTools pipe."""
+"""A headless Chromium, if one is installed, controlled through its DevTools pipe."""
 
 import base64
 import contextlib
@@ -30,7 +30,7 @@ def find_browser() -> str | None:
 
 @dataclass
 class Page:
-    """One tab, and what it complained about and asked for since it was opened."""
+    """One tab, with its complaints and requests since `open`."""
 
     browser: "Browser"
     session: str
@@ -43,16 +43,16 @@ class Page:
         self.requests.clear()
         window = {"width": width, "height": 900, "deviceScaleFactor": 1}
         self.call("Emulation.setDeviceMetricsOverride", **window, mobile=width < 600)
-        wish = {"name": "prefers-color-scheme", "value": scheme}
-        self.call("Emulation.setEmulatedMedia", features=[wish])
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self.call("Emulation.setEmulatedMedia", features=[feature])
         self.call("Page.navigate", url=path.as_uri())
         self.browser.wait_for("Page.loadEventFired")
 
     def evaluate(self, script: str) -> Any:
         """Return the value of a JavaScript expression."""
-        said = self.call("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in said, said
-        return said["result"].get("value")
+        response = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in response, response
+        return response["result"].get("value")
 
     def move_pointer(self, x: float, y: float) -> None:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
@@ -84,8 +84,8 @@ class Browser:
             os.environ,
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
-                (os.POSIX_SPAWN_DUP2, its_in, 3),  # the numbers that Chromium reads
-                (os.POSIX_SPAWN_DUP2, its_out, 4),  # and writes
+                (os.POSIX_SPAWN_DUP2, its_in, 3),  # Chromium reads from 3
+                (os.POSIX_SPAWN_DUP2, its_out, 4),  # and writes to 4
             ],
             setpgroup=0,
         )
@@ -93,7 +93,7 @@ class Browser:
         os.close(its_out)
         self._from, self._to = os.fdopen(ours_in, "rb"), os.fdopen(ours_out, "wb")
         self._count, self._rest = 0, b""
-        self._seen: list[str] = []
+        self._events: list[str] = []
         self.pages: dict[str, Page] = {}
 
     def new_page(self) -> Page:
@@ -109,23 +109,21 @@ class Browser:
         self, method: str, params: dict[str, Any], session: str | None = None
     ) -> dict[str, Any]:
         self._count += 1
-        said: dict[str, Any] = {"id": self._count, "method": method, "params": params}
-        self._seen.clear()
-        self._to.write(
-            json.dumps(said | ({"sessionId": session} if session else {})).encode()
-            + b"\0"
-        )
+        command: dict[str, Any] = {"id": self._count, "method": method}
+        command |= {"params": params} | ({"sessionId": session} if session else {})
+        self._events.clear()
+        self._to.write(json.dumps(command).encode() + b"\0")
         self._to.flush()
         while True:
-            heard = self._hear()
-            if heard.get("id") == self._count:
-                assert "error" not in heard, (method, heard["error"])
-                return heard["result"]
+            message = self._receive()
+            if message.get("id") == self._count:
+                assert "error" not in message, (method, message["error"])
+                return message["result"]
 
     def wait_for(self, event: str) -> None:
         """Wait for an event since the last call."""
-        while event not in self._seen:
-            self._hear()
+        while event not in self._events:
+            self._receive()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -135,23 +133,23 @@ class Browser:
         with contextlib.suppress(OSError):
             self._to.close()
 
-    def _hear(self) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
             more = self._from.read1(1 << 20)
             if not more:
                 raise EOFError("the browser has ended")
             self._rest += more
         line, _, self._rest = self._rest.partition(b"\0")
-        heard = json.loads(line)
-        method, params = heard.get("method", ""), heard.get("params", {})
-        self._seen.append(method)
-        page = self.pages.get(heard.get("sessionId", ""))
+        message = json.loads(line)
+        method, params = message.get("method", ""), message.get("params", {})
+        self._events.append(method)
+        page = self.pages.get(message.get("sessionId", ""))
         if page is not None:
             if method in COMPLAINTS:
                 page.complaints.append(params)
             elif method == "Network.requestWillBeSent":
                 page.requests.append(params["request"]["url"])
-        return heard
+        return message
 
 
 @contextlib.contextmanager
@@ -164,7 +162,7 @@ def started(path: str, profile: Path) -> Iterator[Browser]:
 
 
 def _pipe() -> tuple[int, int]:
-    """Make a pipe whose ends have numbers that are not among those of a child."""
+    """Make a pipe whose descriptors do not collide with those of a child."""
     ends = os.pipe()
     high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
     for end in ends:

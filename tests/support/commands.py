@@ -1,4 +1,4 @@
-"""Running the command line in this process, and what its refusals must look like."""
+"""Runs the command line in this process and checks its errors."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ def call(*args: object, **options) -> Result:
 
 
 def refuse(here: Path, *args: object, says: str | list[str], **options) -> str:
-    """Run; there must be one sentence with all of `says`, and not a byte of change."""
+    """Run; expect one sentence that contains all of `says`, and unchanged files."""
     before = snapshot(here)
     ran = call(*args, **options)
     assert isinstance(ran.exception, SystemExit), repr(ran.exception)
@@ -41,15 +41,15 @@ def make_source(
     *,
     config: OpenELMConfig = UNEVEN,
 ) -> Path:
-    """Write a folder that can be converted, but for `changes`; None: left out."""
+    """Write a folder to convert, with `changes` to its weights; None removes one."""
     weights = weights_of(config) | (changes or {})
-    kept = {name: weight for name, weight in weights.items() if weight is not None}
-    write_hugging_face(folder, config, kept)
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
+    write_hugging_face(folder, config, weights)
     (folder / "tokenizer.model").write_bytes(small_tokenizer().model_proto)
     return folder
 
 
-def spoilt(weight: np.ndarray, value: float) -> np.ndarray:
+def replace_last(weight: np.ndarray, value: float) -> np.ndarray:
     weight = weight.copy()
     weight[-1, -1] = value
     return weight

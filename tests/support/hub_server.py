@@ -1,8 +1,8 @@
 """A small Hugging Face Hub on the loopback address, for the real client.
 
-What it answers is what huggingface_hub reads: a repository's listing, its tree and
-refs, and files with ETag, commit and size headers. Large files lie at another origin,
-as the Hub's do, and are served by range.
+It serves what huggingface_hub reads: a repository's listing, tree and refs, and files
+with ETag, commit and size headers. As on the Hub, large files are at another origin and
+support ranges.
 """
 
 import contextlib
@@ -23,26 +23,26 @@ LARGE = (".safetensors", ".bin", ".pth", ".onnx", "tokenizer.model")
 
 @dataclass
 class Hub:
-    """What the server holds, does and has seen.
+    """The files and the behaviour of the server, and the requests it received.
 
     Attributes:
-        revisions: by repository and by the name of a branch or tag, its files.
+        revisions: files by repository and name of a branch or tag.
         gated: repositories whose files are refused.
-        knows_nobody: every token is refused.
-        cut_after: bytes of a large file after which the connection is cut...
-        cuts: ...so many times.
-        on_large: called with the name of each large file that is asked for.
-        stall: instead of cutting, say nothing more until it is set.
-        stalled: set when that has begun.
-        requests: method and path of each, in order.
-        sent: bytes of each file's content that went out.
-        ranges: the Range headers that came.
-        tokens: by host, the Authorization headers that came.
+        rejects_tokens: every token is refused.
+        cut_after: bytes of a large file after which the connection is closed.
+        cuts: how often that happens.
+        on_large: called with the name of each requested large file.
+        stall: instead of closing the connection, wait until this event is set.
+        stalled: set when that wait starts.
+        requests: method and path of each request, in order.
+        sent: number of bytes sent of each file.
+        ranges: received Range headers.
+        tokens: received Authorization headers, by host.
     """
 
     revisions: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
-    knows_nobody: bool = False
+    rejects_tokens: bool = False
     cut_after: int = 0
     cuts: int = 0
     on_large: Callable[[str], None] | None = None
@@ -56,7 +56,7 @@ class Hub:
     down: bool = False
 
     def add(self, repo: str, files: dict[str, bytes], revision: str = "main") -> str:
-        """Put files under a branch or tag; return the commit."""
+        """Add files as a branch or tag; return the commit."""
         self.revisions.setdefault(repo, {})[revision] = files
         return commit_of(files)
 
@@ -70,7 +70,7 @@ def commit_of(files: dict[str, bytes]) -> str:
 
 @contextlib.contextmanager
 def serve(hub: Hub) -> Iterator[None]:
-    """Serve the hub until the block ends; its endpoint is set."""
+    """Serve the hub during the block, and set its endpoint."""
 
     class Handler(_Handler):
         pass
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         if token := self.headers.get("Authorization"):
             host = self.headers["Host"].split(":")[0]
             self.hub.tokens.setdefault(host, set()).add(token)
-        if token and self.hub.knows_nobody:
+        if token and self.hub.rejects_tokens:
             self._refuse(401, "", "Invalid credentials in Authorization header")
         elif parts[0] == "cdn":
             self._send_large(parts[1])
@@ -198,11 +198,11 @@ class _Handler(BaseHTTPRequestHandler):
             if hashlib.sha256(content).hexdigest() == digest
         )
         headers: dict[str, str] = {}
-        asked = self.headers.get("Range")
+        byte_range = self.headers.get("Range")
         start = 0
-        if asked:
-            self.hub.ranges.append(asked)
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        if byte_range:
+            self.hub.ranges.append(byte_range)
+            start = int(byte_range.removeprefix("bytes=").removesuffix("-"))
             headers["Content-Range"] = (
                 f"bytes {start}-{len(content) - 1}/{len(content)}"
             )
@@ -214,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._count(name, until)
         if self.hub.on_large is not None:
             self.hub.on_large(name)
-        self._send(206 if asked else 200, body, headers, until=until)
+        self._send(206 if byte_range else 200, body, headers, until=until)
 
     def _files(self, repo: str, revision: str) -> dict[str, bytes] | None:
         revisions = self.hub.revisions.get(repo, {})
@@ -265,7 +265,7 @@ def _lfs(content: bytes, digest_key: str) -> dict[str, object]:
 
 
 def connect(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let the client in this process use the hub, with a cache of its own."""
+    """Configure the client in this process to use the hub and a separate cache."""
     from huggingface_hub import close_session, constants
 
     cache = home / "hub"
@@ -281,7 +281,7 @@ def connect(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def environment_of(hub: Hub, home: Path) -> dict[str, str]:
-    """Return what lets another process use the hub, with a cache of its own."""
+    """Return the environment of a process that uses the hub and a separate cache."""
     return os.environ | {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(home),

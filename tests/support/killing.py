@@ -1,9 +1,8 @@
-"""Kills a writer before every single thing that it does to the disk, and runs it again.
+"""Kills a writer before each of its disk operations, checks the result, and resumes.
 
-A script, for it forks, and a fork of a process that has computed with MLX hangs. Python
-announces each step (open, rename, mkdir, ...) to an audit hook: there the child dies,
-as by SIGKILL. What must hold after each death is asserted here, and the number of
-deaths is printed.
+This is a script because it forks, and a fork of a process that has used MLX hangs. An
+audit hook, called for each operation (open, rename, mkdir, ...), kills the child with
+SIGKILL. The number of kills is printed.
 """
 
 import os
@@ -23,7 +22,7 @@ NUM_SHARDS = 3
 
 
 def write(target: Path, *, value: int, force: bool = False) -> None:
-    """Write a folder of three shards; the value decides what they hold."""
+    """Write a folder of three shards with contents derived from `value`."""
     with staged_folder(target, force=force, job={"value": value}) as folder:
         with ShardWriter(folder, LAYOUT, shard_bytes=2000) as writer:
             for i, (name, tensor) in enumerate(LAYOUT.items()):
@@ -34,12 +33,12 @@ def write(target: Path, *, value: int, force: bool = False) -> None:
 
 
 def run(target: Path, *, value: int, force: bool, steps: int | None = None) -> bool:
-    """Write in a child, which dies before its step of that number; was there one?"""
+    """Write in a child that is killed after `steps` steps; return whether it was."""
     child = os.fork()
     if child == 0:
         left = steps
 
-        def die_in_time(event: str, args: tuple) -> None:
+        def kill_in_time(event: str, args: tuple) -> None:
             nonlocal left
             if left is not None and event in STEPS:
                 left -= 1
@@ -48,7 +47,7 @@ def run(target: Path, *, value: int, force: bool, steps: int | None = None) -> b
 
         code = 1
         try:
-            sys.addaudithook(die_in_time)
+            sys.addaudithook(kill_in_time)
             write(target, value=value, force=force)
             code = 0
         finally:
@@ -67,13 +66,13 @@ def inodes(folder: Path) -> dict[str, tuple[int, int]]:
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in shards}
 
 
-def die(place: Path, steps: int, *, force: bool, again: bool) -> tuple[bool, int]:
-    """Die once; return whether there was such a step, and how many shards were whole.
+def kill_once(root: Path, steps: int, *, force: bool, again: bool) -> tuple[bool, int]:
+    """Return whether a writer was killed, and the number of its complete shards.
 
     Args:
-        again: run the same job again even if the death came too late to hinder it.
+        again: repeat the job even if the killed run had completed the target.
     """
-    old, new, target = place / "old", place / "new", place / "into" / "out"
+    old, new, target = root / "old", root / "new", root / "into" / "out"
     target.parent.mkdir()
     if force:
         shutil.copytree(old, target)
@@ -83,35 +82,35 @@ def die(place: Path, steps: int, *, force: bool, again: bool) -> tuple[bool, int
         assert is_new or contents(target) == contents(old)
     else:
         assert is_new or not target.exists()
-    whole = {}
+    complete = {}
     for part in target.parent.glob(".out.*.part"):
-        whole = inodes(part)
+        complete = inodes(part)
     if again or not is_new:
         assert not run(target, value=11, force=force)
         assert contents(target) == contents(new)
-        assert inodes(target).items() >= whole.items()  # not one is written again
+        assert inodes(target).items() >= complete.items()  # none is written again
     shutil.rmtree(target)
-    assert not run(target, value=1, force=False)  # another job for the same place
+    assert not run(target, value=1, force=False)  # another job for the same target
     assert contents(target) == contents(old)
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     shutil.rmtree(target.parent)
-    return killed, len(whole)
+    return killed, len(complete)
 
 
-def main(place: Path, *, force: bool) -> None:
-    assert not run(place / "old", value=1, force=False)
-    assert not run(place / "new", value=11, force=False)
-    assert len(inodes(place / "new")) == NUM_SHARDS
-    steps, killed, went_on = 0, True, set()
+def main(root: Path, *, force: bool) -> None:
+    assert not run(root / "old", value=1, force=False)
+    assert not run(root / "new", value=11, force=False)
+    assert len(inodes(root / "new")) == NUM_SHARDS
+    steps, killed, counts = 0, True, set()
     while killed:
         for again in {False, force}:
-            killed, whole = die(place, steps, force=force, again=again)
-            went_on.add(whole)
+            killed, count = kill_once(root, steps, force=force, again=again)
+            counts.add(count)
         steps += 1
-    assert went_on == set(range(NUM_SHARDS + 1))
+    assert counts == set(range(NUM_SHARDS + 1))
     print(steps)
 
 
 if __name__ == "__main__":
-    os.fsync = lambda descriptor: None  # a kill, unlike a power cut, loses no write
+    os.fsync = lambda descriptor: None  # a kill, unlike a power failure, loses no write
     main(Path(sys.argv[1]), force=sys.argv[2] == "force")

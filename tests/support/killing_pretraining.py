@@ -1,7 +1,7 @@
-"""Kills a training before the things it does to the disk, and goes on with it.
+"""Kills a training run before each of its disk operations, and resumes it.
 
-A script, for it forks; the parent computes nothing. Python announces each open, rename
-and removal to an audit hook: there the child dies, as by SIGKILL.
+This is a script because it forks; the parent computes nothing. An audit hook, called
+for each open, rename and removal, kills the child with SIGKILL.
 """
 
 import json
@@ -20,12 +20,12 @@ from converters.pretraining.run import pretrain
 
 
 def run(recipe: PretrainRecipe, *, resume: bool, steps: int | None = None) -> bool:
-    """Train in a child, which dies before its deed of that number; was there one?"""
+    """Train in a child that is killed after `steps` steps; return whether it was."""
     child = os.fork()
     if child == 0:
         left = steps
 
-        def die_in_time(event: str, args: tuple) -> None:
+        def kill_in_time(event: str, args: tuple) -> None:
             nonlocal left
             if left is None or event not in ("open", "os.rename", "os.remove"):
                 return
@@ -37,7 +37,7 @@ def run(recipe: PretrainRecipe, *, resume: bool, steps: int | None = None) -> bo
 
         code = 1
         try:
-            sys.addaudithook(die_in_time)
+            sys.addaudithook(kill_in_time)
             pretrain(recipe, resume=resume)
             code = 0
         finally:
@@ -49,7 +49,7 @@ def run(recipe: PretrainRecipe, *, resume: bool, steps: int | None = None) -> bo
 
 
 def curve(recipe: PretrainRecipe) -> list[tuple]:
-    """Every step's numbers that do not depend on the clock, and every score."""
+    """The metrics of every step and evaluation that do not depend on the clock."""
     lines = (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()
     return [
         (r["event"], r["step"], r.get("loss"), r.get("bits_per_byte"), r.get("tokens"))
@@ -68,20 +68,20 @@ def main(folder: Path) -> None:
     whole = replace(recipe, output=str(folder / "whole"))
     assert not run(whole, resume=False)
     expected = torch.load(Path(whole.output) / AVERAGE, weights_only=True)
-    deaths = 0
+    kills = 0
     while True:
-        killed = replace(recipe, output=str(folder / f"killed-{deaths}"))
-        if not run(killed, resume=False, steps=deaths):
+        killed = replace(recipe, output=str(folder / f"killed-{kills}"))
+        if not run(killed, resume=False, steps=kills):
             break
         output = Path(killed.output)
-        begun = (output / RECIPE).exists() or (output / LAST).exists()
-        assert not run(killed, resume=begun)
-        found = torch.load(output / AVERAGE, weights_only=True)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        started = (output / RECIPE).exists() or (output / LAST).exists()
+        assert not run(killed, resume=started)
+        weights = torch.load(output / AVERAGE, weights_only=True)
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
         assert curve(killed) == curve(whole), (curve(killed), curve(whole))
-        assert not list(output.glob(".*.part*")), list(output.glob(".*.part*"))
-        deaths += 1
-    print(deaths)
+        assert not list(output.glob(".checkpoint*")), list(output.glob(".checkpoint*"))
+        kills += 1
+    print(kills)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small models, tokenizers and files that many tests make."""
+"""Small models, tokenizers and files for tests."""
 
 import functools
 import io
@@ -28,7 +28,7 @@ TEXT = (
     "Don't go into the wood, said the old woman; the wolf is there -- and 1234 more. "
 ) * 8
 
-UNEVEN = OpenELMConfig(  # no two layers alike, groups of different size
+UNEVEN = OpenELMConfig(  # every layer differs, also in its query heads per KV head
     model_dim=64,
     head_dim=16,
     num_query_heads=(2, 4, 6),
@@ -39,7 +39,7 @@ UNEVEN = OpenELMConfig(  # no two layers alike, groups of different size
 )
 EVEN = replace(UNEVEN, head_dim=32, ffn_dims=(64, 128, 192))  # groups of 64
 
-SCALED = OpenELMConfig(  # as the published ones are; groups of 64 divide its rows
+SCALED = OpenELMConfig(  # like the published ones; rows are multiples of 64
     model_dim=64,
     head_dim=32,
     num_query_heads=(2, 4, 6),
@@ -48,7 +48,7 @@ SCALED = OpenELMConfig(  # as the published ones are; groups of 64 divide its ro
     vocab_size=300,
     max_context_length=64,
 )
-PADDED = replace(SCALED, vocab_size=384)  # as in CoreNet: a pad, then 128 n rows
+PADDED = replace(SCALED, vocab_size=384)  # as in CoreNet: a padding id, 128 n rows
 TABLE = "token_embeddings"
 LINEARS = tuple(
     name.removesuffix(".weight")
@@ -58,7 +58,7 @@ LINEARS = tuple(
 
 
 def weights_of(config: OpenELMConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights by CoreNet name, none of them trivial."""
+    """Non-trivial weights by CoreNet name."""
     return {
         name: made_weight(name, shape, seed)
         for name, shape in config.tensor_shapes().items()
@@ -97,7 +97,7 @@ def as_torch(weights: Mapping[str, np.ndarray], dtype: str = "float32") -> dict:
 
 
 def rounded(weights: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    """The weights as a file of this dtype has them, in float32."""
+    """The weights rounded to this dtype, as float32."""
     return {n: t.float().numpy() for n, t in as_torch(weights, dtype).items()}
 
 
@@ -128,7 +128,7 @@ def write_hugging_face(
 
 
 def published_config(config: OpenELMConfig) -> dict:
-    """config.json as it stands on the Hub, where no key tells the FFN's width."""
+    """config.json as on the Hub, which has no key for the FFN widths."""
     return {
         "model_type": "openelm",
         "architectures": ["OpenELMForCausalLM"],
@@ -166,7 +166,7 @@ def write_hub_folder(
     suffix: str = "safetensors",
     shards: int = 1,
 ) -> Path:
-    """Write tensors by the names that they have on the Hub, in one file or several."""
+    """Write tensors with their names on the Hub, in one file or more."""
     import torch
     from safetensors.torch import save_file
 
@@ -196,9 +196,9 @@ def on_the_hub(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def write_apple_folder(
     folder: Path, weights: Mapping[str, np.ndarray], bits: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Write CoreNet's "gpt-test" as Apple's MLX script did; return what it stands for.
+    """Write CoreNet's "gpt-test" as Apple's MLX script did; return its weights.
 
-    With `bits`, the linears are packed in groups of 64. All the rest is float16.
+    With `bits`, the linears are packed in groups of 64. All other tensors are float16.
     """
     from safetensors.numpy import save_file
 
@@ -207,15 +207,15 @@ def write_apple_folder(
         "vocab_size": len(weights[f"{TABLE}.weight"]),
         "max_context_length": 2048,
     }
-    stored, meant = {}, {}
+    stored, decoded = {}, {}
     for name, weight in weights.items():
         half = weight.astype(np.float16)
         if bits and half.ndim == 2 and not name.startswith(TABLE):
-            parts, meant[name] = pack_as_apple(half, bits)
+            parts, decoded[name] = pack_as_apple(half, bits)
             module = name.removesuffix(".weight")
             stored |= {f"{module}.{suffix}": part for suffix, part in parts.items()}
         else:
-            stored[name], meant[name] = half, half.astype(np.float32)
+            stored[name], decoded[name] = half, half.astype(np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     quantization = {"group_size": 64, "bits": bits}
     write_json(
@@ -223,16 +223,16 @@ def write_apple_folder(
         config | ({"quantization": quantization} if bits else {}),
     )
     save_file(stored, folder / "weights.safetensors")
-    return meant
+    return decoded
 
 
 def pack_as_apple(
     weight: np.ndarray, bits: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Pack as mlx 0.10 did, in groups of 64; return the parts and what they stand for.
+    """Pack as mlx 0.10 did, in groups of 64; return the parts and the decoded weight.
 
-    A group's smallest number is its bias, its range gives the scale; a word's first
-    number stands in its lowest bits.
+    The bias of a group is its minimum, its range gives the scale. The first number of a
+    word is in the lowest bits.
     """
     groups = weight.astype(np.float32).reshape(len(weight), -1, 64)
     bias = groups.min(-1, keepdims=True)
@@ -241,13 +241,13 @@ def pack_as_apple(
     in_word = 32 // bits
     words = numbers.reshape(len(weight), -1, in_word) << (bits * np.arange(in_word))
     scale, bias = scale.astype(np.float16), bias.astype(np.float16)
-    meant = numbers * scale.astype(np.float32) + bias.astype(np.float32)
+    decoded = numbers * scale.astype(np.float32) + bias.astype(np.float32)
     parts = {
         "weight": words.sum(-1).astype(np.uint32),
         "scales": scale[..., 0],
         "biases": bias[..., 0],
     }
-    return parts, meant.reshape(weight.shape).astype(np.float32)
+    return parts, decoded.reshape(weight.shape).astype(np.float32)
 
 
 # Other tools' adapters -----------------------------------------------------------
@@ -256,15 +256,15 @@ def pack_as_apple(
 def make_factors(
     weights: Mapping[str, np.ndarray], modules: tuple[str, ...], *, dora: bool = False
 ) -> dict[str, dict[str, np.ndarray]]:
-    """torch's A (rank, in), B (out, rank) and, with `dora`, a linear's magnitudes m."""
+    """A (rank, in), B (out, rank) and, with `dora`, the linears' magnitudes m."""
     rng = np.random.default_rng(7)
     factors = {}
     for name in modules:
-        out, into = weights[f"{name}.weight"].shape
+        out, width = weights[f"{name}.weight"].shape
         if name == TABLE:
-            out, into = into, out
+            out, width = width, out
         factors[name] = {
-            "A": 0.3 * rng.standard_normal((4, into), dtype=np.float32),
+            "A": 0.3 * rng.standard_normal((4, width), dtype=np.float32),
             "B": 0.1 * rng.standard_normal((out, 4), dtype=np.float32),
         }
         if dora and name != TABLE:
@@ -277,7 +277,7 @@ def make_factors(
 def in_corenet(
     weights: Mapping[str, np.ndarray], factors: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Base and adapter by the names of CoreNet's openelm_lora_*.pt."""
+    """Base and adapter with the names of CoreNet's openelm_lora_*.pt."""
     named = {}
     for name, weight in weights.items():
         module = name.removesuffix(".weight")
@@ -346,7 +346,7 @@ def write_mlx_lm_adapter(
 
 
 def raw_tensors(folder: Path) -> dict[str, tuple[str, bytes]]:
-    """Every tensor's dtype and bytes, as a folder's files have them."""
+    """The dtype and bytes of every tensor in a folder."""
     return {
         name: (str(array.dtype), bytes(memoryview(array.view(mx.uint8))))
         for file in sorted(folder.glob("*.safetensors"))
@@ -360,7 +360,7 @@ def raw_tensors(folder: Path) -> dict[str, tuple[str, bytes]]:
 def read_golden(case: str) -> tuple[dict, dict, np.ndarray, np.ndarray, np.ndarray]:
     """Return metadata, shapes, tokens, positions and Apple's logits of a case."""
     with safe_open(GOLDEN / f"corenet-{case}.safetensors", framework="numpy") as stored:
-        found = [stored.get_tensor(n) for n in ("tokens", "positions", "logits")]
+        arrays = [stored.get_tensor(n) for n in ("tokens", "positions", "logits")]
         metadata = stored.metadata()
     shapes = json.loads((GOLDEN / f"corenet-{case}.shapes.json").read_text())
-    return metadata, {n: tuple(s) for n, s in shapes.items()}, *found
+    return metadata, {n: tuple(s) for n, s in shapes.items()}, *arrays

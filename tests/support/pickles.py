@@ -1,4 +1,4 @@
-"""Files of torch.save made by hand, opcode by opcode."""
+"""Hand-made files of torch.save, opcode by opcode."""
 
 import io
 import pickle
@@ -13,7 +13,7 @@ ORDERED_DICT = b"ccollections\nOrderedDict\n"
 
 
 def plain(value: object) -> bytes:
-    """Return the opcodes that leave a plain value on the stack."""
+    """Return the opcodes that push a plain value onto the stack."""
     return pickle.dumps(value, 2)[2:-1]
 
 

@@ -1,4 +1,4 @@
-"""Folders that tests refer to."""
+"""Paths of folders for tests."""
 
 import os
 from pathlib import Path

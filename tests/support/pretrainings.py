@@ -1,4 +1,4 @@
-"""Small pre-training runs that several tests make."""
+"""Small pre-training runs for tests."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from converters.pretraining.recipe import (
 
 
 def small_recipe(folder: Path) -> PretrainRecipe:
-    """Twelve steps on packed text, with files for it in `folder`."""
+    """A recipe of twelve steps on packed text, with its files in `folder`."""
     (folder / "train.txt").write_text(TEXT * 2)
     (folder / "heldout.txt").write_text(TEXT[:600])
     return PretrainRecipe(
@@ -52,7 +52,7 @@ def small_recipe(folder: Path) -> PretrainRecipe:
 
 
 def streamed_data(folder: Path, documents: int = 40) -> DataRecipe:
-    """Documents of different length, streamed, one to a padded sequence."""
+    """Streamed documents of different lengths, one per padded sequence."""
     path = folder / "train.jsonl"
     lines = (
         json.dumps({"text": f"{number} {TEXT[: 40 + 7 * number % 90]}"})
@@ -74,7 +74,7 @@ def read_losses(output: str | Path) -> list[float]:
 
 
 def start_ranks(folder: Path, jobs: list[dict], count: int = 2) -> list:
-    """Start processes that do these jobs one after the other; see ranks.py."""
+    """Start processes that run these jobs one after another; see ranks.py."""
     path = folder / "jobs.json"
     for each, port in zip(jobs, free_ports(len(jobs)), strict=True):
         each["port"] = port
@@ -97,15 +97,15 @@ def start_ranks(folder: Path, jobs: list[dict], count: int = 2) -> list:
 
 
 def run_ranks(folder: Path, jobs: list[dict], count: int = 2) -> list[list[str]]:
-    """Do the jobs; return what each process was told at the end of each job."""
+    """Run the jobs; return the line that each process printed after each job."""
     processes = start_ranks(folder, jobs, count)
     try:
-        said = []
+        printed = []
         for process in processes:
             out, err = process.communicate(timeout=200)
             assert process.returncode == 0, err
-            said.append(out.splitlines())
-        return said
+            printed.append(out.splitlines())
+        return printed
     finally:
         for process in processes:
             with process:  # waits for it
@@ -113,5 +113,5 @@ def run_ranks(folder: Path, jobs: list[dict], count: int = 2) -> list[list[str]]
 
 
 def job(recipe: PretrainRecipe, *, resume: bool = False, **files: str) -> dict:
-    """One run for ranks.py; `rankN="..."`: what data.train is in that process."""
+    """One run for ranks.py; `rankN="..."` is data.train in process N."""
     return {"recipe": asdict(recipe), "resume": resume, "files": files}

@@ -1,4 +1,4 @@
-"""One of several processes that pre-train together; a script for test_..._processes."""
+"""One of the processes of a distributed pre-training; a script for tests."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from mlx_openelm.recipe_loader import make_recipe
 def main(jobs: Path) -> None:
     for job in json.loads(jobs.read_text()):
         os.environ["MASTER_PORT"] = str(job["port"])
-        found = job["recipe"]
-        own = job["files"].get(f"rank{os.environ['RANK']}")
-        if own is not None:
-            found["data"]["train"] = [own]
-        recipe = make_recipe(PretrainRecipe, found, "the job")
+        values = job["recipe"]
+        file = job["files"].get(f"rank{os.environ['RANK']}")
+        if file is not None:
+            values["data"]["train"] = [file]
+        recipe = make_recipe(PretrainRecipe, values, "the job")
         try:
             pretrain(recipe, resume=job["resume"])
             print("done", flush=True)

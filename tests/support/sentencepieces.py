@@ -21,7 +21,7 @@ Edit = Callable[[dict[str, Any]], object]
 
 
 def train(**options: Any) -> Tokenizer:
-    """Train a small tokenizer on made-up prose; `options` go over Llama's settings."""
+    """Train a small tokenizer on random words; `options` override Llama's settings."""
     rng = random.Random(0)
     parts = ["the", "a", "on", "er", "ing", "st", "ré", "日本", "aba", "bab", "12", "-"]
     words = ["".join(rng.choices(parts, k=rng.randint(1, 4))) for _ in range(300)]
@@ -59,15 +59,15 @@ def read_llama() -> Tokenizer:
 
 
 def pieces_of(proto: bytes) -> Any:
-    """Parse a model with SentencePiece's own reader, as an oracle beside ours."""
+    """Parse a model with SentencePiece's own reader, as a reference for ours."""
     pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
     return pb2.ModelProto.FromString(proto)
 
 
 def edited(tokenizer: Tokenizer, folder: Path, edit: Edit) -> Path:
-    """Write the tokenizer.json, changed by `edit`, alone into a folder."""
-    found = json.loads(json.dumps(describe(tokenizer)))
-    edit(found)
+    """Write only the tokenizer.json, changed by `edit`, into a folder."""
+    description = json.loads(json.dumps(describe(tokenizer)))
+    edit(description)
     file = folder / "tokenizer.json"
-    file.write_text(json.dumps(found))
+    file.write_text(json.dumps(description))
     return file

@@ -1,4 +1,4 @@
-"""A server in a thread of this process, and bytes sent to it by hand."""
+"""A server in a thread of this process, and a raw HTTP client."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def serving(
     template: str = "raw",
     **access,
 ) -> Iterator:
-    """Serve at a free port; the server that is yielded has a `url`."""
+    """Serve on a free port; the yielded server has a `url`."""
     from mlx_openelm.serving.access import Access
     from mlx_openelm.serving.engine import Load
     from mlx_openelm.serving.server import Server
@@ -61,12 +61,12 @@ def serving(
 
 
 def connect(url: str, timeout: float = 20) -> socket.socket:
-    place = urlsplit(url)
-    return socket.create_connection((place.hostname, place.port), timeout)
+    parts = urlsplit(url)
+    return socket.create_connection((parts.hostname, parts.port), timeout)
 
 
 def send(url: str, data: bytes, *, half_close: bool = False) -> tuple[int, dict, bytes]:
-    """Send bytes and read to the end: status, headers in lower case, body."""
+    """Send bytes and return status, headers (lower-case names) and body."""
     with connect(url) as connection:
         connection.sendall(data)
         if half_close:
@@ -84,10 +84,10 @@ def read_all(connection: socket.socket) -> bytes:
 def parse(answer: bytes) -> tuple[int, dict, bytes]:
     head, _, body = answer.partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
-    found = re.fullmatch(r"HTTP/1\.\d (\d{3}) .*", first)
-    assert found, answer[:200]
+    status = re.fullmatch(r"HTTP/1\.\d (\d{3}) .*", first)
+    assert status, answer[:200]
     return (
-        int(found[1]),
+        int(status[1]),
         {k.lower(): v for k, v in (line.split(": ", 1) for line in lines)},
         body,
     )
@@ -96,7 +96,7 @@ def parse(answer: bytes) -> tuple[int, dict, bytes]:
 def request(
     url: str, path: str, body: object = None, method: str = "POST", **headers: str
 ) -> bytes:
-    """The bytes of a request; the body is JSON, or bytes as they are."""
+    """The bytes of a request; the body is a JSON value, or bytes to send unchanged."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     if body is None:
         data = b""
@@ -109,12 +109,12 @@ def request(
 
 
 def post(url: str, body: object, path: str = "/v1/completions", **headers: str):
-    """POST; return the status and the JSON of the answer."""
+    """POST; return the status and the JSON response."""
     status, _, answer = send(url, request(url, path, body, **headers))
     return status, json.loads(answer)
 
 
 def events(body: bytes) -> list:
-    """The JSON documents of a stream; its [DONE] as that text."""
-    found = re.findall(rb"^data: (.*)$", body, re.MULTILINE)
-    return [json.loads(data) if data != b"[DONE]" else "[DONE]" for data in found]
+    """The JSON documents of an event stream; [DONE] as a string."""
+    lines = re.findall(rb"^data: (.*)$", body, re.MULTILINE)
+    return [json.loads(data) if data != b"[DONE]" else "[DONE]" for data in lines]

@@ -1,4 +1,4 @@
-"""Small training runs that tests step through by hand."""
+"""Small training runs for tests that call single steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ LENGTHS = (5, 33, 12, 20, 9, 41, 17, 28, 3, 50, 11, 24)
 
 def make_recipe(**options: Any) -> FinetuneRecipe:
     """A recipe whose gradients are clipped, without a schedule."""
-    known = {
+    defaults = {
         "rank": 4,
         "iters": 3,
         "batch_size": 3,
@@ -47,20 +47,20 @@ def make_recipe(**options: Any) -> FinetuneRecipe:
         "clip_norm": 0.5,
         "max_seq_length": 64,
     }
-    return FinetuneRecipe(data="none", **{**known, **options})
+    return FinetuneRecipe(data="none", **{**defaults, **options})
 
 
 def make_samples(
     lengths: Sequence[int] = LENGTHS, vocab_size: int = 300, seed: int = 0
 ) -> list[Sample]:
-    """Samples of random tokens, each with a prompt that does not count."""
+    """Samples of random tokens, each with a masked prompt."""
     rng = np.random.default_rng(seed)
     samples = []
     for i, length in enumerate(lengths):
-        counts = np.arange(length) >= max(1, length // 3)
-        counts[-1] = i % 4 != 3 or length < 4  # some end with what does not count
+        loss_mask = np.arange(length) >= max(1, length // 3)
+        loss_mask[-1] = i % 4 != 3 or length < 4  # some end without a target
         tokens = rng.integers(3, vocab_size, length).astype(np.int32)
-        samples.append(Sample(tokens, counts, f"train.jsonl:{i + 1}"))
+        samples.append(Sample(tokens, loss_mask, f"train.jsonl:{i + 1}"))
     return samples
 
 
@@ -73,19 +73,21 @@ def make_pairs(number: int = 6) -> list[Pair]:
         answers = []
         for length in (4 + 2 * i, 9 + (5 * i) % 7):
             tokens = np.concatenate([prompt, rng.integers(3, 300, length)])
-            counts = np.arange(len(tokens)) >= len(prompt)
-            answers.append(Sample(tokens.astype(np.int32), counts, f"train.jsonl:{i}"))
+            loss_mask = np.arange(len(tokens)) >= len(prompt)
+            answers.append(
+                Sample(tokens.astype(np.int32), loss_mask, f"train.jsonl:{i}")
+            )
         pairs.append(Pair(*answers, f"train.jsonl:{i}"))
     return pairs
 
 
 def make_model(
-    recipe: FinetuneRecipe, config: OpenELMConfig = UNEVEN, *, stir: bool = True
+    recipe: FinetuneRecipe, config: OpenELMConfig = UNEVEN, *, perturb: bool = True
 ) -> OpenELM:
-    """A model with an adapter; with `stir`, one that has learnt something already."""
+    """A model with an adapter; `perturb` makes the adapter's update non-zero."""
     model = build(config)
     make_trainable(model, recipe)
-    if stir and recipe.fine_tune_type != "full":
+    if perturb and recipe.fine_tune_type != "full":
         rng = np.random.default_rng(1)
         for module in model.modules():
             for name in {"lora_b", "m"} & set(module):
@@ -124,7 +126,7 @@ def make_training(
         model, recipe.optimizer, recipe.betas, recipe.eps, recipe.weight_decay
     )
     objective, state = make_objective(recipe), TrainingState(model, optimizer)
-    objective.start(model, samples)
+    objective.precompute_reference(model, samples)
     order = Order(lengths_of(samples), recipe)
     log = EventLog(
         folder, state, steps=order.steps, world=world, on_event=lambda event: None
@@ -137,20 +139,20 @@ def make_training(
 
 def step(training: SmallRun) -> dict[str, np.ndarray]:
     """Make one update; return the clipped gradients that the optimizer got."""
-    caught: dict[str, np.ndarray] = {}
+    received: dict[str, np.ndarray] = {}
     optimizer = training.context.state.optimizer
     update = optimizer.update
 
-    def watch(model: OpenELM, gradients: Any) -> None:
-        caught.update({n: np.array(g) for n, g in flatten(gradients).items()})
+    def record(model: OpenELM, gradients: Any) -> None:
+        received.update({n: np.array(g) for n, g in flatten(gradients).items()})
         update(model, gradients)
 
-    optimizer.update = watch
+    optimizer.update = record
     try:
         training.norm = training.trainer.update(Stop()).norm
     finally:
         optimizer.update = update
-    return caught
+    return received
 
 
 def read_data(

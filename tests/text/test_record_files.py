@@ -1,4 +1,4 @@
-"""The reader of JSON values, beside json.loads of the whole file."""
+"""The reader of JSON values, compared with json.loads of the whole file."""
 
 import gzip
 import io
@@ -24,7 +24,7 @@ chunks = st.sampled_from([1, 2, 3, 7, 64, 1 << 16])
 
 @pytest.fixture(scope="module")
 def chunk():
-    """Change how much is read at once."""
+    """Change the size of the chunks that are read."""
     size = record_files._CHUNK
 
     def change(size):
@@ -41,13 +41,13 @@ def read(data, **options):
 @settings(max_examples=300)
 @given(objects, st.lists(values, max_size=5), gaps, st.booleans(), chunks)
 def test_an_array_is_read_as_json_reads_it(chunk, first, rest, gap, ascii, size):
-    chunk(max(size, 8))  # the beginning of an array is seen in one piece
+    chunk(max(size, 8))  # the first chunk must contain the start of the array
     parts = [json.dumps(v, ensure_ascii=ascii) for v in (first, *rest)]
     text = f"[{gap}" + f"{gap},{gap}".join(parts) + f"{gap}]{gap}"
-    found = read(text.encode())
-    assert [v.value for v in found] == json.loads(text)
+    result = read(text.encode())
+    assert [v.value for v in result] == json.loads(text)
     lines, position = text.split("\n"), 0
-    for value, part in zip(found, parts, strict=True):
+    for value, part in zip(result, parts, strict=True):
         assert value.problem == ""
         position = text.index(part, position)
         before = text[:position]
@@ -59,10 +59,10 @@ def test_an_array_is_read_as_json_reads_it(chunk, first, rest, gap, ascii, size)
 
 @settings(max_examples=200)
 @given(st.lists(objects | texts, max_size=6), st.sampled_from(["\n", "\r\n", "\n \n"]))
-def test_lines_are_read_as_json_reads_them(found, end):
-    data = end.join(json.dumps(value, ensure_ascii=False) for value in found).encode()
+def test_lines_are_read_as_json_reads_them(objects, end):
+    data = end.join(json.dumps(value, ensure_ascii=False) for value in objects).encode()
     step = end.count("\n")
-    expected = [JsonValue(i * step + 1, value=v) for i, v in enumerate(found)]
+    expected = [JsonValue(i * step + 1, value=v) for i, v in enumerate(objects)]
     assert read(data) == expected
     assert read(b"\xef\xbb\xbf" + data + b"\n") == expected
     assert read(data, skip=2) == expected[2:]
@@ -70,21 +70,21 @@ def test_lines_are_read_as_json_reads_them(found, end):
 
 @settings(max_examples=300)
 @given(objects, st.lists(objects, max_size=3), st.data(), chunks)
-def test_a_damaged_array_is_read_to_its_damage(chunk, first, rest, choose, size):
+def test_a_damaged_array_is_read_up_to_the_damage(chunk, first, rest, data, size):
     chunk(max(size, 8))
     whole = [first, *rest]
     text = json.dumps(whole)
-    at = choose.draw(st.integers(2, len(text) - 1))
-    damaged = text[:at] + choose.draw(st.sampled_from(["", "]", ",", "\x01", "}", "1"]))
+    at = data.draw(st.integers(2, len(text) - 1))
+    damaged = text[:at] + data.draw(st.sampled_from(["", "]", ",", "\x01", "}", "1"]))
     damaged += text[at + 1 :]
     try:
         expected = json.loads(damaged)
     except json.JSONDecodeError:
-        *sound, last = read(damaged.encode())
+        *valid, last = read(damaged.encode())
         assert last.problem
-        assert not any(v.problem for v in sound)
+        assert not any(v.problem for v in valid)
         before = sum(len(json.dumps(whole[: n + 1])) <= at for n in range(len(whole)))
-        assert [v.value for v in sound][:before] == whole[:before]
+        assert [v.value for v in valid][:before] == whole[:before]
     else:
         if isinstance(expected, list):
             assert [v.value for v in read(damaged.encode())] == expected
@@ -93,16 +93,16 @@ def test_a_damaged_array_is_read_to_its_damage(chunk, first, rest, choose, size)
 @pytest.mark.parametrize(
     ("data", "places"),
     [
-        (b'{"a": 1}\n{"a" 1}\n{}', ["1", "2:6 is no JSON (Expecting ':'", "3"]),
-        (b'{"a": "\xff"}\n{}', ["1:8 is no UTF-8 (the byte 0xff)", "2"]),
-        (b'"\xc3\xa4\xe4"\n', ["1:3 is no UTF-8 (the byte 0xe4)"]),
-        (b'[{},\n"\xe4",\n{}]', ["1:2", "2:2 is no UTF-8 (the byte 0xe4)", "3:1"]),
-        (b"[{},\n\xe4{}]", ["1:2", "2:1 is no UTF-8 (the byte 0xe4)"]),
-        (b"[{},\n{}", ["1:2", "2:1", "2:3 is no JSON (Expecting ',' delimiter)"]),
-        (b'[{},\n{"\xc3', ["1:2", "2:3 is no UTF-8 (the byte 0xc3)"]),
-        (b"[{} {}]", ["1:2", "1:5 is no JSON (Expecting ',' delimiter)"]),
-        (b"[{},]", ["1:2", "1:5 is no JSON (Expecting value)"]),
-        (b"[\n]\n\n x", ["4:2 is behind the end of the array"]),
+        (b'{"a": 1}\n{"a" 1}\n{}', ["1", "2:6 is not JSON (Expecting ':'", "3"]),
+        (b'{"a": "\xff"}\n{}', ["1:8 is not UTF-8 (the byte 0xff)", "2"]),
+        (b'"\xc3\xa4\xe4"\n', ["1:3 is not UTF-8 (the byte 0xe4)"]),
+        (b'[{},\n"\xe4",\n{}]', ["1:2", "2:2 is not UTF-8 (the byte 0xe4)", "3:1"]),
+        (b"[{},\n\xe4{}]", ["1:2", "2:1 is not UTF-8 (the byte 0xe4)"]),
+        (b"[{},\n{}", ["1:2", "2:1", "2:3 is not JSON (Expecting ',' delimiter)"]),
+        (b'[{},\n{"\xc3', ["1:2", "2:3 is not UTF-8 (the byte 0xc3)"]),
+        (b"[{} {}]", ["1:2", "1:5 is not JSON (Expecting ',' delimiter)"]),
+        (b"[{},]", ["1:2", "1:5 is not JSON (Expecting value)"]),
+        (b"[\n]\n\n x", ["4:2 is after the end of the array"]),
         (b"[{}, 12345678901234567890]", ["1:2", "1:6"]),
         (b"[" * 100_000, ["1 cannot be read as JSON"]),
         (b"[{}," + b"[" * 100_000, ["1:2", "1 cannot be read as JSON"]),
@@ -113,22 +113,22 @@ def test_a_damaged_array_is_read_to_its_damage(chunk, first, rest, choose, size)
     ],
 )
 @pytest.mark.parametrize("size", [8, 1 << 16])
-def test_every_place_and_problem_is_told(chunk, data, places, size):
+def test_every_place_and_problem_is_reported(chunk, data, places, size):
     chunk(size)
-    found = [f"{v.place} {v.problem}".strip() for v in read(data)]
-    assert len(found) == len(places)
-    for one, place in zip(found, places, strict=True):
-        assert one.startswith(place)
-        assert " " in place or one == place
+    reports = [f"{v.place} {v.problem}".strip() for v in read(data)]
+    assert len(reports) == len(places)
+    for report, place in zip(reports, places, strict=True):
+        assert report.startswith(place)
+        assert " " in place or report == place
 
 
-def test_what_is_skipped_is_not_parsed_but_damage_is_told():
+def test_skipped_lines_are_not_parsed_but_a_damaged_array_is_reported():
     assert [v.place for v in read(b'"a"\nnot JSON\n"b"', skip=2)] == ["3"]
     assert [v.place for v in read(b'["a",\n"b",\n"c"]', skip=2)] == ["3:1"]
     assert [v.place for v in read(b'["a",\nb, "c"]', skip=5)] == ["2:1"]
 
 
-def test_the_name_tells_what_is_compressed(tmp_path):
+def test_files_ending_in_gz_are_decompressed(tmp_path):
     for name in ("a.jsonl", "a.jsonl.gz", "A.JSONL.GZ"):
         path = tmp_path / name
         packed = name.lower().endswith("gz")

@@ -1,4 +1,4 @@
-"""Prompt templates: the exact strings of OpenELM's training, and their ids."""
+"""Prompt templates: the exact strings of OpenELM's training and their ids."""
 
 import pytest
 from models import small_tokenizer
@@ -23,7 +23,7 @@ def decoded_prompt(name, prompt, system=""):
     return ids
 
 
-def test_the_peft_template_is_apples_byte_for_byte():
+def test_the_peft_template_equals_apples_byte_for_byte():
     ids = decoded_prompt("openelm-peft", "Do it.")
     assert tokenizer.decode(ids) == (
         f"{ALPACA}  \n\n{INDENT}### Instruction:\n{INDENT}Do it.\n{INDENT}\n"
@@ -46,7 +46,7 @@ def test_the_instruct_template_has_real_eos_tokens_and_an_empty_system_turn():
     assert "Be brief" in tokenizer.decode(decoded_prompt("instruct", "Hi", "Be brief"))
 
 
-def test_auto_is_the_stored_template_and_else_raw():
+def test_auto_is_the_stored_template_else_raw():
     assert encode_prompt(tokenizer, "Hi") == tokenizer.encode("Hi")
     stored = Tokenizer(tokenizer.model_proto, template="alpaca")
     assert encode_prompt(stored, "Hi") == encode_prompt(
@@ -54,14 +54,14 @@ def test_auto_is_the_stored_template_and_else_raw():
     )
 
 
-def test_wrong_templates_are_refused_in_words():
+def test_wrong_templates_are_refused():
     with pytest.raises(OpenELMError, match="instruct"):
         encode_prompt(tokenizer, "Hi", template="zephyr")
     with pytest.raises(OpenELMError, match="`system`"):
         encode_prompt(tokenizer, "Hi", template="raw", system="x")
 
 
-def test_an_instruct_prompt_is_zephyrs_with_one_bos_and_an_eos_behind_each_turn():
+def test_an_instruct_prompt_is_zephyrs_with_one_bos_and_an_eos_after_each_turn():
     plain = tokenizer.processor.encode
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     turns = (Turn("user", "Hi"), Turn("assistant", "Yes?"), Turn("user", "Who?"))

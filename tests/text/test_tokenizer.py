@@ -23,7 +23,7 @@ def byte_ids(data: bytes) -> list[int]:
 @example("  two leading spaces, and three   inside ")
 @example("日本語 \U0001f469‍\U0001f680 café\n\n\tend\n")
 @example("")
-def test_decoding_undoes_encoding(text):
+def test_decoding_inverts_encoding(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -33,7 +33,7 @@ def test_decoding_undoes_encoding(text):
 @example([1, 2, *tokenizer.encode("a b", bos=False), 2, 2, 1])
 @example([0, 1, 0])
 @example([*byte_ids(b"\xe2\xe2\x82\xac"), 1])
-def test_the_stream_joined_is_the_tokenizers_decode(ids):
+def test_the_joined_stream_equals_decode(ids):
     assert streamed(ids) == tokenizer.decode(ids)
 
 
@@ -44,38 +44,38 @@ def test_the_stream_joined_is_the_tokenizers_decode(ids):
         max_size=12,
     )
 )
-def test_any_bytes_come_out_as_sentencepiece_decodes_them(ids):
+def test_any_bytes_are_decoded_as_sentencepiece_decodes_them(ids):
     assert streamed(ids) == tokenizer.decode(ids)
 
 
 @given(texts)
-def test_a_stream_never_shows_half_a_character(text):
+def test_a_stream_never_yields_half_a_character(text):
     decoder = tokenizer.stream_decoder()
-    shown = ""
+    streamed = ""
     for token in tokenizer.encode(text):
-        shown += decoder.add(token)
-        assert text.startswith(shown)
-    assert shown == text
+        streamed += decoder.add(token)
+        assert text.startswith(streamed)
+    assert streamed == text
 
 
 @given(texts, st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20))
-def test_a_continuation_loses_no_space(prompt, ids):
+def test_a_continuation_keeps_its_first_space(prompt, ids):
     before = tokenizer.encode(prompt)
     decoder = tokenizer.stream_decoder(after=before)
-    shown = "".join(decoder.add(i) for i in ids) + decoder.finish()
+    streamed = "".join(decoder.add(i) for i in ids) + decoder.finish()
     whole = tokenizer.decode([*before, *ids])
-    last = tokenizer.processor.IsByte(before[-1])  # bytes may join across the border
-    assert last or prompt + shown == whole
+    ends_in_byte = tokenizer.processor.IsByte(before[-1])  # may join the next bytes
+    assert ends_in_byte or prompt + streamed == whole
 
 
-def test_a_held_byte_is_shown_at_the_end():
+def test_a_pending_byte_is_replaced_at_the_end():
     decoder = tokenizer.stream_decoder()
     assert decoder.add(byte_ids(b"\xe2")[0]) == ""
     assert decoder.finish() == "\ufffd"
 
 
 @given(texts)
-def test_exactly_one_bos(text):
+def test_there_is_exactly_one_bos(text):
     ids = tokenizer.encode(text)
     assert ids[0] == 1
     assert ids.count(1) == 1
@@ -87,7 +87,7 @@ def test_ids_outside_the_vocabulary_are_named():
         tokenizer.decode([5, 9999])
 
 
-def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
+def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(b"not a model")
     with pytest.raises(OpenELMError, match=r"tokenizer\.model.*SentencePiece"):

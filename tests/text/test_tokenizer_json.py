@@ -1,4 +1,4 @@
-"""A SentencePiece model and its tokenizer.json give the same ids, both ways."""
+"""A SentencePiece model and its tokenizer.json give the same ids."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,11 @@ from sentencepieces import SIZE, Edit, edited, pieces_of, read_llama, train
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.storage.tokenizer_finder import PROBES, prove_tokenizer, read_tokenizer
+from mlx_openelm.storage.tokenizer_finder import (
+    PROBES,
+    read_tokenizer,
+    verify_tokenizer,
+)
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.text.tokenizer_json import describe, rebuild
 
@@ -26,8 +30,8 @@ def small() -> Tokenizer:
 
 @pytest.fixture(scope="module", params=[train, read_llama], ids=["small", "llama"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    found: Tokenizer = request.param()
-    return found
+    loaded: Tokenizer = request.param()
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ texts = (
 )
 
 
-# One tokenizer, described twice --------------------------------------------------
+# One tokenizer in both formats ---------------------------------------------------
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -78,7 +82,7 @@ def test_any_text_has_the_same_ids_in_both_files(
 def test_spaces_in_any_number_have_the_same_ids(
     tokenizer: Tokenizer, fast: HuggingFaceTokenizer, rebuilt: Tokenizer
 ) -> None:
-    # Llama's space pieces all score alike, so the order of ties decides.
+    # Llama's space pieces all have the same score, so the order of ties decides.
     for before in ("", "x", ".", "\n", "日"):
         for after in ("", "x", "."):
             for n in range(70):
@@ -98,7 +102,7 @@ def test_stories_have_the_same_ids(
         assert rebuilt.encode(text) == ids, file.name
 
 
-def test_rebuilt_model_says_what_the_original_says(
+def test_rebuilt_model_has_the_settings_of_the_original(
     tokenizer: Tokenizer, rebuilt: Tokenizer
 ) -> None:
     ours, theirs = pieces_of(rebuilt.model_proto), pieces_of(tokenizer.model_proto)
@@ -128,34 +132,34 @@ def test_literal_special_tokens_are_text_in_a_rebuilt_model(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"model_type": "unigram", "vocab_size": 380}, "not BPE"),
         ({"byte_fallback": False, "vocab_size": 300}, "byte fallback"),
         ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text .nmt_nfkc"),
         ({"add_dummy_prefix": False}, "no dummy space"),
         ({"remove_extra_whitespaces": True}, "extra white space"),
-        ({"treat_whitespace_as_suffix": True}, "behind words"),
+        ({"treat_whitespace_as_suffix": True}, "after words"),
         ({"user_defined_symbols": ["<tag>"]}, "<tag>"),
     ],
 )
 def test_what_tokenizer_json_cannot_express_is_refused(
-    options: dict[str, Any], said: str
+    options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(OpenELMError, match=said):
+    with pytest.raises(OpenELMError, match=message):
         describe(train(**options))
 
 
 # tokenizer.json -> SentencePiece -------------------------------------------------
 
 
-def _join_merges(found: dict[str, Any]) -> None:
-    found["model"]["merges"] = [" ".join(pair) for pair in found["model"]["merges"]]
+def _join_merges(file: dict[str, Any]) -> None:
+    file["model"]["merges"] = [" ".join(pair) for pair in file["model"]["merges"]]
 
 
-def _use_metaspace(found: dict[str, Any]) -> None:
-    found["normalizer"] = None
-    found["pre_tokenizer"] = {
+def _use_metaspace(file: dict[str, Any]) -> None:
+    file["normalizer"] = None
+    file["pre_tokenizer"] = {
         "type": "Metaspace",
         "replacement": "\u2581",
         "prepend_scheme": "first",
@@ -163,30 +167,30 @@ def _use_metaspace(found: dict[str, Any]) -> None:
     }
 
 
-def _add(found: dict[str, Any], text: str) -> None:
-    found["added_tokens"].append({"id": SIZE, "content": text, "special": True})
+def _add_token(file: dict[str, Any], text: str) -> None:
+    file["added_tokens"].append({"id": SIZE, "content": text, "special": True})
 
 
 @pytest.mark.parametrize(
     "edit",
     [
-        pytest.param(_join_merges, id="merges as older files spell them"),
-        pytest.param(_use_metaspace, id="spaces as transformers 5 handles them"),
-        pytest.param(lambda found: _add(found, "[PAD]"), id="a padding token behind"),
+        pytest.param(_join_merges, id="merges as in older files"),
+        pytest.param(_use_metaspace, id="spaces as in transformers 5"),
+        pytest.param(lambda f: _add_token(f, "[PAD]"), id="a padding token at the end"),
     ],
 )
-def test_other_spellings_of_tokenizer_json_are_read(
+def test_other_forms_of_tokenizer_json_are_read(
     small: Tokenizer, tmp_path: Path, edit: Edit
 ) -> None:
-    found = read_tokenizer(edited(small, tmp_path, edit), template="instruct")
-    assert found.template == "instruct"
-    prove_tokenizer(found, SIZE)
+    tokenizer = read_tokenizer(edited(small, tmp_path, edit), template="instruct")
+    assert tokenizer.template == "instruct"
+    verify_tokenizer(tokenizer, SIZE)
     for text in PROBES:
-        assert found.encode(text) == small.encode(text)
+        assert tokenizer.encode(text) == small.encode(text)
 
 
 @pytest.mark.parametrize(
-    ("edit", "said"),
+    ("edit", "message"),
     [
         (lambda f: f["model"].update(type="Unigram"), "not BPE"),
         (lambda f: f["model"].update(byte_fallback=False), "byte fallback"),
@@ -194,19 +198,19 @@ def test_other_spellings_of_tokenizer_json_are_read(
         (lambda f: f.update(normalizer={"type": "NFC"}), "NFC"),
         (lambda f: f.update(normalizer=None), "one space in front"),
         (lambda f: f.update(pre_tokenizer={"type": "ByteLevel"}), "ByteLevel"),
-        (lambda f: _add(f, "<|im_start|>"), "im_start"),
+        (lambda f: _add_token(f, "<|im_start|>"), "im_start"),
         (lambda f: f["added_tokens"].pop(), "added tokens"),
         (lambda f: f["model"]["merges"].pop(), "merges"),
-        (lambda f: f["model"]["merges"].append(["x"]), "laid out|Cannot read"),
-        (lambda f: f["model"].pop("vocab"), "laid out"),
-        (lambda f: f["model"].update(vocab=[["a", 0.0]]), "laid out"),
-        (dict.clear, "laid out"),
+        (lambda f: f["model"]["merges"].append(["x"]), "structure|Cannot read"),
+        (lambda f: f["model"].pop("vocab"), "structure"),
+        (lambda f: f["model"].update(vocab=[["a", 0.0]]), "structure"),
+        (dict.clear, "structure"),
     ],
 )
 def test_a_tokenizer_json_of_another_kind_is_refused(
-    small: Tokenizer, tmp_path: Path, edit: Edit, said: str
+    small: Tokenizer, tmp_path: Path, edit: Edit, message: str
 ) -> None:
     file = edited(small, tmp_path, edit)
-    with pytest.raises(OpenELMError, match=said) as refusal:
+    with pytest.raises(OpenELMError, match=message) as error:
         read_tokenizer(file)
-    assert str(file) in str(refusal.value)
+    assert str(file) in str(error.value)

@@ -1,4 +1,4 @@
-"""One update, with an objective of its own, against formulas in numpy."""
+"""One update of a linear model, compared with formulas in NumPy."""
 
 import math
 
@@ -21,7 +21,7 @@ RATE = 0.1
 class SquaredError:
     """The sum of (x w - y)^2 over samples (x, y)."""
 
-    unit, compares = "sample", False
+    unit, pairwise = "sample", False
 
     def collate(self, samples):
         return mx.array(samples)
@@ -62,7 +62,7 @@ def mean_gradient(weight, samples):
 
 
 @pytest.mark.parametrize("sizes", [(6,), (2, 4), (1, 2, 3)])
-def test_an_update_follows_the_gradient_of_the_mean(samples, sizes):
+def test_an_update_uses_the_gradient_of_the_mean_loss(samples, sizes):
     model, step = make_step()
     before = np.array(model.weight)
     result = step.update(parts_of(samples, *sizes), learning_rate=RATE)
@@ -73,7 +73,7 @@ def test_an_update_follows_the_gradient_of_the_mean(samples, sizes):
     assert result.norm == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
 
 
-def test_a_gradient_is_clipped_to_the_norm(samples):
+def test_the_gradient_is_clipped_to_the_norm(samples):
     model, step = make_step(clip_norm=0.01)
     before = np.array(model.weight)
     step.update(parts_of(samples, 6), learning_rate=RATE)
@@ -81,7 +81,7 @@ def test_a_gradient_is_clipped_to_the_norm(samples):
     assert moved == pytest.approx(RATE * 0.01, rel=1e-3)
 
 
-def test_what_is_not_finite_changes_nothing_and_is_named(samples):
+def test_a_non_finite_loss_changes_no_weight_and_names_its_samples(samples):
     model, step = make_step()
     before = np.array(model.weight)
     samples[3] = math.nan
@@ -91,7 +91,7 @@ def test_what_is_not_finite_changes_nothing_and_is_named(samples):
     np.testing.assert_array_equal(model.weight, before)
 
 
-def test_stop_is_asked_after_the_parts(samples):
+def test_stop_is_called_after_the_last_part(samples):
     _, step = make_step()
     order = []
 
@@ -128,13 +128,13 @@ def test_vectors_have_no_weight_decay():
     model = Both()
     optimizer = make_optimizer(model, "adamw", (0.9, 0.95), 1e-8, 0.5)
     optimizer.learning_rate = RATE
-    nothing = {"matrix": mx.zeros((2, 2)), "vector": mx.zeros((2,))}
-    optimizer.update(model, nothing)
+    zeros = {"matrix": mx.zeros((2, 2)), "vector": mx.zeros((2,))}
+    optimizer.update(model, zeros)
     assert np.allclose(model.matrix, 1 - RATE * 0.5)
     assert np.array_equal(np.array(model.vector), np.ones(2, np.float32))
 
 
-def test_a_report_is_about_the_updates_since_the_last_one():
+def test_the_window_has_the_updates_since_the_last_report():
     progress = TrainingProgress(seconds=2.5, skipped_in_row=2)
     progress.add_update(Totals(3.0, 4, wins=2.0, margin=1.5))
     progress.add_update(Totals(1.0, 2, wins=1.0, margin=-0.5))

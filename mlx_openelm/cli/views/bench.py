@@ -1,6 +1,6 @@
-"""The report of `bench` as a table."""
+"""The report of `bench` as a table and as a picture."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from mlx_openelm.cli.console import Console
@@ -8,6 +8,7 @@ from mlx_openelm.cli.console import Console
 if TYPE_CHECKING:
     from mlx_openelm.bench.machine import Bandwidth
     from mlx_openelm.bench.report import BenchReport, Cell, Figure
+    from mlx_openelm.reporting.pictures import Measure, SpeedRow
 
 
 def show_bench(console: Console, report: "BenchReport") -> None:
@@ -133,3 +134,53 @@ def show_number(value: float) -> str:
 
 def _show_megabytes(count: float | None) -> str:
     return "-" if count is None else show_number(count / 1e6)
+
+
+# The picture ---------------------------------------------------------------------
+
+
+def draw_bench(report: "BenchReport") -> str:
+    """Return the report as an SVG document."""
+    from mlx_openelm.reporting.pictures import draw_speeds
+
+    return draw_speeds(
+        [_picture_row(cell) for cell in report.cells],
+        title="Speed of OpenELM on this machine",
+        subtitle=f"{report.machine.device}, {report.machine.system}",
+        notes=list(_picture_notes(report)),
+    )
+
+
+def _picture_row(cell: "Cell") -> "SpeedRow":
+    from mlx_openelm.reporting.pictures import SpeedRow, format_percent
+
+    label = [f"{cell.bits} bits in {cell.computed_with.removeprefix('packed, ')}"]
+    label += [f"batch {cell.batch}"] if cell.batch > 1 else []
+    published = cell.published
+    return SpeedRow(
+        name=cell.model + (", made weights" if cell.made else ""),
+        label=", ".join([*label, f"{cell.context} tokens"]),
+        speed=_measure(cell.generation_tps, show_number),
+        bandwidth_share=_measure(cell.bandwidth_share, format_percent),
+        published_speed=None if published is None else published.generation_tps,
+        note=describe_cell(cell),
+    )
+
+
+def _measure(figure: "Figure | None", form: Callable[[float], str]) -> "Measure | None":
+    from mlx_openelm.reporting.pictures import Measure
+
+    if figure is None:
+        return None
+    return Measure(figure.median, figure.low, figure.high, form(figure.median))
+
+
+def _picture_notes(report: "BenchReport") -> Iterator[str]:
+    yield f"Memory is read at {describe_bandwidth(report.bandwidth)}."
+    yield "Bars: medians of the rounds; the thin line goes from least to largest."
+    if any(cell.made for cell in report.cells):
+        yield "Made weights: speed does not depend on their values."
+    for published in [c.published for c in report.cells if c.published is not None][:1]:
+        yield (
+            f"Dashed: published by Apple ({published.setting}), recalled, unverified."
+        )

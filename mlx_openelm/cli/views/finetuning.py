@@ -88,6 +88,12 @@ def note_plan(console: Console, prepared: "Prepared") -> None:
             console.note(f"  {total / 1e9:.2f} GB with {flags}")
 
 
+def note_start(console: Console, prepared: "Prepared") -> None:
+    """Write the plan of a run that starts, and where its report is, to stderr."""
+    note_plan(console, prepared)
+    console.note(f"report during the run: {prepared.path / 'report.html'}")
+
+
 def show_trained(console: Console, report: "FinetuneReport") -> None:
     """Print the adapter's path; write the result and the next command to stderr."""
     if report.first_loss is not None and report.last_loss is not None:

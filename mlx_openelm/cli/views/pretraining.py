@@ -38,6 +38,8 @@ class PretrainingView(RunView):
                 )
             case log.Sampled():
                 self._note(event.step, show_sample(event.prompt + event.text))
+            case log.Noted():
+                self._console.note(event.text)
             case log.Saved():
                 dropped = _describe_dropped(event.dropped)
                 self._note(event.step, f"saved {event.path}{dropped}")

@@ -1,13 +1,13 @@
-"""Damaged sources: refused in one sentence with nothing written, or read as meant.
+"""Fuzzing: a damaged source is refused with one line and no output, or read correctly.
 
-A corruption is drawn by a seed and done to a small source of each kind. Whatever it is,
-there is no traceback, no hang, no code that runs, and no more memory than a small file
-justifies. Not drawn is what no reader can see:
+Random corruptions are applied to a small source of each kind. None may cause a
+traceback, a hang, running code, or more memory than a small file justifies. Corruptions
+that no reader can detect are left out:
 
-- other bits inside a weight, or tensors of one shape and dtype exchanged;
-- bfloat16 called float16, which has as many bytes;
-- numbers of a config that no tensor tells: the scale or alpha of an adapter. (RoPE
-  base, eps and context length may change unseen, too; the tensors stay as they were.)
+- changed bits inside a weight, or exchanged tensors of one shape and dtype;
+- bfloat16 declared as float16, which has the same size;
+- numbers of a config that do not follow from tensors: scale or alpha of an adapter.
+  (RoPE base, eps and context length may change undetected; the tensors do not.)
 """
 
 import faulthandler
@@ -58,8 +58,8 @@ from mlx_openelm.storage.shards import INDEX, write_json
 
 torch = pytest.importorskip("torch", reason="needs PyTorch to write .pt files")
 
-SECONDS = 30  # for one conversion of some 100 kB: more is a hang
-MEGABYTES = 64  # and for what Python, numpy and MLX take
+SECONDS = 30  # limit for one conversion of about 100 kB: longer is a hang
+MEGABYTES = 64  # limit for the memory of Python, numpy and MLX
 
 TINY = OpenELMConfig.preset("gpt-test", vocab_size=384)
 
@@ -114,7 +114,7 @@ def make_apple(folder: Path) -> list[str]:
 
 
 def make_quantized(folder: Path) -> list[str]:
-    """What mlx-lm would make: affine, an embedding of 8 bits, and a module in mxfp8."""
+    """Write a folder as mlx-lm does: affine, embedding in 8 bits, a module in mxfp8."""
     folder.mkdir()
     arrays, entry = {}, {"group_size": 64, "bits": 4, "mode": "affine"}
     exceptions = {
@@ -161,7 +161,7 @@ Damage = Callable[[random.Random, Path], object]
 
 
 def flip(draw: random.Random, file: Path, *regions: range) -> None:
-    """Flip one bit in one of the regions; mostly one, that is: now and then three."""
+    """Flip one bit, sometimes three, each in one of the regions."""
     content = bytearray(file.read_bytes())
     for _ in range(draw.choice((1, 1, 1, 3))):
         content[draw.choice(draw.choice(regions))] ^= 1 << draw.randrange(8)
@@ -228,35 +228,34 @@ WEIRD = [
     *({}, {"a": {}}, {"bits": 4}, {"bits": float("inf"), "group_size": 64}),
     *("é" * 1000, [1] * 10**5, "/dev/zero", "/etc/passwd", "~nobody/x", "a/b"),
 ]
-UNTOLD = ("scale", "lora_alpha")
+UNVERIFIABLE = ("scale", "lora_alpha")
 
 
 def flip_json(draw: random.Random, folder: Path) -> None:
     file = any_file(draw, folder, "*.json")
     before = file.read_bytes()
-    told = _untold(before)
+    values = _read_unverifiable(before)
     while True:
         flip(draw, file, range(len(before)))
-        if _untold(file.read_bytes()) == told:
+        if _read_unverifiable(file.read_bytes()) == values:
             return
         file.write_bytes(before)
 
 
-def _untold(content: bytes) -> list[object]:
-    """The numbers in a config that nothing can be compared with."""
+def _read_unverifiable(content: bytes) -> list[object]:
+    """Return the numbers of a config that cannot be checked against tensors."""
     try:
-        found = json.loads(content)
-        inner = found.get("lora_parameters", found)
-        said = [inner.get(key) for key in UNTOLD]
+        config = json.loads(content)
+        inner = config.get("lora_parameters", config)
+        return [inner.get(key) for key in UNVERIFIABLE]
     except (ValueError, AttributeError):
-        return _untold(b'{"scale": 2.0}') if b"scale" in content else [None, 8]
-    return said
+        return [2.0, None] if b"scale" in content else [None, 8]
 
 
 def change_json(draw: random.Random, folder: Path) -> None:
     file = any_file(draw, folder, "*.json")
-    found = json.loads(file.read_text())
-    place = found
+    content = json.loads(file.read_text())
+    place = content
     while True:
         key = draw.choice(sorted(place))
         if not isinstance(place[key], dict) or draw.random() < 0.3 or not place[key]:
@@ -268,9 +267,9 @@ def change_json(draw: random.Random, folder: Path) -> None:
         case 1:
             place[f"{key}s"] = place.pop(key)
         case _:
-            kinds = [w for w in WEIRD if key not in UNTOLD or not _is_number(w)]
+            kinds = [w for w in WEIRD if key not in UNVERIFIABLE or not _is_number(w)]
             place[key] = draw.choice(kinds)
-    file.write_text(json.dumps(found))
+    file.write_text(json.dumps(content))
 
 
 def _is_number(value: object) -> bool:
@@ -338,9 +337,9 @@ def damage_yaml(draw: random.Random, folder: Path) -> None:
 
 def damage_index(draw: random.Random, folder: Path) -> None:
     file = any_file(draw, folder, "*.index.json")
-    found = json.loads(file.read_text())
-    shards = sorted(set(found["weight_map"].values()))
-    name, shard = draw.choice(sorted(found["weight_map"])), draw.choice(shards)
+    index = json.loads(file.read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    name, shard = draw.choice(sorted(index["weight_map"])), draw.choice(shards)
     tricks = [
         *("../../x.safetensors", "/etc/passwd", f"../source/{shard}", f"./{shard}"),
         *(f"{shard}\0", f"{shard}\n", f"{shard}/", "", ".", "..", "~", "/dev/zero"),
@@ -355,19 +354,19 @@ def damage_index(draw: random.Random, folder: Path) -> None:
     ]
     match draw.randrange(5):
         case 0:
-            found["weight_map"][name] = draw.choice(tricks)
+            index["weight_map"][name] = draw.choice(tricks)
         case 1:
             trick = draw.choice(tricks)
-            found["weight_map"] = dict.fromkeys(found["weight_map"], trick)
+            index["weight_map"] = dict.fromkeys(index["weight_map"], trick)
         case 2:
-            found["weight_map"] = {
-                n: s for n, s in found["weight_map"].items() if s != shard
+            index["weight_map"] = {
+                n: s for n, s in index["weight_map"].items() if s != shard
             }
         case 3:
-            found["weight_map"] = draw.choice(WEIRD)
+            index["weight_map"] = draw.choice(WEIRD)
         case 4:
-            found["weight_map"][draw.choice(["", "\0", "a\nb"])] = shard
-    file.write_text(json.dumps(found))
+            index["weight_map"][draw.choice(["", "\0", "a\nb"])] = shard
+    file.write_text(json.dumps(index))
 
 
 # Damage to safetensors -----------------------------------------------------------
@@ -408,9 +407,13 @@ def change_header(draw: random.Random, folder: Path) -> None:
     shape, (start, end) = entry["shape"], entry["data_offsets"]
     match draw.randrange(9):
         case 0:
-            alike = {"F32": ["I32", "U32"], "U32": ["I32", "F32"], "U8": ["I8", "BOOL"]}
+            same_sizes = {
+                "F32": ["I32", "U32"],
+                "U32": ["I32", "F32"],
+                "U8": ["I8", "BOOL"],
+            }
             kinds = ["F64", "I64", "C64", "F4", "f32", "", None, 5]
-            same_size = alike.get(entry["dtype"], ["I16", "U16"])
+            same_size = same_sizes.get(entry["dtype"], ["I16", "U16"])
             entry["dtype"] = draw.choice([*kinds, *same_size * 4])
         case 1:
             entry["shape"] = draw.choice(
@@ -446,7 +449,7 @@ def change_header(draw: random.Random, folder: Path) -> None:
             header[draw.choice(named)] = header.pop(name)
         case 5:
             del header[name]
-        case 6:  # one more tensor, rightly stored; it may stand for another
+        case 6:  # another valid tensor, which may have the name of an existing one
             names = ["x", f"module.{name}", f"module.module.{name}", "lm_head.weight"]
             names += [name.removeprefix("transformer."), f"{name}.scales"]
             more = data[start:end]
@@ -489,7 +492,7 @@ def rewrite_header(draw: random.Random, folder: Path) -> None:
                 text + b" " * 10**5,
                 text + b"\0",
                 text + text,
-                text[:-1] + b"," + entry[1:],  # the same once more
+                text[:-1] + b"," + entry[1:],  # a duplicate key
                 text.replace(b'"', b"\xff"),
                 text.decode().encode("utf-16"),
             )
@@ -498,20 +501,20 @@ def rewrite_header(draw: random.Random, folder: Path) -> None:
     )
 
 
-def spoil_number(draw: random.Random, folder: Path) -> None:
-    """Put NaN or infinity into a weight, or into what unpacks one."""
+def store_nan(draw: random.Random, folder: Path) -> None:
+    """Put NaN or infinity into a weight, its scales or its biases."""
     file = any_file(draw, folder, "*.safetensors")
     header, data = split(file)
-    spoilt = {
+    patterns = {
         "F32": (b"\0\0\xc0\x7f", b"\0\0\x80\xff"),
         "F16": (b"\0\x7e", b"\0\xfc"),
         "BF16": (b"\xc0\x7f", b"\x80\xff"),
         "U8": (b"\xff",),  # a scale of mxfp8
     }
     names = [n for n in header if n != "__metadata__"]
-    names = [n for n in names if header[n]["dtype"] in spoilt]
+    names = [n for n in names if header[n]["dtype"] in patterns]
     entry = header[draw.choice(names)]
-    number = draw.choice(spoilt[entry["dtype"]])
+    number = draw.choice(patterns[entry["dtype"]])
     start, end = entry["data_offsets"]
     at = start + len(number) * draw.randrange((end - start) // len(number))
     join(file, header, data[:at] + number + data[at + len(number) :])
@@ -525,12 +528,12 @@ def torch_file(draw: random.Random, folder: Path) -> Path:
 
 
 def load(file: Path) -> dict[str, Any]:
-    found = torch.load(file, weights_only=True)
-    return found.get("model_state_dict", found)
+    state = torch.load(file, weights_only=True)
+    return state.get("model_state_dict", state)
 
 
 def flip_zip(draw: random.Random, folder: Path) -> None:
-    """Flip a bit in what describes the records, or in the pickle."""
+    """Flip a bit in the headers or directory of the zip, or in the pickle."""
     file = torch_file(draw, folder)
     content, numbers, pickled = file.read_bytes(), [], range(0)
     with zipfile.ZipFile(file) as archive:
@@ -587,7 +590,7 @@ def change_state(draw: random.Random, folder: Path) -> None:
 
 
 def change_pickle(draw: random.Random, folder: Path) -> None:
-    """Describe one tensor wrongly."""
+    """Store a wrong shape, stride, offset, length, kind or key of one tensor."""
     file = torch_file(draw, folder)
     state = load(file)
     described = {
@@ -602,10 +605,10 @@ def change_pickle(draw: random.Random, folder: Path) -> None:
     records = {f"data/{i}": v.numpy().tobytes() for i, v in enumerate(state.values())}
     name, other = draw.sample(sorted(state), 2)
     one = described[name]
-    alike = [
+    same_shape = [
         n for n, d in described.items() if d["shape"] == one["shape"] and n != name
     ]
-    another = described[draw.choice(alike or [other])]
+    another = described[draw.choice(same_shape or [other])]
     rows, *rest = one["shape"]
     changed: dict[str, list[Any]] = {
         "shape": [
@@ -663,13 +666,13 @@ def change_records(draw: random.Random, folder: Path) -> None:
 
 
 def point_elsewhere(draw: random.Random, folder: Path) -> None:
-    """Let the zip's directory say of a record that it is where another is."""
+    """Change the zip's directory so that a record points to another one."""
     file = torch_file(draw, folder)
     content, places = bytearray(file.read_bytes()), []
     with zipfile.ZipFile(file) as archive:
         at = archive.start_dir
         for _ in archive.infolist():
-            places.append(at + 42)  # where the record's own place is said
+            places.append(at + 42)  # field with the offset of the record's header
             at += 46 + sum(struct.unpack("<HHH", content[at + 28 : at + 34]))
     one, other = draw.sample(places, 2)
     content[one : one + 4] = content[other : other + 4]
@@ -677,7 +680,7 @@ def point_elsewhere(draw: random.Random, folder: Path) -> None:
 
 
 def run_code(draw: random.Random, folder: Path) -> None:
-    """Let the pickle ask for more than tensors; obeyed, it would make a folder."""
+    """Let the pickle call functions; most would create a folder if they ran."""
     file = torch_file(draw, folder)
     calls = (
         b"cposix\nmkdir\n(X\x03\x00\x00\x00ranK\x01tR",
@@ -712,7 +715,7 @@ ANY: tuple[Damage, ...] = (cut, lengthen, remove, replace_by_another)
 JSON: tuple[Damage, ...] = (flip_json, change_json, rewrite_json)
 SAFETENSORS: tuple[Damage, ...] = (
     *(flip_header, flip_header, change_header, change_header),
-    *(change_header_length, rewrite_header, spoil_number),
+    *(change_header_length, rewrite_header, store_nan),
 )
 TORCH: tuple[Damage, ...] = (
     *(flip_zip, flip_zip, flip_zip, change_state, change_state),
@@ -739,17 +742,17 @@ KINDS = {
 
 
 @contextmanager
-def watched(said: str = "") -> Iterator[None]:
-    """Fail on a hang, and on memory that no small file needs."""
+def watched(case: str = "") -> Iterator[None]:
+    """Fail on a hang, and on more memory than a small file needs."""
 
     def stop(*_: object) -> None:
-        raise AssertionError(f"{said}: still at work after {SECONDS} s")
+        raise AssertionError(f"{case}: still running after {SECONDS} s")
 
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
-    faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # no signal gets there
+    faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # for hangs in C code
     tracemalloc.start()
     try:
         yield
@@ -758,15 +761,15 @@ def watched(said: str = "") -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    assert max(peak, mx.get_peak_memory() - before) < MEGABYTES * 2**20, said
+    assert max(peak, mx.get_peak_memory() - before) < MEGABYTES * 2**20, case
 
 
 @contextmanager
 def limited_memory() -> Iterator[None]:
-    """Lend this process little more address space than it has now.
+    """Limit the address space of this process to little more than it has now.
 
-    What MLX cannot allocate ends the process, so the limit must not outlive the runs
-    that it is meant for: a process that goes on grows a little with each of them.
+    A failed allocation in MLX ends the process, so the limit must be removed after the
+    runs: the process grows a little with each.
     """
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -786,11 +789,10 @@ def convert(*args: str) -> Any:
 def corrupt(
     kind: str, count: int, seed: int, folder: Path, *, limited: bool = False
 ) -> Counter[str]:
-    """Damage a source `count` times; return how often it was refused, or read.
+    """Damage a source `count` times; return how often it was refused or read.
 
     Args:
-        limited: let this process have no more memory than it has now and a little,
-            until the function returns.
+        limited: limit the memory of this process until the function returns.
     """
     made = KINDS[kind]
     folder.mkdir(parents=True)
@@ -801,41 +803,41 @@ def corrupt(
         named = on_the_hub(weights_of(SCALED))
         write_hub_folder(Path("base"), published_config(SCALED), named)
     assert convert(*args).exit_code == 0
-    meant = raw_tensors(Path("out"))
+    expected = raw_tensors(Path("out"))
     shutil.rmtree("out")
     Path("source").rename("whole")
     outcomes: Counter[str] = Counter()
     with limited_memory() if limited else nullcontext():
         for i in range(count):
             damage = made.damages[i % len(made.damages)]
-            said = f"{kind}, seed {seed}, number {i}: {damage.__name__}"
+            case = f"{kind}, seed {seed}, number {i}: {damage.__name__}"
             shutil.copytree("whole", "source")
             damage(random.Random(f"{kind} {seed} {i}"), Path("source"))
             before = snapshot(folder)
-            with watched(said):
+            with watched(case):
                 ran = convert(*args)
             if ran.exit_code == 0:
-                assert raw_tensors(Path("out")) == meant, said
+                assert raw_tensors(Path("out")) == expected, case
                 shutil.rmtree("out")
             else:
-                assert isinstance(ran.exception, SystemExit), (said, ran.exception)
-                assert (ran.exit_code, ran.stdout) == (1, ""), said
-                assert re.fullmatch(r"error: \S.*\.\n", ran.stderr), (said, ran.stderr)
-            assert snapshot(folder) == before, said
+                assert isinstance(ran.exception, SystemExit), (case, ran.exception)
+                assert (ran.exit_code, ran.stdout) == (1, ""), case
+                assert re.fullmatch(r"error: \S.*\.\n", ran.stderr), (case, ran.stderr)
+            assert snapshot(folder) == before, case
             outcomes["read" if ran.exit_code == 0 else "refused"] += 1
             shutil.rmtree("source")
     return outcomes
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_damage_gets_through(tmp_path, monkeypatch, kind):
+def test_damaged_sources_are_refused_or_read_correctly(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)  # and back afterwards
     count = len(KINDS[kind].damages)  # each of them
     outcomes = corrupt(kind, count, 0, tmp_path / "work")
     assert outcomes["refused"] > count // 2, outcomes
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.skipif(sys.platform != "linux", reason="uses Linux memory limits")
 @pytest.mark.parametrize(
     ("count", "seeds"),
     [
@@ -844,9 +846,7 @@ def test_no_damage_gets_through(tmp_path, monkeypatch, kind):
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_none_of_many_damages_gets_through_in_little_memory(
-    tmp_path, kind, count, seeds
-):
+def test_many_damaged_sources_with_limited_memory(tmp_path, kind, count, seeds):
     code = "import sys, test_corruptions; test_corruptions.corrupt_many(*sys.argv[1:])"
     environment = {
         **os.environ,

@@ -1,4 +1,4 @@
-"""Base and adapter become one model, which still has in it what the adapter learnt."""
+"""Fusing an adapter into its base, and the check that its effect survives."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ from converters.conversion import merging
 from converters.conversion.fusing import FusionProof, fuse
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.adapter_folder import AdapterConfig, write_adapter
-from mlx_openelm.storage.base_check import sketch_base
+from mlx_openelm.storage.base_check import fingerprint_base
 from mlx_openelm.storage.loading import load
 from mlx_openelm.storage.model_folder import open_folder
 from mlx_openelm.storage.tokenizer_finder import write_tokenizer
@@ -37,7 +37,7 @@ SIZE = 0.05  # of lora_b: moves the logits by about one
 
 @pytest.fixture(autouse=True)
 def work(tmp_path, monkeypatch):
-    """The working folder, with a "base" in float32."""
+    """The working directory, with a model folder "base" in float32."""
     monkeypatch.chdir(tmp_path)
     write_base("base")
     return tmp_path
@@ -76,7 +76,7 @@ def write_own(name, method="lora", *, size=SIZE, modules=LINEARS, base="base"):
     keys = tuple(to_module(f"{module}.weight") for module in modules)
     metadata = {
         "template": "alpaca",
-        "base": {"name": base, "sketch": sketch_base(model)},
+        "base": {"name": base, "sketch": fingerprint_base(model)},
     }
     config = AdapterConfig(method, 3, keys, 4, 2.0, base=base, metadata=metadata)
     Path(name).mkdir(parents=True)
@@ -106,8 +106,8 @@ KINDS = pytest.mark.parametrize(
 
 @pytest.mark.interop
 @KINDS
-def test_it_is_what_mlx_lm_makes_of_base_and_adapter(work, method, modules):
-    """And what mlx-lm's own fuse writes, tensor by tensor."""
+def test_the_fused_model_equals_base_and_adapter_in_mlx_lm(work, method, modules):
+    """And the result of mlx-lm's fuse, tensor by tensor."""
     from mlx_lm import fuse as theirs
     from mlx_lm import load as load_theirs
 
@@ -124,23 +124,23 @@ def test_it_is_what_mlx_lm_makes_of_base_and_adapter(work, method, modules):
     assert (report.method, report.dtype, report.bits) == (method, "float32", None)
 
     with pytest.MonkeyPatch.context() as patch:
-        said = ("fuse", "--model", "base", "--adapter-path", "adapter")
-        patch.setattr("sys.argv", [*said, "--save-path", "theirs"])
+        command = ("fuse", "--model", "base", "--adapter-path", "adapter")
+        patch.setattr("sys.argv", [*command, "--save-path", "theirs"])
         theirs.main()
     ours = mx.load("fused/model.safetensors")
     for name, array in mx.load("theirs/model.safetensors").items():
         np.testing.assert_allclose(ours[name], array, atol=1e-5, err_msg=name)
 
 
-def test_an_adapter_of_a_tied_embedding_acts_on_the_logits_too(work):
+def test_an_adapter_of_a_tied_embedding_changes_the_logits_too(work):
     write_own("adapter", modules=(TABLE,))
     fuse("adapter", "fused")
     expected = logits_of("base", "adapter")
     np.testing.assert_allclose(logits_of("fused"), expected, atol=1e-4)
-    assert open_folder(work / "fused").config == SCALED  # and it stays tied
+    assert open_folder(work / "fused").config == SCALED  # it stays tied
 
 
-def test_pefts_and_untied_bases_are_fused_too(work):
+def test_peft_adapters_and_untied_bases_are_fused(work):
     factors = make_factors(weights_of(SCALED), (TABLE, *LINEARS))
     write_peft_folder(work / "peft", factors)
     assert fuse("peft", "fused", base="base").proof.kl_fused < 1e-6
@@ -156,15 +156,15 @@ def test_pefts_and_untied_bases_are_fused_too(work):
 # Bits ----------------------------------------------------------------------------
 
 
-def pack(bits):
+def quantize_base(bits):
     name = f"base{bits}"
     mlx_openelm.convert("base", name, bits=bits, receipt=False)
     return name
 
 
 @KINDS
-def test_a_packed_base_is_packed_again_as_it_was(work, method, modules):
-    base = pack(8)
+def test_a_quantized_base_keeps_its_packings(work, method, modules):
+    base = quantize_base(8)
     write_own("adapter", method, modules=modules, base=base)
     report = fuse("adapter", "fused")
     packings = open_folder(work / "fused").packings
@@ -174,8 +174,8 @@ def test_a_packed_base_is_packed_again_as_it_was(work, method, modules):
     assert report.proof.kl_fused < 0.01 * report.proof.kl_adapter
 
 
-def test_what_is_not_adapted_keeps_its_bytes(work):
-    base = pack(4)
+def test_tensors_without_an_adapter_keep_their_bytes(work):
+    base = quantize_base(4)
     write_own("adapter", modules=LINEARS[:1], base=base, size=1.0)
     fuse("adapter", "fused")
     before, after = (mx.load(f"{n}/model.safetensors") for n in (base, "fused"))
@@ -192,12 +192,12 @@ def test_what_is_not_adapted_keeps_its_bytes(work):
         (["--q-bits", "8", "--q-group-size", "32"], 8, "bfloat16"),
     ],
 )
-def test_few_bits_that_would_lose_it_are_refused(work, flags, bits, dtype):
-    """mlx-lm writes such a model, which is the base again; other bits are offered."""
-    base = pack(4)
+def test_bits_that_would_lose_the_adapter_are_refused(work, flags, bits, dtype):
+    """mlx-lm writes such a model, which equals the base; the error offers more bits."""
+    base = quantize_base(4)
     write_own("adapter", size=0.001, base=base)
     command = ("fuse", "--adapter-path", "adapter", "--save-path", "fused")
-    says = ["Weights of 4 bits would lose", "nats", "say --dequantize, or more bits"]
+    says = ["Weights of 4 bits would lose", "nats", "use --dequantize or a larger"]
     refuse(work, *command, says=says)
     ran = call(*command, *flags, "--json")
     assert ran.exit_code == 0, ran.stderr
@@ -205,8 +205,8 @@ def test_few_bits_that_would_lose_it_are_refused(work, flags, bits, dtype):
     assert (report["path"], report["bits"], report["dtype"]) == ("fused", bits, dtype)
     proof = report["proof"]
     assert 0 < proof["kl_fused"] < 0.25 * proof["kl_adapter"]
-    found = open_folder(work / "fused").packings.values()
-    sizes = {packing.group_size for packing in found}
+    packings = open_folder(work / "fused").packings.values()
+    sizes = {packing.group_size for packing in packings}
     assert sizes == ({int(flags[-1])} if len(flags) == 4 else {64} if bits else set())
 
 
@@ -215,7 +215,7 @@ def test_few_bits_that_would_lose_it_are_refused(work, flags, bits, dtype):
     [
         (0.02, 0.1, False),
         (0.03, 0.1, True),
-        (1e-9, 0.0, False),  # an adapter that does nothing is all there
+        (1e-9, 0.0, False),  # an adapter without effect
         (float("nan"), 0.1, True),
     ],
 )
@@ -223,8 +223,8 @@ def test_a_quarter_of_the_adapter_may_be_lost(fused, adapter, lost):
     assert FusionProof("", 1, fused, adapter, 1.0).lost is lost
 
 
-def test_the_proof_does_not_lean_on_the_merging(work, monkeypatch):
-    """It would find a merge that is wrong, however exactly it is stored."""
+def test_the_check_is_independent_of_the_merge(work, monkeypatch):
+    """It detects a wrong merge, even if it is stored exactly."""
     write_own("adapter")
     right = merging.merge
 
@@ -232,15 +232,15 @@ def test_the_proof_does_not_lean_on_the_merging(work, monkeypatch):
         return right(weight, replace(module, scale=-module.scale))
 
     monkeypatch.setattr(merging, "merge", wrong)
-    with pytest.raises(OpenELMError, match=r"would lose .* `adapter_path` as it is"):
+    with pytest.raises(OpenELMError, match=r"would lose .* use it with `adapter_path`"):
         fuse("adapter", "fused")
     assert not (work / "fused").exists()
 
 
-# What is said and refused --------------------------------------------------------
+# Metadata and errors -------------------------------------------------------------
 
 
-def test_the_folder_says_what_was_proved_and_keeps_the_template(work):
+def test_the_folder_stores_the_check_and_the_template(work):
     write_own("run/best")
     ran = call("fuse", "--adapter-path", "run/best", "--save-path", "fused")
     assert (ran.exit_code, ran.stdout) == (0, "fused\n")
@@ -248,9 +248,9 @@ def test_the_folder_says_what_was_proved_and_keeps_the_template(work):
     folder = open_folder(work / "fused")
     assert folder.template == "alpaca"
     assert load("fused")[1].template == "alpaca"
-    noted = folder.metadata["fusion"]
-    assert (noted["base"], noted["method"], noted["tokens"]) == ("base", "lora", 256)
-    assert noted["kl_fused"] < 0.25 * noted["kl_adapter"]
+    entry = folder.metadata["fusion"]
+    assert (entry["base"], entry["method"], entry["tokens"]) == ("base", "lora", 256)
+    assert entry["kl_fused"] < 0.25 * entry["kl_adapter"]
     assert "run/best/adapters.safetensors" in folder.metadata["source"]["files"]
     verified = call("verify", "fused", "--against", "run/best", "--json")
     assert json.loads(verified.stdout)["passed"], verified.stdout
@@ -263,20 +263,20 @@ def test_the_folder_says_what_was_proved_and_keeps_the_template(work):
     [
         (["adapter", "--model", "other"], "was trained on another base than this one"),
         (["adapter", "--model", "gone/by"], "gone/by"),
-        (["adapter", "-q", "--dequantize"], "exclude each other"),
+        (["adapter", "-q", "--dequantize"], "either --dequantize or --q-bits"),
         (["adapter", "--q-bits", "7"], "--q-bits is 7"),
-        (["base"], "base holds no adapter_config.json"),
+        (["base"], "base is not an adapter folder: it has no adapter_config.json"),
         (["run"], ["not saved yet", "wait until it has"]),
         (["adapter", "--save-path", "base"], "base exists already"),
         (["adapter", "--save-path", "base", "--force"], "holds the source itself"),
-        (["spoilt"], "holds NaN or infinity"),
-        (["wide"], ["another base", "proj_2 adapts [64, 65]"]),
+        (["nan"], "holds NaN or infinity"),
+        (["wide"], ["does not fit", "proj_2 adapts shape [64, 65]"]),
     ],
 )
-def test_what_is_wrong_is_said_and_nothing_is_written(work, args, says):
+def test_errors_are_reported_and_nothing_is_written(work, args, says):
     write_own("adapter")
-    write_own("spoilt", "full")
-    path = work / "spoilt/adapters.safetensors"
+    write_own("nan", "full")
+    path = work / "nan/adapters.safetensors"
     tensors = dict(mx.load(str(path)))
     name = "transformer.layers.1.ffn.proj_2.weight"
     mx.save_safetensors(str(path), tensors | {name: tensors[name] * float("nan")})

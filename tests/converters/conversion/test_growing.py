@@ -1,4 +1,4 @@
-"""A grown model is larger and computes what the small one did."""
+"""Growing a model: the larger one has the same logits."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import call, make_source, refuse, spoilt
+from commands import call, make_source, refuse, replace_last
 from models import (
     UNEVEN,
     make_factors,
@@ -52,7 +52,7 @@ def mlx_logits(config: OpenELMConfig, weights: dict[str, np.ndarray]) -> np.ndar
 
 
 def read_grown(checkpoint: Path) -> tuple[OpenELMConfig, dict[str, np.ndarray]]:
-    """What torch.load and config.json say, nothing of ours between."""
+    """Read a grown model with torch.load, not with `pt_reader`."""
     config = OpenELMConfig.from_file(checkpoint.with_name("config.json"))
     state = torch.load(checkpoint, weights_only=True)
     return config, {name: tensor.numpy() for name, tensor in state.items()}
@@ -73,7 +73,7 @@ def logits_of_source(name: str | Path) -> np.ndarray:
     return torch_logits(source.config, weights)
 
 
-# The function is kept ------------------------------------------------------------
+# Equal logits --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("noise_db", [None, 10.0])
@@ -114,7 +114,7 @@ def test_the_demo_grows_with_its_logits_by_every_factor(tmp_path, width, ffn, no
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_was_grown_grows_again(tmp_path, form):
+def test_a_grown_model_can_grow_again(tmp_path, form):
     config = FORMS[form]
     source = make_source(tmp_path / "source", config=config)
     once = grow(source, tmp_path / "once", width=2, ffn=3, noise_db=10)
@@ -137,7 +137,7 @@ def test_any_source_that_converts_grows(tmp_path, kind):
         mlx_openelm.convert(
             tmp_path / "source", source, bits=8, group_size=32, receipt=False
         )
-    elif kind == "corenet":  # its table has rows for padding
+    elif kind == "corenet":  # its embedding has padding rows
         source = tmp_path / "source" / "corenet.pt"
         mlx_openelm.convert(tmp_path / "source", source, to="corenet")
     else:
@@ -146,11 +146,11 @@ def test_any_source_that_converts_grows(tmp_path, kind):
         )
     report = grow(source, tmp_path / "grown", width=2, noise_db=20)
     assert_same_logits(logits_of_source(source), report.path)
-    unpacked = any("Unpacked 13 quantized tensors" in note for note in report.notes)
+    unpacked = any("Dequantized 13 tensors" in note for note in report.notes)
     assert unpacked == (kind == "packed")
 
 
-# The rules -----------------------------------------------------------------------
+# Sizes and tensors ---------------------------------------------------------------
 
 
 def blocks_of(weight: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -169,7 +169,7 @@ def parts_of(name: str, weight: np.ndarray, config: OpenELMConfig) -> list[np.nd
 
 
 @pytest.mark.parametrize(("width", "ffn"), [(2, 3), (3, 2), (4, 5)])
-def test_noise_stands_in_pairs_at_its_level_and_nowhere_else(width, ffn):
+def test_noise_cancels_in_pairs_of_columns_and_has_its_level(width, ffn):
     weights, growth = weights_of(UNTIED), Growth(width, ffn, 10.0, 0)
     config = grow_config(UNTIED, growth)
     for name, weight in weights.items():
@@ -180,10 +180,10 @@ def test_noise_stands_in_pairs_at_its_level_and_nowhere_else(width, ffn):
             plain = grow_tensor(name, weight, UNTIED, Growth(width, ffn), rng)
             np.testing.assert_array_equal(grown, plain)
             continue
-        found = zip(
+        pairs = zip(
             parts_of(name, grown, config), parts_of(name, weight, UNTIED), strict=True
         )
-        for large, small in found:
+        for large, small in pairs:
             rows, columns = (
                 large.shape[0] // small.shape[0],
                 large.shape[1] // small.shape[1],
@@ -201,7 +201,7 @@ def test_noise_stands_in_pairs_at_its_level_and_nowhere_else(width, ffn):
             assert len(np.unique(different[:, 0])) == rows * (columns // 2)
 
 
-def test_without_noise_all_copies_are_alike():
+def test_without_noise_all_copies_are_identical():
     weights, growth = weights_of(UNEVEN), Growth(3, 2)
     name = "layers.2.attn.out_proj.weight"
     rng = np.random.default_rng(0)
@@ -236,19 +236,19 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
     shapes = grow_config(config, growth).tensor_shapes().values()
     largest = max(4 * np.prod(shape) for shape in shapes)
     mx.reset_peak_memory()
-    held = mx.get_active_memory()
+    before = mx.get_active_memory()
     tracemalloc.start()
     try:
         tensors = growing.grown_tensors(open_source(str(source)), growth)
         growing.write_pt(tmp_path / "grown.pt", tensors)
-        peak = tracemalloc.get_traced_memory()[1] + mx.get_peak_memory() - held
+        peak = tracemalloc.get_traced_memory()[1] + mx.get_peak_memory() - before
     finally:
         tracemalloc.stop()
     assert peak < 8 * largest < (tmp_path / "grown.pt").stat().st_size / 3
 
 
 @pytest.mark.parametrize("noise_db", [None, 10.0])
-def test_copies_learn_alike_but_for_noise(noise_db):
+def test_copies_stay_identical_in_training_unless_noise_was_added(noise_db):
     from converters.reference import ReferenceOpenELM, summed_loss
 
     growth, weights = Growth(2, 2, noise_db), weights_of(UNTIED)
@@ -271,7 +271,7 @@ def test_copies_learn_alike_but_for_noise(noise_db):
 # The folder ----------------------------------------------------------------------
 
 
-def test_the_folder_is_like_a_pre_training_runs(here):
+def test_the_folder_has_the_layout_of_a_pre_training_run(here):
     (here / "source" / "generation_config.json").write_text('{"temperature": 0.5}')
     ran = call("grow", "source", "--width", 2, "--noise-db", 10, "--seed", 4)
     assert (ran.exit_code, ran.stdout) == (0, "source-grown/checkpoint.pt\n")
@@ -294,18 +294,18 @@ def test_the_folder_is_like_a_pre_training_runs(here):
     assert {name: tensor.shape for name, tensor in written.items()} == expected
 
 
-def test_json_says_what_grew(here):
+def test_json_describes_the_grown_model(here):
     args = ("source", "--width", 1, "--ffn", 2, "--noise-db", 10, "-o", "x", "--json")
     ran = call("grow", *args)
-    said = json.loads(ran.stdout)
-    assert said["path"] == "x/checkpoint.pt"
-    assert (said["width"], said["ffn"], said["noise_db"]) == (1, 2, 10.0)
-    assert said["before"] == UNEVEN.num_parameters < said["num_parameters"]
-    assert any("no pair to cancel" in note for note in said["notes"])
+    report = json.loads(ran.stdout)
+    assert report["path"] == "x/checkpoint.pt"
+    assert (report["width"], report["ffn"], report["noise_db"]) == (1, 2, 10.0)
+    assert report["before"] == UNEVEN.num_parameters < report["num_parameters"]
+    assert any("no copies" in note for note in report["notes"])
     assert call("grow", "source", "--width", 2, "-o", "y", "--quiet").stderr == ""
 
 
-def test_force_replaces_what_was_grown_and_nothing_else(here):
+def test_force_replaces_only_grown_models(here):
     assert call("grow", "source", "--width", 2, "-o", "x").exit_code == 0
     again = ("grow", "source", "--width", 3, "-o", "x")
     refuse(here, *again, says="x exists already")
@@ -316,7 +316,7 @@ def test_force_replaces_what_was_grown_and_nothing_else(here):
 
 
 def test_force_leaves_a_pre_training_run_alone(here):
-    """It has a checkpoint and a config, too, and hours of work."""
+    """Although it has a checkpoint and a config, too."""
     for name in ("config.json", "tokenizer.model", "checkpoint_epoch_0_iter_10.pt"):
         (here / "run").mkdir(exist_ok=True)
         (here / "run" / name).write_text("{}")
@@ -339,7 +339,7 @@ def test_stock_mlx_lm_opens_a_grown_model(tmp_path, width, ffn):
     )
 
 
-def test_convert_reads_a_grown_checkpoint_whole(tmp_path):
+def test_convert_reads_all_of_a_grown_checkpoint(tmp_path):
     report = grow(make_source(tmp_path / "source"), tmp_path / "grown", width=2)
     mlx_openelm.convert(report.path, tmp_path / "mlx", dtype="float32")
     _, weights = read_grown(report.path)
@@ -351,13 +351,13 @@ def test_convert_reads_a_grown_checkpoint_whole(tmp_path):
     assert (tmp_path / "mlx" / "tokenizer.model").is_file()
 
 
-# What is wrong -------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--width", 1], "--width 1 and --ffn 1 leave the model as it is"),
+        (["--width", 1], "--width 1 and --ffn 1 leave the model unchanged"),
         (["--width", 0], "--width is 0; it must be at least 1"),
         (["--width", -2], "--width is -2; it must be at least 1"),
         (["--width", 2, "--ffn", 0], "--ffn is 0; it must be at least 1"),
@@ -366,37 +366,37 @@ def test_convert_reads_a_grown_checkpoint_whole(tmp_path):
         (["--width", 2, "--noise-db", -3], "--noise-db is -3; it must be 0"),
         (["--width", 2, "--seed", -1], "--seed is -1; it must be 0"),
         (["--width", 10**9], "model_dim is 64000000000, not a positive whole number"),
-        (["--width", 10**7], "make room or choose another place"),
+        (["--width", 10**7], "free some space or choose another disk"),
         (["--width", 2, "-o", "source"], "source exists already"),
         (["--width", 2, "-o", "source", "--force"], "source holds the source itself"),
-        (["--width", 2, "-o", "x.pt"], "a folder is written; leave out the .pt"),
+        (["--width", 2, "-o", "x.pt"], "must name a folder; leave out the .pt"),
         (["--width", 2, "--tokenizer", "model/config.json"], "tokenizer"),
     ],
 )
-def test_what_cannot_be_grown_is_told(here, flags, says):
+def test_errors_of_options_are_reported(here, flags, says):
     refuse(here, "grow", "source", *flags, says=says)
 
 
-def test_an_adapter_does_not_grow(here):
+def test_growing_an_adapter_is_refused(here):
     factors = make_factors(weights_of(UNEVEN), ("layers.0.attn.out_proj",))
     write_mlx_lm_adapter(here / "adapter", factors)
     says = ["adapter is an adapter", "convert adapter --merge"]
     refuse(here, "grow", "adapter", "--width", 2, says=says)
 
 
-def test_a_source_that_is_missing_or_damaged_is_told_and_nothing_is_left(here):
-    refuse(here, "grow", "no.pt", "--width", 2, says="There is no file no.pt")
+def test_a_missing_or_damaged_source_is_reported_and_nothing_is_written(here):
+    refuse(here, "grow", "no.pt", "--width", 2, says="no.pt does not exist")
     name = "layers.2.ffn.proj_2.weight"
-    broken = {name: spoilt(weights_of(UNEVEN)[name], np.nan)}
+    broken = {name: replace_last(weights_of(UNEVEN)[name], np.nan)}
     make_source(here / "broken", broken)
     refuse(here, "grow", "broken", "--width", 2, says=f"{name} holds NaN")
     make_source(here / "alone" / "source")
     (here / "alone" / "source" / "tokenizer.model").unlink()
-    says = "No tokenizer was found beside alone/source"
+    says = "No tokenizer was found next to alone/source"
     refuse(here, "grow", "alone/source", "--width", 2, says=says)
 
 
-def test_a_model_without_a_tokenizer_grows_if_that_is_said(here):
+def test_a_model_without_a_tokenizer_grows_with_tokenizer_none(here):
     (here / "source" / "tokenizer.model").unlink()
     ran = call("grow", "source", "--width", 2, "--tokenizer", "none")
     assert ran.exit_code == 0
@@ -404,15 +404,15 @@ def test_a_model_without_a_tokenizer_grows_if_that_is_said(here):
     assert not (here / "source-grown" / "tokenizer.model").exists()
 
 
-def test_a_small_disk_is_told_before_anything_is_written(here, monkeypatch):
+def test_a_small_disk_is_reported_before_anything_is_written(here, monkeypatch):
     from converters.conversion import model_folder as folder_writing
 
     usage = folder_writing.shutil.disk_usage(here)._replace(free=1_000_000)
     monkeypatch.setattr(folder_writing.shutil, "disk_usage", lambda path: usage)
-    says = "x needs 2 MB and its disk has 1 MB left"
+    says = "x needs 2 MB, but its disk has only 1 MB free"
     refuse(here, "grow", "source", "--width", 2, "-o", "x", says=says)
 
 
-def test_growth_is_checked_when_called_from_python_too():
+def test_the_python_api_checks_the_factors():
     with pytest.raises(OpenELMError, match="`width` 1 and `ffn` 1"):
         Growth(1, 1, 10.0)

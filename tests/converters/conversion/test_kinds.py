@@ -1,7 +1,7 @@
-"""Every kind of source becomes the same model: PyTorch says which.
+"""Every kind of source converts to the same model as in PyTorch.
 
-What a file means is never read back through our own reader: it is the weights that the
-test made, packed and adapted with torch's or numpy's arithmetic.
+The expected weights never come from the readers under test: the tests make them, and
+quantize and adapt them with torch or numpy.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ from mlx_openelm.storage.loading import load_model
 from mlx_openelm.storage.model_folder import INDEX, open_folder
 from mlx_openelm.storage.shards import write_json
 
-torch = pytest.importorskip("torch", reason="PyTorch gives the answers")
+torch = pytest.importorskip("torch", reason="PyTorch computes the expected logits")
 
 from converters.reference import ReferenceOpenELM  # noqa: E402 - it imports torch
 
@@ -74,12 +74,12 @@ def tokenizer(tmp_path_factory):
 
 
 def adapting(factors, scale):
-    """A hook that adds s B A x (DoRA: and stretches by m / |W + s B A|)."""
+    """Return a hook that adds s B A x (DoRA: and scales by m / |W + s B A|)."""
     A, B = torch.from_numpy(factors["A"]), torch.from_numpy(factors["B"])
 
     def hook(module, inputs, output):
         (x,) = inputs
-        if x.dtype == torch.long:  # an embedding; its tied head reads the bare table
+        if x.dtype == torch.long:  # an embedding; a tied head is not adapted
             return output + scale * (B @ A[:, x.flatten()]).T.view(output.shape)
         output = output + scale * (x @ A.T) @ B.T
         if "m" in factors:
@@ -92,7 +92,7 @@ def adapting(factors, scale):
 
 @torch.no_grad()
 def reference(config, weights, factors=None, *, scale=1.0, tokens=TOKENS):
-    """PyTorch's logits of the tokenizer's pieces."""
+    """Return PyTorch's logits of the tokenizer's pieces."""
     model = ReferenceOpenELM(config).eval()
     model.load_state_dict(as_torch(weights))
     for name, parts in (factors or {}).items():
@@ -101,17 +101,17 @@ def reference(config, weights, factors=None, *, scale=1.0, tokens=TOKENS):
     return model(torch.from_numpy(tokens)).numpy()[..., :rows]
 
 
-def answers(path, adapter=None):
+def compute_logits(path, adapter=None):
     model = load_model(open_folder(path), mx.float32)
     if adapter is not None:
         attach(model, adapter)
     return np.array(model(mx.array(TOKENS)))
 
 
-def assert_answers(path, expected, adapter=None):
-    found = answers(path, adapter)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= 1e-4
+def assert_logits(path, expected, adapter=None):
+    actual = compute_logits(path, adapter)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= 1e-4
     assert np.abs(expected).max() > 0.5
 
 
@@ -129,11 +129,11 @@ def test_a_corenet_checkpoint(tmp_path, tokenizer, wrap, prefix, dtype):
     source = write_pt(tmp_path / "a.pt", named, wrap, dtype)
     report = convert(source, tmp_path / "out", dtype="float32", tokenizer=tokenizer)
     assert report.kind == "CoreNet checkpoint"
-    assert_answers(report.path, reference(PADDED, rounded(WEIGHTS, dtype)))
+    assert_logits(report.path, reference(PADDED, rounded(WEIGHTS, dtype)))
 
 
 @pytest.mark.parametrize("yaml", ["config.yaml", "a.yaml"])
-def test_a_corenet_checkpoint_beside_its_yaml(tmp_path, yaml):
+def test_a_corenet_checkpoint_with_its_yaml(tmp_path, yaml):
     weights = weights_of(TINY)
     source = write_pt(tmp_path / "a.pt", weights, "model_state_dict")
     (tmp_path / yaml).write_text(
@@ -144,7 +144,7 @@ def test_a_corenet_checkpoint_beside_its_yaml(tmp_path, yaml):
     report = convert(source, tmp_path / "out", dtype="float32", tokenizer="none")
     assert f"Sizes from {yaml}." in report.notes
     assert open_folder(report.path).config.max_context_length == 512
-    assert_answers(report.path, reference(TINY, weights))
+    assert_logits(report.path, reference(TINY, weights))
 
 
 @pytest.mark.parametrize("how", ["merged", "apart"])
@@ -164,9 +164,9 @@ def test_a_corenet_adapter(tmp_path, tokenizer, dora, modules, how):
     )
     assert report.adapter_path == adapter
     expected = reference(PADDED, WEIGHTS, factors)
-    assert_answers(report.path, expected, adapter)
+    assert_logits(report.path, expected, adapter)
     assert np.abs(expected - reference(PADDED, WEIGHTS)).max() > 0.1
-    adapts_table = TABLE in factors  # inputs alone, so the head must stay as it was
+    adapts_table = TABLE in factors  # only the inputs, so the head must be untied
     assert open_folder(report.path).config.share_input_output_layers != adapts_table
     assert verify(report.path, against=[str(source)]).passed
 
@@ -192,7 +192,7 @@ def test_the_mean_of_checkpoints_is_taken_in_float64(tmp_path, tokenizer):
         }
         mean = {n: m.to(getattr(torch, dtype)).float().numpy() for n, m in mean.items()}
         expected = reference(PADDED, mean)
-        assert_answers(report.path, expected)
+        assert_logits(report.path, expected)
         for name, array in open_folder(report.path).read().items():
             weight = mean[name.removeprefix("transformer.")][: len(array)]
             assert np.array_equal(np.array(array.astype(mx.float32)), weight), name
@@ -217,7 +217,7 @@ def test_the_mean_of_checkpoints_is_taken_in_float64(tmp_path, tokenizer):
 def test_a_hugging_face_folder(tmp_path, tokenizer, suffix, shards, head, dtype):
     config, weights = SCALED, dict(CUT)
     named = on_the_hub(weights)
-    if head == "copied":  # left over of saving a tied model
+    if head == "copied":  # as saved by some tools
         named["lm_head.weight"] = named[f"transformer.{TABLE}.weight"].copy()
     if head == "untied":
         config = UNTIED
@@ -233,12 +233,14 @@ def test_a_hugging_face_folder(tmp_path, tokenizer, suffix, shards, head, dtype)
     )
     report = convert(source, tmp_path / "out", dtype="float32", tokenizer=tokenizer)
     assert report.kind == "Hugging Face folder"
-    assert_answers(report.path, reference(config, rounded(weights, dtype)))
+    assert_logits(report.path, reference(config, rounded(weights, dtype)))
     assert any("copy of the tied" in n for n in report.notes) == (head == "copied")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_a_head_that_only_seems_tied_is_refused(tmp_path, tokenizer, suffix):
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(
+    tmp_path, tokenizer, suffix
+):
     other = weights_of(UNTIED)["lm_head.weight"]
     named = on_the_hub(CUT) | {"lm_head.weight": other}
     source = write_hub_folder(
@@ -252,12 +254,12 @@ def test_a_head_that_only_seems_tied_is_refused(tmp_path, tokenizer, suffix):
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_apples_mlx_folder_is_taken_over_as_it_is(tmp_path, bits):
+def test_apples_mlx_folder_keeps_its_tensors(tmp_path, bits):
     source = tmp_path / "source"
-    meant = write_apple_folder(source, weights_of(TINY), bits)
+    expected_weights = write_apple_folder(source, weights_of(TINY), bits)
     report = convert(source, tmp_path / "out", tokenizer="none")
     assert report.kind == "Apple's MLX folder" + (", quantized" if bits else "")
-    assert_answers(report.path, reference(TINY, meant))
+    assert_logits(report.path, reference(TINY, expected_weights))
     expected = {f"transformer.{n}": t for n, t in raw_tensors(source).items()}
     table = f"transformer.{TABLE}.weight"
     dtype, content = expected[table]
@@ -274,20 +276,20 @@ def test_apples_mlx_folder_is_taken_over_as_it_is(tmp_path, bits):
             dtype="float32",
             tokenizer="none",
         )
-        assert_answers(unpacked.path, reference(TINY, meant))
+        assert_logits(unpacked.path, reference(TINY, expected_weights))
     else:
         assert entry is None
 
 
 def test_apples_mlx_folder_keeps_its_rows_as_a_checkpoint(tmp_path):
-    meant = write_apple_folder(
+    expected_weights = write_apple_folder(
         tmp_path / "source", weights_of(replace(TINY, vocab_size=384))
     )
     report = convert(tmp_path / "source", tmp_path / "a.pt", to="corenet")
-    found = torch.load(report.path, weights_only=True)
-    assert found.keys() == meant.keys()
-    for name, weight in meant.items():
-        assert np.array_equal(found[name].float().numpy(), weight), name
+    state = torch.load(report.path, weights_only=True)
+    assert state.keys() == expected_weights.keys()
+    for name, weight in expected_weights.items():
+        assert np.array_equal(state[name].float().numpy(), weight), name
 
 
 # mlx-lm --------------------------------------------------------------------------
@@ -302,11 +304,11 @@ def test_a_plain_mlx_lm_folder(tmp_path, tokenizer):
     index = {"weight_map": dict.fromkeys(arrays, "model.safetensors")}
     write_json(source / INDEX, index)
     report = convert(source, tmp_path / "out", dtype="float32", tokenizer=tokenizer)
-    assert_answers(report.path, reference(SCALED, CUT))
+    assert_logits(report.path, reference(SCALED, CUT))
 
 
 def mixed(path, module):
-    """Bits that differ from module to module; one stays as it is."""
+    """Different bits per module; one stays unquantized."""
     if "proj_2" in path:
         return {"bits": 8, "group_size": 32, "mode": "affine"}
     return "layers.1.attn.out_proj" not in path
@@ -323,7 +325,7 @@ def mixed(path, module):
         ("mxfp8", 32, 8, mixed),
     ],
 )
-def test_what_stock_mlx_lm_has_quantized_is_taken_over_as_it_is(
+def test_a_folder_quantized_by_stock_mlx_lm_keeps_its_tensors(
     tmp_path, tokenizer, mode, group_size, bits, predicate
 ):
     from mlx_lm import utils
@@ -341,13 +343,15 @@ def test_what_stock_mlx_lm_has_quantized_is_taken_over_as_it_is(
     source = tmp_path / "source"
     utils.save_model(source, model)
     utils.save_config(config, source / "config.json")
-    meant = {n.removeprefix("transformer."): w for n, w in unpacked(model).items()}
-    expected = reference(SCALED, meant)
+    expected_weights = {
+        n.removeprefix("transformer."): w for n, w in unpacked(model).items()
+    }
+    expected = reference(SCALED, expected_weights)
 
     taken = convert(source, tmp_path / "taken", tokenizer=tokenizer)
     assert taken.kind == "mlx-lm folder, quantized"
     assert raw_tensors(taken.path) == raw_tensors(source)
-    assert_answers(taken.path, expected)
+    assert_logits(taken.path, expected)
     theirs, _ = utils.load_model(taken.path)
     assert raw_parameters(theirs) == raw_parameters(model)
 
@@ -356,20 +360,22 @@ def test_what_stock_mlx_lm_has_quantized_is_taken_over_as_it_is(
     )
     assert not open_folder(wide.path).packings
     for name, array in open_folder(wide.path).read().items():
-        assert np.array_equal(np.array(array), meant[name.removeprefix("transformer.")])
+        assert np.array_equal(
+            np.array(array), expected_weights[name.removeprefix("transformer.")]
+        )
 
     other = convert(
         source, tmp_path / "other", bits=6, receipt=False, tokenizer=tokenizer
     )
     entry = open_folder(other.path).raw["quantization"]
     assert (entry["bits"], entry["mode"]) == (6, "affine")
-    assert np.abs(answers(other.path) - expected).max() < 1
+    assert np.abs(compute_logits(other.path) - expected).max() < 1
     for report in (taken, wide, other):
         assert verify(report.path, against=[str(source)]).passed
 
 
 def unpacked(model):
-    """A stock model's weights, unpacked in float32."""
+    """Return a stock model's weights, unpacked in float32."""
     weights = {}
     for name, module in model.named_modules():
         if "weight" not in module:
@@ -411,11 +417,11 @@ def test_an_adapter_folder_is_merged_into_its_base(tmp_path, tokenizer, kind, do
     options = {"dtype": "float32", "tokenizer": tokenizer, "base": str(base)}
     report = convert(source, out, merge=True, **options)
     assert report.kind == "Hugging Face folder, merged"
-    assert_answers(out, reference(SCALED, CUT, factors, scale=2.0))
+    assert_logits(out, reference(SCALED, CUT, factors, scale=2.0))
     assert verify(out, against=[str(source)]).passed
 
 
-# There and back ------------------------------------------------------------------
+# Round trips ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -425,7 +431,7 @@ def test_mlx_to_hf_to_mlx_is_the_same_bit_for_bit(tmp_path, tokenizer, dtype):
     there = convert(first, tmp_path / "hf", to="hf").path
     assert raw_tensors(there) == raw_tensors(first)
     with safe_open(there / "model.safetensors", "pt") as opened:
-        assert opened.metadata() == {"format": "pt"}  # transformers asks for it
+        assert opened.metadata() == {"format": "pt"}  # transformers requires it
     back = convert(there, tmp_path / "back", dtype=dtype).path
     assert raw_tensors(back) == raw_tensors(first)
     assert open_folder(back).config == open_folder(first).config
@@ -448,7 +454,7 @@ def test_mlx_to_corenet_to_mlx_is_the_same_bit_for_bit(
     )
     first = convert(source, tmp_path / "a", dtype=dtype, tokenizer=tokenizer).path
     report = convert(first, tmp_path / "a.pt", to="corenet")
-    assert any("84 rows of zeros up to 384" in note for note in report.notes)
+    assert any("84 rows of zeros to 384" in note for note in report.notes)
     state = torch.load(report.path, weights_only=True)
     expected = replace(config, vocab_size=384).tensor_shapes()
     if not config.share_input_output_layers:
@@ -456,9 +462,9 @@ def test_mlx_to_corenet_to_mlx_is_the_same_bit_for_bit(
     assert {n: tuple(t.shape) for n, t in state.items()} == expected
     assert list(state) == list(expected)
     for name, tensor in as_torch(weights, dtype).items():
-        called = "classifier.weight" if name == "lm_head.weight" else name
-        assert torch.equal(state[called][: len(tensor)], tensor), name
-        assert not state[called][len(tensor) :].any()
+        stored_name = "classifier.weight" if name == "lm_head.weight" else name
+        assert torch.equal(state[stored_name][: len(tensor)], tensor), name
+        assert not state[stored_name][len(tensor) :].any()
     (tmp_path / "config.json").write_text((first / "config.json").read_text())
     back = convert(report.path, tmp_path / "b", dtype=dtype, tokenizer=tokenizer).path
     assert raw_tensors(back) == raw_tensors(first)
@@ -466,13 +472,13 @@ def test_mlx_to_corenet_to_mlx_is_the_same_bit_for_bit(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_checkpoint_rewritten_keeps_all_its_rows(tmp_path, dtype):
+def test_a_rewritten_checkpoint_keeps_all_its_rows(tmp_path, dtype):
     source = write_pt(tmp_path / "a.pt", WEIGHTS, "model_state_dict", dtype)
     report = convert(source, tmp_path / "b.pt", to="corenet")
-    found = torch.load(report.path, weights_only=True)
+    state = torch.load(report.path, weights_only=True)
     expected = as_torch(WEIGHTS, dtype)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -507,7 +513,7 @@ def test_mlx_lm_to_peft_to_mlx_lm_is_the_same_adapter(tmp_path, dora):
 
 @pytest.mark.parametrize("modules", [LINEARS, EVERYWHERE], ids=["linears", "all"])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_a_corenet_adapter_taken_apart_and_put_together(
+def test_a_separated_corenet_adapter_can_be_merged_again(
     tmp_path, tokenizer, dora, modules
 ):
     factors = make_factors(WEIGHTS, modules, dora=dora)
@@ -522,16 +528,16 @@ def test_a_corenet_adapter_taken_apart_and_put_together(
         adapter_out=adapter,
     ).path
     together = convert(adapter, tmp_path / "b.pt", to="corenet", base=str(base)).path
-    found = torch.load(together, weights_only=True)
+    state = torch.load(together, weights_only=True)
     if TABLE not in factors:
         expected = as_torch(named)
         expected[f"{TABLE}.weight"][300:] = 0  # they were cut
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
     again = convert(
         together, tmp_path / "again", dtype="float32", tokenizer=tokenizer, merge=True
     )
-    assert_answers(again.path, reference(PADDED, WEIGHTS, factors))
+    assert_logits(again.path, reference(PADDED, WEIGHTS, factors))
 
 
 # Stock mlx-lm --------------------------------------------------------------------
@@ -557,17 +563,17 @@ def test_stock_mlx_lm_gives_the_same_logits(tmp_path, tokenizer, how):
     model, _ = load_model(report.path)
     if adapter is not None:
         model = load_adapters(model, str(adapter)).eval()
-    found = np.array(model(mx.array(TOKENS)))
-    assert np.abs(found - reference(PADDED, WEIGHTS, factors)).max() <= 1e-4
+    actual = np.array(model(mx.array(TOKENS)))
+    assert np.abs(actual - reference(PADDED, WEIGHTS, factors)).max() <= 1e-4
 
 
-# Apple's answers -----------------------------------------------------------------
+# Apple's logits ------------------------------------------------------------------
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("how", ["merged", "apart"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_apples_answers_of_an_adapter(tmp_path, shared, method, how):
+def test_apples_logits_with_an_adapter(tmp_path, shared, method, how):
     golden = shared / "golden"
     spec = importlib.util.spec_from_file_location(
         "seeded", golden / "seeded_weights.py"
@@ -585,11 +591,11 @@ def test_apples_answers_of_an_adapter(tmp_path, shared, method, how):
         name: seeded.seeded_array(name.replace(".base_layer", ""), tuple(shape), seed)
         for name, shape in shapes.items()
     }
-    for name, stretch in weights.items():
-        if "magnitude" in name:  # of the base's own lengths
+    for name, factor in weights.items():
+        if "magnitude" in name:  # relative to the row lengths of the base
             base = name.replace(".lora_magnitude_vector.lora", ".base_layer.weight")
             lengths = np.linalg.norm(weights[base], axis=1)
-            weights[name] = (stretch * lengths).astype(np.float32)
+            weights[name] = (factor * lengths).astype(np.float32)
     source = write_pt(tmp_path / "a.pt", weights)
     del weights
     adapter = tmp_path / "adapter" if how == "apart" else None
@@ -605,8 +611,8 @@ def test_apples_answers_of_an_adapter(tmp_path, shared, method, how):
     model = load_model(open_folder(report.path), mx.float32)
     if adapter is not None:
         attach(model, adapter)
-    found = np.array(model(mx.array(tokens)))[:, positions]
-    assert np.abs(found - logits[..., :32000]).max() <= 1e-4
+    actual = np.array(model(mx.array(tokens)))[:, positions]
+    assert np.abs(actual - logits[..., :32000]).max() <= 1e-4
     shutil.rmtree(report.path)  # gigabytes
 
 
@@ -615,7 +621,7 @@ def test_apples_answers_of_an_adapter(tmp_path, shared, method, how):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory, tokenizer):
-    """A checkpoint "a.pt", another, and the folder "model" that the first becomes."""
+    """Checkpoints "a.pt" and "other.pt"; "model" is a folder converted from "a.pt"."""
     folder = tmp_path_factory.mktemp("converted")
     write_pt(folder / "a.pt", WEIGHTS)
     write_pt(folder / "other.pt", weights_of(PADDED, seed=1))
@@ -633,11 +639,11 @@ def work(converted, tmp_path, monkeypatch):
 NAME = "transformer.layers.1.ffn.proj_2.weight"
 
 
-def say_wrong(work, *words, against=("a.pt",)):
-    """verify must name all of `words`, both as a report and as its one sentence."""
-    said = [option for source in against for option in ("--against", source)]
+def assert_problems(work, *words, against=("a.pt",)):
+    """Assert that verify fails and reports all of `words`."""
+    flags = [flag for source in against for flag in ("--against", source)]
     before = snapshot(work)
-    ran = call("verify", "model", *said)
+    ran = call("verify", "model", *flags)
     assert isinstance(ran.exception, SystemExit), repr(ran.exception)
     assert ran.exit_code == 1
     assert ran.stderr.startswith("error: model failed verification: ")
@@ -646,7 +652,7 @@ def say_wrong(work, *words, against=("a.pt",)):
     assert snapshot(work) == before
 
 
-def test_verify_is_content_with_what_was_written(work):
+def test_verify_passes_for_a_converted_model(work):
     ran = call("verify", "model", "--against", "a.pt")
     assert (ran.exit_code, ran.stderr) == (0, "")
     checks = ["index and shapes", "weights are numbers", "hashes", "tokenizer"]
@@ -656,7 +662,7 @@ def test_verify_is_content_with_what_was_written(work):
 
 
 def rewrite(work, change):
-    """Write the weights again, as they are but for `change`."""
+    """Apply `change` to the weights and write them again."""
     path = work / "model" / "model.safetensors"
     arrays = mx.load(str(path))
     mx.eval(arrays)
@@ -664,7 +670,7 @@ def rewrite(work, change):
     mx.save_safetensors(str(path), arrays, {"format": "mlx"})
 
 
-def test_verify_sees_a_flipped_bit(work):
+def test_verify_detects_a_flipped_bit(work):
     path = work / "model" / "model.safetensors"
     content = bytearray(path.read_bytes())
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -672,40 +678,46 @@ def test_verify_sees_a_flipped_bit(work):
     content[8 + int.from_bytes(content[:8], "little") + start + 5] ^= 1
     path.write_bytes(content)
     differs = f"{NAME} differs"
-    say_wrong(work, "model.safetensors is not what the converter wrote", differs)
-    say_wrong(work, "model.safetensors is not what the converter wrote", against=())
+    assert_problems(
+        work, "model.safetensors has changed since it was converted", differs
+    )
+    assert_problems(
+        work, "model.safetensors has changed since it was converted", against=()
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_verify_sees_what_is_no_number(work, value):
-    def spoil(arrays):
+def test_verify_detects_nan_and_infinity(work, value):
+    def overwrite(arrays):
         arrays[NAME][3, 5] = value
 
-    rewrite(work, spoil)
-    say_wrong(work, f"{NAME} holds NaN or infinity", f"{NAME} differs")
+    rewrite(work, overwrite)
+    assert_problems(work, f"{NAME} holds NaN or infinity", f"{NAME} differs")
 
 
-def test_verify_sees_another_source(work):
-    say_wrong(work, f"{NAME} differs", against=["other.pt"])
-    refuse(work, "verify", "model", "--against", "gone.pt", says="no file gone.pt")
+def test_verify_detects_another_source(work):
+    assert_problems(work, f"{NAME} differs", against=["other.pt"])
+    refuse(
+        work, "verify", "model", "--against", "gone.pt", says="gone.pt does not exist"
+    )
     config = json.loads((work / "model/config.json").read_text())
     write_json(work / "model/config.json", config | {"rope_freq_constant": 5000})
-    say_wrong(work, "rope_freq_constant is 5000.0, the source's 10000.0")
+    assert_problems(work, "rope_freq_constant is 5000.0, in the source 10000.0")
 
 
-def test_verify_sees_files_that_are_too_many_or_too_few(work):
+def test_verify_detects_additional_and_missing_files(work):
     index = work / "model" / INDEX
-    found = json.loads(index.read_text())
-    whole = dict(found["weight_map"])
-    found["weight_map"] = whole | {"transformer.more": "model.safetensors"}
-    write_json(index, found)
-    say_wrong(work, "the index names transformer.more, which is in no file")
+    content = json.loads(index.read_text())
+    weight_map = dict(content["weight_map"])
+    content["weight_map"] = weight_map | {"transformer.more": "model.safetensors"}
+    write_json(index, content)
+    assert_problems(work, "the index names transformer.more, which is in no file")
     shutil.copy(work / "model/model.safetensors", work / "model/model-old.safetensors")
-    found["weight_map"] = whole
-    write_json(index, found)
-    say_wrong(work, "model-old.safetensors is in no index, but mlx-lm loads it")
-    found["weight_map"] = whole | {NAME: "model-old.safetensors"}
-    write_json(index, found)
+    content["weight_map"] = weight_map
+    write_json(index, content)
+    assert_problems(work, "model-old.safetensors is not in the index, but mlx-lm")
+    content["weight_map"] = weight_map | {NAME: "model-old.safetensors"}
+    write_json(index, content)
     refuse(work, "verify", "model", says=["model-old.safetensors", "remove one"])
     (work / "model/model-old.safetensors").unlink()
     refuse(
@@ -716,18 +728,18 @@ def test_verify_sees_files_that_are_too_many_or_too_few(work):
     refuse(work, "verify", "model", says="holds no model*.safetensors")
 
 
-def test_verify_sees_an_exchanged_tokenizer(work):
+def test_verify_detects_another_tokenizer(work):
     path = work / "model/tokenizer.model"
     path.write_bytes(small_tokenizer(310).model_proto)
-    say_wrong(work, "310 pieces")
+    assert_problems(work, "310 pieces")
     other = small_tokenizer().model_proto.replace(b"\x02re", b"\x02or")  # a piece
     path.write_bytes(other)
-    say_wrong(work, "tokenizer.model is not what the converter wrote")
-    path.write_bytes(b"rubbish")
-    say_wrong(work, "not a SentencePiece model")
+    assert_problems(work, "tokenizer.model has changed since it was converted")
+    path.write_bytes(b"nonsense")
+    assert_problems(work, "not a SentencePiece model")
     for name in ("tokenizer.model", "tokenizer.json"):
         (work / "model" / name).unlink()
-    say_wrong(work, "holds no tokenizer.model")
+    assert_problems(work, "holds no tokenizer.model")
 
 
 @pytest.mark.parametrize(
@@ -740,7 +752,7 @@ def test_verify_sees_an_exchanged_tokenizer(work):
     ],
     ids=str,
 )
-def test_verify_makes_a_result_again_from_its_source(work, tokenizer, options):
+def test_verify_compares_with_a_new_conversion(work, tokenizer, options):
     convert("a.pt", "made", receipt=False, tokenizer=tokenizer, **options)
     assert verify(work / "made", against=["a.pt"]).passed
     assert not verify(work / "made", against=["other.pt"]).passed
@@ -763,20 +775,20 @@ def test_verify_makes_a_result_again_from_its_source(work, tokenizer, options):
         ),
         (
             ["a.pt", "-q", "--dequantize"],
-            "--dequantize and --q-bits exclude each other",
+            "either --dequantize or --q-bits, not both",
         ),
-        (["a.pt", "--q-bits", "4", "--dequantize"], "exclude each other"),
-        (["a.pt", "--to", "hf", "-q"], "--to hf holds unquantized weights"),
-        (["a.pt", "--to", "corenet", "--q-mode", "mxfp4"], "unquantized weights"),
+        (["a.pt", "--q-bits", "4", "--dequantize"], "not both"),
+        (["a.pt", "--to", "hf", "-q"], "--to hf does not support quantized weights"),
+        (["a.pt", "--to", "corenet", "--q-mode", "mxfp4"], "not support quantized"),
         (
             ["a.pt", "--to", "gguf", "--q-bits", "4"],
-            ["F32, F16, BF16", "Q8_0; not 4 bits"],
+            "--q-bits is 4, but --to gguf supports only 8 (Q8_0)",
         ),
-        (["a.pt", "--to", "peft"], "is a model, and --to peft writes an adapter"),
-        (["a.pt", "--q-bits", "auto:x"], "--q-bits is auto:x; give auto: and the average bits"),
+        (["a.pt", "--to", "peft"], "is a model, but --to peft writes an adapter"),
+        (["a.pt", "--q-bits", "auto:x"], "--q-bits is auto:x; expected auto:N"),
         (["a.pt", "--q-bits", "auto:0"], "--q-bits is auto:0"),
         (["a.pt", "--q-bits", "auto:nan"], "--q-bits is auto:nan"),
-        (["a.pt", "--q-bits", "auto:4", "--to", "gguf"], "auto is for --to mlx"),
+        (["a.pt", "--q-bits", "auto:4", "--to", "gguf"], "auto requires --to mlx"),
         (["a.pt", "--q-bits", "auto:4", "--q-mode", "nvfp4"], "leave out --q-mode"),
         (["a.pt", "--q-bits", "many"], "--q-bits is many; give a number of bits"),
         (
@@ -784,41 +796,44 @@ def test_verify_makes_a_result_again_from_its_source(work, tokenizer, options):
             "--q-bits is 8; --q-mode mxfp4",
         ),
         (["a.pt", "--q-mode", "int4"], "--q-mode is 'int4'; choose affine"),
-        (["a.pt", "-q", "--q-keep", "lm_head"], "--q-keep 'lm_head' finds no module"),
-        (["a.pt", "-q", "--q-keep", "("], "--q-keep '(' is no regular expression"),
-        (["a.pt", "--merge", "--adapter-out", "x"], "--merge and --adapter-out"),
-        (["a.pt", "--merge"], "a.pt carries no adapter; leave out --merge"),
-        (["a.pt", "--adapter-out", "x"], "carries no adapter; leave out --adapter-out"),
+        (["a.pt", "-q", "--q-keep", "lm_head"], "--q-keep 'lm_head' matches no module"),
+        (["a.pt", "-q", "--q-keep", "("], "--q-keep '(' is not a regular expression"),
+        (["a.pt", "--merge", "--adapter-out", "x"], "either --merge or --adapter-out"),
+        (["a.pt", "--merge"], "a.pt contains no adapter; leave out --merge"),
+        (["a.pt", "--adapter-out", "x"], "no adapter; leave out --adapter-out"),
         (["a.pt", "--average"], "--average needs two or more sources"),
-        (["a.pt", "other.pt"], "2 sources were given"),
-        (["a.pt", "--model", "model"], "--model is the base of an adapter folder"),
-        (["lora.pt"], ["carries an adapter (lora)", "--merge", "--adapter-out DIR"]),
-        (["lora.pt", "a.pt", "--average"], "lora.pt carries an adapter, whose factors"),
+        (["a.pt", "other.pt"], "Expected one source, got 2"),
+        (["a.pt", "--model", "model"], "leave out --model model, which names the base"),
+        (["lora.pt"], ["contains an adapter (lora)", "--merge", "--adapter-out DIR"]),
+        (["lora.pt", "a.pt", "--average"], "lora.pt contains an adapter, whose"),
         (["a.pt", "wide.pt", "--average"], ["wide.pt", "proj_1.weight is [256, 64]"]),
-        (["lora.pt", "--adapter-out", "x", "--to", "gguf"], "not with --to gguf"),
+        (["lora.pt", "--adapter-out", "x", "--to", "gguf"], "--to mlx or hf, not gguf"),
         (["lora.pt", "--adapter-out", "model"], "model exists already"),
-        (["lora.pt", "--adapter-out", "x", "--mlx-path", "x"], "they need two folders"),
+        (["lora.pt", "--adapter-out", "x", "--mlx-path", "x"], "need separate folders"),
         (
             ["lora.pt", "--adapter-out", "x/y", "--mlx-path", "x"],
-            "neither in the other",
+            "neither inside the other",
         ),
-        (["lora.pt", "--adapter-out", "x", "--mlx-path", "x/y"], "neither in the"),
+        (["lora.pt", "--adapter-out", "x", "--mlx-path", "x/y"], "neither inside"),
         (
             ["lora.pt", "--merge", "--q-bits", "2", "--no-receipt"],
             "Quantizing would lose the adapter",
         ),
-        (["adapter", "--to", "hf"], "which becomes --to mlx, peft or corenet"),
-        (["adapter", "-q"], "which becomes --to mlx, peft or corenet"),
-        (["adapter", "--to", "corenet", "--model", "wide"], "for another base"),
-        (["adapter", "--merge", "--model", "wide"], "was made for another base"),
-        (["adapter", "adapter", "--average"], "--average is for models"),
-        (["adapter", "--average"], "--average is for models"),
+        (["adapter", "--to", "hf"], "convert it with --to mlx, peft or corenet"),
+        (["adapter", "-q"], "convert it with --to mlx, peft or corenet and without"),
+        (["adapter", "--to", "corenet", "--model", "wide"], "does not fit this"),
+        (["adapter", "--merge", "--model", "wide"], "does not fit this"),
+        (["adapter", "adapter", "--average"], "--average requires models"),
+        (["adapter", "--average"], "--average requires models"),
         (["adapter", "--mlx-path", "adapter", "--force"], "holds the source itself"),
-        (["adapter", "--merge", "--to", "peft"], "leave out one of them"),
+        (
+            ["adapter", "--merge", "--to", "peft"],
+            "either --merge, which writes a model, or --to peft",
+        ),
         (["a.gguf"], "a.gguf is a GGUF file"),
     ],
 )
-def test_what_does_not_go_together_is_said(work, args, says):
+def test_conflicting_arguments_are_refused(work, args, says):
     factors = make_factors(WEIGHTS, LINEARS)
     if "lora.pt" in args:
         small = {
@@ -866,36 +881,36 @@ def test_all_flags_reach_the_conversion(work):
     assert whole["to"] == "mlx"
 
 
-def test_where_it_came_from_is_written_down_and_shown(work, tokenizer):
+def test_the_provenance_is_stored_and_shown(work, tokenizer):
     report = call(
         *("convert", "a.pt", "other.pt", "--average", "--q-bits", "4", "--no-receipt"),
         *("--tokenizer", tokenizer, "--mlx-path", "mean"),
     )
     assert report.exit_code == 0, report.stderr
-    noted = json.loads((work / "mean/config.json").read_text())["mlx_openelm"]
+    metadata = json.loads((work / "mean/config.json").read_text())["mlx_openelm"]
     hashes = {
         name: f"sha256:{hashlib.sha256((work / name).read_bytes()).hexdigest()}"
         for name in ("a.pt", "other.pt")
     }
-    assert noted["source"]["files"] == hashes
-    assert noted["source"]["kind"] == "average of 2: CoreNet checkpoint"
-    assert noted["options"] == {
+    assert metadata["source"]["files"] == hashes
+    assert metadata["source"]["kind"] == "average of 2: CoreNet checkpoint"
+    assert metadata["options"] == {
         "average": True,
         "bits": "4",
         "receipt": False,
         "tokenizer": tokenizer,
     }
-    assert noted["version"] == mlx_openelm.__version__
+    assert metadata["version"] == mlx_openelm.__version__
     weights = (work / "mean/model.safetensors").read_bytes()
     digest = hashlib.sha256(weights).hexdigest()
-    assert noted["files"]["model.safetensors"] == f"sha256:{digest}"
+    assert metadata["files"]["model.safetensors"] == f"sha256:{digest}"
     shown = json.loads(call("inspect", "mean", "--json").stdout)
-    assert shown["source"] == noted["source"]
-    assert shown["options"] == noted["options"]
+    assert shown["source"] == metadata["source"]
+    assert shown["options"] == metadata["options"]
     table = call("inspect", "mean").stdout
     assert "average of 2: CoreNet checkpoint" in table
     assert "average True, bits 4" in table
     again = call("convert", "mean", "--dequantize", "--mlx-path", "again")
     assert again.exit_code == 0, again.stderr
     origin = json.loads((work / "again/config.json").read_text())["mlx_openelm"]
-    assert origin["source"]["was"] == noted
+    assert origin["source"]["was"] == metadata

@@ -1,4 +1,4 @@
-"""Sources go in, model folders come out: the same numbers, in few bytes and whole."""
+"""Conversion of sources to model folders: values, dtypes, quantization, metadata."""
 
 import hashlib
 import json
@@ -56,16 +56,16 @@ def golden_difference(case, tmp_path):
     source.unlink()
     folder = open_folder(report.path)
     assert folder.config.vocab_size == 32000
-    found = np.array(load_model(folder)(mx.array(tokens)))[:, positions]
+    actual = np.array(load_model(folder)(mx.array(tokens)))[:, positions]
     logits = logits[..., :32000]
-    assert (found.argmax(-1) == logits.argmax(-1)).all()
-    return np.abs(found - logits).max()
+    assert (actual.argmax(-1) == logits.argmax(-1)).all()
+    return np.abs(actual - logits).max()
 
 
 @pytest.mark.parametrize(
     "case", ["gpt-test", pytest.param("OpenELM-270M", marks=pytest.mark.proof)]
 )
-def test_apples_answers_come_through_the_converter(case, tmp_path):
+def test_a_converted_model_reproduces_apples_logits(case, tmp_path):
     assert golden_difference(case, tmp_path) <= 1e-4
 
 
@@ -87,7 +87,7 @@ def test_flat_and_wrapped_checkpoints_are_read(tmp_path, wrap, prefix, tokenizer
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", [None, "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["pt", "folder"])
-def test_dtypes_are_cast_as_said(tmp_path, stored, dtype, kind, tokenizer_file):
+def test_weights_are_cast_to_the_dtype(tmp_path, stored, dtype, kind, tokenizer_file):
     import torch
 
     weights = {
@@ -111,10 +111,10 @@ def test_dtypes_are_cast_as_said(tmp_path, stored, dtype, kind, tokenizer_file):
     assert written.raw["torch_dtype"] == expected
     read = written.read()
     for name, weight in weights.items():
-        found = read[to_folder(name)]
-        assert str(found.dtype) == f"mlx.core.{expected}"
+        array = read[to_folder(name)]
+        assert str(array.dtype) == f"mlx.core.{expected}"
         cast = weight.to(getattr(torch, expected)).float().numpy()
-        assert np.array_equal(np.array(found.astype(mx.float32)), cast), name
+        assert np.array_equal(np.array(array.astype(mx.float32)), cast), name
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -158,7 +158,7 @@ def test_quantized_folders_hold_what_mlx_quantizes_to(
     assert not mx.allclose(logits, build(EVEN)(tokens), atol=1e-2)
 
 
-def test_the_embedding_has_eight_bits_unless_said(tmp_path, checkpoint, tokenizer_file):
+def test_the_embedding_has_eight_bits_by_default(tmp_path, checkpoint, tokenizer_file):
     report = convert(
         checkpoint, tmp_path / "out", bits=4, receipt=False, tokenizer=tokenizer_file
     )
@@ -203,23 +203,23 @@ def test_untied_models_and_copies_of_a_tied_head(tmp_path, tokenizer_file):
         convert(source, tmp_path / "out3", tokenizer=tokenizer_file)
 
 
-def test_where_it_came_from_is_written_down(tmp_path, checkpoint, tokenizer_file):
+def test_the_provenance_is_stored(tmp_path, checkpoint, tokenizer_file):
     report = convert(checkpoint, tmp_path / "out", tokenizer=tokenizer_file)
-    noted = json.loads((report.path / "config.json").read_text())["mlx_openelm"]
+    metadata = json.loads((report.path / "config.json").read_text())["mlx_openelm"]
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    assert noted["source"]["files"] == {"even.pt": f"sha256:{digest}"}
-    assert noted["source"]["kind"] == "CoreNet checkpoint"
+    assert metadata["source"]["files"] == {"even.pt": f"sha256:{digest}"}
+    assert metadata["source"]["kind"] == "CoreNet checkpoint"
     assert (report.path / "README.md").read_text().startswith("---\nlibrary_name: mlx")
 
 
-def test_a_config_beside_the_checkpoint_is_used_and_must_fit(tmp_path, tokenizer_file):
+def test_a_config_next_to_the_checkpoint_is_used_and_must_fit(tmp_path, tokenizer_file):
     source = write_pt(tmp_path / "even.pt", weights_of(EVEN))
     bare = convert(source, tmp_path / "bare", tokenizer=tokenizer_file)
     assert open_folder(bare.path).config.max_context_length == 2048
     assert any("2048" in note for note in bare.notes)
     (tmp_path / "config.json").write_text(json.dumps(EVEN.to_dict()))
-    told = convert(source, tmp_path / "told", tokenizer=tokenizer_file)
-    assert open_folder(told.path).config == EVEN
+    configured = convert(source, tmp_path / "configured", tokenizer=tokenizer_file)
+    assert open_folder(configured.path).config == EVEN
     other = replace(EVEN, ffn_dims=(64, 128, 128))
     (tmp_path / "config.json").write_text(json.dumps(other.to_dict()))
     with pytest.raises(OpenELMError, match=r"layers\.2\.ffn\.proj_1.*expected"):
@@ -231,7 +231,7 @@ def test_converting_a_folder_again_changes_nothing(
     tmp_path, checkpoint, tokenizer_file
 ):
     first = convert(checkpoint, tmp_path / "a", tokenizer=tokenizer_file)
-    second = convert(first.path, tmp_path / "b")  # its own tokenizer is found
+    second = convert(first.path, tmp_path / "b")  # uses its tokenizer
     one, two = open_folder(first.path), open_folder(second.path)
     assert one.config == two.config
     read = two.read()

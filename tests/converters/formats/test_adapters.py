@@ -1,4 +1,4 @@
-"""Adapters of CoreNet, PEFT and mlx-lm, read, merged and written; each tool judges."""
+"""Adapters of CoreNet, PEFT and mlx-lm, read, merged and written, checked by each."""
 
 import json
 import re
@@ -33,7 +33,7 @@ from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.adapter_folder import attach
 from mlx_openelm.tensor_names import EMBEDDING, HEAD, map_to_corenet, to_folder
 
-torch = pytest.importorskip("torch", reason="PyTorch is one of the judges")
+torch = pytest.importorskip("torch", reason="needs PyTorch for the reference")
 
 from converters.reference import ReferenceOpenELM  # noqa: E402
 
@@ -49,7 +49,7 @@ LINEARS = [
 UNTIED = replace(UNEVEN, share_input_output_layers=False)
 WEIGHTS = weights_of(UNEVEN)
 
-# An adapter made with numpy, and what it does, said in torch -------------------------
+# An adapter made with numpy, and its effect in torch ---------------------------------
 
 
 def make_factors(method, modules, *, rank=4, seed=3):
@@ -72,11 +72,11 @@ def make_factors(method, modules, *, rank=4, seed=3):
 
 
 class Adapted(nn.Module):
-    """A layer with its adapter beside it, after the formulas of the two papers."""
+    """A layer with an unmerged adapter, by the formulas of the two papers."""
 
     def __init__(self, layer, factors, scale):
         super().__init__()
-        self.weight = layer.weight  # what a tied head reads
+        self.weight = layer.weight  # used by a tied head
         self.scale = scale
         self.A, self.B = (torch.from_numpy(factors[n]) for n in "AB")
         self.m = torch.from_numpy(factors["m"]) if "m" in factors else None
@@ -103,15 +103,15 @@ def reference(config=UNEVEN, weights=WEIGHTS):
 @torch.no_grad()
 def torch_logits(factors, scales=None):
     model = reference()
-    for name, found in factors.items():
+    for name, parts in factors.items():
         scale = scales[name] if scales else 1.0
-        adapted = Adapted(model.get_submodule(name), found, scale)
+        adapted = Adapted(model.get_submodule(name), parts, scale)
         model.set_submodule(name, adapted)
     return model(torch.from_numpy(TOKENS)).numpy()
 
 
 def write_corenet(path, factors, name="lora", changes=None):
-    """Write base and adapter as CoreNet does; a change of None leaves a tensor out."""
+    """Write base and adapter as CoreNet does; `changes` to None remove a tensor."""
     state = {}
     for full, weight in WEIGHTS.items():
         module = full.removesuffix(".weight")
@@ -152,7 +152,7 @@ def logits_of(model):
 
 
 def merged_weights(adapter):
-    """Merge into a model whose head keeps the base's table, as CoreNet means it."""
+    """Merge into a model whose head keeps the base's embedding, as in CoreNet."""
     weights = {n: mx.array(w) for n, w in WEIGHTS.items()} | {HEAD: WEIGHTS[EMBEDDING]}
     for name, module in adapter.modules.items():
         merged = merge(weights[f"{name}.weight"], module)
@@ -175,19 +175,19 @@ def write_peft(folder, adapter, config=UNEVEN):
     return write_peft_adapter(folder, adapter, config=config, base="base")
 
 
-def assert_same(found, expected):
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+def assert_same(actual, expected):
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
     assert np.abs(expected - logits_of(build(UNEVEN))).max() > 0.3
 
 
-def assert_same_adapter(found, expected):
-    """Every factor bit for bit, B with its scale."""
-    assert found.modules.keys() == expected.modules.keys()
+def assert_same_adapter(actual, expected):
+    """Compare every factor bit for bit, B times its scale."""
+    assert actual.modules.keys() == expected.modules.keys()
     for name, module in expected.modules.items():
-        ours, theirs = found.modules[name].read(), module.read()
-        assert found.modules[name].shape == module.shape
+        ours, theirs = actual.modules[name].read(), module.read()
+        assert actual.modules[name].shape == module.shape
         assert ours.keys() == theirs.keys()
-        ours["b"] *= found.modules[name].scale
+        ours["b"] *= actual.modules[name].scale
         theirs["b"] *= module.scale
         for part in theirs:
             assert mx.array_equal(ours[part], theirs[part]), f"{name} {part}"
@@ -200,7 +200,7 @@ BOTH = [("lora", True), ("lora", False), ("dora", True), ("dora", False)]
 
 
 @pytest.mark.parametrize(("method", "embedding"), BOTH)
-def test_a_corenet_adapter_gives_torchs_logits_merged_and_apart(
+def test_a_corenet_adapter_merged_or_separate_has_torchs_logits(
     tmp_path, method, embedding
 ):
     factors = make_factors(method, [TABLE, *LINEARS] if embedding else LINEARS)
@@ -212,7 +212,7 @@ def test_a_corenet_adapter_gives_torchs_logits_merged_and_apart(
     assert "scale 1.0" in adapter.notes[0]
     assert_same(merged_logits(adapter), expected)
 
-    # Apart: the embedding's goes into the input table, the linears' into a folder.
+    # Separate: merge the embedding's into the input embedding; a folder for the others.
     weights = WEIGHTS | {HEAD: WEIGHTS[EMBEDDING]}
     if embedding:
         weights[EMBEDDING] = merge(mx.array(WEIGHTS[EMBEDDING]), adapter.modules[TABLE])
@@ -222,13 +222,13 @@ def test_a_corenet_adapter_gives_torchs_logits_merged_and_apart(
     assert_same(logits_of(model), expected)
 
 
-def test_a_checkpoint_without_an_adapter_is_left_as_it_is(tmp_path):
+def test_a_checkpoint_without_an_adapter_is_unchanged(tmp_path):
     base, adapter = read_corenet(write_corenet(tmp_path / "x.pt", {}))
     assert adapter is None
     assert list(base) == list(WEIGHTS)
 
 
-def test_an_adapter_may_have_any_one_name(tmp_path):
+def test_the_name_of_an_adapter_is_arbitrary(tmp_path):
     path = write_corenet(tmp_path / "x.pt", make_factors("dora", LINEARS), name="mine")
     _, adapter = read_corenet(path)
     assert adapter.method == "dora"
@@ -236,7 +236,7 @@ def test_an_adapter_may_have_any_one_name(tmp_path):
 
 @pytest.mark.parametrize("case", ["lora", "dora"])
 def test_names_shapes_and_order_are_apples(shared, case):
-    """Apple's own state dict of the 270M is split, and put together again."""
+    """Split Apple's state dict of the 270M, and combine it again."""
     path = shared / "golden" / f"corenet-OpenELM-270M-{case}.shapes.json"
     shapes = {n: tuple(s) for n, s in json.loads(path.read_text()).items()}
     stored = {
@@ -305,17 +305,17 @@ QKV, OUT = "layers.1.attn.qkv_proj", "layers.1.attn.out_proj"
         ),
         (
             {f"{QKV}.weight": np.ones((192, 64), np.float32)},
-            [f"{QKV}.weight is there plain and as a base_layer"],
+            [f"{QKV}.weight is stored both plain and as a base_layer"],
         ),
         (
             {f"{QKV}.lora_embedding_A.lora": np.ones((4, 64), np.float32)},
-            [f"{QKV} has A twice", f"{QKV} is adapted as if it were an embedding"],
+            [f"{QKV} has A twice", f"{QKV} has an adapter for an embedding"],
         ),
         (
             {f"{QKV}.lora_A.second.weight": np.ones((4, 64), np.float32)},
-            ["several adapters: lora, second"],
+            ["more than one adapter: lora, second"],
         ),
-        (  # all at once, in one sentence
+        (  # all in one message
             {
                 f"{QKV}.lora_B.lora.weight": None,
                 f"{OUT}.lora_A.lora.weight": None,
@@ -325,7 +325,7 @@ QKV, OUT = "layers.1.attn.qkv_proj", "layers.1.attn.out_proj"
         ),
     ],
 )
-def test_a_checkpoint_whose_adapter_is_not_whole_is_refused(tmp_path, changes, says):
+def test_a_checkpoint_with_an_incomplete_adapter_is_refused(tmp_path, changes, says):
     factors = make_factors("dora", [TABLE, *LINEARS])
     path = write_corenet(tmp_path / "x.pt", factors, changes=changes)
     refuses(lambda: read_corenet(path), str(path), *says)
@@ -340,7 +340,7 @@ def refuses(call, *says):
         assert words in message, message
 
 
-def test_integers_and_nan_are_no_adapter(tmp_path):
+def test_integers_and_nan_are_refused(tmp_path):
     factors = make_factors("lora", LINEARS)
     name = f"{QKV}.lora_A.lora.weight"
     changes = {name: np.ones((4, 64), np.int64)}
@@ -360,8 +360,8 @@ def test_factors_of_every_float_are_read(tmp_path, dtype):
     state = {n: t.to(dtype) for n, t in torch.load(path).items()}
     torch.save(state, path)
     _, adapter = read_corenet(path)
-    for name, found in factors.items():
-        expected = torch.from_numpy(found["A"].T).to(dtype).float().numpy()
+    for name, parts in factors.items():
+        expected = torch.from_numpy(parts["A"].T).to(dtype).float().numpy()
         np.testing.assert_array_equal(adapter.modules[name].read()["a"], expected)
 
 
@@ -369,7 +369,7 @@ def test_factors_of_every_float_are_read(tmp_path, dtype):
 
 
 def varied(method, modules):
-    """An adapter with other ranks and scales here and there, and its logits."""
+    """Return factors of two ranks, and two different scales, by module."""
     factors = make_factors(method, modules)
     other = make_factors(method, modules, rank=7, seed=4)
     scales = dict.fromkeys(modules, 1.5)
@@ -387,7 +387,7 @@ def with_scales(adapter, scales):
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """A function that gives stock mlx-lm's logits of a base with an adapter."""
+    """Return a function that computes stock mlx-lm's logits of base and adapter."""
     folder = tmp_path_factory.mktemp("stock")
     write_hugging_face(folder / "tied", UNEVEN, WEIGHTS)
     untied = WEIGHTS | {HEAD: WEIGHTS[EMBEDDING]}
@@ -413,7 +413,7 @@ def stock(tmp_path_factory):
     ],
     ids=["all", "last", "uneven"],
 )
-def test_stock_mlx_lm_reads_what_is_written(tmp_path, stock, method, modules):
+def test_stock_mlx_lm_reads_written_adapters(tmp_path, stock, method, modules):
     factors, scales = varied(method, modules)
     _, adapter = read_corenet(write_corenet(tmp_path / "x.pt", factors))
     adapter = with_scales(adapter, scales)
@@ -421,7 +421,7 @@ def test_stock_mlx_lm_reads_what_is_written(tmp_path, stock, method, modules):
     for name, config in {"known": UNEVEN, "unknown": None}.items():
         notes = write_mlx(tmp_path / name, adapter, config)
         assert any("rank 7" in note for note in notes)
-        assert any("scales than 1.5" in note for note in notes)
+        assert any("scales other than 1.5" in note for note in notes)
         assert_same(stock("tied", tmp_path / name), expected)
         model = build(UNEVEN)
         attach(model, tmp_path / name)
@@ -439,13 +439,13 @@ def test_an_embedding_of_an_untied_base_is_adapted_as_stock_mlx_lm_does(
 
 
 @pytest.mark.interop
-def test_mlx_lms_own_adapter_of_a_tied_embedding_is_merged_with_its_logits(
-    tmp_path, stock
-):
-    """It acts on the logits as well: that is in the value, and it merges tied."""
+def test_an_mlx_lm_adapter_of_a_tied_embedding_changes_the_logits_too(tmp_path, stock):
+    """`adapts_tied_head` is set, and the merged model stays tied."""
     factors = make_factors("lora", [TABLE, *LINEARS])
     _, adapter = read_corenet(write_corenet(tmp_path / "x.pt", factors))
-    write_mlx(tmp_path / "a", adapter, UNTIED)  # the folder does not say for which base
+    write_mlx(
+        tmp_path / "a", adapter, UNTIED
+    )  # the folder does not name the base's type
     read = open_adapter(tmp_path / "a")
     assert read.adapts_tied_head
     weights = merged_weights(read)
@@ -453,7 +453,7 @@ def test_mlx_lms_own_adapter_of_a_tied_embedding_is_merged_with_its_logits(
     assert_same(logits_of(mlx_model(UNEVEN, weights)), stock("tied", tmp_path / "a"))
 
 
-def test_keys_are_a_blocks_where_the_last_blocks_are_alike(tmp_path):
+def test_keys_are_relative_if_the_last_blocks_have_the_same_modules(tmp_path):
     def keys(modules, config):
         factors = make_factors("lora", modules)
         _, adapter = read_corenet(write_corenet(tmp_path / "x.pt", factors))
@@ -474,7 +474,7 @@ def test_keys_are_a_blocks_where_the_last_blocks_are_alike(tmp_path):
     assert with_table == ([*inner, "transformer.token_embeddings"], 3)
 
 
-def test_our_own_entry_and_the_base_are_in_the_config(tmp_path):
+def test_metadata_and_base_are_in_the_config(tmp_path):
     factors = make_factors("lora", LINEARS)
     _, adapter = read_corenet(write_corenet(tmp_path / "x.pt", factors))
     (tmp_path / "a").mkdir()
@@ -492,7 +492,7 @@ def test_our_own_entry_and_the_base_are_in_the_config(tmp_path):
     [
         ({"fine_tune_type": "full"}, ["full fine-tune", "fuse"]),
         ({"fine_tune_type": "ia3"}, ["'ia3'"]),
-        ({"fine_tune_type": "dora"}, [f"{QKV} has no magnitude, but the config says"]),
+        ({"fine_tune_type": "dora"}, [f"{QKV} has no magnitude, but the config is"]),
         ({"lora_parameters": {"alpha": 16}}, ["lora_parameters.scale"]),
         ({"lora_parameters": None}, ["lora_parameters.scale"]),
         ({"lora_parameters": {"scale": float("nan")}}, ["lora_parameters.scale"]),
@@ -500,7 +500,7 @@ def test_our_own_entry_and_the_base_are_in_the_config(tmp_path):
         ({"lora_parameters": {"scale": 1, "dropout": "much"}}, ["dropout 'much'"]),
     ],
 )
-def test_an_mlx_config_that_is_none_is_refused(tmp_path, changes, says):
+def test_an_invalid_mlx_config_is_refused(tmp_path, changes, says):
     folder = mlx_folder(tmp_path, make_factors("lora", LINEARS))
     change_config(folder, changes)
     refuses(lambda: open_adapter(folder), str(folder), *says)
@@ -517,7 +517,7 @@ def change_config(folder, changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_an_mlx_folder_of_other_tensors_is_refused_by_name(tmp_path):
+def test_an_mlx_folder_with_other_tensors_is_refused_with_their_names(tmp_path):
     folder = mlx_folder(tmp_path, make_factors("lora", LINEARS))
     path = folder / "adapters.safetensors"
     tensors = dict(mx.load(str(path)))
@@ -527,7 +527,7 @@ def test_an_mlx_folder_of_other_tensors_is_refused_by_name(tmp_path):
     mx.save_safetensors(str(path), tensors)
     says = [f"{QKV} lacks B", "transformer.norm.weight' is unknown", r"a\nb"]
     refuses(lambda: open_adapter(folder), str(path), *says)
-    path.write_bytes(b"no safetensors")
+    path.write_bytes(b"not safetensors")
     refuses(lambda: open_adapter(folder), str(path), "damaged")
     path.unlink()
     refuses(lambda: open_adapter(folder), "no adapters.safetensors")
@@ -535,7 +535,7 @@ def test_an_mlx_folder_of_other_tensors_is_refused_by_name(tmp_path):
     refuses(lambda: open_adapter(folder), "no adapter_config.json")
 
 
-def test_an_old_mlx_config_is_read_and_its_alpha_left_out_aloud(tmp_path):
+def test_an_old_mlx_config_is_read_with_a_note_on_its_alpha(tmp_path):
     folder = mlx_folder(tmp_path, make_factors("lora", LINEARS))
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -545,14 +545,14 @@ def test_an_old_mlx_config_is_read_and_its_alpha_left_out_aloud(tmp_path):
     path.write_text(json.dumps(config))
     adapter = open_adapter(folder)
     assert {module.scale for module in adapter.modules.values()} == {10.0}
-    assert "alpha is left out" in adapter.notes[0]
+    assert "Ignored alpha" in adapter.notes[0]
 
 
 # PEFT --------------------------------------------------------------------------------
 
 
 class Outer(nn.Module):
-    """The reference under Hugging Face's names, with what PEFT asks of a model."""
+    """The reference with Hugging Face's names and the attributes that PEFT requires."""
 
     def __init__(self):
         super().__init__()
@@ -572,8 +572,8 @@ def peft_logits(wrapped):
 
 
 def save_with_peft(folder, **options):
-    """Let PEFT make an adapter with no zero in it; return PEFT's own logits."""
-    peft = pytest.importorskip("peft", reason="PEFT is the judge")
+    """Save an adapter without zeros with PEFT; return PEFT's logits."""
+    peft = pytest.importorskip("peft", reason="needs PEFT")
     torch.manual_seed(1)
     config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
     wrapped = peft.get_peft_model(Outer(), config)
@@ -611,7 +611,7 @@ PARTS = ["qkv_proj", "out_proj", "proj_1", "proj_2"]
     ],
     ids=["lora with embedding", "dora", "rslora with patterns"],
 )
-def test_an_adapter_of_pefts_gives_pefts_logits(tmp_path, options):
+def test_a_peft_adapter_has_pefts_logits(tmp_path, options):
     expected = save_with_peft(tmp_path / "adapter", **options)
     adapter = open_adapter(tmp_path / "adapter")
     check_fits(adapter, UNEVEN)
@@ -628,7 +628,7 @@ def test_an_adapter_of_pefts_gives_pefts_logits(tmp_path, options):
 
 @pytest.mark.interop
 def test_pefts_dora_of_an_embedding_is_refused(tmp_path):
-    """It stretches columns, where mlx-lm's stretches rows; CoreNet has none."""
+    """It scales columns, mlx-lm's scales rows, and CoreNet has none."""
     options = {"target_modules": [*PARTS, TABLE], "r": 4, "use_dora": True}
     save_with_peft(tmp_path / "adapter", **options)
     refuses(
@@ -648,8 +648,8 @@ def test_pefts_dora_of_an_embedding_is_refused(tmp_path):
     ],
     ids=["lora with embedding", "dora", "last blocks", "uneven"],
 )
-def test_peft_reads_what_is_written(tmp_path, method, modules):
-    peft = pytest.importorskip("peft", reason="PEFT is the judge")
+def test_peft_reads_written_adapters(tmp_path, method, modules):
+    peft = pytest.importorskip("peft", reason="needs PEFT")
     factors, scales = varied(method, modules)
     _, adapter = read_corenet(write_corenet(tmp_path / "x.pt", factors))
     adapter = with_scales(adapter, scales)
@@ -686,7 +686,7 @@ def peft_folder(tmp_path, factors, scale=2.0):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_what_peft_can_and_others_cannot_is_refused_by_name(tmp_path, changes):
+def test_unsupported_peft_settings_are_refused_with_their_names(tmp_path, changes):
     folder = peft_folder(tmp_path, make_factors("lora", LINEARS))
     change_config(folder, changes)
     refuses(lambda: open_adapter(folder), *changes, "merge_and_unload")
@@ -695,39 +695,39 @@ def test_what_peft_can_and_others_cannot_is_refused_by_name(tmp_path, changes):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"r": 5}, [f"{QKV} has rank 4, the config says 5", OUT]),
-        ({"r": None}, ["r None"]),
-        ({"lora_alpha": "8"}, ["lora_alpha '8'"]),
-        ({"lora_alpha": float("inf")}, ["lora_alpha inf"]),
-        ({"rank_pattern": {"x": "4"}}, ["rank_pattern {'x': '4'}"]),
-        ({"alpha_pattern": [1]}, ["alpha_pattern [1]"]),
+        ({"r": 5}, [f"{QKV} has rank 4, the config 5", OUT]),
+        ({"r": None}, ["r is None"]),
+        ({"lora_alpha": "8"}, ["lora_alpha is '8'"]),
+        ({"lora_alpha": float("inf")}, ["lora_alpha is inf"]),
+        ({"rank_pattern": {"x": "4"}}, ["rank_pattern is {'x': '4'}"]),
+        ({"alpha_pattern": [1]}, ["alpha_pattern is [1]"]),
         ({"alpha_pattern": {"(a+)+": 1}}, ["regular expressions", "(a+)+"]),
         ({"lora_dropout": 1}, ["lora_dropout 1"]),
-        ({"use_dora": True}, [f"{QKV} has no magnitude, but the config says dora"]),
+        ({"use_dora": True}, [f"{QKV} has no magnitude, but the config is for dora"]),
     ],
 )
-def test_a_peft_config_that_contradicts_is_refused(tmp_path, changes, says):
+def test_an_invalid_peft_config_is_refused(tmp_path, changes, says):
     folder = peft_folder(tmp_path, make_factors("lora", LINEARS))
     change_config(folder, changes)
     refuses(lambda: open_adapter(folder), str(folder), *says)
 
 
-def test_what_is_no_factor_among_pefts_is_refused_by_name(tmp_path):
+def test_other_tensors_of_peft_are_refused_with_their_names(tmp_path):
     folder = peft_folder(tmp_path, make_factors("lora", LINEARS))
     path = folder / "adapter_model.safetensors"
     tensors = dict(mx.load(str(path)))
-    strange = [
+    unusual = [
         f"base_model.model.transformer.{TABLE}.weight",
         f"base_model.model.transformer.{QKV}.lora_A.default.weight",
     ]
-    mx.save_safetensors(str(path), tensors | dict.fromkeys(strange, mx.ones((4, 64))))
-    says = [f"{name}' is unknown" for name in strange]
+    mx.save_safetensors(str(path), tensors | dict.fromkeys(unusual, mx.ones((4, 64))))
+    says = [f"{name}' is unknown" for name in unusual]
     refuses(lambda: open_adapter(folder), *says)
     path.unlink()
     refuses(lambda: open_adapter(folder), "no adapter_model.safetensors")
 
 
-def test_names_without_the_transformer_are_pefts_too(tmp_path):
+def test_peft_names_without_transformer_are_read(tmp_path):
     folder = peft_folder(tmp_path, make_factors("dora", LINEARS))
     short = shutil.copytree(folder, tmp_path / "short")
     renamed = {}
@@ -738,25 +738,25 @@ def test_names_without_the_transformer_are_pefts_too(tmp_path):
     assert_same_adapter(open_adapter(short), open_adapter(folder))
 
 
-STRANGE = [None, -1, 0, 1.5, 10**400, float("nan"), "x", [], [[]], {}, {"": {}}, True]
+UNUSUAL = [None, -1, 0, 1.5, 10**400, float("nan"), "x", [], [[]], {}, {"": {}}, True]
 
 
 @pytest.mark.parametrize("kind", ["mlx", "peft"])
-def test_no_value_of_a_config_is_a_traceback(tmp_path, kind):
+def test_no_value_of_a_config_causes_a_traceback(tmp_path, kind):
     make = {"mlx": mlx_folder, "peft": peft_folder}[kind]
     folder = make(tmp_path, make_factors("dora", LINEARS))
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     inner = config.get("lora_parameters", {})
-    changed = [config | {key: value} for key in config for value in STRANGE]
+    changed = [config | {key: value} for key in config for value in UNUSUAL]
     changed += [
         config | {"lora_parameters": inner | {key: value}}
         for key in inner
-        for value in STRANGE
+        for value in UNUSUAL
     ]
     refused = 0
-    for strange in changed:
-        path.write_text(json.dumps(strange))
+    for unusual in changed:
+        path.write_text(json.dumps(unusual))
         try:
             adapter = open_adapter(folder)
         except OpenELMError:
@@ -766,7 +766,7 @@ def test_no_value_of_a_config_is_a_traceback(tmp_path, kind):
     assert 30 < refused < len(changed)
 
 
-# From one to the other ---------------------------------------------------------------
+# Round trips -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -798,10 +798,10 @@ def test_mlx_to_corenet_and_back_is_the_same_bit_for_bit(tmp_path, method, embed
     written, notes = corenet_adapter_tensors(adapter, base_tensors(WEIGHTS))
     assert "scale" in notes[0]
     write_pt(tmp_path / "y.pt", written)
-    base, found = read_corenet(tmp_path / "y.pt")
+    base, read_back = read_corenet(tmp_path / "y.pt")
     assert all(np.array_equal(t.array, WEIGHTS[n]) for n, t in base.items())
-    assert_same_adapter(found, adapter)
-    state = torch.load(tmp_path / "y.pt")  # and torch reads the same names and numbers
+    assert_same_adapter(read_back, adapter)
+    state = torch.load(tmp_path / "y.pt")  # torch reads the same
     assert state.keys() == torch.load(tmp_path / "x.pt").keys()
     for name, expected in torch.load(tmp_path / "x.pt").items():
         factor = 0.5 if re.search(r"lora_(embedding_)?B", name) else 1.0
@@ -817,7 +817,7 @@ def base_tensors(weights):
     }
 
 
-def test_an_embeddings_adapter_is_cut_and_padded_to_a_table(tmp_path):
+def test_an_embeddings_adapter_is_cut_or_padded(tmp_path):
     _, adapter = read_corenet(
         write_corenet(tmp_path / "x.pt", make_factors("lora", [TABLE]))
     )
@@ -825,14 +825,14 @@ def test_an_embeddings_adapter_is_cut_and_padded_to_a_table(tmp_path):
     for rows in (300, 290, 310):
         fitted = with_rows(adapter, rows)
         check_fits(fitted, replace(UNEVEN, vocab_size=rows))
-        found = fitted.modules[TABLE].read()
-        assert found["a"].shape == (rows, 4)
-        assert mx.array_equal(found["a"][:290], whole[:290])
-        assert not found["a"][300:].any()
+        parts = fitted.modules[TABLE].read()
+        assert parts["a"].shape == (rows, 4)
+        assert mx.array_equal(parts["a"][:290], whole[:290])
+        assert not parts["a"][300:].any()
     assert with_rows(without_embedding(adapter), 7).modules == {}
 
 
-def test_a_base_that_does_not_fit_is_named(tmp_path):
+def test_a_base_that_does_not_fit_is_refused_with_all_differences(tmp_path):
     factors = make_factors("lora", [TABLE, *LINEARS])
     _, adapter = read_corenet(write_corenet(tmp_path / "x.pt", factors))
     other = replace(
@@ -843,9 +843,9 @@ def test_a_base_that_does_not_fit_is_named(tmp_path):
         vocab_size=301,
     )
     says = [
-        "token_embeddings adapts [300, 64], the base has [301, 64]",
-        "layers.1.ffn.proj_1 adapts [320, 64], the base has [256, 64]",
-        "layers.2.ffn.proj_2 adapts [64, 64], the base has no such weight",
+        "token_embeddings adapts shape [300, 64], the base has [301, 64]",
+        "layers.1.ffn.proj_1 adapts shape [320, 64], the base has [256, 64]",
+        "layers.2.ffn.proj_2 adapts shape [64, 64], the base has no such weight",
     ]
     refuses(lambda: check_fits(adapter, other), *says)
     for write in (write_mlx, write_peft):
@@ -853,17 +853,19 @@ def test_a_base_that_does_not_fit_is_named(tmp_path):
         assert not list((tmp_path / write.__name__).iterdir())
 
 
-def test_what_a_format_cannot_hold_is_refused_with_a_way_out(tmp_path):
+def test_unsupported_adapters_are_refused_with_an_alternative(tmp_path):
     def read(method, modules):
         factors = make_factors(method, modules)
         return read_corenet(write_corenet(tmp_path / "x.pt", factors))[1]
 
     inputs = read("lora", [TABLE, *LINEARS])
     for config in (UNEVEN, None):
-        refuse_write(tmp_path, write_mlx, inputs, config, "logits as well", "`merge`")
+        refuse_write(
+            tmp_path, write_mlx, inputs, config, "also change the logits", "`merge`"
+        )
     both = replace(inputs, adapts_tied_head=True)
     for config in (UNEVEN, None):
-        refuse_write(tmp_path, write_peft, both, config, "inputs alone", "`merge`")
+        refuse_write(tmp_path, write_peft, both, config, "only the inputs", "`merge`")
     tensors = base_tensors(WEIGHTS)
     refuses(lambda: corenet_adapter_tensors(both, tensors), "CoreNet", "`merge`")
     mixed = read("dora", [TABLE, *LINEARS])
@@ -871,7 +873,7 @@ def test_what_a_format_cannot_hold_is_refused_with_a_way_out(tmp_path):
         refuse_write(tmp_path, write, mixed, UNTIED, "LoRA on token_embeddings and")
     nothing = without_embedding(read("lora", [TABLE]))
     for write in (write_mlx, write_peft):
-        refuse_write(tmp_path, write, nothing, UNTIED, "nothing but the embedding")
+        refuse_write(tmp_path, write, nothing, UNTIED, "adapts only the embedding")
 
 
 def refuse_write(tmp_path, write, adapter, config, *says):

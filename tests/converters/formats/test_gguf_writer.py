@@ -1,4 +1,4 @@
-"""GGUF files: gguf, MLX and (where it is installed) llama.cpp read what was meant."""
+"""GGUF files, read with gguf, MLX and (if installed) llama.cpp."""
 
 import errno
 import functools
@@ -73,14 +73,14 @@ def write(
 
 
 def in_gguf(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors by the names in llama.cpp's source, gate and up apart."""
-    found = {
+    """Return the tensors by llama.cpp's names, with gate and up separated."""
+    renamed = {
         "token_embd.weight": weights["token_embeddings.weight"],
         "output_norm.weight": weights["norm.weight"],
     }
     for i, F in enumerate(UNEVEN.ffn_dims):
         ours, theirs = f"layers.{i}", f"blk.{i}"
-        found |= {
+        renamed |= {
             f"{theirs}.attn_norm.weight": weights[f"{ours}.attn_norm.weight"],
             f"{theirs}.attn_qkv.weight": weights[f"{ours}.attn.qkv_proj.weight"],
             f"{theirs}.attn_q_norm.weight": weights[f"{ours}.attn.q_norm.weight"],
@@ -91,7 +91,7 @@ def in_gguf(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             f"{theirs}.ffn_up.weight": weights[f"{ours}.ffn.proj_1.weight"][F:],
             f"{theirs}.ffn_down.weight": weights[f"{ours}.ffn.proj_2.weight"],
         }
-    return found
+    return renamed
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -102,58 +102,58 @@ def read_metadata(path: Path) -> dict[str, Any]:
 # Tensors -----------------------------------------------------------------------------
 
 
-def test_the_tensors_are_those_that_llama_cpp_lists_for_openelm(tmp_path):
-    found = {tensor.name for tensor in gguf.GGUFReader(write(tmp_path / "x")).tensors}
+def test_the_tensor_names_are_llama_cpps(tmp_path):
+    names = {tensor.name for tensor in gguf.GGUFReader(write(tmp_path / "x")).tensors}
     listed = [
         gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[gguf.MODEL_ARCH.OPENELM]
     ]
     layers = range(UNEVEN.num_transformer_layers)
-    assert found == {f"{n.format(bid=i)}.weight" for n in listed for i in layers}
-    assert found == in_gguf(WEIGHTS).keys()
+    assert names == {f"{n.format(bid=i)}.weight" for n in listed for i in layers}
+    assert names == in_gguf(WEIGHTS).keys()
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("file_type", FILE_TYPES)
-def test_ggufs_reader_finds_every_number(tmp_path, file_type, dtype):
+def test_ggufs_reader_reads_every_number(tmp_path, file_type, dtype):
     path = write(tmp_path / "model.gguf", file_type, dtype=dtype)
     source = {
         name: np.array(mx.array(w).astype(dtype).astype(mx.float32))
         for name, w in WEIGHTS.items()
     }
-    wanted = in_gguf(source)
+    expected = in_gguf(source)
     for tensor in gguf.GGUFReader(path).tensors:
-        weight = wanted.pop(tensor.name)
+        weight = expected.pop(tensor.name)
         kind = gguf.GGMLQuantizationType[file_type if weight.ndim == 2 else "F32"]
         assert tensor.tensor_type == kind
         assert tuple(tensor.shape) == weight.shape[::-1]
         packed = gguf.quants.quantize(weight, kind)
         assert tensor.data.tobytes() == packed.tobytes(), tensor.name
-    assert not wanted
+    assert not expected
 
 
 def test_q8_0_is_within_half_a_step(tmp_path):
     for tensor in gguf.GGUFReader(write(tmp_path / "x", "Q8_0")).tensors:
         if tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0:
             weight = in_gguf(WEIGHTS)[tensor.name]
-            found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            unpacked = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             blocks = weight.reshape(-1, 32)
             step = abs(blocks).max(1, keepdims=True) / 127
-            error = abs(found.reshape(-1, 32) - blocks)
+            error = abs(unpacked.reshape(-1, 32) - blocks)
             assert (error <= 0.57 * step).all()  # the step itself is rounded too
             assert (error > 0.4 * step).any()
 
 
 @pytest.mark.parametrize("file_type", ["F32", "F16"])
 def test_mlx_reads_the_same_tensors(tmp_path, file_type):
-    found = mx.load(str(write(tmp_path / "model.gguf", file_type)))
-    wanted = in_gguf(WEIGHTS)
-    assert found.keys() == wanted.keys()
-    for name, weight in wanted.items():
+    loaded = mx.load(str(write(tmp_path / "model.gguf", file_type)))
+    expected = in_gguf(WEIGHTS)
+    assert loaded.keys() == expected.keys()
+    for name, weight in expected.items():
         dtype = np.float16 if file_type == "F16" and weight.ndim == 2 else np.float32
-        np.testing.assert_array_equal(np.array(found[name]), weight.astype(dtype))
+        np.testing.assert_array_equal(np.array(loaded[name]), weight.astype(dtype))
 
 
-def test_tensors_are_read_one_by_one_and_let_go(tmp_path):
+def test_one_tensor_at_a_time_is_in_memory(tmp_path):
     config = replace(UNEVEN, model_dim=4096)  # the largest tensor has 5 MB
     shapes, events = config.tensor_shapes(), []
 
@@ -175,7 +175,9 @@ def test_tensors_are_read_one_by_one_and_let_go(tmp_path):
         tokenizer=small_tokenizer(),
         on_written=lambda name: events.append(f"wrote {name}"),
     )
-    assert events == [f"{verb} {name}" for name in shapes for verb in ("read", "wrote")]
+    assert events == [
+        f"{action} {name}" for name in shapes for action in ("read", "wrote")
+    ]
     largest = 4 * max(int(np.prod(shape)) for shape in shapes.values())
     assert mx.get_peak_memory() - before < 2.5 * largest
 
@@ -197,10 +199,10 @@ def test_a_disk_that_fills_up_is_always_an_error(tmp_path, missing):
 
 
 @pytest.mark.parametrize("file_type", FILE_TYPES)
-def test_the_metadata_are_the_configs(tmp_path, file_type):
+def test_the_metadata_follow_from_the_config(tmp_path, file_type):
     config = replace(UNEVEN, rope_freq_constant=5e5, rms_norm_eps=0.5)
-    found = read_metadata(write(tmp_path / "x", file_type, config=config))
-    wanted = {
+    metadata = read_metadata(write(tmp_path / "x", file_type, config=config))
+    expected = {
         "general.architecture": "openelm",
         "general.type": "model",
         "general.name": "Uneven",
@@ -219,16 +221,16 @@ def test_the_metadata_are_the_configs(tmp_path, file_type):
         "openelm.rope.dimension_count": 16,
         "openelm.rope.freq_base": 5e5,
     }
-    assert {key: found.get(key) for key in wanted} == wanted
-    others = found.keys() - wanted.keys()
+    assert {key: metadata.get(key) for key in expected} == expected
+    others = metadata.keys() - expected.keys()
     assert {key.split(".")[0] for key in others} == {"GGUF", "tokenizer"}
 
 
-def test_the_tokenizer_is_the_processors(tmp_path):
+def test_the_metadata_hold_the_tokenizer(tmp_path):
     tokenizer = small_tokenizer()
     processor = tokenizer.processor
-    found = read_metadata(write(tmp_path / "x"))
-    ours = {k.removeprefix("tokenizer.ggml."): v for k, v in found.items()}
+    metadata = read_metadata(write(tmp_path / "x"))
+    ours = {k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items()}
     assert ours["model"] == "llama"
     assert ours["pre"] == "default"
     assert ours["tokens"] == [processor.IdToPiece(i) for i in range(300)]
@@ -241,9 +243,9 @@ def test_the_tokenizer_is_the_processors(tmp_path):
     assert ours["add_eos_token"] is False
 
 
-def test_a_name_that_is_no_text_does_no_harm(tmp_path):
-    found = read_metadata(write(tmp_path / "x", name="caf\udce9 日本"))
-    assert found["general.name"] == "caf? 日本"
+def test_a_name_that_is_not_utf8_is_replaced(tmp_path):
+    metadata = read_metadata(write(tmp_path / "x", name="caf\udce9 日本"))
+    assert metadata["general.name"] == "caf? 日本"
 
 
 # Refusals ----------------------------------------------------------------------------
@@ -256,20 +258,20 @@ def refuse(path: Path, says: str, *args: Any, **options: Any) -> None:
     assert str(caught.value).endswith(".")
 
 
-def test_what_llama_cpp_cannot_run_is_refused_before_anything_is_written(tmp_path):
+def test_unsupported_models_are_refused_before_writing(tmp_path):
     path = tmp_path / "x.gguf"
     refuse(
-        path, "head of its own", config=replace(UNEVEN, share_input_output_layers=False)
+        path, "untied output", config=replace(UNEVEN, share_input_output_layers=False)
     )
     refuse(
         path,
-        "300 pieces and the model's embedding 384",
+        "300 pieces, but the embedding 384",
         config=replace(UNEVEN, vocab_size=384),
     )
     refuse(path, "which is not BPE", tokenizer=unigram_tokenizer())
     odd = replace(UNEVEN, ffn_dims=(96, 100, 64))
     refuse(
-        path, "layers.1.ffn.proj_2.weight has 100 columns, and Q8_0", "Q8_0", config=odd
+        path, "layers.1.ffn.proj_2.weight has 100 columns, but Q8_0", "Q8_0", config=odd
     )
     assert not path.exists()
     write(path, "F16", config=odd)
@@ -297,29 +299,29 @@ def test_a_number_beyond_the_range_is_refused_with_its_tensor(
 ):
     name = "layers.1.ffn.proj_2.weight"
     for sign in (1, -1):
-        spoilt = WEIGHTS[name].copy()
-        spoilt[-1, -1] = sign * fits
-        write(tmp_path / "x", file_type, changes={name: spoilt})
-        spoilt[-1, -1] = sign * overflows
-        says = f"{name} holds a number of size {overflows:g}, beyond the range of"
-        refuse(tmp_path / "x", says, file_type, changes={name: spoilt})
+        changed = WEIGHTS[name].copy()
+        changed[-1, -1] = sign * fits
+        write(tmp_path / "x", file_type, changes={name: changed})
+        changed[-1, -1] = sign * overflows
+        says = f"{name} holds the absolute value {overflows:g}, beyond"
+        refuse(tmp_path / "x", says, file_type, changes={name: changed})
     norm = np.full(64, 1e6, np.float32)  # norms are float32 in every file
     write(tmp_path / "x", file_type, changes={"norm.weight": norm})
 
 
 def test_a_bfloat16_number_beyond_float16_is_refused(tmp_path):
-    spoilt = WEIGHTS[EMBEDDING].copy()
-    spoilt[3, 3] = 65536  # what 65504 is rounded to in bfloat16
-    changes = {EMBEDDING: spoilt}
+    changed = WEIGHTS[EMBEDDING].copy()
+    changed[3, 3] = 65536  # what 65504 is rounded to in bfloat16
+    changes = {EMBEDDING: changed}
     refuse(tmp_path / "x", EMBEDDING, "F16", dtype=mx.bfloat16, changes=changes)
 
 
-def test_a_config_that_gguf_has_no_room_for_is_refused(tmp_path):
+def test_config_values_beyond_ggufs_range_are_refused(tmp_path):
     odd = replace(UNEVEN, rope_freq_constant=1e300)
     refuse(tmp_path / "x", "too large for GGUF", config=odd)
 
 
-def test_without_gguf_it_says_what_to_install(tmp_path, monkeypatch):
+def test_a_missing_gguf_package_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     refuse(tmp_path / "x", "pip install 'mlx-openelm[gguf]'")
 
@@ -332,37 +334,38 @@ needs_llama_cpp = pytest.mark.skipif(
     reason="needs llama-cpp-python, here or in the Python that "
     "MLX_OPENELM_LLAMA_CPP_PYTHON names",
 )
-ASK_LLAMA_CPP = """
+LLAMA_CPP_SCRIPT = """
 import json, sys
 from llama_cpp import Llama
 
-asked = json.load(sys.stdin)
+request = json.load(sys.stdin)
 llama = Llama(  # keys and values in float32, as ours
-    asked["path"], n_ctx=asked["context"], n_threads=1, type_k=0, type_v=0,
+    request["path"], n_ctx=request["context"], n_threads=1, type_k=0, type_v=0,
     logits_all=True, verbose=False,
 )
-ids = [llama.tokenize(x.encode(), add_bos=True, special=False) for x in asked["texts"]]
+texts = [x.encode() for x in request["texts"]]
+ids = [llama.tokenize(x, add_bos=True, special=False) for x in texts]
 answers = []
-for prompt in asked["prompts"]:
+for prompt in request["prompts"]:
     answers.append([])
     for token in llama.generate(prompt, temp=0, top_k=1, repeat_penalty=1.0):
         answers[-1].append(token)
-        if token == llama.token_eos() or len(answers[-1]) == asked["max_tokens"]:
+        if token == llama.token_eos() or len(answers[-1]) == request["max_tokens"]:
             break
 llama.reset()
 logits = []
-if asked["prompts"]:
-    llama.eval(asked["prompts"][0])
-    logits = llama.scores[len(asked["prompts"][0]) - 1].tolist()
+if request["prompts"]:
+    llama.eval(request["prompts"][0])
+    logits = llama.scores[len(request["prompts"][0]) - 1].tolist()
 json.dump({"ids": ids, "answers": answers, "logits": logits}, sys.stdout)
 """
 
 
-def ask_llama_cpp(path: Path, **asked: Any) -> dict[str, Any]:
-    asked = {"prompts": [], "texts": [], "context": 512, "max_tokens": 60} | asked
+def run_llama_cpp(path: Path, **request: Any) -> dict[str, Any]:
+    request = {"prompts": [], "texts": [], "context": 512, "max_tokens": 60} | request
     ran = subprocess.run(
-        [LLAMA_CPP_PYTHON or sys.executable, "-c", ASK_LLAMA_CPP],
-        input=json.dumps(asked | {"path": str(path)}),
+        [LLAMA_CPP_PYTHON or sys.executable, "-c", LLAMA_CPP_SCRIPT],
+        input=json.dumps(request | {"path": str(path)}),
         capture_output=True,
         text=True,
     )
@@ -371,7 +374,7 @@ def ask_llama_cpp(path: Path, **asked: Any) -> dict[str, Any]:
 
 
 @needs_llama_cpp
-def test_llama_cpp_writes_the_demos_own_stories(tmp_path):
+def test_llama_cpp_generates_the_same_stories(tmp_path):
     folder = open_folder(demo_folder())
     tokenizer, model = load_tokenizer(folder), load_model(folder, mx.float32)
     stored = folder.read()
@@ -394,21 +397,21 @@ def test_llama_cpp_writes_the_demos_own_stories(tmp_path):
             "\n",
         )
     ]
-    found = ask_llama_cpp(tmp_path / "demo.gguf", texts=PROBES, prompts=prompts)
-    assert found["ids"] == [tokenizer.encode(text) for text in PROBES]
-    for prompt, answer in zip(prompts, found["answers"], strict=True):
+    result = run_llama_cpp(tmp_path / "demo.gguf", texts=PROBES, prompts=prompts)
+    assert result["ids"] == [tokenizer.encode(text) for text in PROBES]
+    for prompt, answer in zip(prompts, result["answers"], strict=True):
         pieces = stream(model, tokenizer, prompt, Sampling(max_tokens=60, temp=0.0))
         assert [piece.token for piece in pieces] == answer
         assert len(answer) == 60
     logits = model(mx.array(prompts[:1]))[0, -1]
-    np.testing.assert_allclose(np.array(logits), found["logits"], atol=1e-4)
+    np.testing.assert_allclose(np.array(logits), result["logits"], atol=1e-4)
 
 
 @needs_llama_cpp
-def test_llama_cpp_cuts_text_as_llamas_tokenizer_does(tmp_path, shared):
+def test_llama_cpp_tokenizes_like_llamas_tokenizer(tmp_path, shared):
     tokenizer = Tokenizer.from_file(shared / "data/llama-tokenizer/tokenizer.model")
     config = replace(UNEVEN, vocab_size=32000)
     path = write(tmp_path / "x.gguf", config=config, tokenizer=tokenizer)
     texts = [*PROBES, *LLAMA_VECTORS]
-    found = ask_llama_cpp(path, texts=texts, context=64)
-    assert found["ids"] == [tokenizer.encode(text) for text in texts]
+    result = run_llama_cpp(path, texts=texts, context=64)
+    assert result["ids"] == [tokenizer.encode(text) for text in texts]

@@ -1,4 +1,4 @@
-"""torch.save's files: read as torch reads them, and nothing in them ever runs."""
+"""Files of torch.save: read as torch reads them, without running code in them."""
 
 import builtins
 import io
@@ -46,9 +46,9 @@ from mlx_openelm.errors import OpenELMError
 
 
 def read_pt(path: Path) -> Any:
-    """What a file holds, be it a state dict or something else."""
-    found, _ = load_pickle(open_archive(path))
-    return found
+    """Return the object in a file, a state dict or something else."""
+    value, _ = load_pickle(open_archive(path))
+    return value
 
 
 @pytest.fixture(name="file")
@@ -63,7 +63,7 @@ def _file(tmp_path: Path) -> Callable[..., Path]:
 
 @contextmanager
 def refused(path: Path, *words: str) -> Iterator[None]:
-    """Expect an error that is one sentence or two, names the file, and says `words`."""
+    """Expect a short error that names the file and contains `words`."""
     with pytest.raises(OpenELMError) as caught:
         yield
     message = str(caught.value)
@@ -74,14 +74,14 @@ def refused(path: Path, *words: str) -> Iterator[None]:
         assert word in message
 
 
-def test_a_file_made_by_hand_is_read(file: Callable[..., Path]) -> None:
-    found = read_state_dict(file())
-    assert list(found) == ["w"]
-    assert (found["w"].dtype, found["w"].shape) == ("float32", (2, 3))
-    np.testing.assert_array_equal(found["w"].array, NUMBERS.reshape(2, 3))
+def test_a_handmade_file_is_read(file: Callable[..., Path]) -> None:
+    read = read_state_dict(file())
+    assert list(read) == ["w"]
+    assert (read["w"].dtype, read["w"].shape) == ("float32", (2, 3))
+    np.testing.assert_array_equal(read["w"].array, NUMBERS.reshape(2, 3))
 
 
-# As torch reads ----------------------------------------------------------------------
+# Compared with torch.load ------------------------------------------------------------
 
 
 def assert_same(ours: PtTensor, theirs: Any) -> None:
@@ -160,9 +160,9 @@ def test_any_strided_view_equals_torchs_reading(
 
 def test_parameters_equal_torchs_reading(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    noted = torch.nn.Parameter(torch.ones(2))
-    noted.note = "a parameter with a state"
-    saved = {"p": torch.nn.Parameter(torch.randn(2, 3)), "q": noted}
+    with_state = torch.nn.Parameter(torch.ones(2))
+    with_state.note = "a parameter with a state"
+    saved = {"p": torch.nn.Parameter(torch.randn(2, 3)), "q": with_state}
     assert_read_as_torch_reads(saved, tmp_path / "x.pt")
 
 
@@ -174,7 +174,7 @@ def test_a_modules_state_dict_equals_torchs_reading(tmp_path: Path) -> None:
     assert names == list(module.state_dict())
 
 
-def test_a_training_state_is_read_whole(tmp_path: Path) -> None:
+def test_a_training_state_is_read(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     module = torch.nn.Linear(3, 4)
     optimizer = torch.optim.AdamW(module.parameters())
@@ -222,9 +222,7 @@ def test_pickle_protocols_that_torch_reads_are_read(
 
 
 @pytest.mark.parametrize("name", ["conj", "complex", "uint16", "sparse"])
-def test_tensors_of_other_kinds_are_refused_not_misread(
-    tmp_path: Path, name: str
-) -> None:
+def test_unsupported_tensors_are_refused(tmp_path: Path, name: str) -> None:
     torch = pytest.importorskip("torch")
     make = {
         "conj": lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
@@ -238,7 +236,7 @@ def test_tensors_of_other_kinds_are_refused_not_misread(
         read_pt(path)
 
 
-def test_negated_numbers_are_refused_not_misread(file: Callable[..., Path]) -> None:
+def test_negated_tensors_are_refused(file: Callable[..., Path]) -> None:
     path = file(mapping(w=tensor(extra=plain({"neg": True}))))
     with refused(path, "call"):
         read_pt(path)
@@ -250,17 +248,17 @@ def test_negated_numbers_are_refused_not_misread(file: Callable[..., Path]) -> N
 
 def test_tensors_are_views_of_the_mapped_file(file: Callable[..., Path]) -> None:
     path = file(mapping(w=tensor(), v=tensor(offset=3, shape=(3,), strides=(1,))))
-    found = read_pt(path)
-    base: Any = found["w"].array
+    read = read_pt(path)
+    base: Any = read["w"].array
     while isinstance(base, np.ndarray):
         base = base.base
     assert isinstance(base, memoryview)
     assert isinstance(base.obj, mmap.mmap)
-    assert np.shares_memory(found["w"].array, found["v"].array)
+    assert np.shares_memory(read["w"].array, read["v"].array)
     changed = path.read_bytes().replace(NUMBERS.tobytes(), (NUMBERS + 1).tobytes())
     with path.open("r+b") as same_file:
         same_file.write(changed)
-    np.testing.assert_array_equal(found["v"].array, NUMBERS[3:] + 1)
+    np.testing.assert_array_equal(read["v"].array, NUMBERS[3:] + 1)
 
 
 def test_reading_takes_no_memory_for_the_numbers(file: Callable[..., Path]) -> None:
@@ -289,11 +287,11 @@ def test_zip64_is_read(
 )
 def test_a_wrapped_state_dict_is_found(file: Callable[..., Path], key: str) -> None:
     inner = mapping(**{"module.w": tensor()})[2:-1]
-    found = read_state_dict(file(mapping(**{key: inner, "loss": tensor()})))
-    assert list(found) == ["module.w"]
+    read = read_state_dict(file(mapping(**{key: inner, "loss": tensor()})))
+    assert list(read) == ["module.w"]
 
 
-def test_the_models_tensors_go_before_their_average(file: Callable[..., Path]) -> None:
+def test_the_model_takes_precedence_over_its_average(file: Callable[..., Path]) -> None:
     ema, model = (mapping(**{name: tensor()})[2:-1] for name in ("ema", "model"))
     path = file(mapping(ema_state_dict=ema, model_state_dict=model))
     assert list(read_state_dict(path)) == ["model"]
@@ -317,7 +315,7 @@ def test_torchs_metadata_is_left_out(file: Callable[..., Path]) -> None:
         (mapping(**{f"n{i}": plain(i) for i in range(99)}), "and 93 more"),
     ],
 )
-def test_a_state_dict_of_other_things_is_refused(
+def test_a_state_dict_with_other_values_is_refused(
     file: Callable[..., Path], data: bytes, word: str
 ) -> None:
     path = file(data)
@@ -326,21 +324,21 @@ def test_a_state_dict_of_other_things_is_refused(
         read_state_dict(path)
 
 
-# Pickles that want to run code -------------------------------------------------------
+# Pickles with code -------------------------------------------------------------------
 
 
-class Bait:
-    """Makes a folder where it is unpickled."""
+class Exploit:
+    """Creates a folder when it is unpickled."""
 
-    def __init__(self, trap: Path, function: Callable[..., Any] = os.mkdir) -> None:
-        self.trap, self.function = trap, function
+    def __init__(self, marker: Path, function: Callable[..., Any] = os.mkdir) -> None:
+        self.marker, self.function = marker, function
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.function is os.mkdir:
-            return os.mkdir, (str(self.trap),)
+            return os.mkdir, (str(self.marker),)
         if self.function is os.system:
-            return os.system, (f"mkdir '{self.trap}'",)
-        return self.function, (f"__import__('os').mkdir({str(self.trap)!r})",)
+            return os.system, (f"mkdir '{self.marker}'",)
+        return self.function, (f"__import__('os').mkdir({str(self.marker)!r})",)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -353,22 +351,22 @@ class Bait:
         (builtins.exec, "exec"),
     ],
 )
-def test_code_is_named_and_not_run(
+def test_code_is_reported_and_not_run(
     file: Callable[..., Path],
     tmp_path: Path,
     protocol: int,
     function: Callable[..., Any],
     name: str,
 ) -> None:
-    trap = tmp_path / "trap"
-    data = pickle.dumps({"w": Bait(trap, function)}, protocol)
+    marker = tmp_path / "marker"
+    data = pickle.dumps({"w": Exploit(marker, function)}, protocol)
     pickle.loads(data)
-    assert trap.exists(), "the bait is dead, so the test would prove nothing"
-    trap.rmdir()
+    assert marker.exists(), "pickle did not run the code; the test is ineffective"
+    marker.rmdir()
     path = file(data)
     with refused(path, name, "nothing was run"):
         read_pt(path)
-    assert not trap.exists()
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize(
@@ -400,20 +398,20 @@ def test_globals_that_tensors_do_not_need_are_refused(
         read_pt(path)
 
 
-def test_every_foreign_global_is_named_at_once(file: Callable[..., Path]) -> None:
+def test_all_forbidden_globals_are_reported(file: Callable[..., Path]) -> None:
     path = file(mapping(a=b"cos\nsystem\n", b=b"cbuiltins\neval\n"))
     with refused(path, "os.system", "builtins.eval"):
         read_pt(path)
 
 
-def test_stack_global_is_refused_and_named(file: Callable[..., Path]) -> None:
+def test_stack_global_is_refused_with_its_name(file: Callable[..., Path]) -> None:
     name = b"\x8c\x05posix\x94\x8c\x06system\x94\x93"
     path = file(b"\x80\x04}\x94\x8c\x01w\x94" + name + b"\x8c\x02id\x94\x85\x94R\x94s.")
     with refused(path, "posix.system", "nothing was run"):
         read_pt(path)
 
 
-def test_stack_global_is_refused_even_of_an_allowed_name(
+def test_stack_global_is_refused_even_for_an_allowed_name(
     file: Callable[..., Path],
 ) -> None:
     path = file(b"\x80\x04\x8c\x05torch\x94\x8c\x04Size\x94\x93.")
@@ -457,9 +455,9 @@ def test_build_on_a_dict_changes_nothing(
     file: Callable[..., Path], state: object
 ) -> None:
     owner = mapping(w=tensor())[2:-1]
-    found = read_pt(file(b"\x80\x02" + owner + plain(state) + BUILD + STOP))
-    assert type(found) is dict
-    assert list(found.items()) == [("w", found["w"])]
+    read = read_pt(file(b"\x80\x02" + owner + plain(state) + BUILD + STOP))
+    assert type(read) is dict
+    assert list(read.items()) == [("w", read["w"])]
 
 
 @pytest.mark.parametrize(
@@ -476,7 +474,7 @@ def test_build_on_a_dict_changes_nothing(
         EMPTY_DICT + EMPTY_TUPLE,
     ],
 )
-def test_calls_with_other_arguments_are_refused(
+def test_calls_with_wrong_arguments_are_refused(
     file: Callable[..., Path], call: bytes
 ) -> None:
     path = file(mapping(w=call + REDUCE))
@@ -503,7 +501,7 @@ def test_a_bare_storage_or_class_is_refused(file: Callable[..., Path]) -> None:
 
 @contextmanager
 def bounded(seconds: float, megabytes: float) -> Iterator[None]:
-    """Hold what is done to a bound of time and of memory allocated by Python."""
+    """Limit the CPU time and the memory allocated by Python."""
     begin = time.process_time()
     tracemalloc.start()
     try:
@@ -515,7 +513,7 @@ def bounded(seconds: float, megabytes: float) -> Iterator[None]:
     assert time.process_time() - begin < seconds
 
 
-def test_a_memo_index_makes_no_room_for_those_below_it(
+def test_a_large_memo_index_allocates_no_memory(
     file: Callable[..., Path],
 ) -> None:
     put = b"r\xff\xff\xff\x7f"
@@ -536,7 +534,7 @@ def test_a_memo_index_makes_no_room_for_those_below_it(
         b"L" + b"9" * 100_000 + b"L\n",  # LONG, in decimal
     ],
 )
-def test_declared_sizes_are_not_believed(
+def test_declared_sizes_are_not_allocated(
     file: Callable[..., Path], declared: bytes
 ) -> None:
     path = file(mapping(w=declared + b"abc"))
@@ -565,7 +563,7 @@ def doubled(once: bytes, times: int) -> bytes:
     ],
     ids=["doubling", "cycle", "wide cycle", "dict", "tuples", "lists", "marks"],
 )
-def test_values_that_nobody_could_walk_through_are_refused(
+def test_values_that_are_too_large_to_traverse_are_refused(
     file: Callable[..., Path], value: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("converters.formats.pickle_machine.MAX_VALUES", 10_000)
@@ -603,7 +601,7 @@ def test_a_pickle_of_too_many_opcodes_is_refused(
 # Damaged files -----------------------------------------------------------------------
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_missing_and_special_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name in ("", "missing.pt", "pipe", "missing/model.pt", "x" * 500):
         path = tmp_path / name
@@ -618,21 +616,21 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     [
         (b"", "empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before torch 1.6"),
-        (pickle.dumps({"w": 1}), "not torch.save's"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "torch before 1.6"),
+        (pickle.dumps({"w": 1}), "not a file of torch.save"),
         (b"GGUF" * 100, "GGUF"),
-        (zipped()[:-1], "end"),
+        (zipped()[:-1], "truncated zip"),
         (b"PK\x05\x06" + bytes(18), "data.pkl"),
     ],
 )
-def test_other_files_are_told_apart(tmp_path: Path, content: bytes, word: str) -> None:
+def test_other_files_are_recognised(tmp_path: Path, content: bytes, word: str) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)
     with refused(path, word):
         read_pt(path)
 
 
-def test_torchs_old_form_is_refused(tmp_path: Path) -> None:
+def test_torchs_old_format_is_refused(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     path = tmp_path / "old.pt"
     torch.save({"x": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
@@ -656,7 +654,7 @@ def test_zips_of_other_kinds_are_refused(
 
 
 @pytest.mark.parametrize("name", ["archive/data.pkl", "archive/data/0", "other/data/0"])
-def test_records_twice_or_astray_are_refused(
+def test_duplicate_or_misplaced_records_are_refused(
     file: Callable[..., Path], name: str
 ) -> None:
     path = file()
@@ -677,7 +675,7 @@ def test_records_twice_or_astray_are_refused(
         *((28, b"\xff\xff"), (28, b"\4\0"), (28, b"\x18\0")),
     ],
 )
-def test_a_record_that_is_not_where_the_zip_says_is_refused(
+def test_a_record_with_a_wrong_local_header_is_refused(
     file: Callable[..., Path], at: int, wrong: bytes
 ) -> None:
     path = file()
@@ -707,12 +705,12 @@ def test_two_tensors_of_one_name_are_refused(file: Callable[..., Path]) -> None:
         ({"length": True}, "True numbers"),
         ({"kind": "DoubleStorage"}, "float64"),
         ({"kind": "Size"}, "storage"),
-        ({"offset": 1}, "beyond"),
+        ({"offset": 1}, "exceeds"),
         ({"offset": -1}, "tensor"),
         ({"offset": 10**30}, "tensor"),
         ({"offset": "0"}, "tensor"),
-        ({"shape": (2, 4)}, "beyond"),
-        ({"shape": (3, 3)}, "beyond"),
+        ({"shape": (2, 4)}, "exceeds"),
+        ({"shape": (3, 3)}, "exceeds"),
         ({"shape": (2,)}, "tensor"),
         ({"shape": (2, -3)}, "tensor"),
         ({"shape": (2, 3.0)}, "tensor"),
@@ -721,12 +719,12 @@ def test_two_tensors_of_one_name_are_refused(file: Callable[..., Path]) -> None:
         ({"shape": (0, 2**49)}, "larger"),
         ({"shape": (1,) * 70, "strides": (1,) * 70}, "tensor"),
         ({"strides": (-3, 1)}, "tensor"),
-        ({"strides": (4, 1)}, "beyond"),
-        ({"strides": (2**49, 2**49)}, "beyond"),
+        ({"strides": (4, 1)}, "exceeds"),
+        ({"strides": (2**49, 2**49)}, "exceeds"),
         ({"strides": (2**63, 1)}, "tensor"),
     ],
 )
-def test_a_tensor_never_reaches_beyond_its_storage(
+def test_tensors_that_exceed_their_storage_are_refused(
     file: Callable[..., Path], wrong: dict[str, Any], word: str
 ) -> None:
     path = file(
@@ -736,21 +734,21 @@ def test_a_tensor_never_reaches_beyond_its_storage(
         read_pt(path)
 
 
-def test_numbers_of_no_tensor_are_a_sign_of_damage(file: Callable[..., Path]) -> None:
+def test_a_storage_without_a_tensor_is_refused(file: Callable[..., Path]) -> None:
     path = file(GOOD, {"data/0": NUMBERS.tobytes(), "data/1": NUMBERS.tobytes()})
     with refused(path, "'data/1' belongs to no tensor"):
         read_state_dict(path)
 
 
 @pytest.mark.parametrize("strides", [(0, 1), (1, 1), (3, 0), (2, 1), (1, 0)])
-def test_no_weight_has_a_number_twice(
+def test_tensors_with_overlapping_elements_are_refused(
     file: Callable[..., Path], strides: tuple[int, int]
 ) -> None:
     path = file(mapping(w=tensor(strides=strides)))
-    with refused(path, "'w'", "one number in several places"):
+    with refused(path, "elements of 'w' overlap"):
         read_state_dict(path)
-    turned = read_state_dict(file(mapping(w=tensor(strides=(1, 2)))))["w"].array
-    np.testing.assert_array_equal(turned, NUMBERS.reshape(3, 2).T)
+    transposed = read_state_dict(file(mapping(w=tensor(strides=(1, 2)))))["w"].array
+    np.testing.assert_array_equal(transposed, NUMBERS.reshape(3, 2).T)
 
 
 @pytest.mark.parametrize(
@@ -781,9 +779,7 @@ def test_no_weight_has_a_number_twice(
         b"(I1\n.",
     ],
 )
-def test_pickles_that_make_no_sense_are_refused(
-    file: Callable[..., Path], data: bytes
-) -> None:
+def test_invalid_pickles_are_refused(file: Callable[..., Path], data: bytes) -> None:
     path = file(data)
     with refused(path):
         read_state_dict(path)
@@ -804,7 +800,7 @@ def _written(request: pytest.FixtureRequest) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_file_cut_short_anywhere_is_refused(folder: Path, written: bytes) -> None:
+def test_a_truncated_file_is_refused(folder: Path, written: bytes) -> None:
     path = folder / "short.pt"
     step = max(1, len(written) // 100)
     for length in {
@@ -817,7 +813,7 @@ def test_a_file_cut_short_anywhere_is_refused(folder: Path, written: bytes) -> N
 
 
 def read_or_refuse(path: Path) -> None:
-    """Read a file all through; only an OpenELMError may stop it."""
+    """Read all of a file, or catch an OpenELMError."""
     with suppress(OpenELMError):
         repr(read_pt(path))
 

@@ -1,4 +1,4 @@
-"""torch.save's files written without torch: torch reads them bit for bit."""
+"""Files in torch.save's format, written without torch and read by it bit for bit."""
 
 import io
 import tracemalloc
@@ -31,7 +31,7 @@ def write(path: Path, arrays: Mapping[str, mx.array]) -> Path:
 
 
 def random_bits(shape: tuple[int, ...], dtype: mx.Dtype, seed: int) -> mx.array:
-    """Any numbers at all: NaN with payloads, infinity, subnormals, negative zero."""
+    """Return random bits, including NaN payloads, infinity and subnormal numbers."""
     count = int(np.prod(shape)) * dtype.size
     drawn = np.random.default_rng(seed).integers(0, 256, count, np.uint8)
     if not count:
@@ -63,11 +63,11 @@ def _written(
 def assert_torch_reads(path: Path, arrays: Mapping[str, mx.array]) -> None:
     torch = pytest.importorskip("torch")
     for mapped in (False, True):
-        found = torch.load(path, weights_only=True, mmap=mapped)
-        assert type(found) is dict
-        assert list(found) == list(arrays)
+        read = torch.load(path, weights_only=True, mmap=mapped)
+        assert type(read) is dict
+        assert list(read) == list(arrays)
         for name, array in arrays.items():
-            theirs = found[name]
+            theirs = read[name]
             assert f"mlx.core.{theirs.dtype}".replace("torch.", "") == str(array.dtype)
             assert tuple(theirs.shape) == array.shape
             assert theirs.is_contiguous()
@@ -82,18 +82,18 @@ def test_torch_reads_every_dtype_shape_and_name_mapped_or_not(
     assert_torch_reads(written, arrays)
 
 
-def test_our_reader_gives_the_same_bits(
+def test_pt_reader_reads_the_same_bits(
     arrays: dict[str, mx.array], written: Path
 ) -> None:
-    found = read_state_dict(written)
-    assert list(found) == list(arrays)
+    read = read_state_dict(written)
+    assert list(read) == list(arrays)
     for name, array in arrays.items():
-        assert f"mlx.core.{found[name].dtype}" == str(array.dtype)
-        assert found[name].shape == array.shape
-        assert found[name].array.tobytes() == bits(array)
+        assert f"mlx.core.{read[name].dtype}" == str(array.dtype)
+        assert read[name].shape == array.shape
+        assert read[name].array.tobytes() == bits(array)
 
 
-def test_the_zip_is_laid_out_as_torchs(written: Path) -> None:
+def test_the_zip_has_torchs_layout(written: Path) -> None:
     torch = pytest.importorskip("torch")
     saved = io.BytesIO()
     count = len(read_state_dict(written))
@@ -108,20 +108,20 @@ def test_the_zip_is_laid_out_as_torchs(written: Path) -> None:
         assert {info.compress_type for info in ours.infolist()} == {zipfile.ZIP_STORED}
 
 
-def test_every_record_begins_on_a_multiple_of_64_bytes(written: Path) -> None:
+def test_every_record_is_aligned_to_64_bytes(written: Path) -> None:
     torch = pytest.importorskip("torch")
     reader = torch._C.PyTorchFileReader(str(written))
     for name in reader.get_all_records():
         assert reader.get_record_offset(name) % ALIGNMENT == 0, name
 
 
-def test_what_is_not_in_row_order_is_written_in_row_order(tmp_path: Path) -> None:
+def test_strided_views_are_written_in_row_order(tmp_path: Path) -> None:
     base = random_bits((6, 8), mx.bfloat16, 1)
     views = {"t": base.T, "rows": base[2:4], "column": base[:, 3], "step": base[::2]}
     path = write(tmp_path / "views.pt", views)
     assert_torch_reads(path, views)
-    found = read_state_dict(path)
-    np.testing.assert_array_equal(found["t"].array, to_numpy(base).T)
+    read = read_state_dict(path)
+    np.testing.assert_array_equal(read["t"].array, to_numpy(base).T)
 
 
 def test_the_same_tensors_give_the_same_bytes_under_any_name(
@@ -131,17 +131,17 @@ def test_the_same_tensors_give_the_same_bytes_under_any_name(
     assert other.read_bytes() == written.read_bytes()
 
 
-def test_torch_reads_what_is_beyond_four_gigabytes(
+def test_torch_reads_zip64_files(
     arrays: dict[str, mx.array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for limit in ("ZIP64_LIMIT", "ZIP_FILECOUNT_LIMIT"):
-        monkeypatch.setattr(zipfile, limit, 1)  # then sizes and places take 64 bits
+        monkeypatch.setattr(zipfile, limit, 1)  # use 64-bit sizes and offsets
     path = write(tmp_path / "big.pt", arrays)
     assert b"PK\x06\x06" in path.read_bytes()
     assert_torch_reads(path, arrays)
 
 
-def test_tensors_are_read_one_by_one_and_let_go(tmp_path: Path) -> None:
+def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
     events, shape = [], (1024, 1024)
 
     def reader(i: int) -> TensorToWrite:
@@ -164,16 +164,16 @@ def test_tensors_are_read_one_by_one_and_let_go(tmp_path: Path) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert events == [f"{verb} {i}" for i in range(6) for verb in ("read", "wrote")]
+    assert events == [f"{action} {i}" for i in range(6) for action in ("read", "wrote")]
     assert mx.get_peak_memory() - before < 1.5 * 2**22
-    assert peak < 2**20  # nothing was copied on the way to the file
+    assert peak < 2**20  # no copies
     assert read_state_dict(tmp_path / "x.pt")["5"].array[-1, -1] == 5
 
 
-def test_an_array_other_than_announced_is_never_written(tmp_path: Path) -> None:
-    for found in (mx.zeros((3, 2)), mx.zeros((2, 3), mx.float16)):
-        wrong = TensorToWrite((2, 3), mx.float32, lambda found=found: found)
-        with pytest.raises(ValueError, match="w was announced as"):
+def test_an_array_that_differs_from_its_declaration_is_refused(tmp_path: Path) -> None:
+    for array in (mx.zeros((3, 2)), mx.zeros((2, 3), mx.float16)):
+        wrong = TensorToWrite((2, 3), mx.float32, lambda array=array: array)
+        with pytest.raises(ValueError, match="w was declared as"):
             write_pt(tmp_path / "x.pt", {"w": wrong})
 
 
@@ -189,9 +189,9 @@ def test_a_file_of_five_gigabytes_is_read_by_torch(tmp_path: Path) -> None:
     write_pt(path, {str(i): reader(i) for i in range(5)})
     assert mx.get_peak_memory() < 1.5 * 2**30
     assert path.stat().st_size > 5 * 2**30
-    found = torch.load(path, weights_only=True, mmap=True)
+    read = torch.load(path, weights_only=True, mmap=True)
     ours = read_state_dict(path)
     for i in range(5):
-        assert found[str(i)][-1, -1] == found[str(i)][0, 0] == i
+        assert read[str(i)][-1, -1] == read[str(i)][0, 0] == i
         assert ours[str(i)].array[-1, -1] == i
     path.unlink()  # pytest keeps its folders

@@ -1,4 +1,4 @@
-"""The receipt is proved against two whole models and float64 formulae of numpy's."""
+"""The receipt, compared with two whole models and float64 formulas in numpy."""
 
 import dataclasses
 import math
@@ -61,7 +61,7 @@ def receipt_of(
 
 
 def log_probabilities(config: OpenELMConfig, weights: dict, inputs: mx.array):
-    """The whole model's, in float64 from its logits on."""
+    """Return the whole model's log-probabilities, in float64 from the logits on."""
     model = OpenELM(config)
     model.load_weights([(to_folder(n), w) for n, w in weights.items()])
     logits = np.array(model(inputs)).astype(np.float64)
@@ -70,7 +70,7 @@ def log_probabilities(config: OpenELMConfig, weights: dict, inputs: mx.array):
 
 
 @pytest.mark.parametrize("config", [UNEVEN, UNTIED], ids=["tied", "untied"])
-def test_it_says_what_two_whole_models_say(config):
+def test_the_receipt_equals_that_of_whole_models(config):
     before, windows = originals(config), some_windows()
     after = quantized(before)
     p = log_probabilities(config, before, windows[:, :-1])
@@ -78,31 +78,31 @@ def test_it_says_what_two_whole_models_say(config):
     targets = np.array(windows)[:, 1:, None]
     kl = (np.exp(p) * (p - q)).sum(axis=-1)
 
-    found = receipt_of(config, before, after)
+    receipt = receipt_of(config, before, after)
 
-    assert found.tokens == kl.size == 96
-    assert found.mean_kl == pytest.approx(kl.mean(), rel=1e-4)
-    assert found.p99_kl == pytest.approx(np.quantile(kl, 0.99), rel=1e-4)
+    assert receipt.tokens == kl.size == 96
+    assert receipt.mean_kl == pytest.approx(kl.mean(), rel=1e-4)
+    assert receipt.p99_kl == pytest.approx(np.quantile(kl, 0.99), rel=1e-4)
     agreement = (p.argmax(axis=-1) == q.argmax(axis=-1)).mean()
-    assert found.top1_agreement == pytest.approx(agreement, abs=1e-9)
+    assert receipt.top1_agreement == pytest.approx(agreement, abs=1e-9)
     assert 0 < agreement < 1
     for log_p, perplexity in (
-        (p, found.perplexity_before),
-        (q, found.perplexity_after),
+        (p, receipt.perplexity_before),
+        (q, receipt.perplexity_after),
     ):
         nats = -np.take_along_axis(log_p, targets, axis=-1).mean()
         assert perplexity == pytest.approx(math.exp(nats), rel=1e-5)
-    assert (found.text, found.bits_per_weight) == ("a test", 5.0)
+    assert (receipt.text, receipt.bits_per_weight) == ("a test", 5.0)
 
 
-def test_the_same_weights_cost_nothing():
+def test_equal_weights_have_no_error():
     weights = originals(UNEVEN)
-    found = receipt_of(UNEVEN, weights, weights)
-    assert (found.mean_kl, found.p99_kl, found.top1_agreement) == (0, 0, 1)
-    assert found.perplexity_before == found.perplexity_after
+    receipt = receipt_of(UNEVEN, weights, weights)
+    assert (receipt.mean_kl, receipt.p99_kl, receipt.top1_agreement) == (0, 0, 1)
+    assert receipt.perplexity_before == receipt.perplexity_after
 
 
-def test_fewer_bits_cost_more():
+def test_fewer_bits_have_a_larger_error():
     weights = originals(UNEVEN)
     costs = [
         receipt_of(UNEVEN, weights, quantized(weights, bits)).mean_kl
@@ -112,7 +112,7 @@ def test_fewer_bits_cost_more():
     assert costs[0] > 0
 
 
-def test_the_chunks_do_not_show(monkeypatch):
+def test_the_result_does_not_depend_on_the_chunk_size(monkeypatch):
     before = originals(UNEVEN)
     after = quantized(before)
     whole = dataclasses.asdict(receipt_of(UNEVEN, before, after))
@@ -129,7 +129,7 @@ def test_16_bit_weights_are_measured_in_float32():
     assert receipt_of(UNEVEN, halves, widened).mean_kl == 0
 
 
-def test_of_the_weights_one_layer_at_a_time_is_read():
+def test_weights_are_read_layer_by_layer():
     weights, order = originals(UNEVEN), []
 
     def read(name: str) -> mx.array:
@@ -142,8 +142,8 @@ def test_of_the_weights_one_layer_at_a_time_is_read():
     assert len(layers) == 2 * 8 * 3  # each tensor once a model
 
 
-def test_progress_is_told():
-    weights, told = originals(UNEVEN), []
+def test_progress_is_reported():
+    weights, progress = originals(UNEVEN), []
     read = weights.__getitem__
     measure_quantization(
         UNEVEN,
@@ -152,16 +152,16 @@ def test_progress_is_told():
         some_windows(),
         text="",
         bits_per_weight=4,
-        on_progress=lambda done, total: told.append((done, total)),
+        on_progress=lambda done, total: progress.append((done, total)),
     )
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert progress == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_a_loss_that_is_not_finite_is_refused():
     weights = originals(UNEVEN)
-    spoilt = weights | {"norm.weight": weights["norm.weight"] * math.nan}
+    with_nan = weights | {"norm.weight": weights["norm.weight"] * math.nan}
     with pytest.raises(OpenELMError, match="loss on a test is not finite"):
-        receipt_of(UNEVEN, weights, spoilt)
+        receipt_of(UNEVEN, weights, with_nan)
 
 
 # The text -------------------------------------------------------------------------
@@ -176,14 +176,14 @@ def test_the_bundled_sample_is_prose_in_plain_ascii():
     assert "Gutenberg" not in text
 
 
-def test_a_file_of_ones_own_is_called_by_its_name(tmp_path: Path):
+def test_a_text_file_is_named_by_its_file_name(tmp_path: Path):
     path = tmp_path / "own.txt"
     path.write_text("Grüße an alle.", encoding="utf-8")
     assert read_calibration(path) == ("own.txt", "Grüße an alle.")
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "no UTF-8"])
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path, content):
+def test_a_missing_or_binary_file_is_refused(tmp_path: Path, content):
     path = tmp_path / "own.txt"
     if content is not None:
         path.write_bytes(content)
@@ -191,7 +191,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, content):
         read_calibration(path)
 
 
-def test_windows_come_from_all_over_the_text_and_each_begins_with_bos():
+def test_windows_are_spread_over_the_text_and_start_with_bos():
     tokenizer = small_tokenizer()
     ids = tokenizer.encode(TEXT, bos=False)
     windows = calibration_windows(tokenizer, TEXT, UNEVEN, num_tokens=64, window=16)
@@ -207,7 +207,7 @@ def test_a_window_fits_the_context():
     assert windows.shape == (2, 1 + UNEVEN.max_context_length)
 
 
-def test_a_short_text_gives_the_whole_windows_it_has():
+def test_a_short_text_gives_only_full_windows():
     tokenizer = small_tokenizer()
     text = TEXT[:100]
     have = len(tokenizer.encode(text, bos=False))
@@ -216,5 +216,5 @@ def test_a_short_text_gives_the_whole_windows_it_has():
 
 
 def test_a_text_below_one_window_is_refused():
-    with pytest.raises(OpenELMError, match="has 2 tokens, and 64 are needed"):
+    with pytest.raises(OpenELMError, match="has 2 tokens, but needs at least 64"):
         calibration_windows(small_tokenizer(), "e", UNEVEN, num_tokens=64)
