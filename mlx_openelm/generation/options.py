@@ -44,7 +44,7 @@ class Sampling:
 
     Attributes:
         max_tokens: maximum number of new tokens, also limited by the context length.
-        min_tokens: EOS is not drawn before this many; stop texts still end the answer.
+        min_tokens: EOS is not sampled before this many; stop texts still apply.
         repetition_penalty: divides positive and multiplies negative logits of tokens
             among the last `repetition_context` (prompt included).
         no_repeat_ngram: no sequence of this many tokens occurs twice in prompt and
@@ -53,7 +53,7 @@ class Sampling:
         stop: texts that end the answer; they are not part of it.
         stop_loops: ends an answer whose tail repeats one block of 1 to 64 tokens this
             many times and is at least 16 tokens long; 0 is off.
-        logprobs: number of likeliest tokens that are reported with each drawn one, with
+        logprobs: number of most likely tokens to report with each sampled one, with
             their log-probabilities; 0 is off.
         seed: None leaves MLX's random state unchanged.
     """

@@ -548,7 +548,7 @@ def test_the_chart_is_drawn_to_scale_and_needs_no_other_files():
         assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=0.01)
     texts = " ".join(text.text for text in root.iter(f"{SVG}text"))
     assert "takes about 6.3 GB" in texts
-    assert "recalled, unverified" in texts
+    assert "quoted from memory and unverified" in texts
     assert "CPU (A & B), Linux 6 <x86>" in texts
     dashed = [e for e in root.iter(f"{SVG}g") if e.get("class") == "published"]
     assert len(dashed) == 5  # also of the model that was not measured

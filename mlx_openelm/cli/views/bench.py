@@ -158,7 +158,7 @@ def _picture_row(cell: "Cell") -> "SpeedRow":
     label += [f"batch {cell.batch}"] if cell.batch > 1 else []
     published = cell.published
     return SpeedRow(
-        name=cell.model + (", made weights" if cell.made else ""),
+        name=cell.model + (", random weights" if cell.made else ""),
         label=", ".join([*label, f"{cell.context} tokens"]),
         speed=_measure(cell.generation_tps, show_number),
         bandwidth_share=_measure(cell.bandwidth_share, format_percent),
@@ -176,11 +176,12 @@ def _measure(figure: "Figure | None", form: Callable[[float], str]) -> "Measure 
 
 
 def _picture_notes(report: "BenchReport") -> Iterator[str]:
-    yield f"Memory is read at {describe_bandwidth(report.bandwidth)}."
-    yield "Bars: medians of the rounds; the thin line goes from least to largest."
+    yield f"Memory bandwidth: {describe_bandwidth(report.bandwidth)}."
+    yield "Bars: medians of the rounds; thin lines: minimum to maximum."
     if any(cell.made for cell in report.cells):
-        yield "Made weights: speed does not depend on their values."
+        yield "Random weights: speed does not depend on their values."
     for published in [c.published for c in report.cells if c.published is not None][:1]:
         yield (
-            f"Dashed: published by Apple ({published.setting}), recalled, unverified."
+            f"Dashed: Apple's figures ({published.setting}), quoted from memory and "
+            "unverified."
         )

@@ -107,26 +107,28 @@ def _table_tasks(scores: Sequence["ModelScores"]) -> "Table":
     """Return a row for each model and metric, with its difference from the first."""
     from mlx_openelm.evaluation.results import pair
 
-    several = len(scores) > 1
+    compared = len(scores) > 1
     table = _new_table("task", "metric")
     for header in ("shots", "n"):
         table.add_column(header, justify="right")
     table.add_column("model", overflow="fold")
     table.add_column("score", justify="right", no_wrap=True)
-    if several:
+    if compared:
         table.add_column("difference", justify="right", no_wrap=True)
     first, *others = scores
     paired = [
         {(p.task, p.metric): p.difference for p in pair(first.tasks, other.tasks)}
         for other in others
     ]
-    theirs = [{r.task: r.metrics for r in other.tasks} for other in others]
+    other_metrics = [{r.task: r.metrics for r in other.tasks} for other in others]
     for result in first.tasks:
         for name, metric in result.metrics.items():
             columns = (result.task, name, str(result.num_fewshot), f"{result.n:,}")
             row = (*columns, first.card.name, _show_metric(metric))
-            table.add_row(*row, *([""] if several else []))
-            for other, metrics, differences in zip(others, theirs, paired, strict=True):
+            table.add_row(*row, *([""] if compared else []))
+            for other, metrics, differences in zip(
+                others, other_metrics, paired, strict=True
+            ):
                 scored = metrics.get(result.task, {}).get(name)
                 difference = differences.get((result.task, name))
                 factor = _factor(metric)
