@@ -15,6 +15,9 @@ from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 
+MODEL_PANEL = "Model and adapter"  # headings in --help that more than one command has
+OUTPUT_PANEL = "Output"
+
 _KEY = "option"
 
 

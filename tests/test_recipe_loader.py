@@ -108,7 +108,7 @@ def test_bundled_recipes_are_valid(name):
         ("model: 270M", "model is '270M', expected a group"),
         ("- 1", "own.yaml holds a list"),
         ("a: [", "own.yaml cannot be parsed"),
-        ("{model: {name: 270M}, data: {}}", "names no text"),
+        ("{model: {name: 270M}, data: {}}", "has no text"),
     ],
 )
 def test_errors_in_a_recipe_are_named(here, content, says):
@@ -123,10 +123,10 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(here):
     (here / "run").mkdir()
     (here / "run" / "metrics.jsonl").write_text("{}\n")
     start = ("pretrain", "--quiet", "-c", "pretrain/stories", "--data", "*.txt")
-    says = ["run holds metrics.jsonl of something else", "another --output"]
+    says = ["run already holds metrics.jsonl", "another --output"]
     refuse(here, *start, "--output", "run", says=says)
     (here / "run" / "recipe.json").write_text("{}\n")
-    says = ["run holds a run already", "--resume"]
+    says = ["run already holds a run", "--resume"]
     refuse(here, *start, "--output", "run", says=says)
     says = ["nothing to resume", "training_checkpoint_last.pt"]
     refuse(here, *start, "--output", "other", "--resume", says=says)

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.quantization import EMBED_BITS, MODES, Quantization
-from mlx_openelm.options import check_options, option
+from mlx_openelm.options import MODEL_PANEL, check_options, option
 
 AUTO = "auto:"
 QUANTIZATION = "Quantization"  # a heading in --help
@@ -36,26 +36,29 @@ class ConversionOptions:
 
     to: str = option(
         "mlx",
-        "Output format: a model folder (mlx, hf) or a file (corenet, gguf); for an "
-        "adapter mlx, peft or corenet.",
+        "Format to write: a model folder (mlx, hf) or one file (corenet, gguf); of an "
+        "adapter: mlx, peft or corenet.",
         choices=("mlx", "hf", "corenet", "peft", "gguf"),
     )
     dtype: str | None = option(
         None,
         "Data type of the weights.",
-        shown_default="as stored, but bfloat16 instead of float32 with {to} mlx",
+        panel=MODEL_PANEL,
+        shown_default="as stored; for {to} mlx, float32 becomes bfloat16",
         choices=("float32", "float16", "bfloat16"),
     )
     allow_overflow: bool = option(
-        False, "Write float16 even for the 3B, whose activations overflow in it."
+        False,
+        "Allow {dtype} float16 for the 3B, whose activations overflow in it.",
+        panel=MODEL_PANEL,
     )
     bits: int | str | None = option(
         None,
-        "Bits per weight of the linear layers; auto:N chooses them per tensor, N on "
-        "average over the model.",
+        "Bits of the linear layers; auto:4.5 chooses them for each tensor, 4.5 bits a "
+        "weight on average.",
         flags=("--q-bits",),
         panel=QUANTIZATION,
-        shown_default="4, or as {mode} defines",
+        shown_default="4, or those of {mode}",
         read=str,
     )
     group_size: int | None = option(
@@ -63,11 +66,11 @@ class ConversionOptions:
         "Number of weights that share a scale.",
         flags=("--q-group-size",),
         panel=QUANTIZATION,
-        shown_default="64, or as {mode} defines",
+        shown_default="64, or that of {mode}",
     )
     mode: str = option(
         "affine",
-        "Quantization mode of MLX.",
+        "Number format of quantized weights.",
         flags=("--q-mode",),
         panel=QUANTIZATION,
         choices=MODES,
@@ -77,16 +80,16 @@ class ConversionOptions:
         "Bits per weight of the embedding.",
         flags=("--q-embed-bits",),
         panel=QUANTIZATION,
-        shown_default=f"{EMBED_BITS}; chosen with {{bits}} auto",
+        shown_default=f"{EMBED_BITS}; chosen if {{bits}} is auto",
     )
     keep: str | None = option(
         None,
-        "Do not quantize modules whose name matches this regular expression.",
+        "Regular expression; modules whose name matches it are not quantized.",
         flags=("--q-keep",),
         panel=QUANTIZATION,
     )
     dequantize: bool = option(
-        False, "Write quantized weights in 16 bits.", panel=QUANTIZATION
+        False, "Unpack quantized weights to 16 bits.", panel=QUANTIZATION
     )
     calibration: str | Path | None = option(
         None,
@@ -98,13 +101,18 @@ class ConversionOptions:
     receipt: bool = option(
         True, "Do not measure the quantization error.", panel=QUANTIZATION
     )
-    merge: bool = option(False, "Merge the adapter into the weights.")
+    merge: bool = option(
+        False, "Merge the adapter of the source into the weights.", panel=MODEL_PANEL
+    )
     apart: bool = False
-    average: bool = option(False, "Average two or more .pt files.")
+    average: bool = option(
+        False, "Average the weights of several .pt files.", panel=MODEL_PANEL
+    )
     base: str | None = None
     tokenizer: str | None = option(
         None,
-        "Tokenizer to store: a file, a folder, a Hub id, or none.",
+        "Tokenizer to write into the folder: a file, a folder, a Hub id, or none.",
+        panel=MODEL_PANEL,
         shown_default="the source's",
     )
     repack: bool = False

@@ -1,13 +1,13 @@
-"""What a run keeps on disk, in CoreNet's layout, so that it can die at any moment.
+"""Checkpoints of pre-training, in CoreNet's layout.
 
     checkpoint_epoch_0_iter_N.pt   weights after N steps, a flat state dict
-    training_checkpoint_last.pt    weights, optimizer and what else the next step needs
+    training_checkpoint_last.pt    weights, optimizer state and position in the data
     checkpoint_average.pt          the mean of the last weights: the result
-    recipe.json                    what is trained; there from the start
-    config.json, tokenizer.model   beside the weights, where `convert` looks for them
+    recipe.json                    the recipe; written before the first step
+    config.json, tokenizer.model   next to the weights, where `convert` looks for them
 
-Each file grows beside the old one and takes its name when it is on the disk. A sharded
-model is put together first, so that a checkpoint fits any number of processes.
+Files are replaced atomically, so a run may be killed at any moment. A sharded model is
+gathered first, so that a checkpoint fits any number of processes.
 """
 
 import contextlib
@@ -47,11 +47,11 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """How far a run is.
+    """Position of a run.
 
     Attributes:
-        loader: the place in the text, of all processes together.
-        meter: of the log: what was counted since the last report.
+        loader: position in the data, of all processes together.
+        meter: state of the log's `Meter`.
     """
 
     step: int
@@ -59,7 +59,7 @@ class ResumePoint:
     meter: dict[str, Any]
 
 
-# A run's folder ----------------------------------------------------------------------
+# Saving and resuming -----------------------------------------------------------------
 
 
 def save_training(
@@ -68,19 +68,19 @@ def save_training(
     model: ReferenceOpenELM,
     optimizers: list[torch.optim.Optimizer],
     *,
-    rhythm: bool,
+    scheduled: bool,
     first: bool,
 ) -> None:
-    """Replace the state to go on from. All processes call this.
+    """Replace the training state. All processes call this.
 
-    Nothing random comes after the first weights but the order of the text, whose
-    numbers the loader keeps: no state of a generator is needed.
+    No RNG state is saved: after the initial weights only the order of the text is
+    random, and the loader's state determines it.
 
     Args:
-        rhythm: it is a checkpoint of the recipe's rhythm, not of an interruption; the
-            weights are kept apart too. They come first: a run that goes on from this
-            state will not write them again.
-        first: this process writes.
+        scheduled: a checkpoint of the schedule (`save_every`), not of an interruption.
+            Its weights are also written to their own file, before the training state:
+            a run that resumes from that would not write them again.
+        first: whether this process writes.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
@@ -93,10 +93,10 @@ def save_training(
         "model_state_dict": weights,
         "optim_state_dict": optimizer,
         "best_metric": math.inf,
-        "is_interval_ckpt": rhythm,
-        "resume": json.dumps(asdict(progress)),  # ours; as text it is one value
+        "is_interval_ckpt": scheduled,
+        "resume": json.dumps(asdict(progress)),  # not CoreNet's; JSON text
     }
-    if rhythm:
+    if scheduled:
         name = f"checkpoint_epoch_0_iter_{progress.step}.pt"
         write_atomically(folder / name, lambda path: torch.save(weights, path))
     write_atomically(folder / LAST, lambda path: torch.save(state, path))
@@ -108,7 +108,7 @@ def restore_training(
     optimizers: list[torch.optim.Optimizer],
     state: dict[str, Any],
 ) -> None:
-    """Take over the weights and the optimizer of what `read_training` gave."""
+    """Load weights and optimizer state from the result of `read_training`."""
     try:
         load_weights(model, state["model_state_dict"])
         set_optimizer_state_dict(
@@ -119,16 +119,16 @@ def restore_training(
         )
     except (RuntimeError, KeyError, ValueError) as error:
         raise OpenELMError(
-            f"The weights or the optimizer in {folder / LAST} do not fit the recipe's "
-            f"({first_line(error)}); use the recipe that the run began with."
+            f"The weights or the optimizer state in {folder / LAST} do not fit the "
+            f"recipe ({first_line(error)}); use the recipe that the run started with."
         ) from error
 
 
 def read_training(folder: Path) -> tuple[dict[str, Any], ResumePoint]:
-    """Read the last state. The tensors stay on the disk until they are used.
+    """Read the training state; its tensors are read from disk when they are used.
 
     Raises:
-        OpenELMError: the file is damaged, or none of ours.
+        OpenELMError: the file is damaged, or not from mlx-openelm.
     """
     path = folder / LAST
     state = read_weights(path)
@@ -136,20 +136,20 @@ def read_training(folder: Path) -> tuple[dict[str, Any], ResumePoint]:
         return state, ResumePoint(**json.loads(state["resume"]))
     except (KeyError, TypeError, ValueError) as error:
         raise OpenELMError(
-            f"{path} does not say where its run was ({first_line(error)}), so it "
-            "cannot go on; begin a new one from its weights with init."
+            f"{path} has no position to resume from ({first_line(error)}); start a new "
+            "run from its weights with init."
         ) from error
 
 
 def remove_old_weights(folder: Path, recipe: PretrainRecipe) -> None:
-    """Leave the newest `keep_last` and one every `keep_every` steps."""
+    """Remove weights except the newest `keep_last` and those of `keep_every`."""
     for step, path in list(weights_on_disk(folder).items())[: -recipe.keep_last]:
         if recipe.keep_every is None or step % recipe.keep_every:
             path.unlink()
 
 
 def weights_on_disk(folder: Path) -> dict[int, Path]:
-    """Return step -> file, in order."""
+    """Return the files of weights by step, in order."""
     steps = {
         path.stem.rpartition("_")[2]: path
         for path in folder.glob("checkpoint_epoch_0_iter_*.pt")
@@ -158,15 +158,15 @@ def weights_on_disk(folder: Path) -> dict[int, Path]:
 
 
 def average_checkpoints(paths: Sequence[Path]) -> Weights:
-    """Return the mean, accumulated in float64, in the first one's dtypes.
+    """Return the mean of checkpoints, summed in float64, in the dtypes of the first.
 
     Raises:
         OpenELMError: there is no file, or one is damaged.
     """
     if not paths:
         raise OpenELMError(
-            f"No checkpoint_epoch_0_iter_N.pt is left to average; {LAST} has the last "
-            "weights, and convert reads it."
+            "There is no checkpoint_epoch_0_iter_N.pt to average; the last weights are "
+            f"in {LAST}, which convert can read."
         )
     total: Weights = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -180,7 +180,7 @@ def average_checkpoints(paths: Sequence[Path]) -> Weights:
 
 
 def write_json_atomically(path: Path, value: dict[str, Any]) -> None:
-    """Write a value as JSON; errors as `write_atomically`."""
+    """Write a value as JSON. Raises as `write_atomically`."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     write_atomically(path, lambda staged: staged.write_text(text))
 
@@ -189,81 +189,80 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Replace a file, as `replaced_file`.
 
     Raises:
-        OpenELMError: the disk refuses; what was there stays.
+        OpenELMError: writing failed; the old file is unchanged.
     """
     try:
         with replaced_file(path) as staged:
             write(staged)
-    except (OSError, RuntimeError) as error:  # torch.save knows the second one alone
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         raise OpenELMError(
             f"Cannot write {path} ({first_line(error)}); free some space there, then "
-            "say `resume`."
+            "continue with `resume`."
         ) from error
 
 
-# May it begin? -----------------------------------------------------------------------
+# Checks before a run -----------------------------------------------------------------
 
 
-_FORMS = ("metrics.jsonl", "*.pt", "*.safetensors")  # no one's work is written over
+_PROTECTED = ("metrics.jsonl", "*.pt", "*.safetensors")  # patterns of other results
 
 
 def check_folder(recipe: PretrainRecipe, *, resume: bool) -> None:
-    """Refuse to write over another run, or to go on with another recipe.
+    """Check that a run may use its folder.
 
-    A run that was killed before its first checkpoint is gone on with from its start.
+    A run that was killed before its first checkpoint resumes from step 0.
 
     Raises:
         OpenELMError: there is nothing to resume, or the recipe differs; or the folder
             holds a run and `resume` is off.
     """
     output = Path(recipe.output)
-    begun = (output / RECIPE).exists() or (output / LAST).exists()
+    started = (output / RECIPE).exists() or (output / LAST).exists()
     if not resume:
-        if begun:
+        if started:
             raise OpenELMError(
-                f"{output} holds a run already; say `resume` to go on, or another "
-                "`output`."
-            )
-        foreign = [p.name for form in _FORMS for p in sorted(output.glob(form))]
-        if foreign:
-            raise OpenELMError(
-                f"{output} holds {', '.join(foreign[:5])} of something else; say "
+                f"{output} already holds a run; use `resume` to continue it, or "
                 "another `output`."
             )
+        others = [p.name for form in _PROTECTED for p in sorted(output.glob(form))]
+        if others:
+            raise OpenELMError(
+                f"{output} already holds {', '.join(others[:5])}; use another `output`."
+            )
         return
-    if not begun:
+    if not started:
         raise OpenELMError(f"There is nothing to resume: {output / LAST} is missing.")
-    now, before = _decisive(as_json(recipe)), _decisive(read_mapping(output / RECIPE))
+    now, before = _fixed(as_json(recipe)), _fixed(read_mapping(output / RECIPE))
     changed = sorted(k for k in now | before if now.get(k) != before.get(k))
     if changed:
         differences = "; ".join(
             f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed
         )
         raise OpenELMError(
-            f"Cannot resume {output} with another recipe ({differences}); "
-            "use the old one, or another output."
+            f"Cannot resume {output} with another recipe ({differences}); use the old "
+            "recipe, or another `output`."
         )
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; a death by whatever means lets them in.
+    """Lock a run's folder; the lock is released when the process ends.
 
     Raises:
-        OpenELMError: another process trains there, left by a torchrun that died, say.
+        OpenELMError: another process trains there, such as one that outlived torchrun.
     """
-    refusal = f"Another process trains in {folder}; let it finish, or end it first."
+    refusal = f"Another process is training in {folder}; wait for it, or stop it."
     with lock_file(folder / LOCK, refusal, required=False):
         yield
 
 
 def as_json(recipe: PretrainRecipe) -> dict[str, Any]:
-    """Return the recipe as it is read back from its file."""
-    found: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
-    return found
+    """Return the recipe as JSON values."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
+    return values
 
 
-_FREE = (  # may change between two starts: they do not say what is learnt
+_MAY_CHANGE = (  # on resume: they do not affect what is learned
     *("output", "micro_batch_size", "parallel", "bf16", "activation_checkpointing"),
     *("compile", "report_every", "eval_every", "eval_window", "eval_sequences"),
     *("save_every", "keep_last", "keep_every", "average_last", "sample_every"),
@@ -272,48 +271,51 @@ _FREE = (  # may change between two starts: they do not say what is learnt
 )
 
 
-def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return what decides the weights, by dotted key."""
+def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that must not change on resume, by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in recipe.items():
         if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": found for inner, found in value.items()}
+            flat |= {f"{key}.{inner}": setting for inner, setting in value.items()}
         else:
             flat[key] = value
-    free = [key for key in flat if key in _FREE or key.split(".")[0] in _FREE]
-    return {key: value for key, value in flat.items() if key not in free}
+    return {
+        key: value
+        for key, value in flat.items()
+        if key not in _MAY_CHANGE and key.split(".")[0] not in _MAY_CHANGE
+    }
 
 
 # Weights -----------------------------------------------------------------------------
 
 
 def read_initial(path: Path) -> tuple[OpenELMConfig, Weights]:
-    """Read a CoreNet .pt to begin with, and the config.json beside it.
+    """Read initial weights from a CoreNet .pt, and the config.json next to it.
 
     Raises:
         OpenELMError: one of them is missing or damaged, or they do not fit together.
     """
     if not path.is_file():
-        raise OpenELMError(f"The recipe's init, {path}, is no file.")
-    beside = path.with_name("config.json")
-    if not beside.is_file():
+        raise OpenELMError(f"The recipe's init, {path}, is not a file.")
+    config_path = path.with_name("config.json")
+    if not config_path.is_file():
         raise OpenELMError(
-            f"There is no config.json beside {path}; put it there, it says the sizes."
+            f"There is no config.json next to {path}; add it, as it has the sizes."
         )
-    config = OpenELMConfig.from_file(beside)
-    found = read_weights(path)
-    wrapped = found.get("model_state_dict", found)
-    if not isinstance(wrapped, dict) or not all(isinstance(k, str) for k in wrapped):
-        raise OpenELMError(f"{path} holds no weights by name; say another init.")
-    given = {k: v for k, v in wrapped.items() if isinstance(v, Tensor)}
-    whole = [k for k, v in given.items() if not v.is_floating_point()]
-    if whole:
+    config = OpenELMConfig.from_file(config_path)
+    state = read_weights(path)
+    state = state.get("model_state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+        raise OpenELMError(f"{path} holds no weights by name; use another init.")
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    integers = [k for k, v in tensors.items() if not v.is_floating_point()]
+    if integers:
         raise OpenELMError(
-            f"{whole[0]} in {path} holds {given[whole[0]].dtype}, no weights to train; "
-            "say a file that is not quantized."
+            f"{integers[0]} in {path} has dtype {tensors[integers[0]].dtype}; use a "
+            "file whose weights are not quantized."
         )
-    weights = {ours: given[theirs] for ours, theirs in map_to_corenet(given).items()}
-    if EMBEDDING in weights:  # it often has rows for padding
+    weights = {ours: tensors[name] for ours, name in map_to_corenet(tensors).items()}
+    if EMBEDDING in weights:  # often with padding rows
         config = replace(config, vocab_size=len(weights[EMBEDDING]))
     expected = config.tensor_shapes()
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
@@ -328,28 +330,28 @@ def read_initial(path: Path) -> tuple[OpenELMConfig, Weights]:
 
 
 def load_weights(model: ReferenceOpenELM, weights: Weights) -> None:
-    """Put whole weights into a model, which may be sharded."""
+    """Load full weights into a model, which may be sharded."""
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, {**weights}, options=options)
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """Read a file of torch.save; its tensors stay on the disk until they are used.
+    """Read a file of torch.save; its tensors are read from disk when they are used.
 
     Raises:
-        OpenELMError: it is damaged, or holds no dictionary.
+        OpenELMError: it is damaged, or does not hold a dictionary.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise OpenELMError(
-            f"{path} is damaged, or no file of torch.save ({first_line(error)})."
+            f"{path} is damaged, or not a file of torch.save ({first_line(error)})."
         ) from error
-    if not isinstance(found, dict):
-        raise OpenELMError(f"{path} holds a {type(found).__name__}, not weights.")
-    return found
+    if not isinstance(state, dict):
+        raise OpenELMError(f"{path} holds a {type(state).__name__}, not weights.")
+    return state
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says first, as a part of a sentence."""
+    """Return the first line of an error, to be embedded in a message."""
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -1,8 +1,8 @@
-"""A document becomes pieces of tokens by the rules of OpenELM's pre-training.
+"""Split a document into pieces of tokens by the rules of OpenELM's pre-training.
 
-The published pipeline, in this order: cut at single spaces into pieces of 2048 words;
-drop a piece of under 200 characters; repair the text with ftfy; put BOS in front and
-EOS behind; drop it under 256 tokens; keep the first 2049, for 2048 to be predicted.
+The published pipeline, in this order: split at single spaces into pieces of 2048 words;
+drop pieces below 200 characters; repair the text with ftfy; add BOS before and EOS
+after it; drop pieces below 256 tokens; keep the first 2049 tokens (2048 targets).
 """
 
 import string
@@ -24,10 +24,10 @@ NOTHING: Tokens = np.zeros(0, np.int32)
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the rules leave open: numbers of words, characters and tokens.
+    """Parameters of the rules.
 
     Attributes:
-        length: tokens of a sequence that are predicted; one more is kept.
+        length: targets of a sequence; `length` + 1 tokens are kept.
     """
 
     words_per_piece: int
@@ -46,9 +46,9 @@ class DocumentPiece:
     """One piece of a document.
 
     Attributes:
-        tokens: BOS, the text's and EOS, cut to the sequence; none if it was dropped.
-        dropped: why, or nothing.
-        num_cut: the tokens behind those kept.
+        tokens: BOS, the text's tokens and EOS, truncated; empty if it was dropped.
+        dropped: the reason for dropping it, or "".
+        num_cut: number of truncated tokens.
     """
 
     tokens: Tokens
@@ -59,7 +59,7 @@ class DocumentPiece:
 def make_pieces(
     document: str, tokenizer: Tokenizer, rules: Rules, *, start: int = 0
 ) -> Iterator[DocumentPiece]:
-    """Yield all pieces of a document from number `start` on, the dropped ones too."""
+    """Yield the pieces of a document from number `start` on, including dropped ones."""
     words = document.split(" ")
     step = rules.words_per_piece
     for first in range(start * step, len(words), step):
@@ -67,7 +67,7 @@ def make_pieces(
 
 
 def _make_piece(text: str, tokenizer: Tokenizer, rules: Rules) -> DocumentPiece:
-    if count_characters(text) < rules.min_characters:  # of the text as it came
+    if count_characters(text) < rules.min_characters:  # before the repair
         return DocumentPiece(NOTHING, FEW_CHARACTERS)
     ids = tokenize(repair(text), tokenizer)
     if len(ids) < rules.min_tokens:
@@ -90,5 +90,5 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def count_characters(text: str) -> int:
-    """Characters left when lower-cased, without punctuation, white space collapsed."""
+    """Count characters without punctuation, with collapsed white space."""
     return len(" ".join(text.lower().translate(_PUNCTUATION).split()))

@@ -1,7 +1,7 @@
-"""Patterns become files, and a file becomes a stream of documents.
+"""Find corpus files by patterns, and stream their documents.
 
-Read are plain text, JSON lines, JSON arrays (each also compressed by gzip or zstd) and
-parquet. A file is never held as a whole, unless it is one document.
+Formats: plain text, JSON lines, JSON arrays (all also with gzip or zstd) and parquet.
+A file is never completely in memory, unless it is one document.
 """
 
 import errno
@@ -19,39 +19,39 @@ from typing import IO, Any
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.record_files import JSON_SUFFIXES, open_records, read_values
 
-_MOST_SHOWN = 5  # missing files that a message names
-_MOST_NUMBERED = 10_000_000  # files of one range; more is a slip of the pen
+_MOST_SHOWN = 5  # missing files in a message
+_MAX_RANGE = 10_000_000  # files of one range; more is a typing error
 
 
 class DamagedFileError(OpenELMError):
-    """A file cannot be read to its end; what came before its damage was sound."""
+    """A file cannot be read to its end; the documents before that are valid."""
 
 
 # Patterns ------------------------------------------------------------------------
 
 
 def find_files(patterns: Sequence[str], exclude: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the paths of the files that patterns name, sorted, each file once.
+    """Return the paths of the files that match the patterns, sorted, each file once.
 
     Args:
-        patterns: as the shell has them, `**` for folders in folders; `{00..99}` stands
-            for a range of numbers, as wide as written, and each must be there.
-        exclude: patterns as these, however they write the way to a file; or of file
-            names, wherever they lie.
+        patterns: shell patterns, with `**` for nested folders; `{00..99}` is a range
+            of zero-padded numbers, and each of its files must exist.
+        exclude: such patterns, matched by file identity, not by path; or patterns of
+            file names in any folder.
 
     Raises:
-        OpenELMError: a pattern matches nothing, files of a range are missing, or
-            nothing is left.
+        OpenELMError: a pattern matches nothing, files of a range are missing, or all
+            files are excluded.
     """
     if not patterns:
         raise OpenELMError("The recipe's data names no files.")
-    found: set[str] = set()
+    paths: set[str] = set()
     missing: list[str] = []
     for pattern in patterns:
         numbered = expand_ranges(pattern)
         for name in numbered:
             matched = _match(name)
-            found |= matched
+            paths |= matched
             if not matched:
                 missing.append(name)
         if len(missing) == len(numbered) == 1:
@@ -62,22 +62,22 @@ def find_files(patterns: Sequence[str], exclude: Sequence[str] = ()) -> tuple[st
         rest = f" and {more} more" if more > 0 else ""
         raise OpenELMError(
             f"{len(missing)} files of the recipe's data are missing: {shown}{rest}; "
-            "get them, or correct the range."
+            "download them, or correct the range."
         )
     names = [name for pattern in exclude for name in expand_ranges(pattern)]
-    left_out = {_identify(path) for name in names for path in _match(name)}
+    excluded = {_identify(path) for name in names for path in _match(name)}
     kept: dict[object, str] = {}
-    for path in sorted(found):
+    for path in sorted(paths):
         named = any(fnmatch.fnmatch(os.path.basename(path), name) for name in names)
-        if not named and (file := _identify(path)) not in left_out:
+        if not named and (file := _identify(path)) not in excluded:
             kept.setdefault(file, path)
     if not kept:
-        raise OpenELMError("The recipe's data excludes every file that it names.")
+        raise OpenELMError("The recipe's data excludes all of its files.")
     return tuple(kept.values())
 
 
 def _match(pattern: str) -> set[str]:
-    """Return the files; one that is called so itself needs no pattern."""
+    """Return the matching files; an existing path is taken literally."""
     if os.path.isfile(pattern):
         return {pattern}
     matched = glob.glob(pattern, recursive=True)
@@ -85,33 +85,33 @@ def _match(pattern: str) -> set[str]:
 
 
 def _identify(path: str) -> object:
-    """Return what is the same for all ways that lead to a file."""
+    """Return a key that is the same for all paths to a file."""
     try:
-        found = os.stat(path)
-    except OSError:  # a link to nowhere, say; whoever reads it tells of it
+        stat = os.stat(path)
+    except OSError:  # such as a broken link, which is reported when it is read
         return path
-    return found.st_dev, found.st_ino
+    return stat.st_dev, stat.st_ino
 
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def expand_ranges(pattern: str) -> list[str]:
-    """Return the patterns that `{first..last}` stands for, both ends included.
+    """Expand `{first..last}`, both ends included.
 
     Raises:
-        OpenELMError: a range goes backwards or is absurdly long.
+        OpenELMError: a range is descending or too long.
     """
-    found = _RANGE.search(pattern)
-    if found is None:
+    match = _RANGE.search(pattern)
+    if match is None:
         return [pattern]
-    first, last = found.groups()
-    if not 0 <= int(last) - int(first) < _MOST_NUMBERED:
+    first, last = match.groups()
+    if not 0 <= int(last) - int(first) < _MAX_RANGE:
         raise OpenELMError(
-            f"The range {found[0]} in {pattern!r} is backwards or too long; write it "
+            f"The range {match[0]} in {pattern!r} is descending or too long; write it "
             "as {first..last}."
         )
-    head, tails = pattern[: found.start()], expand_ranges(pattern[found.end() :])
+    head, tails = pattern[: match.start()], expand_ranges(pattern[match.end() :])
     numbers = range(int(first), int(last) + 1)
     return [f"{head}{n:0{len(first)}}{tail}" for n in numbers for tail in tails]
 
@@ -126,17 +126,17 @@ def read_documents(
     document_start: str | None = None,
     start: int = 0,
 ) -> Iterator[str]:
-    """Yield a file's documents from number `start` on; what is before is not checked.
+    """Yield a file's documents from number `start` on; earlier ones are not checked.
 
     Args:
-        text_key: the name of the text in JSON records and parquet columns.
-        document_start: a regular expression; in plain text, a line that it matches
-            whole begins a document. Without it, a file is a document.
+        text_key: key of the text in JSON records, or its parquet column.
+        document_start: regular expression; in plain text, a line that fully matches it
+            starts a document. Default: one document per file.
 
     Raises:
-        DamagedFileError: the file cannot be read to its end, or a record holds no text.
-        OpenELMError: the package that reads such files is not installed, or too many
-            files are open.
+        DamagedFileError: the file cannot be read to its end, or a record has no text.
+        OpenELMError: the package for this format is not installed, or too many files
+            are open.
     """
     suffix = _suffix(path)
     try:
@@ -147,10 +147,9 @@ def read_documents(
                 yield from _read_json(path, opened, text_key, start)
         else:
             with _open(path) as opened, _decoded(opened) as text:
-                whole = document_start is None
                 documents = (
                     iter([text.read()])
-                    if whole
+                    if document_start is None
                     else split_documents(text, document_start)
                 )
                 yield from itertools.islice(documents, start, None)
@@ -158,32 +157,32 @@ def read_documents(
         raise DamagedFileError(f"Cannot read {path} as UTF-8 text: {error}.") from error
     except (EOFError, zlib.error, OSError) as error:
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-            raise OpenELMError(  # not the file's fault: nothing is to be skipped
-                f"Cannot open {path}, for too many files are open: each row of a batch "
-                "has its own; raise `ulimit -n`, or data.workers."
+            raise OpenELMError(  # the file is not damaged and must not be skipped
+                f"Cannot open {path}: too many files are open, one for each row of a "
+                "batch; raise `ulimit -n`, or data.workers."
             ) from error
         raise DamagedFileError(
-            f"{path} is damaged or cut off: {error}; get it anew, or say "
+            f"{path} is damaged or truncated: {error}; download it again, or set "
             "data.on_damage: skip."
         ) from error
 
 
 def is_plain_text(path: str) -> bool:
-    """Whether `document_start` has a meaning for this file."""
+    """Whether a file is plain text, to which `document_start` applies."""
     return _suffix(path) not in (".parquet", *JSON_SUFFIXES)
 
 
 def _suffix(path: str) -> str:
-    """Return what tells the form of a file, in lower case and without compression."""
+    """Return the lower-case suffix of the format, without that of the compression."""
     name = path.lower().removesuffix(".gz").removesuffix(".zst")
     return Path(name).suffix
 
 
 def split_documents(lines: Iterable[str], document_start: str | None) -> Iterator[str]:
-    """Cut before each heading; headings in a row stay together.
+    """Split lines before each heading; consecutive headings stay together.
 
-    Without `document_start` all lines are one document, as they are; else a document
-    is stripped of white space around it, and an empty one is none.
+    Without `document_start` all lines are one document. Otherwise documents are
+    stripped of surrounding white space, and empty ones are dropped.
     """
     if document_start is None:
         yield "".join(lines)
@@ -192,19 +191,19 @@ def split_documents(lines: Iterable[str], document_start: str | None) -> Iterato
         heading = re.compile(document_start)
     except re.error as error:
         raise OpenELMError(
-            f"data.document_start is {document_start!r}, which is no regular "
+            f"data.document_start is {document_start!r}, which is not a regular "
             f"expression: {error}."
         ) from error
     document: list[str] = []
-    told = False  # anything behind the last heading
+    has_body = False  # whether text follows the last heading
     for line in lines:
         if heading.fullmatch(line.rstrip("\r\n")):
-            if told:
+            if has_body:
                 yield from _stripped(document)
                 document = []
-            told = False
+            has_body = False
         elif line.strip():
-            told = True
+            has_body = True
         document.append(line)
     yield from _stripped(document)
 
@@ -224,12 +223,12 @@ def _open(path: str) -> IO[bytes]:
 
 
 def _decoded(opened: IO[bytes]) -> io.TextIOWrapper:
-    """As text whose lines end at a newline, whatever else may end them elsewhere."""
+    """Decode UTF-8; only a newline ends a line."""
     return io.TextIOWrapper(opened, encoding="utf-8-sig", newline="\n")
 
 
 class _ZstdFile(io.RawIOBase):
-    """Frames of zstd in a row; unlike zstandard's own reader it sees a cut one."""
+    """Reader of concatenated zstd frames. Unlike zstandard's, it detects truncation."""
 
     def __init__(self, path: str) -> None:
         try:
@@ -238,7 +237,7 @@ class _ZstdFile(io.RawIOBase):
             raise _missing("zstandard", path) from error
         self._errors = zstandard.ZstdError
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frame: Any = None  # the one that is being read
+        self._frame: Any = None  # the current one
         self._file = open(path, "rb")  # noqa: SIM115 # closed by close()
         self._ready = memoryview(b"")
 
@@ -272,7 +271,7 @@ class _ZstdFile(io.RawIOBase):
 
 def _missing(package: str, path: str) -> OpenELMError:
     return OpenELMError(
-        f"To read {path}, install the package {package}: pip install "
+        f"Reading {path} requires the package {package}: pip install "
         "'mlx-openelm[torch]'."
     )
 
@@ -283,7 +282,7 @@ def _missing(package: str, path: str) -> OpenELMError:
 def _read_json(
     path: str, opened: IO[bytes], text_key: str, start: int
 ) -> Iterator[str]:
-    """Yield the texts of objects, one a line, or of an array of them."""
+    """Yield the texts of objects, one per line or in an array."""
     for number, read in enumerate(read_values(opened, skip=start), start):
         if read.problem:
             raise _bad_record(f"{path}:{read.place}", number, read.problem)
@@ -304,7 +303,7 @@ def _get_text(path: str, number: int, value: Any, text_key: str) -> str:
 
 def _bad_record(path: str, number: int, what: str) -> DamagedFileError:
     return DamagedFileError(
-        f"Record {number + 1} of {path} {what}; correct it, data.text_key, or say "
+        f"Record {number + 1} of {path} {what}; correct it or data.text_key, or set "
         "data.on_damage: skip."
     )
 
@@ -313,7 +312,7 @@ def _bad_record(path: str, number: int, what: str) -> DamagedFileError:
 
 
 def _read_parquet(path: str, text_key: str, start: int) -> Iterator[str]:
-    """Yield a column's texts; row groups before `start` are not touched."""
+    """Yield a column's texts; row groups before `start` are not read."""
     try:
         import pyarrow  # type: ignore[import-untyped] # it has no stubs
         from pyarrow import parquet
@@ -325,8 +324,8 @@ def _read_parquet(path: str, text_key: str, start: int) -> Iterator[str]:
             columns = opened.schema_arrow.names
             if text_key not in columns:
                 raise DamagedFileError(
-                    f"{path} has no column {text_key!r} but {', '.join(columns)}; "
-                    "correct data.text_key, or say data.on_damage: skip."
+                    f"{path} has no column {text_key!r}, only {', '.join(columns)}; "
+                    "correct data.text_key, or set data.on_damage: skip."
                 )
             for group in range(opened.metadata.num_row_groups):
                 rows = opened.metadata.row_group(group).num_rows
@@ -342,5 +341,5 @@ def _read_parquet(path: str, text_key: str, start: int) -> Iterator[str]:
                         number += 1
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise  # not there, say
+            raise  # for example, the file is missing
         raise _bad_record(path, number, f"cannot be read ({error})") from error

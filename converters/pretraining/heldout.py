@@ -1,4 +1,4 @@
-"""What a model makes of text that it is not trained on: a score, and continuations."""
+"""Evaluation during pre-training: loss on held-out text, and sample continuations."""
 
 import math
 
@@ -15,19 +15,19 @@ SAMPLE_TOKENS = 64
 
 
 class HeldOut:
-    """Windows of held-out text, spread evenly, each begun with BOS."""
+    """Evenly spaced windows of held-out text, each starting with BOS."""
 
     def __init__(self, recipe: PretrainRecipe, tokenizer: Tokenizer) -> None:
         """Read the recipe's `data.heldout`.
 
         Raises:
-            OpenELMError: a file is not there or not text, or all are too short.
+            OpenELMError: a file is missing or not text, or the text is too short.
         """
         documents = tuple(read_recipe_documents(recipe.data, heldout=True))
         windows = PackedSequences(documents, tokenizer, recipe.eval_window)
         every = max(1, len(windows) // recipe.eval_sequences)
         chosen = range(0, len(windows), every)[: recipe.eval_sequences]
-        # The order of places does not matter; epoch 0 starts at offset 0.
+        # Epoch 0 starts at offset 0; the order of the windows does not matter.
         self.batch = windows.batch(chosen, recipe.seed, 0)
         num_bytes = sum(len(text.encode()) for text in documents)
         self.bytes_per_token = num_bytes / windows.num_tokens
@@ -56,18 +56,18 @@ def continue_greedily(
     prompt: str,
     max_tokens: int = SAMPLE_TOKENS,
 ) -> str:
-    """Return what the model writes behind the prompt, up to EOS or a full context."""
+    """Return the model's greedy continuation, up to EOS or a full context."""
     device = next(model.parameters()).device
     ids = tokenizer.encode(prompt)
     most = min(max_tokens, model.config.max_context_length - len(ids))
     cache = model.empty_cache()
     written: list[int] = []
-    unread = ids
+    inputs = ids
     while len(written) < most:
-        logits = model(torch.tensor([unread], device=device), cache)[0, -1]
-        chosen = int(logits[: tokenizer.vocab_size].argmax())  # no row for padding
+        logits = model(torch.tensor([inputs], device=device), cache)[0, -1]
+        chosen = int(logits[: tokenizer.vocab_size].argmax())  # no padding rows
         if chosen == tokenizer.eos_id:
             break
         written.append(chosen)
-        unread = [chosen]
+        inputs = [chosen]
     return tokenizer.decode([*ids, *written])[len(tokenizer.decode(ids)) :]

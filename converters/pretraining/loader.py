@@ -1,7 +1,7 @@
-"""Batches of pre-training, from text in memory or from corpora that none holds.
+"""Data loaders of pre-training, for packed text in memory and for streamed corpora.
 
-A loader gives one process its rows of every step's batch, and says in a few numbers
-where it stands. Streamed text comes from lanes, which workers may read ahead.
+A loader returns one process's rows of each batch; its state is a few numbers. Streamed
+text comes from lanes, which worker processes may prefetch.
 """
 
 import contextlib
@@ -44,17 +44,17 @@ from converters.pretraining.recipe import DataRecipe, PretrainRecipe
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.tokenizer import Tokenizer
 
-_OPEN_FILES = 128  # that a sample is taken from at once
-_AHEAD = 4  # batches that a worker makes before they are asked for
+_OPEN_FILES = 128  # read in turn for a sample
+_PREFETCHED = 4  # batches per worker
 
 
 class Loader(Protocol):
-    """Where a training process gets its share of every batch.
+    """Returns one process's share of each batch.
 
     Attributes:
-        num_files, num_documents, num_sequences, num_tokens: of one epoch; None where
-            that is not known before it is read.
-        dropped: what was left out, by reason, in batches that this loader handed out.
+        num_files, num_documents, num_sequences, num_tokens: of one epoch; None if
+            unknown before reading it.
+        dropped: number of dropped items by reason, in the batches returned so far.
     """
 
     num_files: int
@@ -67,21 +67,21 @@ class Loader(Protocol):
         """Return this process's rows of the next step's batch.
 
         Raises:
-            OpenELMError: a file is damaged, a lane finds nothing, or a worker died.
+            OpenELMError: a file is damaged, a lane has no text, or a worker died.
         """
 
     def state(self) -> State:
-        """Return what `join_states` needs to go on behind the last batch."""
+        """Return the position after the last batch, for `join_states`."""
 
     def restore(self, state: State) -> None:
-        """Go on from a joined state, of whatever number of processes.
+        """Resume from a joined state of any number of processes.
 
         Raises:
-            OpenELMError: it is the state of another corpus, seed or batch size.
+            OpenELMError: the state is of another corpus, seed or batch size.
         """
 
     def close(self) -> None:
-        """End what still runs."""
+        """Stop the workers."""
 
 
 def open_loader(
@@ -93,19 +93,19 @@ def open_loader(
     ranks: int = 1,
     corpus: Corpus | None = None,
 ) -> Loader:
-    """Return the batches of process `rank` of `ranks`.
+    """Return the loader of process `rank` of `ranks`.
 
     Args:
-        length: tokens of a sequence that are predicted.
-        corpus: for packing, what `read_corpora` gave, where it was read already.
+        length: targets of a sequence.
+        corpus: for packing, the result of `read_corpora`, if it was already read.
 
     Raises:
-        OpenELMError: the ranks do not divide the batch, or no file is found.
+        OpenELMError: `ranks` does not divide the batch size, or no file is found.
     """
     if recipe.batch_size % ranks:
         raise OpenELMError(
-            f"batch_size {recipe.batch_size} cannot be shared by {ranks} processes; "
-            "choose a multiple of their number."
+            f"batch_size is {recipe.batch_size}; it must be a multiple of the number "
+            f"of processes ({ranks})."
         )
     if recipe.data.packing:
         corpus = corpus or read_corpora(recipe.data)
@@ -114,7 +114,7 @@ def open_loader(
 
 
 def join_states(states: Sequence[State]) -> State:
-    """Join the states of all processes into the one that a checkpoint holds."""
+    """Join the states of all processes into one for the checkpoint."""
     lanes = [lane for state in states for lane in state["lanes"]]
     return {**states[0], "lanes": lanes}
 
@@ -122,15 +122,15 @@ def join_states(states: Sequence[State]) -> State:
 def read_recipe_documents(
     data: DataRecipe, *, heldout: bool = False, characters: int | None = None
 ) -> Iterator[str]:
-    """Yield repaired documents: the whole text, its held-out part, or a sample.
+    """Yield repaired documents: all training text, held-out text, or a sample.
 
     Args:
         heldout: yield the files of `data.heldout`, each as one document.
-        characters: stop behind so many, which are taken from all files in turn.
+        characters: size of the sample, which is taken from all files in turn.
 
     Raises:
         OpenELMError: a pattern matches nothing, or a file is damaged and `on_damage`
-            is not to skip it.
+            is "stop".
     """
     if heldout:
         yield from read_corpus(data.heldout, text_key=data.text_key).documents
@@ -146,7 +146,7 @@ def read_recipe_documents(
         return
     taken = 0
     rounds = -(-len(files) // _OPEN_FILES)
-    for first in range(rounds):  # so that each round has files from everywhere
+    for first in range(rounds):  # each with files from all corpora
         readers = [_read_repaired(data, *file) for file in files[first::rounds]]
         while readers:
             for reader in readers.copy():
@@ -172,7 +172,7 @@ def _read_repaired(data: DataRecipe, path: str, text_key: str) -> Iterator[str]:
 
 
 class _PackedLoader:
-    """Text in memory: a batch is a function of the step, which is all the state."""
+    """Batches of text in memory. The state is the step, which determines the batch."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class _PackedLoader:
         self._recipe, self._rank, self._ranks = recipe, rank, ranks
         self._sequences = PackedSequences(corpus.documents, tokenizer, length)
         self._step = 0
-        self._about = {
+        self._identity = {
             "form": "packed",
             "data": self._sequences.checksum,
             "seed": recipe.seed,
@@ -197,7 +197,7 @@ class _PackedLoader:
         self.num_sequences: int | None = len(self._sequences)
         self.num_tokens: int | None = self._sequences.num_tokens
         self.dropped = Counter[str]()
-        if rank == 0:  # all have read it, one tells of it
+        if rank == 0:  # all ranks read the same text; count it once
             self.dropped += corpus.dropped
 
     def next_batch(self) -> TokenBatch:
@@ -213,25 +213,24 @@ class _PackedLoader:
         return batch
 
     def state(self) -> State:
-        return {**self._about, "step": self._step, "lanes": []}
+        return {**self._identity, "step": self._step, "lanes": []}
 
     def restore(self, state: State) -> None:
-        _refuse_other(self._about, state)
+        _check_identity(self._identity, state)
         self._step = state["step"]
 
     def close(self) -> None:
         pass
 
 
-def _refuse_other(about: Mapping[str, Any], state: State) -> None:
-    """Raise OpenELMError if a state belongs to other data."""
+def _check_identity(identity: Mapping[str, Any], state: State) -> None:
+    """Raise OpenELMError if a state is of other data."""
     names = {"form": "data.packing", "data": "the text"}
-    other = [names.get(key, key) for key in about if about[key] != state.get(key)]
+    other = [names.get(key, key) for key in identity if identity[key] != state.get(key)]
     if other:
-        verb = "are" if len(other) > 1 else "is"
         raise OpenELMError(
-            f"The checkpoint was made with other data: {', '.join(other)} {verb} not "
-            "what it was; bring that back, or begin a new run."
+            "Cannot resume with other data; changed since the checkpoint: "
+            f"{', '.join(other)}. Restore that, or start a new run."
         )
 
 
@@ -239,7 +238,7 @@ def _refuse_other(about: Mapping[str, Any], state: State) -> None:
 
 
 class _LaneLoader:
-    """The lanes of one process, read by itself or by its workers."""
+    """Batches of streamed text: the lanes of one process, read by it or its workers."""
 
     def __init__(self, plan: LanePlan, rank: int, ranks: int) -> None:
         self._plan = plan
@@ -247,7 +246,7 @@ class _LaneLoader:
         self._own = range(rank * share, (rank + 1) * share)
         self._states: dict[int, State] = {}
         self._parts: list[Lanes | _Worker] = []
-        self._about = {
+        self._identity = {
             "form": "lanes",
             "data": fingerprint(plan),
             "seed": plan.seed,
@@ -261,23 +260,24 @@ class _LaneLoader:
 
     def next_batch(self) -> TokenBatch:
         self._parts = self._parts or self._start()
-        found = [part.next_rows() for part in self._parts]
-        for part in found:
-            self._states |= {state["lane"]: state for state in part.states}
-            self.dropped += part.dropped
-        return _pad([row for part in found for row in part.rows], self._plan.rules)
+        results = [part.next_rows() for part in self._parts]
+        for result in results:
+            self._states |= {state["lane"]: state for state in result.states}
+            self.dropped += result.dropped
+        rows = [row for result in results for row in result.rows]
+        return _pad(rows, self._plan.rules)
 
     def state(self) -> State:
         lanes = [self._states[lane] for lane in self._own if lane in self._states]
-        return {**self._about, "lanes": lanes}
+        return {**self._identity, "lanes": lanes}
 
     def restore(self, state: State) -> None:
-        _refuse_other(self._about, state)
+        _check_identity(self._identity, state)
         lanes = {lane["lane"]: lane for lane in state["lanes"]}
         if lanes and len(lanes) != self._plan.lanes:
             raise OpenELMError(
-                f"The checkpoint knows where {len(lanes)} of {self._plan.lanes} rows "
-                "were; it is not whole, so take an older one."
+                f"The checkpoint has the positions of {len(lanes)} rows instead of "
+                f"{self._plan.lanes}; it is incomplete, so use an older one."
             )
         self.close()
         self._states = lanes
@@ -299,7 +299,7 @@ class _LaneLoader:
 
 
 def _pad(rows: Sequence[Tokens], rules: Rules) -> TokenBatch:
-    """Return sequences as inputs and targets; what is behind EOS is not learnt."""
+    """Return padded inputs and targets; positions after EOS are ignored targets."""
     inputs = np.zeros((len(rows), rules.length), np.int64)
     targets = np.full((len(rows), rules.length), IGNORED, np.int64)
     for i, tokens in enumerate(rows):
@@ -312,14 +312,14 @@ def _pad(rows: Sequence[Tokens], rules: Rules) -> TokenBatch:
 
 
 class _Worker:
-    """A process that reads some lanes ahead."""
+    """A process that prefetches the rows of some lanes."""
 
     def __init__(
         self, plan: LanePlan, lanes: Sequence[int], states: Mapping[int, State]
     ) -> None:
-        # Spawned: a fork would copy the threads' locks of PyTorch, and CUDA's state.
+        # Not fork, which would copy the locks of PyTorch's threads and CUDA's state.
         context = multiprocessing.get_context("spawn")
-        # A pipe and no queue: it tells of the other side's death in mid-message.
+        # Not a queue: a pipe raises an error if the other process dies.
         self._reader, writer = context.Pipe(duplex=False)
         own = {lane: states[lane] for lane in lanes if lane in states}
         self._process = context.Process(
@@ -330,17 +330,17 @@ class _Worker:
 
     def next_rows(self) -> Rows:
         try:
-            found: Rows | Exception = self._reader.recv()
+            result: Rows | Exception = self._reader.recv()
         except (EOFError, OSError) as error:
             self._process.join()
             raise OpenELMError(
-                "A process that reads the data ended with the code "
-                f"{self._process.exitcode}; if the machine is short of memory, lower "
+                "A data worker ended with exit code "
+                f"{self._process.exitcode}; if it ran out of memory, lower "
                 "data.workers or data.shuffle_block."
             ) from error
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def close(self) -> None:
         self._process.kill()
@@ -355,23 +355,23 @@ def _work(
     states: Mapping[int, State],
     writer: Connection,
 ) -> None:
-    """Send rows until an error, or until the parent is gone."""
-    os.setsid()  # Ctrl-C in a terminal is the parent's to obey: it saves first
-    made: queue.Queue[Rows | Exception] = queue.Queue(_AHEAD)
+    """Send rows until an error, or until the parent process ends."""
+    os.setsid()  # on Ctrl-C the parent stops the workers after a checkpoint
+    prefetched: queue.Queue[Rows | Exception] = queue.Queue(_PREFETCHED)
     lanes = Lanes(plan, numbers, states)
-    threading.Thread(target=_read_ahead, args=(lanes, made), daemon=True).start()
+    threading.Thread(target=_read_ahead, args=(lanes, prefetched), daemon=True).start()
     with contextlib.suppress(BrokenPipeError):
         item: Rows | Exception | None = None
         while not isinstance(item, Exception):
-            item = made.get()
+            item = prefetched.get()
             writer.send(item)
 
 
-def _read_ahead(lanes: Lanes, made: "queue.Queue[Rows | Exception]") -> None:
+def _read_ahead(lanes: Lanes, prefetched: "queue.Queue[Rows | Exception]") -> None:
     try:
         while True:
-            made.put(lanes.next_rows())
+            prefetched.put(lanes.next_rows())
     except OpenELMError as error:
-        made.put(OpenELMError(str(error)))
-    except Exception:  # a bug of ours; the parent shows where
-        made.put(RuntimeError(traceback.format_exc()))
+        prefetched.put(OpenELMError(str(error)))
+    except Exception:  # a bug; the parent raises it with this traceback
+        prefetched.put(RuntimeError(traceback.format_exc()))

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: events, metrics.jsonl, trackers."""
+"""Progress of a run: events, metrics.jsonl, trackers."""
 
 import contextlib
 import dataclasses
@@ -15,13 +15,13 @@ from mlx_openelm.reporting.trackers import Trackers
 from mlx_openelm.storage.staging import replaced_file
 
 METRICS = "metrics.jsonl"
-SPIKE_WINDOW, SPIKE_LEAST = 100, 20  # losses that a new one is judged by
+SPIKE_WINDOW, SPIKE_LEAST = 100, 20  # number of previous losses to compare with
 SPIKE_DEVIATIONS = 6.0
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """What is about to be trained; counts are of one epoch, None where not known."""
+    """Sizes of the run, before its first step; counts are per epoch, None: unknown."""
 
     num_parameters: int
     num_documents: int | None
@@ -38,10 +38,10 @@ class Trained:
     """Means since the last report, in nats per token; the norm is the last step's.
 
     Attributes:
-        loss: cross-entropy; `z_loss` is what was added to it.
-        tokens: learnt from so far.
-        mfu: model FLOPs utilisation; None where the device's peak is not known.
-        seconds_left: at the pace of this process so far.
+        loss: cross-entropy, without `z_loss`.
+        tokens: targets so far.
+        mfu: model FLOPs utilisation; None if the device's peak is unknown.
+        seconds_left: estimated from the mean speed of this process.
     """
 
     step: int
@@ -57,7 +57,7 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Spiked:
-    """The loss of one step stands far above the median of those before it."""
+    """The loss of a step is far above the median of the previous ones."""
 
     step: int
     loss: float
@@ -66,7 +66,7 @@ class Spiked:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """Held-out text, windows each begun with BOS; `averaged`: of the final mean."""
+    """Loss on held-out text; `averaged`: of the averaged final weights."""
 
     step: int
     nats_per_token: float
@@ -76,7 +76,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A prompt and how the model goes on, greedily."""
+    """A prompt and the model's greedy continuation."""
 
     step: int
     prompt: str
@@ -85,7 +85,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """`dropped`: pieces of text left out by these processes, by reason."""
+    """A checkpoint was written; `dropped`: number of dropped pieces by reason."""
 
     step: int
     path: Path
@@ -103,7 +103,7 @@ Event = Started | Trained | Spiked | Evaluated | Sampled | Saved | Noted
 
 
 class RunLog:
-    """Writes each event to metrics.jsonl and to trackers, and hands it on."""
+    """Writes events to metrics.jsonl and trackers, and passes them to `on_event`."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class RunLog:
         report_to: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Begin behind `step`: what a killed run told of later ones is dropped.
+        """Open the log after `step`; later records of a killed run are removed.
 
         Raises:
             OpenELMError: a tracker's package is not installed, or it cannot start.
@@ -144,7 +144,7 @@ class RunLog:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Leave what was told up to a step; a line cut by a death goes too."""
+    """Remove the records after a step, and a truncated last line."""
     if not path.exists():
         return
     kept = []
@@ -153,7 +153,7 @@ def _drop_after(path: Path, step: int) -> None:
             match json.loads(line):
                 case {"averaged": True}:
                     pass
-                case {"step": int(told)} if told > step:
+                case {"step": int(recorded)} if recorded > step:
                     pass
                 case {}:
                     kept.append(line)
@@ -162,11 +162,11 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 class Meter:
-    """Sums up the steps since the last report, and keeps the time.
+    """Accumulates losses, tokens and time since the last report.
 
     Args:
-        flops_per_position: of a position of the batch, padded or not.
-        peak_flops: of all devices; None: not known.
+        flops_per_position: of a position of the batch, padding included.
+        peak_flops: of all devices together; None if unknown.
     """
 
     def __init__(self, flops_per_position: float, peak_flops: float | None) -> None:
@@ -189,10 +189,10 @@ class Meter:
         tokens: int,
         positions: int,
     ) -> Spiked | None:
-        """Count a step; return what to flag.
+        """Add a step; return an event if its loss is a spike.
 
-        A loss is flagged above the median of the last 100 steps by 6 times the median
-        distance from it (4 standard deviations, were they normal).
+        A spike exceeds the median of the last 100 losses by 6 median absolute
+        deviations (4 standard deviations of a normal distribution).
         """
         self._losses.append(loss)
         self._z_losses.append(z_loss)
@@ -211,7 +211,7 @@ class Meter:
         return spiked
 
     def report(self, step: int, steps: int, learning_rate: float) -> Trained:
-        """Return the means since the last report, and begin anew."""
+        """Return the means since the last report, and reset them."""
         now = time.perf_counter()
         elapsed = now - self._since
         used = self._flops * self._positions / elapsed
@@ -232,10 +232,10 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of this block out."""
-        begun = time.perf_counter()
+        """Exclude the time of this block."""
+        started = time.perf_counter()
         yield
-        elapsed = time.perf_counter() - begun
+        elapsed = time.perf_counter() - started
         self._since += elapsed
         self._first += elapsed
 

@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW or Muon, and the rate of each step."""
+"""Optimizers of pre-training (AdamW, Muon), and their learning-rate schedule."""
 
 import math
 
@@ -9,21 +9,21 @@ from converters.reference import ReferenceOpenELM
 
 
 def learning_rate(recipe: OptimizerRecipe, step: int, steps: int) -> float:
-    """Return the rate of a step: linear warm-up, then a cosine to the final rate."""
+    """Return a step's learning rate: linear warm-up, then cosine to the final rate."""
     if step < recipe.warmup_steps:
-        share = step / recipe.warmup_steps
+        progress = step / recipe.warmup_steps
         first = recipe.warmup_learning_rate
-        return first + share * (recipe.learning_rate - first)
-    share = (step - recipe.warmup_steps) / (steps - recipe.warmup_steps + 1)
-    height = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        return first + progress * (recipe.learning_rate - first)
+    progress = (step - recipe.warmup_steps) / (steps - recipe.warmup_steps + 1)
+    factor = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     span = recipe.learning_rate - recipe.final_learning_rate
-    return recipe.final_learning_rate + span * height
+    return recipe.final_learning_rate + span * factor
 
 
 def build_optimizers(
     model: ReferenceOpenELM, recipe: OptimizerRecipe
 ) -> list[torch.optim.Optimizer]:
-    """Return AdamW (decay on matrices alone), or Muon for the layers' matrices too."""
+    """Return AdamW (weight decay on matrices only), with Muon also a Muon optimizer."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizers: list[torch.optim.Optimizer] = []
@@ -35,7 +35,7 @@ def build_optimizers(
                 hidden,
                 lr=recipe.learning_rate,
                 weight_decay=recipe.weight_decay,
-                adjust_lr_fn="match_rms_adamw",  # so that one rate serves both
+                adjust_lr_fn="match_rms_adamw",  # the same learning rate fits both
             )
         )
     optimizers.append(
@@ -53,7 +53,7 @@ def build_optimizers(
 
 
 def take_step(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
-    """Move the weights by their gradients, and drop the gradients."""
+    """Update the weights and clear the gradients."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate

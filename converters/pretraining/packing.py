@@ -1,8 +1,8 @@
-"""What a recipe's text is as a whole: a tokenizer's training text, packed sequences.
+"""Training text in memory: packed sequences, and training of a tokenizer.
 
-Packing is ours, for corpora too small to pad: the text is held in memory, documents
-follow one another, and every sequence is full. Text that is streamed, one piece to a
-padded sequence as in OpenELM's pre-training, is the business of `streaming`.
+Packing concatenates documents into full sequences, for corpora that are too small to
+pad. CoreNet does not have it; `lanes` streams text as in OpenELM's pre-training, one
+piece per padded sequence.
 """
 
 import io
@@ -27,7 +27,7 @@ from converters.pretraining.recipe import CorpusRecipe, DataRecipe, TokenizerRec
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.tokenizer import Tokenizer
 
-IGNORED = -100  # a target that is not learnt from
+IGNORED = -100  # a target without a loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Corpus:
     """Repaired documents.
 
     Attributes:
-        dropped: what was left out, by reason.
+        dropped: number of dropped items by reason.
     """
 
     documents: tuple[str, ...]
@@ -44,17 +44,16 @@ class Corpus:
 
 
 def read_corpora(data: DataRecipe) -> Corpus:
-    """Read all that a recipe trains on into memory.
+    """Read all training text of a recipe into memory.
 
     Raises:
         OpenELMError: a pattern matches nothing, a file is damaged and `on_damage` is
-            not to skip it, or the corpora have weights, which mean nothing to text
-            that is taken once.
+            "stop", or the corpora have different weights, which packing ignores.
     """
     if len({corpus.weight for corpus in data.corpora}) > 1:
         raise OpenELMError(
-            "data.packing takes every corpus once, whatever its weight; leave the "
-            "weights out, or packing."
+            "data.packing uses every corpus once, whatever its weight; leave out the "
+            "weights, or data.packing."
         )
     parts = [
         read_corpus(
@@ -72,7 +71,7 @@ def read_corpora(data: DataRecipe) -> Corpus:
 
 
 def list_corpora(data: DataRecipe) -> tuple[CorpusRecipe, ...]:
-    """Return a recipe's corpora; `train` is one alone."""
+    """Return a recipe's corpora; `train` is a single one."""
     return data.corpora or (CorpusRecipe(data.train, data.text_key),)
 
 
@@ -87,8 +86,8 @@ def read_corpus(
     """Read files into memory, in the order of their names.
 
     Args:
-        patterns: as `find_files` takes them; so is `exclude`.
-        document_start: as `read_documents` takes it, but it sees the repaired text.
+        patterns: as for `find_files`; so is `exclude`.
+        document_start: as for `read_documents`, but matched in the repaired text.
 
     Raises:
         OpenELMError: a pattern matches nothing, or a file is damaged and `on_damage` is
@@ -100,7 +99,7 @@ def read_corpus(
     for path in files:
         try:
             for document in repair_documents(path, document_start, text_key):
-                documents.append(document)  # what is before the damage is kept
+                documents.append(document)  # kept if damage follows
         except DamagedFileError:
             if on_damage == "stop":
                 raise
@@ -109,14 +108,14 @@ def read_corpus(
 
 
 def describe_damage(path: str) -> str:
-    """Return the reason for which a damaged file's rest is left out."""
+    """Return the reason for dropping the rest of a damaged file."""
     return f"rest of {path}, damaged"
 
 
 def repair_documents(
     path: str, document_start: str | None, text_key: str
 ) -> Iterator[str]:
-    """Yield a file's documents repaired; plain text is repaired before it is cut."""
+    """Yield a file's repaired documents; plain text is split after the repair."""
     for text in read_documents(path, text_key=text_key):
         repaired = repair(text)
         if is_plain_text(path) and document_start is not None:
@@ -126,13 +125,13 @@ def repair_documents(
 
 
 def train_tokenizer(documents: Sequence[str], recipe: TokenizerRecipe) -> Tokenizer:
-    """Train SentencePiece BPE with Llama's settings on `documents`, losslessly.
+    """Train a lossless SentencePiece BPE tokenizer with Llama's settings.
 
-    Same special ids as Llama's, byte fallback, digits apart, one dummy space in front;
-    text is not normalised and no white space is removed.
+    Llama's special ids, byte fallback, split digits, a dummy prefix space; no
+    normalisation, and all white space is kept.
 
     Raises:
-        OpenELMError: SentencePiece cannot make so many, or so few, pieces of this text.
+        OpenELMError: SentencePiece cannot train this number of pieces on the text.
     """
     written = io.BytesIO()
     try:
@@ -159,28 +158,28 @@ def train_tokenizer(documents: Sequence[str], recipe: TokenizerRecipe) -> Tokeni
         )
     except (RuntimeError, OSError) as error:  # OSError: "vocab_size must be positive"
         raise OpenELMError(
-            f"No tokenizer of {recipe.vocab_size} pieces (tokenizer.vocab_size) can be "
-            f"made of this text: {' '.join(str(error).split())}."
+            f"Cannot train a tokenizer with {recipe.vocab_size} pieces "
+            f"(tokenizer.vocab_size) on this text: {' '.join(str(error).split())}."
         ) from error
     return Tokenizer(written.getvalue())
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Inputs and next-token targets, int64 (B, T); IGNORED is no target."""
+    """Inputs and next-token targets, int64 (B, T); IGNORED where there is no target."""
 
     inputs: npt.NDArray[np.int64]
     targets: npt.NDArray[np.int64]
 
 
 class PackedSequences:
-    """Documents in a row, each closed by EOS; every window is begun with BOS.
+    """Windows of concatenated documents, each document ending with EOS.
 
-    Each epoch cuts at another offset, so that borders fall elsewhere. The form is that
-    of `evaluate`: N tokens to predict, the first from BOS alone.
+    Each window starts with BOS and has `length` targets, as in `evaluate`. Each epoch
+    splits the stream at another offset.
 
     Attributes:
-        checksum: tells this stream of tokens from another.
+        checksum: of the token stream.
     """
 
     def __init__(
@@ -205,7 +204,7 @@ class PackedSequences:
         return max(0, len(self._stream) - (self.length - 1)) // self.length
 
     def batch(self, indices: Sequence[int], seed: int, epoch: int) -> TokenBatch:
-        """Return the windows with these places in the order of that epoch."""
+        """Return the windows at these positions of the epoch's order."""
         rng = np.random.default_rng([seed, epoch])
         offset = int(rng.integers(self.length)) if epoch else 0
         order = rng.permutation(len(self))
@@ -226,10 +225,10 @@ def step_batch(
     rank: int,
     ranks: int,
 ) -> TokenBatch:
-    """Return this process's share of a step's batch: a function of its arguments.
+    """Return this process's share of a step's batch.
 
-    A step takes the next `batch_size` sequences; an epoch's last step fills up from the
-    next epoch's order.
+    A step uses the next `batch_size` sequences; the last batch of an epoch is completed
+    from the next one.
     """
     share = batch_size // ranks
     first = step * batch_size + rank * share

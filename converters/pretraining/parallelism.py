@@ -1,4 +1,4 @@
-"""A model on the devices of its processes: a copy on each (DDP), or shards (FSDP2)."""
+"""Data parallelism: a copy of the model on each device (DDP), or shards (FSDP2)."""
 
 import warnings
 
@@ -14,7 +14,7 @@ from converters.reference import ReferenceOpenELM, summed_loss
 
 
 class SummedLoss(nn.Module):
-    """Tokens in, loss sums out: the part that is compiled and wrapped for DDP."""
+    """Module from tokens to summed losses, to be compiled and wrapped for DDP."""
 
     def __init__(
         self, model: ReferenceOpenELM, *, autocast: bool, z_loss: float
@@ -31,7 +31,7 @@ class SummedLoss(nn.Module):
 def parallelize(
     model: ReferenceOpenELM, recipe: PretrainRecipe, processes: Processes
 ) -> nn.Module:
-    """Return the loss of a model that is on its device, sharded or copied."""
+    """Move a model to its device, sharded or copied, and return its loss module."""
     model.checkpointing = recipe.activation_checkpointing
     sharded = recipe.parallel == "fsdp" and processes.count > 1
     loss: nn.Module = SummedLoss(
@@ -43,11 +43,10 @@ def parallelize(
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if recipe.bf16 else None,
             reduce_dtype=torch.float32,
-            cast_forward_inputs=False,  # the rotation's angles stay float32
+            cast_forward_inputs=False,  # the rotary angles stay float32
         )
-        warnings.filterwarnings(
-            "ignore", ".* returned a view tensor.*"
-        )  # none is written
+        # Harmless, as nothing writes to the views.
+        warnings.filterwarnings("ignore", ".* returned a view tensor.*")
         mesh = dist.init_device_mesh(processes.device.type, (processes.count,))
         for block in model.layers:
             if recipe.compile:

@@ -1,4 +1,4 @@
-"""What a run will take, reckoned from its recipe: steps, tokens, memory, FLOPs."""
+"""Estimate of a run's steps, tokens, memory and FLOPs, from its recipe."""
 
 import math
 from dataclasses import dataclass
@@ -23,17 +23,16 @@ PEAK_FLOPS = {  # dense bfloat16, by a part of torch's device name (makers' data
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-UTILISATION = 0.4  # of an A100's peak, that its days are reckoned with
+UTILISATION = 0.4  # of an A100's peak, assumed for `a100_days`
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device; `total` is what it must have at least.
+    """Bytes on one device; `total` is the least that it needs.
 
     Attributes:
-        copies: weights in the bits of the computation; of a sharded model, what of it
-            is whole at once.
-        activations: at their most, the logits included.
+        copies: weights in the compute dtype; for a sharded model, its unsharded parts.
+        activations: peak, including the logits.
     """
 
     weights: int
@@ -55,15 +54,15 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class PretrainingPlan:
-    """A run's sizes.
+    """Estimated sizes of a run.
 
     Attributes:
-        devices: that share a step; `accumulation` passes of `micro_batch_size`
-            sequences each.
-        tokens_per_step: positions of the batch, padded ones included.
-        a100_days: of one A100 at `UTILISATION` of its peak.
-        memory: on each device by "ddp" and "fsdp".
-        missing: what is not there yet, a sentence each.
+        devices: number of devices; each runs `accumulation` passes of
+            `micro_batch_size` sequences per step.
+        tokens_per_step: positions of the batch, padding included.
+        a100_days: on one A100 at `UTILISATION` of its peak.
+        memory: per device, with "ddp" and "fsdp".
+        missing: a sentence on each missing input.
     """
 
     config: OpenELMConfig
@@ -83,16 +82,16 @@ class PretrainingPlan:
 def plan_pretraining(
     recipe: PretrainRecipe, *, devices: int | None = None
 ) -> PretrainingPlan:
-    """Reckon a run; its text need not be there.
+    """Estimate a run, whose text may be missing.
 
     Args:
-        devices: default: as many as do a step without accumulation.
+        devices: default: enough for a step without accumulation.
 
     Raises:
-        OpenELMError: the devices do not divide the batch, or the recipe is unusable.
+        OpenELMError: `devices` does not divide the batch, or the recipe is invalid.
     """
     missing: list[str] = []
-    config = _size_up(recipe, missing)
+    config = _find_config(recipe, missing)
     missing += _missing_text(recipe)
     micro = recipe.micro_batch_size or recipe.batch_size
     if devices is None:
@@ -125,32 +124,32 @@ def plan_pretraining(
 
 
 def share_batch(recipe: PretrainRecipe, devices: int) -> int:
-    """Return the sequences of one process.
+    """Return the number of sequences of one process.
 
     Raises:
-        OpenELMError: the processes do not divide the batch, or micro-batches do not
-            divide a process's share.
+        OpenELMError: `devices` does not divide the batch, or `micro_batch_size` does
+            not divide a process's share.
     """
     share, rest = divmod(recipe.batch_size, devices)
     if rest or share < 1:
         raise OpenELMError(
-            f"batch_size {recipe.batch_size} cannot be shared by {devices} "
-            "processes; make it a multiple."
+            f"batch_size is {recipe.batch_size}; it must be a multiple of the number "
+            f"of processes ({devices})."
         )
     micro = recipe.micro_batch_size
     if micro is not None and share > micro and share % micro:
         raise OpenELMError(
-            f"micro_batch_size {micro} does not divide the {share} sequences of each "
-            f"of {devices} processes; choose one that does."
+            f"micro_batch_size is {micro}; it must divide the {share} sequences of "
+            f"each of the {devices} processes."
         )
     return share
 
 
 def count_flops_per_token(config: OpenELMConfig, context: int) -> float:
-    """Return the FLOPs of one training token (forward and backward).
+    """Return the FLOPs per training token (forward and backward).
 
-    6 per parameter of the matrices (the tied head included, the lookup not), plus
-    12 L Q H S / 2 of causal attention on average (Kaplan et al., arXiv 2001.08361).
+    6 per parameter of the matrices (including the tied head, without the lookup), plus
+    12 L Q H S / 2 for causal attention (Kaplan et al., arXiv 2001.08361).
     """
     shapes = config.tensor_shapes().values()
     matrices = sum(math.prod(s) for s in shapes if len(s) == 2)
@@ -161,9 +160,9 @@ def count_flops_per_token(config: OpenELMConfig, context: int) -> float:
 
 
 def find_peak_flops(device_name: str) -> float | None:
-    """Return a device's peak in bfloat16 by torch's name of it; None: not known."""
-    known = (flops for part, flops in PEAK_FLOPS.items() if part in device_name)
-    return next(known, None)
+    """Return the bfloat16 peak of a device by its name in torch; None if unknown."""
+    matching = (flops for part, flops in PEAK_FLOPS.items() if part in device_name)
+    return next(matching, None)
 
 
 # Memory ------------------------------------------------------------------------------
@@ -172,12 +171,13 @@ def find_peak_flops(device_name: str) -> float | None:
 def estimate_training_memory(
     recipe: PretrainRecipe, config: OpenELMConfig, micro: int, shards: int
 ) -> Memory:
-    """Reckon one device's bytes, with P parameters and b bytes a computed number.
+    """Estimate the bytes on one device, for P parameters and b bytes per activation.
 
-    Weights, gradients 4P each; optimizer 8P (Muon's matrices 4), all over `shards`;
-    copies 2P under autocast; of shards the embedding and two blocks, b each, and a
-    block's gradients. Activations: see `count_layer_bytes`; checkpointed, the inputs
-    of the blocks and the largest block's own; and (12 + b) bytes a logit.
+    Weights and gradients: 4P each; optimizer: 8P (4 per parameter of Muon); all divided
+    by `shards`. Copies: 2P with autocast; with shards, b per parameter of the embedding
+    and of two blocks, and a block's gradients. Activations: see `count_layer_bytes`;
+    with checkpointing, the inputs of the blocks and all of the largest block; plus
+    12 + b per logit.
     """
     P = config.num_parameters
     shapes = config.tensor_shapes()
@@ -215,11 +215,11 @@ def estimate_training_memory(
 
 
 def count_layer_bytes(config: OpenELMConfig, layer: int, *, bf16: bool) -> int:
-    """Return what the gradient of a layer needs, in bytes a position.
+    """Return the bytes per position that a layer saves for its backward pass.
 
-    Two norms keep their input, its normed form and what the next matrix reads; queries
-    and keys the same, and attention its operands and its outcome; the FFN its two
-    halves, the gate's activation and the product. Norms compute in float32.
+    Saved are, for both norms and for those of queries and keys: the input, the
+    normalised input and the output; for attention: operands and output; for the FFN:
+    both halves, the gate's activation and the product. Norms compute in float32.
     """
     D, F = config.model_dim, config.ffn_dims[layer]
     QH = config.num_query_heads[layer] * config.head_dim
@@ -229,22 +229,22 @@ def count_layer_bytes(config: OpenELMConfig, layer: int, *, bf16: bool) -> int:
     return 24 * D + 28 * QH + 12 * KH + 16 * F
 
 
-# What there is -----------------------------------------------------------------------
+# Config and missing inputs -----------------------------------------------------------
 
 
-def _size_up(recipe: PretrainRecipe, missing: list[str]) -> OpenELMConfig:
+def _find_config(recipe: PretrainRecipe, missing: list[str]) -> OpenELMConfig:
     if recipe.init is not None:
         init = Path(recipe.init)
         if not init.is_file():
-            missing.append(f"The recipe's init, {init}, is no file.")
+            missing.append(f"The recipe's init, {init}, is not a file.")
         return OpenELMConfig.from_file(init.parent / "config.json")
     path = recipe.tokenizer.path
     if path is None:
         return recipe.model.build(recipe.tokenizer.vocab_size)
     if not Path(path).is_file():
         missing.append(
-            f"The tokenizer, {path}, is no file; reckoned with Llama's {LLAMA_PIECES} "
-            "pieces."
+            f"The tokenizer, {path}, is not a file; estimated for Llama's "
+            f"{LLAMA_PIECES} pieces."
         )
         return recipe.model.build(LLAMA_PIECES)
     return recipe.model.build(Tokenizer.from_file(Path(path)).vocab_size)
@@ -254,7 +254,7 @@ def _missing_text(recipe: PretrainRecipe) -> list[str]:
     data = recipe.data
     sets = [corpus.files for corpus in data.corpora] or [data.train]
     if not any(sets):
-        return ["The recipe names no text: set data.train, or say `data`."]
+        return ["The recipe has no text: set data.train, or pass `data`."]
     missing = []
     for patterns in (*sets, *([data.heldout] if data.heldout else [])):
         try:

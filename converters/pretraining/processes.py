@@ -1,7 +1,7 @@
-"""The processes of a run: one alone, or those that torchrun started.
+"""The processes of a run: a single one, or those of torchrun.
 
-What one of them meets must reach all, or the others wait for it without end: an error
-in one is raised in each, and a signal to one stops all at the same step.
+An error or signal in one process must reach all, or the others would wait for it
+indefinitely: errors are raised in each, and signals stop all at the same step.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from mlx_openelm.errors import OpenELMError
 
 
 class SharedError(OpenELMError):
-    """Raised in all processes of a run; the first one alone need say it."""
+    """An error that is raised in all processes; only the first needs to report it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """This process among those of the run, and the device that it computes on."""
+    """Rank and device of this process, and the number of processes."""
 
     rank: int
     count: int
@@ -45,7 +45,7 @@ class Processes:
         return [float(value) for value in total]
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every process's value, the first's first."""
+        """Return the values of all processes, ordered by rank."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -53,11 +53,12 @@ class Processes:
         return values
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Raise in all what fails in one; inside the block no process may wait.
+    def shared_errors(self) -> Iterator[None]:
+        """Raise an error of one process in all; the block must not communicate.
 
         Raises:
-            SharedError: the first process's that had one; alone, its own error.
+            SharedError: with the message of the lowest rank that failed. A single
+                process raises its own error.
         """
         failed: Exception | None = None
         try:
@@ -66,24 +67,24 @@ class Processes:
             if self.count == 1:
                 raise
             failed = error
-        self.share(failed)
+        self.share_error(failed)
 
-    def share(self, failed: Exception | None) -> None:
-        """Raise in all processes what failed in one of them; None: nothing here."""
+    def share_error(self, failed: Exception | None) -> None:
+        """Raise the error of any process in all; None: this one has none."""
         if failed is not None and self.count == 1:
             raise failed
-        said = self.gather(None if failed is None else f"{failed}".rstrip(".") + ".")
-        for message in said:
+        own = None if failed is None else f"{failed}".rstrip(".") + "."
+        for message in self.gather(own):
             if message is not None:
                 raise SharedError(message) from failed
 
     def agree_to_stop(self, signals: list[int]) -> bool:
-        """Stop all at the same step, whichever got the signal."""
+        """Return whether any process got a signal, and put it into `signals`."""
         if self.count > 1:
-            asked = torch.tensor([signals[0] if signals else 0], device=self.device)
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-            if asked.item():  # else leave one that came just now for the next time
-                signals[:] = [int(asked.item())]
+            number = torch.tensor([signals[0] if signals else 0], device=self.device)
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+            if number.item():  # else a signal that came since then waits for next time
+                signals[:] = [int(number.item())]
                 return True
             return False
         return bool(signals)
@@ -91,10 +92,10 @@ class Processes:
 
 @contextlib.contextmanager
 def join_processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started; alone otherwise.
+    """Join the process group of torchrun; without torchrun, a single process.
 
     Raises:
-        SharedError: another process ended while this one waited for it.
+        SharedError: another process ended while this one was waiting for it.
     """
     cuda = torch.cuda.is_available()
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -113,12 +114,12 @@ def join_processes() -> Iterator[Processes]:
             traceback.clear_frames(each.__traceback__)
         if isinstance(error, RuntimeError) and any(x in str(error) for x in _LOST):
             raise SharedError(
-                "Another process of the run ended, so this one cannot go on; its own "
-                "message says why. The last checkpoint is whole: say `resume`."
+                "Another process of the run ended; see its message. The last "
+                "checkpoint is complete: continue with `resume`."
             ) from error
         raise
     finally:
-        gc.collect()  # what hangs on the group and is freed after it may never end
+        gc.collect()  # freeing objects of the group after its end may hang
         dist.destroy_process_group()
 
 
@@ -127,10 +128,10 @@ _LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe")
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM in a list, to be looked at between two steps."""
+    """Collect SIGINT and SIGTERM in a list, to be checked after each step."""
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield seen  # signals reach the main thread alone
+        yield seen  # only the main thread receives signals
         return
     before = {
         number: signal.signal(number, lambda received, frame: seen.append(received))

@@ -1,4 +1,4 @@
-"""What decides a pre-training run: the sections of a recipe in recipes/pretrain."""
+"""Recipe of a pre-training run: the sections of the files in recipes/pretrain."""
 
 import dataclasses
 import math
@@ -17,11 +17,11 @@ Multipliers = float | tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class ModelRecipe:
-    """A released size by `name`, or the sizes that layer-wise scaling needs.
+    """A released size by `name`, or the parameters of layer-wise scaling.
 
     Attributes:
-        spare_rows: give the embedding CoreNet's rows for padding (Llama's 32000
-            pieces have 32128), which `convert` knows.
+        spare_rows: pad the embedding like CoreNet (32128 rows for Llama's 32000
+            pieces); `convert` removes the padding.
     """
 
     name: str | None = None
@@ -77,7 +77,7 @@ class ModelRecipe:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerRecipe:
-    """A tokenizer.model at `path`; without one, `vocab_size` pieces are trained."""
+    """A tokenizer.model at `path`; default: train one with `vocab_size` pieces."""
 
     path: str | None = None
     vocab_size: int = 4096
@@ -85,13 +85,13 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True, slots=True)
 class CorpusRecipe:
-    """One of several corpora that are mixed.
+    """One corpus of a mixture.
 
     Attributes:
-        files: patterns, relative to the working folder; {000..099} stands for a range
-            of numbered files, all of which must be there.
-        text_key: the name of the text in JSON records and parquet columns.
-        weight: its share of the documents, next to the others' weights.
+        files: patterns, relative to the working directory; {000..099} is a range of
+            numbered files, all of which must exist.
+        text_key: key of the text in JSON records, or its parquet column.
+        weight: share of the documents, relative to the other weights.
     """
 
     files: tuple[str, ...]
@@ -108,23 +108,23 @@ class CorpusRecipe:
 
 @dataclass(frozen=True, slots=True)
 class DataRecipe:
-    """Which text is read, and how a document becomes sequences.
+    """Training text, and how documents become sequences.
 
-    Without `packing`, the rules are OpenELM's, on text that is streamed: pieces of
-    `words_per_piece` words, dropped below `min_characters` or `min_tokens`, one to a
-    padded sequence. With it, the text is held in memory, documents follow one another
-    and every sequence is full.
+    Without `packing`, text is streamed and follows OpenELM's rules: pieces of
+    `words_per_piece` words, dropped below `min_characters` or `min_tokens`, one per
+    padded sequence. With it, the text is in memory, and documents are concatenated into
+    full sequences.
 
     Attributes:
-        train: files as in `CorpusRecipe`; the corpus where there is one alone.
-        corpora: several, mixed by weight, in place of `train`.
-        exclude, heldout: file patterns that are not trained on; `heldout` is scored.
-        document_start: a regular expression; in plain text, a line that it matches
-            whole begins a document. Without it, a file is a document.
+        train: files as in `CorpusRecipe`, for a single corpus.
+        corpora: corpora to mix by weight, instead of `train`.
+        exclude, heldout: file patterns that are not trained on; `heldout` is evaluated.
+        document_start: regular expression; in plain text, a line that fully matches it
+            starts a document. Default: one document per file.
         shuffle_block: documents that are shuffled together; 1 keeps their order.
         on_damage: "stop", or "skip" the rest of a damaged file.
-        cache: a folder for the tokens of what was read once.
-        workers: processes that read and tokenize; 0: the training process does.
+        cache: folder for the tokens of files.
+        workers: processes that read and tokenize; 0: the training process.
     """
 
     train: tuple[str, ...] = ()
@@ -158,15 +158,15 @@ class DataRecipe:
                 )
         if self.train and self.corpora:
             raise OpenELMError(
-                "The recipe's data has both train and corpora; say one of them."
+                "The recipe's data has both train and corpora; use one of them."
             )
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerRecipe:
-    """AdamW with a linear warm-up and a cosine to `final_learning_rate`.
+    """Optimizer, with a linear warm-up and a cosine to `final_learning_rate`.
 
-    "muon" gives the layers' matrices to Muon and leaves the rest to AdamW.
+    "muon" uses Muon for the matrices of the layers and AdamW for the rest.
     """
 
     name: str = "adamw"
@@ -201,13 +201,13 @@ class OptimizerRecipe:
         if not self.clip_norm > 0:
             raise OpenELMError(
                 f"optimizer.clip_norm is {self.clip_norm}; it must be above 0, or .inf "
-                "not to clip."
+                "for no clipping."
             )
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRecipe:
-    """How the trained model reads best: its generation_config.json."""
+    """Sampling defaults for the trained model's generation_config.json."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -218,22 +218,23 @@ class GenerationRecipe:
 
 @dataclass(frozen=True, slots=True)
 class PretrainRecipe:
-    """Everything that decides a pre-training run.
+    """All settings of a pre-training run.
 
     Attributes:
-        init: a .pt file to begin with; the config.json beside it says the sizes, and
-            the recipe's model is left out.
+        init: a .pt file with initial weights; the config.json next to it has the sizes,
+            so the recipe has no `model`.
         steps: optimizer updates.
-        batch_size: sequences of one step, over all processes.
-        micro_batch_size: sequences of a forward pass; gradients are accumulated until
-            a process has done its share.
+        batch_size: sequences per step, over all processes.
+        micro_batch_size: sequences per forward pass and process; gradients are
+            accumulated over the passes of a step.
         parallel: "ddp", or "fsdp" to shard weights, gradients and optimizer state.
-        activation_checkpointing: compute a block's inside again for its gradient.
-        keep_last: the newest checkpoints of weights that are kept, and `keep_every`
-            so many steps one for good.
-        average_last: checkpoints whose mean is the result.
-        sample_prompts: texts that are continued, every `sample_every` steps.
-        report_to: trackers that get the metrics: tensorboard, wandb, trackio.
+        activation_checkpointing: recompute the activations of a block in the backward
+            pass.
+        keep_last: number of newest checkpoints of weights to keep; one every
+            `keep_every` steps is kept as well.
+        average_last: number of checkpoints whose mean is the result.
+        sample_prompts: prompts to continue every `sample_every` steps.
+        report_to: trackers that receive the metrics: tensorboard, wandb, trackio.
     """
 
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -284,6 +285,6 @@ class PretrainRecipe:
             raise OpenELMError(f"parallel is {self.parallel!r}; expected ddp or fsdp.")
         if not 1 <= self.average_last <= self.keep_last:
             raise OpenELMError(
-                f"average_last is {self.average_last}, but keep_last keeps "
-                f"{self.keep_last} checkpoints; it must be between 1 and that."
+                f"average_last is {self.average_last}; it must be from 1 to keep_last "
+                f"({self.keep_last})."
             )

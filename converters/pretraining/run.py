@@ -1,11 +1,11 @@
-"""The reference training loop: OpenELM's recipe in PyTorch, one process or several.
+"""The training loop of pre-training: OpenELM's recipe in PyTorch.
 
-Follows the published pre-training (facts of CoreNet's OpenELM recipes): AdamW on
-matrices with decay and on vectors without, linear warm-up, cosine, clipping, z-loss.
-The model has no dropout and the order of the text is a function of the seed, so
-weights, optimizer and the place in the text are all that a resumed run needs.
+Follows the published pre-training (facts of CoreNet's OpenELM recipes): AdamW with
+weight decay on matrices only, linear warm-up, cosine schedule, gradient clipping,
+z-loss. There is no dropout, and the seed determines the order of the text, so a run
+resumes from weights, optimizer state and the position in the data.
 
-Start it with `mlx-openelm pretrain -c RECIPE`, or several processes with
+Start it with `mlx-openelm pretrain -c RECIPE`, or with N processes:
 `torchrun --nproc-per-node N -m mlx_openelm pretrain -c RECIPE`.
 """
 
@@ -75,8 +75,8 @@ def pretrain(
     Events reach `on_event` in the first process only, and `metrics.jsonl` as well.
 
     Raises:
-        OpenELMError: the data or the recipe is unusable, the output exists and `resume`
-            is off, or there is nothing to resume; or the loss is not finite.
+        OpenELMError: the data or the recipe is invalid, the output exists and `resume`
+            is off, there is nothing to resume, or the loss is not finite.
         KeyboardInterrupt: on SIGINT, after a checkpoint.
         SystemExit: with 143 on SIGTERM, after a checkpoint.
     """
@@ -91,7 +91,7 @@ def _train(
     on_event: Callable[[Event], None],
     stop: list[int],
 ) -> Path:
-    """Train; no part of the run is left when the processes part."""
+    """Train, and free the run before the process group ends."""
     try:
         with (
             claim_folder(recipe, processes, resume=resume),
@@ -100,13 +100,13 @@ def _train(
             return run.train(stop)
     except torch.OutOfMemoryError as error:
         raise OpenELMError(
-            f"Process {processes.rank} has no memory left on {processes.device}; lower "
-            "micro_batch_size, or say activation_checkpointing: true or parallel: fsdp."
+            f"Process {processes.rank} is out of memory on {processes.device}; lower "
+            "micro_batch_size, or set activation_checkpointing: true or parallel: fsdp."
         ) from error
 
 
 class _Run:
-    """The state of one run: data, model, optimizers and the step that comes next."""
+    """The state of a run: data, model, optimizers and the number of steps done."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class _Run:
         self.loader, self.heldout = setup.loader, setup.heldout
         self.step = setup.progress.step
         self.log = None
-        with processes.together():
+        with processes.shared_errors():
             if processes.first:
                 self.log = RunLog(
                     self.output,
@@ -145,7 +145,7 @@ class _Run:
         if setup.saved is not None:
             restore_training(self.output, self.model, self.optimizers, setup.saved)
             self.meter.restore(setup.progress.meter)
-        self._tell(
+        self._log_event(
             Started(
                 num_parameters=self.config.num_parameters,
                 num_documents=self.loader.num_documents,
@@ -165,16 +165,16 @@ class _Run:
             last = self.step == recipe.steps
             if self.step % recipe.report_every == 0 or last:
                 rate = learning_rate(recipe.optimizer, self.step - 1, recipe.steps)
-                self._tell(self.meter.report(self.step, recipe.steps, rate))
+                self._log_event(self.meter.report(self.step, recipe.steps, rate))
             with self.meter.paused():
                 if self.heldout and (self.step % recipe.eval_every == 0 or last):
-                    self._tell(self.heldout.score(self.model, self.step))
+                    self._log_event(self.heldout.score(self.model, self.step))
                 if recipe.sample_every and self.step % recipe.sample_every == 0:
                     self._sample()
                 if self.step % recipe.save_every == 0 or last:
-                    self._save(rhythm=True)
+                    self._save(scheduled=True)
             if self.processes.agree_to_stop(stop):
-                self._save(rhythm=False)
+                self._save(scheduled=False)
                 if stop[0] == signal.SIGINT:
                     raise KeyboardInterrupt
                 raise SystemExit(128 + stop[0])
@@ -202,7 +202,7 @@ class _Run:
         for i, (x, y) in enumerate(parts):
             with self._synchronised(i == len(parts) - 1):
                 loss_sum, objective_sum = self.loss(x, y)
-                # Gradients are averaged over processes; tokens are to be, over all.
+                # DDP averages over processes; the loss is a mean over all tokens.
                 (objective_sum * (processes.count / total)).backward()
             sums += torch.stack([loss_sum, objective_sum]).detach().double()
         loss, objective = processes.sum(*sums.tolist())
@@ -212,12 +212,13 @@ class _Run:
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if not math.isfinite(loss) or not math.isfinite(norm):
-            found = OpenELMError(
-                f"The loss is {loss / total:.4g} and the gradient's norm "
-                f"{float(norm):.4g} at step {self.step + 1}; what was saved before is "
-                "whole. Lower optimizer.learning_rate."
+            processes.share_error(
+                OpenELMError(
+                    f"The loss is {loss / total:.4g} and the gradient norm "
+                    f"{float(norm):.4g} at step {self.step + 1}; lower "
+                    "optimizer.learning_rate. The last checkpoint is unaffected."
+                )
             )
-            processes.share(found)
         take_step(
             self.optimizers, learning_rate(recipe.optimizer, self.step, recipe.steps)
         )
@@ -231,21 +232,21 @@ class _Run:
             positions=recipe.batch_size * inputs.shape[1],
         )
         if spiked is not None:
-            self._tell(spiked)
+            self._log_event(spiked)
 
     def _next_batch(self) -> TokenBatch:
-        """Return this process's share; what fails in one process fails in all."""
+        """Return this process's share of the batch; an error is raised in all."""
         failed: OpenELMError | None = None
         try:
             batch = self.loader.next_batch()
         except OpenELMError as error:
             failed = error
         if any(self.processes.sum(failed is not None)):
-            self.processes.share(failed)
+            self.processes.share_error(failed)
         return batch
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Leave gradients where they are until the last part; shards have no room."""
+        """Synchronise DDP's gradients after the last part only; FSDP: after each."""
         if isinstance(self.loss, DistributedDataParallel) and not last:
             return self.loss.no_sync()
         return contextlib.nullcontext()
@@ -253,45 +254,45 @@ class _Run:
     def _sample(self) -> None:
         for prompt in self.recipe.sample_prompts:
             text = continue_greedily(self.model, self.tokenizer, prompt)
-            self._tell(Sampled(self.step, prompt, text))
+            self._log_event(Sampled(self.step, prompt, text))
 
-    def _tell(self, event: Event) -> None:
+    def _log_event(self, event: Event) -> None:
         if self.log is not None:
             self.log.write(event)
 
     # Disk ------------------------------------------------------------------------
 
-    def _save(self, *, rhythm: bool) -> None:
-        """Write the state to go on from and, in the recipe's rhythm, the weights."""
-        here = (self.loader.state(), dict(self.loader.dropped))
-        states, dropped = zip(*self.processes.gather(here), strict=True)
+    def _save(self, *, scheduled: bool) -> None:
+        """Write the training state and, if `scheduled`, a file of the weights."""
+        own = (self.loader.state(), dict(self.loader.dropped))
+        states, dropped = zip(*self.processes.gather(own), strict=True)
         progress = ResumePoint(self.step, join_states(states), self.meter.state())
-        with self.processes.together():
+        with self.processes.shared_errors():
             save_training(
                 self.output,
                 progress,
                 self.model,
                 self.optimizers,
-                rhythm=rhythm,
+                scheduled=scheduled,
                 first=self.processes.first,
             )
-            if rhythm and self.processes.first:
+            if scheduled and self.processes.first:
                 remove_old_weights(self.output, self.recipe)
         counted = sum((Counter(part) for part in dropped), Counter())
-        self._tell(Saved(self.step, self.output / LAST, dict(counted)))
+        self._log_event(Saved(self.step, self.output / LAST, dict(counted)))
 
     def _average(self) -> Path:
-        """Write the mean of the last checkpoints, and score it."""
+        """Write the mean of the last checkpoints, and evaluate it."""
         path = self.output / AVERAGE
-        with self.processes.together():
-            found = list(weights_on_disk(self.output).values())
-            chosen = found[-self.recipe.average_last :]
+        with self.processes.shared_errors():
+            available = list(weights_on_disk(self.output).values())
+            chosen = available[-self.recipe.average_last :]
             if self.processes.first:
                 average = average_checkpoints(chosen)
                 write_atomically(path, lambda staged: torch.save(average, staged))
         if self.heldout and len(chosen) > 1:
             load_weights(self.model, read_weights(path))
-            self._tell(self.heldout.score(self.model, self.step, averaged=True))
+            self._log_event(self.heldout.score(self.model, self.step, averaged=True))
         return path
 
 

@@ -1,4 +1,4 @@
-"""What stands before the first step: tokenizer, sizes, text, and the run's folder."""
+"""Set-up of a run before its first step: folder, tokenizer, config and data."""
 
 import contextlib
 import dataclasses
@@ -35,11 +35,11 @@ TOKENIZER_CHARACTERS = 100_000_000  # of streamed text that a tokenizer is train
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a run begins with, or goes on with.
+    """Inputs of a new or resumed run.
 
     Attributes:
-        initial: weights that it begins with; None: random ones.
-        saved: the last checkpoint, of which `progress` is a part; None: there is none.
+        initial: initial weights; None: random ones.
+        saved: the last checkpoint, which includes `progress`; None for a new run.
     """
 
     config: OpenELMConfig
@@ -55,49 +55,49 @@ class Setup:
 def claim_folder(
     recipe: PretrainRecipe, processes: Processes, *, resume: bool
 ) -> Iterator[None]:
-    """Check the recipe and make its folder, which is this run's alone meanwhile.
+    """Check the recipe, and create and lock its folder.
 
     Raises:
-        OpenELMError: in all processes, whatever is wrong in one.
+        OpenELMError: in all processes, if a check fails in one.
     """
     output = Path(recipe.output)
-    with contextlib.ExitStack() as held:
-        with processes.together():
+    with contextlib.ExitStack() as locks:
+        with processes.shared_errors():
             _check(recipe, processes)
             if processes.first:
                 check_folder(recipe, resume=resume)
-                _make_folder(output)
-                held.enter_context(lock_folder(output))
+                _create_folder(output)
+                locks.enter_context(lock_folder(output))
         yield
 
 
-def _make_folder(path: Path) -> None:
+def _create_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OpenELMError(
-            f"Cannot make the folder {path} ({error.strerror}); say another `output`."
+            f"Cannot create the folder {path} ({error.strerror}); use another `output`."
         ) from error
 
 
 def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Setup:
-    """Make the tokenizer, open the text, read what the run goes on from.
+    """Create the tokenizer, open the data, and read the checkpoint to resume from.
 
-    The first process writes what says of which model the weights will be; recipe.json
-    is the last, for it marks a run that has begun.
+    The first process writes tokenizer and configs; recipe.json comes last, as it marks
+    a run as started.
 
     Raises:
-        OpenELMError: in all processes, whatever is wrong in one.
+        OpenELMError: in all processes, if something fails in one.
     """
     output = Path(recipe.output)
     saved, progress = None, ResumePoint(0, {}, {})
     saved_before = resume and (output / LAST).exists()
-    with processes.together():
-        given, initial = None, None
-        if saved_before and recipe.init is not None:  # which may be gone by now
-            given = OpenELMConfig.from_file(output / "config.json")
+    with processes.shared_errors():
+        initial_config, initial = None, None
+        if saved_before and recipe.init is not None:  # `init` need not exist any more
+            initial_config = OpenELMConfig.from_file(output / "config.json")
         elif recipe.init is not None:
-            given, initial = read_initial(Path(recipe.init))
+            initial_config, initial = read_initial(Path(recipe.init))
         corpus = read_corpora(recipe.data) if recipe.data.packing else None
         if processes.first and not (output / RECIPE).exists():
             tokenizer = _choose_tokenizer(recipe, corpus)
@@ -105,9 +105,9 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
             write_atomically(
                 output / "tokenizer.model", lambda path: path.write_bytes(proto)
             )
-    with processes.together():
+    with processes.shared_errors():
         tokenizer = Tokenizer.from_file(output / "tokenizer.model")
-        config = _choose_config(recipe, tokenizer, given)
+        config = _choose_config(recipe, tokenizer, initial_config)
         loader = open_loader(
             recipe,
             tokenizer,
@@ -133,22 +133,22 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
 def _check(recipe: PretrainRecipe, processes: Processes) -> None:
     share_batch(recipe, processes.count)
     if not recipe.data.train and not recipe.data.corpora:
-        raise OpenELMError("The recipe names no text: set data.train, or say `data`.")
+        raise OpenELMError("The recipe has no text: set data.train, or pass `data`.")
     if recipe.optimizer.name == "muon" and recipe.parallel == "fsdp":
         raise OpenELMError(
-            "Muon needs whole matrices, which fsdp does not leave on a device; say "
-            "parallel: ddp, or optimizer.name: adamw."
+            "Muon needs unsharded matrices; set parallel: ddp, or optimizer.name: "
+            "adamw."
         )
 
 
 def _choose_tokenizer(recipe: PretrainRecipe, corpus: Corpus | None) -> Tokenizer:
-    """Read the recipe's, or the one beside init, or train one on the text."""
+    """Read the recipe's tokenizer or the one next to `init`, or train one."""
     if recipe.tokenizer.path:
         return Tokenizer.from_file(Path(recipe.tokenizer.path))
     if recipe.init is not None:
-        beside = Path(recipe.init).with_name("tokenizer.model")
-        if beside.is_file():
-            return Tokenizer.from_file(beside)
+        path = Path(recipe.init).with_name("tokenizer.model")
+        if path.is_file():
+            return Tokenizer.from_file(path)
     if corpus is not None:
         return train_tokenizer(corpus.documents, recipe.tokenizer)
     texts = read_recipe_documents(recipe.data, characters=TOKENIZER_CHARACTERS)
@@ -162,21 +162,21 @@ def _choose_config(
         return recipe.model.build(tokenizer.vocab_size)
     if recipe.model != ModelRecipe():
         raise OpenELMError(
-            "The recipe has both init and a model; the config.json beside init says "
-            "the sizes, so leave the model out."
+            "The recipe has both init and a model; leave out the model, as the "
+            "config.json next to init has the sizes."
         )
     if initial.vocab_size < tokenizer.vocab_size:
         raise OpenELMError(
             f"{recipe.init} has an embedding of {initial.vocab_size} rows, too few for "
             f"the tokenizer's {tokenizer.vocab_size} pieces; put its own "
-            "tokenizer.model beside it."
+            "tokenizer.model next to it."
         )
     return initial
 
 
 def generation_config(recipe: PretrainRecipe) -> dict[str, Any]:
-    """Return Hugging Face's generation_config.json: sampled if the recipe says how."""
-    said = dataclasses.asdict(recipe.generation).items()
-    chosen = {key: value for key, value in said if value is not None}
+    """Return generation_config.json; greedy unless the recipe has sampling options."""
+    options = dataclasses.asdict(recipe.generation).items()
+    chosen = {key: value for key, value in options if value is not None}
     ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
     return ids | ({"do_sample": True, **chosen} if chosen else {})

@@ -1,10 +1,9 @@
-"""The tokens of a file that was read once, mapped from the disk ever after.
+"""Cache of tokenized corpus files, memory-mapped from disk.
 
-One cache file stands for one source file, one tokenizer, one set of rules and the ftfy
-that repairs the text; its name is their hash. Inside are the tokens of all pieces in a
-row, a table of the pieces, the number of pieces up to each document's end, and a
-description whose checksum comes last.
-It is written aside and renamed, so that no reader meets half of one.
+A cache file belongs to one source file, tokenizer, set of rules and version of ftfy;
+its name is a hash of these. It contains the tokens of all pieces, a table of the
+pieces, the number of pieces up to the end of each document, and a JSON description with
+its checksum. Files are replaced atomically, so no process reads an incomplete one.
 """
 
 import contextlib
@@ -46,7 +45,7 @@ _PIECE = np.dtype(
 
 @dataclass(frozen=True, slots=True)
 class CorpusFile:
-    """A file and all that decides its tokens."""
+    """A file and everything that determines its tokens."""
 
     path: str
     text_key: str
@@ -72,18 +71,18 @@ class CachedDocument:
     number: int
 
     def pieces(self, start: int = 0) -> Iterator[DocumentPiece]:
-        """Yield what `make_pieces` does of the document's text."""
+        """Yield the pieces that `make_pieces` yields for the document's text."""
         return self.cached.pieces(self.number, start)
 
 
 class CachedFile:
-    """A file's documents as tokens; they are read and kept if they were not yet.
+    """The tokens of a file, which is tokenized and cached first if needed.
 
     Attributes:
-        damage: what is wrong with the file behind its last sound document, or nothing.
+        damage: the error after the last document of a damaged file, or "".
 
     Raises:
-        OpenELMError: the folder cannot be written, or the file cannot be read at all.
+        OpenELMError: the folder cannot be written, or the file cannot be opened.
     """
 
     def __init__(self, folder: str, source: CorpusFile) -> None:
@@ -94,7 +93,7 @@ class CachedFile:
         """Yield the documents from number `start` on.
 
         Raises:
-            DamagedFileError: behind the last one, if the source is damaged there.
+            DamagedFileError: after the last one, if the source is damaged.
         """
         for number in range(start, len(self._document_ends)):
             yield CachedDocument(self, number)
@@ -102,7 +101,7 @@ class CachedFile:
             raise DamagedFileError(self.damage)
 
     def pieces(self, number: int, start: int = 0) -> Iterator[DocumentPiece]:
-        """Yield the pieces of a document; damaged ones are made again."""
+        """Yield the pieces of a document; a damaged cache is written again."""
         first = int(self._document_ends[number - 1]) if number else 0
         for i in range(first + start, int(self._document_ends[number])):
             piece = self._read_piece(i)
@@ -112,41 +111,41 @@ class CachedFile:
             if piece is None:
                 raise OpenELMError(
                     f"The tokens of {self._source.path} in {self._folder} are damaged "
-                    "as soon as they are written; choose another data.cache."
+                    "again after writing them; use another data.cache."
                 )
             yield piece
 
     def _read_piece(self, i: int) -> DocumentPiece | None:
-        found = self._table[i]
+        entry = self._table[i]
         begin = int(self._table[i - 1]["end"]) if i else 0
-        tokens = np.asarray(self._tokens[begin : int(found["end"])])
-        if zlib.crc32(tokens.tobytes()) != found["checksum"]:
+        tokens = np.asarray(self._tokens[begin : int(entry["end"])])
+        if zlib.crc32(tokens.tobytes()) != entry["checksum"]:
             return None
-        reason = _REASONS[int(found["reason"])]
-        return DocumentPiece(tokens.astype(np.int32), reason, int(found["num_cut"]))
+        reason = _REASONS[int(entry["reason"])]
+        return DocumentPiece(tokens.astype(np.int32), reason, int(entry["num_cut"]))
 
     def _open(self, *, again: bool = False) -> None:
-        """Map the cache file, made first where it is absent, damaged, or `again`."""
-        path = self._folder / f"{_make_name(self._source)}.tokens"
+        """Map the cache file; write it if it is missing or damaged, or if `again`."""
+        path = self._folder / f"{_hash_source(self._source)}.tokens"
         try:
             if again or not self._map(path):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with _lock(path):
-                    # Another process may have made it while this one waited.
-                    if not self._map(path) or (again and not self._is_sound()):
+                    # Another process may have written it in the meantime.
+                    if not self._map(path) or (again and not self._is_valid()):
                         _write(path, self._source)
                         self._map(path)
         except OSError as error:
             raise OpenELMError(
                 f"Cannot write the tokens of {self._source.path} to {self._folder}: "
-                f"{error}; make room, or choose another data.cache."
+                f"{error}; free some space, or use another data.cache."
             ) from error
 
-    def _is_sound(self) -> bool:
+    def _is_valid(self) -> bool:
         return all(self._read_piece(i) is not None for i in range(len(self._table)))
 
     def _map(self, path: Path) -> bool:
-        """Map a file if it is there and its parts agree."""
+        """Map a file; return whether it exists and is consistent."""
         if not path.is_file() or path.stat().st_size < _TAIL.size:
             return False
         stored = np.memmap(path, np.uint8, mode="r")
@@ -176,8 +175,8 @@ class CachedFile:
         return True
 
 
-def _make_name(source: CorpusFile) -> str:
-    """Hash what decides the tokens; a file's content by its size and time."""
+def _hash_source(source: CorpusFile) -> str:
+    """Hash everything that determines the tokens; the file by path, size and time."""
     try:
         stat = os.stat(source.path)
     except OSError as error:
@@ -195,9 +194,9 @@ def _make_name(source: CorpusFile) -> str:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Wait until no other process makes this file; the death of one frees it too.
+    """Lock a cache file against other processes, until this one releases it or ends.
 
-    All files of a folder share one lock file: a name's place in it is its own number.
+    All files of a folder share one lock file, each with its own byte.
     """
     with (path.parent / "lock").open("a+b") as opened:
         fcntl.lockf(opened, fcntl.LOCK_EX, 1, int(path.stem[:12], 16))
@@ -205,7 +204,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _write(path: Path, source: CorpusFile) -> None:
-    """Read and tokenize a file, and write its cache file whole."""
+    """Read and tokenize a file, and write its cache file atomically."""
     few = source.tokenizer.vocab_size <= 1 << 16
     width = np.dtype("<u2" if few else "<u4")
     table: list[tuple[int, int, int, int]] = []
@@ -225,7 +224,7 @@ def _write(path: Path, source: CorpusFile) -> None:
                 document_ends.append(len(table))
         except DamagedFileError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno:
-                raise  # the disk's or the permissions' fault; it may pass
+                raise  # a problem of disk or permissions, not of the file
             damage = str(error)
         tables = (
             np.array(table, _PIECE).tobytes() + np.array(document_ends, "<u8").tobytes()
@@ -237,7 +236,7 @@ def _write(path: Path, source: CorpusFile) -> None:
             "num_documents": len(document_ends),
             "damage": damage,
             "checksum": zlib.crc32(tables),
-            "source": source.path,  # for a person who looks inside
+            "source": source.path,  # for debugging
         }
         text = json.dumps(about).encode()
         written.write(tables + text)

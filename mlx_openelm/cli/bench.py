@@ -1,6 +1,7 @@
 """The command that measures speed: `bench`."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,60 +18,89 @@ from mlx_openelm.cli.options import (
     expand_path,
 )
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.options import OUTPUT_PANEL
+
+WORKLOAD = "Workload"  # a heading in --help
 
 
 def bench_command(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="demo, a model folder, or a Hub id; repeatable.", show_default="demo"
+            help="Model: demo, a folder, or a Hub id; repeatable.", show_default="demo"
         ),
     ] = None,
     size: Annotated[
         list[str] | None,
         typer.Option(
-            help="270M, 450M, 1.1B or 3B in made weights (speed does not depend on "
-            "their values); repeatable."
+            help="Model of this size (270M, 450M, 1.1B or 3B) with random weights, on "
+            "whose values speed does not depend; repeatable."
         ),
     ] = None,
     bits: Annotated[
         list[str] | None,
-        typer.Option(help="Of the weights: 16, 8, 4...; repeatable; as stored."),
+        typer.Option(
+            help="Bits of the weights: 16, 8, 4, or a list such as 16,8,4; repeatable.",
+            show_default="as stored",
+        ),
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(help="Sequences at once; repeatable.")
+        list[int] | None,
+        typer.Option(
+            help="Batch size; repeatable.", show_default="1", rich_help_panel=WORKLOAD
+        ),
     ] = None,
     context: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens of prompt and answer; repeatable."),
+        typer.Option(
+            help="Length of prompt and answer in tokens; repeatable.",
+            rich_help_panel=WORKLOAD,
+        ),
     ] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option(help="Default 512, or what there is room for.")
+        int | None,
+        typer.Option(
+            help="Length of the prompt in tokens.",
+            show_default="512, or less in a short context",
+            rich_help_panel=WORKLOAD,
+        ),
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option("-m", "--max-tokens", help="New tokens; default 64."),
+        typer.Option(
+            "-m",
+            "--max-tokens",
+            help="Number of tokens to generate.",
+            show_default="64",
+            rich_help_panel=WORKLOAD,
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="The median of so many.")] = 3,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            help="Number of rounds, whose median is reported.", rich_help_panel=WORKLOAD
+        ),
+    ] = 3,
     adapter_path: Adapter = None,
     chart: Annotated[
-        Path | None, typer.Option(help="Draw a picture into this .svg file.")
+        Path | None,
+        typer.Option(help="Draw a chart (.svg).", rich_help_panel=OUTPUT_PANEL),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Measure speed on this machine, beside published figures.
+    """Measure speed and memory on this machine.
 
-    Prompt and new tokens per second, the time to the first token, memory, and the share
-    of this machine's memory bandwidth; of the demo in seconds. --size 270M shows what
-    Apple published beside it.
+    Reports prompt and generated tokens per second, the time to the first token, peak
+    memory, and the share of this machine's memory bandwidth. With --size, Apple's
+    published speeds are shown too.
     """
     console = Console(quiet=quiet)
     if adapter_path is not None and (size or len(model or ()) > 1):
         raise OpenELMError(
-            "An adapter belongs to one model; say --adapter-path with one --model, or "
-            "with none for the adapter's own base."
+            "An adapter belongs to one model; use --adapter-path with one --model, or "
+            "without --model for the adapter's own base."
         )
     chart = expand_path(chart)
     check_report_file(chart, "--chart", ".svg")
@@ -88,21 +118,21 @@ def bench_command(
         new_tokens=max_tokens,
         rounds=rounds,
     )
-    made = [make_subject(name) for name in dict.fromkeys(size or ())]
+    random = [make_subject(name) for name in dict.fromkeys(size or ())]
     adapter = expand_path(adapter_path)
     names: list[str | None] = list(dict.fromkeys(model or ()))
-    if not names and not made:
+    if not names and not random:
         names = [os.environ.get(MODEL_VARIABLE) or None]
     opened = [open_subject(name, adapter, offline=offline) for name in names]
-    cases = plan_cases([*opened, *made], workload)
+    cases = plan_cases([*opened, *random], workload)
     if names == [None] and adapter is None:
         console.note(
-            "[the built-in demo model; --model NAME or --size 270M is another]"
+            "[the built-in demo model; --model NAME or --size 270M uses another]"
         )
 
     cells: dict[int, Cell] = {}
     stopped: BaseException | None = None
-    console.note("[how fast memory is read]")
+    console.note("[measuring the memory bandwidth]")
     bandwidth = measure_bandwidth()
     try:
         with console.progress("Measuring") as progress:
@@ -111,9 +141,9 @@ def bench_command(
                 done = sum(rounds if c.skipped else c.rounds for c in cells.values())
                 progress.update(done, rounds * len(cases), "rounds")
     except (KeyboardInterrupt, SystemExit, OpenELMError) as error:
-        stopped = error  # what was measured until then is shown all the same
-    told = [cells[number] for number in sorted(cells)]
-    report = report_bench(bandwidth, told, len(cases), finished=stopped is None)
+        stopped = error  # the finished cells are shown anyway
+    measured = [cells[number] for number in sorted(cells)]
+    report = report_bench(bandwidth, measured, len(cases), finished=stopped is None)
     if stopped is not None and not any(cell.rounds for cell in report.cells):
         raise stopped
     from mlx_openelm.cli.views.bench import draw_bench, show_bench
@@ -124,17 +154,17 @@ def bench_command(
 
         with staged_file(chart) as part:
             part.write_text(draw_bench(report), encoding="utf-8")
-        console.note(f"Drawn in {chart}")
+        console.note(f"Chart: {chart}")
     if stopped is not None:
         raise stopped
 
 
-def _read_bits(said: list[str] | tuple[str, ...]) -> tuple[int, ...]:
-    """Return the numbers of "16,8" and "4", said once or several times."""
-    parts = [part.strip() for text in said for part in text.split(",")]
+def _read_bits(texts: Sequence[str]) -> tuple[int, ...]:
+    """Parse the values of --bits, such as "16,8" and "4"."""
+    parts = [part.strip() for text in texts for part in text.split(",")]
     try:
         return tuple(map(int, parts))
     except ValueError as error:
         raise OpenELMError(
-            f"--bits is {','.join(said)}; say numbers such as 16,8,4."
+            f"--bits is {','.join(texts)}; give numbers such as 16,8,4."
         ) from error

@@ -1,4 +1,4 @@
-"""The command that holds a conversation: `chat`."""
+"""The command for conversations: `chat`."""
 
 from typing import Annotated
 
@@ -35,7 +35,11 @@ def chat_command(
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Hold a conversation. Piped lines are messages; stdout has the answers only."""
+    """Chat with a model.
+
+    Lines from a pipe are messages; stdout gets only the answers. Omitted options come
+    from the model's generation_config.json; without one, decoding is greedy.
+    """
     console = Console(quiet=quiet)
     prompt_options = PromptOptions(**prompting)
     check_sampling(sampling)

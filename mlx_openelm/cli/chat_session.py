@@ -1,7 +1,7 @@
 """A conversation on a terminal, or line by line through a pipe.
 
-stdout carries the answers and nothing else. On a terminal Ctrl-C stops an answer, and
-an error never ends the conversation.
+stdout gets only the answers. On a terminal, Ctrl-C stops an answer, and errors do not
+end the conversation.
 """
 
 import contextlib
@@ -31,20 +31,21 @@ if TYPE_CHECKING:
     from mlx_openelm.storage.model_folder import ModelFolder
     from mlx_openelm.text.tokenizer import Tokenizer
 
-SIGN, MORE = ">>> ", "... "  # before a message, and before its further lines
+SIGN, MORE = ">>> ", "... "  # prompts for a message and for its further lines
 BLOCK = '"""'
 
 HELP = """\
   /help           show this
-  /save [FILE]    write the conversation; later into the same file
-  /load FILE      go on with a saved one
-  /reset          begin anew; the system text stays
-  /system [TEXT]  change the system text, or take it away
-  /retry          answer the last message again
-  /undo           take back the last message and its answer
-  /quit           leave, as Ctrl-D does
-A line that ends in \\ goes on in the next; \"\"\" begins and ends a block of lines.
-Ctrl-C stops an answer; what was said of it stays. // begins a message with a slash."""
+  /save [FILE]    save the conversation; without FILE, to the same file again
+  /load FILE      continue a saved conversation
+  /reset          start a new conversation; the system text is kept
+  /system [TEXT]  set the system text, or remove it
+  /retry          generate the last answer again
+  /undo           remove the last message and its answer
+  /quit           quit (also Ctrl-D)
+\\ at the end of a line continues the message on the next line; \"\"\" starts and ends
+a message of more than one line. Ctrl-C stops an answer and keeps its text so far.
+Start a message with // if its first character is a slash."""
 
 
 def run_chat(
@@ -64,13 +65,13 @@ def run_chat(
     """Hold a conversation until the input ends.
 
     Args:
-        adapter: the folder of what is attached to the model, for /save and /load.
+        adapter: the folder of the model's adapter, for /save and /load.
         drafter, make_cache: see `Conversation`.
-        as_json: one object for each answer, as `generate --json` has it.
+        as_json: write one object for each answer, as `generate --json` does.
 
     Raises:
-        OpenELMError: no such template, or the system text has no place; through a pipe
-            also, at the end, that messages were refused.
+        OpenELMError: the template is unknown or has no place for the system text; with
+            a pipe, at the end, lines were refused.
     """
     from mlx_openelm.generation.conversation import Conversation
     from mlx_openelm.storage.hub import DEMO, is_demo
@@ -91,7 +92,7 @@ def run_chat(
 
 @dataclass(frozen=True, slots=True)
 class _Command:
-    """A line such as "/save talk.json"."""
+    """A command line, such as "/save chat.json"."""
 
     name: str
     rest: str
@@ -105,12 +106,12 @@ class _Chat:
         tokenizer: "Tokenizer",
         as_json: bool,
     ) -> None:
-        self._console, self._talk = console, conversation
-        self._reply = Console()  # what was asked for is said, be it quiet or not
+        self._console, self._chat = console, conversation
+        self._replies = Console()  # answers to commands, which --quiet does not hide
         self._lines = _Lines()
         self._tokenizer, self._as_json = tokenizer, as_json
         self._refused = 0  # lines
-        self._told = 0  # of the messages that left the context
+        self._reported = 0  # messages that left the context
 
     def run(self) -> None:
         self._greet()
@@ -120,39 +121,39 @@ class _Chat:
                     break
             except EOFError:
                 if self._lines.from_terminal:
-                    self._reply.note("")
+                    self._replies.note("")
                 break
             except KeyboardInterrupt:
-                if not self._lines.from_terminal:  # a script's is meant for the script
+                if not self._lines.from_terminal:
                     raise
-                self._reply.note("\n[Ctrl-D or /quit leaves]")
+                self._replies.note("\n[Ctrl-D or /quit quits]")
             except OpenELMError as error:
                 self._refused += 1
                 self._console.error(str(error))
         if self._refused and not self._lines.from_terminal:
             raise OpenELMError(
-                f"Lines that were refused: {self._refused}; the errors above say why."
+                f"Lines that were refused: {self._refused}; see the errors above."
             )
 
     def _greet(self) -> None:
-        if self._talk.is_raw:
+        if self._chat.is_raw:
             self._console.note(
-                "[without a template the model goes on with what you type, as one "
-                "text; --template instruct makes turns of it]"
+                "[no prompt template: the model continues your text; --template "
+                "instruct makes it a chat]"
             )
         if self._lines.from_terminal:
-            self._console.note("[/help shows the commands, Ctrl-D leaves]")
+            self._console.note("[/help shows the commands, Ctrl-D quits]")
 
     def _turn(self) -> bool:
-        """Read what is typed and do it; return whether the conversation goes on."""
+        """Handle one message or command; return whether the conversation continues."""
         typed = self._read()
         if isinstance(typed, _Command):
-            return self._obey(typed)
-        if typed or (self._talk.is_raw and self._talk.turns):  # "": a text goes on
-            self._show(self._talk.reply(typed))
+            return self._execute(typed)
+        if typed or (self._chat.is_raw and self._chat.turns):  # "" continues the text
+            self._show(self._chat.reply(typed))
         return True
 
-    # What is typed ---------------------------------------------------------------
+    # Input -----------------------------------------------------------------------
 
     def _read(self) -> _Command | str:
         line = self._lines.read(SIGN)
@@ -176,7 +177,7 @@ class _Chat:
         return text.rstrip().removesuffix(BLOCK).removeprefix("\n").removesuffix("\n")
 
     def _read_more(self) -> str | None:
-        """Return a message's next line; None where the input ends."""
+        """Return a message's next line; None at the end of the input."""
         try:
             return self._lines.read(MORE)
         except EOFError:
@@ -184,64 +185,66 @@ class _Chat:
 
     # Commands --------------------------------------------------------------------
 
-    def _obey(self, command: _Command) -> bool:
-        """Do what is asked; return whether the conversation goes on."""
-        name, rest, talk = command.name, command.rest, self._talk
+    def _execute(self, command: _Command) -> bool:
+        """Execute a command; return whether the conversation continues."""
+        name, rest, chat = command.name, command.rest, self._chat
         if rest and name in ("help", "reset", "retry", "undo", "quit"):
             raise OpenELMError(
-                f"/{name} takes nothing behind it; // begins a message with a slash."
+                f"/{name} takes no argument; to send this as a message, type //{name}."
             )
         match name:
             case "help":
-                self._reply.note(HELP)
+                self._replies.note(HELP)
             case "save":
-                path = _path(rest) if rest or talk.file is None else talk.file
-                talk.save(path)
-                self._console.note(f"[saved in {path}]")
+                path = _path(rest) if rest or chat.file is None else chat.file
+                chat.save(path)
+                self._console.note(f"[saved to {path}]")
             case "load":
                 path = _path(rest)
-                differences = talk.load(path)
-                self._told = 0
+                differences = chat.load(path)
+                self._reported = 0
                 self._console.note(f"[{self._count_pairs()} from {path}]")
                 for difference in differences:
                     self._console.note(f"[{difference}]")
             case "reset":
-                talk.reset()
-                self._console.note("[begun anew]")
+                chat.reset()
+                self._console.note("[new conversation]")
             case "system":
-                talk.set_system(rest)
+                chat.set_system(rest)
                 self._console.note(
-                    "[a new system text]" if rest else "[no system text]"
+                    "[system text set]" if rest else "[system text removed]"
                 )
             case "retry":
-                if talk.sampling.temp == 0:
-                    self._console.note("[greedy: only --temp above 0 varies an answer]")
-                self._show(talk.retry())
+                if chat.sampling.temp == 0:
+                    self._console.note(
+                        "[greedy decoding: the same answer unless --temp is above 0]"
+                    )
+                self._show(chat.retry())
             case "undo":
-                talk.undo()
-                self._console.note(f"[taken back; {self._count_pairs()} before it]")
+                chat.undo()
+                self._console.note(f"[removed; {self._count_pairs()} left]")
             case "quit" | "exit":
                 return False
             case _:
                 raise OpenELMError(
-                    f"There is no command /{name}; /help shows them, and // begins a "
-                    "message with a slash."
+                    f"There is no command /{name}; /help lists them. To send it as a "
+                    f"message, type //{name}."
                 )
         return True
 
     def _count_pairs(self) -> str:
-        count = len(self._talk.turns) // 2
+        count = len(self._chat.turns) // 2
         return f"{count} message{'' if count == 1 else 's'} with answers"
 
     # Answers ---------------------------------------------------------------------
 
     def _show(self, pieces: "Generator[Piece]") -> None:
-        """Print an answer as it comes; Ctrl-C on a terminal ends it."""
+        """Stream an answer; Ctrl-C on a terminal stops it."""
         self._note_forgotten()
-        before, shown, stop = self._talk.turns, [], Stop()
+        before, shown, stop = self._chat.turns, [], Stop()
         with contextlib.closing(pieces):
             try:
-                first = next(pieces)  # until here Ctrl-C is at once
+                first = next(pieces)  # Ctrl-C stops this at once
                 with deferred_signals() as stop:
                     for piece in chain([first], pieces):
                         shown.append(piece)
@@ -249,7 +252,7 @@ class _Chat:
                             self._console.answer(piece.text, end="")
                         if stop.number is not None:
                             break
-            except KeyboardInterrupt:  # before the first word, or the second Ctrl-C
+            except KeyboardInterrupt:  # before the first token, or a second Ctrl-C
                 stop.number = signal.SIGINT
         if shown and self._as_json:
             self._console.answer_json(generated_json(shown, self._tokenizer))
@@ -259,60 +262,67 @@ class _Chat:
             raise SystemExit(128 + signal.SIGTERM)
         if stop.number is not None and not self._lines.from_terminal:
             raise KeyboardInterrupt
-        if self._talk.turns is before:
-            self._console.note("[stopped before the first word; nothing was kept]")
+        if self._chat.turns is before:
+            self._console.note(
+                "[stopped before the first token; the message was removed]"
+            )
         elif shown:
             self._note_end(shown[-1], stopped=stop.number is not None)
 
     def _note_forgotten(self) -> None:
-        """Say it once when the oldest messages have left the context."""
-        count, length = self._talk.omitted_pairs, self._talk.context_length
-        if count > self._told:
-            first = "message" if count == 1 else f"{count} messages"
+        """Report, once, that the oldest messages have left the context."""
+        count, length = self._chat.omitted_pairs, self._chat.context_length
+        if count > self._reported:
+            first = "message and its answer"
+            if count > 1:
+                first = f"{count} messages and their answers"
             self._console.note(
-                f"[the context of {length} is full: the model no longer sees the first "
-                f"{first} and what it answered]"
+                f"[the context of {length} tokens is full: the first {first} no longer "
+                "fit]"
             )
-        self._told = count
+        self._reported = count
 
     def _note_end(self, last: "Piece", *, stopped: bool) -> None:
         used = last.prompt_tokens + last.generation_tokens
-        length = self._talk.context_length
+        length = self._chat.context_length
         match last.finish_reason:
             case _ if stopped:
                 end = "stopped; "
             case "length" if used == length:
-                end = f"cut, for the context of {length} is full; "
+                end = f"truncated: the context of {length} is full; "
             case "length":
-                end = "cut by --max-tokens; "
+                end = "truncated by --max-tokens; "
             case "loop":
-                end = "cut, for it went round in a loop; "
+                end = "truncated: it repeats itself; "
             case _:
                 end = ""
-        guesses = ""
+        drafts = ""
         if last.drafted_tokens:
-            guesses = f", {last.accepted_tokens} of {last.drafted_tokens} guesses right"
-        if end and self._talk.is_raw:
-            end += "an empty line goes on; "
-        if not self._talk.turns[-1].text:
-            end = "it has nothing to say; "
+            drafts = (
+                f", {last.accepted_tokens} of {last.drafted_tokens} draft tokens "
+                "accepted"
+            )
+        if end and self._chat.is_raw:
+            end += "an empty line continues; "
+        if not self._chat.turns[-1].text:
+            end = "empty answer; "
         self._console.note(
             f"[{end}{last.generation_tokens} tokens at {last.generation_tps:.0f}/s"
-            f"{guesses}, {used} of {length} in the context]"
+            f"{drafts}, {used} of {length} in the context]"
         )
 
 
 def _path(text: str) -> Path:
     if not text:
-        raise OpenELMError("Say the file behind the command.")
+        raise OpenELMError("Give a file after the command.")
     return Path(os.path.expanduser(text))
 
 
 class _Lines:
-    """What comes in, line by line.
+    """Lines of the input.
 
     Attributes:
-        from_terminal: a person types, and sees a sign before each line.
+        from_terminal: the lines are typed, after a prompt.
     """
 
     def __init__(self) -> None:
@@ -320,16 +330,16 @@ class _Lines:
         self._edited = self.from_terminal and sys.stdout.isatty()
         if self._edited:
             with contextlib.suppress(ImportError):
-                import readline  # arrow keys, and what was typed before
+                import readline  # arrow keys and history
 
-                # What is pasted is one message, however many lines it has.
+                # Pasted text is one message, however many lines it has.
                 readline.parse_and_bind("set enable-bracketed-paste on")
 
     def read(self, sign: str) -> str:
-        """Return the next line without its end.
+        """Return the next line without its newline.
 
         Raises:
-            EOFError: there is none.
+            EOFError: the input has ended.
             OpenELMError: it is not UTF-8.
         """
         try:
@@ -337,7 +347,7 @@ class _Lines:
                 line = input(sign)
                 line.encode()
                 return line
-            if self.from_terminal:  # the answers go elsewhere, so the sign must not
+            if self.from_terminal:  # stdout is a file: the prompt goes to stderr
                 sys.stderr.write(sign)
                 sys.stderr.flush()
             read = b"" if sys.stdin is None else sys.stdin.buffer.readline()

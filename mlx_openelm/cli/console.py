@@ -1,7 +1,7 @@
 """Output on the terminal; no other module prints.
 
-stdout carries the answer; notes, progress, statistics and errors go to stderr. rich is
-imported when a bar or a table is drawn, and not before.
+stdout gets the result; notes, progress, statistics and errors go to stderr. rich is
+imported only when a bar or a table is drawn.
 """
 
 import contextlib
@@ -9,9 +9,11 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_openelm.cli.flags import show_flags
@@ -19,17 +21,17 @@ from mlx_openelm.cli.flags import show_flags
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
+LOG_SECONDS = 30.0  # between two lines of progress without a terminal
 
 
 class Console:
-    """Output of a command. With `quiet`, only the answer and errors are written."""
+    """Output of a command. With `quiet`, only the result and errors are written."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
 
     def answer(self, text: str, *, end: str = "\n") -> None:
-        """Write to stdout, at once."""
+        """Write to stdout and flush."""
         sys.stdout.write(text + end)
         sys.stdout.flush()
 
@@ -39,24 +41,24 @@ class Console:
     def answer_report(
         self, report: Any, show: Callable[["Console", Any], None], *, as_json: bool
     ) -> None:
-        """Write a dataclass as JSON, or let a view show it."""
+        """Write a report (a dataclass) as JSON or with its view."""
         if as_json:
             self.answer_json(dataclasses.asdict(report))
         else:
             show(self, report)
 
     def answer_table(self, table: "RenderableType") -> None:
-        """Draw a rich table on stdout, wide enough for its cells in a pipe."""
+        """Draw a rich table on stdout; without a terminal, no cell is wrapped."""
         from rich.console import Console as RichConsole
 
-        width = None if sys.stdout.isatty() else 1000  # no cell is folded there
+        width = None if sys.stdout.isatty() else 1000
         drawn = RichConsole(
             file=sys.stdout, width=width, highlight=False, markup=False, emoji=False
         )
         drawn.print(table)
 
     def answer_facts(self, facts: Iterable[tuple[str, str]]) -> None:
-        """Draw names and values in two columns on stdout."""
+        """Write names and values to stdout in two columns."""
         from rich.table import Table
 
         grid = Table.grid(padding=(0, 2))
@@ -70,14 +72,21 @@ class Console:
             sys.stderr.write(show_flags(text) + "\n")
             sys.stderr.flush()
 
+    def note_next(self, *arguments: str | Path, program: str = "mlx-openelm") -> None:
+        """Write the next useful command to stderr, ready to paste into a shell."""
+        if not self.quiet:
+            command = shlex.join((program, *map(str, arguments)))
+            sys.stderr.write(f"Next:\n{escape_controls(command)}\n")
+            sys.stderr.flush()
+
     def error(self, text: str) -> None:
-        """Write one line; a damaged file's names may hold what would break it."""
+        """Write one line, without the control characters of names in damaged files."""
         sys.stderr.write(f"error: {escape_controls(text)}\n")
         sys.stderr.flush()
 
     @contextlib.contextmanager
     def progress(self, what: str) -> Iterator["ProgressBar"]:
-        """Show progress: a bar on a terminal, else a line from time to time."""
+        """Show progress: a bar on a terminal, otherwise a line every 30 seconds."""
         shown = ProgressBar(what, self)
         try:
             yield shown
@@ -86,11 +95,11 @@ class Console:
 
 
 class ProgressBar:
-    """A progress bar with the time left; it appears after one second."""
+    """A progress bar with the remaining time; it appears after one second."""
 
     def __init__(self, what: str, console: Console) -> None:
         self._what, self._console = what, console
-        self._started = self._said = time.monotonic()
+        self._started = self._written = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
 
@@ -100,8 +109,8 @@ class ProgressBar:
             return
         if sys.stderr.isatty():
             self._draw(done, total, unit)
-        elif now - self._said > LOG_SECONDS:
-            self._said = now
+        elif now - self._written > LOG_SECONDS:
+            self._written = now
             self._console.note(f"{self._what}: {done} of {total} {unit}".rstrip())
 
     def close(self) -> None:
@@ -135,24 +144,24 @@ class ProgressBar:
 
 
 def escape_controls(text: str) -> str:
-    """Return a text whose control characters are spelled out."""
+    """Return a text whose control characters are written as escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def prepare_streams() -> None:
-    """Let any text be printed, and nothing fail where a stream is closed."""
+    """Replace closed standard streams, and make stdout accept any text."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            # Left open, its number would be given to the next file, and MLX balks.
+            # Else the next file would get this descriptor, which MLX does not accept.
             opened = os.open(os.devnull, os.O_RDWR)
             if number:
-                setattr(sys, name, open(opened, "w"))  # noqa: SIM115 - for good
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path's bytes come out as they were
+                setattr(sys, name, open(opened, "w"))  # noqa: SIM115 - stays open
+    if isinstance(sys.stdout, io.TextIOWrapper):  # bytes of paths stay unchanged
         utf8 = sys.stdout.encoding.lower() == "utf-8"
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "replace")
 
 
 def close_broken_pipe() -> None:
-    """Let the interpreter's last flush of a closed stdout go nowhere."""
+    """Redirect the interpreter's last flush of a closed stdout to the null device."""
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""The command that converts: `convert`."""
+"""The command that converts models and adapters: `convert`."""
 
 import dataclasses
 import os
@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from converters.conversion.options import (  # noqa: TID253 - needs no mlx
-    QUANTIZATION,
     ConversionOptions,
 )
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.derived_options import GivenOptions, OptionsOf, derive_options
 from mlx_openelm.cli.options import Force, Json, Offline, Quiet, expand_path
+from mlx_openelm.options import MODEL_PANEL
 
 
 @derive_options
@@ -22,51 +22,70 @@ def convert_command(
     source: Annotated[
         list[str] | None,
         typer.Argument(
-            help="A CoreNet .pt, a model or adapter folder, a Hub id or demo; several "
-            ".pt with --average."
+            metavar="SOURCE",
+            help="Hub id, CoreNet .pt file, model or adapter folder, or demo; more "
+            "than one .pt file with --average.",
         ),
     ] = None,
     hf_path: Annotated[
         str | None,
         typer.Option(
-            "--hf-path", "--model", help="The same; or the base of an adapter folder."
+            "--hf-path",
+            "--model",
+            help="Base model of an adapter; without SOURCE, the source.",
+            rich_help_panel=MODEL_PANEL,
         ),
     ] = None,
     mlx_path: Annotated[
-        Path | None, typer.Option(help="Where to; default ./<source name>-mlx[-4bit].")
+        Path | None,
+        typer.Option(
+            help="Folder or file to write.", show_default="<source name>-mlx, -mlx-4bit"
+        ),
     ] = None,
-    options: Annotated[GivenOptions, OptionsOf(ConversionOptions)],
     quantize: Annotated[
         bool,
         typer.Option(
             "-q",
             "--quantize",
             help="Quantize, to 4 bits unless --q-bits or --q-mode is given.",
-            rich_help_panel=QUANTIZATION,
         ),
     ] = False,
+    options: Annotated[GivenOptions, OptionsOf(ConversionOptions)],
     adapter_out: Annotated[
         Path | None,
-        typer.Option(help="Write the adapter of the source here."),
+        typer.Option(
+            help="Write the adapter of the source to this folder, instead of merging.",
+            rich_help_panel=MODEL_PANEL,
+        ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="Branch, tag or commit of a Hub id.", rich_help_panel=MODEL_PANEL
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Make a model folder, which mlx-openelm and mlx-lm read. Prints its path."""
+    """Convert a model or an adapter, for mlx-openelm and mlx-lm by default.
+
+    Prints the path of the folder or file.
+    """
     console = Console(quiet=quiet)
     if quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read at import
     if source and hf_path and options.get("average"):
-        raise typer.BadParameter("say the sources once", param_hint="--model")
+        raise typer.BadParameter(
+            "cannot be used with SOURCE and --average", param_hint="--model"
+        )
     named = list(source or ())
     base = hf_path if named else None
     if not named and hf_path is not None:
         named = [hf_path]
     if not named:
-        raise typer.BadParameter("say what to convert", param_hint="SOURCE")
+        raise typer.BadParameter(_list_sources(), param_hint="SOURCE")
     if quantize and not options.keys() & {"bits", "mode"}:
         options["bits"] = "4"
     if options.get("mode") == "affine":
@@ -86,13 +105,27 @@ def convert_command(
             **options,
         )
     from converters.conversion.adapters import AdapterReport
-    from mlx_openelm.cli.views.conversion import note_adapter, note_converted
+    from mlx_openelm.cli.views.conversion import show_adapter, show_converted
 
     if as_json:
         console.answer_json(dataclasses.asdict(report))
         return
     if isinstance(report, AdapterReport):
-        note_adapter(console, report)
+        show_adapter(console, report)
     else:
-        note_converted(console, report)
-    console.answer(str(report.path))
+        show_converted(console, report)
+
+
+def _list_sources() -> str:
+    from mlx_openelm.storage.hub import RELEASED
+
+    return "\n".join(
+        (
+            "nothing to convert. Give one of",
+            *(f"  {name}" for name in RELEASED),
+            "  another Hub id",
+            "  a CoreNet checkpoint (.pt)",
+            "  a model or adapter folder",
+            "  demo",
+        )
+    )

@@ -1,4 +1,4 @@
-"""What `generate`, `chat` and `serve` do with the options of decoding."""
+"""Checks of decoding options, and the drafter, for `generate`, `chat` and `serve`."""
 
 from typing import TYPE_CHECKING
 
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
 
 
 def check_sampling(given: GivenOptions) -> None:
-    """Raise OpenELMError for a value out of range, before a model is loaded."""
+    """Raise OpenELMError if a value is out of range, before a model is loaded."""
     Sampling.from_defaults({}, given)
 
 
 def make_drafter(
     options: DraftOptions, model: "OpenELM", tokenizer: "Tokenizer", offline: bool
 ) -> "Drafter | None":
-    """Return the drafter that was asked for; None if none was."""
+    """Return the drafter of the options; None without speculative decoding."""
     lookup, draft_model = options.lookup, options.draft_model
     if lookup is None and draft_model is None:
         return None
     if lookup is not None and draft_model is not None:
         raise typer.BadParameter(
-            "does not go with --draft-model", param_hint="--lookup"
+            "cannot be used with --draft-model", param_hint="--lookup"
         )
     from mlx_openelm.generation.drafters import LookupDrafter, ModelDrafter, check_draft
 
     if draft_model is not None and not draft_model.strip():
-        raise OpenELMError("--draft-model is empty; say a model, or leave it out.")
+        raise OpenELMError("--draft-model is empty; give a model, or leave it out.")
     if draft_model is None:
         assert lookup is not None
         return LookupDrafter(lookup)
@@ -45,11 +45,11 @@ def make_drafter(
 
 
 def check_utf8(*texts: str) -> None:
-    """Raise OpenELMError if an option's text cannot be encoded as UTF-8."""
+    """Raise OpenELMError if a text cannot be encoded as UTF-8."""
     for text in texts:
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # a terminal of another encoding
+        except UnicodeEncodeError as error:  # typed on a terminal with another encoding
             raise OpenELMError(
                 f"{text!a} is not UTF-8 text: {error.reason}."
             ) from error

@@ -1,4 +1,4 @@
-"""Flags of a command that are made from the fields of an options dataclass."""
+"""Flags of a command, derived from the fields of an options dataclass."""
 
 import dataclasses
 import functools
@@ -13,16 +13,16 @@ import typer
 
 from mlx_openelm.options import Option, option_of
 
-GivenOptions = dict[str, Any]  # by field name, those that were given alone
+GivenOptions = dict[str, Any]  # by field name; only the options given
 
 
 @dataclass(frozen=True, slots=True)
 class OptionsOf:
-    """Annotates a parameter of a command: one flag for each field of `kind`.
+    """Annotation of a command's parameter: one flag for each field of `kind`.
 
     Attributes:
-        only: these fields alone.
-        without: all fields but these.
+        only: if not empty, the only fields that become flags.
+        without: fields that do not become flags.
     """
 
     kind: type
@@ -39,10 +39,10 @@ class OptionsOf:
 
 
 def derive_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command for Typer whose `OptionsOf` parameters are flags.
+    """Return the command with flags in place of its `OptionsOf` parameters.
 
-    Each such parameter receives the options that were given, as a dictionary; what was
-    not given is not in it, so that a recipe's or the model's value can stand.
+    Each such parameter receives a dictionary of only the options that were given, so
+    that a recipe or the model can provide the others.
     """
     parameters = [
         inspect.Parameter(
@@ -81,7 +81,7 @@ def derive_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Flags(dict[str, str]):
-    """The flag of each option by its name; of an unknown one, the usual spelling."""
+    """The flag of each option by name; for an unknown name, its usual spelling."""
 
     def __missing__(self, name: str) -> str:
         return _spell(name)
@@ -102,7 +102,7 @@ def _derive(
     kind = _flag_type(hint, declared)
     default = None if field.default in (MISSING, ()) else field.default
     if kind is bool and default is not None:
-        default = False  # the flag of what is on by default turns it off
+        default = False  # the flag turns off what is on by default
     shown = (declared.shown_default or "").format_map(flags)
     info = typer.Option(
         *_flags(field.name, declared, default_on=field.default is True),
@@ -121,7 +121,7 @@ def _derive(
 
 
 def _flag_type(hint: Any, declared: Option) -> Any:
-    """Return the type by which Typer reads the flag."""
+    """Return the type that Typer converts the flag's value to."""
     if isinstance(hint, types.UnionType):
         hint = next(h for h in typing.get_args(hint) if h is not types.NoneType)
     if typing.get_origin(hint) is tuple:

@@ -1,4 +1,4 @@
-"""The command that scores models: `evaluate`."""
+"""The command that evaluates models: `evaluate`."""
 
 import gc
 import re
@@ -17,6 +17,7 @@ from mlx_openelm.cli.evaluation_plan import (
 )
 from mlx_openelm.cli.options import (
     Adapter,
+    Force,
     Json,
     Model,
     Offline,
@@ -26,33 +27,32 @@ from mlx_openelm.cli.options import (
     open_model,
 )
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.options import MODEL_PANEL, OUTPUT_PANEL
 
 if TYPE_CHECKING:
     from mlx_openelm.evaluation.results import ModelScores, TaskResult
     from mlx_openelm.evaluation.suites import Suite
 
-TASKS = "Tasks"  # headings in --help
-REPORT = "The report"
+SCORING = "Texts and tasks"  # a heading in --help
 
 
 def evaluate_command(
     text: Annotated[
-        list[Path] | None, typer.Option(help="A text file to score; repeatable.")
+        list[Path] | None, typer.Option(help="Text file to score; repeatable.")
     ] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help="A task file (multiple choice), or the name of a task of "
-            "lm-evaluation-harness; repeatable.",
-            rich_help_panel=TASKS,
+            help="Multiple-choice questions (.json or .jsonl), or the name of a task "
+            "of lm-evaluation-harness; repeatable."
         ),
     ] = None,
     suite: Annotated[
         str | None,
         typer.Option(
-            help="The published settings, beside the published scores: zero-shot, "
-            "openllm, llm360 or peft.",
-            rich_help_panel=TASKS,
+            help="Tasks and settings of published scores, shown beside them: "
+            "zero-shot, openllm, llm360 or peft.",
+            rich_help_panel=SCORING,
         ),
     ] = None,
     model: Model = None,
@@ -60,99 +60,103 @@ def evaluate_command(
     compare: Annotated[
         list[str] | None,
         typer.Option(
-            help="Another model, or an adapter folder (on --model, else on its own "
-            "base); repeatable."
+            help="Another model to compare with, or an adapter folder (of --model, "
+            "else of its own base); repeatable.",
+            rich_help_panel=MODEL_PANEL,
         ),
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(help="Of --text: tokens in a window; default the context length."),
+        typer.Option(
+            help="Window length for --text in tokens.",
+            show_default="the context length",
+            rich_help_panel=SCORING,
+        ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(help="Ask only the first N questions.", rich_help_panel=TASKS),
+        typer.Option(
+            help="Use only the first N questions of each task.",
+            rich_help_panel=SCORING,
+        ),
     ] = None,
     num_fewshot: Annotated[
         int | None,
         typer.Option(
-            help="Of the harness's tasks: solved examples before each question.",
-            rich_help_panel=TASKS,
+            help="Number of solved examples before each question, for tasks of the "
+            "harness.",
+            show_default="the task's",
+            rich_help_panel=SCORING,
         ),
     ] = None,
     batch_size: Annotated[
         int,
         typer.Option(
-            help="Of tasks that let the model write: answers at once.",
-            rich_help_panel=TASKS,
+            help="Number of answers generated at once, for generative tasks.",
+            rich_help_panel=SCORING,
         ),
     ] = 16,
     include_path: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of own tasks, in the harness's YAML.", rich_help_panel=TASKS
+            help="Folder of your own harness tasks (YAML).", rich_help_panel=SCORING
         ),
     ] = None,
     tasks_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Of --suite peft: the folder of its task files.", rich_help_panel=TASKS
+            help="Folder of the task files of --suite peft.", rich_help_panel=SCORING
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="A folder for the answers as they come; a stopped run goes on with "
-            "them.",
-            rich_help_panel=REPORT,
+            help="Folder in which answers are saved; a stopped run resumes from it.",
+            rich_help_panel=OUTPUT_PANEL,
         ),
     ] = None,
     csv: Annotated[
         Path | None,
-        typer.Option(help="Write a .csv file, too.", rich_help_panel=REPORT),
+        typer.Option(
+            help="Write the scores to a .csv file.", rich_help_panel=OUTPUT_PANEL
+        ),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw a .svg file.", rich_help_panel=REPORT)
+        Path | None,
+        typer.Option(help="Draw a chart (.svg).", rich_help_panel=OUTPUT_PANEL),
     ] = None,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force", help="Replace files that are there.", rich_help_panel=REPORT
-        ),
-    ] = False,
+    force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Score a model: on text files, on tasks, beside published scores or other models.
+    """Evaluate a model on texts and tasks, beside published scores or other models.
 
-    A text gives bits per byte and perplexity; a task the share of right answers, with
-    its standard error. Several models answer the same questions, so that their
-    differences are paired.
+    Texts give bits per byte and perplexity, tasks the accuracy with its standard error.
+    Differences between models are paired: all models answer the same questions.
     """
     console = Console(quiet=quiet)
     if not text and not tasks and suite is None:
         raise typer.BadParameter(
-            "say what to score: a text, tasks, or a suite",
+            "give texts, tasks, or a suite to score",
             param_hint="--text, --tasks, --suite",
         )
     if tasks and suite is not None:
         raise typer.BadParameter(
-            "says its own tasks; leave --tasks out", param_hint="--suite"
+            "cannot be used with --tasks; it has its own", param_hint="--suite"
         )
     if not tasks and suite is None:
-        of_tasks = {
+        task_options = {
             "--limit": limit,
             "--num-fewshot": num_fewshot,
             "--output": output,
             "--picture": picture,
         }
-        for flag, said in of_tasks.items():
-            if said is not None:
-                raise typer.BadParameter(
-                    "is of tasks; say --tasks or --suite, too", param_hint=flag
-                )
+        for flag, value in task_options.items():
+            if value is not None:
+                raise typer.BadParameter("needs --tasks or --suite", param_hint=flag)
     if window is not None and not text:
-        raise typer.BadParameter("is of --text; say one, too", param_hint="--window")
+        raise typer.BadParameter("needs --text", param_hint="--window")
     if batch_size < 1:
         raise OpenELMError(f"--batch-size is {batch_size}; it must be at least 1.")
     csv, picture = (expand_path(path) for path in (csv, picture))
@@ -184,7 +188,7 @@ def evaluate_command(
                 offline=offline,
             )
         )
-        gc.collect()  # never two models at once
+        gc.collect()  # never two models in memory
     _report(console, scores, plan.suite, csv, picture, as_json=as_json)
 
 
@@ -276,12 +280,12 @@ def _run_named(
     for task in plan.named:
         with console.progress(task.name) as progress:
 
-            def tell(done: int, total: int) -> None:
+            def show_progress(done: int, total: int) -> None:
                 progress.update(done, total, "requests")
 
             if where is None:
                 lm = wrap_model(
-                    model, tokenizer, batch_size=batch_size, on_progress=tell
+                    model, tokenizer, batch_size=batch_size, on_progress=show_progress
                 )
                 results += run_task(lm, task, limit=plan.limit)
             else:
@@ -293,7 +297,7 @@ def _run_named(
                     limit=plan.limit,
                     batch_size=batch_size,
                     force=force,
-                    on_progress=tell,
+                    on_progress=show_progress,
                 )
     return results
 
@@ -302,7 +306,7 @@ def _run_named(
 
 
 def _make_folder(output: Path | None, label: str) -> Path | None:
-    """Make and return the folder of one model's answers."""
+    """Make and return the folder for one model's answers."""
     if output is None:
         return None
     folder = output / re.sub(r"[^\w.-]+", "_", label.strip("/.~"))
@@ -310,8 +314,8 @@ def _make_folder(output: Path | None, label: str) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OpenELMError(
-            f"Cannot make the folder {folder}: {error.strerror or error}; say another "
-            "place with --output."
+            f"Cannot make the folder {folder}: {error.strerror or error}; give another "
+            "path with --output."
         ) from error
     return folder
 

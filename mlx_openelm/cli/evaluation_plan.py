@@ -1,4 +1,4 @@
-"""The models and the tasks of an evaluation, read before the first model is loaded."""
+"""The models and tasks of an evaluation, opened before the first model is loaded."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlx_openelm.evaluation.task_files import Task
 
 
-# What takes part -----------------------------------------------------------------
+# Models --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Entrant:
 
     Attributes:
         label: unique among the entrants.
-        name: what `--model` would say; None: the demo, or the adapter's base.
+        name: as for `--model`; None is the adapter's base, or the demo.
     """
 
     label: str
@@ -39,39 +39,40 @@ class Entrant:
 def list_entrants(
     model: str | None, adapter_path: str | None, compare: Sequence[str], offline: bool
 ) -> list[Entrant]:
-    """Name all models, and find each before the first one is run.
+    """Return all models of the comparison, after finding each of them.
 
     Raises:
-        OpenELMError: one of them is not to be had.
+        OpenELMError: a model was not found, or is named twice.
     """
     from mlx_openelm.storage.hub import ADAPTER_CONFIG, CONFIG
     from mlx_openelm.storage.loading import choose_model
 
-    said = [(model, adapter_path)]
+    pairs = [(model, adapter_path)]
     for name in compare:
         path = expand_path(name)
         is_adapter = (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file()
-        said.append((model, name) if is_adapter else (name, None))
+        pairs.append((model, name) if is_adapter else (name, None))
     entrants: list[Entrant] = []
-    for base, adapter in said:
+    for base, adapter in pairs:
         choice = choose_model(base, expand_path(adapter), offline=offline)
         label = adapter or choice.name
         method = choice.adapter.method if choice.adapter else None
         if label in (entrant.label for entrant in entrants):
-            raise OpenELMError(f"{label} takes part twice; leave one out.")
+            raise OpenELMError(f"{label} is named twice; leave one out.")
         entrants.append(Entrant(label, base, adapter, method))
     return entrants
 
 
-# What is asked -------------------------------------------------------------------
+# Tasks ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPlan:
-    """The questions of all tasks, read before a model is.
+    """The questions of all tasks.
 
     Attributes:
-        local: tasks of files, each with the number of questions in its file.
+        local: tasks from files, each with the number of questions in its file.
+        named: tasks of lm-evaluation-harness.
     """
 
     local: tuple[tuple["Task", int], ...]
@@ -94,7 +95,7 @@ def plan_evaluation(
     """Read all questions.
 
     Raises:
-        OpenELMError: options do not go together, or questions are not to be had.
+        OpenELMError: the options contradict each other, or a task cannot be read.
     """
     from mlx_openelm.evaluation.task_files import read_task
 
@@ -111,8 +112,8 @@ def plan_evaluation(
                 named.append((task, num_fewshot))
         if files and num_fewshot:
             raise OpenELMError(
-                f"--num-fewshot is of the harness's tasks, and {files[0]} is a file, "
-                "whose questions stand alone; leave it out."
+                f"--num-fewshot is for tasks of the harness, and {files[0]} is a file; "
+                "leave it out."
             )
     elif suite.local:
         assert tasks_dir is not None
@@ -133,13 +134,14 @@ def plan_evaluation(
         from mlx_openelm.evaluation.harness_model import require_harness
 
         require_harness()
-        console.note("[lm-evaluation-harness reads its tasks]")
-        shown = io.StringIO() if console.quiet else sys.stderr  # of downloads
+        console.note("[loading the tasks of lm-evaluation-harness]")
+        shown = io.StringIO() if console.quiet else sys.stderr  # progress of downloads
         with contextlib.redirect_stderr(shown):
             opened = open_tasks(named, include_path=include_path, offline=offline)
     elif include_path is not None:
         raise OpenELMError(
-            "--include-path is of tasks by name; say one with --tasks, or leave it out."
+            "--include-path is for tasks of the harness; name one with --tasks, or "
+            "leave it out."
         )
     return EvaluationPlan(tuple(local), opened, suite, limit)
 
@@ -157,36 +159,34 @@ def _find_suite(
     from mlx_openelm.evaluation.suites import SUITES
 
     if name is not None and name not in SUITES:
-        raise OpenELMError(
-            f"There is no suite {name}; it must be one of {', '.join(SUITES)}."
-        )
+        raise OpenELMError(f"There is no suite {name}; choose {', '.join(SUITES)}.")
     if name is not None and num_fewshot is not None:
         raise OpenELMError(
-            f"--suite {name} says the solved examples of each task; leave "
-            "--num-fewshot out."
+            f"--suite {name} sets the number of solved examples; leave out "
+            "--num-fewshot."
         )
     suite = SUITES[name] if name is not None else None
     is_local = suite is not None and suite.local
     if is_local and tasks_dir is None:
         raise OpenELMError(
-            f"--suite {name} reads files that are not published with it; say their "
+            f"--suite {name} needs task files, which are not published; give their "
             "folder with --tasks-dir."
         )
     if tasks_dir is not None and not is_local:
-        raise OpenELMError("--tasks-dir is of --suite peft; leave it out.")
+        raise OpenELMError("--tasks-dir is for --suite peft; leave it out.")
     return suite
 
 
 def _find_files(console: Console, suite: "Suite", folder: Path) -> list[Path]:
     from mlx_openelm.evaluation.suites import find_suite_file
 
-    found = [(task, find_suite_file(folder, task)) for task in suite.tasks]
-    missing = [f"{task.task}.json" for task, path in found if path is None]
-    if len(missing) == len(found):
+    files = {task.task: find_suite_file(folder, task) for task in suite.tasks}
+    missing = [f"{name}.json" for name, path in files.items() if path is None]
+    if len(missing) == len(files):
         raise OpenELMError(
-            f"{folder} holds none of the files of --suite {suite.name}: "
+            f"{folder} has none of the files of --suite {suite.name}: "
             f"{', '.join(missing)}."
         )
     if missing:
-        console.note(f"note: {folder} lacks {', '.join(missing)}; they are left out")
-    return [path for _, path in found if path is not None]
+        console.note(f"note: {folder} lacks {', '.join(missing)}; skipping them")
+    return [path for path in files.values() if path is not None]

@@ -1,4 +1,4 @@
-"""Messages of the library name a parameter; here it becomes the flag of the command."""
+"""Replaces parameter names in messages of the library by the command's flags."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,10 +10,10 @@ _flags: ContextVar[Mapping[str, str] | None] = ContextVar("flags", default=None)
 
 
 def use_flags_of(command: Any, others: Iterable[Any] = ()) -> None:
-    """Let `show_flags` write the flags of this Typer command from now on.
+    """Make `show_flags` write the flags of this Typer command from now on.
 
     Args:
-        others: commands whose flags stand for parameters that `command` does not have.
+        others: commands that provide the flags of parameters that `command` lacks.
     """
     flags: dict[str, str] = {}
     for known in (*others, command):
@@ -26,6 +26,6 @@ def use_flags_of(command: Any, others: Iterable[Any] = ()) -> None:
 
 
 def show_flags(text: str) -> str:
-    """Return a message with "`window`" as "--window", where it is a flag."""
+    """Return a message in which "`window`" is "--window", if that is a flag."""
     flags = _flags.get() or {}
-    return _PARAMETER.sub(lambda found: flags.get(found[1], found[0]), text)
+    return _PARAMETER.sub(lambda match: flags.get(match[1], match[0]), text)

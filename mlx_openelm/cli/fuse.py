@@ -6,40 +6,71 @@ from typing import Annotated
 
 import typer
 
+from converters.conversion.options import (  # noqa: TID253 - needs no mlx
+    QUANTIZATION,
+)
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.options import Force, Json, Offline, Quiet
 
 
 def fuse_command(
     adapter_path: Annotated[
-        str, typer.Option(help="An adapter folder, or its Hub id.", show_default=False)
+        str, typer.Option(help="Adapter folder, or its Hub id.", show_default=False)
     ],
-    save_path: Annotated[Path, typer.Option(help="Where to.", show_default=False)],
+    save_path: Annotated[
+        Path, typer.Option(help="Model folder to write.", show_default=False)
+    ],
     model: Annotated[
-        str | None, typer.Option(help="The base; default the adapter's own.")
+        str | None,
+        typer.Option(
+            help="Base model: demo, a folder, or a Hub id.",
+            show_default="the adapter's base",
+        ),
     ] = None,
     dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Write 16 bits a weight.")
+        bool,
+        typer.Option(
+            "--dequantize",
+            help="Unpack quantized weights to 16 bits.",
+            rich_help_panel=QUANTIZATION,
+        ),
     ] = False,
     quantize: Annotated[
-        bool, typer.Option("-q", "--quantize", help="Quantize to --q-bits.")
+        bool,
+        typer.Option(
+            "-q",
+            "--quantize",
+            help="Quantize, to 4 bits unless --q-bits is given.",
+            rich_help_panel=QUANTIZATION,
+        ),
     ] = False,
     bits: Annotated[
         int | None,
-        typer.Option("--q-bits", help="Bits of the linears; default the base's own."),
+        typer.Option(
+            "--q-bits",
+            help="Bits of the linear layers.",
+            show_default="as in the base",
+            rich_help_panel=QUANTIZATION,
+        ),
     ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option("--q-group-size", help="Weights that share a scale, default 64."),
+        typer.Option(
+            "--q-group-size",
+            help="Number of weights that share a scale.",
+            show_default="64",
+            rich_help_panel=QUANTIZATION,
+        ),
     ] = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Put an adapter into its base, and prove that it is still there. Prints the path.
+    """Merge an adapter into its base model, and check the result.
 
-    Nothing is written if the weights' bits would lose it.
+    Nothing is written if quantization would lose the adapter's effect. Prints the path
+    of the model folder.
     """
     console = Console(quiet=quiet)
     if quantize and bits is None:

@@ -1,4 +1,4 @@
-"""The command that continues a prompt, or a file of prompts: `generate`."""
+"""The command that generates text for one prompt or a file of prompts: `generate`."""
 
 import os
 import sys
@@ -28,6 +28,7 @@ from mlx_openelm.generation.options import (
     PromptOptions,
     Sampling,
 )
+from mlx_openelm.options import OUTPUT_PANEL
 
 if TYPE_CHECKING:
     from mlx_openelm.generation.streaming import Piece
@@ -42,10 +43,13 @@ MANY_PROMPTS = "Many prompts"  # a heading in --help
 def generate_command(
     *,
     prompt: Annotated[
-        str | None, typer.Argument(help='The prompt; "-" or a pipe: from stdin.')
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help='Text to continue; "-", or a pipe, reads stdin.'
+        ),
     ] = None,
     prompt_option: Annotated[
-        str | None, typer.Option("-p", "--prompt", help="The same, as an option.")
+        str | None, typer.Option("-p", "--prompt", help="PROMPT, as an option.")
     ] = None,
     model: Model = None,
     adapter_path: Adapter = None,
@@ -55,7 +59,7 @@ def generate_command(
     prompt_cache: Annotated[
         Path | None,
         typer.Option(
-            help="A file that keeps the prompt as it was read.",
+            help="File that stores the KV cache of the prompt for the next call.",
             rich_help_panel=SPEED_AND_MEMORY,
         ),
     ] = None,
@@ -63,14 +67,14 @@ def generate_command(
     prompts_file: Annotated[
         str | None,
         typer.Option(
-            help='Prompts, JSON lines or one a line; "-": from stdin.',
+            help='File of prompts: JSON lines, or one per line; "-" reads stdin.',
             rich_help_panel=MANY_PROMPTS,
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Where --prompts-file's answers go; begun, it goes on.",
+            help="File for the answers of --prompts-file; a stopped run resumes.",
             rich_help_panel=MANY_PROMPTS,
         ),
     ] = None,
@@ -79,7 +83,8 @@ def generate_command(
         typer.Option(
             min=1,
             max=1024,
-            help="Prompts answered together; default 16.",
+            help="Number of prompts in a batch.",
+            show_default="16",
             rich_help_panel=MANY_PROMPTS,
         ),
     ] = None,
@@ -87,18 +92,27 @@ def generate_command(
         bool,
         typer.Option(
             "--force",
-            help="Replace an --output of other prompts.",
+            help="Replace an --output file of other prompts.",
             rich_help_panel=MANY_PROMPTS,
         ),
     ] = False,
     no_stream: Annotated[
-        bool, typer.Option("--no-stream", help="Print the answer when it is whole.")
+        bool,
+        typer.Option(
+            "--no-stream",
+            help="Print the answer only when it is complete.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Continue a prompt. What is not said comes from the model's own defaults."""
+    """Generate text.
+
+    Omitted options come from the model's generation_config.json; without one, decoding
+    is greedy. Prints the generated text.
+    """
     console = Console(quiet=quiet)
     check_sampling(sampling)
     prompt_options = PromptOptions(**prompting)
@@ -114,7 +128,9 @@ def generate_command(
     }
     if prompts_file is not None:
         for flag in (flag for flag, value in single.items() if value is not None):
-            raise typer.BadParameter("does not go with --prompts-file", param_hint=flag)
+            raise typer.BadParameter(
+                "cannot be used with --prompts-file", param_hint=flag
+            )
         check_utf8(system, *stop)
         _answer_file(
             console,
@@ -130,9 +146,9 @@ def generate_command(
         return
     many = {"--output": output, "--batch-size": batch_size, "--force": force or None}
     for flag in (flag for flag, value in many.items() if value is not None):
-        raise typer.BadParameter("is for --prompts-file", param_hint=flag)
+        raise typer.BadParameter("needs --prompts-file", param_hint=flag)
     if sampling.get("logprobs") and not as_json:
-        raise typer.BadParameter("is shown with --json", param_hint="--logprobs")
+        raise typer.BadParameter("needs --json", param_hint="--logprobs")
     text = _read_prompt(prompt, prompt_option)
     check_utf8(text, system, *stop)
     from mlx_openelm.cli.views.generation import (
@@ -155,11 +171,11 @@ def generate_command(
             cache, context = None, Context(loaded, make_cache)
         else:
             name = (tokenizer.template or "raw") if template == "auto" else template
-            place = expand_path(prompt_cache)
+            path = expand_path(prompt_cache)
             from mlx_openelm.generation.prompt_cache import open_prompt_cache
 
             cache = opened.enter_context(
-                open_prompt_cache(place, loaded, name, console.note, make_cache)
+                open_prompt_cache(path, loaded, name, console.note, make_cache)
             )
             context = cache.context
         for piece in stream(
@@ -169,7 +185,7 @@ def generate_command(
             if piece.text and not (as_json or no_stream):
                 console.answer(piece.text, end="")
             if cache is not None and len(shown) == 1:
-                cache.store(ids)  # the disk works while more is drawn
+                cache.store(ids)  # written while generation continues
         if as_json:
             console.answer_json(generated_json(shown, tokenizer))
             return
@@ -207,7 +223,7 @@ def _answer_file(
     prompts = read_prompts(source)
     if output is not None and _are_one_file(Path(source), output):
         raise OpenELMError(
-            f"--output {output} is the file of prompts itself; choose another file."
+            f"--output {output} is the file of prompts; choose another file."
         )
     console.note(f"[{prompts.name}: {len(prompts.prompts)} prompts, {prompts.format}]")
     with console.progress("Answering") as progress:
@@ -229,7 +245,7 @@ def _answer_file(
     if report.problems:
         raise OpenELMError(
             f"{len(report.problems)} of {report.prompts} prompts of {prompts.name} have"
-            " no answer; the lines above say why."
+            " no answer; see the messages above."
         )
 
 
@@ -239,12 +255,12 @@ def _are_one_file(a: Path, b: Path) -> bool:
 
 def _read_prompt(positional: str | None, option: str | None) -> str:
     if positional is not None and option is not None:
-        raise typer.BadParameter("say the prompt once", param_hint="PROMPT")
-    said = positional if positional is not None else option
-    if said is not None and said != "-":
-        return said
-    if sys.stdin is None or (said is None and sys.stdin.isatty()):
-        raise typer.BadParameter("say a prompt, or pipe one in", param_hint="PROMPT")
+        raise typer.BadParameter("cannot be used with --prompt", param_hint="PROMPT")
+    prompt = positional if positional is not None else option
+    if prompt is not None and prompt != "-":
+        return prompt
+    if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+        raise typer.BadParameter("give a prompt, or pipe one in", param_hint="PROMPT")
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:

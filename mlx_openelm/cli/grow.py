@@ -1,4 +1,4 @@
-"""The command that makes a model larger: `grow`."""
+"""The command that makes a larger model: `grow`."""
 
 import dataclasses
 import os
@@ -7,51 +7,76 @@ from typing import Annotated
 import typer
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.options import Json, Offline, Quiet, Seed
+from mlx_openelm.cli.options import Force, Json, Offline, Quiet
+from mlx_openelm.options import MODEL_PANEL, OUTPUT_PANEL
 
 
 def grow_command(
     source: Annotated[
-        str, typer.Argument(help="A CoreNet .pt, a model folder, a Hub id or demo.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="CoreNet .pt file, model folder, Hub id or demo."
+        ),
     ],
     width: Annotated[
         int,
-        typer.Option(help="Times as wide: model_dim and heads.", show_default=False),
+        typer.Option(
+            help="Factor of the width: model_dim and the number of heads.",
+            show_default=False,
+        ),
     ],
     ffn: Annotated[
         int | None,
-        typer.Option(help="Times as wide inside the FFNs.", show_default="as --width"),
+        typer.Option(
+            help="Factor of the width inside the FFNs.", show_default="as --width"
+        ),
     ] = None,
     noise_db: Annotated[
         float | None,
         typer.Option(
-            help="Noise this far below the weights, which cancels; 10 is usual.",
-            show_default="none",
+            help="Add noise this many dB below the weights, to break the symmetry of "
+            "the copies; the function stays the same. 10 is usual.",
+            show_default="no noise",
         ),
     ] = None,
-    seed: Seed = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokenizer to write into the folder: a file, a folder, a Hub id, or "
+            "none.",
+            show_default="the source's",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="Branch, tag or commit of a Hub id.", rich_help_panel=MODEL_PANEL
+        ),
+    ] = None,
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", help="A folder; default ./<source name>-grown."),
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder to write.",
+            show_default="<source name>-grown",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="A file, a folder, a Hub id, or none.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace what was grown before.")
-    ] = False,
+    force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Make a larger model that computes the same (HyperCloning). Prints the weights.
+    """Make a larger model with the same function (HyperCloning), to train further.
 
-    Then: mlx-openelm pretrain -c RECIPE --init WEIGHTS.
+    Prints the path of the weights, which `mlx-openelm pretrain --init` starts from.
     """
     console = Console(quiet=quiet)
     if quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read at import
     from converters.conversion.growing import grow
 
     with console.progress("Growing") as progress:
@@ -61,7 +86,7 @@ def grow_command(
             width=width,
             ffn=ffn,
             noise_db=noise_db,
-            seed=0 if seed is None else seed,
+            seed=seed,
             tokenizer=tokenizer,
             force=force,
             offline=offline,
@@ -78,3 +103,7 @@ def grow_command(
         f"({report.num_bytes / 1e6:,.0f} MB in float32), {report.seconds:.1f} s"
     )
     console.answer(str(report.path))
+    console.note_next(
+        *("pretrain", "--recipe", "pretrain/growing/large"),
+        *("--init", report.path, "--dry-run"),
+    )

@@ -9,19 +9,29 @@ from mlx_openelm.cli.options import Json, Offline, Quiet
 
 
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="demo, a model folder, or a Hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="demo, a model folder, or a Hub id.")
+    ],
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to reckon the memory for.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Context length in tokens for the memory estimate.",
+            show_default="the model's",
+        ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Show sizes, bits, tokenizer, origin and memory, without loading weights."""
+    """Show a model's sizes, bits, tokenizer, origin and memory use.
+
+    No weights are loaded.
+    """
     from mlx_openelm.cli.views.conversion import show_inspection
     from mlx_openelm.storage.hub import find_model
     from mlx_openelm.storage.inspection import inspect
 
     console = Console(quiet=quiet)
-    found = inspect(find_model(model, offline=offline), context=context)
-    console.answer_report(found, show_inspection, as_json=as_json)
+    inspection = inspect(find_model(model, offline=offline), context=context)
+    console.answer_report(inspection, show_inspection, as_json=as_json)

@@ -12,6 +12,7 @@ from mlx_openelm.cli.derived_options import GivenOptions, OptionsOf, derive_opti
 from mlx_openelm.cli.options import MODEL_VARIABLE, Force, Json, Offline, Quiet
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.options import OUTPUT_PANEL
 
 
 @derive_options
@@ -22,7 +23,8 @@ def lora_command(
         typer.Option(
             "-c",
             "--recipe",
-            help="A recipe: name or file. Flags win over it.",
+            help="Recipe: the name of a bundled one (mlx-openelm recipes) or a YAML "
+            "file; other options override it.",
             rich_help_panel="Data",
         ),
     ] = None,
@@ -31,7 +33,7 @@ def lora_command(
         bool,
         typer.Option(
             "--resume",
-            help="Continue the run where it stopped.",
+            help="Resume the run in --adapter-path from its last checkpoint.",
             rich_help_panel="Schedule and checkpoints",
         ),
     ] = False,
@@ -39,15 +41,15 @@ def lora_command(
         bool,
         typer.Option(
             "--dry-run",
-            help="Check the data and plan the run; train nothing.",
-            rich_help_panel="Output",
+            help="Check the data and show the plan and its memory, without training.",
+            rich_help_panel=OUTPUT_PANEL,
         ),
     ] = False,
     fit: Annotated[
         bool,
         typer.Option(
             "--fit",
-            help="Choose smaller settings if memory would not suffice.",
+            help="Choose smaller settings if the run would not fit into memory.",
             rich_help_panel="Batches and memory",
         ),
     ] = False,
@@ -56,39 +58,48 @@ def lora_command(
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Fine-tune a model on a file of examples. Prints the adapter's folder."""
+    """Fine-tune a model on a file of examples.
+
+    Options that are neither given nor in a recipe have the defaults below. Prints the
+    path of the adapter folder.
+    """
     from mlx_openelm.recipe_loader import load_recipe, make_recipe
 
     if resume and force:
         raise typer.BadParameter(
-            "continues; --force starts anew", param_hint="--resume"
+            "cannot be used with --force, which starts a new run",
+            param_hint="--resume",
         )
     if resume and recipe is None and "adapter_path" in options:
         written = Path(options["adapter_path"]).expanduser() / "recipe.yaml"
         recipe = str(written) if written.is_file() else None
         if recipe is None and "data" not in options:
             raise OpenELMError(
-                f"{options['adapter_path']} holds no recipe.yaml, so there is no run "
-                "to continue; leave out --resume, and give --data."
+                f"There is no run to resume in {options['adapter_path']} (no "
+                "recipe.yaml); leave out --resume, and give --data."
             )
     if recipe is not None:
         length = {name: options.pop(name, None) for name in ("epochs", "iters")}
         chosen = load_recipe(FinetuneRecipe, recipe, options)
-        if any(value is not None for value in length.values()):  # not the recipe's
+        if any(
+            value is not None for value in length.values()
+        ):  # instead of the recipe's
             chosen = dataclasses.replace(chosen, **length)
     elif "data" in options:
         options.setdefault("model", os.environ.get(MODEL_VARIABLE) or "demo")
         chosen = make_recipe(FinetuneRecipe, options, "the options")
     else:
-        raise typer.BadParameter("give the examples to learn from", param_hint="--data")
-    rank_here = int(os.environ.get("MLX_RANK", "0"))  # of mlx.launch: the first speaks
-    console = Console(quiet=quiet or rank_here > 0)
+        raise typer.BadParameter(
+            "give a file of examples, or a recipe with --recipe", param_hint="--data"
+        )
+    rank = int(os.environ.get("MLX_RANK", "0"))  # set by mlx.launch; rank 0 reports
+    console = Console(quiet=quiet or rank > 0)
     from mlx_openelm.cli.views.finetuning import (
         TrainingView,
         note_plan,
         note_start,
-        note_trained,
         plan_json,
+        show_trained,
     )
     from mlx_openelm.finetuning.preparation import prepare
     from mlx_openelm.finetuning.run import finetune
@@ -110,10 +121,9 @@ def lora_command(
             on_event=view,
             on_prepared=lambda prepared: note_start(console, prepared),
         )
-    if rank_here > 0:
+    if rank > 0:
         return
     if as_json:
         console.answer_json(dataclasses.asdict(report))
     else:
-        note_trained(console, report)
-        console.answer(str(report.path))
+        show_trained(console, report)

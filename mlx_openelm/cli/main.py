@@ -8,13 +8,14 @@ from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from mlx_openelm.cli.bench import bench_command
 from mlx_openelm.cli.chat import chat_command
+from mlx_openelm.cli.commands import Command, CommandGroup
 from mlx_openelm.cli.console import Console, close_broken_pipe, prepare_streams
 from mlx_openelm.cli.convert import convert_command
 from mlx_openelm.cli.evaluate import evaluate_command
+from mlx_openelm.cli.examples import show_examples
 from mlx_openelm.cli.flags import show_flags, use_flags_of
 from mlx_openelm.cli.fuse import fuse_command
 from mlx_openelm.cli.generate import generate_command
@@ -31,8 +32,8 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.version import __version__
 
 
-class _CommandGroup(TyperGroup):
-    """A group whose errors become one line on stderr and an exit code."""
+class _Program(CommandGroup):
+    """The program; turns errors into one line on stderr and an exit code."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _errors_in_one_line():  # --help and --version print here
@@ -55,7 +56,7 @@ def _errors_in_one_line() -> Iterator[None]:
     except BrokenPipeError:
         close_broken_pipe()
         raise typer.Exit(0) from None
-    except (OpenELMError, OSError) as error:  # OSError: a full disk behind stdout, say
+    except (OpenELMError, OSError) as error:  # OSError: for example a full disk
         if os.environ.get("MLX_OPENELM_DEBUG") == "1":
             raise
         if isinstance(error, OpenELMError):
@@ -67,9 +68,9 @@ def _errors_in_one_line() -> Iterator[None]:
         Console().note(" ".join(("\nInterrupted.", *_notes(stopped))))
         raise typer.Exit(130) from None
     except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # rich's own way out
+        if isinstance(error.__context__, BrokenPipeError):  # raised by rich
             raise typer.Exit(0) from None
-        for note in _notes(error):  # of SIGTERM: what was kept
+        for note in _notes(error):  # after SIGTERM: what was saved
             Console().note(note)
         raise
 
@@ -79,13 +80,13 @@ def _notes(stopped: BaseException) -> list[str]:
 
 
 app = typer.Typer(
-    cls=_CommandGroup,
+    cls=_Program,
     name="mlx-openelm",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=show_examples(""),
 )
-app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
 
 
 def _show_version(wanted: bool) -> None:
@@ -102,27 +103,36 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Versions."
+            "--version",
+            callback=_show_version,
+            is_eager=True,
+            help="Show the versions of mlx-openelm, MLX and mlx-lm.",
         ),
     ] = False,
 ) -> None:
     """Run, convert and train OpenELM, Apple's small open language models, on MLX."""
 
 
-app.command("generate")(generate_command)
-app.command("chat")(chat_command)
-app.command("convert")(convert_command)
-app.command("fuse")(fuse_command)
-app.command("verify")(verify_command)
-app.command("inspect")(inspect_command)
-app.command("selfcheck")(selfcheck_command)
-app.command("parity")(parity_command)
-app.command("evaluate")(evaluate_command)
-app.command("bench")(bench_command)
-app.command("lora")(lora_command)
-app.command("pretrain")(pretrain_command)
-app.command("grow")(grow_command)
-app.command("serve")(serve_command)
+_COMMANDS = {
+    "Use a model": (generate_command, chat_command, serve_command),
+    "Convert and check": (
+        convert_command,
+        fuse_command,
+        inspect_command,
+        verify_command,
+    ),
+    "Train": (lora_command, pretrain_command, grow_command),
+    "Measure": (evaluate_command, bench_command, selfcheck_command, parity_command),
+}  # by heading in --help
+for _heading, _commands in _COMMANDS.items():
+    for _command in _commands:
+        _name = _command.__name__.removesuffix("_command")
+        app.command(
+            _name, cls=Command, epilog=show_examples(_name), rich_help_panel=_heading
+        )(_command)
+app.add_typer(
+    recipes_app, name="recipes", invoke_without_command=True, rich_help_panel="Train"
+)
 
 
 def main() -> None:

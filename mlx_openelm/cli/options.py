@@ -1,4 +1,4 @@
-"""Options that many commands have: their checks, and opening the model they name."""
+"""Options that commands share, their checks, and loading the model that they name."""
 
 import os
 import tempfile
@@ -10,24 +10,40 @@ import typer
 
 from mlx_openelm.cli.console import Console
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.options import OUTPUT_PANEL
 
 MODEL_VARIABLE = "MLX_OPENELM_MODEL"  # environment variable: the default of --model
 Model = Annotated[
     str | None,
     typer.Option(
-        help="demo, a model folder, or a Hub id.",
+        help="Model: demo, a folder, or a Hub id.",
         envvar=MODEL_VARIABLE,
         show_default="demo, or the adapter's base",
     ),
 ]
 Adapter = Annotated[
-    str | None, typer.Option("--adapter-path", help="An adapter folder to use.")
+    str | None,
+    typer.Option("--adapter-path", help="Adapter folder to use with the model."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Nothing but the answer.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the random numbers.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace a model that is there.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Write JSON to stdout.", rich_help_panel=OUTPUT_PANEL),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        help="Write nothing but the result and errors.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Do not use the network.")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Replace existing output.", rich_help_panel=OUTPUT_PANEL
+    ),
+]
 
 
 @overload
@@ -50,19 +66,16 @@ def check_report_file(
     if path is None:
         return
     if path.suffix.lower() != suffix:
-        raise OpenELMError(f"{flag} is {path}; say a name that ends in {suffix}.")
+        raise OpenELMError(f"{flag} is {path}; give a name that ends in {suffix}.")
     if os.path.lexists(path) and not force:
-        instead = "" if force is None else ", or --force"
-        raise OpenELMError(
-            f"{path} exists already; say another name with {flag}{instead}."
-        )
+        instead = "" if force is None else ", or use --force"
+        raise OpenELMError(f"{path} exists already; give {flag} another name{instead}.")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise OpenELMError(
-            f"Cannot write {path}: {error.strerror or error}; say another place with "
-            f"{flag}."
+            f"Cannot write {path}: {error.strerror or error}; give {flag} another path."
         ) from error
 
 
@@ -78,7 +91,7 @@ def need_torch() -> None:
 def open_model(
     console: Console, name: str | None, adapter_path: str | None, offline: bool
 ) -> Any:
-    """Load a model, with an adapter if one is given; note defaults and slow set-ups."""
+    """Load a model and its adapter; note which model is used and why it may be slow."""
     from mlx_openelm.device import describe_slowness
     from mlx_openelm.storage.adapter_folder import attach
     from mlx_openelm.storage.loading import (
@@ -89,14 +102,14 @@ def open_model(
     )
 
     if name is not None and not name.strip():
-        raise OpenELMError("--model is empty; say demo, a model folder, or a Hub id.")
+        raise OpenELMError("--model is empty; give demo, a folder, or a Hub id.")
     choice = choose_model(name, expand_path(adapter_path), offline=offline)
     folder, adapter = choice.folder, choice.adapter
     if choice.is_base:
-        console.note(f"[the adapter's base, {choice.name}; --model NAME says another]")
-    tokenizer = load_tokenizer(folder, adapter)  # what is missing is reported first
+        console.note(f"[the adapter's base, {choice.name}; --model NAME uses another]")
+    tokenizer = load_tokenizer(folder, adapter)  # before the weights, which take long
     if choice.is_demo:
-        console.note("[the built-in demo model; --model NAME runs another]")
+        console.note("[the built-in demo model; --model NAME uses another]")
     stored, quantized = stored_dtype(folder), bool(folder.packings)
     for slowness in describe_slowness(stored, quantized=quantized):
         console.note(f"[{slowness}]")

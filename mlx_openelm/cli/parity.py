@@ -10,13 +10,20 @@ from mlx_openelm.errors import OpenELMError
 
 
 def parity_command(
-    source: Annotated[str, typer.Argument(help="Anything that convert takes.")],
-    num_tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare.")] = 64,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="CoreNet .pt file, model folder, Hub id or demo."
+        ),
+    ],
+    num_tokens: Annotated[
+        int, typer.Option(min=1, help="Number of random tokens to compare on.")
+    ] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare PyTorch and MLX, layer by layer, on the same tokens (needs PyTorch)."""
+    """Compare PyTorch and MLX layer by layer on the same tokens (needs PyTorch)."""
     need_torch()
     from converters.parity import compare_with_reference
     from mlx_openelm.cli.views.parity import show_parity

@@ -1,4 +1,4 @@
-"""The command that trains from random weights, in PyTorch: `pretrain`."""
+"""The command that pre-trains a model in PyTorch: `pretrain`."""
 
 import os
 import time
@@ -7,34 +7,85 @@ from typing import Annotated
 import typer
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.options import Json, Quiet, Seed, need_torch
+from mlx_openelm.cli.options import Json, Quiet, need_torch
+from mlx_openelm.options import OUTPUT_PANEL
 from mlx_openelm.reporting.trackers import TRACKERS
 
-SECONDS_TO_SPEAK = 10.0  # torchrun ends all processes when one ends
+SCHEDULE = "Schedule and checkpoints"  # a heading in --help
+REPORT_SECONDS = 10.0  # torchrun ends all processes when one ends
 
 
 def pretrain_command(
     recipe: Annotated[
-        str, typer.Option("-c", "--recipe", help="A recipe: name or file.")
+        str,
+        typer.Option(
+            "-c",
+            "--recipe",
+            help="Recipe: the name of a bundled one (mlx-openelm recipes) or a YAML "
+            "file; other options override it.",
+        ),
     ],
     data: Annotated[
-        list[str] | None, typer.Option(help="Text file pattern; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Pattern of text files to train on; repeatable.",
+            show_default="the recipe's",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder to write: checkpoints, weights and logs.",
+            show_default="the recipe's",
+        ),
     ] = None,
     init: Annotated[
         str | None,
-        typer.Option(help="A .pt to begin with, config.json beside it."),
+        typer.Option(
+            help="Weights to start from: a .pt file with its config.json beside it.",
+            show_default="random weights",
+            rich_help_panel=SCHEDULE,
+        ),
     ] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    seed: Seed = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of training steps.",
+            show_default="the recipe's",
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of the random numbers.",
+            show_default="the recipe's",
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Resume the run in --output from its last checkpoint.",
+            rich_help_panel=SCHEDULE,
+        ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Tell what it would take; train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show the plan, its memory and what is missing, without training.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
     ] = False,
     devices: Annotated[
-        int | None, typer.Option(help="Devices that --dry-run reckons with.")
+        int | None,
+        typer.Option(
+            help="Number of devices to plan for with --dry-run.",
+            show_default="the recipe's, else 1",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
     ] = None,
     report_to: Annotated[
         list[str] | None,
@@ -46,25 +97,26 @@ def pretrain_command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train an OpenELM from nothing, in PyTorch (needs PyTorch). Prints the weights.
+    """Pre-train an OpenELM on text, from random weights (needs PyTorch).
 
-    Several devices: torchrun --nproc-per-node N -m mlx_openelm pretrain -c RECIPE.
+    Prints the path of the final weights. To use more than one device:
+    torchrun --nproc-per-node N -m mlx_openelm pretrain -c RECIPE.
     """
-    rank = int(os.environ.get("RANK", "0"))  # set by torchrun; the first alone speaks
+    rank = int(os.environ.get("RANK", "0"))  # set by torchrun; rank 0 reports
     console = Console(quiet=quiet or rank > 0)
     from converters.pretraining.recipe import PretrainRecipe
     from mlx_openelm.recipe_loader import load_recipe
 
-    said = {
+    overrides = {
         "data.train": data,
-        "data.corpora": [] if data else None,  # said instead of the recipe's
+        "data.corpora": [] if data else None,  # replaces the recipe's corpora
         "init": init,
         "output": output,
         "steps": steps,
         "seed": seed,
         "report_to": report_to,
     }
-    chosen = load_recipe(PretrainRecipe, recipe, said)
+    chosen = load_recipe(PretrainRecipe, recipe, overrides)
     from mlx_openelm.cli.views.pretraining import (
         PretrainingView,
         plan_as_json,
@@ -88,14 +140,15 @@ def pretrain_command(
         try:
             path = pretrain(chosen, resume=resume, on_event=view)
         except KeyboardInterrupt:
-            console.note("\nSaved. The same command with --resume goes on.")
+            console.note("\nSaved. The same command with --resume continues the run.")
             raise
-        except SharedError:  # the first process says it
+        except SharedError:  # rank 0 reports it
             if rank > 0:
-                time.sleep(SECONDS_TO_SPEAK)
+                time.sleep(REPORT_SECONDS)
                 raise typer.Exit(1) from None
             raise
     if rank == 0 and as_json:
         console.answer_json({"path": str(path)})
     elif rank == 0:
         console.answer(str(path))
+        console.note_next("convert", path)

@@ -10,31 +10,35 @@ from mlx_openelm.errors import OpenELMError
 
 
 def verify_command(
-    model: Annotated[str, typer.Argument(help="demo, a model folder, or a Hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="demo, a model folder, or a Hub id.")
+    ],
     against: Annotated[
         list[str] | None,
-        typer.Option(help="What it was made from; repeatable, if it was averaged."),
+        typer.Option(
+            help="Source that the model was converted from; repeatable, for averages."
+        ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Check that a folder is whole, and what it says it is."""
+    """Check a model folder's files, weights and metadata."""
     from converters.conversion.verification import verify
     from mlx_openelm.cli.views.conversion import show_verification
     from mlx_openelm.storage.hub import find_model
 
     console = Console(quiet=quiet)
     with console.progress("Verifying") as progress:
-        found = verify(
+        verification = verify(
             find_model(model, offline=offline),
             against=against or (),
             offline=offline,
             on_progress=lambda p: progress.update(p.done, p.total, p.units),
         )
-    console.answer_report(found, show_verification, as_json=as_json)
-    if not found.passed:
+    console.answer_report(verification, show_verification, as_json=as_json)
+    if not verification.passed:
         raise OpenELMError(
-            f"{model} is not what it should be: {found.describe_problems()}; convert "
+            f"{model} failed verification: {verification.describe_problems()}; convert "
             "or download it again."
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.options import check_options, option
+from mlx_openelm.options import MODEL_PANEL, OUTPUT_PANEL, check_options, option
 from mlx_openelm.reporting.trackers import TRACKERS
 
 OBJECTIVES = ("sft", "dpo")
@@ -16,7 +16,6 @@ _BIG = 2**31 - 1
 
 
 _DATA = "Data"  # headings in --help
-_MODEL = "Model and adapter"
 _OPTIMIZATION = "Optimization"
 _BATCHES = "Batches and memory"
 _SCHEDULE = "Schedule and checkpoints"
@@ -36,88 +35,87 @@ class FinetuneRecipe:
     """
 
     data: str = option(
-        help="A .jsonl or .json file of examples, or a folder with train.jsonl.",
-        panel=_DATA,
+        help="Examples: a .jsonl or .json file, or a folder with train.jsonl.",
     )
-    model: str = option(
-        "demo", "The model to train: demo, a folder, or a Hub id.", panel=_MODEL
-    )
+    model: str = option("demo", "Model to train: demo, a folder, or a Hub id.")
     adapter_path: str | None = option(
         None,
-        "The folder to write.",
-        panel="Output",
+        "Folder to write: the adapter, checkpoints and a report.",
         shown_default="adapters/<data name>",
     )
     fine_tune_type: str = option(
         "lora",
-        "Train low-rank adapters (lora, dora) or all weights (full).",
-        panel=_MODEL,
+        "Train a low-rank adapter (lora, dora) or all weights (full).",
+        panel=MODEL_PANEL,
         choices=("lora", "dora", "full"),
     )
     objective: str = option(
         "sft",
-        "sft learns the answers; dpo learns to prefer one answer to another.",
+        "Training objective: sft on answers, dpo on pairs of a preferred and a "
+        "rejected answer.",
         panel=_OPTIMIZATION,
         choices=OBJECTIVES,
     )
     num_layers: int = option(
-        -1, "Train the last N transformer blocks; -1 trains all.", panel=_MODEL
+        -1,
+        "Last transformer layers to train; -1 trains all.",
+        panel=MODEL_PANEL,
     )
     rank: int | str = option(
         16,
-        "Rank of the adapter; auto:N gives each module a rank in proportion to its "
-        "width, N on average.",
-        panel=_MODEL,
+        "Rank of the adapter; auto:16 gives each module a rank in proportion to its "
+        "width, 16 on average.",
+        panel=MODEL_PANEL,
         read=_read_rank,
     )
     scale: float = option(
         2.0,
-        "Multiplier of the low-rank product (not alpha / rank).",
-        panel=_MODEL,
+        "Factor of the low-rank product (the factor itself, not alpha / rank).",
+        panel=MODEL_PANEL,
         least=1e-9,
         most=1e9,
     )
     dropout: float = option(
         0.0,
-        "Dropout on the input of each adapter.",
-        panel=_MODEL,
+        "Dropout rate on the input of the adapter.",
+        panel=MODEL_PANEL,
         least=0.0,
         most=0.99,
     )
     keys: tuple[str, ...] = option(
         (),
-        "A module to adapt, attn.qkv_proj for example; repeatable.",
-        panel=_MODEL,
+        "Linear layer to adapt, attn.qkv_proj for example; repeatable.",
+        panel=MODEL_PANEL,
         shown_default="all linear layers",
     )
     prompt_key: str | None = option(
-        None, "The key of the prompt in each record.", panel=_DATA
+        None, "Key of the prompt in each record of {data}.", panel=_DATA
     )
     completion_key: str | None = option(
-        None, "The key of the answer in each record.", panel=_DATA
+        None, "Key of the answer in each record of {data}.", panel=_DATA
     )
     template: str | None = option(
         None,
         "Prompt template: raw, instruct, alpaca or openelm-peft.",
         panel=_DATA,
-        shown_default="the model's, or what suits the data",
+        shown_default="the model's, or one that fits the data",
     )
     mask_prompt: bool | None = option(
         None,
-        "Compute no loss on prompts.",
+        "Leave the tokens of prompts out of the loss.",
         panel=_DATA,
         flags=("--mask-prompt/--no-mask-prompt",),
-        shown_default="where records have prompts",
+        shown_default="on if records have prompts",
     )
     turns: str = option(
         "all",
-        "Learn all answers of a conversation, or the last one.",
+        "Answers of a conversation to train on.",
         panel=_DATA,
         choices=("all", "last"),
     )
     max_seq_length: int | None = option(
         None,
-        "Tokens of a sample; longer ones are cut.",
+        "Maximum length of a sample in tokens; longer ones are truncated.",
         panel=_BATCHES,
         shown_default="2048, or the model's context if shorter",
         least=2,
@@ -125,7 +123,7 @@ class FinetuneRecipe:
     )
     max_prompt_length: int | None = option(
         None,
-        "Tokens of the prompt of a preference pair.",
+        "Maximum length of the prompt of a dpo pair in tokens.",
         panel=_BATCHES,
         shown_default="half of {max_seq_length}",
         least=1,
@@ -133,14 +131,14 @@ class FinetuneRecipe:
     )
     pack: bool = option(
         False,
-        "Fill rows of {max_seq_length} tokens with several samples.",
+        "Pack several samples into each row of {max_seq_length} tokens.",
         panel=_BATCHES,
     )
     epochs: float | None = option(
         None,
         "Passes over the data.",
         panel=_SCHEDULE,
-        shown_default="3",
+        shown_default="3, without {iters}",
         least=1e-6,
         most=1e5,
     )
@@ -159,11 +157,15 @@ class FinetuneRecipe:
         most=2**16,
     )
     grad_accumulation_steps: int = option(
-        1, "Batches in one training step.", panel=_BATCHES, least=1, most=2**16
+        1,
+        "Batches in one training step.",
+        panel=_BATCHES,
+        least=1,
+        most=2**16,
     )
     optimizer: str = option(
         "adamw",
-        "The optimizer.",
+        "Optimizer.",
         panel=_OPTIMIZATION,
         choices=("adamw", "adam", "sgd", "lion", "adafactor", "muon"),
     )
@@ -178,13 +180,13 @@ class FinetuneRecipe:
     final_learning_rate: float | None = option(None, least=0.0, most=1e3)
     schedule: str = option(
         "cosine",
-        "How the learning rate falls after the warm-up.",
+        "Learning-rate schedule after the warm-up.",
         panel=_OPTIMIZATION,
         choices=("cosine", "linear", "constant"),
     )
     warmup_steps: int | None = option(
         None,
-        "Steps in which the learning rate rises.",
+        "Steps over which the learning rate rises.",
         panel=_OPTIMIZATION,
         shown_default="a tenth of the run, at most 100",
         least=0,
@@ -193,41 +195,44 @@ class FinetuneRecipe:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = option(1e-8, least=1e-30, most=1.0)
     weight_decay: float = option(
-        0.0, "Weight decay.", panel=_OPTIMIZATION, least=0.0, most=1e3
+        0.0, "Weight decay of the optimizer.", panel=_OPTIMIZATION, least=0.0, most=1e3
     )
     clip_norm: float = option(
         1.0,
-        "Clip the gradient to this norm; 0 does not clip.",
+        "Maximum gradient norm; 0 does not clip.",
         panel=_OPTIMIZATION,
         least=0.0,
         most=1e9,
     )
     z_loss: float = option(
         0.0,
-        "Weight of the squared log-partition function in the loss.",
+        "Weight of the z-loss (the squared log-partition function).",
         panel=_OPTIMIZATION,
         least=0.0,
         most=1e3,
     )
     dpo_loss: str = option(
         "sigmoid",
-        "The loss of dpo.",
+        "Loss function of dpo.",
         panel=_OPTIMIZATION,
         choices=("sigmoid", "hinge"),
     )
     dpo_beta: float = option(
         0.1,
-        "The beta of dpo: a larger one keeps nearer to the base model.",
+        "Beta of dpo: a larger one stays nearer to the base model.",
         panel=_OPTIMIZATION,
         least=1e-9,
         most=1e3,
     )
     grad_checkpoint: bool = option(
         False,
-        "Compute activations twice: less memory, a third more work.",
+        "Gradient checkpointing: recompute activations; less memory, a third more "
+        "computation.",
         panel=_BATCHES,
     )
-    seed: int = option(0, "Seed of the random numbers.", least=0, most=_BIG)
+    seed: int = option(
+        0, "Seed of the random numbers.", panel=_OPTIMIZATION, least=0, most=_BIG
+    )
     steps_per_report: int = option(
         10, "Steps between two reports.", panel=_SCHEDULE, least=1, most=_BIG
     )
@@ -236,7 +241,7 @@ class FinetuneRecipe:
     )
     val_batches: int = option(
         25,
-        "Batches of a validation; -1 takes all.",
+        "Batches in a validation; -1 takes all.",
         panel=_SCHEDULE,
         least=-1,
         most=_BIG,
@@ -246,22 +251,23 @@ class FinetuneRecipe:
     )
     patience: int | None = option(
         None,
-        "Stop after N validations without an improvement.",
+        "Stop early, after N validations without an improvement.",
         panel=_SCHEDULE,
         least=1,
         most=_BIG,
     )
     average_last: int = option(
         0,
-        "Also write the mean of the last N checkpoints, to the folder average.",
-        panel="Output",
+        "Also write the mean of the last N checkpoints, to the subfolder average; 0 is "
+        "off.",
+        panel=OUTPUT_PANEL,
         least=0,
         most=1000,
     )
     sample_prompt: tuple[str, ...] = option(
         (),
-        "Show how the model continues this at every validation; repeatable.",
-        panel="Output",
+        "Prompt that the model continues at every validation; repeatable.",
+        panel=OUTPUT_PANEL,
     )
     sample_tokens: int = option(64, least=1, most=_BIG)
     report_to: tuple[str, ...] = option(
@@ -272,13 +278,13 @@ class FinetuneRecipe:
     )
     memory_limit: float | None = option(
         None,
-        "GB that training may use.",
+        "Memory that training may use, in GB.",
         panel=_BATCHES,
         shown_default="the memory of this machine",
         least=1e-3,
         most=1e6,
     )
-    test: bool = option(False, "Score the test file at the end.", panel=_DATA)
+    test: bool = option(False, "Score the test file after training.", panel=_DATA)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -364,7 +370,7 @@ class FinetuneRecipe:
         )
 
     def rate_at(self, step: int, steps: int) -> float:
-        """Return the learning rate of update number `step`, counted from 0."""
+        """Return the learning rate of step number `step`, counted from 0."""
         peak, final = self.learning_rate or 0.0, self.final_learning_rate or 0.0
         warmup = self.warmup_steps
         if warmup is None:

@@ -12,6 +12,7 @@ from mlx_openelm.options import check_options, option
 
 SAMPLING = "Sampling"  # headings in --help
 SPEED_AND_MEMORY = "Speed and memory"
+PROMPT = "Prompt"
 
 
 def _read_biases(texts: Sequence[str]) -> tuple[tuple[int, float], ...]:
@@ -59,73 +60,79 @@ class Sampling:
 
     max_tokens: int = option(
         256,
-        "Maximum number of new tokens.",
+        "Maximum number of tokens to generate.",
         flags=("-m", "--max-tokens"),
         least=1,
     )
     min_tokens: int = option(
-        0, "Minimum number of new tokens.", panel=SAMPLING, least=0
+        0, "Minimum number of tokens to generate.", panel=SAMPLING, least=0
     )
     temp: float = option(
-        0.0, "Temperature; 0 is greedy.", panel=SAMPLING, least=0, most=1e6
+        0.0, "Sampling temperature; 0 is greedy.", panel=SAMPLING, least=0, most=1e6
     )
     top_p: float = option(
         1.0,
-        "Sample from the likeliest tokens of this total probability; 1 is off.",
+        "Sample from the most likely tokens of this total probability (nucleus "
+        "sampling); 1 is off.",
         panel=SAMPLING,
         least=0,
         most=1,
     )
     top_k: int = option(
-        0, "Sample from the N likeliest tokens; 0 is off.", panel=SAMPLING, least=0
+        0, "Sample from the N most likely tokens; 0 is off.", panel=SAMPLING, least=0
     )
     min_p: float = option(
         0.0,
-        "Drop tokens less likely than this fraction of the likeliest; 0 is off.",
+        "Drop tokens less likely than this fraction of the most likely one; 0 is off.",
         panel=SAMPLING,
         least=0,
         most=1,
     )
     repetition_penalty: float = option(
         1.0,
-        "Penalty for repeated tokens; 1 is off.",
+        "Penalty for tokens that occurred before: above 1 repeats less; 1 is off.",
         panel=SAMPLING,
         least=1e-6,
         most=1e6,
     )
     repetition_context: int = option(
         256,
-        "Number of last tokens that {repetition_penalty} covers.",
+        "Last tokens to which {repetition_penalty} applies.",
         panel=SAMPLING,
         least=1,
     )
     no_repeat_ngram: int = option(
-        0, "Repeat no sequence of N tokens; 0 is off.", panel=SAMPLING, least=0
+        0, "Never repeat a sequence of N tokens; 0 is off.", panel=SAMPLING, least=0
     )
     logit_bias: tuple[tuple[int, float], ...] = option(
         (),
-        "ID=BIAS, added to the logit of a token; repeatable.",
+        "Value to add to the logit of a token, as ID=BIAS; repeatable.",
         panel=SAMPLING,
         read=_read_biases,
     )
     stop: tuple[str, ...] = option(
-        (), "A text that ends the answer; repeatable.", panel=SAMPLING
+        (), "Text that ends the answer; repeatable.", panel=SAMPLING
     )
     stop_loops: int = option(
         0,
-        "End an answer that repeats itself N times in a row; 0 is off.",
+        "End the answer when it repeats itself N times in a row; 0 is off.",
         panel=SAMPLING,
         least=0,
     )
     logprobs: int = option(
         0,
-        "With --json: the log-probability of each token and of the N likeliest.",
+        "Add the log-probability of each token and of the N most likely ones to "
+        "--json; 0 is off.",
         panel=SAMPLING,
         least=0,
         most=20,
     )
     seed: int | None = option(
-        None, "Seed of the random numbers.", least=0, most=2**64 - 1
+        None,
+        "Seed of the random numbers.",
+        panel=SAMPLING,
+        least=0,
+        most=2**64 - 1,
     )
 
     def __post_init__(self) -> None:
@@ -197,12 +204,12 @@ class CacheOptions:
     )
     kv_group_size: int = option(
         64,
-        "Quantization group size of {kv_bits}: 32, 64 or 128.",
+        "Group size of the quantized KV cache ({kv_bits}): 32, 64 or 128.",
         panel=SPEED_AND_MEMORY,
     )
     max_kv_size: int | None = option(
         None,
-        "Sliding KV cache of the first 4 and the newest tokens, N in total.",
+        "Size of a sliding KV cache: the first 4 and the newest tokens, N in all.",
         panel=SPEED_AND_MEMORY,
     )
 
@@ -213,12 +220,14 @@ class DraftOptions:
 
     lookup: int | None = option(
         None,
-        "Draft up to N tokens from an earlier occurrence in the text.",
+        "Speculative decoding: draft up to N tokens from an earlier occurrence in the "
+        "text.",
         panel=SPEED_AND_MEMORY,
     )
     draft_model: str | None = option(
         None,
-        "Draft tokens with this smaller model: demo, a folder, or a Hub id.",
+        "Speculative decoding: draft tokens with this smaller model (demo, a folder or "
+        "a Hub id).",
         panel=SPEED_AND_MEMORY,
     )
 
@@ -228,6 +237,10 @@ class PromptOptions:
     """Options of rendering a prompt."""
 
     template: str = option(
-        "auto", "Prompt template: auto, raw, instruct, alpaca or openelm-peft."
+        "auto",
+        "Prompt template: auto, raw, instruct, alpaca or openelm-peft.",
+        panel=PROMPT,
     )
-    system: str = option("", "System text of the template.")
+    system: str = option(
+        "", "System text, where the template has a place for one.", panel=PROMPT
+    )

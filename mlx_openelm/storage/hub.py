@@ -16,6 +16,11 @@ from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.storage.hub_download import Wanted, fetch
 
 DEMO = "demo"
+RELEASED = tuple(
+    f"apple/OpenELM-{size}{suffix}"
+    for size in ("270M", "450M", "1_1B", "3B")
+    for suffix in ("", "-Instruct")
+)
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 SMALL_FILES = (CONFIG, "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES)
@@ -89,10 +94,25 @@ def find_model(
         )
     if not _HUB_ID.fullmatch(name):
         raise OpenELMError(
-            f"There is no folder {name}; give demo, a folder, or a Hub id such as "
-            "mlx-community/OpenELM-270M-Instruct."
+            f"There is no folder {name}{_suggest_released(name)}. Use demo, a folder, "
+            "a Hub id or, to convert, a .pt file; the released models are "
+            f"{', '.join(RELEASED)}."
         )
-    return download(name, MODEL, offline=offline, revision=revision)
+    try:
+        return download(name, MODEL, offline=offline, revision=revision)
+    except OpenELMError as error:
+        if name in RELEASED or not (suggestion := _suggest_released(name)):
+            raise
+        raise OpenELMError(f"{str(error).rstrip('.')}{suggestion}.") from error
+
+
+def _suggest_released(name: str) -> str:
+    """Return a hint to the released model that a name such as "1.1B" refers to."""
+    short = name.removeprefix("apple/").lower().removeprefix("openelm-")
+    for released in RELEASED:
+        if released.partition("-")[2].lower() == short.replace(".", "_"):
+            return f"; `mlx-openelm convert {released}` makes one"
+    return ""
 
 
 def download(

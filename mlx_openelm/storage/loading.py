@@ -18,7 +18,7 @@ from mlx_openelm.storage.adapter_folder import (
     attach,
     open_adapter_folder,
 )
-from mlx_openelm.storage.hub import DEMO, find_model
+from mlx_openelm.storage.hub import DEMO, find_model, snapshot_of
 from mlx_openelm.storage.model_folder import ModelFolder, open_folder
 from mlx_openelm.storage.tokenizer_finder import (
     JSON_FILE,
@@ -104,6 +104,11 @@ def load_tokenizer(
         OpenELMError: there is none, or it has more pieces than the embedding has rows.
     """
     if find_tokenizer_file(folder.path) is None:
+        if snapshot := snapshot_of(folder.path):
+            raise OpenELMError(
+                f"{snapshot[0]} has no tokenizer; `mlx-openelm convert {snapshot[0]}` "
+                "makes a model folder that has one."
+            )
         raise OpenELMError(
             f"{folder.path} holds no {MODEL_FILE} or {JSON_FILE}; convert the model "
             f"again with `tokenizer`, or put Llama 2's {MODEL_FILE} there "

@@ -37,7 +37,7 @@ PASTES = "libedit" not in (readline.__doc__ or "")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with a "model" of a long context, that knows the instruct template."""
+    """A folder with a "model" that has a long context and the instruct template."""
     here = tmp_path_factory.mktemp("chat")
     config = replace(UNEVEN, max_context_length=1 << 17)
     mlx_openelm.convert(make_source(here / "source", config=config), here / "model")
@@ -55,11 +55,11 @@ def here(folder: Path, tmp_path: Path) -> Path:
 
 
 class Terminal:
-    """The command on a pseudo-terminal, and what a person sees and types."""
+    """The command on a pseudo-terminal."""
 
     def __init__(self, here: Path, *options: str, **streams) -> None:
         self.screen, terminal = pty.openpty()
-        # Who opens a terminal first in a session of his own has its Ctrl-C.
+        # The first process of a session to open a terminal receives its Ctrl-C.
         opens = ["sh", "-c", 'exec "$@" <"$0"', os.ttyname(terminal)]
         self.process = subprocess.Popen(
             [*opens, *PROGRAM, *options],
@@ -83,7 +83,7 @@ class Terminal:
         os.write(self.screen, text.encode() if isinstance(text, str) else text)
 
     def see(self, what: str | bytes, *, seconds: float = 60) -> str:
-        """Wait until something is on the screen; return what came till then."""
+        """Wait until a text is on the screen; return the output up to it."""
         what, seen = what.encode() if isinstance(what, str) else what, b""
         end = time.monotonic() + seconds
         while what not in seen:
@@ -96,7 +96,7 @@ class Terminal:
         return seen.decode(errors="replace").replace("\r", "")
 
     def see_some(self, count: int) -> None:
-        """Wait for so many bytes."""
+        """Wait for `count` bytes."""
         while count > 0:
             got = self.read()
             assert got, "it ended"
@@ -109,25 +109,25 @@ class Terminal:
             return b""
 
     def ask(self, line: str | bytes) -> str:
-        """Type a line; return what is on the screen until the next sign."""
+        """Type a line; return the output up to the next prompt."""
         self.type(line + ("\r" if isinstance(line, str) else b"\r"))
         return self.see(SIGN)
 
     def interrupt(self) -> str:
-        """Press Ctrl-C at the sign; Python may miss one in the moment it is drawn."""
+        """Press Ctrl-C at the prompt; Python may miss one while drawing it."""
         for _ in range(30):
             self.type(CTRL_C)
             with contextlib.suppress(TimeoutError):
                 return self.see(SIGN, seconds=2)
-        raise AssertionError("Ctrl-C is not heard")
+        raise AssertionError("Ctrl-C has no effect")
 
     def terminate(self) -> int:
-        """Send SIGTERM, for the same reason until it is heard."""
+        """Send SIGTERM until the process ends, for the same reason."""
         for _ in range(100):
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return self.process.wait(0.5)
-        raise AssertionError("SIGTERM is not heard")
+        raise AssertionError("SIGTERM has no effect")
 
     def ends(self) -> int:
         while self.read():
@@ -142,18 +142,18 @@ def piped(here: Path, text: str | bytes, *options: str) -> Result:
 
 def saved(path: Path) -> list[str]:
     """The texts of a saved conversation's messages."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return [message["content"] for message in found["messages"]]
+    conversation = json.loads(path.read_text(encoding="utf-8"))
+    return [message["content"] for message in conversation["messages"]]
 
 
 # Through a pipe ------------------------------------------------------------------
 
 
 def test_a_pipe_gives_the_answers_and_nothing_else_on_stdout(here):
-    lines = 'Hi\n\n"""\ntwo\n lines\n"""\nand \\\r\nmore\n/save talk.json\n// x'
+    lines = 'Hi\n\n"""\ntwo\n lines\n"""\nand \\\r\nmore\n/save chat.json\n// x'
     ran = piped(here, lines, "-m", "4", "--system", "Be kind.")
     assert ran.exit_code == 0, ran.stderr_bytes
-    system, *texts = saved(here / "talk.json")
+    system, *texts = saved(here / "chat.json")
     assert (system, texts[::2]) == ("Be kind.", ["Hi", "two\n lines", "and \nmore"])
     model, tokenizer = load(here / "model")
     first = generate(model, tokenizer, "Hi", Sampling(max_tokens=4), system="Be kind.")
@@ -162,31 +162,31 @@ def test_a_pipe_gives_the_answers_and_nothing_else_on_stdout(here):
     assert ran.stdout_bytes.startswith(answers)
     assert ran.stdout_bytes.count(b"\n") > answers.count(b"\n")  # of the last, unsaved
     assert SIGN not in ran.stdout_bytes + ran.stderr_bytes
-    assert ran.stderr_bytes.count(b"[cut by --max-tokens; 4 tokens at ") == 4
-    quiet = piped(here, lines.replace("talk", "quiet"), "-m", "4", "--quiet")
+    assert ran.stderr_bytes.count(b"[truncated by --max-tokens; 4 tokens at ") == 4
+    quiet = piped(here, lines.replace("chat.json", "quiet.json"), "-m", "4", "--quiet")
     assert quiet.stderr_bytes == b""
 
 
 def test_json_is_one_object_for_each_answer(here):
-    ran = piped(here, "Hi\nWho?\n/save talk.json\n", "-m", "4", "--json")
-    told = [json.loads(line) for line in ran.stdout_bytes.splitlines()]
-    assert [t["text"] for t in told] == saved(here / "talk.json")[1::2]
-    assert [t["generation_tokens"] for t in told] == [4, 4]
-    assert told[1]["cached_tokens"] >= told[0]["prompt_tokens"] - 1
+    ran = piped(here, "Hi\nWho?\n/save chat.json\n", "-m", "4", "--json")
+    answers_json = [json.loads(line) for line in ran.stdout_bytes.splitlines()]
+    assert [t["text"] for t in answers_json] == saved(here / "chat.json")[1::2]
+    assert [t["generation_tokens"] for t in answers_json] == [4, 4]
+    assert answers_json[1]["cached_tokens"] >= answers_json[0]["prompt_tokens"] - 1
     decode = small_tokenizer().decode
-    assert all(decode(t["tokens"]).endswith(t["text"].strip()) for t in told)
+    assert all(decode(t["tokens"]).endswith(t["text"].strip()) for t in answers_json)
 
 
-def test_a_wrong_line_is_named_and_the_rest_is_done(here):
+def test_a_wrong_line_is_reported_and_the_others_are_processed(here):
     (here / "diary").write_text("mine")
     wrong = b"Hi\n/sav x\n\xff\n/save diary\n/load none\n/undo 3\n/load\n/save\n"
-    ran = piped(here, wrong + b"/save talk.json\nWho?\n", "-m", "4")
+    ran = piped(here, wrong + b"/save chat.json\nWho?\n", "-m", "4")
     assert ran.exit_code == 1
-    assert len(saved(here / "talk.json")) == 2
+    assert len(saved(here / "chat.json")) == 2
     errors = [
         line for line in ran.stderr_bytes.splitlines() if line.startswith(b"error: ")
     ]
-    for error, said in zip(
+    for error, expected in zip(
         errors,
         (
             b"no command /sav;",
@@ -194,29 +194,29 @@ def test_a_wrong_line_is_named_and_the_rest_is_done(here):
             b"diary exists already",
             b"none does not exist",
             b"/undo takes nothing",
-            b"Say the file",
-            b"Say the file",
+            b"Give a file",
+            b"Give a file",
             b"refused: 7;",
         ),
         strict=True,
     ):
-        assert said in error
+        assert expected in error
     assert (here / "diary").read_text() == "mine"
     assert len(ran.stdout_bytes.splitlines()) >= 2
     assert b"Traceback" not in ran.stderr_bytes
 
 
-def test_wrong_options_are_refused_before_anything_is_asked(here):
-    for options, says in (
+def test_wrong_options_are_refused_before_the_first_prompt(here):
+    for options, message in (
         (("--template", "chatml"), b"No template is called 'chatml'"),
         (("--template", "raw", "--system", "x"), b"takes no system text"),
     ):
         ran = piped(here, "Hi\n", *options)
         assert (ran.exit_code, ran.stdout_bytes) == (1, b"")
-        assert says in ran.stderr_bytes
+        assert message in ran.stderr_bytes
 
 
-def test_a_closed_pipe_is_quiet_and_a_full_disk_is_said(here):
+def test_a_closed_pipe_is_quiet_and_a_full_disk_is_reported(here):
     feed = "Hi\n" * 50
     with subprocess.Popen(
         [*PROGRAM, "-m", "50", "--quiet"],
@@ -263,18 +263,18 @@ def test_a_script_is_stopped_as_any_other_command(here, number, code):
     assert b"Traceback" not in errors
 
 
-def test_a_model_without_a_template_goes_on_with_a_text(here):
-    ran = piped(here, "Once\n\n/save talk.json\n", "-m", "6", "--template", "raw")
-    message, first, empty, second = saved(here / "talk.json")
+def test_a_model_without_a_template_continues_a_text(here):
+    ran = piped(here, "Once\n\n/save chat.json\n", "-m", "6", "--template", "raw")
+    message, first, empty, second = saved(here / "chat.json")
     assert (message, empty) == ("Once", "")
     model, tokenizer = load(here / "model")
-    going_on = Sampling(max_tokens=6)
-    assert first == generate(model, tokenizer, "Once", going_on, template="raw")
+    sampling = Sampling(max_tokens=6)
+    assert first == generate(model, tokenizer, "Once", sampling, template="raw")
     assert second == generate(
-        model, tokenizer, f"Once{first}", going_on, template="raw"
+        model, tokenizer, f"Once{first}", sampling, template="raw"
     )
-    assert b"without a template" in ran.stderr_bytes
-    assert ran.stderr_bytes.count(b"an empty line goes on") == 2
+    assert b"no prompt template" in ran.stderr_bytes
+    assert ran.stderr_bytes.count(b"an empty line continues") == 2
 
 
 # On a terminal -------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_a_conversation_on_a_terminal(here):
     with Terminal(here, "-m", "4") as terminal:
         greeting = terminal.see(SIGN)
         assert "/help shows the commands" in greeting
-        assert "cut by --max-tokens; 4 tokens" in terminal.ask("Hi")
+        assert "truncated by --max-tokens; 4 tokens" in terminal.ask("Hi")
         terminal.type('"""\r')
         terminal.see("... ")
         terminal.type("two\r")
@@ -293,29 +293,29 @@ def test_a_conversation_on_a_terminal(here):
         terminal.type("and \\\r")
         terminal.see("... ")
         terminal.ask("more")
-        if PASTES:  # the terminal is asked to mark what is pasted: it is one message
+        if PASTES:  # bracketed paste: pasted lines are one message
             assert "\x1b[?2004h" in greeting
         terminal.ask(b"\x1b[200~pasted\nlines\x1b[201~" if PASTES else "pasted")
         assert "/retry " in terminal.ask("/help")
         assert "no command /sav;" in terminal.ask("/sav")
         assert "not UTF-8" in terminal.ask(b"\xff")
-        assert "greedy" in terminal.ask("/retry")
-        assert "saved in talk.json" in terminal.ask("/save talk.json")
+        assert "greedy decoding" in terminal.ask("/retry")
+        assert "saved to chat.json" in terminal.ask("/save chat.json")
         assert "3 messages" in terminal.ask("/undo")
-        assert "saved in talk.json" in terminal.ask(b"\x1b[A\x1b[A")  # what was typed
-        assert len(saved(here / "talk.json")) == 6
+        assert "saved to chat.json" in terminal.ask(b"\x1b[A\x1b[A")  # what was typed
+        assert len(saved(here / "chat.json")) == 6
         terminal.ask("/reset")
         assert "error: There is no message" in terminal.ask("/undo")
-        assert "a new system text" in terminal.ask("/system Be kind.")
-        assert "3 messages with answers from talk" in terminal.ask("/load talk.json")
+        assert "system text set" in terminal.ask("/system Be kind.")
+        assert "3 messages with answers from chat" in terminal.ask("/load chat.json")
         terminal.ask("/undo")
-        assert "talk.json]" in terminal.ask("/save")
-        assert saved(here / "talk.json")[::2] == ["Hi", "two\n lines"]
+        assert "chat.json]" in terminal.ask("/save")
+        assert saved(here / "chat.json")[::2] == ["Hi", "two\n lines"]
         terminal.type(CTRL_D)
         assert terminal.ends() == 0
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(here):
+def test_ctrl_c_stops_the_answer_and_keeps_its_text_so_far(here):
     with Terminal(here, "-m", ENDLESS) as terminal:
         terminal.see(SIGN)
         terminal.type("Who wept?\r")
@@ -323,23 +323,23 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(here):
         terminal.see_some(40)
         terminal.type(CTRL_C)
         assert "[stopped; " in terminal.see(SIGN)
-        terminal.ask("/save talk.json")
-        message, said = saved(here / "talk.json")
+        terminal.ask("/save chat.json")
+        message, answer = saved(here / "chat.json")
         assert message == "Who wept?"
-        assert 10 <= len(said) < 40_000
+        assert 10 <= len(answer) < 40_000
         model, tokenizer = load(here / "model")
         whole = generate(model, tokenizer, "Who wept?", Sampling(max_tokens=60))
-        assert whole[:10] == said[:10]
-        assert "[Ctrl-D or /quit leaves]" in terminal.interrupt()
+        assert whole[:10] == answer[:10]
+        assert "[Ctrl-D or /quit quits]" in terminal.interrupt()
         terminal.type("/no such thing")
         terminal.see("thing")
-        assert "[Ctrl-D or /quit leaves]" in terminal.interrupt()
+        assert "[Ctrl-D or /quit quits]" in terminal.interrupt()
         assert "/retry" in terminal.ask("/help")
         terminal.type("/quit\r")
         assert terminal.ends() == 0
 
 
-def test_ctrl_c_before_the_first_word_takes_the_message_back(here, monkeypatch, capsys):
+def test_ctrl_c_before_the_first_token_removes_the_message(here, monkeypatch, capsys):
     class Typed(io.TextIOWrapper):
         def isatty(self) -> bool:
             return True
@@ -350,7 +350,7 @@ def test_ctrl_c_before_the_first_word_takes_the_message_back(here, monkeypatch, 
 
     monkeypatch.chdir(here)
     monkeypatch.setattr(conversation, "stream", breaks)
-    monkeypatch.setattr(sys, "stdin", Typed(io.BytesIO(b"Hi\n/save talk.json\n")))
+    monkeypatch.setattr(sys, "stdin", Typed(io.BytesIO(b"Hi\n/save chat.json\n")))
     folder, model, tokenizer = open_model(Console(), "model", None, True)
     run_chat(
         Console(),
@@ -365,13 +365,13 @@ def test_ctrl_c_before_the_first_word_takes_the_message_back(here, monkeypatch, 
         make_cache=KVCache,
         as_json=False,
     )
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert "[stopped before the first word; nothing was kept]" in told.err
-    assert saved(here / "talk.json") == []
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "[stopped before the first token; the message was removed]" in output.err
+    assert saved(here / "chat.json") == []
 
 
-def test_the_second_ctrl_c_is_at_once_and_the_talk_goes_on(here):
+def test_a_second_ctrl_c_stops_at_once_and_the_conversation_continues(here):
     with Terminal(here, "-m", ENDLESS) as terminal:
         terminal.see(SIGN)
         for _ in range(8):
@@ -396,14 +396,14 @@ def test_sigterm_ends_it_at_once(here, busy):
         assert terminal.terminate() == 143
 
 
-def test_answers_can_go_to_a_file_while_a_person_types(here):
+def test_answers_can_go_to_a_file_while_lines_are_typed(here):
     with (
         open(here / "answers", "wb") as answers,
         Terminal(here, "-m", "4", stdout=answers) as terminal,
     ):
         terminal.see(SIGN)
         terminal.ask("Hi")
-        terminal.ask("/save talk.json")
+        terminal.ask("/save chat.json")
         terminal.type(CTRL_D)
         assert terminal.ends() == 0
-    assert (here / "answers").read_text() == f"{saved(here / 'talk.json')[1]}\n"
+    assert (here / "answers").read_text() == f"{saved(here / 'chat.json')[1]}\n"

@@ -1,4 +1,4 @@
-"""Contracts with a person: stdout is the answer, stderr has notes, codes mean it."""
+"""Contracts of the command line: stdout, stderr, exit codes, JSON fields."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def run(*args, code=None, **options):
 
 
 def answer(*args, **options):
-    """Return what a command says on stdout; it must succeed."""
+    """Return the stdout of a command, which must succeed."""
     ran = call(*args, **options)
     assert ran.exit_code == 0, ran.output
     return ran.stdout
@@ -51,7 +51,7 @@ def answer(*args, **options):
 @pytest.mark.parametrize(
     "args", [("--help",), ("generate", "-h"), ("convert", "--help")]
 )
-def test_help_waits_for_no_heavy_import(args):
+def test_help_imports_nothing_heavy(args):
     code = f"""
 import atexit, sys
 atexit.register(lambda: print(sorted(sys.modules.keys() & {set(HEAVY)})))
@@ -107,13 +107,13 @@ def test_a_traceback_is_shown_on_demand_only(here, monkeypatch):
 # The prompt ----------------------------------------------------------------------
 
 
-def test_a_prompt_comes_as_argument_option_dash_or_pipe(here):
+def test_a_prompt_is_an_argument_an_option_or_stdin(here):
     greedy = ("generate", *MODEL, "-m", "8")
     expected = generate(*load("model"), "Once upon", Sampling(max_tokens=8))
     assert answer(*greedy, "Once upon") == expected
     assert answer(*greedy, "--prompt", "Once upon") == expected
     assert answer(*greedy, "-p", "Once upon") == expected
-    for piped in ("Once upon", "Once upon\n"):  # what `echo` adds is no prompt
+    for piped in ("Once upon", "Once upon\n"):  # the newline that `echo` adds
         assert answer(*greedy, input=piped) == expected
         assert answer(*greedy, "-", input=piped) == expected
     assert answer(*greedy, input="Once upon\n\n") != expected
@@ -128,7 +128,7 @@ def test_a_terminal_without_a_prompt_is_wrong_usage(here):
         os.close(controller)
         os.close(terminal)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert "say a prompt" in ran.stderr
+    assert "give a prompt" in ran.stderr
 
 
 # generate ------------------------------------------------------------------------
@@ -136,14 +136,14 @@ def test_a_terminal_without_a_prompt_is_wrong_usage(here):
 
 def test_json_of_generate_is_one_document_with_the_documented_fields(here):
     ran = call("generate", "Once", *MODEL, "-m", "5", "--json")
-    told = json.loads(ran.stdout)
-    assert told.keys() >= {
+    report = json.loads(ran.stdout)
+    assert report.keys() >= {
         *("text", "tokens", "finish_reason", "prompt_tokens", "generation_tokens"),
         *("prompt_tps", "generation_tps", "peak_memory_bytes", "time_to_first_token_s"),
     }
-    assert told["text"] == small_tokenizer().decode(told["tokens"])
-    assert told["text"] == answer("generate", "Once", *MODEL, "-m", "5")
-    assert (told["finish_reason"], told["generation_tokens"]) == ("length", 5)
+    assert report["text"] == small_tokenizer().decode(report["tokens"])
+    assert report["text"] == answer("generate", "Once", *MODEL, "-m", "5")
+    assert (report["finish_reason"], report["generation_tokens"]) == ("length", 5)
     assert ran.stdout.count("\n") == 1
 
 
@@ -164,7 +164,7 @@ def test_stdout_is_the_answer_and_stderr_one_line_of_statistics(here):
     assert all(re.fullmatch(r"\[.*\]", line) for line in streamed.stderr.splitlines())
 
 
-def test_a_full_context_is_said(here):
+def test_a_full_context_is_reported(here):
     ran = call("generate", "Once", *MODEL, "-m", "999")
     assert "[the context of 64 is full]" in ran.stderr
     assert "context" not in call("generate", "Once", *MODEL, "-m", "9").stderr
@@ -181,12 +181,12 @@ def test_flags_win_over_the_models_own_defaults(here):
     defaults = here / "model" / "generation_config.json"
     defaults.write_text(json.dumps({"max_new_tokens": 3, "repetition_penalty": 9.0}))
     args = ("generate", "Once", *MODEL, "--json")
-    told = json.loads(answer(*args))
-    assert told["generation_tokens"] == 3
-    said = json.loads(answer(*args, "-m", "4", "--repetition-penalty", "1"))
-    assert said["generation_tokens"] == 4
+    report = json.loads(answer(*args))
+    assert report["generation_tokens"] == 3
+    overridden = json.loads(answer(*args, "-m", "4", "--repetition-penalty", "1"))
+    assert overridden["generation_tokens"] == 4
     plain = generate(*load("model"), "Once", Sampling(max_tokens=4))
-    assert said["text"] == plain
+    assert overridden["text"] == plain
 
 
 def test_a_seed_repeats_an_answer(here):
@@ -196,13 +196,13 @@ def test_a_seed_repeats_an_answer(here):
 
 
 @pytest.mark.parametrize("option", ["--temp", "--top-p"])
-def test_the_smallest_of_numbers_leaves_the_likeliest_token(here, option):
+def test_a_tiny_temperature_or_top_p_is_greedy(here, option):
     args = ("generate", "Once", *MODEL, "-m", "9")
     drawn = answer(*args, "--temp", "1", option, "1e-300", "--seed", "1")
     assert drawn == answer(*args)
 
 
-# The other verbs -----------------------------------------------------------------
+# Other commands ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -220,22 +220,24 @@ def test_convert_prints_the_path_which_has_a_default(here, options, name):
 
 
 def test_json_of_convert_is_its_report(here):
-    told = json.loads(answer("convert", "source", "--json"))
-    assert told["path"] == "source-mlx"
-    assert told["num_parameters"] == open_folder(here / "source").config.num_parameters
-    assert (told["dtype"], told["bits"]) == ("bfloat16", None)
+    report = json.loads(answer("convert", "source", "--json"))
+    assert report["path"] == "source-mlx"
+    assert (
+        report["num_parameters"] == open_folder(here / "source").config.num_parameters
+    )
+    assert (report["dtype"], report["bits"]) == ("bfloat16", None)
 
 
 def test_json_of_evaluate_has_the_documented_fields(here):
     (here / "text.txt").write_text(TEXT)
     args = ("evaluate", "--text", "text.txt", *MODEL, "--window", "32")
-    told = json.loads(answer(*args, "--json"))
+    report = json.loads(answer(*args, "--json"))
     score = evaluate(*load("model"), text="text.txt", window=32)
-    assert told.keys() == {
+    assert report.keys() == {
         *("nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes")
     }
-    assert told["bits_per_byte"] == pytest.approx(score.bits_per_byte)
-    assert told["bytes"] == len(TEXT.encode())
+    assert report["bits_per_byte"] == pytest.approx(score.bits_per_byte)
+    assert report["bytes"] == len(TEXT.encode())
     assert f"{score.bits_per_byte:.4f} bits per byte" in answer(*args)
 
 
@@ -244,9 +246,9 @@ def test_inspect_reads_no_weight_and_has_json(here):
     content = path.read_bytes()
     begin = 8 + int.from_bytes(content[:8], "little")
     path.write_bytes(content[:begin] + bytes(len(content) - begin))
-    told = json.loads(answer("inspect", "model", "--json"))
+    report = json.loads(answer("inspect", "model", "--json"))
     config = open_folder(here / "model").config
-    assert told["num_parameters"] == config.num_parameters
+    assert report["num_parameters"] == config.num_parameters
     shown = answer("inspect", "model", "--quiet")
     assert f"{config.num_parameters:,} parameters" in shown
     assert "source" in shown
@@ -266,7 +268,7 @@ def test_recipes_are_listed_shown_and_copied(here):
     refuse(here, "recipes", "copy", name, says="exists already")
 
 
-def test_a_warning_of_another_library_is_no_part_of_the_answer(here):
+def test_warnings_of_other_libraries_are_not_in_the_output(here):
     ran = run("generate", "Once", *MODEL, "-m", "3", "--quiet", "--json")
     assert ran.stderr == ""
     assert json.loads(ran.stdout)["generation_tokens"] == 3
@@ -297,7 +299,7 @@ def test_convert_writes_the_receipt_and_inspect_shows_it(here):
         (b"short", "calibration text has"),
     ],
 )
-def test_a_text_that_cannot_be_scored_is_refused_before_the_work(here, content, says):
+def test_a_wrong_calibration_text_is_refused_before_the_conversion(here, content, says):
     if content is not None:
         (here / "mine.txt").write_bytes(content)
     flags = ("--q-bits", "4", "--q-group-size", "32", "--calibration", "mine.txt")

@@ -1,4 +1,4 @@
-"""Flags that are made from the fields of a dataclass, and messages that name them."""
+"""Flags derived from the fields of a dataclass, and messages that name them."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def run(*arguments: str, declared: OptionsOf | None = None):
     return result, given
 
 
-def test_only_what_was_given_reaches_the_command():
+def test_the_command_receives_only_the_options_given():
     result, given = run()
     assert result.exit_code == 0
     assert given == {"first": "x", "last": False}
@@ -95,7 +95,7 @@ def test_a_command_takes_some_of_the_options(declared, flags):
 
 
 @pytest.mark.parametrize("kind", [FinetuneRecipe, Sampling, ConversionOptions])
-def test_every_field_has_a_help_text_or_is_for_recipes_and_python_alone(kind):
+def test_every_field_has_a_help_text_except_those_of_recipes_and_python(kind):
     silent = {f.name for f in fields(kind) if option_of(f).help is None}
     assert silent <= {
         *("final_learning_rate", "betas", "eps", "sample_tokens"),  # recipes

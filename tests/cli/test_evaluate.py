@@ -54,7 +54,7 @@ def run(*args):
     return ran
 
 
-def told(*args):
+def score_json(*args):
     return json.loads(run(*args, "--json").stdout)
 
 
@@ -67,11 +67,13 @@ def scored(*load_args, name="tales.json", limit=None):
 
 
 def test_json_of_tasks_has_the_documented_fields(work):
-    found = told("--tasks", "tales.json", "--tasks", "more.jsonl", "--limit", "20")
-    assert found.keys() == {"tasks"}
+    scores = score_json(
+        "--tasks", "tales.json", "--tasks", "more.jsonl", "--limit", "20"
+    )
+    assert scores.keys() == {"tasks"}
     for name, file in (("tales", "tales.json"), ("more", "more.jsonl")):
         expected = scored("model", name=file, limit=20).score
-        task = found["tasks"][name]
+        task = scores["tasks"][name]
         assert {n: task[n] for n in ("acc", "acc_norm", "stderr", "n")} == {
             "acc": expected.acc,
             "acc_norm": expected.acc_norm,
@@ -81,42 +83,42 @@ def test_json_of_tasks_has_the_documented_fields(work):
 
 
 def test_a_text_and_tasks_come_together(work):
-    found = told("--text", "text.txt", "--tasks", "tales.json")
-    alone = told("--text", "text.txt")
-    assert alone.items() <= found.items()
-    assert found["tasks"]["tales"]["n"] == 30
+    scores = score_json("--text", "text.txt", "--tasks", "tales.json")
+    alone = score_json("--text", "text.txt")
+    assert alone.items() <= scores.items()
+    assert scores["tasks"]["tales"]["n"] == 30
     shown = run("--text", "text.txt", "--tasks", "tales.json").stdout
     assert f"{alone['bits_per_byte']:.4f} bits per byte" in shown
-    acc = found["tasks"]["tales"]["acc"]
+    acc = scores["tasks"]["tales"]["acc"]
     assert f"{100 * acc:.2f} ±" in shown
 
 
-def test_a_stopped_run_goes_on_from_its_folder(work, monkeypatch):
+def test_a_stopped_run_resumes_from_its_folder(work, monkeypatch):
     args = ("--tasks", "tales.json", "--compare", "adapter", "--output", "kept")
-    first = told(*args)
+    first = score_json(*args)
     assert sorted(str(p.relative_to(work)) for p in (work / "kept").rglob("*.*")) == [
         "kept/adapter/tales.jsonl",
         "kept/model/tales.jsonl",
     ]
 
     def answer(*args, **options):
-        raise AssertionError("it has answered already")
+        raise AssertionError("the answers were saved")
 
     monkeypatch.setattr("mlx_openelm.evaluation.multiple_choice.score_requests", answer)
-    assert told(*args) == first
+    assert score_json(*args) == first
 
 
 # Several models ------------------------------------------------------------------
 
 
 def test_differences_between_models_are_paired(work):
-    found = told("--tasks", "tales.json", "--compare", "adapter")
+    scores = score_json("--tasks", "tales.json", "--compare", "adapter")
     base, adapted = scored("model"), scored("model", "adapter")
     assert base.score != adapted.score
-    assert [model["model"] for model in found["models"]] == ["model", "adapter"]
-    assert found["tasks"] == found["models"][0]["tasks"]
-    assert found["models"][1]["tasks"]["tales"]["acc"] == adapted.score.acc
-    by_metric = {entry["metric"]: entry for entry in found["differences"]}
+    assert [model["model"] for model in scores["models"]] == ["model", "adapter"]
+    assert scores["tasks"] == scores["models"][0]["tasks"]
+    assert scores["models"][1]["tasks"]["tales"]["acc"] == adapted.score.acc
+    by_metric = {entry["metric"]: entry for entry in scores["differences"]}
     for metric, right in (("acc", "right"), ("acc_norm", "right_norm")):
         entry = by_metric[metric]
         difference = paired_difference(
@@ -132,16 +134,16 @@ def test_differences_between_models_are_paired(work):
 
 def test_the_adapter_of_the_first_model_is_not_the_others(work):
     args = ("--tasks", "tales.json", "--adapter-path", "adapter")
-    found = told(*args, "--compare", "model")
-    accs = [model["tasks"]["tales"]["acc_norm"] for model in found["models"]]
-    assert [model["model"] for model in found["models"]] == ["adapter", "model"]
+    scores = score_json(*args, "--compare", "model")
+    accs = [model["tasks"]["tales"]["acc_norm"] for model in scores["models"]]
+    assert [model["model"] for model in scores["models"]] == ["adapter", "model"]
     assert accs == [
         scored("model", "adapter").score.acc_norm,
         scored("model").score.acc_norm,
     ]
 
 
-def test_never_two_models_are_in_memory(work, monkeypatch):
+def test_only_one_model_is_in_memory(work, monkeypatch):
     loaded, alive = [], []
     opening = evaluate_module.open_model
 
@@ -170,14 +172,14 @@ def test_texts_of_several_models_are_a_table(work):
 
 def test_a_csv_file_has_every_score(work):
     args = ("--tasks", "tales.json", "--text", "text.txt", "--compare", "adapter")
-    found = told(*args, "--csv", "scores.csv")
+    scores = score_json(*args, "--csv", "scores.csv")
     rows = list(csv.DictReader(io.StringIO((work / "scores.csv").read_text())))
     assert len(rows) == 2 * (2 + 3)
     acc = {row["model"]: row for row in rows if row["metric"] == "acc"}
-    for model in found["models"]:
+    for model in scores["models"]:
         expected = 100 * model["tasks"]["tales"]["acc"]
         assert float(acc[model["model"]]["value"]) == pytest.approx(expected)
-    difference = next(d for d in found["differences"] if d["metric"] == "acc")
+    difference = next(d for d in scores["differences"] if d["metric"] == "acc")
     got = float(acc["adapter"]["difference_from_first"])
     assert got == pytest.approx(100 * difference["value"])
     assert acc["model"]["difference_from_first"] == ""
@@ -186,18 +188,18 @@ def test_a_csv_file_has_every_score(work):
 
 def test_a_picture_shows_every_score(work):
     (work / "adapter").rename(work / "a & <b>")
-    found = told(
+    scores = score_json(
         *("--tasks", "tales.json", "--compare", "a & <b>", "--picture", "scores.svg")
     )
     root = ElementTree.parse(work / "scores.svg").getroot()
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"model", "a & <b>", "tales", "acc, n = 30"} <= set(texts)
-    for model in found["models"]:
+    for model in scores["models"]:
         metric = model["tasks"]["tales"]["metrics"]["acc"]
         assert f"{100 * metric['value']:.2f} ± {100 * metric['stderr']:.2f}" in texts
 
 
-def test_a_report_that_cannot_be_written_is_said_before_the_work(work):
+def test_a_report_that_cannot_be_written_is_refused_before_scoring(work):
     (work / "old.csv").write_text("mine")
     tasks = ("evaluate", "--model", "model", "--tasks", "tales.json")
     refuse(work, *tasks, "--csv", "old.csv", says="old.csv exists already")
@@ -227,18 +229,18 @@ def peft(work, monkeypatch):
     return work
 
 
-def test_a_suite_stands_beside_the_published_scores(peft):
+def test_a_suite_is_shown_beside_the_published_scores(peft):
     args = ("--suite", "peft", "--tasks-dir", "peft", "--adapter-path", "adapter")
     ran = run(*args)
     assert "lacks ARC-Challenge.json, ARC-Easy.json, hellaswag.json" in ran.stderr
     assert "adapter beside OpenELM-270M with LoRA" in ran.stdout
-    assert "CoreNet, README-peft.md, read there" in ran.stdout
-    found = told(*args)
-    (model,) = found["suite"]["models"]
+    assert "CoreNet, README-peft.md, checked" in ran.stdout
+    scores = score_json(*args)
+    (model,) = scores["suite"]["models"]
     by_column = {score["column"]: score for score in model["scores"]}
     boolq = by_column["BoolQ"]
     assert boolq["published"] == 62.14
-    assert boolq["value"] == pytest.approx(100 * found["tasks"]["boolq"]["acc"])
+    assert boolq["value"] == pytest.approx(100 * scores["tasks"]["boolq"]["acc"])
     assert boolq["difference"] == pytest.approx(boolq["value"] - 62.14)
     assert by_column["PIQA"]["value"] is None
     average = model["averages"][0]
@@ -252,7 +254,7 @@ def test_a_suite_stands_beside_the_published_scores(peft):
 def test_a_base_without_its_row_and_an_adapter_with_one_are_compared(peft):
     args = ("--suite", "peft", "--tasks-dir", "peft", "--compare", "adapter")
     ran = run(*args, "--picture", "suite.svg", "--csv", "suite.csv")
-    assert "model: nothing is published of a model like it" in ran.stdout
+    assert "model: no published scores for this model" in ran.stdout
     assert "adapter beside OpenELM-270M with LoRA" in ran.stdout
     assert "unverified" in ran.stdout
     picture = (peft / "suite.svg").read_text()
@@ -294,20 +296,23 @@ def test_wrong_usage_is_code_2(here, args):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("--suite", "zero"), "must be one of zero-shot, openllm, llm360, peft"),
+        (("--suite", "zero"), "choose zero-shot, openllm, llm360, peft"),
         (("--suite", "peft"), "with --tasks-dir"),
-        (("--suite", "peft", "--tasks-dir", "model"), "holds none of the files"),
-        (("--suite", "openllm", "--num-fewshot", "3"), "leave --num-fewshot out"),
-        (("--tasks", "tales.json", "--tasks-dir", "."), "is of --suite peft"),
+        (("--suite", "peft", "--tasks-dir", "model"), "has none of the files"),
+        (("--suite", "openllm", "--num-fewshot", "3"), "leave out --num-fewshot"),
+        (("--tasks", "tales.json", "--tasks-dir", "."), "is for --suite peft"),
         (("--tasks", "tales.json", "--num-fewshot", "3"), "tales.json is a file"),
-        (("--tasks", "tales.json", "--include-path", "."), "is of tasks by name"),
+        (
+            ("--tasks", "tales.json", "--include-path", "."),
+            "is for tasks of the harness",
+        ),
         (("--tasks", "tales.json", "--limit", "0"), "--limit is 0"),
         (("--tasks", "x", "--num-fewshot", "-1"), "--num-fewshot is -1"),
         (("--tasks", "x", "--batch-size", "0"), "--batch-size is 0"),
         (("--tasks", "none.json"), "none.json"),
         (("--tasks", "tales.json", "--tasks", "./tales.json"), "the name tales"),
         (("--tasks", "tales.json", "--compare", "nowhere"), "no folder nowhere"),
-        (("--tasks", "tales.json", "--compare", "model"), "model takes part twice"),
+        (("--tasks", "tales.json", "--compare", "model"), "model is named twice"),
     ],
 )
 def test_bad_input_is_one_sentence_and_changes_nothing(work, monkeypatch, args, says):
@@ -325,7 +330,7 @@ def test_a_harness_that_is_not_installed_is_one_sentence(work, monkeypatch):
 
 
 @pytest.mark.interop
-def test_a_task_of_the_harness_stands_beside_a_file_s(work):
+def test_a_harness_task_and_a_task_file_are_scored_together(work):
     pytest.importorskip("lm_eval", reason="needs the extra `eval`")
     (work / "own").mkdir()
     (work / "own" / "wept.yaml").write_text(
@@ -340,16 +345,16 @@ def test_a_task_of_the_harness_stands_beside_a_file_s(work):
     )
     args = ("--tasks", "wept", "--include-path", "own", "--tasks", "tales.json")
     ran = run(*args, "--compare", "adapter", "--json", "--output", "kept")
-    found = json.loads(ran.stdout)
-    for model in found["models"]:
+    scores = json.loads(ran.stdout)
+    for model in scores["models"]:
         wept, tales = model["tasks"]["wept"], model["tasks"]["tales"]
         for name in ("acc", "acc_norm", "n"):
             assert wept[name] == tales[name]
         assert wept["stderr"] == pytest.approx(tales["stderr"])
-    both = {(d["task"], d["metric"]): d["value"] for d in found["differences"]}
+    both = {(d["task"], d["metric"]): d["value"] for d in scores["differences"]}
     assert both["wept", "acc"] == pytest.approx(both["tales", "acc"])
     assert (work / "kept" / "adapter" / "wept.json").is_file()
     quiet = ("--json", "--quiet", "--output", "kept")
     again = run(*args, "--compare", "adapter", *quiet)
-    assert json.loads(again.stdout) == found
+    assert json.loads(again.stdout) == scores
     assert again.stderr == ""

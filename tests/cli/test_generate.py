@@ -1,4 +1,4 @@
-"""generate's ways to the same answer, and what it refuses."""
+"""Options of generate that leave the answer unchanged, and wrong options."""
 
 import json
 
@@ -10,7 +10,7 @@ PROMPT = "the king said the king said"
 
 
 def answer(*args, **options):
-    """Return what a command says on stdout; it must succeed."""
+    """Return the stdout of a command, which must succeed."""
     ran = call(*args, **options)
     assert ran.exit_code == 0, ran.output
     return ran.stdout
@@ -21,7 +21,7 @@ def ask(*args):
 
 
 @pytest.mark.parametrize(
-    "way",
+    "options",
     [
         ("--lookup", 4),
         ("--draft-model", "model"),
@@ -29,13 +29,13 @@ def ask(*args):
         ("--max-kv-size", 60),
     ],
 )
-def test_every_way_gives_the_plain_answer(here, way):
+def test_the_answer_is_that_of_plain_decoding(here, options):
     plain = ask()
-    for _ in range(2):  # the second time from what was kept
-        assert ask(*way)["tokens"] == plain["tokens"]
+    for _ in range(2):  # the second time from the prompt cache
+        assert ask(*options)["tokens"] == plain["tokens"]
 
 
-def test_a_kept_prompt_is_not_read_again_and_a_stale_one_is_said(here):
+def test_a_cached_prompt_is_reused_and_a_stale_one_is_reported(here):
     first = ask("--prompt-cache", "kept")
     again = ask("--prompt-cache", "kept")
     assert first["cached_tokens"] == 0
@@ -47,9 +47,9 @@ def test_a_kept_prompt_is_not_read_again_and_a_stale_one_is_said(here):
     )
 
 
-def test_guesses_are_counted_on_stderr(here):
+def test_draft_tokens_are_counted_on_stderr(here):
     ran = call("generate", PROMPT, *MODEL[:2], "-m", 40, "--lookup", 4)
-    assert "guessed tokens were right]" in ran.stderr
+    assert "draft tokens accepted" in ran.stderr
 
 
 def test_a_file_of_prompts_is_answered_as_one_by_one(here):
@@ -65,7 +65,7 @@ def test_a_file_of_prompts_is_answered_as_one_by_one(here):
     assert [line["text"] for line in lines] == [one["text"] for one in single]
 
 
-def test_a_bad_line_is_named_and_the_rest_is_done(here):
+def test_a_bad_line_is_reported_and_the_others_are_answered(here):
     (here / "prompts.jsonl").write_text('{"prompt": "a king"}\n{"promt": 1}\n"Hi"\n')
     ran = call("generate", "--prompts-file", "prompts.jsonl", *MODEL[:2], "-m", 4)
     assert ran.exit_code == 1
@@ -75,12 +75,12 @@ def test_a_bad_line_is_named_and_the_rest_is_done(here):
 
 
 def test_logprobs_come_with_json(here):
-    found = ask("--logprobs", 2)
-    for told, token in zip(found["logprobs"], found["tokens"], strict=True):
-        assert told["token"] == token
-        assert told["logprob"] == pytest.approx(told["top"][0]["logprob"])  # greedy
-        assert told["top"][0]["token"] == token
-        assert len(told["top"]) == 2
+    result = ask("--logprobs", 2)
+    for entry, token in zip(result["logprobs"], result["tokens"], strict=True):
+        assert entry["token"] == token
+        assert entry["logprob"] == pytest.approx(entry["top"][0]["logprob"])  # greedy
+        assert entry["top"][0]["token"] == token
+        assert len(entry["top"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_logprobs_come_with_json(here):
         (("--max-kv-size", 40, "--prompt-cache", "x"), "leave out one of them"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(here, args, says):
+def test_wrong_values_are_refused_in_one_line(here, args, says):
     refuse(here, "generate", PROMPT, *MODEL, "-m", 4, *args, says=says)
 
 
@@ -114,14 +114,14 @@ def test_what_cannot_be_is_refused_in_a_sentence(here, args, says):
         ("Hi", "--lookup", "3", "--draft-model", "demo"),
     ],
 )
-def test_what_does_not_go_together_is_wrong_usage(here, args):
+def test_contradicting_options_are_wrong_usage(here, args):
     ran = call("generate", *args, *MODEL)
     assert ran.exit_code == 2
     assert "Traceback" not in ran.output
 
 
 @pytest.mark.parametrize("foreign", ["my notes", '{"a": 1}', "one prompt\nanother"])
-def test_a_foreign_file_is_no_output(here, foreign):
+def test_a_foreign_file_is_not_overwritten(here, foreign):
     (here / "prompts.txt").write_text("the king\n")
     (here / "notes").write_text(foreign)
     args = ("generate", "--prompts-file", "prompts.txt", *MODEL, "-m", 4)
@@ -130,13 +130,13 @@ def test_a_foreign_file_is_no_output(here, foreign):
     )
 
 
-def test_the_prompts_are_no_output(here):
+def test_the_prompts_file_is_not_overwritten(here):
     (here / "prompts").write_text("one prompt")
     args = ("generate", "--prompts-file", "prompts", *MODEL, "-m", 4)
-    refuse(here, *args, "--output", "prompts", says="is the file of prompts itself")
+    refuse(here, *args, "--output", "prompts", says="is the file of prompts")
 
 
-def test_numbers_that_no_array_holds_are_obeyed_or_refused(here):
+def test_very_large_numbers_work_or_are_refused(here):
     huge = ("--min-tokens", 10**24, "--repetition-context", 10**24)
     assert ask(*huge, "--repetition-penalty", 1.2)["generation_tokens"] == 24
     refuse(here, "generate", PROMPT, *MODEL, "--temp", 1e39, says="--temp is")

@@ -648,7 +648,7 @@ def test_a_dry_run_plans_and_writes_nothing(base, tmp_path):
     args = ("lora", "--data", data, "--model", base, "--adapter-path", out, "--dry-run")
     ran = call(*args)
     assert (ran.exit_code, ran.stdout) == (0, "")
-    for words in ("36 records", "weights are trained", "memory: about", "epochs"):
+    for words in ("36 records", "trained parameters", "memory: about", "epochs"):
         assert words in ran.stderr, ran.stderr
     plan = json.loads(call(*args, "--json").stdout)
     assert plan["plan"]["trainable"] > 0

@@ -26,7 +26,7 @@ def show_bench(console: Console, report: "BenchReport") -> None:
     table.add_column("")
     for cell in report.cells:
         table.add_row(
-            cell.model + ("\nmade weights" if cell.made else ""),
+            cell.model + ("\nrandom weights" if cell.made else ""),
             f"{cell.bits}\n{cell.computed_with}",
             str(cell.batch),
             f"{cell.context}",
@@ -48,14 +48,14 @@ def show_bench(console: Console, report: "BenchReport") -> None:
 
 
 def describe_setting(report: "BenchReport") -> Iterator[tuple[str, str]]:
-    """Yield the facts above the table: name and value."""
+    """Yield the facts above the table, as names and values."""
     machine = report.machine
     steps = "compiled" if report.compiled else "not compiled"
     yield "mlx-openelm", f"{report.version}, MLX {machine.mlx}, Python {machine.python}"
     memory = f"{machine.memory_bytes / 1e9:.1f} GB"
     yield "machine", f"{machine.system}, {machine.device}, {memory}"
     yield "computed with", f"{machine.blas}, steps {steps}"
-    yield "memory is read at", describe_bandwidth(report.bandwidth)
+    yield "memory bandwidth", describe_bandwidth(report.bandwidth)
 
 
 def describe_bandwidth(bandwidth: "Bandwidth") -> str:
@@ -78,26 +78,26 @@ def explain_bench(report: "BenchReport") -> Iterator[str]:
     cells = [cell for cell in report.cells if cell.rounds]
     if any(cell.rounds > 1 for cell in cells):
         most = max(cell.rounds for cell in cells)
-        yield f"Medians of {most} rounds; the least and the largest stand below."
+        yield f"Medians of {most} rounds, above the minimum and the maximum."
     if any(cell.made for cell in report.cells):
-        yield "Made weights: speed does not depend on their values."
+        yield "Random weights: speed does not depend on their values."
     if cells:
         yield (
-            "Read: what a new token must, the weights in the form under their bits, "
-            "and keys and values.\n"
-            "The share is the rate of these reads, over the memory's."
+            "Read: bytes read from memory for each new token (weights, keys and "
+            "values).\n"
+            "Share of bandwidth: the rate of these reads over the memory bandwidth."
         )
     shares = [c.bandwidth_share.median for c in cells if c.bandwidth_share is not None]
     if any(share > 1 for share in shares):
-        yield "A share above 100 %: the processor's own cache holds much of the model."
+        yield "A share above 100 %: much of the model is in the processor's cache."
     if any(cell.shell_first_token_s for cell in cells):
         yield (
-            "From the shell: a new process, from its start to the first byte of its "
-            "answer to a short prompt."
+            "From the shell: time from the start of a new process to its first byte of "
+            "output, with a short prompt."
         )
     for published in [c.published for c in report.cells if c.published is not None][:1]:
         yield (
-            f"Published: Apple's own figures ({published.setting}), recalled and "
+            f"Published: Apple's figures ({published.setting}), quoted from memory and "
             "unverified."
         )
     if not report.finished:
@@ -106,7 +106,7 @@ def explain_bench(report: "BenchReport") -> Iterator[str]:
 
 
 def describe_cell(cell: "Cell") -> str:
-    """Return why a cell was not measured, or what is published of it."""
+    """Return why a cell was not measured, or its published speed."""
     if cell.skipped is not None:
         return f"not measured: {cell.skipped}"
     if cell.published is None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.examples import PROMPT
 
 if TYPE_CHECKING:
     from converters.conversion.adapters import AdapterReport
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from mlx_openelm.storage.inspection import Inspection
 
 
-def note_converted(console: Console, report: "ConversionReport") -> None:
-    """Write a summary of a converted model to stderr."""
+def show_converted(console: Console, report: "ConversionReport") -> None:
+    """Print a model's path; write a summary and the next command to stderr."""
     for note in report.notes:
         console.note(note)
     stored = f"{report.bits:g} bits" if report.bits else report.dtype
@@ -30,17 +31,20 @@ def note_converted(console: Console, report: "ConversionReport") -> None:
         console.note(f"Tokenizer from {report.tokenizer}")
     if report.adapter_path:
         console.note(f"Adapter: {report.adapter_path}")
-    if report.tokenizer and report.to in ("mlx", "hf"):
-        adapter = (
-            f" --adapter-path {report.adapter_path}" if report.adapter_path else ""
-        )
-        console.note(
-            f"Try it: mlx-openelm generate --model {report.path}{adapter} --prompt ..."
-        )
+    console.answer(str(report.path))
+    if report.to == "gguf":
+        console.note_next("-m", report.path, "-p", PROMPT, program="llama-cli")
+    elif report.to == "corenet":
+        console.note_next("parity", report.path)
+    elif report.tokenizer is None:
+        console.note_next("verify", report.path)
+    else:
+        adapter = ("--adapter-path", report.adapter_path) if report.adapter_path else ()
+        console.note_next("generate", "--model", report.path, *adapter, PROMPT)
 
 
-def note_adapter(console: Console, report: "AdapterReport") -> None:
-    """Write a summary of a converted adapter to stderr."""
+def show_adapter(console: Console, report: "AdapterReport") -> None:
+    """Print an adapter's path; write a summary and the next command to stderr."""
     for note in report.notes:
         console.note(note)
     console.note(
@@ -48,10 +52,18 @@ def note_adapter(console: Console, report: "AdapterReport") -> None:
         f"{report.num_modules} modules, {report.num_parameters:,} parameters, "
         f"{report.seconds:.1f} s"
     )
+    console.answer(str(report.path))
+    if report.to == "mlx" and report.base:
+        console.note_next("generate", "--adapter-path", report.path, PROMPT)
+    elif report.to == "peft" and report.base:
+        fused = f"{report.path}-fused"
+        console.note_next("fuse", "--adapter-path", report.path, "--save-path", fused)
+    elif report.to == "corenet":
+        console.note_next("convert", report.path, "--merge")
 
 
 def show_fused(console: Console, report: "FusionReport") -> None:
-    """Print a fused model's path; write a summary of it and its check to stderr."""
+    """Print a fused model's path; write a summary and the next command to stderr."""
     for note in report.notes:
         console.note(note)
     proof = report.proof
@@ -62,13 +74,13 @@ def show_fused(console: Console, report: "FusionReport") -> None:
         f"{report.seconds:.1f} s"
     )
     console.note(
-        f"The adapter is still there: from base with adapter the fused model is "
-        f"{proof.kl_fused:.2g} nats away (mean KL), the base alone "
-        f"{proof.kl_adapter:.2g}; same first choice {proof.top1_agreement:.1%}, on "
+        f"The adapter's effect is preserved: mean KL from the base with adapter is "
+        f"{proof.kl_fused:.2g} nats for the fused model and {proof.kl_adapter:.2g} for "
+        f"the base alone; same top token {proof.top1_agreement:.1%}, on "
         f"{proof.tokens} tokens of {proof.text}"
     )
-    console.note(f"Try it: mlx-openelm generate --model {report.path} --prompt ...")
     console.answer(str(report.path))
+    console.note_next("generate", "--model", report.path, PROMPT)
 
 
 _FIGURES = (
@@ -82,64 +94,64 @@ def _is_figure(value: object) -> bool:
 
 
 def describe_receipt(receipt: Mapping[str, Any]) -> str:
-    """Return one line on the loss of quality by quantization."""
+    """Return one line on the quantization error."""
     if not all(_is_figure(receipt.get(key)) for key in _FIGURES):
         return "damaged"
     return (
         f"mean KL {receipt['mean_kl']:.4f} nats (99 % of tokens below "
-        f"{receipt['p99_kl']:.3f}), same first choice {receipt['top1_agreement']:.1%}, "
+        f"{receipt['p99_kl']:.3f}), same top token {receipt['top1_agreement']:.1%}, "
         f"perplexity {receipt['perplexity_before']:.2f} -> "
         f"{receipt['perplexity_after']:.2f}, on {receipt['tokens']} tokens of "
         f"{receipt.get('text')}"
     )
 
 
-def show_verification(console: Console, found: "Verification") -> None:
+def show_verification(console: Console, verification: "Verification") -> None:
     """Print a table of the checks and their problems."""
     from rich.table import Table
 
     table = Table("check", "", box=None)
-    for check in found.checks:
+    for check in verification.checks:
         table.add_row(check.name, "ok" if check.passed else "\n".join(check.problems))
     console.answer_table(table)
 
 
-def show_inspection(console: Console, found: "Inspection") -> None:
+def show_inspection(console: Console, model: "Inspection") -> None:
     """Print a table of a folder's properties, and one of its layers."""
     from rich.table import Table
 
-    tokenizer = f"{found.tokenizer:,} pieces" if found.tokenizer else "none"
+    tokenizer = f"{model.tokenizer:,} pieces" if model.tokenizer else "none"
     facts = (
-        ("size", f"{found.size}, {found.num_parameters:,} parameters"),
-        ("width", f"{found.model_dim}, heads of {found.head_dim}"),
-        ("context", f"{found.context_length:,} tokens"),
+        ("size", f"{model.size}, {model.num_parameters:,} parameters"),
+        ("width", f"{model.model_dim}, heads of {model.head_dim}"),
+        ("context", f"{model.context_length:,} tokens"),
         (
             "vocabulary",
-            f"{found.vocab_size:,} rows, head {'tied' if found.tied else 'untied'}",
+            f"{model.vocab_size:,} rows, head {'tied' if model.tied else 'untied'}",
         ),
         ("tokenizer", tokenizer),
-        ("template", found.template),
-        *((name, stored) for name, stored in found.storage.items()),
+        ("template", model.template),
+        *((name, stored) for name, stored in model.storage.items()),
         (
             "on disk",
-            f"{found.weight_bytes / 1e6:,.1f} MB, "
-            f"{found.bits_per_weight:.2f} bits a weight",
+            f"{model.weight_bytes / 1e6:,.1f} MB, "
+            f"{model.bits_per_weight:.2f} bits a weight",
         ),
         (
-            "at work here",
-            f"{found.memory_bytes / 1e6:,.1f} MB with a full context "
-            f"({found.kv_bytes_per_token:,} bytes a token)",
+            "memory here",
+            f"{model.memory_bytes / 1e6:,.1f} MB with a full context "
+            f"({model.kv_bytes_per_token:,} bytes a token)",
         ),
         (
             "made from",
-            f"{found.source.get('name', '?')}, {found.source.get('kind', '?')}",
+            f"{model.source.get('name', '?')}, {model.source.get('kind', '?')}",
         ),
-        *((n, str(found.source[n])) for n in ("repo", "revision") if n in found.source),
-        ("options", ", ".join(f"{k} {v}" for k, v in found.options.items()) or "none"),
-        ("receipt", describe_receipt(found.receipt) if found.receipt else "none"),
+        *((n, str(model.source[n])) for n in ("repo", "revision") if n in model.source),
+        ("options", ", ".join(f"{k} {v}" for k, v in model.options.items()) or "none"),
+        ("receipt", describe_receipt(model.receipt) if model.receipt else "none"),
     )
     layers = Table("layer", "query heads", "key-value heads", "FFN", box=None)
-    for i, layer in enumerate(found.layers):
+    for i, layer in enumerate(model.layers):
         layers.add_row(
             str(i), str(layer.query_heads), str(layer.kv_heads), str(layer.ffn_dim)
         )

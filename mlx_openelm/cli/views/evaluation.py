@@ -60,26 +60,26 @@ def explain_scores(
     """Yield the notes under the tables."""
     from mlx_openelm.evaluation.results import report_suite
 
-    yield "Shares in percent; behind \N{PLUS-MINUS SIGN} the standard error."
+    yield "Accuracies in percent \N{PLUS-MINUS SIGN} standard error."
     if len(scores) > 1:
         yield (
-            f"Differences are from {scores[0].card.name}, paired question by question."
+            f"Differences from {scores[0].card.name} are paired question by question."
         )
     if any(result.n < result.total for result in scores[0].tasks):
-        yield "Not all questions were asked: n of them."
+        yield "Only the first n questions of each task were used."
     if suite is None:
         return
     reports = [report_suite(suite, s.card, s.tasks) for s in scores]
     if any(report.published is not None for report in reports):
         yield (
-            "The difference from the published has the standard error of two samples "
-            "of questions;\nwhere both answered the same ones, it is too large."
+            "The standard error of a difference from a published score assumes two "
+            "samples of questions;\nif the questions are the same, it is too large."
         )
     yield from suite.notes
 
 
 def show_score(console: Console, score: "TextScore") -> None:
-    """Print the score of a text in one line."""
+    """Print the score of a text on one line."""
     console.answer(
         f"{score.bits_per_byte:.4f} bits per byte, {score.nats_per_token:.4f} nats per "
         f"token, perplexity {score.perplexity:.2f} ({score.tokens:,} tokens, "
@@ -123,17 +123,19 @@ def _table_tasks(scores: Sequence["ModelScores"]) -> "Table":
     theirs = [{r.task: r.metrics for r in other.tasks} for other in others]
     for result in first.tasks:
         for name, metric in result.metrics.items():
-            asked = (result.task, name, str(result.num_fewshot), f"{result.n:,}")
-            ours = (*asked, first.card.name, _show_metric(metric))
-            table.add_row(*ours, *([""] if several else []))
+            columns = (result.task, name, str(result.num_fewshot), f"{result.n:,}")
+            row = (*columns, first.card.name, _show_metric(metric))
+            table.add_row(*row, *([""] if several else []))
             for other, metrics, differences in zip(others, theirs, paired, strict=True):
                 scored = metrics.get(result.task, {}).get(name)
-                found = differences.get((result.task, name))
+                difference = differences.get((result.task, name))
                 factor = _factor(metric)
                 table.add_row(
                     *("", "", "", "", other.card.name),
                     _show_metric(scored) if scored else "-",
-                    _show_signed(found.value, found.stderr, factor) if found else "-",
+                    _show_signed(difference.value, difference.stderr, factor)
+                    if difference
+                    else "-",
                 )
     return table
 
@@ -141,12 +143,12 @@ def _table_tasks(scores: Sequence["ModelScores"]) -> "Table":
 def _head(report: "SuiteReport") -> str:
     row = report.published
     if row is None:
-        return f"{report.model}: nothing is published of a model like it"
+        return f"{report.model}: no published scores for this model"
     method = ""
     if row.method:
         spelled = row.method.replace("lora", "LoRA").replace("dora", "DoRA")
         method = f" with {spelled}"
-    checked = "read there" if row.verified else "recalled, UNVERIFIED"
+    checked = "checked" if row.verified else "from memory, UNVERIFIED"
     note = f"; {row.note}" if row.note else ""
     return f"{report.model} beside {row.model}{method} ({row.source}, {checked}{note})"
 
@@ -192,7 +194,7 @@ def _new_table(*columns: str) -> "Table":
 
 
 def is_share(metric: "Metric") -> bool:
-    """Whether a metric is a share of something, which is shown in percent."""
+    """Whether a metric is a fraction, which is shown in percent."""
     return bool(metric.values) and all(0 <= value <= 1 for value in metric.values)
 
 
@@ -205,7 +207,7 @@ def _show_metric(metric: "Metric") -> str:
 
 
 def show_value(value: float | None, stderr: float | None, factor: float = 1.0) -> str:
-    """Return a figure as it is shown, times `factor`, with its standard error."""
+    """Format a value and its standard error, both times `factor`."""
     if value is None:
         return "-"
     spread = "" if stderr is None else f" \N{PLUS-MINUS SIGN} {stderr * factor:.2f}"
@@ -223,21 +225,21 @@ def _show_signed(value: float | None, stderr: float | None, factor: float = 1.0)
 def scores_json(
     scores: Sequence["ModelScores"], suite: "Suite | None"
 ) -> dict[str, Any]:
-    """Return what `--json` shows.
+    """Return the scores for `--json`.
 
-    The first model's scores stand at the top, all models' under "models" where there
-    are several; shares are fractions, but for a suite's, which are in percent.
+    The first model's scores are at the top level; with more than one model, all models'
+    are under "models". Accuracies are fractions, except those of a suite (percent).
     """
     from mlx_openelm.evaluation.results import pair, report_suite
 
     first = scores[0]
-    told: dict[str, Any] = {}
+    document: dict[str, Any] = {}
     if first.text is not None:
-        told |= asdict(first.text)
+        document |= asdict(first.text)
     if first.tasks:
-        told["tasks"] = _tasks_json(first.tasks)
+        document["tasks"] = _tasks_json(first.tasks)
     if len(scores) > 1:
-        told["models"] = [
+        document["models"] = [
             {
                 "model": model.card.name,
                 **(asdict(model.text) if model.text else {}),
@@ -245,55 +247,55 @@ def scores_json(
             }
             for model in scores
         ]
-        told["differences"] = [
+        document["differences"] = [
             {
                 "model": other.card.name,
                 "from": first.card.name,
-                "task": found.task,
-                "metric": found.metric,
-                **asdict(found.difference),
+                "task": paired.task,
+                "metric": paired.metric,
+                **asdict(paired.difference),
             }
             for other in scores[1:]
-            for found in pair(first.tasks, other.tasks)
+            for paired in pair(first.tasks, other.tasks)
         ]
     if suite is not None:
         reports = [report_suite(suite, s.card, s.tasks) for s in scores]
-        told["suite"] = {
+        document["suite"] = {
             "name": suite.name,
             "notes": suite.notes,
             "models": [asdict(report) for report in reports],
             "columns": suite.published.columns,
             "others": [asdict(row) for row in suite.published.others],
         }
-    return told
+    return document
 
 
 def _tasks_json(results: Sequence["TaskResult"]) -> dict[str, Any]:
-    told = {}
+    tasks = {}
     for result in results:
-        found = {
+        metrics = {
             name: {"value": _finite(metric.value), "stderr": _finite(metric.stderr)}
             for name, metric in result.metrics.items()
         }
-        main = found.get("acc") or next(iter(found.values()), {})
-        told[result.task] = {
-            "acc": found.get("acc", {}).get("value"),
-            "acc_norm": found.get("acc_norm", {}).get("value"),
+        main = metrics.get("acc") or next(iter(metrics.values()), {})
+        tasks[result.task] = {
+            "acc": metrics.get("acc", {}).get("value"),
+            "acc_norm": metrics.get("acc_norm", {}).get("value"),
             "stderr": main.get("stderr"),
             "n": result.n,
             "num_fewshot": result.num_fewshot,
-            "metrics": found,
+            "metrics": metrics,
         }
-    return told
+    return tasks
 
 
 def _finite(value: float | None) -> float | None:
-    """Return a value that JSON can hold: None for an infinite value or NaN."""
+    """Return None for an infinite value or NaN, which JSON cannot represent."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def to_csv(scores: Sequence["ModelScores"], suite: "Suite | None") -> str:
-    """Return one line for each model, task and metric; shares are in percent."""
+    """Return one line for each model, task and metric; accuracies are in percent."""
     from mlx_openelm.evaluation.results import pair, report_suite
 
     written = io.StringIO()
@@ -324,14 +326,14 @@ def to_csv(scores: Sequence["ModelScores"], suite: "Suite | None") -> str:
         for result in model.tasks:
             for name, metric in result.metrics.items():
                 key, factor = (result.task, name), _factor(metric)
-                found = paired.get(key)
+                difference = paired.get(key)
                 lines.writerow(
                     (
                         *(model.card.name, result.task, name, result.num_fewshot),
                         *(result.n, metric.value * factor),
                         _times(metric.stderr, factor),
-                        _times(found.value if found else None, factor),
-                        _times(found.stderr if found else None, factor),
+                        _times(difference.value if difference else None, factor),
+                        _times(difference.stderr if difference else None, factor),
                         *published.get(key, ("", "")),
                     )
                 )

@@ -1,4 +1,4 @@
-"""A fine-tuning run on the terminal: its plan, its progress and its result."""
+"""A fine-tuning run on the terminal: plan, progress and result."""
 
 import dataclasses
 import math
@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.examples import PROMPT
 from mlx_openelm.cli.views.run import RunView, show_sample
 
 if TYPE_CHECKING:
     from mlx_openelm.finetuning.preparation import Prepared
     from mlx_openelm.finetuning.run import FinetuneReport
 
-MOST_NAMES = 8  # of a skipped batch
+MOST_NAMES = 8  # of the samples of a skipped batch
 
 # The plan and the result -----------------------------------------------------------
 
@@ -34,8 +35,14 @@ def plan_json(prepared: "Prepared") -> dict[str, Any]:
 
 
 def note_plan(console: Console, prepared: "Prepared") -> None:
-    """Write the statistics of the data, and the plan of the run, to stderr."""
+    """Write the model, the statistics of the data and the plan to stderr."""
+    from mlx_openelm.storage.hub import is_demo
+
     table, plan, recipe = prepared.table, prepared.plan, prepared.recipe
+    if is_demo(prepared.folder.path):
+        console.note("model: the built-in demo; --model NAME trains another")
+    else:
+        console.note(f"model: {recipe.model}")
     for name, split in (
         ("train", table.train),
         ("valid", table.valid),
@@ -46,8 +53,8 @@ def note_plan(console: Console, prepared: "Prepared") -> None:
         console.note(
             f"{name}: {Path(split.file).name} ({split.format}), {split.records:,} "
             f"records, {split.samples:,} samples of {split.shortest} to "
-            f"{split.longest} tokens (median {split.median}); {split.targets:,} of "
-            f"{split.tokens:,} tokens count"
+            f"{split.longest} tokens (median {split.median}); loss on "
+            f"{split.targets:,} of {split.tokens:,} tokens"
         )
     if len(table.train.lengths) > 1:
         bars = ", ".join(
@@ -57,17 +64,18 @@ def note_plan(console: Console, prepared: "Prepared") -> None:
             )
             if count
         )
-        console.note(f"lengths in train: {bars} tokens")
+        console.note(f"sample lengths: {bars} tokens")
     console.note(f"template: {table.template} ({table.reason})")
     for warning in table.warnings:
         console.note(f"note: {warning}")
     memory = plan.memory
     console.note(
-        f"{plan.trainable:,} of {plan.parameters:,} weights are trained "
-        f"({plan.trainable / plan.parameters:.2%}), {plan.steps:,} steps of "
+        f"{plan.trainable:,} trained parameters "
+        f"({plan.trainable / plan.parameters:.2%} of {plan.parameters:,}), "
+        f"{plan.steps:,} steps of "
         f"{recipe.step_size} {'row' if recipe.pack else 'sample'}"
         f"{'s' * (recipe.step_size > 1)} "
-        f"({plan.epochs:.2f} epochs), {plan.targets:,} tokens to learn, no padding"
+        f"({plan.epochs:.2f} epochs), loss on {plan.targets:,} tokens, no padding"
     )
     console.note(
         f"memory: about {memory.total / 1e9:.2f} GB of {plan.limit / 1e9:.1f} GB "
@@ -86,8 +94,8 @@ def note_start(console: Console, prepared: "Prepared") -> None:
     console.note(f"report during the run: {prepared.path / 'report.html'}")
 
 
-def note_trained(console: Console, report: "FinetuneReport") -> None:
-    """Write the result of a run to stderr."""
+def show_trained(console: Console, report: "FinetuneReport") -> None:
+    """Print the adapter's path; write the result and the next command to stderr."""
     if report.first_loss is not None and report.last_loss is not None:
         best = ""
         if report.best_step not in (None, 0, report.steps):
@@ -101,25 +109,27 @@ def note_trained(console: Console, report: "FinetuneReport") -> None:
     console.note(
         f"{report.steps:,} steps, {report.tokens:,} {report.unit}s in "
         f"{report.seconds:,.0f} s ({report.tokens_per_second:,.0f} {report.unit}s/s), "
-        f"{report.peak_memory_bytes / 1e9:.2f} GB at most; "
-        f"look at {report.path / 'report.html'}"
+        f"peak memory {report.peak_memory_bytes / 1e9:.2f} GB"
     )
+    console.note(f"Report: {report.path / 'report.html'}")
+    console.answer(str(report.path))
+    console.note_next("generate", "--adapter-path", report.path, PROMPT)
 
 
-# The progress ------------------------------------------------------------------------
+# Progress ----------------------------------------------------------------------------
 
 
 class TrainingView(RunView):
-    """Shows each event of a fine-tuning run.
+    """Shows the events of a fine-tuning run.
 
-    Events are the rows of metrics.jsonl and {"event": "note", "text": ...}; any of them
-    may hold the length of the run as "steps".
+    Events are the rows of metrics.jsonl, and {"event": "note", "text": ...}. "steps" in
+    any of them is the length of the run.
     """
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._validation = math.nan  # the last
-        self._best = (math.inf, 0)  # and the step
+        self._validation = math.nan  # last validation loss
+        self._best = (math.inf, 0)  # best validation loss and its step
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         self._steps = event.get("steps") or self._steps
@@ -136,7 +146,7 @@ class TrainingView(RunView):
             case "save":
                 self._note(event["step"], "saved")
             case "resume":
-                self._console.note(f"Going on after step {event['step']:,}.")
+                self._console.note(f"Resuming after step {event['step']:,}.")
             case "note":
                 self._console.note(str(event["text"]))
             case "end":
@@ -144,34 +154,34 @@ class TrainingView(RunView):
                 self._console.note(self._describe_end(event))
 
     def _show_step(self, event: Mapping[str, Any]) -> None:
-        words = [f"loss {_show_loss(event.get('loss'))}"]
+        figures = [f"loss {_show_loss(event.get('loss'))}"]
         if not math.isnan(self._validation):
-            words.append(f"valid {self._validation:.3f}")
+            figures.append(f"valid {self._validation:.3f}")
         if event.get("accuracy") is not None:
-            words.append(f"accuracy {event['accuracy']:.0%}")
-        words.append(f"{event.get('tokens_per_second') or 0:,.0f} tokens/s")
+            figures.append(f"accuracy {event['accuracy']:.0%}")
+        figures.append(f"{event.get('tokens_per_second') or 0:,.0f} tokens/s")
         step = event["step"]
-        self._progress.update(step, max(step, self._steps), ", ".join(words))
+        self._progress.update(step, max(step, self._steps), ", ".join(figures))
 
     def _describe_eval(self, event: Mapping[str, Any]) -> str:
         loss = event.get("loss")
-        said = f"validation loss {_show_loss(loss)}"
+        description = f"validation loss {_show_loss(loss)}"
         if loss is not None and math.isfinite(loss):
             self._validation = loss
             if event.get("best"):
                 self._best = (loss, event["step"])
-                said += ", the best" if event["step"] else ", before training"
-        return said
+                description += ", the best" if event["step"] else ", before training"
+        return description
 
     def _describe_end(self, event: Mapping[str, Any]) -> str:
         step = f"{event['step']:,}"
-        said = {
+        end = {
             "done": f"Trained {step} steps",
-            "patience": f"Stopped early at step {step}: validation loss fell no more",
+            "patience": f"Stopped early at step {step}: no better validation loss",
             "interrupted": f"Interrupted at step {step}",
         }.get(str(event.get("reason")), f"Ended at step {step}")
         loss, best = self._best
-        return said + (
+        return end + (
             f"; best {loss:.4f} at step {best:,}." if loss < math.inf else "."
         )
 

@@ -1,4 +1,4 @@
-"""Statistics of a generation: in lines on stderr, and for `--json`."""
+"""Statistics of a generation, on stderr and for `--json`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def generated_json(pieces: Sequence["Piece"], tokenizer: "Tokenizer") -> dict[str, Any]:
-    """Return a generation for `--json`: the text, its tokens, the statistics."""
+    """Return a generation for `--json`: text, tokens and statistics."""
     figures = dataclasses.asdict(pieces[-1])
     for part in ("text", "token", "logprob", "top_logprobs"):
         del figures[part]
-    said = [piece for piece in pieces if piece.token != tokenizer.eos_id]
+    answer = [piece for piece in pieces if piece.token != tokenizer.eos_id]
     if pieces[-1].logprob is not None:
         figures["logprobs"] = [
             {
@@ -30,11 +30,11 @@ def generated_json(pieces: Sequence["Piece"], tokenizer: "Tokenizer") -> dict[st
                     for token, value in piece.top_logprobs
                 ],
             }
-            for piece in said
+            for piece in answer
         ]
     return {
         "text": "".join(piece.text for piece in pieces),
-        "tokens": [piece.token for piece in said],
+        "tokens": [piece.token for piece in answer],
         **figures,
     }
 
@@ -52,19 +52,19 @@ def note_generated(console: Console, last: "Piece") -> None:
 
 def note_drafts(console: Console, drafter: "Drafter") -> None:
     """Write the counts of drafted and accepted tokens to stderr."""
-    said = f"{drafter.accepted} of {drafter.drafted} guessed tokens were right"
+    parts = [f"{drafter.accepted} of {drafter.drafted} draft tokens accepted"]
     if drafter.equal_ties:
-        said += f"; {drafter.equal_ties} tokens shared their logit with another one"
+        parts.append(f"{drafter.equal_ties} tokens had the same logit as another one")
     if drafter.note:
-        said += f"; {drafter.note}"
-    console.note(f"[{said}]")
+        parts.append(drafter.note)
+    console.note(f"[{'; '.join(parts)}]")
 
 
 def note_prompts(console: Console, report: "PromptsReport") -> None:
     """Write the counts of answered prompts of a file to stderr."""
-    kept = f", {report.kept} of them by a former run" if report.kept else ""
+    kept = f", {report.kept} of them in an earlier run" if report.kept else ""
     answered = report.prompts - len(report.problems)
     console.note(
         f"[{answered} of {report.prompts} prompts answered{kept}; "
-        f"{report.tokens} tokens drawn]"
+        f"{report.tokens} tokens generated]"
     )

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def show_parity(console: Console, report: "ParityReport") -> None:
-    """Print a table of the difference at each place, and the result."""
+    """Print a table of the difference at each layer, and the result."""
     from rich.table import Table
 
-    table = Table("place", "largest difference", "largest value", box=None)
+    table = Table("layer", "largest difference", "largest value", box=None)
     for place in report.places:
         table.add_row(place.place, f"{place.difference:.1e}", f"{place.largest:.3g}")
     console.answer_table(table)

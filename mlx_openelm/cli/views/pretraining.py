@@ -1,4 +1,4 @@
-"""A pre-training run on the terminal: its plan and its progress."""
+"""A pre-training run on the terminal: plan and progress."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class PretrainingView(RunView):
-    """Shows each event of a pre-training run."""
+    """Shows the events of a pre-training run."""
 
     def __call__(self, event: "Event") -> None:
         from converters.pretraining import log
@@ -27,13 +27,13 @@ class PretrainingView(RunView):
             case log.Spiked():
                 self._note(
                     event.step,
-                    f"the loss spikes to {event.loss:.4f} from {event.median:.4f}",
+                    f"loss spike: {event.loss:.4f}, median {event.median:.4f}",
                 )
             case log.Evaluated():
-                whose = "the mean of the last checkpoints: " if event.averaged else ""
+                weights = "mean of the last checkpoints: " if event.averaged else ""
                 self._note(
                     event.step,
-                    f"{whose}held-out {event.nats_per_token:.4f} nats per token, "
+                    f"{weights}held-out {event.nats_per_token:.4f} nats per token, "
                     f"{event.bits_per_byte:.4f} bits per byte",
                 )
             case log.Sampled():
@@ -51,10 +51,10 @@ def _describe_start(event: "Started") -> str:
         (event.num_tokens, "tokens"),
         (event.num_sequences, "sequences"),
     )
-    text = ", ".join(f"{n:,} {what}" for n, what in counts if n is not None)
+    sizes = ", ".join(f"{n:,} {what}" for n, what in counts if n is not None)
     parts = [
         f"{event.num_parameters:,} parameters",
-        text or "text as it comes",
+        sizes or "streamed text",
         *([f"{event.processes} processes"] if event.processes > 1 else []),
         f"step {event.first_step:,} of {event.steps:,}",
     ]
@@ -62,15 +62,15 @@ def _describe_start(event: "Started") -> str:
 
 
 def _describe_step(event: "Trained") -> str:
-    words = [f"loss {event.loss:.3f}", f"{event.tokens_per_second:,.0f} tokens/s"]
+    figures = [f"loss {event.loss:.3f}", f"{event.tokens_per_second:,.0f} tokens/s"]
     if event.mfu is not None:
-        words.append(f"MFU {event.mfu:.0%}")
-    return ", ".join((*words, f"{_show_seconds(event.seconds_left)} left"))
+        figures.append(f"MFU {event.mfu:.0%}")
+    return ", ".join((*figures, f"{_show_seconds(event.seconds_left)} left"))
 
 
 def _describe_dropped(dropped: dict[str, int]) -> str:
-    said = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items())
-    return f" (of the text, {said})" if said else ""
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items())
+    return f" (text dropped: {reasons})" if reasons else ""
 
 
 def _show_seconds(seconds: float) -> str:
@@ -88,16 +88,16 @@ def _show_seconds(seconds: float) -> str:
 def show_plan(
     console: Console, recipe: "PretrainRecipe", plan: "PretrainingPlan"
 ) -> None:
-    """Print the plan of a run as a table; write what is missing to stderr."""
+    """Print the recipe and the plan of a run; write what is missing to stderr."""
     import yaml
     from rich.table import Table
 
     from converters.pretraining.plan import UTILISATION
 
-    found = plan_as_json(recipe, plan)["recipe"]
-    console.answer(yaml.safe_dump(found, sort_keys=False, allow_unicode=True))
+    values = plan_as_json(recipe, plan)["recipe"]
+    console.answer(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     table = Table(show_header=False, box=None, pad_edge=False)
-    ours = plan.memory[recipe.parallel if plan.devices > 1 else "ddp"]
+    chosen = plan.memory[recipe.parallel if plan.devices > 1 else "ddp"]
     for name, value in (
         ("parameters", f"{plan.config.num_parameters:,}"),
         ("embedding", f"{plan.config.vocab_size:,} rows"),
@@ -113,11 +113,14 @@ def show_plan(
         ("FLOPs", f"{plan.flops:.3g}; {plan.flops_per_token:.3g} a token"),
         (
             "A100-days",
-            f"{plan.a100_days:,.1f} at {UTILISATION:.0%} of its peak, "
-            f"{plan.a100_days / plan.devices:,.1f} on {plan.devices:,} of them",
+            f"{plan.a100_days:,.1f} at {UTILISATION:.0%} of peak FLOP/s, "
+            f"{plan.a100_days / plan.devices:,.1f} days on {plan.devices:,} of them",
         ),
         *(
-            (f"memory, {kind}", _show_memory(memory) + (" *" if memory is ours else ""))
+            (
+                f"memory, {kind}",
+                _show_memory(memory) + (" *" if memory is chosen else ""),
+            )
             for kind, memory in plan.memory.items()
         ),
     ):
@@ -128,18 +131,18 @@ def show_plan(
 
 
 def plan_as_json(recipe: "PretrainRecipe", plan: "PretrainingPlan") -> dict[str, Any]:
-    """Return recipe and plan for `--json`; memory is in bytes."""
+    """Return the recipe and the plan for `--json`; memory is in bytes."""
     import json
 
-    found = {"recipe": dataclasses.asdict(recipe), "plan": dataclasses.asdict(plan)}
-    found["plan"]["parameters"] = plan.config.num_parameters
+    document = {"recipe": dataclasses.asdict(recipe), "plan": dataclasses.asdict(plan)}
+    document["plan"]["parameters"] = plan.config.num_parameters
     for kind, memory in plan.memory.items():
-        found["plan"]["memory"][kind]["total"] = memory.total
-    as_read: dict[str, Any] = json.loads(json.dumps(found))  # tuples become lists
-    return as_read
+        document["plan"]["memory"][kind]["total"] = memory.total
+    as_json: dict[str, Any] = json.loads(json.dumps(document))  # tuples become lists
+    return as_json
 
 
 def _show_memory(memory: "Memory") -> str:
     parts = ("weights", "gradients", "optimizer", "copies", "activations")
-    said = ", ".join(f"{name} {getattr(memory, name) / 2**30:.1f}" for name in parts)
-    return f"{memory.total / 2**30:.1f} GiB a device: {said}"
+    sizes = ", ".join(f"{name} {getattr(memory, name) / 2**30:.1f}" for name in parts)
+    return f"{memory.total / 2**30:.1f} GiB per device: {sizes}"

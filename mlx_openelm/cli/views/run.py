@@ -1,16 +1,16 @@
-"""What the views of fine-tuning and of pre-training share."""
+"""The base class of the views of fine-tuning and pre-training."""
 
 from typing import Self
 
 from mlx_openelm.cli.console import Console, ProgressBar, escape_controls
 
-MOST_CHARACTERS = 300  # of a sample of text
+MOST_CHARACTERS = 300  # of a generated sample
 
 
 class RunView:
-    """Shows each event: steps in a progress bar, any other event in a line.
+    """Shows steps in a progress bar and other events in a line each.
 
-    Leaving the `with` block ends the bar.
+    The bar is closed at the end of the `with` block.
     """
 
     def __init__(self, console: Console) -> None:

@@ -15,7 +15,7 @@ def show_selfcheck(console: Console, report: "SelfCheck") -> None:
 
     machine = dataclasses.asdict(report.machine)
     machine["memory_bytes"] = f"{report.machine.memory_bytes / 1e9:.1f} GB"
-    table = Table("check", "found", "at most", "", box=None)
+    table = Table("check", "value", "limit", "", box=None)
     for check in report.checks:
         table.add_row(
             check.name,

@@ -44,7 +44,7 @@ step 17: batch skipped, its loss or gradient is not finite (a.jsonl:12, a.jsonl:
 step 200: validation loss 2.1250, the best
 step 200: Once up on \\x1b[31ma [/]
 step 200: saved
-Going on after step 200.
+Resuming after step 200.
 step 400: validation loss not finite
 Trained 1,600 steps; best 2.1250 at step 200.
 """
@@ -56,7 +56,7 @@ def show(rows, *, quiet=False):
             view(row)
 
 
-def test_all_but_the_steps_is_a_line_on_stderr(capsys):
+def test_every_event_except_steps_is_a_line_on_stderr(capsys):
     show(ROWS)
     assert capsys.readouterr() == ("", LINES)
 
@@ -66,7 +66,7 @@ def test_quiet_is_silent(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_log_gets_a_line_of_steps_now_and_then(capsys, monkeypatch):
+def test_without_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 20))
     monkeypatch.setattr(console_module.time, "monotonic", lambda: next(clock))
     steps = [
@@ -74,11 +74,11 @@ def test_a_log_gets_a_line_of_steps_now_and_then(capsys, monkeypatch):
         for n in range(1, 7)
     ]
     show(steps)
-    said = capsys.readouterr().err.splitlines()
-    assert said == [f"Training: {n} of 8 loss 2.0000, 9 tokens/s" for n in (2, 4, 6)]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"Training: {n} of 8 loss 2.0000, 9 tokens/s" for n in (2, 4, 6)]
 
 
-def test_preferences_show_how_many_pairs_are_in_order(capsys, monkeypatch):
+def test_preferences_show_the_accuracy(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 40))
     monkeypatch.setattr(console_module.time, "monotonic", lambda: next(clock))
     row = {"event": "step", "step": 3, "loss": 0.5, "accuracy": 0.75, "margin": 0.1}
@@ -87,28 +87,28 @@ def test_preferences_show_how_many_pairs_are_in_order(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("reason", "said"),
+    ("reason", "lines"),
     [
-        ("patience", "Stopped early at step 7: validation loss fell no more."),
+        ("patience", "Stopped early at step 7: no better validation loss."),
         ("interrupted", "Interrupted at step 7."),
         ("something new", "Ended at step 7."),
     ],
 )
-def test_the_end_says_why(reason, said, capsys):
+def test_the_last_line_has_the_reason(reason, lines, capsys):
     show([{"event": "end", "step": 7, "reason": reason}])
-    assert capsys.readouterr().err == f"{said}\n"
+    assert capsys.readouterr().err == f"{lines}\n"
 
 
 def test_a_batch_of_many_samples_is_still_one_line(capsys):
     names = [f"a.jsonl:{n}" for n in range(20)]
     show([{"event": "skip", "step": 1, "samples": names}])
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert said.endswith("a.jsonl:7 and 12 more)\n")
+    lines = capsys.readouterr().err
+    assert lines.count("\n") == 1
+    assert lines.endswith("a.jsonl:7 and 12 more)\n")
 
 
 def test_a_terminal_of_80_columns_has_a_bar_with_all_figures():
-    """The text in the bar changes with each step, and the notes stay above it."""
+    """The bar shows the figures of each step, and notes stay above it."""
     code = f"""
 import sys, time
 from mlx_openelm.cli.console import Console
@@ -130,7 +130,7 @@ print(sorted(sys.modules.keys() & {{"mlx", "numpy", "yaml", "huggingface_hub"}})
         text=True,
     )
     os.close(terminal)
-    shown = _read_to_the_end(controller)
+    shown = _read_all(controller)
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "[]\n")  # nothing slow was imported
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[\??[\d;]*[A-Za-z]", "", shown))
@@ -143,13 +143,13 @@ print(sorted(sys.modules.keys() & {{"mlx", "numpy", "yaml", "huggingface_hub"}})
     assert "step 200: validation loss 2.1250, the best" in lines
 
 
-def _read_to_the_end(controller):
-    said = b""
+def _read_all(controller):
+    output = b""
     try:
         while more := os.read(controller, 1 << 16):
-            said += more
+            output += more
     except OSError:  # Linux: the other end is closed
         pass
     finally:
         os.close(controller)
-    return said.decode()
+    return output.decode()

@@ -646,7 +646,7 @@ def assert_problems(work, *words, against=("a.pt",)):
     ran = call("verify", "model", *flags)
     assert isinstance(ran.exception, SystemExit), repr(ran.exception)
     assert ran.exit_code == 1
-    assert ran.stderr.startswith("error: model is not what it should be: ")
+    assert ran.stderr.startswith("error: model failed verification: ")
     for word in words:
         assert word in " ".join(ran.stdout.split()), ran.stdout
     assert snapshot(work) == before

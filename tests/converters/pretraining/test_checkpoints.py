@@ -1,4 +1,4 @@
-"""A run's folder: CoreNet's files, and a run that may die and be gone on with."""
+"""Checkpoints of pre-training: CoreNet's files, interruption and resumption."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_convert_reads_each_of_its_files(recipe):
     assert same(state["model_state_dict"], weights_of(weights_on_disk(run)[12]))
 
 
-def test_spare_rows_are_made_and_read(recipe, tmp_path):
+def test_spare_rows_are_written_and_removed_by_convert(recipe, tmp_path):
     from converters.conversion.run import convert
 
     recipe = replace(recipe, steps=1, model=replace(recipe.model, spare_rows=True))
@@ -72,7 +72,7 @@ def test_spare_rows_are_made_and_read(recipe, tmp_path):
     assert OpenELMConfig.from_file(report.path / "config.json").vocab_size == 300
 
 
-def test_the_newest_are_kept_and_every_so_many(recipe):
+def test_keep_last_and_keep_every_are_respected(recipe):
     pretrain(replace(recipe, save_every=1, keep_last=2, keep_every=5))
     assert list(weights_on_disk(Path(recipe.output))) == [5, 10, 11, 12]
 
@@ -91,7 +91,7 @@ def test_averaging_is_done_in_float64(tmp_path):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon", "streamed"])
 @pytest.mark.parametrize("at", [4, 9])  # the second between two checkpoints
-def test_an_interrupted_run_goes_on_bit_for_bit(recipe, tmp_path, kind, at):
+def test_an_interrupted_run_resumes_bit_for_bit(recipe, tmp_path, kind, at):
     if kind == "streamed":
         recipe = replace(recipe, data=streamed_data(tmp_path))
     else:
@@ -116,12 +116,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(recipe, tmp_path, kind, at):
     with pytest.raises(KeyboardInterrupt):
         pretrain(recipe, on_event=interrupt)
     assert weights_of(Path(recipe.output) / LAST)["iterations"] == at
-    parted = pretrain(recipe, resume=True)
-    assert same(weights_of(parted), weights_of(Path(whole.output) / AVERAGE))
+    resumed = pretrain(recipe, resume=True)
+    assert same(weights_of(resumed), weights_of(Path(whole.output) / AVERAGE))
     assert read_losses(recipe.output) == read_losses(whole.output)
 
 
-def test_sigterm_saves_and_leaves_with_143(recipe):
+def test_sigterm_saves_and_exits_with_143(recipe):
     def terminate(event):
         if isinstance(event, Trained) and event.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -139,7 +139,7 @@ def test_sigterm_saves_and_leaves_with_143(recipe):
 
 
 @pytest.mark.proof
-def test_killed_before_every_thing_it_does_to_the_disk(tmp_path):
+def test_a_run_killed_before_any_disk_operation_can_resume(tmp_path):
     done = subprocess.run(
         [sys.executable, SUPPORT / "killing_pretraining.py", tmp_path],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -151,10 +151,10 @@ def test_killed_before_every_thing_it_does_to_the_disk(tmp_path):
     assert int(done.stdout) > 20
 
 
-# Refused -------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------
 
 
-def test_runs_are_not_overwritten_and_recipes_not_mixed_up(recipe):
+def test_runs_are_not_overwritten_or_resumed_with_another_recipe(recipe):
     with pytest.raises(OpenELMError, match="nothing to resume"):
         pretrain(recipe, resume=True)
     pretrain(replace(recipe, steps=4))
@@ -168,14 +168,14 @@ def test_runs_are_not_overwritten_and_recipes_not_mixed_up(recipe):
     pretrain(replace(recipe, steps=4, micro_batch_size=2, save_every=3), resume=True)
 
 
-def test_a_run_has_its_folder_alone(recipe):
-    """As when the processes of a torchrun that was killed train on."""
+def test_a_folder_is_locked_by_its_run(recipe):
+    """As when processes outlive a killed torchrun."""
     recipe = replace(recipe, steps=4)
     refused = []
 
     def start_another(event):
         if isinstance(event, Saved):
-            with pytest.raises(OpenELMError, match="Another process trains in"):
+            with pytest.raises(OpenELMError, match="Another process is training"):
                 pretrain(recipe, resume=True)
             refused.append(event.step)
 
@@ -183,18 +183,18 @@ def test_a_run_has_its_folder_alone(recipe):
     assert refused == [4]
     pretrain(recipe, resume=True)
     taken = replace(recipe, output=recipe.data.train[0])
-    with pytest.raises(OpenELMError, match=r"Cannot make the folder .*train\.txt"):
+    with pytest.raises(OpenELMError, match=r"Cannot create the folder .*train\.txt"):
         pretrain(taken)
 
 
-def test_a_run_does_not_go_on_with_other_text(recipe):
+def test_a_run_does_not_resume_with_other_text(recipe):
     pretrain(replace(recipe, steps=4))
     Path(recipe.data.train[0]).write_text(TEXT * 3)
     with pytest.raises(OpenELMError, match=r"train\.txt|corpus|data"):
         pretrain(replace(recipe, steps=4), resume=True)
 
 
-def test_a_damaged_run_is_not_resumed_and_said(recipe):
+def test_a_damaged_run_is_refused(recipe):
     recipe = replace(recipe, steps=4)
     pretrain(recipe)
     last = Path(recipe.output) / LAST
@@ -204,17 +204,17 @@ def test_a_damaged_run_is_not_resumed_and_said(recipe):
     with pytest.raises(OpenELMError, match="damaged"):
         pretrain(recipe, resume=True)
     torch.save({"model_state_dict": {}}, last)
-    with pytest.raises(OpenELMError, match="does not say where its run was"):
+    with pytest.raises(OpenELMError, match="has no position to resume from"):
         pretrain(recipe, resume=True)
     torch.save(torch.load(last.with_name("other.pt")) | {"model_state_dict": {}}, last)
-    with pytest.raises(OpenELMError, match=r"weights or the optimizer in .* not fit"):
+    with pytest.raises(OpenELMError, match=r"optimizer state in .* do not fit"):
         pretrain(recipe, resume=True)
     last.write_bytes(whole)
     (last.parent / "checkpoint_epoch_0_iter_4.pt").rename(
         last.parent / "checkpoint_epoch_0_iter_best.pt"
     )
     average = (last.parent / AVERAGE).read_bytes()
-    with pytest.raises(OpenELMError, match=r"No checkpoint_epoch_0_iter_N\.pt is left"):
+    with pytest.raises(OpenELMError, match=r"no checkpoint_epoch_0_iter_N\.pt to"):
         pretrain(recipe, resume=True)
     assert (last.parent / AVERAGE).read_bytes() == average
     (Path(recipe.output) / "recipe.json").unlink()
@@ -222,40 +222,40 @@ def test_a_damaged_run_is_not_resumed_and_said(recipe):
         pretrain(recipe, resume=True)
 
 
-# Begun with weights --------------------------------------------------------------
+# Initial weights -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head", [None, "lm_head.weight", "classifier.weight"])
-def test_a_run_begins_with_given_weights(recipe, tmp_path, head):
+def test_a_run_starts_from_initial_weights(recipe, tmp_path, head):
     from converters.reference import ReferenceOpenELM
 
-    given = tmp_path / "given"
-    pretrain(replace(recipe, steps=1, output=str(given)))
+    initial = tmp_path / "initial"
+    pretrain(replace(recipe, steps=1, output=str(initial)))
     if head is not None:
-        config = OpenELMConfig.from_file(given / "config.json")
+        config = OpenELMConfig.from_file(initial / "config.json")
         config = replace(config, share_input_output_layers=False)
         state = ReferenceOpenELM(config).state_dict()
         state[head] = state.pop("lm_head.weight")
-        torch.save(state, given / AVERAGE)
-        (given / "config.json").write_text(json.dumps(config.to_dict()))
-    before = weights_of(given / AVERAGE)
+        torch.save(state, initial / AVERAGE)
+        (initial / "config.json").write_text(json.dumps(config.to_dict()))
+    before = weights_of(initial / AVERAGE)
     recipe = replace(
         recipe,
         model=type(recipe.model)(),
-        init=str(given / AVERAGE),
+        init=str(initial / AVERAGE),
         steps=1,
         optimizer=replace(recipe.optimizer, warmup_learning_rate=0.0),
     )
-    pretrain(recipe)  # its one step has a rate of zero
+    pretrain(recipe)  # one step with learning rate 0
     after = weights_of(Path(recipe.output) / AVERAGE)
     assert len(after) == len(before)
     for name, tensor in before.items():
         ours = "lm_head.weight" if name == head else name
         assert torch.equal(after[ours], tensor)
-    kept, beside = (p / "tokenizer.model" for p in (Path(recipe.output), given))
-    assert kept.read_bytes() == beside.read_bytes()
-    source = open_source(str(Path(recipe.output) / LAST))
-    assert source.config.share_input_output_layers == (head is None)
+    kept, source = (p / "tokenizer.model" for p in (Path(recipe.output), initial))
+    assert kept.read_bytes() == source.read_bytes()
+    last = open_source(str(Path(recipe.output) / LAST))
+    assert last.config.share_input_output_layers == (head is None)
     model = replace(small_recipe(tmp_path).model, num_layers=3)
     with pytest.raises(OpenELMError, match="both init and a model"):
         pretrain(replace(recipe, model=model, output=str(tmp_path / "other")))
@@ -265,11 +265,11 @@ def test_a_run_begins_with_given_weights(recipe, tmp_path, head):
         ({"model_state_dict": None}, "no weights by name"),
         (dict(enumerate(before.values())), "no weights by name"),
     ):
-        torch.save(wrong, given / AVERAGE)
+        torch.save(wrong, initial / AVERAGE)
         with pytest.raises(OpenELMError, match=message):
             pretrain(other)
-    (given / "config.json").unlink()
-    with pytest.raises(OpenELMError, match=r"no config\.json beside"):
+    (initial / "config.json").unlink()
+    with pytest.raises(OpenELMError, match=r"no config\.json next to"):
         pretrain(other)
-    (given / AVERAGE).unlink()
-    pretrain(recipe, resume=True)  # which no longer needs it
+    (initial / AVERAGE).unlink()
+    pretrain(recipe, resume=True)  # without the initial weights

@@ -1,4 +1,4 @@
-"""Every rule of the published pipeline has a text that it keeps and one it drops."""
+"""The rules of the published pipeline, each with a kept and a dropped text."""
 
 import pytest
 from models import TEXT, small_tokenizer
@@ -18,7 +18,7 @@ from converters.pretraining.recipe import DataRecipe
 
 tokenizer = small_tokenizer()
 PUBLISHED = Rules.of(DataRecipe(), 2048)
-WHATEVER = Rules(words_per_piece=2048, min_characters=0, min_tokens=0, length=2048)
+NO_LIMITS = Rules(words_per_piece=2048, min_characters=0, min_tokens=0, length=2048)
 
 
 def pieces(text, rules=PUBLISHED):
@@ -32,22 +32,22 @@ def test_the_published_numbers_are_the_defaults():
     )
 
 
-def test_a_document_is_cut_at_single_spaces_into_pieces_of_so_many_words():
+def test_a_document_is_split_at_single_spaces_into_pieces_of_words():
     rules = Rules(words_per_piece=3, min_characters=0, min_tokens=0, length=64)
-    found = pieces("a b c d\ne\tf  g h", rules)  # two spaces have an empty word between
-    texts = [tokenizer.decode(piece.tokens.tolist()) for piece in found]
+    cut = pieces("a b c d\ne\tf  g h", rules)  # two spaces have an empty word between
+    texts = [tokenizer.decode(piece.tokens.tolist()) for piece in cut]
     assert texts == ["a b c", "d\ne\tf  g", "h"]
     assert len(pieces("word " * 2047 + "word")) == 1
     assert len(pieces("word " * 2048 + "word")) == 2
     assert len(pieces("")) == 1
     later = list(make_pieces("a b c d\ne\tf  g h", tokenizer, rules, start=1))
-    assert [p.tokens.tolist() for p in later] == [p.tokens.tolist() for p in found[1:]]
+    assert [p.tokens.tolist() for p in later] == [p.tokens.tolist() for p in cut[1:]]
 
 
 @pytest.mark.parametrize(
     ("letters", "reason"), [(200, FEW_TOKENS), (199, FEW_CHARACTERS)]
 )
-def test_under_200_characters_a_piece_is_dropped(letters, reason):
+def test_a_piece_below_200_characters_is_dropped(letters, reason):
     rules = Rules(words_per_piece=2048, min_characters=200, min_tokens=9999, length=64)
     assert [p.dropped for p in pieces("x" * letters, rules)] == [reason]
 
@@ -55,7 +55,7 @@ def test_under_200_characters_a_piece_is_dropped(letters, reason):
 def test_punctuation_and_repeated_white_space_do_not_count_as_characters():
     assert count_characters("  A,  b\n\t c!?  -- d  ") == len("a b c d")
     assert count_characters("...") == 0
-    # Lower-cased as published, though it can only matter where that changes lengths.
+    # Lower-casing, which is published, matters only where it changes lengths.
     assert count_characters("\u0130") == 2
 
 
@@ -78,13 +78,13 @@ def test_words_are_counted_before_the_text_is_repaired():
     ]
 
 
-def test_text_is_repaired_as_corenet_repairs_it():
+def test_text_is_repaired_as_in_corenet():
     assert repair("“Quoted” ﬁne café &amp; schÃ¶n\r\n") == (
         '"Quoted" fine café & schön\n'
     )
     assert repair("a\x00\x1b[31mb\ud800 \uff21") == "ab\ufffd A"
     odd = "“ﬁne” cafe\u0301 " * 40
-    (piece,) = pieces(odd, WHATEVER)
+    (piece,) = pieces(odd, NO_LIMITS)
     assert piece.tokens.tolist() == tokenize('"fine" café ' * 40, tokenizer)
 
 
@@ -98,7 +98,7 @@ def test_bos_and_eos_count_as_tokens(min_tokens, dropped):
     assert len(piece.tokens) == (0 if dropped else 11)
 
 
-def test_a_sequence_stands_between_bos_and_eos_and_what_is_behind_2049_is_cut_off():
+def test_a_sequence_has_bos_and_eos_and_at_most_2049_tokens():
     (short,) = pieces(TEXT)
     ids = short.tokens.tolist()
     assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)

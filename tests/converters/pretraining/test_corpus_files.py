@@ -1,6 +1,6 @@
-"""Files of every format give the same documents, and what is wrong with one is named.
+"""Corpus files of every format yield the same documents; errors name file and record.
 
-The files are made by gzip, zstandard, json and pyarrow, none of it ours.
+The files are written with gzip, zstandard, json and pyarrow.
 """
 
 import gzip
@@ -34,7 +34,7 @@ TEXTS[3], TEXTS[7] = "", "long " * 40_000
 
 
 def write(path, texts=TEXTS, key="text"):
-    """Write texts in the format that the file's name tells."""
+    """Write texts in the format of the file's suffix."""
     records = [{"id": i, key: text, "meta": {"n": [i]}} for i, text in enumerate(texts)]
     name = path.name.removesuffix(".gz").removesuffix(".zst")
     if name.endswith(".parquet"):
@@ -46,12 +46,12 @@ def write(path, texts=TEXTS, key="text"):
         data = "".join(texts)
     else:
         data = "\n".join(json.dumps(r, ensure_ascii="ascii" in name) for r in records)
-        data = data.replace("\n", "\n\n", 3)  # blank lines are no records
+        data = data.replace("\n", "\n\n", 3)  # blank lines are skipped
     data = data.encode()
     if path.suffix == ".gz":
         data = gzip.compress(data)
     if path.suffix == ".zst":
-        half = len(data) // 2  # several frames, as parallel tools write
+        half = len(data) // 2  # two frames, as parallel tools write
         data = b"".join(map(zstandard.compress, (data[:half], data[half:])))
     path.write_bytes(data)
     return path
@@ -65,12 +65,12 @@ def write(path, texts=TEXTS, key="text"):
         *("array.json", "array-indented.json.gz", "array.json.zst"),
     ],
 )
-def test_every_format_gives_the_texts_as_they_were_from_any_number_on(tmp_path, name):
+def test_every_format_yields_the_texts_from_any_position(tmp_path, name):
     path = str(write(tmp_path / name, key="content"))
     assert list(read_documents(path, text_key="content")) == TEXTS
     for start in (1, 7, 20, 39, 40, 41):
-        found = list(read_documents(path, text_key="content", start=start))
-        assert found == TEXTS[start:]
+        texts_read = list(read_documents(path, text_key="content", start=start))
+        assert texts_read == TEXTS[start:]
     assert not is_plain_text(path)
 
 
@@ -82,7 +82,7 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path, name):
     assert is_plain_text(path)
 
 
-def test_headings_begin_documents_and_stay_together(tmp_path):
+def test_headings_start_documents_and_stay_together(tmp_path):
     text = (
         "\nA preface.\n\nPART ONE\n\nTHE FOX\n\nA fox RAN.\n\nTHE CROW\nA crow sat.\n"
     )
@@ -92,25 +92,22 @@ def test_headings_begin_documents_and_stay_together(tmp_path):
         "PART ONE\n\nTHE FOX\n\nA fox RAN.",
         "THE CROW\nA crow sat.",
     ]
-    found = list(
+    texts_read = list(
         read_documents(str(tmp_path / "book.txt"), document_start="[A-Z ]{4,}")
     )
-    assert found == documents
+    assert texts_read == documents
     assert list(split_documents(["A\n", "\n"], "B")) == ["A"]
     assert list(split_documents([" \n", "\n"], "B")) == []
     assert list(split_documents(["x\n", "B"], "B")) == ["x", "B"]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_record(tmp_path):
+def test_a_byte_order_mark_is_skipped(tmp_path):
     for name, data in (("a.jsonl", b'{"text": "x"}'), ("b.json", b'[{"text": "x"}]')):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + data)
         assert list(read_documents(str(tmp_path / name))) == ["x"]
 
 
-# Damage --------------------------------------------------------------------------
-
-
-def test_headings_are_found_in_files_of_windows(tmp_path):
+def test_headings_are_matched_in_files_with_crlf(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffI\r\none\r\nII\r\ntwo\r\n".encode())
     assert list(read_documents(str(path), document_start="I+")) == [
@@ -119,19 +116,22 @@ def test_headings_are_found_in_files_of_windows(tmp_path):
     ]
 
 
-def test_a_heading_that_is_no_regular_expression_is_named(tmp_path):
+def test_an_invalid_regular_expression_is_reported(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("text")
     with pytest.raises(OpenELMError, match="document_start is '\\('"):
         list(read_documents(str(path), document_start="("))
 
 
-def test_endings_in_capitals_mean_the_same(tmp_path):
+def test_suffixes_are_case_insensitive(tmp_path):
     path = tmp_path / "A.JSONL.GZ"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
     assert list(read_documents(str(path))) == ["a"]
     assert not is_plain_text(str(path))
     assert is_plain_text("a.jsonl.txt.gz")
+
+
+# Damage --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rest", [b'[{"text": "b"}]', b"]", b" " * (1 << 17) + b"x"])
@@ -143,56 +143,56 @@ def test_data_after_an_array_is_reported(tmp_path, rest):
     assert next(reader) == "a"
     with pytest.raises(DamagedFileError, match=r"Record 2 .* after the end"):
         next(reader)
-    path.write_bytes(gzip.compress(array)[:-3])  # its checksum is cut off
-    with pytest.raises(DamagedFileError, match="cut off"):
+    path.write_bytes(gzip.compress(array)[:-3])  # without its checksum
+    with pytest.raises(DamagedFileError, match="truncated"):
         list(read_documents(str(path)))
 
 
 def read_until_damage(path, **options):
-    documents, found = read_documents(str(path), **options), []
+    documents, texts_read = read_documents(str(path), **options), []
 
     def read():
         for document in documents:
-            found.append(document)  # kept when the next one fails
+            texts_read.append(document)  # keep those before the error
 
     with pytest.raises(DamagedFileError) as caught:
         read()
     message = str(caught.value)
     assert str(path) in message
     assert message.endswith(".")
-    return found, message
+    return texts_read, message
 
 
 @pytest.mark.parametrize(
     "name", ["a.json.gz", "a.jsonl.zst", "a.txt.gz", "array.json.gz"]
 )
-def test_a_cut_file_is_named_and_what_was_before_the_cut_is_given(tmp_path, name):
+def test_a_truncated_file_is_read_up_to_its_end(tmp_path, name):
     texts = [os.urandom(500).hex() for _ in range(1000)]  # nothing to compress twice
     path = write(tmp_path / name, texts)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 9 // 10])
-    found, _ = read_until_damage(path)
-    assert found == texts[: len(found)]
+    texts_read, _ = read_until_damage(path)
+    assert texts_read == texts[: len(texts_read)]
     if "txt" not in name:
-        assert 300 < len(found) < 950
+        assert 300 < len(texts_read) < 950
 
 
-def test_a_zstd_file_cut_between_its_frames_or_followed_by_rubbish_is_seen(tmp_path):
+def test_truncated_and_trailing_zstd_data_are_detected(tmp_path):
     path = write(tmp_path / "a.jsonl.zst")
-    path.write_bytes(path.read_bytes() + b"rubbish")
-    found, _ = read_until_damage(path)
-    assert found == TEXTS[:-1]  # the last line has no end
+    path.write_bytes(path.read_bytes() + b"nonsense")
+    texts_read, _ = read_until_damage(path)
+    assert texts_read == TEXTS[:-1]  # the last line is incomplete
     frame = zstandard.compress(b'{"text": "one"}\n')
     path.write_bytes(frame + frame[:-3])
-    found, message = read_until_damage(path)
-    assert found[0] == "one"
+    texts_read, message = read_until_damage(path)
+    assert texts_read[0] == "one"
     assert "middle of a frame" in message
 
 
-def test_damaged_parquet_is_named(tmp_path):
+def test_damaged_parquet_is_reported(tmp_path):
     path = write(tmp_path / "a.parquet")
     data = path.read_bytes()
-    path.write_bytes(data[:-200])  # the footer stands last
+    path.write_bytes(data[:-200])  # without the footer
     assert read_until_damage(path)[0] == []
     path.write_bytes(b"")
     assert read_until_damage(path)[0] == []
@@ -201,17 +201,17 @@ def test_damaged_parquet_is_named(tmp_path):
     offset = table.metadata.row_group(3).column(1).data_page_offset
     table.close()
     path.write_bytes(data[:offset] + bytes(64) + data[offset + 64 :])
-    found, message = read_until_damage(path)
-    assert found == TEXTS[: len(found)]
+    texts_read, message = read_until_damage(path)
+    assert texts_read == TEXTS[: len(texts_read)]
     assert "Record 22" in message
-    assert list(read_documents(str(path), start=28)) == TEXTS[28:]  # not touched
+    assert list(read_documents(str(path), start=28)) == TEXTS[28:]  # not affected
     assert (
-        "no column 'body' but id, text, meta"
+        "no column 'body', only id, text, meta"
         in read_until_damage(write(path), text_key="body")[1]
     )
     parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), path)
-    found, message = read_until_damage(path)
-    assert found == ["a"]
+    texts_read, message = read_until_damage(path)
+    assert texts_read == ["a"]
     assert f"Record 2 of {path} has a 'text' that is not a string" in message
 
 
@@ -227,31 +227,31 @@ def test_damaged_parquet_is_named(tmp_path):
         (b'{"text": "\xff"}', ":11 is not UTF-8 (the byte 0xff)"),
     ],
 )
-def test_a_bad_record_is_named_by_its_number(tmp_path, line, says):
+def test_a_bad_record_is_reported_with_its_number(tmp_path, line, says):
     good = json.dumps({"text": "good"}).encode()
     line = line if isinstance(line, bytes) else line.encode()
     lines = tmp_path / "a.jsonl"
     lines.write_bytes(b"\n".join([good, good, line, good]))
-    found, message = read_until_damage(lines)
-    assert found == ["good"] * 2
+    texts_read, message = read_until_damage(lines)
+    assert texts_read == ["good"] * 2
     assert "Record 3" in message
     assert says in message
     array = tmp_path / "a.json"
     array.write_bytes(b"[" + b",\n".join([good, good, line, good]) + b"]")
-    found, message = read_until_damage(array)
-    assert found == ["good"] * 2
+    texts_read, message = read_until_damage(array)
+    assert texts_read == ["good"] * 2
     assert "Record 3" in message
     assert says in message
 
 
-def test_what_is_no_text_or_is_not_there_is_named(tmp_path):
+def test_missing_and_binary_files_are_reported(tmp_path):
     path = tmp_path / "a.txt"
     assert "a.txt" in read_until_damage(path)[1]
     path.write_bytes(b"fine \xff\xfe")
     assert f"{path} as UTF-8" in read_until_damage(path)[1]
 
 
-def test_a_package_that_is_missing_is_no_damage(tmp_path, monkeypatch):
+def test_a_missing_package_is_not_a_damaged_file(tmp_path, monkeypatch):
     for name, package in (("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")):
         path = write(tmp_path / name)
         monkeypatch.setitem(sys.modules, package, None)
@@ -265,7 +265,7 @@ def test_a_package_that_is_missing_is_no_damage(tmp_path, monkeypatch):
 # Patterns ------------------------------------------------------------------------
 
 
-def test_ranges_are_as_wide_as_written():
+def test_ranges_keep_their_leading_zeros():
     assert expand_ranges("a-{08..11}.gz") == [
         *("a-08.gz", "a-09.gz", "a-10.gz", "a-11.gz"),
     ]
@@ -279,7 +279,7 @@ def test_ranges_are_as_wide_as_written():
             expand_ranges(wrong)
 
 
-def test_files_are_found_once_in_order_and_some_are_left_out(tmp_path, monkeypatch):
+def test_files_are_listed_once_in_order_without_excluded_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("b/00.txt", "b/01.txt", "a.txt", "b/c/d.txt", "we[i]rd.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -292,26 +292,24 @@ def test_files_are_found_once_in_order_and_some_are_left_out(tmp_path, monkeypat
     assert find_files(["we[i]rd.txt"]) == ("we[i]rd.txt",)
     with pytest.raises(OpenELMError, match=r"No file matches '\*\.md'"):
         find_files(["*.txt", "*.md"])
-    with pytest.raises(OpenELMError, match="excludes every file"):
+    with pytest.raises(OpenELMError, match="excludes all of its files"):
         find_files(["*.txt"], ["*"])
 
 
 @pytest.mark.parametrize(
-    "held",
+    "heldout",
     ["data/held.txt", "./data/h*.txt", "data/**/held.txt", "data/../data/held.txt"],
 )
-def test_what_is_held_out_is_so_however_the_way_to_it_is_written(
-    tmp_path, monkeypatch, held
-):
+def test_held_out_files_are_excluded_by_any_path(tmp_path, monkeypatch, heldout):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "deep").mkdir(parents=True)
     for name in ("a.txt", "held.txt", "deep/b.txt"):
         (tmp_path / "data" / name).write_text(name)
     for train in ("data/*.txt", "./data/*.txt", f"{tmp_path}/data/*.txt"):
-        (left,) = find_files([train], [held])
+        (left,) = find_files([train], [heldout])
         assert left.endswith("a.txt")
     both = find_files(["data/**/*.txt"], ["data/*.txt"])
-    assert both == ("data/deep/b.txt",)  # a star does not reach into folders
+    assert both == ("data/deep/b.txt",)  # a star does not match folders
 
 
 def test_a_name_with_brackets_can_be_held_out(tmp_path):
@@ -321,21 +319,21 @@ def test_a_name_with_brackets_can_be_held_out(tmp_path):
     assert left == (f"{tmp_path}/b.txt",)
 
 
-def test_a_file_that_patterns_write_differently_is_one(tmp_path, monkeypatch):
+def test_a_file_with_several_paths_is_listed_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "link.txt").symlink_to("a.txt")
     assert len(find_files(["a.txt", "./a.txt", f"{tmp_path}/a.txt", "l*"])) == 1
 
 
-def test_no_pattern_and_one_that_is_too_long_are_named():
+def test_missing_and_too_long_patterns_are_reported():
     with pytest.raises(OpenELMError, match="names no files"):
         find_files([])
     with pytest.raises(OpenELMError, match="No file matches"):
         find_files(["a" * 5000])
 
 
-def test_missing_files_of_ranges_are_counted_and_named_in_one_sentence(tmp_path):
+def test_missing_files_of_ranges_are_counted_and_reported_at_once(tmp_path):
     for i in (0, 2):
         (tmp_path / f"{i:02}.txt").touch()
     with pytest.raises(OpenELMError) as caught:

@@ -1,4 +1,4 @@
-"""Lanes: the same batches however they are shared out, and nothing twice or never."""
+"""Loaders: equal batches for any number of processes, each document once an epoch."""
 
 import dataclasses
 import gzip
@@ -58,7 +58,7 @@ def make_name(file, document):
 
 @pytest.fixture(params=["many files", "few files"])
 def corpus(request, tmp_path):
-    """A recipe, and the names of its documents: 5 files for 4 lanes, or 2 of them."""
+    """A recipe for 4 lanes, with 5 or 2 files, and the names of its documents."""
     counts = [5, 1, 9, 4, 3] if request.param == "many files" else [17, 13]
     names = [[make_name(i, j) for j in range(n)] for i, n in enumerate(counts)]
     for i, documents in enumerate(names):
@@ -67,12 +67,12 @@ def corpus(request, tmp_path):
     return recipe, list(itertools.chain(*names))
 
 
-def open_it(recipe, **options):
+def open_recipe(recipe, **options):
     return open_loader(recipe, tokenizer, LENGTH, **options)
 
 
 def read_rows(batch):
-    """The texts of a batch's rows."""
+    """Return the texts of a batch's rows."""
     texts = []
     for inputs, targets in zip(batch.inputs, batch.targets, strict=True):
         count = int((targets != IGNORED).sum())
@@ -95,7 +95,7 @@ def same(a, b):
 
 
 def by_epoch(loader, num_epochs):
-    """Collect what is handed out until every lane is past so many epochs."""
+    """Count the texts of each epoch, until every lane has passed `num_epochs`."""
     seen = [Counter() for _ in range(num_epochs + 40)]
     while True:
         rows = read_rows(loader.next_batch())
@@ -108,17 +108,17 @@ def by_epoch(loader, num_epochs):
 
 def test_an_epoch_has_every_document_once(corpus):
     recipe, names = corpus
-    for seen in by_epoch(open_it(recipe), 3):
+    for seen in by_epoch(open_recipe(recipe), 3):
         assert seen == Counter(names)
 
 
 def test_documents_are_shuffled_by_seed_and_epoch(corpus):
     recipe, names = corpus
-    first = take(open_it(recipe), 12)
-    assert take(open_it(recipe), 12) == first
-    assert take(open_it(dataclasses.replace(recipe, seed=4)), 12) != first
+    first = take(open_recipe(recipe), 12)
+    assert take(open_recipe(recipe), 12) == first
+    assert take(open_recipe(dataclasses.replace(recipe, seed=4)), 12) != first
     alone = dataclasses.replace(recipe, batch_size=1)
-    flat = [row for (row,) in take(open_it(alone), 2 * len(names))]
+    flat = [row for (row,) in take(open_recipe(alone), 2 * len(names))]
     assert flat[: len(names)] != flat[len(names) :]
     assert flat[: len(names)] != names
 
@@ -126,14 +126,14 @@ def test_documents_are_shuffled_by_seed_and_epoch(corpus):
 def test_a_block_of_one_keeps_the_order_of_a_file(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [str(i) for i in range(9)])
     recipe = make_recipe((str(tmp_path / "*"),), batch_size=2, shuffle_block=1)
-    rows = take(open_it(recipe), 4)
+    rows = take(open_recipe(recipe), 4)
     assert rows == [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"]]
 
 
-def test_a_block_is_shuffled_in_itself(tmp_path):
+def test_documents_are_shuffled_within_blocks(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [str(i) for i in range(40)])
     recipe = make_recipe((str(tmp_path / "*"),), batch_size=1, shuffle_block=10)
-    flat = [row for (row,) in take(open_it(recipe), 40)]
+    flat = [row for (row,) in take(open_recipe(recipe), 40)]
     orders = set()
     for start in range(0, 40, 10):
         block = [int(text) - start for text in flat[start : start + 10]]
@@ -143,10 +143,10 @@ def test_a_block_is_shuffled_in_itself(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_ranks_shares_make_up_the_batch_of_one(corpus, ranks):
+def test_the_shares_of_all_ranks_make_up_the_batch(corpus, ranks):
     recipe, _ = corpus
-    whole = open_it(recipe)
-    shares = [open_it(recipe, rank=rank, ranks=ranks) for rank in range(ranks)]
+    whole = open_recipe(recipe)
+    shares = [open_recipe(recipe, rank=rank, ranks=ranks) for rank in range(ranks)]
     for _ in range(20):
         batch = whole.next_batch()
         parts = [share.next_batch() for share in shares]
@@ -160,22 +160,22 @@ def test_workers_change_neither_batches_nor_states_nor_counts(corpus):
     data = dataclasses.replace(recipe.data, min_characters=6)
     recipe = dataclasses.replace(recipe, data=data)
     more = dataclasses.replace(recipe, data=dataclasses.replace(data, workers=2))
-    one, several = open_it(recipe), open_it(more)
+    one, parallel = open_recipe(recipe), open_recipe(more)
     try:
         for _ in range(15):
-            assert same([several.next_batch()], [one.next_batch()])
-            assert several.state() == one.state()
-        assert several.dropped == one.dropped != {}
+            assert same([parallel.next_batch()], [one.next_batch()])
+            assert parallel.state() == one.state()
+        assert parallel.dropped == one.dropped != {}
     finally:
-        several.close()
+        parallel.close()
 
 
-# Going on ------------------------------------------------------------------------
+# Resuming ------------------------------------------------------------------------
 
 
 @pytest.fixture
 def mixture(tmp_path):
-    """Two corpora, documents of several pieces, some of which are dropped."""
+    """Two corpora, documents of parallel pieces, some of which are dropped."""
     for i in range(5):
         texts = [f"a{i}.{j} long long {j} x y z" for j in range(i + 2)]
         write_jsonl(tmp_path / "a" / f"{i}.jsonl", texts)
@@ -187,8 +187,8 @@ def mixture(tmp_path):
     return make_recipe((), corpora=corpora, min_characters=5, shuffle_block=3)
 
 
-def test_a_run_goes_on_exactly_from_every_position(mixture):
-    loader = open_it(mixture)
+def test_a_run_resumes_exactly_from_every_position(mixture):
+    loader = open_recipe(mixture)
     states = [join_states([loader.state()])]
     batches = []
     for _ in range(60):
@@ -197,29 +197,29 @@ def test_a_run_goes_on_exactly_from_every_position(mixture):
     assert states[-1]["lanes"][0]["places"][0][0] > 0  # into another epoch
     assert len({tuple(read_rows(batch)) for batch in batches}) > 50
     for i, state in enumerate(states[:-3]):
-        resumed = open_it(mixture)
+        resumed = open_recipe(mixture)
         resumed.restore(state)
         assert same([resumed.next_batch() for _ in range(3)], batches[i : i + 3])
         assert join_states([resumed.state()]) == states[i + 3]
 
 
-def test_other_numbers_of_ranks_and_workers_go_on_exactly(mixture):
-    shares = [open_it(mixture, rank=rank, ranks=2) for rank in range(2)]
+def test_other_numbers_of_ranks_and_workers_resume_exactly(mixture):
+    shares = [open_recipe(mixture, rank=rank, ranks=2) for rank in range(2)]
     for _ in range(9):
         for share in shares:
             share.next_batch()
     state = join_states([share.state() for share in shares])
     assert [lane["lane"] for lane in state["lanes"]] == [0, 1, 2, 3]
-    one = open_it(mixture)
+    one = open_recipe(mixture)
     one.restore(state)
     expected = [one.next_batch().targets for _ in range(4)]
     for ranks, workers in ((4, 0), (1, 2)):
         mixture = dataclasses.replace(
             mixture, data=dataclasses.replace(mixture.data, workers=workers)
         )
-        several = [open_it(mixture, rank=r, ranks=ranks) for r in range(ranks)]
+        parallel = [open_recipe(mixture, rank=r, ranks=ranks) for r in range(ranks)]
         try:
-            for loader in several:
+            for loader in parallel:
                 loader.restore(state)
                 assert (
                     loader.state()["lanes"]
@@ -228,15 +228,15 @@ def test_other_numbers_of_ranks_and_workers_go_on_exactly(mixture):
                     ]
                 )
             for targets in expected:
-                parts = [loader.next_batch().targets for loader in several]
+                parts = [loader.next_batch().targets for loader in parallel]
                 assert (np.concatenate(parts) == targets).all()
         finally:
-            for loader in several:
+            for loader in parallel:
                 loader.close()
 
 
-def test_going_back_in_a_running_loader_works(mixture):
-    loader = open_it(mixture)
+def test_a_running_loader_can_be_restored(mixture):
+    loader = open_recipe(mixture)
     loader.next_batch()
     state = join_states([loader.state()])
     following = [loader.next_batch() for _ in range(5)]
@@ -246,7 +246,7 @@ def test_going_back_in_a_running_loader_works(mixture):
 
 def test_a_corpus_may_move_but_not_change(corpus, tmp_path):
     recipe, _ = corpus
-    loader = open_it(recipe)
+    loader = open_recipe(recipe)
     first = take(loader, 3)
     state = join_states([loader.state()])
     expected = take(loader, 3)
@@ -256,24 +256,24 @@ def test_a_corpus_may_move_but_not_change(corpus, tmp_path):
         path.rename(moved / path.name)
     data = dataclasses.replace(recipe.data, train=(str(moved / "*"),))
     recipe = dataclasses.replace(recipe, data=data)
-    resumed = open_it(recipe)
+    resumed = open_recipe(recipe)
     resumed.restore(state)
     assert take(resumed, 3) == expected != first
 
     def refuse(other, what):
-        with pytest.raises(OpenELMError, match=f"other data: {what} .* not what"):
-            open_it(other).restore(state)
+        with pytest.raises(OpenELMError, match=f"checkpoint: {what}. Restore"):
+            open_recipe(other).restore(state)
 
     refuse(dataclasses.replace(recipe, seed=4, batch_size=2), "seed, batch_size")
     for change in ({"words_per_piece": 9}, {"shuffle_block": 9}, {"exclude": ("1*",)}):
         changed = dataclasses.replace(data, **change)
         refuse(dataclasses.replace(recipe, data=changed), "the text")
-    with pytest.raises(OpenELMError, match="other data: the text is not what"):
+    with pytest.raises(OpenELMError, match=r"checkpoint: the text\. Restore"):
         open_loader(recipe, small_tokenizer(301), LENGTH).restore(state)
     with (moved / "0.jsonl").open("a") as appended:
         appended.write('{"text": "one more"}\n')
     refuse(recipe, "the text")
-    with pytest.raises(OpenELMError, match="3 of 4 rows"):
+    with pytest.raises(OpenELMError, match="3 rows instead of 4"):
         loader.restore({**state, "lanes": state["lanes"][1:]})
 
 
@@ -288,7 +288,7 @@ def test_corpora_are_mixed_by_their_weights(tmp_path):
         CorpusRecipe((str(tmp_path / f"{name}.jsonl"),), weight=weight)
         for name, weight in weights.items()
     )
-    loader = open_it(make_recipe((), corpora=corpora))
+    loader = open_recipe(make_recipe((), corpora=corpora))
     drawn = Counter(row[0] for rows in take(loader, 500) for row in rows)
     for name, weight in weights.items():
         share = weight / 8
@@ -296,7 +296,7 @@ def test_corpora_are_mixed_by_their_weights(tmp_path):
         assert abs(drawn[name] - 2000 * share) < 4 * deviation
 
 
-def test_what_is_left_out_is_counted(tmp_path):
+def test_dropped_text_is_counted(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["ab", "abcdefgh" * 5, "abcdefgh", "w v"])
     recipe = make_recipe(
         (str(tmp_path / "*"),),
@@ -305,7 +305,7 @@ def test_what_is_left_out_is_counted(tmp_path):
         min_characters=2,
         min_tokens=6,
     )
-    loader = open_it(recipe)
+    loader = open_recipe(recipe)
     assert loader.dropped == {}
     take(loader, 1)
     state = join_states([loader.state()])
@@ -318,13 +318,13 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert first[CUT] == 2 * counted
     loader.restore(state)
     take(loader, 3)
-    assert loader.dropped != first  # it goes on counting what is handed out
+    assert loader.dropped != first  # it counts the batches after that, too
 
 
-def test_padding_is_not_learnt(tmp_path):
+def test_padding_has_no_targets(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["a king"])
     recipe = make_recipe((str(tmp_path / "*"),), batch_size=1)
-    batch = open_it(recipe).next_batch()
+    batch = open_recipe(recipe).next_batch()
     ids = [*tokenizer.encode("a king"), tokenizer.eos_id]
     assert batch.inputs.shape == batch.targets.shape == (1, LENGTH)
     assert batch.inputs.dtype == batch.targets.dtype == np.int64
@@ -338,7 +338,7 @@ def test_padding_is_not_learnt(tmp_path):
 
 @pytest.fixture
 def thousands(tmp_path):
-    """2000 files, of which one in the middle is cut."""
+    """2000 files, one of which is truncated."""
     for i in range(2000):
         record = json.dumps({"text": f"n{i}"}).encode() + b"\n"
         data = gzip.compress(record * 3, 1)
@@ -347,15 +347,15 @@ def thousands(tmp_path):
     return make_recipe((f"{tmp_path}/{{0000..1999}}.jsonl.gz",), batch_size=8)
 
 
-def test_a_damaged_file_among_thousands_stops_the_run_and_is_named(thousands):
-    loader = open_it(thousands)
-    with pytest.raises(OpenELMError, match=r"1234\.jsonl\.gz is damaged or cut off"):
+def test_a_damaged_file_among_thousands_stops_the_run_and_is_reported(thousands):
+    loader = open_recipe(thousands)
+    with pytest.raises(OpenELMError, match=r"1234\.jsonl\.gz is damaged or truncated"):
         by_epoch(loader, 1)
 
 
 def test_a_damaged_file_among_thousands_is_skipped_and_counted(thousands):
     data = dataclasses.replace(thousands.data, on_damage="skip")
-    loader = open_it(dataclasses.replace(thousands, data=data))
+    loader = open_recipe(dataclasses.replace(thousands, data=data))
     (seen,) = by_epoch(loader, 1)
     assert sum(seen.values()) in range(1999 * 3, 1999 * 3 + 3)
     assert {f"n{i}" for i in range(2000)} - {"n1234"} <= set(seen)
@@ -364,25 +364,25 @@ def test_a_damaged_file_among_thousands_is_skipped_and_counted(thousands):
     assert count == 1
 
 
-def test_a_file_that_is_gone_is_skipped_and_counted(tmp_path):
+def test_a_missing_file_is_skipped_and_counted(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "nowhere")
     recipe = make_recipe((str(tmp_path / "*"),), batch_size=1)
-    with pytest.raises(OpenELMError, match=r"b\.jsonl is damaged or cut off"):
-        by_epoch(open_it(recipe), 1)
+    with pytest.raises(OpenELMError, match=r"b\.jsonl is damaged or truncated"):
+        by_epoch(open_recipe(recipe), 1)
     for cache in (None, str(tmp_path / "cache")):
         data = dataclasses.replace(recipe.data, on_damage="skip", cache=cache)
-        loader = open_it(dataclasses.replace(recipe, data=data))
+        loader = open_recipe(dataclasses.replace(recipe, data=data))
         assert by_epoch(loader, 1) == [Counter(["one", "two"])]
         assert loader.dropped == {f"rest of {tmp_path}/b.jsonl, damaged": 1}
 
 
-def test_a_bad_record_is_found_by_all_lanes_of_a_shared_file(tmp_path):
+def test_a_bad_record_ends_a_shared_file_for_all_lanes(tmp_path):
     lines = [json.dumps({"text": f"n{i}"}) for i in range(30)]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines[:20], "{", *lines[20:]]))
     write_jsonl(tmp_path / "b.jsonl", [f"m{i}" for i in range(9)])
     recipe = make_recipe((str(tmp_path / "*"),), on_damage="skip", shuffle_block=2)
-    loader = open_it(recipe)
+    loader = open_recipe(recipe)
     expected = Counter([f"n{i}" for i in range(20)] + [f"m{i}" for i in range(9)])
     for seen in by_epoch(loader, 3):
         assert seen == expected
@@ -394,54 +394,54 @@ def test_a_lane_without_documents_or_pieces_is_refused(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["one", "two", "three"])
     files = (str(tmp_path / "*"),)
     with pytest.raises(OpenELMError, match=r"a\.jsonl.*4 rows.*lower batch_size"):
-        take(open_it(make_recipe(files)), 1)
+        take(open_recipe(make_recipe(files)), 1)
     short = make_recipe(files, batch_size=1, min_tokens=99, min_characters=4)
     message = r"2 too few characters, 1 too few tokens.*min_tokens"
     with pytest.raises(OpenELMError, match=message):
-        take(open_it(short), 1)
-    assert take(open_it(make_recipe(files, batch_size=3)), 4)
+        take(open_recipe(short), 1)
+    assert take(open_recipe(make_recipe(files, batch_size=3)), 4)
     for name in "bc":  # 9 documents in 3 files are enough for 8 rows
         write_jsonl(tmp_path / f"{name}.jsonl", [f"{name}{i}" for i in range(3)])
-    assert take(open_it(make_recipe(files, batch_size=8)), 9)
+    assert take(open_recipe(make_recipe(files, batch_size=8)), 9)
 
 
-def test_a_file_that_gives_nothing_is_no_end_where_others_give_something(tmp_path):
+def test_files_without_kept_pieces_are_allowed_among_others(tmp_path):
     for i, names in enumerate([[], ["short"], ["long words"], ["many words"]]):
         write_jsonl(tmp_path / f"{i}.jsonl", names)
     (tmp_path / "4.jsonl").symlink_to(tmp_path / "nowhere")
     files = (str(tmp_path / "*"),)
     recipe = make_recipe(files, min_characters=6, on_damage="skip", batch_size=5)
-    loader = open_it(recipe)  # a file for each row: in an epoch, three give nothing
+    loader = open_recipe(recipe)  # a file for each row: in an epoch, three give nothing
     assert take(loader, 50)
     assert loader.dropped["too few characters"] > 10
     nothing = dataclasses.replace(recipe.data, min_characters=60)
     message = r"row \d of the batch \(.*too few characters.*\); lower"
     with pytest.raises(OpenELMError, match=message):
-        take(open_it(dataclasses.replace(recipe, data=nothing)), 1)
+        take(open_recipe(dataclasses.replace(recipe, data=nothing)), 1)
 
 
 def test_ranks_must_divide_the_batch_and_patterns_must_match(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["one"])
     recipe = make_recipe((str(tmp_path / "*"),))
-    with pytest.raises(OpenELMError, match="batch_size 4 cannot be shared by 3"):
-        open_it(recipe, ranks=3)
+    with pytest.raises(OpenELMError, match=r"batch_size is 4; .* \(3\)"):
+        open_recipe(recipe, ranks=3)
     with pytest.raises(OpenELMError, match="No file matches"):
-        open_it(make_recipe((str(tmp_path / "*.parquet"),)))
-    with pytest.raises(OpenELMError, match="excludes every file"):
-        open_it(make_recipe((str(tmp_path / "*"),), heldout=("a.jsonl",)))
+        open_recipe(make_recipe((str(tmp_path / "*.parquet"),)))
+    with pytest.raises(OpenELMError, match="excludes all of its files"):
+        open_recipe(make_recipe((str(tmp_path / "*"),), heldout=("a.jsonl",)))
 
 
 # Workers -------------------------------------------------------------------------
 
 
-def test_an_error_in_a_worker_is_one_sentence_behind_the_good_batches(tmp_path):
+def test_an_error_in_a_worker_is_raised_after_the_valid_batches(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [f"n{i}" for i in range(8)])
     with (tmp_path / "a.jsonl").open("a") as opened:
         opened.write("{\n")
     recipe = make_recipe(
         (str(tmp_path / "*"),), batch_size=2, shuffle_block=2, workers=2
     )
-    loader = open_it(recipe)
+    loader = open_recipe(recipe)
     try:
         for _ in range(4):
             loader.next_batch()
@@ -453,7 +453,7 @@ def test_an_error_in_a_worker_is_one_sentence_behind_the_good_batches(tmp_path):
         loader.close()
 
 
-def test_a_worker_that_is_killed_is_told_of_and_orphans_end(tmp_path):
+def test_a_killed_worker_is_reported_and_orphans_end(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["7" * 50_000] * 8)  # more than a pipe holds
     program = f"""
 import os, signal, sys, time
@@ -473,7 +473,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "orphans":
         print(*workers, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.5)  # it is in the middle of a message now
+    time.sleep(0.5)  # until it is sending a message
     os.kill(workers[1], signal.SIGKILL)
     try:
         for _ in range(20):
@@ -485,7 +485,7 @@ if __name__ == "__main__":
     script.write_text(program)
     command = [sys.executable, str(script)]
     done = subprocess.run([*command, "kill"], capture_output=True, text=True)
-    assert "ended with the code -9" in done.stdout, done.stderr
+    assert "ended with exit code -9" in done.stdout, done.stderr
     done = subprocess.run([*command, "orphans"], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL
     end = time.monotonic() + 20
@@ -501,14 +501,14 @@ def is_running(pid):
     except ProcessLookupError:
         return False
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True)
-    return not state.stdout.startswith(b"Z")  # dead, and not yet waited for
+    return not state.stdout.startswith(b"Z")  # a zombie
 
 
 # Packed text ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_packed_text_is_what_step_batch_gives_and_goes_on(tmp_path, ranks):
+def test_packed_batches_are_those_of_step_batch_and_resume(tmp_path, ranks):
     (tmp_path / "a.txt").write_text(TEXT)
     recipe = make_recipe((str(tmp_path / "*.txt"),), packing=True)
     corpus = read_corpora(recipe.data)
@@ -527,11 +527,11 @@ def test_packed_text_is_what_step_batch_gives_and_goes_on(tmp_path, ranks):
     again.restore(json.loads(json.dumps(state)))
     assert same([again.next_batch() for _ in range(15)], expected[25:])
     (tmp_path / "a.txt").write_text(TEXT + "more")
-    with pytest.raises(OpenELMError, match="the text is not what it was"):
+    with pytest.raises(OpenELMError, match=r"checkpoint: the text\. Restore"):
         open_loader(recipe, tokenizer, 16).restore(state)
     streamed = dataclasses.replace(recipe.data, packing=False)
-    with pytest.raises(OpenELMError, match=r"data\.packing, the text are not"):
-        open_it(dataclasses.replace(recipe, data=streamed)).restore(state)
+    with pytest.raises(OpenELMError, match=r"data\.packing, the text\. Restore"):
+        open_recipe(dataclasses.replace(recipe, data=streamed)).restore(state)
 
 
 def test_packed_corpora_have_no_weights(tmp_path):
@@ -539,24 +539,24 @@ def test_packed_corpora_have_no_weights(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", [TEXT, "The end."])
     files = ((str(tmp_path / "a.txt"),), (str(tmp_path / "b.jsonl"),))
     corpora = tuple(map(CorpusRecipe, files))
-    loader = open_it(make_recipe((), corpora=corpora, packing=True))
+    loader = open_recipe(make_recipe((), corpora=corpora, packing=True))
     assert (loader.num_files, loader.num_documents) == (2, 3)
     corpora = (corpora[0], dataclasses.replace(corpora[1], weight=2))
-    with pytest.raises(OpenELMError, match="leave the weights out"):
-        open_it(make_recipe((), corpora=corpora, packing=True))
+    with pytest.raises(OpenELMError, match="leave out the weights"):
+        open_recipe(make_recipe((), corpora=corpora, packing=True))
 
 
 # Texts ---------------------------------------------------------------------------
 
 
-def test_texts_are_read_whole_held_out_or_as_a_sample_of_all_files(tmp_path):
+def test_documents_of_the_whole_text_the_held_out_part_or_a_sample(tmp_path):
     for name in ("a", "b"):
         texts = [f"“{name}{i}”" for i in range(50)]
         write_jsonl(tmp_path / f"{name}.jsonl", texts)
-    (tmp_path / "held.txt").write_text("ﬁne\nHEADING\nx")
+    (tmp_path / "heldout.txt").write_text("ﬁne\nHEADING\nx")
     data = DataRecipe(
         train=(str(tmp_path / "*"),),
-        heldout=(str(tmp_path / "held.txt"),),
+        heldout=(str(tmp_path / "heldout.txt"),),
         document_start="[A-Z]+",
     )
     whole = list(read_recipe_documents(data))
@@ -574,7 +574,7 @@ def test_texts_are_read_whole_held_out_or_as_a_sample_of_all_files(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_too_many_open_files_are_no_damage_to_skip(tmp_path, ending):
+def test_too_many_open_files_is_not_skipped_as_damage(tmp_path, ending):
     resource = pytest.importorskip("resource")
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -587,7 +587,7 @@ def test_too_many_open_files_are_no_damage_to_skip(tmp_path, ending):
     recipe = make_recipe(
         (str(tmp_path / "*"),), batch_size=150, shuffle_block=2, on_damage="skip"
     )
-    loader = open_it(recipe)
+    loader = open_recipe(recipe)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (120, hard))
     try:
@@ -605,9 +605,9 @@ def test_a_sample_of_thousands_of_files_opens_few_at_once(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
     try:
-        found = list(read_recipe_documents(data, characters=400))
+        sample = list(read_recipe_documents(data, characters=400))
         assert len(list(read_recipe_documents(data, characters=10**9))) == 1200
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert found[0] == "x000"
-    assert found[99] > "x480"  # from everywhere
+    assert sample[0] == "x000"
+    assert sample[99] > "x480"  # from all files

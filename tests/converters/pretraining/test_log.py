@@ -1,4 +1,4 @@
-"""What a run tells: means, spikes, samples, TensorBoard, and the terminal."""
+"""The log of a run: means, spikes, samples, TensorBoard, and the terminal."""
 
 import json
 from dataclasses import replace
@@ -41,18 +41,18 @@ def add(meter: Meter, step: int, loss: float) -> Spiked | None:
     return meter.add(step, loss=loss, z_loss=0.5, norm=2.0, tokens=10, positions=16)
 
 
-def test_a_loss_far_above_the_last_ones_is_flagged():
+def test_a_loss_far_above_the_previous_ones_is_a_spike():
     meter = Meter(1e6, None)
     steady = [3.0 + 0.01 * (step % 5) for step in range(60)]
     assert not any(add(meter, i, loss) for i, loss in enumerate(steady))
     assert add(meter, 60, 3.06) is None  # 4 deviations
     assert add(meter, 61, 3.2) == Spiked(61, 3.2, pytest.approx(3.02))
-    assert add(meter, 62, 2.0) is None  # a fall is none
+    assert add(meter, 62, 2.0) is None  # a decrease is not a spike
     early = Meter(1e6, None)
     assert not any(add(early, i, 10.0**i) for i in range(20))
 
 
-def test_a_report_tells_the_means_and_the_share_of_the_peak(monkeypatch):
+def test_a_report_has_the_means_and_the_utilisation(monkeypatch):
     clock = iter([0.0, 8.0, 9.0, 9.0, 9.0])
     monkeypatch.setattr(
         "converters.pretraining.log.time.perf_counter", lambda: next(clock)
@@ -60,17 +60,17 @@ def test_a_report_tells_the_means_and_the_share_of_the_peak(monkeypatch):
     meter = Meter(flops_per_position=1000.0, peak_flops=10_000.0)
     add(meter, 1, 4.0)
     add(meter, 2, 2.0)
-    told = meter.report(2, 10, 0.1)
-    assert (told.loss, told.z_loss, told.gradient_norm) == (3.0, 0.5, 2.0)
-    assert (told.tokens, told.tokens_per_second) == (20, 2.5)
-    assert told.mfu == pytest.approx(32 * 1000 / 8 / 10_000)
-    assert told.seconds_left == pytest.approx(8 / 2 * 8)
+    event = meter.report(2, 10, 0.1)
+    assert (event.loss, event.z_loss, event.gradient_norm) == (3.0, 0.5, 2.0)
+    assert (event.tokens, event.tokens_per_second) == (20, 2.5)
+    assert event.mfu == pytest.approx(32 * 1000 / 8 / 10_000)
+    assert event.seconds_left == pytest.approx(8 / 2 * 8)
     other = Meter(1000.0, None)
     other.restore(json.loads(json.dumps(meter.state())))
     assert other.tokens == 20
 
 
-def test_what_a_killed_run_told_too_much_is_dropped(tmp_path):
+def test_records_after_the_checkpoint_of_a_killed_run_are_removed(tmp_path):
     lines = [
         {"event": "started", "first_step": 0},
         *({"event": "trained", "step": step} for step in range(1, 6)),
@@ -83,7 +83,7 @@ def test_what_a_killed_run_told_too_much_is_dropped(tmp_path):
     assert kept == lines[:4]
 
 
-def test_z_loss_is_told_apart_and_samples_come_in_time(recipe):
+def test_z_loss_is_separate_and_samples_follow_the_schedule(recipe):
     recipe = replace(recipe, sample_every=6, sample_prompts=("Once upon", "The wolf"))
     pretrain(recipe)
     trained = read_metrics(recipe.output)
@@ -95,15 +95,15 @@ def test_z_loss_is_told_apart_and_samples_come_in_time(recipe):
         (step, prompt) for step in (6, 12) for prompt in ("Once upon", "The wolf")
     ]
     assert all(r["text"] for r in samples)
-    told = read_metrics(recipe.output, "evaluated")
-    assert [(r["step"], r["averaged"]) for r in told] == [
+    evaluated = read_metrics(recipe.output, "evaluated")
+    assert [(r["step"], r["averaged"]) for r in evaluated] == [
         (6, False),
         (12, False),
         (12, True),
     ]
 
 
-def test_a_sample_is_what_the_model_says_without_a_cache():
+def test_a_sample_equals_decoding_without_a_cache():
     model = ReferenceOpenELM(UNEVEN)
     model.load_state_dict(as_torch(weights_of(UNEVEN)))
     tokenizer = small_tokenizer()
@@ -127,26 +127,26 @@ def test_tensorboard_reads_the_curve(recipe, key):
     read = event_accumulator.EventAccumulator(
         str(Path(recipe.output) / "tensorboard")
     ).Reload()
-    found = [scalar.value for scalar in read.Scalars("trained/loss")]
-    assert found == pytest.approx(read_losses(recipe.output), rel=1e-6)
+    logged = [scalar.value for scalar in read.Scalars("trained/loss")]
+    assert logged == pytest.approx(read_losses(recipe.output), rel=1e-6)
 
 
-def test_tensorboard_that_is_missing_is_said_before_the_work(recipe, monkeypatch):
+def test_missing_tensorboard_is_reported_before_training(recipe, monkeypatch):
     monkeypatch.setattr("mlx_openelm.reporting.trackers.find_spec", lambda name: None)
     with pytest.raises(OpenELMError, match="not installed"):
         pretrain(replace(recipe, tensorboard=True))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(recipe):
+def test_a_loss_that_is_not_finite_ends_the_run_but_not_its_checkpoint(recipe):
     hot = replace(recipe.optimizer, learning_rate=1e30, warmup_steps=5, clip_norm=1e9)
-    with pytest.raises(OpenELMError, match="what was saved before is whole"):
+    with pytest.raises(OpenELMError, match="last checkpoint is unaffected"):
         pretrain(replace(recipe, optimizer=hot, save_every=1))
     last = Path(recipe.output) / "training_checkpoint_last.pt"
     state = torch.load(last, weights_only=True)
     assert all(t.isfinite().all() for t in state["model_state_dict"].values())
 
 
-def test_the_terminal_is_told_each_thing(capsys):
+def test_the_terminal_shows_each_event(capsys):
     with PretrainingView(Console()) as view:
         view(Started(10_000, 3, None, 500, {}, 20, 0, 2))
         view(Trained(10, 3.0, 0.1, 1e-3, 1.0, 99, 1234.0, 0.41, 90_061))
@@ -154,8 +154,8 @@ def test_the_terminal_is_told_each_thing(capsys):
         view(Evaluated(12, 2.5, 1.25))
         view(Sampled(12, "Once", " upon\na \x1b[31mtime"))
         view(Saved(20, Path("run/last.pt"), {"too few tokens": 1200}))
-    said = capsys.readouterr().err.splitlines()
-    assert said == [
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
         "10,000 parameters; 3 documents, 500 tokens; 2 processes; step 0 of 20",
         "step 11: the loss spikes to 9.0000 from 3.0000",
         "step 12: held-out 2.5000 nats per token, 1.2500 bits per byte",
@@ -165,7 +165,7 @@ def test_the_terminal_is_told_each_thing(capsys):
 
 
 def test_held_out_scores_are_those_of_evaluate(recipe, tmp_path):
-    """The same text in MLX; windows spread over it stand for all of it."""
+    """`evaluate` scores all of the text in MLX, the run a sample of its windows."""
     from converters.conversion.run import convert
     from mlx_openelm.evaluation.texts import evaluate
     from mlx_openelm.storage.loading import load
@@ -177,8 +177,8 @@ def test_held_out_scores_are_those_of_evaluate(recipe, tmp_path):
     score = evaluate(
         model, tokenizer, text=recipe.data.heldout[0], window=recipe.eval_window
     )
-    last, told = read_metrics(recipe.output, "evaluated")
-    assert told["averaged"]  # the result: it learns late, so its mean is worse
-    assert told["nats_per_token"] > last["nats_per_token"] * 1.05
-    assert told["nats_per_token"] == pytest.approx(score.nats_per_token, rel=0.03)
-    assert told["bits_per_byte"] == pytest.approx(score.bits_per_byte, rel=0.03)
+    last, mean = read_metrics(recipe.output, "evaluated")
+    assert mean["averaged"]  # worse, as this model still improves quickly
+    assert mean["nats_per_token"] > last["nats_per_token"] * 1.05
+    assert mean["nats_per_token"] == pytest.approx(score.nats_per_token, rel=0.03)
+    assert mean["bits_per_byte"] == pytest.approx(score.bits_per_byte, rel=0.03)

@@ -1,4 +1,4 @@
-"""Text in memory: tokenizers are trained on it, and packed sequences are full."""
+"""Training text in memory: packed sequences, and training of a tokenizer."""
 
 import dataclasses
 import gzip
@@ -26,7 +26,7 @@ from mlx_openelm.recipe_loader import load_recipe
 tokenizer = small_tokenizer()
 
 
-def test_packed_windows_are_begun_with_bos_and_lose_nothing():
+def test_packed_windows_start_with_bos_and_cover_the_text():
     sequences = PackedSequences([TEXT[:500], "The end."], tokenizer, 16)
     batch = sequences.batch(range(len(sequences)), seed=5, epoch=0)
     assert (batch.inputs[:, 0] == tokenizer.bos_id).all()
@@ -39,12 +39,12 @@ def test_packed_windows_are_begun_with_bos_and_lose_nothing():
     ]
     assert sequences.num_tokens == len(stream)
     windows = {tuple(stream[i : i + 16]) for i in range(0, len(stream) - 15, 16)}
-    found = {tuple(row) for row in batch.targets.tolist()}
-    assert found <= windows
-    assert len(windows) - len(found) <= 1  # what the offset needs at the end
+    targets = {tuple(row) for row in batch.targets.tolist()}
+    assert targets <= windows
+    assert len(windows) - len(targets) <= 1  # reserved for the offset
 
 
-def test_each_epoch_has_its_own_order_and_cuts():
+def test_each_epoch_has_its_own_order_and_offset():
     sequences = PackedSequences([TEXT], tokenizer, 16)
     everything = range(len(sequences))
     first, again, second = (
@@ -55,7 +55,7 @@ def test_each_epoch_has_its_own_order_and_cuts():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_ranks_shares_make_up_the_batch_of_one(ranks):
+def test_the_shares_of_all_ranks_make_up_the_batch(ranks):
     sequences = PackedSequences([TEXT], tokenizer, 16)
     options = {"step": 3, "batch_size": 8, "seed": 2}
     whole = step_batch(sequences, **options, rank=0, ranks=1)
@@ -70,7 +70,7 @@ def test_the_ranks_shares_make_up_the_batch_of_one(ranks):
 def test_an_epoch_sees_every_sequence_once_across_steps():
     sequences = PackedSequences([TEXT], tokenizer, 16)
     count = len(sequences)
-    assert count % 7  # the last step reaches into the next epoch
+    assert count % 7  # the last step includes the next epoch
     seen = []
     for step in range(-(-count // 7)):
         batch = step_batch(sequences, step=step, batch_size=7, seed=2, rank=0, ranks=1)
@@ -79,7 +79,7 @@ def test_an_epoch_sees_every_sequence_once_across_steps():
     assert seen[:count] == [tuple(row) for row in expected]
 
 
-def test_plain_text_is_repaired_before_headings_are_looked_for(tmp_path):
+def test_plain_text_is_repaired_before_headings_are_matched(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("A preface.\r\n\r\nTHE “ﬀ”\r\n\r\nA fox ran.\r\nTHE CROW\n x \n")
     corpus = read_corpus([str(book)], document_start='[A-Z "f]{4,}')
@@ -94,11 +94,11 @@ def test_plain_text_is_repaired_before_headings_are_looked_for(tmp_path):
 def test_every_format_can_be_packed(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"body": "ﬁne\\nHEAD\\nx"}\n{"body": "two"}\n')
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"HEAD\none\nHEAD\nmore"))
-    (tmp_path / "held.txt").write_text("not read")
+    (tmp_path / "heldout.txt").write_text("not read")
     data = DataRecipe(
         train=(str(tmp_path / "*"),),
         text_key="body",
-        heldout=(str(tmp_path / "held.txt"),),
+        heldout=(str(tmp_path / "heldout.txt"),),
         document_start="HEAD",
     )
     corpus = read_corpora(data)
@@ -106,7 +106,7 @@ def test_every_format_can_be_packed(tmp_path):
     assert corpus.num_files == 2
 
 
-def test_text_without_documents_is_too_little_to_pack(tmp_path):
+def test_empty_text_cannot_be_packed(tmp_path):
     for documents in ([], [""]):
         with pytest.raises(OpenELMError, match="too few for one sequence"):
             PackedSequences(documents, tokenizer, 16)
@@ -116,7 +116,7 @@ def test_text_without_documents_is_too_little_to_pack(tmp_path):
         open_loader(PretrainRecipe(data=data), tokenizer, 16)
 
 
-def test_what_is_packed_stops_at_damage_or_goes_on_as_told(tmp_path):
+def test_damaged_files_stop_packing_or_are_skipped(tmp_path):
     whole = gzip.compress(b'{"text": "a story"}\n' * 99 + os.urandom(999))
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-99])
     (tmp_path / "good.jsonl").write_text('{"text": "another"}\n')
@@ -129,12 +129,12 @@ def test_what_is_packed_stops_at_damage_or_goes_on_as_told(tmp_path):
     reason = f"rest of {tmp_path}/cut.jsonl.gz, damaged"
     assert corpus.dropped == {reason: 1}
     recipe = PretrainRecipe(data=skipping, batch_size=2)
-    told = [open_loader(recipe, tokenizer, 16, rank=r, ranks=2).dropped for r in (0, 1)]
-    assert told == [{reason: 1}, {}]
+    loaders = [open_loader(recipe, tokenizer, 16, rank=r, ranks=2) for r in (0, 1)]
+    assert [loader.dropped for loader in loaders] == [{reason: 1}, {}]
 
 
-def test_the_stories_are_read_as_the_demo_model_read_them(shared):
-    """The hash is of what was read before other formats than text were known."""
+def test_the_stories_are_those_of_the_demo_model(shared):
+    """The hash is of the documents that the demo model was trained on."""
     recipe = load_recipe(PretrainRecipe, "pretrain/stories", {})
     books = str(shared / "data/stories/text/a*.txt")
     data = dataclasses.replace(recipe.data, train=(books,))

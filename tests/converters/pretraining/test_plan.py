@@ -1,4 +1,4 @@
-"""What a run will take, told before it begins and without its text."""
+"""Estimates of a run, made without its text."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ from mlx_openelm.config import CORENET_ROWS, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.recipe_loader import load_recipe
 
-SIZES = {  # peak rate, blocks computed again, shards: as published
+SIZES = {  # name, learning rate, activation checkpointing, parallelism, as published
     "270m": ("270M", 5.3e-3, False, "ddp"),
     "450m": ("450M", 3.9e-3, True, "ddp"),
     "1_1b": ("1.1B", 2.4e-3, True, "ddp"),
@@ -31,8 +31,8 @@ SIZES = {  # peak rate, blocks computed again, shards: as published
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_published_recipes_are_the_published_ones(name):
-    size, rate, again, parallel = SIZES[name]
+def test_the_recipes_have_the_published_settings(name):
+    size, rate, checkpointing, parallel = SIZES[name]
     recipe = load_recipe(PretrainRecipe, f"pretrain/openelm-{name}", {})
     optimizer = recipe.optimizer
     assert optimizer.learning_rate == rate
@@ -41,7 +41,10 @@ def test_the_published_recipes_are_the_published_ones(name):
     assert (optimizer.betas, optimizer.eps) == ((0.9, 0.95), 1e-8)
     assert (optimizer.weight_decay, optimizer.clip_norm) == (0.1, 1.0)
     assert optimizer.z_loss == 1e-4
-    assert (recipe.activation_checkpointing, recipe.parallel) == (again, parallel)
+    assert (recipe.activation_checkpointing, recipe.parallel) == (
+        checkpointing,
+        parallel,
+    )
     assert recipe.bf16
     # Weights at 50k, 100k, ... and 330k, 335k, ... 350k, the last five averaged.
     assert (recipe.save_every, recipe.keep_every) == (5000, 50_000)
@@ -57,7 +60,7 @@ def test_the_published_recipes_are_the_published_ones(name):
     assert weights == pytest.approx(1784.3)
 
 
-def test_fewer_devices_gather_gradients_and_shards_need_less_memory():
+def test_fewer_devices_accumulate_and_shards_need_less_memory():
     recipe = load_recipe(PretrainRecipe, "pretrain/openelm-3b", {})
     plan = plan_pretraining(recipe, devices=8)
     assert (plan.accumulation, plan.tokens_per_step) == (16, 4_194_304)
@@ -76,7 +79,7 @@ def test_fewer_devices_gather_gradients_and_shards_need_less_memory():
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_a_layers_bytes_are_those_that_torch_keeps(bf16):
+def test_layer_bytes_equal_those_that_torch_saves(bf16):
     torch = pytest.importorskip("torch", reason="needs PyTorch")
     from converters.reference import ReferenceOpenELM
 
@@ -105,12 +108,12 @@ def test_a_layers_bytes_are_those_that_torch_keeps(bf16):
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
         model.hidden(torch.zeros(4, 64, dtype=torch.long))
-    found = sum(size for size, _ in kept.values()) - (2 * matrices if bf16 else 0)
+    saved = sum(size for size, _ in kept.values()) - (2 * matrices if bf16 else 0)
     expected = sum(count_layer_bytes(config, i, bf16=bf16) for i in range(3))
-    assert found / positions == pytest.approx(expected, rel=0.06)
+    assert saved / positions == pytest.approx(expected, rel=0.06)
 
 
-def test_peaks_go_by_the_devices_name():
+def test_peak_flops_depend_on_the_devices_name():
     assert find_peak_flops("NVIDIA A100-SXM4-80GB") == PEAK_FLOPS["A100"]
     assert find_peak_flops("NVIDIA H100 PCIe") == 756e12
     assert find_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
@@ -119,30 +122,32 @@ def test_peaks_go_by_the_devices_name():
     assert find_peak_flops("TITAN V") is None
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+def test_a_batch_size_that_does_not_divide_is_refused(tmp_path):
     recipe = replace(small_recipe(tmp_path), batch_size=12)
-    with pytest.raises(OpenELMError, match="12 cannot be shared by 5 processes"):
+    with pytest.raises(OpenELMError, match=r"12; it must be a multiple of .* \(5\)"):
         plan_pretraining(recipe, devices=5)
     odd = replace(recipe, micro_batch_size=4)
-    with pytest.raises(OpenELMError, match="micro_batch_size 4 does not divide the 6"):
+    with pytest.raises(
+        OpenELMError, match="micro_batch_size is 4; it must divide the 6"
+    ):
         plan_pretraining(odd, devices=2)
     assert plan_pretraining(odd, devices=1).accumulation == ceil(12 / 4)
 
 
-def test_a_dry_run_tells_all_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_dry_run_reports_the_plan_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ran = call("pretrain", "-c", "pretrain/openelm-1_1b", "--dry-run", "--devices", 64)
     assert ran.exit_code == 0, ran.stderr
     for words in ("1,080,153,600", "4,194,304 tokens: 64 devices x 2 x 16", "350,000"):
         assert words in ran.stdout
     assert "learning_rate: 0.0024" in ran.stdout
-    assert "Missing: The tokenizer, tokenizer.model, is no file" in ran.stderr
+    assert "Missing: The tokenizer, tokenizer.model, is not a file" in ran.stderr
     assert "refinedweb" in ran.stderr
     ran = call("pretrain", "-c", "pretrain/openelm-3b", "--dry-run", "--json")
-    found = json.loads(ran.stdout)
-    assert found["recipe"]["model"]["name"] == "3B"
-    assert found["plan"]["parameters"] == 3_037_040_640
-    assert found["plan"]["memory"]["fsdp"]["total"] > 2**30
+    output = json.loads(ran.stdout)
+    assert output["recipe"]["model"]["name"] == "3B"
+    assert output["plan"]["parameters"] == 3_037_040_640
+    assert output["plan"]["memory"]["fsdp"]["total"] > 2**30
     assert not list(tmp_path.iterdir())
 
 
@@ -166,10 +171,12 @@ def test_a_dry_run_needs_no_torch():
     [
         (("--data", "nowhere/*.txt"), "nowhere/*.txt"),
         (("--data", "here.txt", "--resume"), "nothing to resume"),
-        (("--data", "here.txt", "--init", "gone.pt"), "gone.pt, is no file"),
+        (("--data", "here.txt", "--init", "gone.pt"), "gone.pt, is not a file"),
     ],
 )
-def test_a_run_that_cannot_begin_is_one_sentence(tmp_path, monkeypatch, options, says):
+def test_a_run_that_cannot_start_reports_one_error(
+    tmp_path, monkeypatch, options, says
+):
     pytest.importorskip("torch", reason="needs PyTorch")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.txt").write_text("Once upon a time.")

@@ -1,4 +1,4 @@
-"""Several processes train as one: copied or sharded, cut off or in error."""
+"""Training with two processes: DDP and FSDP, interruptions and errors."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ from mlx_openelm.errors import OpenELMError  # noqa: E402
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """All that two processes do, in one start of them: recipe by name, what was said"""
+    """All runs with two processes, in one start: recipes and messages, by name."""
     folder = tmp_path_factory.mktemp("ranks")
     recipe = replace(small_recipe(folder), batch_size=8, steps=8)
     fsdp = replace(recipe, parallel="fsdp")
@@ -55,9 +55,9 @@ def runs(tmp_path_factory):
     }
     jobs = {name: job(r) for name, r in recipes.items()}
     jobs["damaged"]["files"] = {"rank1": str(folder / "bad.jsonl")}
-    # What one process began, two go on with, sharded.
-    begun = replace(recipe, output=str(folder / "begun"))
-    recipes["begun"] = begun
+    # Started by one process, resumed by two with FSDP.
+    single = replace(recipe, output=str(folder / "resumed"))
+    recipes["resumed"] = single
 
     class Cut(Exception):
         pass
@@ -67,13 +67,13 @@ def runs(tmp_path_factory):
             raise Cut
 
     with pytest.raises(Cut):
-        pretrain(begun, on_event=cut)
-    jobs["begun"] = job(replace(begun, parallel="fsdp"), resume=True)
-    said = run_ranks(folder, list(jobs.values()))
-    return recipes, dict(zip(jobs, zip(*said, strict=True), strict=True)), folder
+        pretrain(single, on_event=cut)
+    jobs["resumed"] = job(replace(single, parallel="fsdp"), resume=True)
+    messages = run_ranks(folder, list(jobs.values()))
+    return recipes, dict(zip(jobs, zip(*messages, strict=True), strict=True)), folder
 
 
-def kill_in_the_middle(folder: Path, recipe) -> None:
+def kill_after_a_checkpoint(folder: Path, recipe) -> None:
     processes = start_ranks(folder, [job(recipe)])
     try:
         deadline = time.monotonic() + 150
@@ -90,30 +90,30 @@ def kill_in_the_middle(folder: Path, recipe) -> None:
 
 @pytest.fixture(scope="module")
 def alone(runs):
-    """The same in one process: losses by name."""
+    """The same runs in one process: output by name."""
     recipes, _, folder = runs
-    found = {}
+    outputs = {}
     for name in ("ddp", "streamed"):
         output = str(folder / f"alone-{name}")
         pretrain(replace(recipes[name], output=output))
-        found[name] = output
-    return found
+        outputs[name] = output
+    return outputs
 
 
 @pytest.mark.parametrize(
-    "name", ["ddp", "accumulated", "fsdp", "fsdp accumulated", "streamed", "begun"]
+    "name", ["ddp", "accumulated", "fsdp", "fsdp accumulated", "streamed", "resumed"]
 )
 def test_two_processes_have_the_losses_of_one(runs, alone, name):
-    recipes, said, _ = runs
-    assert said[name] == ("done", "done")
-    found = read_losses(recipes[name].output)
+    recipes, messages, _ = runs
+    assert messages[name] == ("done", "done")
+    losses = read_losses(recipes[name].output)
     expected = read_losses(alone["streamed" if name == "streamed" else "ddp"])
-    assert len(found) == 8
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert len(losses) == 8
+    assert losses == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "begun"])
-def test_their_checkpoints_are_whole_and_the_same(runs, alone, name):
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "resumed"])
+def test_two_processes_have_the_checkpoints_of_one(runs, alone, name):
     recipes, _, _ = runs
     one, two = (
         torch.load(Path(output) / LAST, weights_only=True)
@@ -121,9 +121,9 @@ def test_their_checkpoints_are_whole_and_the_same(runs, alone, name):
     )
     assert list(one) == list(two)
     for key, tensor in one["model_state_dict"].items():
-        found = two["model_state_dict"][key]
-        assert type(found) is torch.Tensor
-        torch.testing.assert_close(found, tensor, atol=1e-4, rtol=0)
+        other = two["model_state_dict"][key]
+        assert type(other) is torch.Tensor
+        torch.testing.assert_close(other, tensor, atol=1e-4, rtol=0)
     assert one["optim_state_dict"]["state"].keys() == (
         two["optim_state_dict"]["state"].keys()
     )
@@ -135,11 +135,11 @@ def test_their_checkpoints_are_whole_and_the_same(runs, alone, name):
 
 
 @pytest.mark.proof
-def test_two_killed_processes_go_on(tmp_path):
+def test_two_killed_processes_resume(tmp_path):
     recipe = replace(small_recipe(tmp_path), batch_size=8, steps=40, save_every=5)
     recipe = replace(recipe, data=streamed_data(tmp_path))
     whole = replace(recipe, output=str(tmp_path / "never-killed"))
-    kill_in_the_middle(tmp_path, recipe)
+    kill_after_a_checkpoint(tmp_path, recipe)
     jobs = [job(recipe, resume=True), job(whole)]
     assert run_ranks(tmp_path, jobs) == [["done", "done"]] * 2
     assert 5 <= read_metrics(recipe.output, "started")[-1]["first_step"] < 40
@@ -150,25 +150,26 @@ def test_two_killed_processes_go_on(tmp_path):
 
 
 def test_shards_compute_in_bf16_and_keep_float32(runs, alone):
-    recipes, said, _ = runs
-    assert said["fsdp bf16"] == ("done", "done")
-    found = read_losses(recipes["fsdp bf16"].output)
+    recipes, messages, _ = runs
+    assert messages["fsdp bf16"] == ("done", "done")
+    losses = read_losses(recipes["fsdp bf16"].output)
     expected = read_losses(alone["ddp"])[:3]
-    assert found == pytest.approx(expected, abs=0.05)
-    assert found != pytest.approx(expected, abs=1e-5)
+    assert losses == pytest.approx(expected, abs=0.05)
+    assert losses != pytest.approx(expected, abs=1e-5)
     state = torch.load(Path(recipes["fsdp bf16"].output) / LAST, weights_only=True)
     assert {t.dtype for t in state["model_state_dict"].values()} == {torch.float32}
 
 
-def test_an_error_in_one_process_ends_all_with_one_sentence(runs):
-    recipes, said, _ = runs
-    first, second = said["damaged"]
+def test_an_error_in_one_process_is_raised_in_all(runs):
+    recipes, messages, _ = runs
+    first, second = messages["damaged"]
     assert first == second
     assert "bad.jsonl" in first
     assert first.endswith(".")
     assert (
-        said["uneven batch"]
-        == ("batch_size 7 cannot be shared by 2 processes; make it a multiple.",) * 2
+        messages["uneven batch"]
+        == ("batch_size is 7; it must be a multiple of the number of processes (2).",)
+        * 2
     )
     assert not Path(recipes["uneven batch"].output).exists()
 
@@ -187,10 +188,10 @@ def test_compiled_processes_have_the_losses_of_one(tmp_path, parallel):
     )
 
 
-def test_shards_and_muon_do_not_go_together(tmp_path):
+def test_muon_with_fsdp_is_refused(tmp_path):
     recipe = replace(small_recipe(tmp_path), parallel="fsdp")
     muon = replace(recipe.optimizer, name="muon")
-    with pytest.raises(OpenELMError, match="whole matrices"):
+    with pytest.raises(OpenELMError, match="unsharded matrices"):
         pretrain(replace(recipe, optimizer=muon))
 
 
@@ -206,7 +207,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.proof
-def test_under_torchrun_the_first_process_alone_speaks(tmp_path):
+def test_under_torchrun_only_the_first_process_prints(tmp_path):
     recipe = replace(small_recipe(tmp_path), steps=6)
     alone = replace(recipe, output=str(tmp_path / "alone"))
     pretrain(alone)
@@ -222,7 +223,7 @@ def test_under_torchrun_the_first_process_alone_speaks(tmp_path):
 
 
 @pytest.mark.proof
-def test_under_torchrun_an_error_is_said_once(tmp_path):
+def test_under_torchrun_an_error_is_printed_once(tmp_path):
     recipe = small_recipe(tmp_path)
     pretrain(replace(recipe, steps=1))
     refused = subprocess.run(
@@ -230,14 +231,14 @@ def test_under_torchrun_an_error_is_said_once(tmp_path):
     )
     assert refused.returncode == 1
     assert refused.stderr.count("error: ") == 1
-    assert "holds a run already" in refused.stderr
+    assert "already holds a run" in refused.stderr
 
 
 @pytest.mark.parametrize("kind", ["shared", "own"])
-def test_another_process_waits_with_an_error_that_the_first_one_says(
+def test_other_processes_wait_while_the_first_prints_the_error(
     tmp_path, monkeypatch, kind
 ):
-    """For torchrun ends the first when another has ended."""
+    """Otherwise torchrun would end the first when another has ended."""
 
     def fail(*args, **how):
         raise (SharedError if kind == "shared" else OpenELMError)("Too bad.")
@@ -252,10 +253,10 @@ def test_another_process_waits_with_an_error_that_the_first_one_says(
     assert len(waited) == (kind == "shared")
 
 
-def test_a_device_without_memory_is_one_sentence(tmp_path, monkeypatch):
+def test_running_out_of_device_memory_is_reported(tmp_path, monkeypatch):
     def fail(*args, **how):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("converters.pretraining.run.parallelize", fail)
-    with pytest.raises(OpenELMError, match=r"Process 0 has no memory left on cpu; low"):
+    with pytest.raises(OpenELMError, match=r"Process 0 is out of memory on cpu; lower"):
         pretrain(small_recipe(tmp_path))

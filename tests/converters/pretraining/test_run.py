@@ -1,4 +1,4 @@
-"""The reference training loop: it learns, and it can be cut anywhere and go on."""
+"""The training loop, compared with a plain loop of the published recipe."""
 
 import itertools
 import json
@@ -50,13 +50,13 @@ def losses(events):
     return [e.loss for e in events if isinstance(e, Trained)]
 
 
-def test_a_run_learns_tells_and_leaves_what_convert_reads(recipe):
+def test_a_run_learns_logs_and_writes_a_readable_checkpoint(recipe):
     events = []
     path = pretrain(replace(recipe, steps=40), on_event=events.append)
-    found = losses(events)
-    assert len(found) == 40
-    assert found[0] == pytest.approx(math.log(300), abs=0.7)
-    assert found[-1] < found[0] - 0.8
+    curve = losses(events)
+    assert len(curve) == 40
+    assert curve[0] == pytest.approx(math.log(300), abs=0.7)
+    assert curve[-1] < curve[0] - 0.8
     assert isinstance(events[0], Started)
     scores = [e for e in events if isinstance(e, Evaluated)]
     assert scores[-1].nats_per_token < scores[0].nats_per_token
@@ -65,7 +65,7 @@ def test_a_run_learns_tells_and_leaves_what_convert_reads(recipe):
     written = [
         json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
-    assert [r["loss"] for r in written if r["event"] == "trained"] == found
+    assert [r["loss"] for r in written if r["event"] == "trained"] == curve
     from converters.formats.sources import open_source
 
     source = open_source(str(path))
@@ -73,7 +73,7 @@ def test_a_run_learns_tells_and_leaves_what_convert_reads(recipe):
     assert source.config.max_context_length == 32
 
 
-def test_accumulated_parts_equal_the_whole_batch(recipe, tmp_path):
+def test_micro_batches_equal_the_whole_batch(recipe, tmp_path):
     events: dict = {1: [], 4: []}
     for micro in events:
         pretrain(
@@ -85,15 +85,15 @@ def test_accumulated_parts_equal_the_whole_batch(recipe, tmp_path):
 
 def test_padded_batches_count_their_tokens_not_their_rows(recipe, tmp_path):
     recipe = replace(recipe, data=streamed_data(tmp_path))
-    found = {}
+    curves = {}
     for micro in (1, 4):
         output = str(tmp_path / f"padded-{micro}")
         pretrain(replace(recipe, micro_batch_size=micro, output=output))
-        found[micro] = read_losses(output)
-    assert found[1] == pytest.approx(found[4], abs=1e-5)
+        curves[micro] = read_losses(output)
+    assert curves[1] == pytest.approx(curves[4], abs=1e-5)
 
 
-def test_computing_again_instead_of_keeping_changes_nothing(recipe, tmp_path):
+def test_activation_checkpointing_changes_no_result(recipe, tmp_path):
     other = replace(
         recipe, activation_checkpointing=True, output=str(tmp_path / "again")
     )
@@ -111,18 +111,18 @@ def test_computing_again_instead_of_keeping_changes_nothing(recipe, tmp_path):
     assert kept[1] != kept[0]
 
 
-def test_bf16_comes_near(recipe, tmp_path):
+def test_bf16_is_close_to_float32(recipe, tmp_path):
     half = replace(recipe, bf16=True, output=str(tmp_path / "half"))
     pretrain(recipe)
     pretrain(half)
-    found, expected = read_losses(half.output), read_losses(recipe.output)
-    assert found == pytest.approx(expected, abs=0.05)
-    assert found != pytest.approx(expected, abs=1e-6)
+    curve, expected = read_losses(half.output), read_losses(recipe.output)
+    assert curve == pytest.approx(expected, abs=0.05)
+    assert curve != pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_hundred_steps_are_those_of_a_plain_loop(recipe, tmp_path, streamed):
-    """Own code from the published recipe: rates, groups, clipping, z-loss, batches."""
+def test_a_hundred_steps_equal_a_plain_loop(recipe, tmp_path, streamed):
+    """The plain loop is written from the published recipe, without the library."""
     if streamed:
         recipe = replace(recipe, data=streamed_data(tmp_path))
     recipe = replace(
@@ -168,18 +168,18 @@ def test_a_hundred_steps_are_those_of_a_plain_loop(recipe, tmp_path, streamed):
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         optimizer.step()
         expected.append(loss.item())
-    told = read_metrics(recipe.output)
-    found = [record["loss"] for record in told]
-    assert len(found) == 100
-    assert found[-1] < found[0] - 1
-    assert found == pytest.approx(expected, abs=1e-6)
-    found = [record["gradient_norm"] for record in told]
-    assert found == pytest.approx(norms, rel=1e-3)
-    assert max(norms) > 1  # so some are clipped
+    records = read_metrics(recipe.output)
+    curve = [record["loss"] for record in records]
+    assert len(curve) == 100
+    assert curve[-1] < curve[0] - 1
+    assert curve == pytest.approx(expected, abs=1e-6)
+    logged_norms = [record["gradient_norm"] for record in records]
+    assert logged_norms == pytest.approx(norms, rel=1e-3)
+    assert max(norms) > 1  # some are clipped
 
 
 def plain_batches(recipe, tokenizer):
-    """The batches of a recipe of `small_recipe`, by rules told in the facts."""
+    """Yield the batches of `small_recipe`; packed ones without the library."""
     if not recipe.data.packing:
         loader = open_loader(recipe, tokenizer, 32)
         while True:
@@ -224,8 +224,9 @@ def test_matrices_decay_and_vectors_do_not():
     for name in ("adamw", "muon"):
         optimizers = build_optimizers(model, OptimizerRecipe(name=name))
         groups = [g for o in optimizers for g in o.param_groups]
-        held = [p for g in groups for p in g["params"]]
-        assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
+        params = [p for g in groups for p in g["params"]]
+        assert len({id(p) for p in params}) == len(params)
+        assert len(params) == len(list(model.parameters()))
         for group in groups:
             expected = 0.1 if group["params"][0].ndim >= 2 else 0.0
             assert group["weight_decay"] == expected
@@ -233,9 +234,9 @@ def test_matrices_decay_and_vectors_do_not():
         assert len(optimizers) == (1 if name == "adamw" else 2)
 
 
-def test_every_bundled_recipe_of_ours_is_whole():
-    found = bundled_recipes()
-    names = [name for name in found if name.startswith("pretrain/")]
+def test_every_bundled_recipe_is_valid():
+    recipes = bundled_recipes()
+    names = [name for name in recipes if name.startswith("pretrain/")]
     assert "pretrain/stories" in names
     for name in names:
         built = load_recipe(
@@ -243,9 +244,9 @@ def test_every_bundled_recipe_of_ours_is_whole():
         )
         assert built.steps == 7
         assert built.data.train == ("x",)
-        if built.model != ModelRecipe():  # else --init brings the sizes
+        if built.model != ModelRecipe():  # else the sizes come from --init
             assert built.model.build(4096).num_parameters > 1e6
-        assert found[name].read_text().startswith("# ")
+        assert recipes[name].read_text().startswith("# ")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_every_bundled_recipe_of_ours_is_whole():
         ("model: [\n", "cannot be parsed"),
     ],
 )
-def test_a_wrong_recipe_is_explained(tmp_path, text, message):
+def test_errors_in_a_recipe_are_reported(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(OpenELMError, match=message):

@@ -1,4 +1,4 @@
-"""Cached tokens give the very batches of the text, whatever happens to their files."""
+"""The token cache yields the batches of the text, also after damage to its files."""
 
 import dataclasses
 import gzip
@@ -42,30 +42,30 @@ def flat(pieces):
 
 
 def expected(source):
-    """What the text itself gives."""
+    """Return the pieces of the text, without the cache."""
     return [
         flat(make_pieces(text, source.tokenizer, source.rules))
         for text in source.read()
     ]
 
 
-def found(cached):
+def read_all(cached):
     return [flat(document.pieces()) for document in cached.read()]
 
 
-def count_makings(monkeypatch):
-    made, write = [], module._write
+def record_writes(monkeypatch):
+    writes, write = [], module._write
 
     def counted(path, source):
-        made.append(path)
+        writes.append(path)
         write(path, source)
 
     monkeypatch.setattr(module, "_write", counted)
-    return made
+    return writes
 
 
 def test_the_pieces_are_those_of_the_text(tmp_path, source, monkeypatch):
-    made = count_makings(monkeypatch)
+    writes = record_writes(monkeypatch)
     folder = str(tmp_path / "cache" / "deep")
     texts = expected(source)
     reasons = {reason for pieces in texts for _, reason, _ in pieces}
@@ -73,12 +73,12 @@ def test_the_pieces_are_those_of_the_text(tmp_path, source, monkeypatch):
     assert any(num_cut for pieces in texts for _, _, num_cut in pieces)
     for _ in range(2):
         cached = CachedFile(folder, source)
-        assert found(cached) == texts
+        assert read_all(cached) == texts
         assert [flat(d.pieces()) for d in cached.read(start=20)] == texts[20:]
         late = [flat(d.pieces(start=1)) for d in cached.read()]
         assert late == [pieces[1:] for pieces in texts]
-    assert len(made) == 1
-    (path,) = made
+    assert len(writes) == 1
+    (path,) = writes
     assert path.stat().st_size < 3 * sum(len(t) for p in texts for t, _, _ in p) + 9999
     assert not list(path.parent.glob(".*"))
 
@@ -93,7 +93,7 @@ def test_a_vocabulary_over_65536_has_wider_tokens(tmp_path, source, monkeypatch)
 
     monkeypatch.setattr(module, "make_pieces", shifted)
     cached = CachedFile(str(tmp_path / "cache"), source)
-    tokens = [ids for document in found(cached) for ids, _, _ in document]
+    tokens = [ids for document in read_all(cached) for ids, _, _ in document]
     wide = [
         [i + (1 << 16) for i in ids]
         for pieces in expected(source)
@@ -102,13 +102,15 @@ def test_a_vocabulary_over_65536_has_wider_tokens(tmp_path, source, monkeypatch)
     assert tokens == wide
 
 
-def test_whatever_decides_the_tokens_makes_another_file(tmp_path, source, monkeypatch):
-    made = count_makings(monkeypatch)
+def test_everything_that_determines_the_tokens_changes_the_cache_file(
+    tmp_path, source, monkeypatch
+):
+    writes = record_writes(monkeypatch)
     folder = str(tmp_path / "cache")
 
     def refresh(source):
-        assert found(CachedFile(folder, source)) == expected(source)
-        assert found(CachedFile(folder, source)) == expected(source)
+        assert read_all(CachedFile(folder, source)) == expected(source)
+        assert read_all(CachedFile(folder, source)) == expected(source)
 
     refresh(source)
     for name in ("words_per_piece", "min_characters", "min_tokens", "length"):
@@ -117,25 +119,23 @@ def test_whatever_decides_the_tokens_makes_another_file(tmp_path, source, monkey
         refresh(dataclasses.replace(source, rules=rules))
     refresh(dataclasses.replace(source, tokenizer=small_tokenizer(320)))
     refresh(make_source(tmp_path / "b.jsonl"))
-    assert len(made) == 7
+    assert len(writes) == 7
     os.utime(source.path, (1, 1))
     refresh(source)
     refresh(make_source(tmp_path / "a.jsonl", TEXTS[::-1]))
     refresh(make_source(tmp_path / "a.jsonl", [*TEXTS, "more"]))
-    assert len(made) == 10
-    monkeypatch.setattr(module.ftfy, "__version__", "another")  # repairs otherwise
+    assert len(writes) == 10
+    monkeypatch.setattr(module.ftfy, "__version__", "another")  # may repair differently
     refresh(source)
-    assert len(made) == 11
+    assert len(writes) == 11
     path = tmp_path / "two.jsonl"
     path.write_text(json.dumps({"text": TEXT, "other": TEXT[9:]}) + "\n")
     for changes in ({}, {"text_key": "other"}, {"document_start": "x"}):
         refresh(dataclasses.replace(source, path=str(path), **changes))
-    assert len(made) == 14
+    assert len(writes) == 14
 
 
-def test_a_file_that_could_not_be_read_once_is_not_damaged_for_ever(
-    tmp_path, source, monkeypatch
-):
+def test_a_temporary_read_error_is_not_cached_as_damage(tmp_path, source, monkeypatch):
     def refuse(*arguments, **options):
         raise DamagedFileError("no") from PermissionError(13, "not now")
         yield
@@ -145,59 +145,59 @@ def test_a_file_that_could_not_be_read_once_is_not_damaged_for_ever(
         patched.setattr(module, "read_documents", refuse)
         with pytest.raises(DamagedFileError):
             CachedFile(folder, source)
-    assert found(CachedFile(folder, source)) == expected(source)
+    assert read_all(CachedFile(folder, source)) == expected(source)
 
 
-def test_a_damaged_cache_file_is_noticed_and_made_again(tmp_path, source, monkeypatch):
-    made = count_makings(monkeypatch)
+def test_a_damaged_cache_file_is_detected_and_replaced(tmp_path, source, monkeypatch):
+    writes = record_writes(monkeypatch)
     folder = tmp_path / "cache"
     texts = expected(source)
-    assert found(CachedFile(str(folder), source)) == texts
+    assert read_all(CachedFile(str(folder), source)) == texts
     (path,) = folder.glob("*.tokens")
     whole = path.read_bytes()
     for place in (*range(0, len(whole), len(whole) // 40), len(whole) - 3):
-        spoilt = bytearray(whole)
-        spoilt[place] ^= 0x10
-        path.write_bytes(spoilt)
-        made.clear()
-        assert found(CachedFile(str(folder), source)) == texts
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        writes.clear()
+        assert read_all(CachedFile(str(folder), source)) == texts
         assert path.read_bytes() == whole
-        assert len(made) == 1
+        assert len(writes) == 1
     for size in (0, 5, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        assert found(CachedFile(str(folder), source)) == texts
+        assert read_all(CachedFile(str(folder), source)) == texts
     path.write_bytes(whole + b"\0")
-    assert found(CachedFile(str(folder), source)) == texts
+    assert read_all(CachedFile(str(folder), source)) == texts
     assert path.read_bytes() == whole
 
 
-def test_a_damaged_source_is_told_of_behind_its_sound_part(tmp_path, source):
+def test_a_damaged_source_is_reported_after_its_valid_part(tmp_path, source):
     with open(source.path, "a") as opened:
         opened.write("{\n")
     for _ in range(2):  # read, and from the cache
         reader = CachedFile(str(tmp_path / "cache"), source).read()
-        sound = [flat(next(reader).pieces()) for _ in TEXTS]
-        assert len(sound) == len(TEXTS)
+        valid = [flat(next(reader).pieces()) for _ in TEXTS]
+        assert len(valid) == len(TEXTS)
         with pytest.raises(DamagedFileError, match=f"Record {len(TEXTS) + 1} of"):
             next(reader)
 
 
-def test_a_file_that_cannot_be_read_now_is_tried_again(tmp_path, source):
+def test_an_unreadable_file_is_tried_again(tmp_path, source):
     hidden = tmp_path / "hidden"
     os.rename(source.path, hidden)
     with pytest.raises(DamagedFileError, match=r"Cannot read .*a\.jsonl"):
         CachedFile(str(tmp_path / "cache"), source)
     os.rename(hidden, source.path)
-    assert found(CachedFile(str(tmp_path / "cache"), source)) == expected(source)
+    assert read_all(CachedFile(str(tmp_path / "cache"), source)) == expected(source)
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, source):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path, source):
     (tmp_path / "file").touch()
     with pytest.raises(OpenELMError, match=r"another data\.cache"):
         CachedFile(str(tmp_path / "file"), source)
 
 
-def test_a_run_that_was_stopped_leaves_no_half_file(tmp_path, source, monkeypatch):
+def test_an_interrupted_run_leaves_no_incomplete_file(tmp_path, source, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
@@ -206,36 +206,36 @@ def test_a_run_that_was_stopped_leaves_no_half_file(tmp_path, source, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             CachedFile(str(tmp_path / "cache"), source)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
-    assert found(CachedFile(str(tmp_path / "cache"), source)) == expected(source)
+    assert read_all(CachedFile(str(tmp_path / "cache"), source)) == expected(source)
 
 
-def fill(path, folder, made, together):
+def fill(path, folder, writes, barrier):
     source = CorpusFile(path, "text", None, RULES, tokenizer)
     write = module._write
 
     def counted(*arguments):
-        made.put(1)
-        time.sleep(0.5)  # so that the others come while it is made
+        writes.put(1)
+        time.sleep(0.5)  # so that the others arrive during it
         write(*arguments)
 
     module._write = counted
-    together.wait()
-    assert found(CachedFile(folder, source)) == expected(source)
+    barrier.wait()
+    assert read_all(CachedFile(folder, source)) == expected(source)
 
 
-def test_of_several_processes_one_makes_the_file(tmp_path, source):
+def test_only_one_of_several_processes_writes_the_file(tmp_path, source):
     context = multiprocessing.get_context("spawn")
-    made = context.SimpleQueue()
-    together = context.Barrier(3)
-    arguments = (source.path, str(tmp_path / "cache"), made, together)
+    writes = context.SimpleQueue()
+    barrier = context.Barrier(3)
+    arguments = (source.path, str(tmp_path / "cache"), writes, barrier)
     processes = [context.Process(target=fill, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    made.get()
-    assert made.empty()
+    writes.get()
+    assert writes.empty()
 
 
 @pytest.mark.parametrize("num_files", [6, 2])
