@@ -362,7 +362,7 @@ def test_sizes_have_synthetic_weights_and_published_speeds(monkeypatch):
     ran = call("bench", "--size", "270M", *QUICK)
     assert "random weights" in ran.stdout
     assert "prompt 1151, new 212" in " ".join(ran.stdout.split())
-    assert "recalled and unverified" in ran.stdout
+    assert "quoted from memory and unverified" in ran.stdout
     assert "M2 Max" in ran.stdout
 
 

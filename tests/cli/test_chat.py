@@ -126,7 +126,7 @@ class Terminal:
         for _ in range(100):
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return self.process.wait(0.5)
+                return self.process.wait(3)
         raise AssertionError("SIGTERM has no effect")
 
     def ends(self) -> int:
@@ -193,7 +193,7 @@ def test_a_wrong_line_is_reported_and_the_others_are_processed(here):
             b"not UTF-8",
             b"diary exists already",
             b"none does not exist",
-            b"/undo takes nothing",
+            b"/undo takes no argument",
             b"Give a file",
             b"Give a file",
             b"refused: 7;",

@@ -244,7 +244,7 @@ def test_the_folder_stores_the_check_and_the_template(work):
     write_own("run/best")
     ran = call("fuse", "--adapter-path", "run/best", "--save-path", "fused")
     assert (ran.exit_code, ran.stdout) == (0, "fused\n")
-    assert "The adapter is still there" in ran.stderr
+    assert "The adapter's effect is preserved" in ran.stderr
     folder = open_folder(work / "fused")
     assert folder.template == "alpaca"
     assert load("fused")[1].template == "alpaca"
