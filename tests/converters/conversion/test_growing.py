@@ -365,7 +365,7 @@ def test_convert_reads_all_of_a_grown_checkpoint(tmp_path):
         (["--width", 2, "--noise-db", "inf"], "--noise-db is inf; it must be 0"),
         (["--width", 2, "--noise-db", -3], "--noise-db is -3; it must be 0"),
         (["--width", 2, "--seed", -1], "--seed is -1; it must be 0"),
-        (["--width", 10**9], "model_dim is 64000000000, not a positive whole number"),
+        (["--width", 10**9], "model_dim is 64000000000, not a positive integer"),
         (["--width", 10**7], "free some space or choose another disk"),
         (["--width", 2, "-o", "source"], "source exists already"),
         (["--width", 2, "-o", "source", "--force"], "source holds the source itself"),
