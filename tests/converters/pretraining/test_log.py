@@ -160,7 +160,7 @@ def test_the_terminal_shows_each_event(capsys):
         "step 11: loss spike: 9.0000, median 3.0000",
         "step 12: held-out 2.5000 nats per token, 1.2500 bits per byte",
         "step 12: Once upon a \\x1b[31mtime",
-        "step 20: saved run/last.pt (of the text, too few tokens: 1,200)",
+        "step 20: saved run/last.pt (text dropped: too few tokens: 1,200)",
     ]
 
 
