@@ -30,7 +30,8 @@ class Option:
             in a recipe or from Python and has no flag.
         flags: names on the command line; by default the field's name with dashes.
         panel: the panel of --help that lists the flag.
-        shown_default: the default in words, if the field's default is None.
+        shown_default: the default in words, where it depends on data or model; `{name}`
+            as in `help`, and `{default}` for the field's default.
         choices: the allowed values.
         least: the smallest allowed value.
         most: the largest allowed value.

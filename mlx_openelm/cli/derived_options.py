@@ -103,7 +103,8 @@ def _derive(
     default = None if field.default in (MISSING, ()) else field.default
     if kind is bool and default is not None:
         default = False  # the flag turns off what is on by default
-    shown = (declared.shown_default or "").format_map(flags)
+    shown = declared.shown_default or ""
+    shown = shown.format_map(_Flags({**flags, "default": str(field.default)}))
     info = typer.Option(
         *_flags(field.name, declared, default_on=field.default is True),
         help=declared.help.format_map(flags),

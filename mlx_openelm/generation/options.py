@@ -10,6 +10,7 @@ from typing import Any, Self
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.options import check_options, option
 
+MODELS = "the model's, else {default}"  # of generation_config.json
 SAMPLING = "Sampling"  # headings in --help
 SPEED_AND_MEMORY = "Speed and memory"
 PROMPT = "Prompt"
@@ -63,12 +64,22 @@ class Sampling:
         "Maximum number of tokens to generate.",
         flags=("-m", "--max-tokens"),
         least=1,
+        shown_default=MODELS,
     )
     min_tokens: int = option(
-        0, "Minimum number of tokens to generate.", panel=SAMPLING, least=0
+        0,
+        "Minimum number of tokens to generate.",
+        panel=SAMPLING,
+        least=0,
+        shown_default=MODELS,
     )
     temp: float = option(
-        0.0, "Sampling temperature; 0 is greedy.", panel=SAMPLING, least=0, most=1e6
+        0.0,
+        "Sampling temperature; 0 is greedy.",
+        panel=SAMPLING,
+        least=0,
+        most=1e6,
+        shown_default=MODELS,
     )
     top_p: float = option(
         1.0,
@@ -77,9 +88,14 @@ class Sampling:
         panel=SAMPLING,
         least=0,
         most=1,
+        shown_default=MODELS,
     )
     top_k: int = option(
-        0, "Sample from the N most likely tokens; 0 is off.", panel=SAMPLING, least=0
+        0,
+        "Sample from the N most likely tokens; 0 is off.",
+        panel=SAMPLING,
+        least=0,
+        shown_default=MODELS,
     )
     min_p: float = option(
         0.0,
@@ -87,6 +103,7 @@ class Sampling:
         panel=SAMPLING,
         least=0,
         most=1,
+        shown_default=MODELS,
     )
     repetition_penalty: float = option(
         1.0,
@@ -94,6 +111,7 @@ class Sampling:
         panel=SAMPLING,
         least=1e-6,
         most=1e6,
+        shown_default=MODELS,
     )
     repetition_context: int = option(
         256,
@@ -102,7 +120,11 @@ class Sampling:
         least=1,
     )
     no_repeat_ngram: int = option(
-        0, "Never repeat a sequence of N tokens; 0 is off.", panel=SAMPLING, least=0
+        0,
+        "Never repeat a sequence of N tokens; 0 is off.",
+        panel=SAMPLING,
+        least=0,
+        shown_default=MODELS,
     )
     logit_bias: tuple[tuple[int, float], ...] = option(
         (),
