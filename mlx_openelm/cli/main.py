@@ -11,15 +11,15 @@ import typer
 
 from mlx_openelm.cli.bench import bench_command
 from mlx_openelm.cli.chat import chat_command
-from mlx_openelm.cli.commands import Command, CommandGroup
 from mlx_openelm.cli.console import Console, close_broken_pipe, prepare_streams
 from mlx_openelm.cli.convert import convert_command
 from mlx_openelm.cli.evaluate import evaluate_command
-from mlx_openelm.cli.examples import show_examples
 from mlx_openelm.cli.flags import show_flags, use_flags_of
 from mlx_openelm.cli.fuse import fuse_command
 from mlx_openelm.cli.generate import generate_command
 from mlx_openelm.cli.grow import grow_command
+from mlx_openelm.cli.help.commands import Command, CommandGroup
+from mlx_openelm.cli.help.examples import show_examples
 from mlx_openelm.cli.inspect import inspect_command
 from mlx_openelm.cli.lora import lora_command
 from mlx_openelm.cli.parity import parity_command

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from mlx_openelm.cli.commands import Command, CommandGroup
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.examples import show_examples
+from mlx_openelm.cli.help.commands import Command, CommandGroup
+from mlx_openelm.cli.help.examples import show_examples
 from mlx_openelm.cli.options import Json
 from mlx_openelm.errors import OpenELMError
 

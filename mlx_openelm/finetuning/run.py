@@ -11,7 +11,6 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_openelm.finetuning.advice import describe_killed
-from mlx_openelm.finetuning.live_report import LiveReport
 from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import (
     Prepared,
@@ -20,6 +19,8 @@ from mlx_openelm.finetuning.preparation import (
     run_folder,
 )
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.report.live import LiveReport
+from mlx_openelm.finetuning.report.tracking import MetricsTracking
 from mlx_openelm.finetuning.result import FinetuneReport, finish_run
 from mlx_openelm.finetuning.run_checks import (
     refuse_other_base,
@@ -31,7 +32,6 @@ from mlx_openelm.finetuning.run_checks import (
 from mlx_openelm.finetuning.run_context import RunContext
 from mlx_openelm.finetuning.run_files import RECIPE, write_start, write_text
 from mlx_openelm.finetuning.run_saver import RunSaver
-from mlx_openelm.finetuning.tracking import MetricsTracking
 from mlx_openelm.finetuning.trainer import Trainer
 from mlx_openelm.finetuning.validation import Validator
 from mlx_openelm.generation.options import Sampling

@@ -7,7 +7,7 @@ import pytest
 import typer
 from commands import call
 
-from mlx_openelm.cli.examples import EXAMPLES
+from mlx_openelm.cli.help.examples import EXAMPLES
 from mlx_openelm.cli.main import app
 
 

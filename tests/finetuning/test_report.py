@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import pytest
 from browser import find_browser, started
 
-from mlx_openelm.finetuning.report_content import TrainingRun, describe_run
-from mlx_openelm.finetuning.report_history import (
+from mlx_openelm.finetuning.report.content import TrainingRun, describe_run
+from mlx_openelm.finetuning.report.history import (
     describe_end,
     describe_result,
     read_history,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.examples import PROMPT
+from mlx_openelm.cli.help.examples import PROMPT
 
 if TYPE_CHECKING:
     from converters.conversion.adapters import AdapterReport

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.examples import PROMPT
+from mlx_openelm.cli.help.examples import PROMPT
 from mlx_openelm.cli.views.run import RunView, show_sample
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Self
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.preparation import Prepared, stem
-from mlx_openelm.finetuning.report_content import TrainingRun, describe_run
-from mlx_openelm.finetuning.report_history import read_number
+from mlx_openelm.finetuning.report.content import TrainingRun, describe_run
+from mlx_openelm.finetuning.report.history import read_number
 from mlx_openelm.finetuning.run_context import RunContext
 from mlx_openelm.finetuning.run_files import PAGE, RECIPE, write_text
 from mlx_openelm.reporting.training_report import render_training_report

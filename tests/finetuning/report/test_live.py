@@ -9,9 +9,9 @@ import pytest
 from commands import call, make_source
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning import live_report
-from mlx_openelm.finetuning.live_report import Pace
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.report import live
+from mlx_openelm.finetuning.report.live import Pace
 from mlx_openelm.finetuning.run import finetune
 
 REFRESH = '<meta http-equiv="refresh" content="15">'
@@ -64,7 +64,7 @@ def read_page(recipe):
 def test_the_page_is_there_from_the_start_and_rewritten_at_validations(
     recipe, monkeypatch
 ):
-    monkeypatch.setattr(live_report, "MAX_SHARE", 1e9)
+    monkeypatch.setattr(live, "MAX_SHARE", 1e9)
     observe, pages = watch_page(recipe)
     finetune(recipe, on_event=observe)
     assert "Training has started." in pages[1]
@@ -135,7 +135,7 @@ def test_a_page_that_cannot_be_drawn_is_noted_and_the_run_ends_well(
     def fail(report):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(live_report, "render_training_report", fail)
+    monkeypatch.setattr(live, "render_training_report", fail)
     events = []
     assert finetune(recipe, on_event=events.append).steps == 8
     notes = [event["text"] for event in events if event["event"] == "note"]

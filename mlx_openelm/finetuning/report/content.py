@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from mlx_openelm.finetuning.report_history import (
+from mlx_openelm.finetuning.report.history import (
     History,
     describe_end,
     describe_result,
