@@ -58,7 +58,7 @@ _MEASURED = (
 )
 _MACHINE = re.compile(
     r"\s*(system|python|device|blas|mlx|mlx-openelm|memory_bytes|machine|computed with|"
-    r"memory bandwidth|A share above)  "
+    r"memory bandwidth)  |A share above 100 %"
 )
 
 
