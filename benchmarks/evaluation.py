@@ -8,7 +8,7 @@ in float32. Both sides use the same code, without padding and with the output he
 scored positions only; one passes all requests at once, so that prefixes are shared, the
 other one request at a time. They are measured alternately in one process, and the ratio
 of the medians is printed. All log-likelihoods must agree. Some questions are also
-scored naively: a forward pass and all logits for every choice.
+scored without sharing: a forward pass and all logits for every choice.
 """
 
 import argparse

@@ -126,17 +126,17 @@ class _Text:
     def _draft_length(self, ahead: int = 0) -> int:
         """Return how many tokens to draft after `ahead` more tokens; 0: none."""
         length = len(self.tokens) + ahead
-        room = min(self._model.config.max_context_length, self._drafter.context_length)
+        limit = min(self._model.config.max_context_length, self._drafter.context_length)
         for layer in self._context.cache:
             if isinstance(layer, SlidingKVCache):
-                room = min(room, layer.max_size)  # a slid cache cannot be trimmed
+                limit = min(limit, layer.max_size)  # a slid cache cannot be trimmed
             if not layer.can_trim(1):
                 self._drafter.note = (
                     "Speculative decoding stops when a sliding cache is full."
                 )
                 return 0
         # The last token of a round is not a draft token.
-        most = min(self.left - ahead - 1, room - length)
+        most = min(self.left - ahead - 1, limit - length)
         return self._drafter.pace.choose(most)
 
     def verify(self, draft: Draft) -> Iterator[Token]:
