@@ -16,7 +16,11 @@ from collections.abc import Callable, Sequence
 
 import mlx_openelm  # loads OpenBLAS before mlx.core
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.generation.batching import BATCH_SIZE, BatchPrompt, answer_together
+from mlx_openelm.generation.batching.answering import (
+    BATCH_SIZE,
+    BatchPrompt,
+    answer_together,
+)
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import stream
 from mlx_openelm.model.openelm import OpenELM

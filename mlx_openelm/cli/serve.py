@@ -2,6 +2,9 @@
 
 import logging
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +18,7 @@ from mlx_openelm.cli.options import (
     Model,
     Offline,
     Quiet,
+    expand_path,
     open_model,
 )
 from mlx_openelm.errors import OpenELMError
@@ -69,6 +73,14 @@ def serve_command(
         ),
     ] = "auto",
     sampling: Annotated[GivenOptions, OptionsOf(Sampling, only=_SAMPLING)],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Adapter that requests can choose as their model, as NAME=DIR; "
+            "repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     decode_concurrency: Annotated[
         int,
         typer.Option(
@@ -81,19 +93,44 @@ def serve_command(
         int,
         typer.Option(
             min=1,
-            help="Maximum number of prompts processed at once.",
+            help="Maximum number of long prompts processed in turn.",
             rich_help_panel=SPEED_AND_MEMORY,
         ),
     ] = 4,
     prompt_cache_size: Annotated[
         int,
         typer.Option(
-            min=1,
-            help="Number of prompts whose KV cache is kept, for requests that extend "
-            "them.",
+            min=0,
+            help="Number of prompts whose KV cache is kept, for requests that begin "
+            "with the same text.",
             rich_help_panel=SPEED_AND_MEMORY,
         ),
-    ] = 10,
+    ] = 64,
+    prompt_cache_bytes: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Maximum size of all kept prompts.",
+            rich_help_panel=SPEED_AND_MEMORY,
+        ),
+    ] = 2**30,
+    max_queue: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Maximum number of requests that wait; more receive status 503.",
+            rich_help_panel=SERVER,
+        ),
+    ] = 256,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Maximum time of an answer in seconds, waiting included.",
+            show_default="none",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
     log_level: Annotated[
         str,
         typer.Option(
@@ -110,7 +147,8 @@ def serve_command(
     generation_config.json. Prints the URL.
     """
     console = Console(quiet=quiet)
-    from mlx_openelm.text.templates import TEMPLATE_NAMES
+    from mlx_openelm.storage.loading import add_adapter
+    from mlx_openelm.text.templates import RAW, TEMPLATE_NAMES
 
     check_sampling(sampling)
     if template not in TEMPLATE_NAMES:
@@ -127,32 +165,72 @@ def serve_command(
         raise OpenELMError(f"--log-level is {log_level}; choose {', '.join(levels)}.")
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(message)s")
     from mlx_openelm.serving.access import Access
-    from mlx_openelm.serving.engine import Load
-    from mlx_openelm.serving.requests import Served
-    from mlx_openelm.serving.server import Server
-    from mlx_openelm.text.templates import RAW
+    from mlx_openelm.serving.listener import Listener
 
     origins = tuple(o.strip().rstrip("/") for o in allowed_origins.split(",") if o)
-    with Server(Access(host, port, api_key, origins)) as server:  # binds the port first
-        folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
-        chosen = (tokenizer.template or RAW) if template == "auto" else template
-        served = Served(
-            name=_name(folder.path),
-            tokenizer=tokenizer,
-            defaults=Sampling.from_defaults(folder.generation_defaults, sampling),
-            template=chosen,
-            context_length=folder.config.max_context_length,
-            rows=folder.config.vocab_size,
+    adapters = _read_adapters(adapter or [])
+    if adapters and adapter_path is not None:
+        raise OpenELMError(
+            "--adapter-path changes the model that --adapter adds to; give both as "
+            "--adapter NAME=DIR."
         )
+    listener = Listener(Access(host, port, api_key, origins))  # before the slow loading
+    with ThreadPoolExecutor(1) as executor:
+        importing = executor.submit(import_module, "mlx_openelm.serving.server")
+        folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
+        importing.result()
+    from mlx_openelm.generation.batching.engine import EngineLimits
+    from mlx_openelm.generation.batching.prefix_tree import PrefixLimits
+    from mlx_openelm.serving.served import Served, ServedModel
+    from mlx_openelm.serving.server import Server, ServerLimits
 
-        def announce(url: str) -> None:
-            console.note(
-                f"[{served.name}, prompt template {chosen}; Ctrl-C stops the server]"
+    def choose_template(stored: str | None) -> str:
+        return (stored or RAW) if template == "auto" else template
+
+    base = ServedModel(_name(folder.path), loaded, choose_template(tokenizer.template))
+    models = {base.name: base}
+    for name, path in adapters.items():
+        if name in models:
+            raise OpenELMError(f"--adapter {name}: two models have this name.")
+        with_adapter, stored, notes = add_adapter(loaded, expand_path(path))
+        for note in notes:
+            console.note(f"{name}: {note}")
+        stored = stored or tokenizer.template
+        models[name] = ServedModel(
+            name, with_adapter, choose_template(stored), parent=base.name
+        )
+    served = Served(
+        models, tokenizer, folder.generation_defaults, sampling, request_timeout
+    )
+    served.sampling({})  # fails here if generation_config.json is wrong
+
+    def announce(url: str) -> None:
+        names = ", ".join(models)
+        console.note(
+            f"[{names}, prompt template {base.template}; Ctrl-C stops the server]"
+        )
+        console.answer(url)
+
+    kept = PrefixLimits(prompt_cache_size, prompt_cache_bytes)
+    engine = EngineLimits(decode_concurrency, prompt_concurrency, kept=kept)
+    server = Server(listener, served, ServerLimits(engine, max_queue))
+    server.run(on_ready=announce)
+
+
+def _read_adapters(given: Sequence[str]) -> dict[str, str]:
+    """Parse the values NAME=DIR of --adapter."""
+    adapters = {}
+    for text in given:
+        name, _, path = text.partition("=")
+        if not name.strip() or not path.strip():
+            raise OpenELMError(
+                f"--adapter is {text!r}; it must be NAME=DIR, tales=adapters/tales for "
+                "example."
             )
-            console.answer(url)
-
-        load = Load(decode_concurrency, prompt_concurrency, prompt_cache_size)
-        server.run(served, loaded, load, on_ready=announce)
+        if name in adapters:
+            raise OpenELMError(f"--adapter {name} is given twice.")
+        adapters[name] = path
+    return adapters
 
 
 def _name(path: Path) -> str:

@@ -27,7 +27,7 @@ from mlx_openelm.evaluation.harness_model import (
     wrap_model,
 )
 from mlx_openelm.evaluation.results import Metric, TaskResult
-from mlx_openelm.generation.batching import BATCH_SIZE
+from mlx_openelm.generation.batching.answering import BATCH_SIZE
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.staging import lock_target, replaced_file

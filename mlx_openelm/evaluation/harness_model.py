@@ -23,7 +23,11 @@ from mlx_openelm.evaluation.loglikelihood import (
     rolling_requests,
     score_requests,
 )
-from mlx_openelm.generation.batching import BATCH_SIZE, BatchPrompt, answer_together
+from mlx_openelm.generation.batching.answering import (
+    BATCH_SIZE,
+    BatchPrompt,
+    answer_together,
+)
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.appended_jsonl import (

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation.batching import (
+from mlx_openelm.generation.batching.answering import (
     BATCH_SIZE,
     Answered,
     BatchPrompt,

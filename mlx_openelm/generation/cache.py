@@ -102,6 +102,7 @@ class SlotCache:
     """One layer's keys and values of a batch of sequences of different lengths.
 
     Every sequence has a row of slots. A step adds a token to each of the first R rows.
+    Rows and slots grow with what they hold.
 
     Attributes:
         offset: number of tokens in each of these rows, (R,). The caller sets it before
@@ -111,9 +112,8 @@ class SlotCache:
 
     step = 256  # slots by which the rows grow
 
-    def __init__(self, rows: int) -> None:
-        self.offset, self.reach = mx.zeros((rows,), mx.int32), 1
-        self._rows = rows
+    def __init__(self) -> None:
+        self.offset, self.reach = mx.zeros((0,), mx.int32), 1
         self._parts: list[mx.array] = []
 
     def update_and_fetch(
@@ -124,8 +124,8 @@ class SlotCache:
         Returns:
             The rows' keys and values, (R, K, reach, H), to be masked by `make_mask`.
         """
-        self._ensure_slots((keys, values), self.reach)
         rows = keys.shape[0]
+        self._reserve((keys, values), rows, self.reach)
         for slots, new in zip(self._parts, (keys, values), strict=True):
             slots[mx.arange(rows), :, self.offset] = new.squeeze(2)
         all_keys, all_values = self._parts
@@ -140,9 +140,14 @@ class SlotCache:
     def put(self, row: int, keys: mx.array, values: mx.array) -> None:
         """Set the content of a row to keys and values (1, K, T, H)."""
         length = keys.shape[2]
-        self._ensure_slots((keys, values), length)
+        self._reserve((keys, values), row + 1, length)
         for slots, new in zip(self._parts, (keys, values), strict=True):
             slots[row : row + 1, :, :length] = new
+
+    def take(self, row: int, length: int) -> tuple[mx.array, mx.array]:
+        """Return the first `length` keys and values of a row, (1, K, length, H)."""
+        keys, values = (part[row : row + 1, :, :length] for part in self._parts)
+        return keys, values
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` slots of a row to another row."""
@@ -154,10 +159,22 @@ class SlotCache:
         """The arrays to evaluate, (rows, K, slots, H) each."""
         return tuple(self._parts)
 
-    def _ensure_slots(self, like: Sequence[mx.array], slots: int) -> None:
-        if not self._parts or slots > self._parts[0].shape[2]:
-            size = _round_up(slots, self.step)
-            self._parts = _with_capacity(self._parts, like, self._rows, size)
+    def _reserve(self, like: Sequence[mx.array], rows: int, slots: int) -> None:
+        """Grow to at least so many rows and slots; rows grow to a power of two."""
+        old_rows, _, old_slots, _ = (
+            self._parts[0].shape if self._parts else (0, 0, 0, 0)
+        )
+        if rows <= old_rows and slots <= old_slots:
+            return
+        rows = max(old_rows, 1 << (rows - 1).bit_length())
+        slots = max(old_slots, _round_up(slots, self.step))
+        parts = []
+        for i, part in enumerate(like):
+            grown = mx.zeros((rows, part.shape[1], slots, part.shape[3]), part.dtype)
+            if self._parts:
+                grown[:old_rows, :, :old_slots] = self._parts[i]
+            parts.append(grown)
+        self._parts = parts
 
 
 def _round_up(count: int, step: int) -> int:

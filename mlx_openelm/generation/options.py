@@ -48,6 +48,7 @@ class Sampling:
         min_tokens: EOS is not sampled before this many; stop texts still apply.
         repetition_penalty: divides positive and multiplies negative logits of tokens
             among the last `repetition_context` (prompt included).
+        presence_penalty, frequency_penalty: OpenAI's, over the same tokens.
         no_repeat_ngram: no sequence of this many tokens occurs twice in prompt and
             answer. EOS is exempt; where every token would be banned, none is.
         logit_bias: (token id, value added to its logit); -100 bans and 100 forces.
@@ -113,9 +114,23 @@ class Sampling:
         most=1e6,
         shown_default=MODELS,
     )
+    presence_penalty: float = option(
+        0.0,
+        "Subtracted from the logits of tokens that occurred before; 0 is off.",
+        panel=SAMPLING,
+        least=-2,
+        most=2,
+    )
+    frequency_penalty: float = option(
+        0.0,
+        "Subtracted from the logit of a token for each time it occurred; 0 is off.",
+        panel=SAMPLING,
+        least=-2,
+        most=2,
+    )
     repetition_context: int = option(
         256,
-        "Last tokens to which {repetition_penalty} applies.",
+        "Last tokens to which the penalties apply.",
         panel=SAMPLING,
         least=1,
     )

@@ -55,6 +55,20 @@ def penalize_repetition(
     return mx.put_along_axis(logits, places, picked, axis=-1)
 
 
+def penalize_occurrences(
+    logits: mx.array, history: mx.array, presence: float, frequency: float
+) -> mx.array:
+    """Subtract OpenAI's penalties: once for, and for each, occurrence in the history.
+
+    Source: OpenAI's API reference, "frequency and presence penalties".
+    """
+    rows, vocabulary = logits.shape
+    places = mx.where(history < 0, vocabulary, history)  # padding: an extra column
+    counts = mx.zeros((rows, vocabulary + 1)).at[mx.arange(rows)[:, None], places]
+    count = counts.add(1.0)[:, :vocabulary]
+    return logits - presence * (count > 0) - frequency * count
+
+
 def forbid_ngrams(
     logits: mx.array, history: mx.array, size: int, eos_id: int
 ) -> mx.array:

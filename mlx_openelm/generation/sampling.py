@@ -20,9 +20,14 @@ def history_length(sampling: Sampling, context_length: int) -> int:
     """Return how many of the last tokens `shape_logits` needs; 0 by default."""
     if sampling.no_repeat_ngram:
         return context_length
-    if sampling.repetition_penalty != 1.0:
+    if _penalizes(sampling):
         return min(sampling.repetition_context, context_length)
     return 0
+
+
+def _penalizes(sampling: Sampling) -> bool:
+    occurrences = sampling.presence_penalty or sampling.frequency_penalty
+    return sampling.repetition_penalty != 1.0 or bool(occurrences)
 
 
 def shape_logits(
@@ -33,7 +38,7 @@ def shape_logits(
     written: int | mx.array,
     eos_id: int,
 ) -> mx.array:
-    """Apply bias, min_tokens, repetition penalty and no_repeat_ngram, in this order.
+    """Apply bias, min_tokens, penalties and no_repeat_ngram, in this order.
 
     Args:
         history: last tokens of prompt and answer, int32 (R, L), the newest at the
@@ -45,7 +50,7 @@ def shape_logits(
     """
     may_be_early = isinstance(written, mx.array) or written < sampling.min_tokens
     early = sampling.min_tokens > 0 and may_be_early
-    penalized = sampling.repetition_penalty != 1.0
+    penalized = _penalizes(sampling)
     if not (sampling.logit_bias or early or penalized or sampling.no_repeat_ngram):
         return logits
     logits = logits.astype(mx.float32)
@@ -60,6 +65,10 @@ def shape_logits(
         logits = penalties.penalize_repetition(
             logits, recent, sampling.repetition_penalty
         )
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            logits = penalties.penalize_occurrences(
+                logits, recent, sampling.presence_penalty, sampling.frequency_penalty
+            )
     if sampling.no_repeat_ngram:
         logits = penalties.forbid_ngrams(
             logits, history, sampling.no_repeat_ngram, eos_id

@@ -25,13 +25,22 @@ class Answer:
         prompt: Sequence[int],
         sampling: Sampling,
         budget: int,
+        *,
+        keeps_first_space: bool = False,
     ) -> None:
-        """Start an answer to a prompt's ids, of at most `budget` tokens."""
+        """Start an answer to a prompt's ids, of at most `budget` tokens.
+
+        Args:
+            keeps_first_space: also after a prompt of BOS alone, where the first space
+                is otherwise the tokenizer's.
+        """
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self._eos_id = tokenizer.eos_id
         self._budget = budget
-        self._decoder = tokenizer.stream_decoder(after=prompt)
+        self._decoder = tokenizer.stream_decoder(
+            after=prompt, keeps_first_space=keeps_first_space
+        )
         self._stops = StopTexts(sampling.stop)
         self._loop = LoopFinder(sampling.stop_loops) if sampling.stop_loops else None
 

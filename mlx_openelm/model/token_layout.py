@@ -96,7 +96,8 @@ class Continuation(TokenLayout):
 class Sequences(TokenLayout):
     """One row holds sequences of any lengths end to end, without padding.
 
-    Sequences do not attend to each other.
+    Sequences do not attend to each other. A cache receives the keys and values of all
+    tokens; what it held before is not attended to.
     """
 
     lengths: tuple[int, ...]
@@ -112,6 +113,8 @@ class Sequences(TokenLayout):
         values: mx.array,
         cache: LayerCache | None,
     ) -> mx.array:
+        if cache is not None:
+            cache.update_and_fetch(keys, values)
         ends = list(itertools.accumulate(self.lengths))[:-1]
         split = (mx.split(x, ends, axis=2) for x in (queries, keys, values))
         parts = [attend(q, k, v, "causal") for q, k, v in zip(*split, strict=True)]

@@ -4,7 +4,7 @@ import hmac
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from mlx_openelm.serving.requests import RequestError
+from mlx_openelm.serving.errors import RequestError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -43,12 +43,12 @@ class Access:
         """
         if self.api_key is None:
             return
-        kind, _, shown = authorization.partition(" ")
-        given, wanted = shown.strip().encode("latin-1"), self.api_key.encode()
+        kind, _, key = authorization.partition(" ")
+        given, wanted = key.strip().encode("latin-1"), self.api_key.encode()
         same = hmac.compare_digest(given, wanted)
         if kind.lower() != "bearer" or not same:
             raise RequestError(
-                "This server wants its API key, as Authorization: Bearer KEY.",
+                "This server needs its API key, in the header Authorization: Bearer KEY.",
                 status=401,
                 code="invalid_api_key",
             )

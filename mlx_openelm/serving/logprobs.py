@@ -2,72 +2,77 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from mlx_openelm.generation.decoding import Token
 from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 
 
-class ResponseToken(Protocol):
-    """A drawn token, as mlx-lm tells of it."""
-
-    token: int
-    logprob: float
-    top_tokens: Any  # dicts, each with id and logprob, in no order
-
-
 @dataclass(frozen=True, slots=True)
-class ResponseChunk:
-    """A text, the tokens that it was made of, and how many there were in all."""
+class AnswerChunk:
+    """A part of an answer.
+
+    Attributes:
+        tokens: the tokens that its text was made of.
+        count: number of tokens drawn for the answer so far.
+        cached: prompt tokens that were not processed again.
+    """
 
     text: str
-    tokens: Sequence[ResponseToken]
+    tokens: Sequence[Token]
     finish_reason: str | None
     count: int
+    cached: int = 0
 
 
 def describe_for_completions(
-    tokenizer: Tokenizer, parts: Iterable[ResponseChunk], place: int
+    tokenizer: Tokenizer, chunks: Iterable[AnswerChunk], offset: int, count: int
 ) -> dict[str, Any]:
-    """Return a completion's "logprobs"; `place` is where the first text stands."""
-    tokens, own, others, places = [], [], [], []
-    for part in parts:
-        for token in part.tokens:
-            tokens.append(_spell(tokenizer, token.token)[0])
-            own.append(_finite(token.logprob))
+    """Return a completion's "logprobs".
+
+    Args:
+        offset: where the first chunk begins in the text.
+        count: number of alternatives.
+    """
+    tokens, own, others, offsets = [], [], [], []
+    for chunk in chunks:
+        for token in chunk.tokens:
+            tokens.append(_spell(tokenizer, token.id)[0])
+            own.append(None if token.logprob is None else _finite(token.logprob))
             others.append(
-                {_spell(tokenizer, id)[0]: value for id, value in _likeliest(token)}
+                {
+                    _spell(tokenizer, id)[0]: _finite(value)
+                    for id, value in token.alternatives[:count]
+                }
+                or None
             )
-            places.append(place)
-        place += len(part.text)
+            offsets.append(offset)
+        offset += len(chunk.text)
     return {
         "tokens": tokens,
         "token_logprobs": own,
         "top_logprobs": others if any(others) else None,
-        "text_offset": places,
+        "text_offset": offsets,
     }
 
 
 def describe_for_chat(
-    tokenizer: Tokenizer, parts: Iterable[ResponseChunk], place: int
+    tokenizer: Tokenizer, chunks: Iterable[AnswerChunk], count: int
 ) -> dict[str, Any]:
-    """Return a chat completion's "logprobs"."""
+    """Return a chat completion's "logprobs", with `count` alternatives a token."""
 
-    def describe(id: int, logprob: float) -> dict[str, Any]:
+    def describe(id: int, logprob: float | None) -> dict[str, Any]:
         text, data = _spell(tokenizer, id)
-        return {"token": text, "logprob": logprob, "bytes": list(data)}
+        assert logprob is not None
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
 
     content = [
-        describe(token.token, _finite(token.logprob))
-        | {"top_logprobs": [describe(*other) for other in _likeliest(token)]}
-        for part in parts
-        for token in part.tokens
+        describe(token.id, token.logprob)
+        | {"top_logprobs": [describe(*one) for one in token.alternatives[:count]]}
+        for chunk in chunks
+        for token in chunk.tokens
     ]
     return {"content": content, "refusal": None}
-
-
-def _likeliest(token: ResponseToken) -> list[tuple[int, float]]:
-    found = [(other["id"], _finite(other["logprob"])) for other in token.top_tokens]
-    return sorted(found, key=lambda pair: -pair[1])
 
 
 def _finite(logprob: float) -> float:
@@ -77,7 +82,7 @@ def _finite(logprob: float) -> float:
 def _spell(tokenizer: Tokenizer, id: int) -> tuple[str, bytes]:
     """Return a token's text and bytes; a byte's text is as OpenAI writes it."""
     processor = tokenizer.processor
-    if id >= tokenizer.vocab_size:  # a row of the embedding that pads it
+    if id >= tokenizer.vocab_size:  # a row of the embedding without a piece
         return f"<{id}>", b""
     piece = processor.IdToPiece(id)
     if processor.IsByte(id):

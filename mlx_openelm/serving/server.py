@@ -1,173 +1,174 @@
-"""Our OpenAI-compatible server: startup, connections, shutdown.
+"""The server: its socket, its start and its end.
 
-The generation thread is mlx-lm's (see `engine`); requests are answered in `handler`.
-Importing this module imports mlx-lm, which takes seconds: do it inside a function.
+Importing this module imports uvicorn and Starlette, which takes 0.4 s: do it inside a
+function.
 """
 
-import errno
-import ipaddress
+import asyncio
 import logging
-import socket
-import sys
+import os
+import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import ThreadingHTTPServer
-from socketserver import TCPServer
+from dataclasses import dataclass, field
 from typing import Any
 
+import mlx.core as mx
+import uvicorn
+
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model.openelm import OpenELM
-from mlx_openelm.serving.access import Access
-from mlx_openelm.serving.engine import Engine, Load, our_draws
-from mlx_openelm.serving.handler import MOST_AT_ONCE, Handler
-from mlx_openelm.serving.requests import Served
+from mlx_openelm.generation.batching.engine import Engine, EngineLimits
+from mlx_openelm.serving.app import build_app
+from mlx_openelm.serving.connections import Connection
+from mlx_openelm.serving.engine_thread import EngineState, EngineThread
+from mlx_openelm.serving.listener import Listener
+from mlx_openelm.serving.metrics import Metrics
+from mlx_openelm.serving.served import Served
 from mlx_openelm.version import __version__
 
-SHUTDOWN_GRACE_S = 3.0  # for a last error message to the requests in progress
+SHUTDOWN_GRACE_S = 5.0  # for the requests in progress
+_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 log = logging.getLogger(__name__)
 
 
-class Server(ThreadingHTTPServer):
-    """HTTP server with one thread for each connection.
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """How much the server does at a time.
 
     Attributes:
-        access: where it listens, and which requests it accepts.
-        is_loopback: whether only programs of this machine can reach it.
-        stopping: whether it is shutting down.
-        under_way: number of requests that are being read or answered.
-        slots: for completions; an incomplete request takes none.
+        engine: limits of the engine.
+        queue: requests that wait for a place in the engine; more are refused.
     """
 
-    served: Served
-    engine: Engine
-    daemon_threads = True
-    block_on_close = False
-    allow_reuse_port = False  # newer Pythons would let two servers share a port
-    request_queue_size = MOST_AT_ONCE
+    engine: EngineLimits = field(default_factory=EngineLimits)
+    queue: int = 256
 
-    def __init__(self, access: Access) -> None:
-        """Bind the port; requests are not answered yet.
 
-        Raises:
-            OpenELMError: the port is in use, the host does not exist, or other machines
-                could reach it without a key.
-        """
-        try:
-            found = socket.getaddrinfo(
-                access.host,
-                access.port,
-                type=socket.SOCK_STREAM,
-                flags=socket.AI_PASSIVE,
-            )
-        except (OSError, UnicodeError) as error:
-            raise OpenELMError(
-                f"There is no host {access.host!r} to listen at ({error}); choose "
-                "another with `host`."
-            ) from error
-        address: Any
-        self.address_family, _, _, _, address = found[0]
-        self.is_loopback = ipaddress.ip_address(str(address[0])).is_loopback
-        if not self.is_loopback and not access.api_key:
-            raise OpenELMError(
-                f"Other machines would reach {access.host}, and anybody could ask; set "
-                "a key with `api_key`, or listen at 127.0.0.1."
-            )
-        self.access, self.stopping = access, False
-        self.started = int(time.time())
-        self.under_way, self._ended = 0, threading.Condition()
-        self.slots = threading.Semaphore(MOST_AT_ONCE)
-        super().__init__(address, Handler, bind_and_activate=False)
-        with self._named_errors():
-            self.server_bind()
+class Server:
+    """Serves models until a signal, or `stop`, ends it."""
 
-    @property
-    def url(self) -> str:
-        host = f"[{self.access.host}]" if ":" in self.access.host else self.access.host
-        return f"http://{host}:{self.server_address[1]}"
-
-    def run(
-        self,
-        served: Served,
-        model: OpenELM,
-        load: Load,
-        *,
-        on_ready: Callable[[str], None],
+    def __init__(
+        self, listener: Listener, served: Served, limits: ServerLimits
     ) -> None:
-        """Answer until an exception (Ctrl-C's, SIGTERM's) or `shutdown` ends it.
+        self._listener, self._served, self._limits = listener, served, limits
+        self._stopping = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._uvicorn: _Uvicorn | None = None
+        self._signal: int | None = None
 
-        Requests in progress then receive an error.
+    def run(self, *, on_ready: Callable[[str], None]) -> None:
+        """Answer requests.
 
         Args:
             on_ready: called with the URL, once requests are answered.
 
         Raises:
-            OpenELMError: the port is in use, or the generation thread has ended.
+            OpenELMError: the engine has failed.
+            SystemExit: a signal has ended the server, with 128 and its number.
         """
-        self.served = served
-        with self._named_errors():
-            self.server_activate()
-        with our_draws():
-            self.engine = Engine(model, served.tokenizer.eos_id, load)
-            try:
-                on_ready(self.url)
-                self.serve_forever(poll_interval=0.2)
-            finally:
-                self.stopping = True
-                self.server_close()
-                self.engine.stop_and_join()
-                with self._ended:
-                    self._ended.wait_for(lambda: not self.under_way, SHUTDOWN_GRACE_S)
+        # Arrays that are not computed yet belong to the thread that made them.
+        mx.eval([model.model.parameters() for model in self._served.models.values()])
+        failure = asyncio.run(self._serve(on_ready))
+        if failure is not None:
+            raise OpenELMError(
+                f"The engine has failed ({failure}); start the server again, with a "
+                "smaller `decode_concurrency` if memory ran out."
+            ) from failure
+        if self._signal is not None:
+            raise SystemExit(_EXIT_CODES[signal.Signals(self._signal)])
+
+    def stop(self) -> None:
+        """End the server, from another thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._begin_shutdown)
+
+    async def _serve(self, on_ready: Callable[[str], None]) -> Exception | None:
+        self._loop = asyncio.get_running_loop()
+        models = {name: m.model for name, m in self._served.models.items()}
+        engine_limits = self._limits.engine
+        engine = EngineThread(
+            lambda: Engine(models, self._served.tokenizer, engine_limits),
+            most_requests=engine_limits.answers + self._limits.queue,
+            on_failure=self._begin_shutdown,
+        )
+        self._engine = engine
+
+        def read_state() -> EngineState:
+            return engine.state
+
+        app = build_app(
+            self._served,
+            engine,
+            Metrics(read_state),
+            self._listener.access,
+            is_loopback=self._listener.is_loopback,
+        )
+        config = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            headers=[("Server", f"mlx-openelm/{__version__}")],
+            proxy_headers=False,
+            backlog=1024,
+            timeout_graceful_shutdown=int(SHUTDOWN_GRACE_S) + 3,
+        )
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        self._uvicorn = _Uvicorn(config, lambda: on_ready(self._listener.url))
+        with self._signals():
+            await self._uvicorn.serve(sockets=[self._listener.socket])
+        engine.close()
+        return engine.failure
+
+    def _begin_shutdown(self) -> None:
+        """Accept no more; let the requests in progress end within the grace period."""
+        if self._uvicorn is None or self._uvicorn.should_exit:
+            return
+        assert self._loop is not None
+        self._uvicorn.should_exit = True
+        self._engine.refuse_new()
+        error = OpenELMError("The server is shutting down.")
+        self._loop.call_later(SHUTDOWN_GRACE_S, self._engine.fail_all, error)
 
     @contextmanager
-    def track_request(self) -> Iterator[None]:
-        """Count a request as under way inside the context."""
-        with self._ended:
-            self.under_way += 1
+    def _signals(self) -> Iterator[None]:
+        """Handle signals: the first one ends the server gently, the second at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+
+        def handle(number: int) -> None:
+            if self._signal is not None:
+                os._exit(_EXIT_CODES[signal.Signals(number)])
+            self._signal = number
+            self._begin_shutdown()
+
+        for number in _EXIT_CODES:
+            loop.add_signal_handler(number, handle, number)
         try:
             yield
         finally:
-            with self._ended:
-                self.under_way -= 1
-                self._ended.notify_all()
+            for number in _EXIT_CODES:
+                loop.remove_signal_handler(number)
 
-    def service_actions(self) -> None:
-        if not self.engine.generation_available():
-            raise OpenELMError(
-                "The model's thread has ended, see above; start the server again, with "
-                "a smaller `decode_concurrency` if memory ran out."
-            )
 
-    def server_bind(self) -> None:
-        TCPServer.server_bind(self)  # HTTPServer's looks up the full name of the host
-        self.server_name, self.server_port = self.access.host, self.server_address[1]
+class _Uvicorn(uvicorn.Server):
+    """uvicorn's server, with our signal handlers, that tells when it is ready."""
 
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        fingerprint = f"mlx-openelm-{__version__}"  # mlx-lm's identifies the machine
-        Handler(
-            self.engine, request, client_address, self, system_fingerprint=fingerprint
-        )
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exception()
-        if not isinstance(error, ConnectionError | TimeoutError):
-            log.error("A connection has failed.", exc_info=error)
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets=sockets)
+        self._on_ready()
 
     @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.server_close()
-            where = f"port {self.access.port} of {self.access.host}"
-            if error.errno == errno.EADDRINUSE:
-                raise OpenELMError(
-                    f"Another program listens at {where}; choose another port with "
-                    "`port`."
-                ) from error
-            raise OpenELMError(
-                f"Cannot listen at {where} ({error.strerror}); choose another with "
-                "`port` or `host`."
-            ) from error
+    def capture_signals(self) -> Iterator[None]:
+        yield

@@ -1,12 +1,14 @@
 """Loads a model and its tokenizer by name, ready to run on this machine."""
 
+import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.errors import OpenELMError
@@ -93,6 +95,25 @@ def load(
         for note in attach(model, choice.adapter.path):
             warnings.warn(note, stacklevel=2)
     return model, tokenizer
+
+
+def add_adapter(
+    model: OpenELM, adapter_path: str | Path
+) -> tuple[OpenELM, str | None, Sequence[str]]:
+    """Return a model with an adapter that shares the weights of the given one.
+
+    Returns:
+        The model, the prompt template stored with the adapter, and notes for the user.
+
+    Raises:
+        OpenELMError: the adapter is missing or damaged, or belongs to another model.
+    """
+    adapter = open_adapter_folder(Path(adapter_path))
+    arrays = [array for _, array in tree_flatten(model.parameters())]
+    shared = {id(array): array for array in arrays}
+    twin = copy.deepcopy(model, shared)
+    notes = attach(twin, adapter.path)
+    return twin, adapter.template, notes
 
 
 def load_tokenizer(

@@ -131,9 +131,15 @@ class Tokenizer:
         in_vocabulary = 0 <= token < self.vocab_size
         return self.processor.IdToPiece(token) if in_vocabulary else ""
 
-    def stream_decoder(self, after: Sequence[int] = ()) -> "StreamDecoder":
-        """Return a decoder of ids that follow the ids `after`, such as a prompt's."""
-        return StreamDecoder(self, after)
+    def stream_decoder(
+        self, after: Sequence[int] = (), *, keeps_first_space: bool = False
+    ) -> "StreamDecoder":
+        """Return a decoder of ids that follow the ids `after`, such as a prompt's.
+
+        Args:
+            keeps_first_space: do not drop the space that begins a text.
+        """
+        return StreamDecoder(self, after, keeps_first_space=keeps_first_space)
 
 
 class StreamDecoder:
@@ -144,11 +150,18 @@ class StreamDecoder:
     are buffered.
     """
 
-    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        after: Sequence[int] = (),
+        *,
+        keeps_first_space: bool = False,
+    ) -> None:
         self._processor = tokenizer.processor
         self._pending = b""  # bytes of an incomplete character
         # The dummy space is dropped once, at the start of a text.
-        self._at_start = all(map(self._processor.IsControl, after))
+        is_first = all(map(self._processor.IsControl, after))
+        self._at_start = is_first and not keeps_first_space
 
     def add(self, token: int) -> str:
         """Return the text that `token` completes; often one piece."""

@@ -10,8 +10,8 @@ from models import UNEVEN, build, small_tokenizer
 
 import mlx_openelm
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation import batching
-from mlx_openelm.generation.batching import BatchPrompt, answer_together
+from mlx_openelm.generation.batching import prompts as batch_prompts
+from mlx_openelm.generation.batching.answering import BatchPrompt, answer_together
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import stream
 
@@ -94,7 +94,7 @@ def test_the_batch_may_be_of_any_size(batch_size):
 
 
 def test_rows_grow_beyond_their_first_slots(monkeypatch):
-    monkeypatch.setattr(batching, "PREFILL_CHUNK", 37)
+    monkeypatch.setattr(batch_prompts, "PREFILL_CHUNK", 37)
     large = build(replace(UNEVEN, max_context_length=700))
     lengths = (250, 1, 255, 256, 257, 2, 520, 64, 600)
     prompts = [BatchPrompt(n, [1, *range(3, k + 2)][:k]) for n, k in enumerate(lengths)]
@@ -123,9 +123,9 @@ class Watched:
         self.config, self.layers, self.head = model.config, model.layers, model.head
         self.shapes = []
 
-    def transformer(self, tokens, cache):
+    def transformer(self, tokens, cache, **layout):
         self.shapes.append(tokens.shape)
-        return model.transformer(tokens, cache)
+        return model.transformer(tokens, cache, **layout)
 
 
 def watch(lengths, batch_size):

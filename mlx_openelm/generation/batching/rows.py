@@ -1,0 +1,132 @@
+"""The rows of the batch: one sequence each, which a decode step extends by a token."""
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+
+from mlx_openelm.generation.batching.drawing import BatchSampler, DrawnBatch
+from mlx_openelm.generation.batching.sequences import Output, SequenceState
+from mlx_openelm.generation.cache import SlotCache
+from mlx_openelm.model.kernels import use_decoding_threads
+from mlx_openelm.model.openelm import OpenELM
+
+REACH = 32  # slots: the attended part of the cache is a multiple of this
+
+
+class DecodeRows:
+    """The sequences that a model extends together, and their rows in its caches.
+
+    A step is queued before the tokens of the one before it are read, so that the
+    device does not wait for the host. It draws one unused token for each sequence
+    that ends in the meantime.
+
+    Attributes:
+        sequences: one for each row.
+    """
+
+    def __init__(self, model: OpenELM, eos_id: int) -> None:
+        self._model, self._eos_id = model, eos_id
+        self.sequences: list[SequenceState] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all rows and free their memory."""
+        self.sequences = []
+        self._cache = [SlotCache() for _ in self._model.layers]
+        self._tokens = mx.zeros((0,), mx.int32)  # the newest of each row
+        self._sampler = BatchSampler(
+            self._model.config.max_context_length, self._eos_id
+        )
+        self._queued: DrawnBatch | None = None
+
+    def admit(self, sequences: Sequence[SequenceState]) -> None:
+        """Give rows to sequences whose prompts are processed but for the last token."""
+        if not sequences:
+            return
+        for row, sequence in enumerate(sequences, start=len(self.sequences)):
+            sequence.offset = len(sequence.ids) - 1
+            pairs = zip(sequence.parts[::2], sequence.parts[1::2], strict=True)
+            for layer, pair in zip(self._cache, pairs, strict=False):
+                layer.put(row, *pair)
+            sequence.parts = []
+        newest = mx.array([s.ids[-1] for s in sequences], mx.int32)
+        self._tokens = mx.concatenate([self._tokens, newest])
+        self.sequences += sequences
+        self._sampler.regroup(self.sequences)
+
+    def step(self) -> list[Output]:
+        """Queue a step for all rows and return the tokens of the step before it."""
+        logits = self._queue_forward()
+        constrained = any(s.request.constraint is not None for s in self.sequences)
+        following = None
+        if constrained:
+            mx.async_eval(logits)  # the constraints need the tokens before it
+        else:
+            following = self._draw(logits)
+        outputs = self._read_queued()
+        self._queued = following or self._draw(logits)
+        return outputs
+
+    def try_step(self) -> None:
+        """Run a step and discard its tokens, to see whether it fails."""
+        self._draw(self._queue_forward())
+        mx.eval(self._tokens)
+
+    def ended(self) -> Iterator[tuple[SequenceState, list[mx.array]]]:
+        """Yield the ended sequences with the keys and values of their tokens.
+
+        Two arrays (1, K, T, H) per layer, of all processed tokens, to be evaluated
+        before `remove_ended`, which overwrites them.
+        """
+        for row, sequence in enumerate(self.sequences):
+            if sequence.has_ended:
+                count = len(sequence.request.ids) + len(sequence.answer.tokens) - 1
+                yield (
+                    sequence,
+                    [part for layer in self._cache for part in layer.take(row, count)],
+                )
+
+    def remove_ended(self) -> None:
+        """Remove the rows of ended sequences."""
+        ended = [i for i, s in enumerate(self.sequences) if s.has_ended]
+        if len(ended) == len(self.sequences):
+            self.reset()
+        if not self.sequences or not ended:
+            return
+        kept = list(range(len(self.sequences)))
+        for row in reversed(ended):
+            last = len(self.sequences) - 1
+            if row < last:
+                for layer in self._cache:
+                    layer.move(last, row, self.sequences[last].offset)
+            kept[row], self.sequences[row] = kept[last], self.sequences[last]
+            del kept[last], self.sequences[last]
+        self._tokens = self._tokens[mx.array(kept)]
+        self._sampler.regroup(self.sequences)
+
+    def _queue_forward(self) -> mx.array:
+        """Process the newest token of every row; return the logits (R, V)."""
+        offsets = mx.array([sequence.offset for sequence in self.sequences])
+        longest = max(sequence.offset for sequence in self.sequences) + 1
+        for layer in self._cache:
+            layer.offset, layer.reach = offsets, -(-longest // REACH) * REACH
+        use_decoding_threads(self._model.config)
+        hidden = self._model.transformer(self._tokens[:, None], self._cache)
+        for sequence in self.sequences:
+            sequence.offset += 1
+        return self._model.head(hidden[:, -1])
+
+    def _draw(self, logits: mx.array) -> DrawnBatch:
+        self._tokens, drawn = self._sampler.draw(logits)
+        drawn.queue()
+        return drawn
+
+    def _read_queued(self) -> list[Output]:
+        """Wait for the tokens of the queued step and add them to the answers."""
+        if self._queued is None:
+            return []
+        return [
+            sequence.add(token)
+            for sequence, token in self._queued.read()
+            if not sequence.has_ended
+        ]

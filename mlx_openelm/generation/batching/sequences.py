@@ -1,0 +1,181 @@
+"""Requests of the engine, the sequences made of them, and what each step returns."""
+
+import hashlib
+import itertools
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.constraints import Constraint
+from mlx_openelm.generation.decoding import Token
+from mlx_openelm.generation.options import Sampling
+from mlx_openelm.generation.stopping import Answer
+
+# Returns the random key (two words) of the token at a position of the answer.
+TokenKeys = Callable[[int], Sequence[int]]
+_KEYS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class BatchRequest:
+    """A prompt, and how to continue it.
+
+    Attributes:
+        ids: the prompt's token ids.
+        keys: its random keys; used with a temperature above 0.
+        model: name of the model or adapter.
+        constraint: the grammar that the answer must follow.
+        deadline: `time.monotonic` after which the request fails.
+        scores_prompt: also compute the log-probabilities of the prompt's tokens.
+        generates: whether it is continued; else its prompt is only processed.
+    """
+
+    ids: Sequence[int]
+    sampling: Sampling
+    keys: TokenKeys
+    model: str = ""
+    constraint: Constraint | None = None
+    deadline: float | None = None
+    scores_prompt: bool = False
+    generates: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a step adds to one answer.
+
+    Attributes:
+        text: text that is final since the last output; may be empty.
+        token: the drawn token, EOS included; None: the request has failed, or it only
+            scores its prompt.
+        finish_reason: None except in the last output; see `stopping.Answer`.
+        error: why the request has failed.
+        cached_tokens: prompt tokens that were not processed again.
+        prompt_tokens: the prompt's tokens with their log-probabilities, in the first
+            output, if the request asks for them.
+    """
+
+    request: BatchRequest
+    text: str = ""
+    token: Token | None = None
+    finish_reason: str | None = None
+    error: OpenELMError | None = None
+    cached_tokens: int = 0
+    prompt_tokens: tuple[Token, ...] = ()
+
+
+@dataclass(eq=False, slots=True)
+class SequenceState:
+    """A request in the engine and its answer so far.
+
+    Attributes:
+        arrival: its place in the order of arrival.
+        ids: the prompt; after a failed step also the tokens drawn so far.
+        array: `ids` as a numpy array.
+        cached: prompt tokens that were not processed again.
+        parts: keys and values of all ids but the last, two arrays (1, K, T, H) per
+            layer, while the sequence waits for its row; empty for a single id.
+        offset: tokens in its row, including those of queued steps.
+        written: tokens drawn, including those of queued steps.
+        has_failed: whether a step of a batch with it has failed.
+        history: last tokens (L,), where its sampling needs them.
+    """
+
+    request: BatchRequest
+    answer: Answer
+    budget: int
+    arrival: int
+    ids: list[int]
+    array: np.ndarray = field(init=False)
+    cached: int = 0
+    parts: list[mx.array] = field(default_factory=list)
+    offset: int = 0
+    written: int = 0
+    has_failed: bool = False
+    history: mx.array | None = None
+    prompt_tokens: tuple[Token, ...] = ()
+    error: OpenELMError | None = None
+
+    def __post_init__(self) -> None:
+        self.array = np.array(self.ids, np.int64)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.answer.finish_reason is not None or self.error is not None
+
+    def restart(self) -> None:
+        """Return to the state before its prompt was processed, keeping its answer."""
+        self.ids = [*self.request.ids, *self.answer.tokens]
+        self.cached = 0
+        self.array = np.array(self.ids, np.int64)
+        self.written = len(self.answer.tokens)
+        self.parts, self.history = [], None
+
+    def add(self, token: Token) -> Output:
+        """Append the next token to the answer."""
+        text = self.answer.add(token.id)
+        reason = self.answer.finish_reason
+        constraint = self.request.constraint
+        if constraint is not None and reason is None:
+            try:
+                constraint.accept(token.id)
+            except OpenELMError as error:
+                return self.fail(error)
+        prompt_tokens, self.prompt_tokens = self.prompt_tokens, ()
+        return Output(
+            self.request, text, token, reason, None, self.cached, prompt_tokens
+        )
+
+    def end_after_prompt(self) -> Output:
+        """End a sequence that only scores its prompt."""
+        self.answer.finish_reason = "length"
+        return Output(self.request, "", None, "length", None, 0, self.prompt_tokens)
+
+    def fail(self, error: OpenELMError) -> Output:
+        """End the sequence with an error."""
+        self.error = error
+        return Output(self.request, error=error, cached_tokens=self.cached)
+
+
+def hashed_keys(seed: int, number: int) -> TokenKeys:
+    """Return keys that depend on a seed, the number of a prompt and the position."""
+
+    def key(position: int) -> list[int]:
+        packed = struct.pack("<3Q", seed, number, position)
+        digest = hashlib.blake2b(packed, digest_size=8)
+        return list(struct.unpack("<2I", digest.digest()))
+
+    return key
+
+
+def seeded_keys(seed: int) -> TokenKeys:
+    """Return the keys that `mx.random` uses after `mx.random.seed(seed)`."""
+    chain = _split_keys(seed)
+    known: list[Sequence[int]] = []
+
+    def key(position: int) -> Sequence[int]:
+        while len(known) <= position:
+            known.extend(itertools.islice(chain, _KEYS_AT_ONCE))
+        return known[position]
+
+    return key
+
+
+def _split_keys(seed: int) -> Iterator[Sequence[int]]:
+    state = mx.random.key(seed)
+    while True:
+        drawn = []
+        for _ in range(_KEYS_AT_ONCE):
+            state, following = mx.random.split(state)
+            drawn.append(following)
+        keys: list[list[int]] = mx.stack(drawn).tolist()  # type: ignore[assignment]
+        yield from keys
+
+
+def has_passed(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline

@@ -1,0 +1,414 @@
+"""The application: the paths of the API and what answers them."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.batching.sequences import has_passed
+from mlx_openelm.serving.access import Access
+from mlx_openelm.serving.answers import ResponseWriter, read_chunks
+from mlx_openelm.serving.api import ChatRequest, CompletionRequest, read_request
+from mlx_openelm.serving.completions import Choice, Completion, check_completion
+from mlx_openelm.serving.engine_thread import EngineThread, TooManyRequestsError
+from mlx_openelm.serving.errors import RequestError
+from mlx_openelm.serving.grammars import Grammars
+from mlx_openelm.serving.guard import (
+    BodyReader,
+    ClientGoneError,
+    Guard,
+    error_response,
+)
+from mlx_openelm.serving.logprobs import AnswerChunk
+from mlx_openelm.serving.metrics import Metrics
+from mlx_openelm.serving.openapi import describe_api
+from mlx_openelm.serving.page import page_headers, read_page
+from mlx_openelm.serving.served import Served, ServedModel
+from mlx_openelm.text.templates import TEMPLATE_NAMES
+
+_KEEP_ALIVE_S = 5.0  # between two parts of a stream
+_PROBE_S = 0.5  # between two bytes to a client that has closed its sending side
+_LARGE_BODY = 2**16  # bytes; checked outside the event loop
+
+log = logging.getLogger(__name__)
+
+Chunks = AsyncGenerator[tuple[Choice, AnswerChunk], None]
+
+
+class Service:
+    """The handlers of the paths, with what they share."""
+
+    def __init__(self, served: Served, engine: EngineThread, metrics: Metrics) -> None:
+        self._served, self._engine, self._metrics = served, engine, metrics
+        self._grammars = Grammars(served)
+        self._bodies = BodyReader()
+        self._started = int(time.time())
+
+    async def page(self, request: Request) -> Response:
+        return Response(read_page(), headers=page_headers())
+
+    async def health(self, request: Request) -> Response:
+        healthy = self._engine.is_healthy
+        status = "ok" if healthy else "unavailable"
+        return JSONResponse({"status": status}, 200 if healthy else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(self._metrics.render(), media_type=kind)
+
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(describe_api())
+
+    async def models(self, request: Request) -> Response:
+        listed = [self._describe(model) for model in self._served.models.values()]
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def one_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._served.models:
+            names = ", ".join(map(repr, self._served.models))
+            raise RequestError(
+                f"No model is called {name[:100]!r}; this server has {names}.",
+                status=404,
+                code="model_not_found",
+            )
+        return JSONResponse(self._describe(self._served.models[name]))
+
+    async def completions(self, request: Request) -> Response:
+        return await self._complete(request, CompletionRequest)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._complete(request, ChatRequest)
+
+    def _describe(self, model: ServedModel) -> dict[str, Any]:
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "mlx-openelm",
+            "parent": model.parent or None,
+            "context_length": self._served.context_length,
+            "template": model.template,
+            "templates": list(TEMPLATE_NAMES),
+            "defaults": asdict(self._served.sampling({})),
+        }
+
+    # Completions -----------------------------------------------------------------
+
+    async def _complete(
+        self, request: Request, kind: type[CompletionRequest | ChatRequest]
+    ) -> Response:
+        body = await self._bodies.read(request)
+
+        def check() -> Completion:
+            return check_completion(
+                read_request(kind, body), self._served, self._grammars
+            )
+
+        is_slow = len(body) > _LARGE_BODY or b'"json_schema"' in body
+        completion = await run_in_threadpool(check) if is_slow else check()
+        self._check_capacity(len(completion.choices))
+        writer = ResponseWriter(completion, self._served.tokenizer)
+        if completion.stream:
+            return _Streamed(self._events(completion, writer))
+        return _Whole(self._collect(completion, writer))
+
+    def _check_capacity(self, count: int) -> None:
+        try:
+            self._engine.check_capacity(count)
+        except TooManyRequestsError:
+            raise RequestError(
+                "The queue is full; try again later.", status=503, code="overloaded"
+            ) from None
+        if not self._engine.is_healthy:
+            raise _shutting_down()
+
+    async def _collect(
+        self, completion: Completion, writer: ResponseWriter
+    ) -> dict[str, Any]:
+        chunks: dict[int, list[AnswerChunk]] = {}
+        async with aclosing(self._chunks(completion)) as parts:
+            async for choice, chunk in parts:
+                chunks.setdefault(choice.index, []).append(chunk)
+        return writer.whole(chunks)
+
+    async def _events(
+        self, completion: Completion, writer: ResponseWriter
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the documents of a stream."""
+        for choice in completion.choices:
+            first = writer.start_event(choice)
+            if first is not None:
+                yield first
+        last: dict[int, AnswerChunk] = {}
+        async with aclosing(self._chunks(completion)) as parts:
+            async for choice, chunk in parts:
+                last[choice.index] = chunk
+                yield writer.event(choice, chunk)
+        if completion.includes_usage:
+            yield writer.usage_event(last)
+
+    async def _chunks(self, completion: Completion) -> Chunks:
+        """Yield the chunks of all choices as they come.
+
+        Raises:
+            RequestError: a choice has failed.
+        """
+        queue: asyncio.Queue[tuple[Choice, AnswerChunk | Exception]] = asyncio.Queue()
+
+        async def read(choice: Choice) -> None:
+            try:
+                async for chunk in self._choice_chunks(choice):
+                    queue.put_nowait((choice, chunk))
+            except Exception as error:
+                queue.put_nowait((choice, error))
+
+        tasks = [asyncio.create_task(read(choice)) for choice in completion.choices]
+        left = len(tasks)
+        try:
+            while left:
+                choice, chunk = await queue.get()
+                if isinstance(chunk, Exception):
+                    raise self._public_error(choice, chunk) from chunk
+                left -= chunk.finish_reason is not None
+                yield choice, chunk
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _choice_chunks(self, choice: Choice) -> AsyncGenerator[AnswerChunk, None]:
+        timer = self._metrics.watch_answer()
+        async with aclosing(self._engine.answer(choice.request)) as outputs:
+            chunk = None
+            async for chunk in read_chunks(outputs, choice, self._served.tokenizer):
+                timer.update(chunk.count)
+                yield chunk
+        if chunk is not None:
+            timer.conclude(
+                prompt=len(choice.request.ids),
+                cached=chunk.cached,
+                generated=chunk.count,
+            )
+
+    def _public_error(self, choice: Choice, error: Exception) -> RequestError:
+        if not self._engine.is_healthy:
+            return _shutting_down()
+        if has_passed(choice.request.deadline):
+            return RequestError(
+                "The answer was not complete in time.", status=504, code="timeout"
+            )
+        if not isinstance(error, OpenELMError):
+            log.error("A request has failed.", exc_info=error)
+        return RequestError(
+            f"The server failed at this request: {str(error)[:300]}",
+            status=500,
+            code="failed",
+        )
+
+
+class _Streamed(Response):
+    """Server-sent events."""
+
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
+        super().__init__()
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        lines = _with_keep_alive(self._lines())
+        async with _until_disconnected(receive):
+            async with aclosing(lines):
+                async for line in lines:
+                    body = line.encode()
+                    await send(
+                        {"type": "http.response.body", "body": body, "more_body": True}
+                    )
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _lines(self) -> AsyncGenerator[str, None]:
+        try:
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    yield f"data: {json.dumps(event)}\n\n"
+        except RequestError as error:
+            yield f"data: {json.dumps(error.as_json())}\n\n"
+        else:
+            yield "data: [DONE]\n\n"
+
+
+class _Whole(Response):
+    """One JSON document, when it is complete."""
+
+    def __init__(self, document: Any) -> None:
+        super().__init__()
+        self._document = document
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task = asyncio.ensure_future(self._document)
+        started = False
+        try:
+            async with _until_disconnected(receive):
+                while not task.done():
+                    await asyncio.wait({task}, timeout=_PROBE_S)
+                    if scope.get("half_closed") and not task.done():
+                        # Whether such a client still reads is seen when it is sent
+                        # something: a space, which JSON allows in front.
+                        if not started:
+                            await send(_start_json(200))
+                        started = True
+                        await send(_part(b" "))
+                try:
+                    status, body = 200, await task
+                except RequestError as error:
+                    status, body = error.status, error.as_json()
+                data = json.dumps(body).encode()
+                if not started:
+                    await send(_start_json(status, len(data)))
+                await send({"type": "http.response.body", "body": data})
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def _start_json(status: int, length: int | None = None) -> dict[str, Any]:
+    headers = [(b"content-type", b"application/json")]
+    if length is not None:
+        headers.append((b"content-length", str(length).encode()))
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+def _part(body: bytes) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": body, "more_body": True}
+
+
+@asynccontextmanager
+async def _until_disconnected(receive: Receive) -> AsyncIterator[None]:
+    """Run a block, and end it with ClientGoneError when the client disconnects."""
+    current = asyncio.current_task()
+    assert current is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        current.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if gone:
+            current.uncancel()
+            raise ClientGoneError from None
+        raise
+    finally:
+        watcher.cancel()
+
+
+async def _with_keep_alive(
+    lines: AsyncGenerator[str, None],
+) -> AsyncGenerator[str, None]:
+    """Yield lines, and a comment where there is none for a while."""
+    following = asyncio.ensure_future(anext(lines))
+    try:
+        while True:
+            await asyncio.wait({following}, timeout=_KEEP_ALIVE_S)
+            if not following.done():
+                yield ": keep-alive\n\n"
+                continue
+            try:
+                line = following.result()
+            except StopAsyncIteration:
+                return
+            following = asyncio.ensure_future(anext(lines))
+            yield line
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+def _shutting_down() -> RequestError:
+    return RequestError(
+        "The server is shutting down.", status=503, code="shutting_down"
+    )
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Return errors of the router, such as an unknown path, as JSON."""
+    assert isinstance(error, HTTPException)
+    path = request.scope["path"][:100]
+    message = f"{error.detail}."
+    if error.status_code == 404:
+        message = (
+            f"There is nothing at {path!r}; POST to /v1/completions or "
+            "/v1/chat/completions, or GET /v1/models, /health, /metrics, "
+            "/openapi.json or the page at /."
+        )
+    if error.status_code == 405:
+        message = f"{request.method[:20]} is not possible at {path!r}."
+    refused = RequestError(message, status=error.status_code, code="not_found")
+    return error_response(refused)
+
+
+async def _request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+def build_app(
+    served: Served,
+    engine: EngineThread,
+    metrics: Metrics,
+    access: Access,
+    *,
+    is_loopback: bool,
+) -> Starlette:
+    """Return the ASGI application.
+
+    Each path of the API is also there without /v1, and with a slash at the end.
+    """
+    service = Service(served, engine, metrics)
+    routes = [
+        Route("/", service.page),
+        Route("/health", service.health),
+        Route("/metrics", service.metrics),
+        Route("/openapi.json", service.openapi),
+    ]
+    for prefix in ("/v1", ""):
+        routes += [
+            Route(f"{prefix}/completions", service.completions, methods=["POST"]),
+            Route(f"{prefix}/chat/completions", service.chat, methods=["POST"]),
+            Route(f"{prefix}/models", service.models),
+            Route(f"{prefix}/models/{{name:path}}", service.one_model),
+        ]
+    guard = Middleware(Guard, access=access, is_loopback=is_loopback, metrics=metrics)
+    return Starlette(
+        routes=routes,
+        middleware=[guard],
+        exception_handlers={
+            HTTPException: _http_error,
+            RequestError: _request_error,
+        },
+    )

@@ -1,0 +1,195 @@
+"""ASGI middleware: who may send requests, how large and how slow they may be."""
+
+import asyncio
+import logging
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mlx_openelm.serving.access import Access
+from mlx_openelm.serving.api import MOST_BYTES, MOST_BYTES_TOGETHER
+from mlx_openelm.serving.errors import RequestError
+from mlx_openelm.serving.metrics import Metrics
+
+CLIENT_TIMEOUT_S = 60.0  # for a client to send its body, or to read a part of an answer
+_DISCARD_S = 3.0  # for the rest of a refused body
+_OPEN_PATHS = ("/", "/health")  # without an API key
+CLIENT_CLOSED = 499  # nginx's status for a client that has closed the connection
+
+log = logging.getLogger("mlx_openelm.serving")
+
+
+class ClientGoneError(Exception):
+    """The client has closed the connection."""
+
+
+class BodyReader:
+    """Reads the bodies of requests, within limits for each and for all together."""
+
+    def __init__(self) -> None:
+        self._reading = 0  # bytes
+
+    async def read(self, request: Request) -> bytes:
+        """Return a request's body.
+
+        Raises:
+            RequestError: it is too large, or comes too slowly.
+            ClientGoneError: the connection was closed.
+        """
+        length = request.headers.get("content-length", "0")
+        declared = int(length) if length.isdecimal() and len(length) < 16 else 0
+        if declared > MOST_BYTES:
+            if "expect" not in request.headers:
+                await self._discard(request)
+            raise _too_large(declared)
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(CLIENT_TIMEOUT_S):
+                while True:
+                    message = await request.receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGoneError
+                    part = message.get("body", b"")
+                    size += len(part)
+                    self._reading += len(part)
+                    parts.append(part)
+                    if size > MOST_BYTES:
+                        await self._discard(request)
+                        raise _too_large(size)
+                    if self._reading > MOST_BYTES_TOGETHER:
+                        raise RequestError(
+                            "Too many large requests at once; try again later.",
+                            status=503,
+                            code="overloaded",
+                        )
+                    if not message.get("more_body"):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise RequestError(
+                f"The body was not complete after {CLIENT_TIMEOUT_S:.0f} s.", status=408
+            ) from None
+        finally:
+            self._reading -= size
+
+    async def _discard(self, request: Request) -> None:
+        """Read the rest of a body: closing on unread bytes would lose the response."""
+        try:
+            async with asyncio.timeout(_DISCARD_S):
+                while (await request.receive()).get("more_body"):
+                    pass
+        except TimeoutError:
+            pass
+
+
+def _too_large(size: int) -> RequestError:
+    return RequestError(
+        f"The body has {size} bytes or more; at most {MOST_BYTES} are accepted.",
+        status=413,
+        code="too_large",
+    )
+
+
+class Guard:
+    """Middleware around the whole application.
+
+    It refuses pages of other origins, foreign names of this server (DNS rebinding), and
+    missing keys; adds the CORS headers; writes errors as JSON; counts and logs.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, access: Access, is_loopback: bool, metrics: Metrics
+    ) -> None:
+        self._app, self._access, self._metrics = app, access, metrics
+        self._is_loopback = is_loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["path"] = scope["path"].rstrip("/") or "/"
+        request = Request(scope, receive)
+        status = CLIENT_CLOSED
+
+        async def send_guarded(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self._add_headers(request, message)
+            try:
+                async with asyncio.timeout(CLIENT_TIMEOUT_S):
+                    await send(message)
+            except TimeoutError:
+                raise ClientGoneError from None
+
+        try:
+            await self._respond(request, receive, send_guarded)
+        except ClientGoneError:
+            status = CLIENT_CLOSED
+        finally:
+            known = request.scope.get("endpoint") is not None
+            path = scope["path"] if known else "other"
+            self._metrics.requests.labels(path[:80], str(status)).inc()
+            line = _printable(f"{request.method} {scope['path']}")
+            log.info("%s %d", line, status)
+
+    async def _respond(self, request: Request, receive: Receive, send: Send) -> None:
+        response: Response
+        try:
+            self._check(request)
+            if request.method == "OPTIONS":
+                response = Response(status_code=204)
+            else:
+                await self._app(request.scope, receive, send)
+                return
+        except RequestError as error:
+            response = error_response(error)
+        await response(request.scope, receive, send)
+
+    def _check(self, request: Request) -> None:
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        if self._is_loopback and not self._access.trusts_host(host):
+            raise RequestError(
+                f"This server is not {host[:100]!r}; use the address that it printed.",
+                status=403,
+                code="wrong_host",
+            )
+        if origin is not None and not self._access.allows_origin(origin, host):
+            raise RequestError(
+                f"Pages of {origin[:100]!r} may not use this server; start it with "
+                "--allowed-origins to allow them.",
+                status=403,
+                code="wrong_origin",
+            )
+        if request.method != "OPTIONS" and request.scope["path"] not in _OPEN_PATHS:
+            self._access.check_key(request.headers.get("authorization", ""))
+
+    def _add_headers(self, request: Request, message: MutableMapping[str, Any]) -> None:
+        origin = request.headers.get("origin")
+        headers = [(b"vary", b"Origin")]
+        host = request.headers.get("host")
+        if origin is not None and self._access.allows_origin(origin, host):
+            wanted = request.headers.get("access-control-request-headers")
+            named = wanted or "Authorization, Content-Type"
+            headers += [
+                (b"access-control-allow-origin", origin.encode("latin-1")),
+                (b"access-control-allow-methods", b"GET, POST"),
+                (b"access-control-allow-headers", named.encode("latin-1")),
+            ]
+        message["headers"] = [*message.get("headers", ()), *headers]
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    """Return an error as a response."""
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
+    return JSONResponse(
+        error.as_json(), error.status, headers=headers.get(error.status)
+    )
+
+
+def _printable(text: str) -> str:
+    """Return a client's text without what a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)[:500]
