@@ -48,7 +48,7 @@ class Access:
         same = hmac.compare_digest(given, wanted)
         if kind.lower() != "bearer" or not same:
             raise RequestError(
-                "This server needs its API key, in the header Authorization: Bearer KEY.",
+                "This server needs its API key: Authorization: Bearer KEY.",
                 status=401,
                 code="invalid_api_key",
             )

@@ -74,11 +74,13 @@ class ResponseFormat(_Strict):
 
     @model_validator(mode="after")
     def _has_its_text(self) -> "ResponseFormat":
-        if self.type in ("json_schema", "regex", "grammar"):
-            if getattr(self, self.type) is None:
-                raise PydanticCustomError(
-                    "missing", f"it needs the field {self.type} beside its type"
-                )
+        has_text = self.type in ("json_schema", "regex", "grammar")
+        if has_text and getattr(self, self.type) is None:
+            raise PydanticCustomError(
+                "grammar",
+                "it needs the field {kind} beside its type",
+                {"kind": self.type},
+            )
         return self
 
 
@@ -223,7 +225,7 @@ def _named(error: ValidationError) -> RequestError:
         message = f"The field {field} is missing"
     elif not field:
         message = reason
-    elif first["type"] in ("token", "bias", "too_long", "logprobs"):
+    elif first["type"] in ("token", "bias", "too_long", "logprobs", "grammar"):
         message = f"{field}: {reason}"
     else:
         message = f"{field} is {show(first['input'])}; it must be {reason}"
@@ -232,7 +234,7 @@ def _named(error: ValidationError) -> RequestError:
 
 def _is_field(part: int | str) -> bool:
     """Whether a part of a location is of the request, not of a union's branch."""
-    return isinstance(part, int) or part.isidentifier() and part not in _BRANCHES
+    return isinstance(part, int) or (part.isidentifier() and part not in _BRANCHES)
 
 
 _BRANCHES = {"str", "bool", "int", "constrained"}

@@ -22,7 +22,7 @@ from mlx_openelm.serving.api import (
 )
 from mlx_openelm.serving.errors import RequestError
 from mlx_openelm.serving.grammars import Grammars
-from mlx_openelm.serving.prompts import RequestPrompt, read_messages, read_prompts
+from mlx_openelm.serving.prompts import read_messages, read_prompts
 from mlx_openelm.serving.served import Served, ServedModel
 from mlx_openelm.text.templates import RAW
 from mlx_openelm.text.tokenizer import EOS_TEXT

@@ -109,8 +109,8 @@ def add_adapter(
         OpenELMError: the adapter is missing or damaged, or belongs to another model.
     """
     adapter = open_adapter_folder(Path(adapter_path))
-    arrays = [array for _, array in tree_flatten(model.parameters())]
-    shared = {id(array): array for array in arrays}
+    parameters = dict(tree_flatten(model.parameters()))
+    shared = {id(array): array for array in parameters.values()}
     twin = copy.deepcopy(model, shared)
     notes = attach(twin, adapter.path)
     return twin, adapter.template, notes

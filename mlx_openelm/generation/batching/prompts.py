@@ -114,7 +114,7 @@ class PromptQueue:
             for sequence in (self._waiting if may_start else ())
             if few_started or self._left(sequence) <= PREFILL_CHUNK
         ]
-        candidates = [*self._started, *waiting]
+        candidates: list[SequenceState | _Started] = [*self._started, *waiting]
         key: Callable[[SequenceState | _Started], int]
         key = self._left if self._chunks % 2 else _arrival
         for candidate in sorted(candidates, key=key):

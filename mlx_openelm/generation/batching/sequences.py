@@ -178,4 +178,5 @@ def _split_keys(seed: int) -> Iterator[Sequence[int]]:
 
 
 def has_passed(deadline: float | None) -> bool:
+    """Whether a time of `time.monotonic` has passed."""
     return deadline is not None and time.monotonic() > deadline
