@@ -295,7 +295,9 @@ def measure_memory(folder: Path, tokenizer) -> None:
             tokens_per_second(server, [{**r, "max_tokens": 8} for r in requests], 16)
             sizes[count] = server.memory
     first, last = sizes.values()
-    print(f"memory after 200 and 2,000 requests: {first / 1e6:.0f} and {last / 1e6:.0f} MB, ratio {last / first:.3f}")
+    print(
+        f"memory after 200 and 2,000 requests: {first / 1e6:.0f} and {last / 1e6:.0f} MB, ratio {last / first:.3f}"
+    )
 
 
 def make_270m(folder: Path) -> Path:
@@ -313,7 +315,9 @@ def make_270m(folder: Path) -> Path:
         "(out / 'config.json').write_text(json.dumps(config.to_mlx_lm())); "
         "[shutil.copy(f, out) for f in demo.glob('tokenizer*')]"
     )
-    subprocess.run([sys.executable, "-c", code, folder, folder.parent / "demo"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, folder, folder.parent / "demo"], check=True
+    )
     return folder
 
 

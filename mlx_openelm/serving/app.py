@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -32,6 +32,7 @@ from mlx_openelm.serving.guard import (
     ClientGoneError,
     Guard,
     error_response,
+    json_response,
 )
 from mlx_openelm.serving.logprobs import AnswerChunk
 from mlx_openelm.serving.metrics import Metrics
@@ -64,18 +65,18 @@ class Service:
     async def health(self, request: Request) -> Response:
         healthy = self._engine.is_healthy
         status = "ok" if healthy else "unavailable"
-        return JSONResponse({"status": status}, 200 if healthy else 503)
+        return json_response({"status": status}, 200 if healthy else 503)
 
     async def metrics(self, request: Request) -> Response:
         kind = "text/plain; version=0.0.4; charset=utf-8"
         return Response(self._metrics.render(), media_type=kind)
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse(describe_api())
+        return json_response(describe_api())
 
     async def models(self, request: Request) -> Response:
         listed = [self._describe(model) for model in self._served.models.values()]
-        return JSONResponse({"object": "list", "data": listed})
+        return json_response({"object": "list", "data": listed})
 
     async def one_model(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -86,7 +87,7 @@ class Service:
                 status=404,
                 code="model_not_found",
             )
-        return JSONResponse(self._describe(self._served.models[name]))
+        return json_response(self._describe(self._served.models[name]))
 
     async def completions(self, request: Request) -> Response:
         return await self._complete(request, CompletionRequest)

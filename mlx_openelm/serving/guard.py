@@ -1,12 +1,13 @@
 """ASGI middleware: who may send requests, how large and how slow they may be."""
 
 import asyncio
+import json
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_openelm.serving.access import Access
@@ -169,7 +170,8 @@ class Guard:
 
     def _add_headers(self, request: Request, message: MutableMapping[str, Any]) -> None:
         origin = request.headers.get("origin")
-        headers = [(b"vary", b"Origin")]
+        # One request per connection: simple clients read until it is closed.
+        headers = [(b"connection", b"close"), (b"vary", b"Origin")]
         host = request.headers.get("host")
         if origin is not None and self._access.allows_origin(origin, host):
             wanted = request.headers.get("access-control-request-headers")
@@ -182,12 +184,17 @@ class Guard:
         message["headers"] = [*message.get("headers", ()), *headers]
 
 
-def error_response(error: RequestError) -> JSONResponse:
+def json_response(
+    value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return a JSON document as a response."""
+    return Response(json.dumps(value), status, headers, "application/json")
+
+
+def error_response(error: RequestError) -> Response:
     """Return an error as a response."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-    return JSONResponse(
-        error.as_json(), error.status, headers=headers.get(error.status)
-    )
+    return json_response(error.as_json(), error.status, headers.get(error.status))
 
 
 def _printable(text: str) -> str:

@@ -34,8 +34,6 @@ def check_messages(
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             problems.append(f"{name}.role is {role!r}, not system, user or assistant")
-        elif role == "system" and i:
-            problems.append(f"{name} is a system message, but not the first")
         problem = describe_text_problem(content)
         if content is None:
             problems.append(f"{name} has no content")

@@ -14,7 +14,7 @@ class Turn:
     """One message of a conversation.
 
     Attributes:
-        role: "system" (only in the first turn), "user" or "assistant".
+        role: "system", "user" or "assistant".
         input: the input of an Alpaca instruction; usually empty.
     """
 
@@ -81,11 +81,15 @@ def _openelm_peft(turns: Sequence[Turn]) -> list[Exchange]:
 def _sections(
     turns: Sequence[Turn], *, indent: str, header_ends: tuple[str, str]
 ) -> list[Exchange]:
-    """Render Alpaca's sections; only the first exchange has the header."""
+    """Render Alpaca's sections; only the first exchange has the header.
+
+    System turns at the start are the header; a later one is an instruction.
+    """
     with_input = any(turn.input for turn in turns)
     header = _ALPACA_INPUT if with_input else _ALPACA
-    if turns[0].role == "system":
-        header, turns = turns[0].text or header, turns[1:]
+    count = next((i for i, t in enumerate(turns) if t.role != "system"), len(turns))
+    system = "\n\n".join(turn.text for turn in turns[:count] if turn.text)
+    header, turns = system or header, turns[count:]
     start, gap = f"\n\n{indent}", f"\n{indent}\n{indent}"
     exchanges, context, before = [], header + header_ends[with_input], start
     for turn in turns:
