@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from browser import find_browser, started
-from commands import call, make_source, refuse
+from commands import call, expect_error, make_source
 from models import SCALED, UNEVEN, build
 
 import mlx_openelm
@@ -367,7 +367,7 @@ def test_sizes_have_synthetic_weights_and_published_speeds(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--size", "2B"], ["'2B' is not a released OpenELM", "270M, 450M, 1.1B, 3B"]),
         (["--bits", "7"], ["--bits is 7", "16, 8, 6, 5, 4, 3, 2"]),
@@ -393,17 +393,17 @@ def test_sizes_have_synthetic_weights_and_published_speeds(monkeypatch):
         (["--chart", "model/config.json/a.svg"], ["Cannot write"]),
     ],
 )
-def test_invalid_input_is_refused_before_measuring(here, monkeypatch, options, says):
+def test_invalid_input_is_refused_before_measuring(here, monkeypatch, options, message):
     monkeypatch.setattr(machine, "measure_bandwidth", lambda: pytest.fail("measured"))
     (here / "there.svg").write_text("mine")
-    refuse(here, "bench", *options, says=says)
+    expect_error(here, "bench", *options, message=message)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_refused(here):
     here.chmod(0o500)
     try:
-        refuse(here, "bench", "--chart", "a.svg", says="Permission denied")
+        expect_error(here, "bench", "--chart", "a.svg", message="Permission denied")
     finally:
         here.chmod(0o700)
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import call, refuse, snapshot
+from commands import call, expect_error, snapshot
 from models import TEXT, small_tokenizer
 from places import ROOT
 
@@ -96,7 +96,7 @@ def test_wrong_usage_is_code_2_and_leaves_stdout_alone(here, args):
 
 
 def test_a_traceback_is_shown_on_demand_only(here, monkeypatch):
-    refuse(here, "inspect", "nowhere", says="There is no folder nowhere")
+    expect_error(here, "inspect", "nowhere", message="There is no folder nowhere")
     monkeypatch.setenv("MLX_OPENELM_DEBUG", "1")
     ran = call("inspect", "nowhere")
     assert isinstance(ran.exception, OpenELMError)
@@ -174,7 +174,9 @@ def test_the_environment_names_the_default_model(here, monkeypatch):
     monkeypatch.setenv("MLX_OPENELM_MODEL", "model")
     expected = answer("generate", "Once", *MODEL, "-m", "5")
     assert answer("generate", "Once", "-m", "5") == expected
-    refuse(here, "generate", "Once", "--model", "nowhere", says="no folder nowhere")
+    expect_error(
+        here, "generate", "Once", "--model", "nowhere", message="no folder nowhere"
+    )
 
 
 def test_flags_win_over_the_models_own_defaults(here):
@@ -265,7 +267,7 @@ def test_recipes_are_listed_shown_and_copied(here):
     assert answer("recipes", "copy", name) == f"{path.name}\n"
     assert answer("recipes", "copy", name, "mine.yaml") == "mine.yaml\n"
     assert (here / "mine.yaml").read_text() == path.read_text()
-    refuse(here, "recipes", "copy", name, says="exists already")
+    expect_error(here, "recipes", "copy", name, message="exists already")
 
 
 def test_warnings_of_other_libraries_are_not_in_the_output(here):
@@ -292,15 +294,17 @@ def test_convert_writes_the_receipt_and_inspect_shows_it(here):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (None, "Cannot read mine.txt"),
         (b"\xff\xfe", "as UTF-8 text"),
         (b"short", "calibration text has"),
     ],
 )
-def test_a_wrong_calibration_text_is_refused_before_the_conversion(here, content, says):
+def test_a_wrong_calibration_text_is_refused_before_the_conversion(
+    here, content, message
+):
     if content is not None:
         (here / "mine.txt").write_bytes(content)
     flags = ("--q-bits", "4", "--q-group-size", "32", "--calibration", "mine.txt")
-    refuse(here, "convert", "source", *flags, says=says)
+    expect_error(here, "convert", "source", *flags, message=message)

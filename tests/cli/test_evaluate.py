@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from commands import call, refuse
+from commands import call, expect_error
 from models import TEXT, UNEVEN, make_factors, weights_of, write_mlx_lm_adapter
 
 from mlx_openelm.cli import evaluate as evaluate_module
@@ -202,10 +202,12 @@ def test_a_picture_shows_every_score(work):
 def test_a_report_that_cannot_be_written_is_refused_before_scoring(work):
     (work / "old.csv").write_text("mine")
     tasks = ("evaluate", "--model", "model", "--tasks", "tales.json")
-    refuse(work, *tasks, "--csv", "old.csv", says="old.csv exists already")
-    refuse(work, *tasks, "--csv", "new.txt", says="ends in .csv")
-    refuse(work, *tasks, "--picture", "new.png", says="ends in .svg")
-    refuse(work, *tasks, "--csv", "none/new.csv", says="Cannot write none/new.csv")
+    expect_error(work, *tasks, "--csv", "old.csv", message="old.csv exists already")
+    expect_error(work, *tasks, "--csv", "new.txt", message="ends in .csv")
+    expect_error(work, *tasks, "--picture", "new.png", message="ends in .svg")
+    expect_error(
+        work, *tasks, "--csv", "none/new.csv", message="Cannot write none/new.csv"
+    )
     run("--tasks", "tales.json", "--csv", "old.csv", "--force")
     assert (work / "old.csv").read_text().startswith("model,task,")
 
@@ -294,7 +296,7 @@ def test_wrong_usage_is_code_2(here, args):
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (("--suite", "zero"), "choose zero-shot, openllm, llm360, peft"),
         (("--suite", "peft"), "with --tasks-dir"),
@@ -315,15 +317,17 @@ def test_wrong_usage_is_code_2(here, args):
         (("--tasks", "tales.json", "--compare", "model"), "model is named twice"),
     ],
 )
-def test_bad_input_is_one_sentence_and_changes_nothing(work, monkeypatch, args, says):
+def test_bad_input_is_one_sentence_and_changes_nothing(
+    work, monkeypatch, args, message
+):
     monkeypatch.setattr(evaluate_module, "open_model", None)  # nothing is loaded
-    refuse(work, "evaluate", "--model", "model", *args, says=says)
+    expect_error(work, "evaluate", "--model", "model", *args, message=message)
 
 
 def test_a_harness_that_is_not_installed_is_one_sentence(work, monkeypatch):
     monkeypatch.setattr(harness_model, "find_spec", lambda name: None)
     args = ("evaluate", "--model", "model", "--tasks", "arc_easy")
-    refuse(work, *args, says="pip install 'mlx-openelm[eval]'")
+    expect_error(work, *args, message="pip install 'mlx-openelm[eval]'")
 
 
 # The harness ---------------------------------------------------------------------

@@ -4,7 +4,7 @@ import json
 import shlex
 
 import pytest
-from commands import call, refuse
+from commands import call, expect_error
 from models import UNEVEN, make_factors, weights_of, write_mlx_lm_adapter
 
 from mlx_openelm.storage.hub import RELEASED
@@ -82,18 +82,20 @@ def test_convert_without_a_source_lists_what_can_be_converted(here):
 )
 def test_a_short_name_leads_to_the_released_model(here, args, name, released):
     expected = [f"`mlx-openelm convert {released}`", "demo", ".pt", "folder", *EIGHT]
-    refuse(here, *args, name, says=expected)
+    expect_error(here, *args, name, message=expected)
 
 
 def test_an_unknown_name_lists_what_can_be_used(here):
-    message = refuse(here, "generate", "Hi", "--model", "nowhere", says=EIGHT)
+    message = expect_error(here, "generate", "Hi", "--model", "nowhere", message=EIGHT)
     assert "mlx-openelm convert" not in message
 
 
 def test_a_wrong_hub_id_leads_to_the_released_model(here):
     correct = "`mlx-openelm convert apple/OpenELM-1_1B`"
-    refuse(here, "convert", "apple/OpenELM-1.1B", "--offline", says=correct)
-    message = refuse(here, "convert", "apple/OpenELM-1_1B", "--offline", says="cache")
+    expect_error(here, "convert", "apple/OpenELM-1.1B", "--offline", message=correct)
+    message = expect_error(
+        here, "convert", "apple/OpenELM-1_1B", "--offline", message="cache"
+    )
     assert "mlx-openelm convert" not in message
     assert list(RELEASED) == EIGHT
 
@@ -106,10 +108,10 @@ def test_a_repository_without_a_tokenizer_is_to_be_converted(here, monkeypatch):
     for file in snapshot.glob("tokenizer*"):
         file.unlink()
     monkeypatch.setattr("mlx_openelm.storage.hub.download", lambda *a, **k: snapshot)
-    refuse(
+    expect_error(
         here,
         *("generate", "Hi", "--model", "apple/OpenELM-270M"),
-        says="apple/OpenELM-270M has no tokenizer; `mlx-openelm convert apple/OpenELM",
+        message="apple/OpenELM-270M has no tokenizer; `mlx-openelm convert apple/",
     )
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from commands import call, refuse
+from commands import call, expect_error
 
 MODEL = ("--model", "model", "--quiet")
 PROMPT = "the king said the king said"
@@ -84,7 +84,7 @@ def test_logprobs_come_with_json(here):
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (("--lookup", 0), "--lookup is 0"),
         (("--kv-bits", 3), "--kv-bits is 3; it must be 4 or 8"),
@@ -97,8 +97,8 @@ def test_logprobs_come_with_json(here):
         (("--max-kv-size", 40, "--prompt-cache", "x"), "leave out one of them"),
     ],
 )
-def test_wrong_values_are_refused_in_one_line(here, args, says):
-    refuse(here, "generate", PROMPT, *MODEL, "-m", 4, *args, says=says)
+def test_wrong_values_are_refused_in_one_line(here, args, message):
+    expect_error(here, "generate", PROMPT, *MODEL, "-m", 4, *args, message=message)
 
 
 @pytest.mark.parametrize(
@@ -125,18 +125,18 @@ def test_a_foreign_file_is_not_overwritten(here, foreign):
     (here / "prompts.txt").write_text("the king\n")
     (here / "notes").write_text(foreign)
     args = ("generate", "--prompts-file", "prompts.txt", *MODEL, "-m", 4)
-    refuse(
-        here, *args, "--output", "notes", says="notes:1 is not an answer to a prompt"
+    expect_error(
+        here, *args, "--output", "notes", message="notes:1 is not an answer to a prompt"
     )
 
 
 def test_the_prompts_file_is_not_overwritten(here):
     (here / "prompts").write_text("one prompt")
     args = ("generate", "--prompts-file", "prompts", *MODEL, "-m", 4)
-    refuse(here, *args, "--output", "prompts", says="is the file of prompts")
+    expect_error(here, *args, "--output", "prompts", message="is the file of prompts")
 
 
 def test_very_large_numbers_work_or_are_refused(here):
     huge = ("--min-tokens", 10**24, "--repetition-context", 10**24)
     assert ask(*huge, "--repetition-penalty", 1.2)["generation_tokens"] == 24
-    refuse(here, "generate", PROMPT, *MODEL, "--temp", 1e39, says="--temp is")
+    expect_error(here, "generate", PROMPT, *MODEL, "--temp", 1e39, message="--temp is")

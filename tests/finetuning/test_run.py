@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import call, make_source, refuse
+from commands import call, expect_error, make_source
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import UNEVEN, weights_of
@@ -729,12 +729,12 @@ def test_bad_input_is_reported_before_the_start(base, tmp_path, content, args, m
     model = () if "--model" in args else ("--model", base)
     out = ("--adapter-path", tmp_path / "run", "--offline")
     data = ("--data", tmp_path / "train.jsonl")
-    refuse(tmp_path, "lora", *data, *model, *out, *args, says=message)
+    expect_error(tmp_path, "lora", *data, *model, *out, *args, message=message)
 
 
 def test_missing_data_is_reported_with_the_path(base, tmp_path):
     out = ("--adapter-path", tmp_path / "run")
-    refuse(
+    expect_error(
         tmp_path,
         "lora",
         "--data",
@@ -742,10 +742,10 @@ def test_missing_data_is_reported_with_the_path(base, tmp_path):
         "--model",
         base,
         *out,
-        says="no.jsonl",
+        message="no.jsonl",
     )
     (tmp_path / "d").mkdir()
-    refuse(
+    expect_error(
         tmp_path,
         "lora",
         "--data",
@@ -753,25 +753,25 @@ def test_missing_data_is_reported_with_the_path(base, tmp_path):
         "--model",
         base,
         *out,
-        says="train.jsonl",
+        message="train.jsonl",
     )
 
 
 def test_a_folder_with_a_run_is_not_replaced(base, tmp_path, recipe):
     finetune(recipe)
-    refuse(
+    expect_error(
         tmp_path,
         *("lora", "--data", recipe.data, "--model", base),
         *("--adapter-path", recipe.adapter_path),
-        says=["--resume", "--force"],
+        message=["--resume", "--force"],
     )
-    refuse(
+    expect_error(
         tmp_path,
         "lora",
         "--adapter-path",
         recipe.adapter_path,
         "--resume",
-        says="is complete",
+        message="is complete",
     )
 
 
@@ -795,8 +795,12 @@ def test_force_keeps_the_old_run_until_the_new_one_starts(recipe):
 
 def test_an_unknown_key_of_a_recipe_is_named(tmp_path):
     (tmp_path / "r.yaml").write_text("data: x\nlerning_rate: 1\n")
-    refuse(
-        tmp_path, "lora", "-c", tmp_path / "r.yaml", says="did you mean learning_rate?"
+    expect_error(
+        tmp_path,
+        "lora",
+        "-c",
+        tmp_path / "r.yaml",
+        message="did you mean learning_rate?",
     )
 
 
@@ -837,7 +841,7 @@ def test_force_replaces_neither_the_base_nor_the_data(tmp_path, data):
         write_data(run / "train.jsonl")
         chosen = run if data == "run" else run / "train.jsonl"
         args, message = [*args, "--data", chosen], "--force does not replace it"
-    refuse(tmp_path, "lora", *args, "--force", says=message)
+    expect_error(tmp_path, "lora", *args, "--force", message=message)
 
 
 def test_preferences_are_tested_at_the_end(base, tmp_path):

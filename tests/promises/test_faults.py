@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import call, refuse, snapshot
+from commands import call, expect_error, snapshot
 from places import ROOT
 
 from converters.conversion import model_folder as folder_writing
@@ -54,17 +54,17 @@ def start_and_wait(args, busy):
 
 @pytest.mark.parametrize("args", [CONVERT, GENERATE], ids=["convert", "generate"])
 @pytest.mark.parametrize(
-    ("number", "code", "says"),
+    ("number", "code", "message"),
     [(signal.SIGINT, 130, b"Interrupted."), (signal.SIGTERM, 143, b"")],
 )
-def test_a_stopped_verb_leaves_nothing_behind(here, args, number, code, says):
+def test_a_stopped_verb_leaves_nothing_behind(here, args, number, code, message):
     before = snapshot(here)
     process = start_and_wait(args, BUSY[args])
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, b"")
     assert b"Traceback" not in err
-    assert err.strip() in (says, b"")
+    assert err.strip() in (message, b"")
     assert snapshot(here) == before
 
 
@@ -162,14 +162,14 @@ def test_a_full_disk_is_called_so(here, monkeypatch, step, wrapped):
             raise
 
     monkeypatch.setattr(folder_writing, step, fail)
-    refuse(here, *CONVERT, says="The disk of a/b is full; nothing was kept.")
+    expect_error(here, *CONVERT, message="The disk of a/b is full; nothing was kept.")
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_written(here, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(folder_writing.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(folder_writing, "ShardWriter", None)
-    refuse(here, *CONVERT, says=["a/b needs", "free some space"])
+    expect_error(here, *CONVERT, message=["a/b needs", "free some space"])
 
 
 def test_a_full_disk_behind_stdout_is_no_traceback(here):

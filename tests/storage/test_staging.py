@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from commands import call, make_source, refuse, snapshot
+from commands import call, expect_error, make_source, snapshot
 from places import ROOT, SUPPORT
 
 from mlx_openelm.errors import OpenELMError
@@ -62,14 +62,16 @@ def a_file(path):
 def test_only_a_model_folder_is_replaced(here, make, reason):
     make(here / "out")
     args = (*CONVERT, "--mlx-path", "out")
-    refuse(here, *args, says=["out exists already", "--force"])
-    refuse(here, *args, "--force", says=[f"out {reason}", "remove it yourself"])
+    expect_error(here, *args, message=["out exists already", "--force"])
+    expect_error(
+        here, *args, "--force", message=[f"out {reason}", "remove it yourself"]
+    )
     assert os.path.lexists("out")
 
 
 def test_force_replaces_a_model(here):
     args = (*CONVERT, "--mlx-path", "model", "--tokenizer", "none")
-    refuse(here, *args, says=["model exists already", "--force"])
+    expect_error(here, *args, message=["model exists already", "--force"])
     (here / "model" / ".DS_Store").write_text("the Finder's")
     ran = call(*args, "--force")
     assert (ran.exit_code, ran.stdout) == (0, "model\n")
@@ -81,7 +83,7 @@ def test_force_replaces_a_model(here):
 def test_force_replaces_an_empty_folder(here):
     (here / "out").mkdir()
     args = (*CONVERT, "--mlx-path", "out")
-    refuse(here, *args, says="out exists already")
+    expect_error(here, *args, message="out exists already")
     assert call(*args, "--force").exit_code == 0
     assert open_folder(here / "out")
 
@@ -89,18 +91,22 @@ def test_force_replaces_an_empty_folder(here):
 def test_a_failed_replacement_leaves_the_old_model(here):
     make_source(here / "odd", {"norm.weight": np.full(64, np.nan, "f")})
     args = ("convert", "odd", "--mlx-path", "model", "--force")
-    refuse(here, *args, says="norm.weight holds NaN")
+    expect_error(here, *args, message="norm.weight holds NaN")
 
 
 def test_force_never_loses_the_source(here):
     args = ("convert", "source", "--force", "--mlx-path")
-    refuse(here, *args, "source", says="source holds the source itself")
-    refuse(here, *args, str(here / "model" / ".." / "source"), says="the source itself")
+    expect_error(here, *args, "source", message="source holds the source itself")
+    expect_error(
+        here, *args, str(here / "model" / ".." / "source"), message="the source itself"
+    )
     (here / "link").symlink_to("source")
-    refuse(here, "convert", "link", *args[2:], "source", says="the source itself")
+    expect_error(
+        here, "convert", "link", *args[2:], "source", message="the source itself"
+    )
     make_source(here / "model" / "inner")
     inner = ("convert", "model/inner", "--force", "--mlx-path", "model")
-    refuse(here, *inner, says="model holds")
+    expect_error(here, *inner, message="model holds")
 
 
 @pytest.mark.parametrize("name", ["mit Leerzeichen", "日本/ü.model", "-x", "a/b/c/d"])
@@ -113,7 +119,7 @@ def test_a_target_of_any_name_and_depth_is_created(here, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("source/config.json", "source/config.json exists already"),
         ("source/config.json/out", "source/config.json"),
@@ -124,8 +130,8 @@ def test_a_target_of_any_name_and_depth_is_created(here, name):
         ("", ". exists already"),
     ],
 )
-def test_an_impossible_target_is_named(here, name, says):
-    refuse(here, *CONVERT, "--mlx-path", name, says=says)
+def test_an_impossible_target_is_named(here, name, message):
+    expect_error(here, *CONVERT, "--mlx-path", name, message=message)
 
 
 def test_a_target_that_is_created_during_writing_is_not_lost(here):

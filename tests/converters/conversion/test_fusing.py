@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import call, make_source, refuse
+from commands import call, expect_error, make_source
 from models import (
     LINEARS,
     SCALED,
@@ -197,8 +197,8 @@ def test_bits_that_would_lose_the_adapter_are_refused(work, flags, bits, dtype):
     base = quantize_base(4)
     write_own("adapter", size=0.001, base=base)
     command = ("fuse", "--adapter-path", "adapter", "--save-path", "fused")
-    says = ["Weights of 4 bits would lose", "nats", "use --dequantize or a larger"]
-    refuse(work, *command, says=says)
+    message = ["Weights of 4 bits would lose", "nats", "use --dequantize or a larger"]
+    expect_error(work, *command, message=message)
     ran = call(*command, *flags, "--json")
     assert ran.exit_code == 0, ran.stderr
     report = json.loads(ran.stdout)
@@ -259,7 +259,7 @@ def test_the_folder_stores_the_check_and_the_template(work):
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["adapter", "--model", "other"], "was trained on another base than this one"),
         (["adapter", "--model", "gone/by"], "gone/by"),
@@ -273,7 +273,7 @@ def test_the_folder_stores_the_check_and_the_template(work):
         (["wide"], ["does not fit", "proj_2 adapts shape [64, 65]"]),
     ],
 )
-def test_errors_are_reported_and_nothing_is_written(work, args, says):
+def test_errors_are_reported_and_nothing_is_written(work, args, message):
     write_own("adapter")
     write_own("nan", "full")
     path = work / "nan/adapters.safetensors"
@@ -288,7 +288,7 @@ def test_errors_are_reported_and_nothing_is_written(work, args, says):
     (work / "run/adapter_config.json").write_text('{"fine_tune_type": "full"}')
     if "--save-path" not in args:
         args = [*args, "--save-path", "out"]
-    refuse(work, "fuse", "--offline", "--adapter-path", *args, says=says)
+    expect_error(work, "fuse", "--offline", "--adapter-path", *args, message=message)
 
 
 def test_a_training_run_is_converted_for_peft_and_corenet(work):

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import call, make_source, refuse, replace_last
+from commands import call, expect_error, make_source, replace_last
 from models import (
     UNEVEN,
     make_factors,
@@ -308,11 +308,11 @@ def test_json_describes_the_grown_model(here):
 def test_force_replaces_only_grown_models(here):
     assert call("grow", "source", "--width", 2, "-o", "x").exit_code == 0
     again = ("grow", "source", "--width", 3, "-o", "x")
-    refuse(here, *again, says="x exists already")
+    expect_error(here, *again, message="x exists already")
     assert call(*again, "--force").exit_code == 0
     assert read_grown(here / "x" / "checkpoint.pt")[0].model_dim == 3 * 64
     (here / "x" / "notes.txt").write_text("mine")
-    refuse(here, *again, "--force", says="so --force does not replace it")
+    expect_error(here, *again, "--force", message="so --force does not replace it")
 
 
 def test_force_leaves_a_pre_training_run_alone(here):
@@ -321,7 +321,7 @@ def test_force_leaves_a_pre_training_run_alone(here):
         (here / "run").mkdir(exist_ok=True)
         (here / "run" / name).write_text("{}")
     again = ("grow", "source", "--width", 2, "-o", "run", "--force")
-    refuse(here, *again, says="so --force does not replace it")
+    expect_error(here, *again, message="so --force does not replace it")
 
 
 @pytest.mark.parametrize(("width", "ffn"), [(2, 3), (1, 2)])
@@ -355,7 +355,7 @@ def test_convert_reads_all_of_a_grown_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         (["--width", 1], "--width 1 and --ffn 1 leave the model unchanged"),
         (["--width", 0], "--width is 0; it must be at least 1"),
@@ -373,27 +373,27 @@ def test_convert_reads_all_of_a_grown_checkpoint(tmp_path):
         (["--width", 2, "--tokenizer", "model/config.json"], "tokenizer"),
     ],
 )
-def test_errors_of_options_are_reported(here, flags, says):
-    refuse(here, "grow", "source", *flags, says=says)
+def test_errors_of_options_are_reported(here, flags, message):
+    expect_error(here, "grow", "source", *flags, message=message)
 
 
 def test_growing_an_adapter_is_refused(here):
     factors = make_factors(weights_of(UNEVEN), ("layers.0.attn.out_proj",))
     write_mlx_lm_adapter(here / "adapter", factors)
-    says = ["adapter is an adapter", "convert adapter --merge"]
-    refuse(here, "grow", "adapter", "--width", 2, says=says)
+    message = ["adapter is an adapter", "convert adapter --merge"]
+    expect_error(here, "grow", "adapter", "--width", 2, message=message)
 
 
 def test_a_missing_or_damaged_source_is_reported_and_nothing_is_written(here):
-    refuse(here, "grow", "no.pt", "--width", 2, says="no.pt does not exist")
+    expect_error(here, "grow", "no.pt", "--width", 2, message="no.pt does not exist")
     name = "layers.2.ffn.proj_2.weight"
     broken = {name: replace_last(weights_of(UNEVEN)[name], np.nan)}
     make_source(here / "broken", broken)
-    refuse(here, "grow", "broken", "--width", 2, says=f"{name} holds NaN")
+    expect_error(here, "grow", "broken", "--width", 2, message=f"{name} holds NaN")
     make_source(here / "alone" / "source")
     (here / "alone" / "source" / "tokenizer.model").unlink()
-    says = "No tokenizer was found next to alone/source"
-    refuse(here, "grow", "alone/source", "--width", 2, says=says)
+    message = "No tokenizer was found next to alone/source"
+    expect_error(here, "grow", "alone/source", "--width", 2, message=message)
 
 
 def test_a_model_without_a_tokenizer_grows_with_tokenizer_none(here):
@@ -409,8 +409,8 @@ def test_a_small_disk_is_reported_before_anything_is_written(here, monkeypatch):
 
     usage = folder_writing.shutil.disk_usage(here)._replace(free=1_000_000)
     monkeypatch.setattr(folder_writing.shutil, "disk_usage", lambda path: usage)
-    says = "x needs 2 MB, but its disk has only 1 MB free"
-    refuse(here, "grow", "source", "--width", 2, "-o", "x", says=says)
+    message = "x needs 2 MB, but its disk has only 1 MB free"
+    expect_error(here, "grow", "source", "--width", 2, "-o", "x", message=message)
 
 
 def test_the_python_api_checks_the_factors():

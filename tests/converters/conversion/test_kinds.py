@@ -14,7 +14,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import call, refuse, snapshot
+from commands import call, expect_error, snapshot
 from models import (
     LINEARS,
     PADDED,
@@ -697,8 +697,13 @@ def test_verify_detects_nan_and_infinity(work, value):
 
 def test_verify_detects_another_source(work):
     assert_problems(work, f"{NAME} differs", against=["other.pt"])
-    refuse(
-        work, "verify", "model", "--against", "gone.pt", says="gone.pt does not exist"
+    expect_error(
+        work,
+        "verify",
+        "model",
+        "--against",
+        "gone.pt",
+        message="gone.pt does not exist",
     )
     config = json.loads((work / "model/config.json").read_text())
     write_json(work / "model/config.json", config | {"rope_freq_constant": 5000})
@@ -718,14 +723,16 @@ def test_verify_detects_additional_and_missing_files(work):
     assert_problems(work, "model-old.safetensors is not in the index, but mlx-lm")
     content["weight_map"] = weight_map | {NAME: "model-old.safetensors"}
     write_json(index, content)
-    refuse(work, "verify", "model", says=["model-old.safetensors", "remove one"])
+    expect_error(
+        work, "verify", "model", message=["model-old.safetensors", "remove one"]
+    )
     (work / "model/model-old.safetensors").unlink()
-    refuse(
-        work, "verify", "model", says="model-old.safetensors of its index is missing"
+    expect_error(
+        work, "verify", "model", message="model-old.safetensors of its index is missing"
     )
     (work / "model/model.safetensors").unlink()
     index.unlink()
-    refuse(work, "verify", "model", says="holds no model*.safetensors")
+    expect_error(work, "verify", "model", message="holds no model*.safetensors")
 
 
 def test_verify_detects_another_tokenizer(work):
@@ -767,7 +774,7 @@ def test_verify_compares_with_a_new_conversion(work, tokenizer, options):
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (
             ["a.pt", "--to", "onnx"],
@@ -833,7 +840,7 @@ def test_verify_compares_with_a_new_conversion(work, tokenizer, options):
         (["a.gguf"], "a.gguf is a GGUF file"),
     ],
 )
-def test_conflicting_arguments_are_refused(work, args, says):
+def test_conflicting_arguments_are_refused(work, args, message):
     factors = make_factors(WEIGHTS, LINEARS)
     if "lora.pt" in args:
         small = {
@@ -849,7 +856,9 @@ def test_conflicting_arguments_are_refused(work, args, says):
     if "adapter" in args:
         write_mlx_lm_adapter(work / "adapter", factors)
     (work / "a.gguf").write_bytes(b"GGUF")
-    refuse(work, "convert", *args, "--tokenizer", "model", "--offline", says=says)
+    expect_error(
+        work, "convert", *args, "--tokenizer", "model", "--offline", message=message
+    )
 
 
 def test_all_flags_reach_the_conversion(work):

@@ -251,10 +251,10 @@ def test_a_name_that_is_not_utf8_is_replaced(tmp_path):
 # Refusals ----------------------------------------------------------------------------
 
 
-def refuse(path: Path, says: str, *args: Any, **options: Any) -> None:
+def refuse(path: Path, message: str, *args: Any, **options: Any) -> None:
     with pytest.raises(OpenELMError) as caught:
         write(path, *args, **options)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert str(caught.value).endswith(".")
 
 
@@ -303,8 +303,8 @@ def test_a_number_beyond_the_range_is_refused_with_its_tensor(
         changed[-1, -1] = sign * fits
         write(tmp_path / "x", file_type, changes={name: changed})
         changed[-1, -1] = sign * overflows
-        says = f"{name} holds the absolute value {overflows:g}, beyond"
-        refuse(tmp_path / "x", says, file_type, changes={name: changed})
+        message = f"{name} holds the absolute value {overflows:g}, beyond"
+        refuse(tmp_path / "x", message, file_type, changes={name: changed})
     norm = np.full(64, 1e6, np.float32)  # norms are float32 in every file
     write(tmp_path / "x", file_type, changes={"norm.weight": norm})
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import ceil
 
 import pytest
-from commands import call, refuse
+from commands import call, expect_error
 from places import ROOT
 from pretrainings import small_recipe
 
@@ -167,7 +167,7 @@ def test_a_dry_run_needs_no_torch():
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (("--data", "nowhere/*.txt"), "nowhere/*.txt"),
         (("--data", "here.txt", "--resume"), "nothing to resume"),
@@ -175,7 +175,7 @@ def test_a_dry_run_needs_no_torch():
     ],
 )
 def test_a_run_that_cannot_start_reports_one_error(
-    tmp_path, monkeypatch, options, says
+    tmp_path, monkeypatch, options, message
 ):
     pytest.importorskip("torch", reason="needs PyTorch")
     monkeypatch.chdir(tmp_path)
@@ -185,4 +185,4 @@ def test_a_run_that_cannot_start_reports_one_error(
         "data: {packing: true}\noutput: run\n"
     )
     (tmp_path / "run").mkdir()
-    refuse(tmp_path, "pretrain", "-c", "recipe.yaml", *options, says=says)
+    expect_error(tmp_path, "pretrain", "-c", "recipe.yaml", *options, message=message)
