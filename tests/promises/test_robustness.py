@@ -1,4 +1,4 @@
-"""Bad input: one sentence, exit code 1, nothing written and nothing lost."""
+"""Bad input gives one sentence and exit code 1; no file is written or changed."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ PACK = ("-q", "--q-group-size", "32", "--no-receipt")
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("packed", [(), PACK])
-def test_weights_that_are_no_numbers_are_refused(here, value, packed):
+def test_nan_and_infinity_in_weights_are_refused(here, value, packed):
     make_source(here / "nan", {FFN: replace_last(WEIGHTS[FFN], value)})
     message = [FFN, "NaN or infinity"]
     expect_error(
@@ -41,7 +41,7 @@ def test_numbers_beyond_the_range_of_a_dtype_are_refused(here):
     expect_error(here, "convert", "far", *PACK, message=message)
 
 
-def test_float16_for_the_3bs_shape_needs_a_word(here):
+def test_float16_for_the_shape_of_the_3b_needs_allow_overflow(here):
     one = {"num_query_heads": (1,), "num_kv_heads": (1,), "ffn_dims": (32,)}
     make_source(here / "wide", config=replace(UNEVEN, model_dim=3072, **one))
     args = ("convert", "wide", "--dtype", "float16")
@@ -61,22 +61,22 @@ def test_float16_for_the_3bs_shape_needs_a_word(here):
         (["--dtype", "int8"], "--dtype is 'int8'"),
     ],
 )
-def test_wrong_options_of_convert_are_named(here, args, message):
+def test_errors_name_the_wrong_option_of_convert(here, args, message):
     expect_error(here, "convert", "source", *args, message=message)
 
 
 # Tokenizers ----------------------------------------------------------------------
 
 
-def test_no_tokenizer_says_where_to_get_one_or_none_is_said(here):
+def test_a_missing_tokenizer_needs_one_or_the_option_none(here):
     (here / "source" / "tokenizer.model").unlink()
-    shutil.rmtree(here / "model")  # whose tokenizer would be found
+    shutil.rmtree(here / "model")  # its tokenizer would be used
     message = ["--tokenizer NousResearch/Llama-2-7b-hf", "--tokenizer none"]
     expect_error(here, "convert", "source", message=message)
     assert call("convert", "source", "--tokenizer", "none").exit_code == 0
-    for verb in (["generate", "Hi"], ["evaluate", "--text", "source/config.json"]):
+    for command in (["generate", "Hi"], ["evaluate", "--text", "source/config.json"]):
         message = ["source-mlx holds no tokenizer.model", "--tokenizer"]
-        expect_error(here, *verb, "--model", "source-mlx", message=message)
+        expect_error(here, *command, "--model", "source-mlx", message=message)
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,13 @@ def test_no_tokenizer_says_where_to_get_one_or_none_is_said(here):
         (small_tokenizer().model_proto[:-1] + b"\1", "loses text"),  # double spaces
     ],
 )
-def test_a_tokenizer_that_is_not_this_models_is_refused(here, content, message):
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(here, content, message):
     (here / "other.model").write_bytes(content)
     args = ("convert", "source", "--tokenizer", "other.model")
     expect_error(here, *args, message=["other.model", message])
 
 
-def test_a_tokenizer_that_is_nowhere_is_named(here):
+def test_the_error_for_a_missing_tokenizer_names_it(here):
     args = ("convert", "source", "--offline", "--tokenizer")
     expect_error(
         here, *args, "nowhere.model", message="no file or folder nowhere.model"
@@ -118,7 +118,7 @@ def test_a_tokenizer_that_is_nowhere_is_named(here):
         ("x" * 3000, "name too long"),
     ],
 )
-def test_a_model_that_is_none_is_named(here, name, message):
+def test_the_error_for_a_missing_or_invalid_model_names_it(here, name, message):
     expect_error(here, "generate", "Hi", "--offline", "--model", name, message=message)
     expect_error(here, "inspect", "--offline", name, message=message)
 
@@ -145,7 +145,7 @@ def test_a_model_that_is_none_is_named(here, name, message):
         (["--adapter-path", "nowhere"], "nowhere"),
     ],
 )
-def test_wrong_options_of_generate_are_named(here, args, message):
+def test_errors_name_the_wrong_option_of_generate(here, args, message):
     expect_error(
         here, "generate", "Hi", "--quiet", "--model", "model", *args, message=message
     )
@@ -191,7 +191,7 @@ def test_odd_prompts_are_continued(here, prompt):
         ["--stop", "\0"],
     ],
 )
-def test_extreme_options_are_obeyed(here, args):
+def test_extreme_options_are_accepted(here, args):
     drawn = ("--temp", "1", "--seed", "1", *args)
     ran = call("generate", "Hi", "--quiet", "--model", "model", "-m", "3", *drawn)
     assert (ran.exit_code, ran.stderr) == (0, "")
@@ -208,13 +208,13 @@ def test_extreme_options_are_obeyed(here, args):
         ('{"max_new_tokens": 0}', "max-tokens is 0"),
     ],
 )
-def test_damaged_defaults_of_a_model_are_named(here, content, message):
+def test_errors_name_the_damaged_generation_config(here, content, message):
     (here / "model" / "generation_config.json").write_text(content)
     message = ["generation_config.json", message]
     expect_error(here, "generate", "Hi", "--quiet", "--model", "model", message=message)
 
 
-def test_a_score_is_a_number(here):
+def test_a_score_that_is_nan_is_an_error(here):
     make_source(here / "nan", {"norm.weight": np.full(64, np.nan, "f")})
     args = ("evaluate", "--quiet", "--model", "nan", "--text", "nan/config.json")
     expect_error(here, *args, message="log-likelihood of this text is nan")
@@ -232,7 +232,7 @@ def test_a_score_is_a_number(here):
         (b"A king", ["--adapter-path", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_scored_is_named(here, content, args, message):
+def test_errors_name_what_cannot_be_scored(here, content, args, message):
     if content is not None:
         (here / "text.txt").write_bytes(content)
     start = ("evaluate", "--quiet", "--model", "model", "--text", "text.txt")
@@ -251,12 +251,12 @@ def test_what_cannot_be_scored_is_named(here, content, args, message):
         {"bits": 4, "group_size": 32, "mode": "morse"},
     ],
 )
-def test_a_damaged_quantization_is_named(here, entry):
+def test_the_error_for_a_damaged_quantization_names_the_module(here, entry):
     assert call("convert", "source", *PACK).exit_code == 0
     path = here / "source-mlx-4bit" / "config.json"
-    found = json.loads(path.read_text()) | {"quantization": entry}
-    del found["quantization_config"]
-    path.write_text(json.dumps(found))
+    config = json.loads(path.read_text()) | {"quantization": entry}
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
     expect_error(here, "inspect", path.parent, message="quantization of transformer.")
 
 
@@ -265,12 +265,12 @@ def test_a_damaged_quantization_is_named(here, entry):
     [
         (PACK, "biases", float("nan")),
         ((*PACK, "--dtype", "float16"), "scales", 60000.0),  # x 15 is beyond float16
-        (("--q-mode", "mxfp4"), "scales", 255),  # NaN, as the scales are spelled
+        (("--q-mode", "mxfp4"), "scales", 255),  # the encoding of NaN in E8M0
         (("--q-mode", "mxfp8"), "weight", 0x7F7F7F7F),
         (("--q-mode", "nvfp4"), "scales", 127),
     ],
 )
-def test_packed_weights_that_stand_for_no_numbers_are_refused(here, args, part, value):
+def test_packed_weights_that_decode_to_nan_are_refused(here, args, part, value):
     out = ("--mlx-path", "packed", "--no-receipt")
     assert call("convert", "source", *args, *out).exit_code == 0
     path, name = here / "packed/model.safetensors", FFN.removesuffix(".weight")
@@ -283,7 +283,7 @@ def test_packed_weights_that_stand_for_no_numbers_are_refused(here, args, part, 
     assert (ran.exit_code, f"{FFN} holds NaN" in ran.stdout) == (1, True)
 
 
-def test_whole_numbers_without_scales_are_no_weights(here):
+def test_integers_without_scales_are_refused(here):
     path = here / "model" / "model.safetensors"
     arrays = mx.load(str(path))
     name = f"transformer.{FFN}"
@@ -292,7 +292,7 @@ def test_whole_numbers_without_scales_are_no_weights(here):
     expect_error(here, "generate", "Hi", "--model", "model", message=message)
 
 
-def test_floats_with_scales_are_no_packed_weights(here):
+def test_floats_with_scales_are_refused(here):
     assert call("convert", "source", *PACK, "--mlx-path", "packed").exit_code == 0
     path, name = here / "packed/model.safetensors", f"transformer.{FFN}"
     arrays = mx.load(str(path))
@@ -301,7 +301,7 @@ def test_floats_with_scales_are_no_packed_weights(here):
     expect_error(here, "convert", "packed", message=message)
 
 
-def test_all_that_a_bare_checkpoint_lacks_is_named(here):
+def test_the_error_for_a_checkpoint_lists_all_missing_files(here):
     pytest.importorskip("torch", reason="needs PyTorch to write .pt files")
     lost = ["layers.1.attn.out_proj.weight", "layers.2.ffn.proj_2.weight"]
     write_pt(here / "torn.pt", {n: w for n, w in WEIGHTS.items() if n not in lost})
