@@ -131,14 +131,14 @@ def test_every_layout_holds_the_same_records(tmp_path, layout, suffix):
     assert {record.turns[0].text.split()[-1] for record in records} == {"story"}
     assert len({record.place for record in records}) == 40
     by_text = {record.turns[0].text: record.place for record in records}
-    place = {
+    location = {
         "blank": "train.jsonl:15",
         "array": f"train.json:1:{text.index('the 4th') - 9}",
         "pretty": "train.json:6:3",
     }.get(layout, "train.jsonl:5")
-    assert by_text["the 4th story"] == place.replace("json:", f"json{suffix}:").replace(
-        "jsonl:", f"jsonl{suffix}:"
-    )
+    assert by_text["the 4th story"] == location.replace(
+        "json:", f"json{suffix}:"
+    ).replace("jsonl:", f"jsonl{suffix}:")
 
 
 def test_a_folder_has_its_own_valid_and_test_files(tmp_path):

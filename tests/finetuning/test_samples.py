@@ -216,7 +216,7 @@ def test_the_template_is_chosen_by_request_model_and_format():
         choose_template("instruct", None, "text")
 
 
-# The loss mask --------------------------------------------------------------------
+# The loss mask -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", ["instruct", "alpaca", "openelm-peft"])
@@ -356,7 +356,7 @@ def test_pairs_with_equal_answers_are_left_out():
     assert (made, table.nothing_to_learn) == ((), 1)  # they differ after the cut
 
 
-# Statistics ---------------------------------------------------------------------
+# Statistics ----------------------------------------------------------------------
 
 
 def test_the_table_has_statistics_and_is_json(tmp_path):
@@ -405,7 +405,7 @@ def test_data_without_targets_is_refused():
         tabulate(Data(empty, None, None, ()), choice, {"train": table})
 
 
-# Other tools --------------------------------------------------------------------
+# Other tools ---------------------------------------------------------------------
 
 
 @pytest.mark.interop

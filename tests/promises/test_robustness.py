@@ -103,7 +103,7 @@ def test_the_error_for_a_missing_tokenizer_names_it(here):
     expect_error(here, *args, "no-such/repo-here", message="no-such/repo-here")
 
 
-# Models, prompts and texts --------------------------------------------------------
+# Models, prompts and texts -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
