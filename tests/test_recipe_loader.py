@@ -70,7 +70,7 @@ def test_flags_override_the_file_unless_they_are_none(tmp_path):
         ("{inner: [], steps: 1}", "inner is [], expected a group"),
     ],
 )
-def test_a_value_of_a_wrong_type_is_named(tmp_path, text, message):
+def test_a_value_of_a_wrong_type_is_reported(tmp_path, text, message):
     with pytest.raises(OpenELMError) as error:
         load(tmp_path, text)
     assert message in str(error.value)
@@ -111,7 +111,7 @@ def test_bundled_recipes_are_valid(name):
         ("{model: {name: 270M}, data: {}}", "has no text"),
     ],
 )
-def test_errors_in_a_recipe_are_named(here, content, message):
+def test_errors_in_a_recipe_are_reported(here, content, message):
     if content is not None:
         (here / "own.yaml").write_text(content)
     expect_error(here, "pretrain", "--quiet", "-c", "own.yaml", message=message)
@@ -143,5 +143,5 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(here):
         (["copy", "nothing"], "No recipe file 'nothing'"),
     ],
 )
-def test_recipes_that_cannot_be_shown_or_copied_are_named(here, args, message):
+def test_recipes_that_cannot_be_shown_or_copied_are_reported(here, args, message):
     expect_error(here, "recipes", *args, message=message)

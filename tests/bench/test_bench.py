@@ -175,7 +175,7 @@ def test_every_combination_is_a_cell():
     (usual,) = plan_cases([make_subject("270M")], Workload())
     assert (usual.bits, usual.prompt_tokens, usual.new_tokens) == (16, 512, 64)
     (small,) = plan_cases(subjects[:1], Workload())
-    assert (small.prompt_tokens, small.new_tokens) == (32, 32)  # it has room for 64
+    assert (small.prompt_tokens, small.new_tokens) == (32, 32)  # its context is 64
 
 
 def test_a_folder_is_measured_in_its_stored_format(here):
@@ -582,6 +582,6 @@ def test_a_browser_shows_all_text_inside_the_chart(tmp_path):
             )
             assert len(labels) == 14
             assert max(labels) < 296  # the bars begin at 300
-            assert not page.complaints
+            assert not page.errors
             page.picture(tmp_path / f"{scheme}.png")
             assert (tmp_path / f"{scheme}.png").stat().st_size > 10_000

@@ -28,7 +28,7 @@ from mlx_openelm.generation import conversation
 from mlx_openelm.generation.cache import KVCache
 
 PROGRAM = (sys.executable, "-m", "mlx_openelm", "chat", "--model", "model")
-ENDLESS = "50000"  # tokens: some half a minute
+ENDLESS = "50000"  # tokens: about half a minute
 
 SIGN, CTRL_C, CTRL_D = b">>> ", "\x03", "\x04"
 
@@ -82,7 +82,7 @@ class Terminal:
     def type(self, text: str | bytes) -> None:
         os.write(self.screen, text.encode() if isinstance(text, str) else text)
 
-    def see(self, what: str | bytes, *, seconds: float = 60) -> str:
+    def wait_for(self, what: str | bytes, *, seconds: float = 60) -> str:
         """Wait until a text is on the screen; return the output up to it."""
         what, seen = what.encode() if isinstance(what, str) else what, b""
         end = time.monotonic() + seconds
@@ -95,7 +95,7 @@ class Terminal:
             seen += got
         return seen.decode(errors="replace").replace("\r", "")
 
-    def see_some(self, count: int) -> None:
+    def wait_for_bytes(self, count: int) -> None:
         """Wait for `count` bytes."""
         while count > 0:
             got = self.read()
@@ -108,17 +108,17 @@ class Terminal:
         except OSError:  # Linux, when the other side is closed
             return b""
 
-    def ask(self, line: str | bytes) -> str:
+    def enter(self, line: str | bytes) -> str:
         """Type a line; return the output up to the next prompt."""
         self.type(line + ("\r" if isinstance(line, str) else b"\r"))
-        return self.see(SIGN)
+        return self.wait_for(SIGN)
 
     def interrupt(self) -> str:
         """Press Ctrl-C at the prompt; Python may miss one while drawing it."""
         for _ in range(30):
             self.type(CTRL_C)
             with contextlib.suppress(TimeoutError):
-                return self.see(SIGN, seconds=2)
+                return self.wait_for(SIGN, seconds=2)
         raise AssertionError("Ctrl-C has no effect")
 
     def terminate(self) -> int:
@@ -282,34 +282,34 @@ def test_a_model_without_a_template_continues_a_text(here):
 
 def test_a_conversation_on_a_terminal(here):
     with Terminal(here, "-m", "4") as terminal:
-        greeting = terminal.see(SIGN)
+        greeting = terminal.wait_for(SIGN)
         assert "/help shows the commands" in greeting
-        assert "truncated by --max-tokens; 4 tokens" in terminal.ask("Hi")
+        assert "truncated by --max-tokens; 4 tokens" in terminal.enter("Hi")
         terminal.type('"""\r')
-        terminal.see("... ")
+        terminal.wait_for("... ")
         terminal.type("two\r")
-        terminal.see("... ")
-        terminal.ask(' lines"""')
+        terminal.wait_for("... ")
+        terminal.enter(' lines"""')
         terminal.type("and \\\r")
-        terminal.see("... ")
-        terminal.ask("more")
+        terminal.wait_for("... ")
+        terminal.enter("more")
         if PASTES:  # bracketed paste: pasted lines are one message
             assert "\x1b[?2004h" in greeting
-        terminal.ask(b"\x1b[200~pasted\nlines\x1b[201~" if PASTES else "pasted")
-        assert "/retry " in terminal.ask("/help")
-        assert "no command /sav;" in terminal.ask("/sav")
-        assert "not UTF-8" in terminal.ask(b"\xff")
-        assert "greedy decoding" in terminal.ask("/retry")
-        assert "saved to chat.json" in terminal.ask("/save chat.json")
-        assert "3 messages" in terminal.ask("/undo")
-        assert "saved to chat.json" in terminal.ask(b"\x1b[A\x1b[A")  # what was typed
+        terminal.enter(b"\x1b[200~pasted\nlines\x1b[201~" if PASTES else "pasted")
+        assert "/retry " in terminal.enter("/help")
+        assert "no command /sav;" in terminal.enter("/sav")
+        assert "not UTF-8" in terminal.enter(b"\xff")
+        assert "greedy decoding" in terminal.enter("/retry")
+        assert "saved to chat.json" in terminal.enter("/save chat.json")
+        assert "3 messages" in terminal.enter("/undo")
+        assert "saved to chat.json" in terminal.enter(b"\x1b[A\x1b[A")  # what was typed
         assert len(saved(here / "chat.json")) == 6
-        terminal.ask("/reset")
-        assert "error: There is no message" in terminal.ask("/undo")
-        assert "system text set" in terminal.ask("/system Be kind.")
-        assert "3 messages with answers from chat" in terminal.ask("/load chat.json")
-        terminal.ask("/undo")
-        assert "chat.json]" in terminal.ask("/save")
+        terminal.enter("/reset")
+        assert "error: There is no message" in terminal.enter("/undo")
+        assert "system text set" in terminal.enter("/system Be kind.")
+        assert "3 messages with answers from chat" in terminal.enter("/load chat.json")
+        terminal.enter("/undo")
+        assert "chat.json]" in terminal.enter("/save")
         assert saved(here / "chat.json")[::2] == ["Hi", "two\n lines"]
         terminal.type(CTRL_D)
         assert terminal.ends() == 0
@@ -317,13 +317,13 @@ def test_a_conversation_on_a_terminal(here):
 
 def test_ctrl_c_stops_the_answer_and_keeps_its_text_so_far(here):
     with Terminal(here, "-m", ENDLESS) as terminal:
-        terminal.see(SIGN)
+        terminal.wait_for(SIGN)
         terminal.type("Who wept?\r")
-        terminal.see("Who wept?")
-        terminal.see_some(40)
+        terminal.wait_for("Who wept?")
+        terminal.wait_for_bytes(40)
         terminal.type(CTRL_C)
-        assert "[stopped; " in terminal.see(SIGN)
-        terminal.ask("/save chat.json")
+        assert "[stopped; " in terminal.wait_for(SIGN)
+        terminal.enter("/save chat.json")
         message, answer = saved(here / "chat.json")
         assert message == "Who wept?"
         assert 10 <= len(answer) < 40_000
@@ -332,9 +332,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_its_text_so_far(here):
         assert whole[:10] == answer[:10]
         assert "[Ctrl-D or /quit quits]" in terminal.interrupt()
         terminal.type("/no such thing")
-        terminal.see("thing")
+        terminal.wait_for("thing")
         assert "[Ctrl-D or /quit quits]" in terminal.interrupt()
-        assert "/retry" in terminal.ask("/help")
+        assert "/retry" in terminal.enter("/help")
         terminal.type("/quit\r")
         assert terminal.ends() == 0
 
@@ -373,14 +373,14 @@ def test_ctrl_c_before_the_first_token_removes_the_message(here, monkeypatch, ca
 
 def test_a_second_ctrl_c_stops_at_once_and_the_conversation_continues(here):
     with Terminal(here, "-m", ENDLESS) as terminal:
-        terminal.see(SIGN)
+        terminal.wait_for(SIGN)
         for _ in range(8):
             terminal.type("Hi\r")
-            terminal.see("Hi")
+            terminal.wait_for("Hi")
             for _ in range(2):
                 time.sleep(0.02)
                 terminal.type(CTRL_C)
-            terminal.ask("/help")
+            terminal.enter("/help")
         terminal.type("/quit\r")
         assert terminal.ends() == 0
 
@@ -388,11 +388,11 @@ def test_a_second_ctrl_c_stops_at_once_and_the_conversation_continues(here):
 @pytest.mark.parametrize("busy", [True, False])
 def test_sigterm_ends_it_at_once(here, busy):
     with Terminal(here, "-m", ENDLESS) as terminal:
-        terminal.see(SIGN)
+        terminal.wait_for(SIGN)
         if busy:
             terminal.type("Hi\r")
-            terminal.see("Hi")
-            terminal.see_some(20)
+            terminal.wait_for("Hi")
+            terminal.wait_for_bytes(20)
         assert terminal.terminate() == 143
 
 
@@ -401,9 +401,9 @@ def test_answers_can_go_to_a_file_while_lines_are_typed(here):
         open(here / "answers", "wb") as answers,
         Terminal(here, "-m", "4", stdout=answers) as terminal,
     ):
-        terminal.see(SIGN)
-        terminal.ask("Hi")
-        terminal.ask("/save chat.json")
+        terminal.wait_for(SIGN)
+        terminal.enter("Hi")
+        terminal.enter("/save chat.json")
         terminal.type(CTRL_D)
         assert terminal.ends() == 0
     assert (here / "answers").read_text() == f"{saved(here / 'chat.json')[1]}\n"

@@ -51,7 +51,7 @@ def answer(*args, **options):
 @pytest.mark.parametrize(
     "args", [("--help",), ("generate", "-h"), ("convert", "--help")]
 )
-def test_help_imports_nothing_heavy(args):
+def test_help_imports_no_large_library(args):
     code = f"""
 import atexit, sys
 atexit.register(lambda: print(sorted(sys.modules.keys() & {set(HEAVY)})))
@@ -87,7 +87,7 @@ def test_the_package_runs_as_a_module():
         ("pretrain",),
     ],
 )
-def test_wrong_usage_is_code_2_and_leaves_stdout_alone(here, args):
+def test_wrong_usage_is_code_2_and_writes_nothing_to_stdout(here, args):
     before = snapshot(here)
     ran = call(*args)
     assert (ran.exit_code, ran.stdout) == (2, "")
@@ -179,7 +179,7 @@ def test_the_environment_names_the_default_model(here, monkeypatch):
     )
 
 
-def test_flags_win_over_the_models_own_defaults(here):
+def test_flags_override_the_models_defaults(here):
     defaults = here / "model" / "generation_config.json"
     defaults.write_text(json.dumps({"max_new_tokens": 3, "repetition_penalty": 9.0}))
     args = ("generate", "Once", *MODEL, "--json")
@@ -246,8 +246,8 @@ def test_json_of_evaluate_has_the_documented_fields(here):
 def test_inspect_reads_no_weight_and_has_json(here):
     path = here / "model" / "model.safetensors"
     content = path.read_bytes()
-    begin = 8 + int.from_bytes(content[:8], "little")
-    path.write_bytes(content[:begin] + bytes(len(content) - begin))
+    start = 8 + int.from_bytes(content[:8], "little")
+    path.write_bytes(content[:start] + bytes(len(content) - start))
     report = json.loads(answer("inspect", "model", "--json"))
     config = open_folder(here / "model").config
     assert report["num_parameters"] == config.num_parameters

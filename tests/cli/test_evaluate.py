@@ -82,7 +82,7 @@ def test_json_of_tasks_has_the_documented_fields(work):
         }
 
 
-def test_a_text_and_tasks_come_together(work):
+def test_a_text_and_tasks_are_scored_in_one_run(work):
     scores = score_json("--text", "text.txt", "--tasks", "tales.json")
     alone = score_json("--text", "text.txt")
     assert alone.items() <= scores.items()
@@ -144,11 +144,11 @@ def test_the_adapter_of_the_first_model_is_not_the_others(work):
 
 
 def test_only_one_model_is_in_memory(work, monkeypatch):
-    loaded, alive = [], []
+    loaded, in_memory = [], []
     opening = evaluate_module.open_model
 
     def watch(*args):
-        alive.append(sum(one() is not None for one in loaded))
+        in_memory.append(sum(one() is not None for one in loaded))
         opened = opening(*args)
         loaded.append(weakref.ref(opened[1]))
         return opened
@@ -156,7 +156,7 @@ def test_only_one_model_is_in_memory(work, monkeypatch):
     monkeypatch.setattr(evaluate_module, "open_model", watch)
     others = ("--compare", "adapter", "--compare", "demo")
     run("--tasks", "tales.json", "--limit", "2", *others)
-    assert alive == [0, 0, 0]
+    assert in_memory == [0, 0, 0]
 
 
 def test_texts_of_several_models_are_a_table(work):
@@ -264,8 +264,8 @@ def test_a_base_without_its_row_and_an_adapter_with_one_are_compared(peft):
     assert len(hollow) == 3  # two columns and the average
     assert all("var(--orange)" in dot for dot in hollow)  # of the adapter
     left, width = SCORE_AREA
-    places = [float(re.search(r' x="([0-9.]+)"', dot)[1]) for dot in hollow]
-    assert pytest.approx(left + width * 0.6214, abs=0.01) in places
+    positions = [float(re.search(r' x="([0-9.]+)"', dot)[1]) for dot in hollow]
+    assert pytest.approx(left + width * 0.6214, abs=0.01) in positions
     rows = list(csv.DictReader(io.StringIO((peft / "suite.csv").read_text())))
     published = {(r["model"], r["task"], r["metric"]): r["published"] for r in rows}
     assert published["adapter", "boolq", "acc"] == "62.14"

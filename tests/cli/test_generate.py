@@ -16,7 +16,7 @@ def answer(*args, **options):
     return ran.stdout
 
 
-def ask(*args):
+def generate(*args):
     return json.loads(answer("generate", PROMPT, *MODEL, "-m", 24, "--json", *args))
 
 
@@ -30,20 +30,20 @@ def ask(*args):
     ],
 )
 def test_the_answer_is_that_of_plain_decoding(here, options):
-    plain = ask()
+    plain = generate()
     for _ in range(2):  # the second time from the prompt cache
-        assert ask(*options)["tokens"] == plain["tokens"]
+        assert generate(*options)["tokens"] == plain["tokens"]
 
 
-def test_a_cached_prompt_is_reused_and_a_stale_one_is_reported(here):
-    first = ask("--prompt-cache", "kept")
-    again = ask("--prompt-cache", "kept")
+def test_a_cached_prompt_is_reused_and_an_outdated_one_is_reported(here):
+    first = generate("--prompt-cache", "kept")
+    again = generate("--prompt-cache", "kept")
     assert first["cached_tokens"] == 0
     assert again["cached_tokens"] == again["prompt_tokens"] - 1
     args = ("generate", PROMPT, "--model", "model", "--prompt-cache", "kept")
-    stale = call(*args, "-m", 2, "--template", "alpaca")
-    assert "kept is of another template" in stale.stderr.replace("\n", " ") or (
-        "template" in stale.stderr
+    outdated = call(*args, "-m", 2, "--template", "alpaca")
+    assert "kept is of another template" in outdated.stderr.replace("\n", " ") or (
+        "template" in outdated.stderr
     )
 
 
@@ -75,7 +75,7 @@ def test_a_bad_line_is_reported_and_the_others_are_answered(here):
 
 
 def test_logprobs_come_with_json(here):
-    result = ask("--logprobs", 2)
+    result = generate("--logprobs", 2)
     for entry, token in zip(result["logprobs"], result["tokens"], strict=True):
         assert entry["token"] == token
         assert entry["logprob"] == pytest.approx(entry["top"][0]["logprob"])  # greedy
@@ -138,5 +138,5 @@ def test_the_prompts_file_is_not_overwritten(here):
 
 def test_very_large_numbers_work_or_are_refused(here):
     huge = ("--min-tokens", 10**24, "--repetition-context", 10**24)
-    assert ask(*huge, "--repetition-penalty", 1.2)["generation_tokens"] == 24
+    assert generate(*huge, "--repetition-penalty", 1.2)["generation_tokens"] == 24
     expect_error(here, "generate", PROMPT, *MODEL, "--temp", 1e39, message="--temp is")

@@ -87,7 +87,7 @@ def list_commands(command, name=""):
 
 
 def test_every_command_has_exactly_its_flags():
-    found = {
+    actual = {
         name: {
             flag
             for parameter in command.params
@@ -96,7 +96,7 @@ def test_every_command_has_exactly_its_flags():
         }
         for name, command in list_commands(typer.main.get_command(app))
     }
-    assert found == {name: set(flags.split()) for name, flags in FLAGS.items()}
+    assert actual == {name: set(flags.split()) for name, flags in FLAGS.items()}
 
 
 @pytest.mark.parametrize("name", FLAGS)

@@ -188,7 +188,7 @@ def test_a_validation_file_of_another_name_is_noted(tmp_path):
 # Bad input -----------------------------------------------------------------------
 
 
-def test_a_bad_line_among_thousands_is_named_with_its_column(file):
+def test_a_bad_line_among_thousands_is_reported_with_its_column(file):
     lines = [json.dumps({"text": f"{i}"}) for i in range(5000)]
     lines[3210] = '{"text": "no end'
     message = refused(file, "\n".join(lines))
@@ -272,7 +272,7 @@ def test_unknown_fields_are_listed_with_the_options_for_them(file):
         ([{"role": [], "content": "x"}], "messages[0].role is []"),
     ],
 )
-def test_problems_of_a_conversation_are_named(file, messages, problem):
+def test_problems_of_a_conversation_are_reported(file, messages, problem):
     assert f"{file}:1: {problem}" in refused(file, [{"messages": messages}])
 
 

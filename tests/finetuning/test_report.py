@@ -387,7 +387,7 @@ def test_the_page_fits_and_nothing_in_it_runs_or_is_loaded(
 ):
     path = pages / f"{name}.html"
     tab.open(path, width=width, scheme=scheme)
-    assert tab.complaints == []
+    assert tab.errors == []
     assert tab.requests == [path.as_uri()]
     assert tab.evaluate("window.ran") is None
     assert tab.evaluate("document.querySelectorAll('script, img').length") == 0

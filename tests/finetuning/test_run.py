@@ -104,7 +104,7 @@ def mean_loss(model, samples) -> float:
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
-def test_a_run_learns_and_its_adapter_is_used(base, tmp_path, method):
+def test_training_reduces_the_loss_and_the_adapter_is_used(base, tmp_path, method):
     recipe = make_recipe(base, tmp_path, fine_tune_type=method, iters=40)
     report = finetune(recipe)
     assert report.last_loss < report.first_loss - 0.1
@@ -232,7 +232,7 @@ def test_the_mean_is_the_same_after_interruptions(base, tmp_path, monkeypatch):
     assert weights(path / "average") == weights(finetune(whole).path / "average")
 
 
-def test_preferences_are_learned(base, tmp_path):
+def test_preference_training_increases_the_margins(base, tmp_path):
     data = tmp_path / "train.jsonl"
     with data.open("w") as opened:
         for i in range(30):
@@ -585,7 +585,7 @@ def make_nan(monkeypatch, *, steps: set[int]) -> None:
     monkeypatch.setattr(Step, "_compute_gradient", with_nan)
 
 
-def test_a_non_finite_batch_is_skipped_and_its_samples_are_named(recipe, monkeypatch):
+def test_a_non_finite_batch_is_skipped_and_reported(recipe, monkeypatch):
     make_nan(monkeypatch, steps={2, 5, 6})
     events = []
     report = finetune(recipe, on_event=events.append)
@@ -633,7 +633,7 @@ def test_nan_is_never_saved(recipe, monkeypatch):
             assert mx.isfinite(array.astype(mx.float32)).all().item(), (file, name)
 
 
-def test_a_run_that_learns_nothing_fails(base, tmp_path):
+def test_a_run_that_changes_no_weight_fails(base, tmp_path):
     recipe = make_recipe(base, tmp_path, learning_rate=0.0, final_learning_rate=0.0)
     with pytest.raises(OpenELMError, match="changed no weight"):
         finetune(recipe)
@@ -793,7 +793,7 @@ def test_force_keeps_the_old_run_until_the_new_one_starts(recipe):
     assert weights(report.path) != before
 
 
-def test_an_unknown_key_of_a_recipe_is_named(tmp_path):
+def test_an_unknown_key_of_a_recipe_is_reported(tmp_path):
     (tmp_path / "r.yaml").write_text("data: x\nlerning_rate: 1\n")
     expect_error(
         tmp_path,
@@ -819,7 +819,7 @@ def test_a_damaged_state_is_reported(recipe):
         finetune(recipe, resume=True)
 
 
-def test_it_trains_outside_the_main_thread(recipe):
+def test_training_works_outside_the_main_thread(recipe):
     reports = []
     thread = threading.Thread(target=lambda: reports.append(finetune(recipe)))
     thread.start()
@@ -828,7 +828,7 @@ def test_it_trains_outside_the_main_thread(recipe):
 
 
 @pytest.mark.parametrize("data", ["model", "run", "inside"])
-def test_force_replaces_neither_the_base_nor_the_data(tmp_path, data):
+def test_force_does_not_replace_the_base_or_the_data(tmp_path, data):
     model = make_source(tmp_path / "model")
     write_data(tmp_path / "train.jsonl")
     run = tmp_path / "run"

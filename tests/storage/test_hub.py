@@ -390,7 +390,7 @@ def test_a_disk_that_fills_up_during_the_download_is_reported(hub, monkeypatch):
     assert "is full; free disk space and repeat" in refused("org/name")
 
 
-def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path):
+def test_a_cache_that_cannot_be_written_is_reported(hub, tmp_path):
     hub.add("org/name", ONE_FILE)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "hub").write_text("a file")

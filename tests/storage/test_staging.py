@@ -130,23 +130,23 @@ def test_a_target_of_any_name_and_depth_is_created(here, name):
         ("", ". exists already"),
     ],
 )
-def test_an_impossible_target_is_named(here, name, message):
+def test_an_impossible_target_is_reported(here, name, message):
     expect_error(here, *CONVERT, "--mlx-path", name, message=message)
 
 
 def test_a_target_that_is_created_during_writing_is_not_lost(here):
-    def write_and_be_overtaken():
+    def write_and_let_another_create_it():
         with staged_folder(here / "new"):
             (here / "new").mkdir()
             (here / "new" / "thesis.txt").write_text("a year's work")
 
     with pytest.raises(OpenELMError, match="exists already"):
-        write_and_be_overtaken()
+        write_and_let_another_create_it()
     assert (here / "new" / "thesis.txt").read_text() == "a year's work"
     assert sorted(path.name for path in here.iterdir()) == ["model", "new", "source"]
 
 
-@pytest.mark.parametrize("error", [OSError("stale"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [OSError("stale file handle"), KeyboardInterrupt()])
 def test_without_an_atomic_exchange_the_old_model_is_restored(here, monkeypatch, error):
     """The file system cannot exchange names, and the second rename fails."""
     before = snapshot(here)
@@ -434,13 +434,13 @@ def test_a_file_of_another_kind_is_never_replaced(tmp_path, name, content):
 def test_a_file_that_is_created_during_writing_is_not_lost(tmp_path):
     target = tmp_path / "out.pt"
 
-    def write_and_be_overtaken():
+    def write_and_let_another_create_it():
         with staged_file(target) as path:
             path.write_bytes(PT)
             target.write_text("a year's work")
 
     with pytest.raises(OpenELMError, match="exists already"):
-        write_and_be_overtaken()
+        write_and_let_another_create_it()
     assert target.read_text() == "a year's work"
     assert list(tmp_path.iterdir()) == [target]
 

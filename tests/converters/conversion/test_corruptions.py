@@ -255,20 +255,20 @@ def _read_unverifiable(content: bytes) -> list[object]:
 def change_json(draw: random.Random, folder: Path) -> None:
     file = any_file(draw, folder, "*.json")
     content = json.loads(file.read_text())
-    place = content
+    node = content
     while True:
-        key = draw.choice(sorted(place))
-        if not isinstance(place[key], dict) or draw.random() < 0.3 or not place[key]:
+        key = draw.choice(sorted(node))
+        if not isinstance(node[key], dict) or draw.random() < 0.3 or not node[key]:
             break
-        place = place[key]
+        node = node[key]
     match draw.randrange(6):
         case 0:
-            del place[key]
+            del node[key]
         case 1:
-            place[f"{key}s"] = place.pop(key)
+            node[f"{key}s"] = node.pop(key)
         case _:
             kinds = [w for w in WEIRD if key not in UNVERIFIABLE or not _is_number(w)]
-            place[key] = draw.choice(kinds)
+            node[key] = draw.choice(kinds)
     file.write_text(json.dumps(content))
 
 
@@ -340,7 +340,7 @@ def damage_index(draw: random.Random, folder: Path) -> None:
     index = json.loads(file.read_text())
     shards = sorted(set(index["weight_map"].values()))
     name, shard = draw.choice(sorted(index["weight_map"])), draw.choice(shards)
-    tricks = [
+    targets = [
         *("../../x.safetensors", "/etc/passwd", f"../source/{shard}", f"./{shard}"),
         *(f"{shard}\0", f"{shard}\n", f"{shard}/", "", ".", "..", "~", "/dev/zero"),
         *(
@@ -354,10 +354,10 @@ def damage_index(draw: random.Random, folder: Path) -> None:
     ]
     match draw.randrange(5):
         case 0:
-            index["weight_map"][name] = draw.choice(tricks)
+            index["weight_map"][name] = draw.choice(targets)
         case 1:
-            trick = draw.choice(tricks)
-            index["weight_map"] = dict.fromkeys(index["weight_map"], trick)
+            target = draw.choice(targets)
+            index["weight_map"] = dict.fromkeys(index["weight_map"], target)
         case 2:
             index["weight_map"] = {
                 n: s for n, s in index["weight_map"].items() if s != shard
@@ -665,16 +665,16 @@ def change_records(draw: random.Random, folder: Path) -> None:
             archive.writestr(key, content)
 
 
-def point_elsewhere(draw: random.Random, folder: Path) -> None:
+def redirect_record(draw: random.Random, folder: Path) -> None:
     """Change the zip's directory so that a record points to another one."""
     file = torch_file(draw, folder)
-    content, places = bytearray(file.read_bytes()), []
+    content, fields = bytearray(file.read_bytes()), []
     with zipfile.ZipFile(file) as archive:
         at = archive.start_dir
         for _ in archive.infolist():
-            places.append(at + 42)  # field with the offset of the record's header
+            fields.append(at + 42)  # field with the offset of the record's header
             at += 46 + sum(struct.unpack("<HHH", content[at + 28 : at + 34]))
-    one, other = draw.sample(places, 2)
+    one, other = draw.sample(fields, 2)
     content[one : one + 4] = content[other : other + 4]
     file.write_bytes(content)
 
@@ -719,7 +719,7 @@ SAFETENSORS: tuple[Damage, ...] = (
 )
 TORCH: tuple[Damage, ...] = (
     *(flip_zip, flip_zip, flip_zip, change_state, change_state),
-    *(change_pickle, change_pickle, change_records, point_elsewhere, run_code),
+    *(change_pickle, change_pickle, change_records, redirect_record, run_code),
 )
 
 

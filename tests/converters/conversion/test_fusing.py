@@ -1,4 +1,4 @@
-"""Fusing an adapter into its base, and the check that its effect survives."""
+"""Fusing an adapter into its base, and the check that its effect is kept."""
 
 import json
 from dataclasses import replace

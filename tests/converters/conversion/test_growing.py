@@ -97,7 +97,7 @@ def test_a_grown_model_has_the_logits_of_its_source(
     assert all(weight.dtype == np.float32 for weight in weights.values())
 
 
-def test_the_demo_grows_with_its_logits(tmp_path):
+def test_the_grown_demo_has_the_same_logits(tmp_path):
     report = grow("demo", tmp_path / "grown", width=2, noise_db=10, offline=True)
     assert_same_logits(logits_of_source("demo"), report.path)
 
@@ -106,7 +106,9 @@ def test_the_demo_grows_with_its_logits(tmp_path):
 @pytest.mark.parametrize(
     ("width", "ffn", "noise_db"), list(itertools.product((2, 3), (2, 4), (None, 10.0)))
 )
-def test_the_demo_grows_with_its_logits_by_every_factor(tmp_path, width, ffn, noise_db):
+def test_the_demo_grown_by_any_factor_has_the_same_logits(
+    tmp_path, width, ffn, noise_db
+):
     report = grow(
         "demo", tmp_path / "x", width=width, ffn=ffn, noise_db=noise_db, offline=True
     )
@@ -315,8 +317,8 @@ def test_force_replaces_only_grown_models(here):
     expect_error(here, *again, "--force", message="so --force does not replace it")
 
 
-def test_force_leaves_a_pre_training_run_alone(here):
-    """Although it has a checkpoint and a config, too."""
+def test_force_does_not_replace_a_pre_training_run(here):
+    """Although it also has a checkpoint and a config."""
     for name in ("config.json", "tokenizer.model", "checkpoint_epoch_0_iter_10.pt"):
         (here / "run").mkdir(exist_ok=True)
         (here / "run" / name).write_text("{}")

@@ -531,7 +531,7 @@ def test_a_separated_corenet_adapter_can_be_merged_again(
     state = torch.load(together, weights_only=True)
     if TABLE not in factors:
         expected = as_torch(named)
-        expected[f"{TABLE}.weight"][300:] = 0  # they were cut
+        expected[f"{TABLE}.weight"][300:] = 0  # they were removed
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[name], expected[name]) for name in expected)
     again = convert(

@@ -251,7 +251,7 @@ def test_a_name_that_is_not_utf8_is_replaced(tmp_path):
 # Refusals ----------------------------------------------------------------------------
 
 
-def refuse(path: Path, message: str, *args: Any, **options: Any) -> None:
+def expect_error(path: Path, message: str, *args: Any, **options: Any) -> None:
     with pytest.raises(OpenELMError) as caught:
         write(path, *args, **options)
     assert message in str(caught.value)
@@ -260,17 +260,17 @@ def refuse(path: Path, message: str, *args: Any, **options: Any) -> None:
 
 def test_unsupported_models_are_refused_before_writing(tmp_path):
     path = tmp_path / "x.gguf"
-    refuse(
+    expect_error(
         path, "untied output", config=replace(UNEVEN, share_input_output_layers=False)
     )
-    refuse(
+    expect_error(
         path,
         "300 pieces, but the embedding 384",
         config=replace(UNEVEN, vocab_size=384),
     )
-    refuse(path, "which is not BPE", tokenizer=unigram_tokenizer())
+    expect_error(path, "which is not BPE", tokenizer=unigram_tokenizer())
     odd = replace(UNEVEN, ffn_dims=(96, 100, 64))
-    refuse(
+    expect_error(
         path, "layers.1.ffn.proj_2.weight has 100 columns, but Q8_0", "Q8_0", config=odd
     )
     assert not path.exists()
@@ -304,7 +304,7 @@ def test_a_number_beyond_the_range_is_refused_with_its_tensor(
         write(tmp_path / "x", file_type, changes={name: changed})
         changed[-1, -1] = sign * overflows
         message = f"{name} holds the absolute value {overflows:g}, beyond"
-        refuse(tmp_path / "x", message, file_type, changes={name: changed})
+        expect_error(tmp_path / "x", message, file_type, changes={name: changed})
     norm = np.full(64, 1e6, np.float32)  # norms are float32 in every file
     write(tmp_path / "x", file_type, changes={"norm.weight": norm})
 
@@ -313,17 +313,17 @@ def test_a_bfloat16_number_beyond_float16_is_refused(tmp_path):
     changed = WEIGHTS[EMBEDDING].copy()
     changed[3, 3] = 65536  # what 65504 is rounded to in bfloat16
     changes = {EMBEDDING: changed}
-    refuse(tmp_path / "x", EMBEDDING, "F16", dtype=mx.bfloat16, changes=changes)
+    expect_error(tmp_path / "x", EMBEDDING, "F16", dtype=mx.bfloat16, changes=changes)
 
 
 def test_config_values_beyond_ggufs_range_are_refused(tmp_path):
     odd = replace(UNEVEN, rope_freq_constant=1e300)
-    refuse(tmp_path / "x", "too large for GGUF", config=odd)
+    expect_error(tmp_path / "x", "too large for GGUF", config=odd)
 
 
 def test_a_missing_gguf_package_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    refuse(tmp_path / "x", "pip install 'mlx-openelm[gguf]'")
+    expect_error(tmp_path / "x", "pip install 'mlx-openelm[gguf]'")
 
 
 # llama.cpp itself --------------------------------------------------------------------
