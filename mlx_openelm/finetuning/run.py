@@ -195,7 +195,7 @@ def _noting_interruption(run: RunContext) -> Iterator[None]:
 
 
 def _hand_to(observers: Sequence[Callable[[Event], None]]) -> Callable[[Event], None]:
-    """Return what hands an event to all observers, also to those added later."""
+    """Return a function that passes an event to all observers, including later ones."""
 
     def hand_on(event: Event) -> None:
         for observer in observers:
