@@ -435,7 +435,7 @@ def test_measurements_before_a_stop_are_shown(monkeypatch, tmp_path, error):
 
 
 @pytest.fixture
-def stand_in(tmp_path, monkeypatch):
+def fake_python(tmp_path, monkeypatch):
     """Return a function that replaces Python by a shell script."""
 
     def install(program):
@@ -447,8 +447,8 @@ def stand_in(tmp_path, monkeypatch):
     return install
 
 
-def test_the_shell_time_is_that_of_the_first_byte(tmp_path, stand_in):
-    stand_in(f'echo "$*" > {tmp_path}/arguments; sleep 0.3; echo king; sleep 1')
+def test_the_shell_time_is_that_of_the_first_byte(tmp_path, fake_python):
+    fake_python(f'echo "$*" > {tmp_path}/arguments; sleep 0.3; echo king; sleep 1')
     result = time_shell(demo_folder(), tmp_path / "adapter", 1)
     assert len(result) == 1
     assert 0.3 <= result[0] < 1.3
@@ -458,13 +458,13 @@ def test_the_shell_time_is_that_of_the_first_byte(tmp_path, stand_in):
     assert f"--adapter-path {tmp_path}/adapter" in arguments
 
 
-def test_a_folder_that_cannot_answer_has_no_shell_time(tmp_path, stand_in):
-    stand_in("exit 1")
+def test_a_folder_that_cannot_answer_has_no_shell_time(tmp_path, fake_python):
+    fake_python("exit 1")
     assert time_shell(tmp_path, None, 3) == []
 
 
-def test_an_interrupt_ends_the_timed_process(tmp_path, stand_in):
-    stand_in(f"echo $$ > {tmp_path}/number; exec sleep 60")
+def test_an_interrupt_ends_the_timed_process(tmp_path, fake_python):
+    fake_python(f"echo $$ > {tmp_path}/number; exec sleep 60")
 
     def stop(number, frame):
         raise KeyboardInterrupt
@@ -488,8 +488,8 @@ def figure(value, spread=0.05):
     return Figure(value, value * (1 - spread), value * (1 + 2 * spread))
 
 
-def made_report():
-    """Return an invented report with every kind of row."""
+def synthetic_report():
+    """Return a synthetic report with every kind of row."""
     name = "a-folder-with-a-name-that-goes-on-and-on-and-on"
     machine = Machine("Linux 6 <x86>", "3.11", "0.32.4", "CPU (A & B)", "BLAS", 10**10)
     rows = []
@@ -533,7 +533,7 @@ def bar_width(group):
 
 
 def test_the_chart_is_drawn_to_scale_and_needs_no_other_files():
-    report = made_report()
+    report = synthetic_report()
     drawn = draw_bench(report)
     root = ElementTree.fromstring(drawn)
     measured = [cell for cell in report.cells if cell.rounds]
@@ -557,13 +557,13 @@ def test_the_chart_is_drawn_to_scale_and_needs_no_other_files():
 
 
 def test_an_empty_report_gives_a_chart():
-    empty = replace(made_report(), cells=())
+    empty = replace(synthetic_report(), cells=())
     assert "Nothing was measured" in draw_bench(empty)
 
 
 @pytest.mark.skipif(find_browser() is None, reason="needs a browser")
 def test_a_browser_shows_all_text_inside_the_chart(tmp_path):
-    (tmp_path / "a.svg").write_text(draw_bench(made_report()))
+    (tmp_path / "a.svg").write_text(draw_bench(synthetic_report()))
     with started(find_browser(), tmp_path / "profile") as browser:
         page = browser.new_page()
         for scheme in ("light", "dark"):

@@ -134,7 +134,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def theirs(made):
+def theirs(converted):
     """lm-eval's HFLM around the PyTorch reference of the same weights."""
     import torch
     from lm_eval.models.huggingface import HFLM
@@ -170,7 +170,7 @@ def theirs(made):
     def make(*, add_bos_token):
         return HFLM(
             pretrained=Reference(),
-            tokenizer=AutoTokenizer.from_pretrained(made / "model"),
+            tokenizer=AutoTokenizer.from_pretrained(converted / "model"),
             backend="causal",
             batch_size=1,
             max_length=UNEVEN.max_context_length,

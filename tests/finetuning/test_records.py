@@ -320,7 +320,7 @@ def test_equal_records_are_in_the_same_split(tmp_path):
     assert 1 <= len(data.valid.records) <= 11
 
 
-def test_small_files_are_fine(tmp_path):
+def test_small_files_are_split(tmp_path):
     one = read_data(write(tmp_path / "a.jsonl", TEXTS[:1]))
     assert (len(one.train.records), one.valid) == (1, None)
     assert "without validation" in one.notes[0]

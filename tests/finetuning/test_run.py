@@ -141,7 +141,7 @@ def test_the_command_prints_the_folder_and_writes_all_of_it(base, tmp_path):
     assert report["steps"] == 4
 
 
-def test_the_saved_recipe_runs_the_same_again(recipe, tmp_path):
+def test_the_saved_recipe_reproduces_the_run(recipe, tmp_path):
     first = finetune(recipe)
     again = load_recipe(FinetuneRecipe, str(first.path / "recipe.yaml"), {})
     second = finetune(dataclasses.replace(again, adapter_path=str(tmp_path / "again")))
@@ -185,7 +185,7 @@ def test_patience_ends_a_run_without_improvement(base, tmp_path, monkeypatch):
     assert [path.name[:7] for path in kept] == ["0000015", "0000016"]
 
 
-def test_the_best_adapter_is_saved_apart_from_the_last(base, tmp_path, monkeypatch):
+def test_the_best_adapter_has_its_own_folder(base, tmp_path, monkeypatch):
     worsen_after(monkeypatch, 8)
     recipe = make_recipe(base, tmp_path)
     report = finetune(recipe)

@@ -42,10 +42,10 @@ def dataset(*conversations, format="prompt+completion", rejected=None) -> Datase
 
 
 def make_one(*texts, template="raw", max_length=10_000, **options):
-    made, _ = make_samples(
+    samples, _ = make_samples(
         dataset(texts), tokenizer, template=template, max_length=max_length, **options
     )
-    (sample,) = made
+    (sample,) = samples
     assert sample.tokens.dtype == np.int32
     assert sample.loss_mask.dtype == bool
     assert sample.tokens.shape == sample.loss_mask.shape
@@ -269,10 +269,10 @@ def test_a_long_answer_is_truncated_at_its_end_and_a_prompt_at_its_start():
     start, length = loss_mask.index(True), len(tokens)
 
     def truncate(max_length):
-        made, table = make_samples(
+        samples, table = make_samples(
             dataset((prompt, answer)), tokenizer, template="raw", max_length=max_length
         )
-        return made[0].tokens.tolist(), made[0].loss_mask.tolist(), table
+        return samples[0].tokens.tolist(), samples[0].loss_mask.tolist(), table
 
     for max_length in range(2, length + 2):
         truncated, mask, table = truncate(max_length)
@@ -296,8 +296,8 @@ def test_a_long_answer_is_truncated_at_its_end_and_a_prompt_at_its_start():
 
 def test_empty_texts_are_left_out_and_counted():
     data = dataset(("",), ("Once",), (" \n",), format="text")
-    made, table = make_samples(data, tokenizer, template="raw", max_length=99)
-    assert [sample.place for sample in made] == ["train.jsonl:2"]
+    samples, table = make_samples(data, tokenizer, template="raw", max_length=99)
+    assert [sample.place for sample in samples] == ["train.jsonl:2"]
     assert (table.records, table.samples, table.nothing_to_learn) == (3, 1, 2)
 
 
@@ -349,11 +349,11 @@ def test_long_preferences_are_truncated_as_for_openelm_instruct():
 
 
 def test_pairs_with_equal_answers_are_left_out():
-    made, table = make_pair("Who?", "he", "he")
-    assert (made, table.nothing_to_learn) == ((), 1)
+    samples, table = make_pair("Who?", "he", "he")
+    assert (samples, table.nothing_to_learn) == ((), 1)
     options = {"max_length": 8, "max_prompt_length": 4}
-    made, table = make_pair("Who?", "a a a a a b", "a a a a a c", **options)
-    assert (made, table.nothing_to_learn) == (
+    samples, table = make_pair("Who?", "a a a a a b", "a a a a a c", **options)
+    assert (samples, table.nothing_to_learn) == (
         (),
         1,
     )  # truncated to equal texts
@@ -391,8 +391,8 @@ def test_the_table_has_statistics_and_is_json(tmp_path):
 
 def test_lengths_are_counted_up_to_their_edge():
     data = dataset(*[("x" * n,) for n in range(1, 15)], format="text")
-    made, table = make_samples(data, tokenizer, template="raw", max_length=16)
-    sizes = [len(sample.tokens) for sample in made]
+    samples, table = make_samples(data, tokenizer, template="raw", max_length=16)
+    sizes = [len(sample.tokens) for sample in samples]
     assert table.lengths == tuple(
         sum(low < size <= high for size in sizes)
         for low, high in zip(table.edges, table.edges[1:], strict=False)
@@ -442,8 +442,8 @@ def test_mlx_lm_has_the_same_tokens_and_the_same_prompt(shared, tmp_path, templa
     keys = {"prompt_key": "question", "completion_key": "answer"}
     theirs_read = CompletionsDataset(rows, theirs, *keys.values(), mask_prompt=True)
     whole = read_data(file, **keys)
-    made, _ = make_samples(whole.train, llama, template=template, max_length=2048)
-    ours = {sample.place: sample for sample in made}
+    samples, _ = make_samples(whole.train, llama, template=template, max_length=2048)
+    ours = {sample.place: sample for sample in samples}
     compared = 0
     for i, row in enumerate(rows, 1):
         sample = ours.get(f"test.jsonl:{i}")
@@ -463,9 +463,9 @@ def test_prompts_of_gsm8k_have_the_same_ids_at_generation(shared):
     data = read_data(file, prompt_key="question", completion_key="answer").train
     data = dataclasses.replace(data, records=data.records[:200])
     for template in TEMPLATES:
-        made, table = make_samples(data, llama, template=template, max_length=2048)
+        samples, table = make_samples(data, llama, template=template, max_length=2048)
         assert table.samples == 200
-        for record, sample in zip(data.records, made, strict=True):
+        for record, sample in zip(data.records, samples, strict=True):
             start = int(sample.loss_mask.argmax())
             prompt = record.turns[0].text
             prompt_ids = encode_prompt(

@@ -1,4 +1,4 @@
-"""Adapters that mlx-lm made, on our model."""
+"""Adapters written by mlx-lm, on our model."""
 
 import json
 

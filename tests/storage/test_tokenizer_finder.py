@@ -304,7 +304,7 @@ def test_the_search_is_limited(
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"3", b"null"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-def test_a_damaged_file_is_a_named_error(
+def test_the_error_for_a_damaged_file_names_it(
     tmp_path: Path, name: str, content: bytes
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -438,7 +438,9 @@ def test_a_written_file_that_differs_is_noticed(
         write_tokenizer(small, tmp_path)
 
 
-def test_a_missing_folder_is_a_named_error(small: Tokenizer, tmp_path: Path) -> None:
+def test_the_error_for_a_missing_folder_names_it(
+    small: Tokenizer, tmp_path: Path
+) -> None:
     with pytest.raises(OpenELMError, match="nowhere"):
         write_tokenizer(small, tmp_path / "nowhere")
 

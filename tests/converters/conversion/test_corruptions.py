@@ -794,11 +794,11 @@ def corrupt(
     Args:
         limited: limit the memory of this process until the function returns.
     """
-    made = KINDS[kind]
+    source_kind = KINDS[kind]
     folder.mkdir(parents=True)
     os.chdir(folder)
     Path("tokenizer.model").write_bytes(small_tokenizer().model_proto)
-    args = made.make(Path("source"))
+    args = source_kind.make(Path("source"))
     if "base" in args:
         named = on_the_hub(weights_of(SCALED))
         write_hub_folder(Path("base"), published_config(SCALED), named)
@@ -809,7 +809,7 @@ def corrupt(
     outcomes: Counter[str] = Counter()
     with limited_memory() if limited else nullcontext():
         for i in range(count):
-            damage = made.damages[i % len(made.damages)]
+            damage = source_kind.damages[i % len(source_kind.damages)]
             case = f"{kind}, seed {seed}, number {i}: {damage.__name__}"
             shutil.copytree("whole", "source")
             damage(random.Random(f"{kind} {seed} {i}"), Path("source"))

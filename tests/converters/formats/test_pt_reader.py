@@ -496,7 +496,7 @@ def test_a_bare_storage_or_class_is_refused(file: Callable[..., Path]) -> None:
             read_pt(path)
 
 
-# Bombs -------------------------------------------------------------------------------
+# Resource limits ---------------------------------------------------------------------
 
 
 @contextmanager
