@@ -326,29 +326,29 @@ QUICK = ("--prompt-tokens", 8, "--max-tokens", 4, "--rounds", 2)
 
 
 def test_json_is_one_document(here):
-    ran = call(
+    result = call(
         "bench", "--model", "model", *QUICK, "--batch", 1, "--batch", 2, "--json"
     )
-    assert ran.exit_code == 0, ran.stderr
-    result = json.loads(ran.stdout)
-    assert result["finished"]
-    assert [cell["batch"] for cell in result["cells"]] == [1, 2]
-    assert result["cells"][0]["model"] == "model"
-    assert result["cells"][0]["shell_first_token_s"]["median"] > 0
-    assert result["cells"][1]["shell_first_token_s"] is None
-    assert result["bandwidth"]["way"] == "a sum"
-    assert result["machine"]["blas"]
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["finished"]
+    assert [cell["batch"] for cell in report["cells"]] == [1, 2]
+    assert report["cells"][0]["model"] == "model"
+    assert report["cells"][0]["shell_first_token_s"]["median"] > 0
+    assert report["cells"][1]["shell_first_token_s"] is None
+    assert report["bandwidth"]["way"] == "a sum"
+    assert report["machine"]["blas"]
 
 
 def test_the_table_shows_all_measurements(monkeypatch):
     monkeypatch.setattr(measure, "time_shell", lambda *_: [0.5, 0.76])
-    ran = call("bench", *QUICK)
-    assert ran.exit_code == 0, ran.stderr
+    result = call("bench", *QUICK)
+    assert result.exit_code == 0, result.stderr
     for words in ("demo", "1.00 GB/s: 0 MB by a sum", "0.63", "0.50-0.76", "share of"):
-        assert words in ran.stdout
+        assert words in result.stdout
     for value in dataclasses.asdict(describe_machine()).values():
-        assert str(value) in ran.stdout or isinstance(value, int)
-    assert "built-in demo" in ran.stderr
+        assert str(value) in result.stdout or isinstance(value, int)
+    assert "built-in demo" in result.stderr
     assert call("bench", *QUICK, "--quiet").stderr == ""
 
 
@@ -359,11 +359,11 @@ def test_sizes_have_synthetic_weights_and_published_speeds(monkeypatch):
     )
     ours = PUBLISHED[0]
     monkeypatch.setattr(measure, "find_published", lambda size, bits: ours)
-    ran = call("bench", "--size", "270M", *QUICK)
-    assert "random weights" in ran.stdout
-    assert "prompt 1151, new 212" in " ".join(ran.stdout.split())
-    assert "quoted from memory and unverified" in ran.stdout
-    assert "M2 Max" in ran.stdout
+    result = call("bench", "--size", "270M", *QUICK)
+    assert "random weights" in result.stdout
+    assert "prompt 1151, new 212" in " ".join(result.stdout.split())
+    assert "quoted from memory and unverified" in result.stdout
+    assert "M2 Max" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -422,16 +422,16 @@ def test_measurements_before_a_stop_are_shown(monkeypatch, tmp_path, error):
     monkeypatch.setattr(measure, "_draw", stop_later)
     monkeypatch.setattr(measure, "time_shell", lambda *_: [])
     chart = tmp_path / "a.svg"
-    ran = call("bench", *QUICK, *BATCHES, "--json", "--chart", chart)
-    result = json.loads(ran.stdout)
-    assert (len(result["cells"]), result["planned"]) == (1, 2)
-    assert not result["finished"]
-    assert result["cells"][0]["rounds"] == 2
+    result = call("bench", *QUICK, *BATCHES, "--json", "--chart", chart)
+    report = json.loads(result.stdout)
+    assert (len(report["cells"]), report["planned"]) == (1, 2)
+    assert not report["finished"]
+    assert report["cells"][0]["rounds"] == 2
     assert chart.is_file()
     if error is KeyboardInterrupt:
-        assert (ran.exit_code, "Interrupted." in ran.stderr) == (130, True)
+        assert (result.exit_code, "Interrupted." in result.stderr) == (130, True)
     else:
-        assert (ran.exit_code, "error: It broke." in ran.stderr) == (1, True)
+        assert (result.exit_code, "error: It broke." in result.stderr) == (1, True)
 
 
 @pytest.fixture

@@ -151,25 +151,27 @@ def saved(path: Path) -> list[str]:
 
 def test_a_pipe_gives_the_answers_and_nothing_else_on_stdout(here):
     lines = 'Hi\n\n"""\ntwo\n lines\n"""\nand \\\r\nmore\n/save chat.json\n// x'
-    ran = piped(here, lines, "-m", "4", "--system", "Be kind.")
-    assert ran.exit_code == 0, ran.stderr_bytes
+    result = piped(here, lines, "-m", "4", "--system", "Be kind.")
+    assert result.exit_code == 0, result.stderr_bytes
     system, *texts = saved(here / "chat.json")
     assert (system, texts[::2]) == ("Be kind.", ["Hi", "two\n lines", "and \nmore"])
     model, tokenizer = load(here / "model")
     first = generate(model, tokenizer, "Hi", Sampling(max_tokens=4), system="Be kind.")
     assert texts[1] == first
     answers = "".join(f"{text}\n" for text in texts[1::2]).encode()
-    assert ran.stdout_bytes.startswith(answers)
-    assert ran.stdout_bytes.count(b"\n") > answers.count(b"\n")  # of the last, unsaved
-    assert SIGN not in ran.stdout_bytes + ran.stderr_bytes
-    assert ran.stderr_bytes.count(b"[truncated by --max-tokens; 4 tokens at ") == 4
+    assert result.stdout_bytes.startswith(answers)
+    assert result.stdout_bytes.count(b"\n") > answers.count(
+        b"\n"
+    )  # of the last, unsaved
+    assert SIGN not in result.stdout_bytes + result.stderr_bytes
+    assert result.stderr_bytes.count(b"[truncated by --max-tokens; 4 tokens at ") == 4
     quiet = piped(here, lines.replace("chat.json", "quiet.json"), "-m", "4", "--quiet")
     assert quiet.stderr_bytes == b""
 
 
 def test_json_is_one_object_for_each_answer(here):
-    ran = piped(here, "Hi\nWho?\n/save chat.json\n", "-m", "4", "--json")
-    answers_json = [json.loads(line) for line in ran.stdout_bytes.splitlines()]
+    result = piped(here, "Hi\nWho?\n/save chat.json\n", "-m", "4", "--json")
+    answers_json = [json.loads(line) for line in result.stdout_bytes.splitlines()]
     assert [t["text"] for t in answers_json] == saved(here / "chat.json")[1::2]
     assert [t["generation_tokens"] for t in answers_json] == [4, 4]
     assert answers_json[1]["cached_tokens"] >= answers_json[0]["prompt_tokens"] - 1
@@ -180,11 +182,11 @@ def test_json_is_one_object_for_each_answer(here):
 def test_a_wrong_line_is_reported_and_the_others_are_processed(here):
     (here / "diary").write_text("mine")
     wrong = b"Hi\n/sav x\n\xff\n/save diary\n/load none\n/undo 3\n/load\n/save\n"
-    ran = piped(here, wrong + b"/save chat.json\nWho?\n", "-m", "4")
-    assert ran.exit_code == 1
+    result = piped(here, wrong + b"/save chat.json\nWho?\n", "-m", "4")
+    assert result.exit_code == 1
     assert len(saved(here / "chat.json")) == 2
     errors = [
-        line for line in ran.stderr_bytes.splitlines() if line.startswith(b"error: ")
+        line for line in result.stderr_bytes.splitlines() if line.startswith(b"error: ")
     ]
     for error, expected in zip(
         errors,
@@ -202,8 +204,8 @@ def test_a_wrong_line_is_reported_and_the_others_are_processed(here):
     ):
         assert expected in error
     assert (here / "diary").read_text() == "mine"
-    assert len(ran.stdout_bytes.splitlines()) >= 2
-    assert b"Traceback" not in ran.stderr_bytes
+    assert len(result.stdout_bytes.splitlines()) >= 2
+    assert b"Traceback" not in result.stderr_bytes
 
 
 def test_wrong_options_are_refused_before_the_first_prompt(here):
@@ -211,9 +213,9 @@ def test_wrong_options_are_refused_before_the_first_prompt(here):
         (("--template", "chatml"), b"No template is called 'chatml'"),
         (("--template", "raw", "--system", "x"), b"takes no system text"),
     ):
-        ran = piped(here, "Hi\n", *options)
-        assert (ran.exit_code, ran.stdout_bytes) == (1, b"")
-        assert message in ran.stderr_bytes
+        result = piped(here, "Hi\n", *options)
+        assert (result.exit_code, result.stdout_bytes) == (1, b"")
+        assert message in result.stderr_bytes
 
 
 def test_a_closed_pipe_is_quiet_and_a_full_disk_is_reported(here):
@@ -231,16 +233,16 @@ def test_a_closed_pipe_is_quiet_and_a_full_disk_is_reported(here):
     assert (process.returncode, errors) == (0, b"")
     if Path("/dev/full").exists():
         with open("/dev/full", "w") as full:
-            ran = subprocess.run(
+            result = subprocess.run(
                 [*PROGRAM, "-m", "4", "--quiet"],
                 cwd=here,
                 input=b"Hi\n",
                 stdout=full,
                 stderr=subprocess.PIPE,
             )
-        assert ran.returncode == 1
-        assert b"No space left" in ran.stderr
-        assert b"Traceback" not in ran.stderr
+        assert result.returncode == 1
+        assert b"No space left" in result.stderr
+        assert b"Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,7 @@ def test_a_script_is_stopped_as_any_other_command(here, number, code):
 
 
 def test_a_model_without_a_template_continues_a_text(here):
-    ran = piped(here, "Once\n\n/save chat.json\n", "-m", "6", "--template", "raw")
+    result = piped(here, "Once\n\n/save chat.json\n", "-m", "6", "--template", "raw")
     message, first, empty, second = saved(here / "chat.json")
     assert (message, empty) == ("Once", "")
     model, tokenizer = load(here / "model")
@@ -273,8 +275,8 @@ def test_a_model_without_a_template_continues_a_text(here):
     assert second == generate(
         model, tokenizer, f"Once{first}", sampling, template="raw"
     )
-    assert b"no prompt template" in ran.stderr_bytes
-    assert ran.stderr_bytes.count(b"an empty line continues") == 2
+    assert b"no prompt template" in result.stderr_bytes
+    assert result.stderr_bytes.count(b"an empty line continues") == 2
 
 
 # On a terminal -------------------------------------------------------------------

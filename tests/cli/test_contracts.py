@@ -40,9 +40,9 @@ def run(*args, code=None, **options):
 
 def answer(*args, **options):
     """Return the stdout of a command, which must succeed."""
-    ran = call(*args, **options)
-    assert ran.exit_code == 0, ran.output
-    return ran.stdout
+    result = call(*args, **options)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 # The program ---------------------------------------------------------------------
@@ -58,18 +58,18 @@ atexit.register(lambda: print(sorted(sys.modules.keys() & {set(HEAVY)})))
 from mlx_openelm.cli.main import main
 main()
 """
-    ran = run(*args, code=code)
-    assert ran.returncode == 0
-    assert "Usage" in ran.stdout
-    assert ran.stdout.endswith("[]\n")
+    result = run(*args, code=code)
+    assert result.returncode == 0
+    assert "Usage" in result.stdout
+    assert result.stdout.endswith("[]\n")
 
 
 def test_the_package_runs_as_a_module():
-    ran = run("--version")
-    assert (ran.returncode, ran.stderr) == (0, "")
+    result = run("--version")
+    assert (result.returncode, result.stderr) == (0, "")
     version = re.escape(__version__)
     pattern = rf"mlx-openelm {version} \(mlx [\d.]+, mlx-lm [\d.]+\)\n"
-    assert re.fullmatch(pattern, ran.stdout)
+    assert re.fullmatch(pattern, result.stdout)
 
 
 @pytest.mark.parametrize(
@@ -89,17 +89,17 @@ def test_the_package_runs_as_a_module():
 )
 def test_wrong_usage_is_code_2_and_writes_nothing_to_stdout(here, args):
     before = snapshot(here)
-    ran = call(*args)
-    assert (ran.exit_code, ran.stdout) == (2, "")
-    assert "Usage" in ran.stderr
+    result = call(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage" in result.stderr
     assert snapshot(here) == before
 
 
 def test_a_traceback_is_shown_on_demand_only(here, monkeypatch):
     expect_error(here, "inspect", "nowhere", message="There is no folder nowhere")
     monkeypatch.setenv("MLX_OPENELM_DEBUG", "1")
-    ran = call("inspect", "nowhere")
-    assert isinstance(ran.exception, OpenELMError)
+    result = call("inspect", "nowhere")
+    assert isinstance(result.exception, OpenELMError)
     monkeypatch.setenv("MLX_OPENELM_DEBUG", "0")
     assert isinstance(call("inspect", "nowhere").exception, SystemExit)
 
@@ -123,20 +123,20 @@ def test_a_prompt_is_an_argument_an_option_or_stdin(here):
 def test_a_terminal_without_a_prompt_is_wrong_usage(here):
     controller, terminal = pty.openpty()
     try:
-        ran = run("generate", *MODEL, stdin=terminal)
+        result = run("generate", *MODEL, stdin=terminal)
     finally:
         os.close(controller)
         os.close(terminal)
-    assert (ran.returncode, ran.stdout) == (2, "")
-    assert "give a prompt" in ran.stderr
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "give a prompt" in result.stderr
 
 
 # generate ------------------------------------------------------------------------
 
 
 def test_json_of_generate_is_one_document_with_the_documented_fields(here):
-    ran = call("generate", "Once", *MODEL, "-m", "5", "--json")
-    report = json.loads(ran.stdout)
+    result = call("generate", "Once", *MODEL, "-m", "5", "--json")
+    report = json.loads(result.stdout)
     assert report.keys() >= {
         *("text", "tokens", "finish_reason", "prompt_tokens", "generation_tokens"),
         *("prompt_tps", "generation_tps", "peak_memory_bytes", "time_to_first_token_s"),
@@ -144,7 +144,7 @@ def test_json_of_generate_is_one_document_with_the_documented_fields(here):
     assert report["text"] == small_tokenizer().decode(report["tokens"])
     assert report["text"] == answer("generate", "Once", *MODEL, "-m", "5")
     assert (report["finish_reason"], report["generation_tokens"]) == ("length", 5)
-    assert ran.stdout.count("\n") == 1
+    assert result.stdout.count("\n") == 1
 
 
 def test_stdout_is_the_answer_and_stderr_one_line_of_statistics(here):
@@ -165,8 +165,8 @@ def test_stdout_is_the_answer_and_stderr_one_line_of_statistics(here):
 
 
 def test_a_full_context_is_reported(here):
-    ran = call("generate", "Once", *MODEL, "-m", "999")
-    assert "[the context of 64 is full]" in ran.stderr
+    result = call("generate", "Once", *MODEL, "-m", "999")
+    assert "[the context of 64 is full]" in result.stderr
     assert "context" not in call("generate", "Once", *MODEL, "-m", "9").stderr
 
 
@@ -212,12 +212,12 @@ def test_a_tiny_temperature_or_top_p_is_greedy(here, option):
 )
 def test_convert_prints_the_path_which_has_a_default(here, options, name):
     group = ("--q-group-size", "32")
-    ran = call("convert", "source", *options, *group)
-    assert (ran.exit_code, ran.stdout) == (0, f"{name}\n")
-    assert f"mlx-openelm generate --model {name}" in ran.stderr
+    result = call("convert", "source", *options, *group)
+    assert (result.exit_code, result.stdout) == (0, f"{name}\n")
+    assert f"mlx-openelm generate --model {name}" in result.stderr
     open_folder(here / name)
-    ran = call("convert", "--hf-path", "source", "--mlx-path", "x/y z é", "--quiet")
-    assert (ran.stdout, ran.stderr) == ("x/y z é\n", "")
+    result = call("convert", "--hf-path", "source", "--mlx-path", "x/y z é", "--quiet")
+    assert (result.stdout, result.stderr) == ("x/y z é\n", "")
     open_folder(here / "x" / "y z é")
 
 
@@ -271,26 +271,28 @@ def test_recipes_are_listed_shown_and_copied(here):
 
 
 def test_warnings_of_other_libraries_are_not_in_the_output(here):
-    ran = run("generate", "Once", *MODEL, "-m", "3", "--quiet", "--json")
-    assert ran.stderr == ""
-    assert json.loads(ran.stdout)["generation_tokens"] == 3
+    result = run("generate", "Once", *MODEL, "-m", "3", "--quiet", "--json")
+    assert result.stderr == ""
+    assert json.loads(result.stdout)["generation_tokens"] == 3
 
 
 def test_convert_writes_the_receipt_and_inspect_shows_it(here):
     flags = ("--q-bits", "4", "--q-group-size", "32")
     (here / "mine.txt").write_text(TEXT)
-    ran = call("convert", "source", *flags, "--calibration", "mine.txt")
-    assert (ran.exit_code, ran.stdout) == (0, "source-mlx-4bit\n")
-    assert "Receipt: mean KL" in ran.stderr
-    assert "mine.txt" in ran.stderr
+    result = call("convert", "source", *flags, "--calibration", "mine.txt")
+    assert (result.exit_code, result.stdout) == (0, "source-mlx-4bit\n")
+    assert "Receipt: mean KL" in result.stderr
+    assert "mine.txt" in result.stderr
     receipt = open_folder(here / "source-mlx-4bit").metadata["receipt"]
     assert 0 < receipt["mean_kl"] < receipt["p99_kl"]
     assert "mean KL" in call("inspect", "source-mlx-4bit").stdout
-    ran = call("convert", "source", *flags, "--no-receipt", "--mlx-path", "bare")
-    assert "Receipt" not in ran.stderr
+    result = call("convert", "source", *flags, "--no-receipt", "--mlx-path", "bare")
+    assert "Receipt" not in result.stderr
     assert "receipt" not in open_folder(here / "bare").metadata
-    ran = call("convert", "source", *flags, "--tokenizer", "none", "--mlx-path", "mute")
-    assert "No receipt: measuring it needs" in ran.stderr
+    result = call(
+        "convert", "source", *flags, "--tokenizer", "none", "--mlx-path", "mute"
+    )
+    assert "No receipt: measuring it needs" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,9 @@ def work(here):
 
 
 def run(*args):
-    ran = call("evaluate", "--model", "model", *args)
-    assert ran.exit_code == 0, ran.stderr
-    return ran
+    result = call("evaluate", "--model", "model", *args)
+    assert result.exit_code == 0, result.stderr
+    return result
 
 
 def score_json(*args):
@@ -233,10 +233,10 @@ def peft(work, monkeypatch):
 
 def test_a_suite_is_shown_beside_the_published_scores(peft):
     args = ("--suite", "peft", "--tasks-dir", "peft", "--adapter-path", "adapter")
-    ran = run(*args)
-    assert "lacks ARC-Challenge.json, ARC-Easy.json, hellaswag.json" in ran.stderr
-    assert "adapter beside OpenELM-270M with LoRA" in ran.stdout
-    assert "CoreNet, README-peft.md, checked" in ran.stdout
+    result = run(*args)
+    assert "lacks ARC-Challenge.json, ARC-Easy.json, hellaswag.json" in result.stderr
+    assert "adapter beside OpenELM-270M with LoRA" in result.stdout
+    assert "CoreNet, README-peft.md, checked" in result.stdout
     scores = score_json(*args)
     (model,) = scores["suite"]["models"]
     by_column = {score["column"]: score for score in model["scores"]}
@@ -248,17 +248,17 @@ def test_a_suite_is_shown_beside_the_published_scores(peft):
     average = model["averages"][0]
     assert average["column"] == "average of 2 of 8"
     assert average["published"] == pytest.approx((62.14 + 28.00) / 2)
-    words = ran.stdout.split()
+    words = result.stdout.split()
     for value in (62.14, boolq["value"], boolq["difference"]):
         assert any(word.lstrip("+") == f"{value:.2f}" for word in words)
 
 
 def test_a_base_without_its_row_and_an_adapter_with_one_are_compared(peft):
     args = ("--suite", "peft", "--tasks-dir", "peft", "--compare", "adapter")
-    ran = run(*args, "--picture", "suite.svg", "--csv", "suite.csv")
-    assert "model: no published scores for this model" in ran.stdout
-    assert "adapter beside OpenELM-270M with LoRA" in ran.stdout
-    assert "unverified" in ran.stdout
+    result = run(*args, "--picture", "suite.svg", "--csv", "suite.csv")
+    assert "model: no published scores for this model" in result.stdout
+    assert "adapter beside OpenELM-270M with LoRA" in result.stdout
+    assert "unverified" in result.stdout
     picture = (peft / "suite.svg").read_text()
     hollow = re.findall(r'<g class="published">.*?<use [^>]*>', picture)
     assert len(hollow) == 3  # two columns and the average
@@ -290,9 +290,9 @@ def test_a_base_without_its_row_and_an_adapter_with_one_are_compared(peft):
     ],
 )
 def test_wrong_usage_is_code_2(here, args):
-    ran = call(*args)
-    assert (ran.exit_code, ran.stdout) == (2, "")
-    assert "Usage" in ran.stderr
+    result = call(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -348,8 +348,8 @@ def test_a_harness_task_and_a_task_file_are_scored_together(work):
         "- {metric: acc_norm, aggregation: mean, higher_is_better: true}\n"
     )
     args = ("--tasks", "wept", "--include-path", "own", "--tasks", "tales.json")
-    ran = run(*args, "--compare", "adapter", "--json", "--output", "kept")
-    scores = json.loads(ran.stdout)
+    result = run(*args, "--compare", "adapter", "--json", "--output", "kept")
+    scores = json.loads(result.stdout)
     for model in scores["models"]:
         wept, tales = model["tasks"]["wept"], model["tasks"]["tales"]
         for name in ("acc", "acc_norm", "n"):

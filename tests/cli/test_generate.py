@@ -11,9 +11,9 @@ PROMPT = "the king said the king said"
 
 def answer(*args, **options):
     """Return the stdout of a command, which must succeed."""
-    ran = call(*args, **options)
-    assert ran.exit_code == 0, ran.output
-    return ran.stdout
+    result = call(*args, **options)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def generate(*args):
@@ -48,8 +48,8 @@ def test_a_cached_prompt_is_reused_and_an_outdated_one_is_reported(here):
 
 
 def test_draft_tokens_are_counted_on_stderr(here):
-    ran = call("generate", PROMPT, *MODEL[:2], "-m", 40, "--lookup", 4)
-    assert "draft tokens accepted" in ran.stderr
+    result = call("generate", PROMPT, *MODEL[:2], "-m", 40, "--lookup", 4)
+    assert "draft tokens accepted" in result.stderr
 
 
 def test_a_file_of_prompts_is_answered_as_one_by_one(here):
@@ -67,11 +67,11 @@ def test_a_file_of_prompts_is_answered_as_one_by_one(here):
 
 def test_a_bad_line_is_reported_and_the_others_are_answered(here):
     (here / "prompts.jsonl").write_text('{"prompt": "a king"}\n{"promt": 1}\n"Hi"\n')
-    ran = call("generate", "--prompts-file", "prompts.jsonl", *MODEL[:2], "-m", 4)
-    assert ran.exit_code == 1
-    assert "prompts.jsonl:2:" in ran.stderr
-    assert "1 of 3 prompts of prompts.jsonl have no answer" in ran.stderr
-    assert len(ran.stdout.splitlines()) == 3
+    result = call("generate", "--prompts-file", "prompts.jsonl", *MODEL[:2], "-m", 4)
+    assert result.exit_code == 1
+    assert "prompts.jsonl:2:" in result.stderr
+    assert "1 of 3 prompts of prompts.jsonl have no answer" in result.stderr
+    assert len(result.stdout.splitlines()) == 3
 
 
 def test_logprobs_come_with_json(here):
@@ -115,9 +115,9 @@ def test_wrong_values_are_refused_in_one_line(here, args, message):
     ],
 )
 def test_contradicting_options_are_wrong_usage(here, args):
-    ran = call("generate", *args, *MODEL)
-    assert ran.exit_code == 2
-    assert "Traceback" not in ran.output
+    result = call("generate", *args, *MODEL)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize("foreign", ["my notes", '{"a": 1}', "one prompt\nanother"])

@@ -126,17 +126,17 @@ def test_the_command_prints_the_folder_and_writes_all_of_it(base, tmp_path):
     data = write_data(tmp_path / "train.jsonl")
     args = ("lora", "--data", data, "--model", base, "--iters", 4, "--rank", 2)
     out = tmp_path / "adapters" / "train"
-    ran = call(*args, "--adapter-path", out)
-    assert (ran.exit_code, ran.stdout) == (0, f"{out}\n"), ran.stderr
+    result = call(*args, "--adapter-path", out)
+    assert (result.exit_code, result.stdout) == (0, f"{out}\n"), result.stderr
     assert {path.name for path in out.iterdir()} == {
         *("adapter_config.json", "adapters.safetensors", "best", "data.json"),
         *("metrics.jsonl", "recipe.yaml", "report.html", "state.safetensors"),
     }
-    ran = call("generate", "the king", "--adapter-path", out, "-m", 3)
-    assert ran.exit_code == 0, ran.stderr
-    ran = call(*args, "--adapter-path", out, "--force", "--json", "--quiet")
-    report = json.loads(ran.stdout)
-    assert ran.stderr == ""
+    result = call("generate", "the king", "--adapter-path", out, "-m", 3)
+    assert result.exit_code == 0, result.stderr
+    result = call(*args, "--adapter-path", out, "--force", "--json", "--quiet")
+    report = json.loads(result.stdout)
+    assert result.stderr == ""
     assert report["path"] == str(out)
     assert report["steps"] == 4
 
@@ -268,19 +268,19 @@ def test_every_bundled_recipe_runs(base, tmp_path, name):
     model = base
     if name == "lora/qlora":
         model = tmp_path / "packed"
-        ran = call("convert", base, "-q", "--q-group-size", 32, "--mlx-path", model)
-        assert ran.exit_code == 0, ran.stderr
+        result = call("convert", base, "-q", "--q-group-size", 32, "--mlx-path", model)
+        assert result.exit_code == 0, result.stderr
     changes = ("--iters", 2, "--max-seq-length", 64, "--rank", 4)
     if name == "lora/instruct":
         changes = ("--iters", 2, "--max-seq-length", 64, "--max-prompt-length", 32)
         changes = (*changes, "--warmup-steps", 0)
     elif name == "lora/openelm-peft":
         changes = (*changes, "--warmup-steps", 0)
-    ran = call(
+    result = call(
         *("lora", "-c", name, "--model", model, "--data", tmp_path / "train.jsonl"),
         *("--adapter-path", tmp_path / "run", *changes),
     )
-    assert ran.exit_code == 0, ran.stderr
+    assert result.exit_code == 0, result.stderr
     resolved = load_recipe(FinetuneRecipe, str(tmp_path / "run" / "recipe.yaml"), {})
     bundled = load_recipe(FinetuneRecipe, name, {})
     assert resolved.learning_rate == bundled.learning_rate
@@ -465,9 +465,9 @@ def test_the_command_after_a_kill_works(base, tmp_path, changes, flags):
         finetune(recipe)
     command = str(raised.value).partition(": mlx-openelm ")[2]
     assert flags in command
-    ran = call(*shlex.split(command), "--json")
-    assert ran.exit_code == 0, ran.stderr
-    assert json.loads(ran.stdout)["steps"] == STEPS
+    result = call(*shlex.split(command), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["steps"] == STEPS
 
 
 def test_a_resumed_run_notes_the_kill(recipe):
@@ -646,10 +646,10 @@ def test_a_dry_run_plans_and_writes_nothing(base, tmp_path):
     data = write_data(tmp_path / "train.jsonl")
     out = tmp_path / "run"
     args = ("lora", "--data", data, "--model", base, "--adapter-path", out, "--dry-run")
-    ran = call(*args)
-    assert (ran.exit_code, ran.stdout) == (0, "")
+    result = call(*args)
+    assert (result.exit_code, result.stdout) == (0, "")
     for words in ("36 records", "trained parameters", "memory: about", "epochs"):
-        assert words in ran.stderr, ran.stderr
+        assert words in result.stderr, result.stderr
     plan = json.loads(call(*args, "--json").stdout)
     assert plan["plan"]["trainable"] > 0
     assert plan["data"]["train"]["records"] == 36
@@ -914,7 +914,7 @@ def test_two_processes_train_the_same_weights_as_one(base, tmp_path):
     together = dataclasses.replace(alone, adapter_path=str(tmp_path / "together"))
     expected = finetune(alone)
     (tmp_path / "recipe.yaml").write_text(together.to_yaml())
-    ran = subprocess.run(
+    result = subprocess.run(
         [
             *(str(Path(sys.executable).with_name("mlx.launch")), "-n", "2"),
             *("--backend", "ring", "--starting-port", str(free_ports(1)[0])),
@@ -926,8 +926,8 @@ def test_two_processes_train_the_same_weights_as_one(base, tmp_path):
         timeout=120,
         check=False,
     )
-    assert ran.returncode == 0, ran.stderr
-    [line] = [line for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert result.returncode == 0, result.stderr
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("{")]
     report = json.loads(line)
     assert report["tokens"] == expected.tokens
     assert report["last_loss"] == pytest.approx(expected.last_loss, abs=1e-5)

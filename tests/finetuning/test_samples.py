@@ -353,10 +353,8 @@ def test_pairs_with_equal_answers_are_left_out():
     assert (samples, table.nothing_to_learn) == ((), 1)
     options = {"max_length": 8, "max_prompt_length": 4}
     samples, table = make_pair("Who?", "a a a a a b", "a a a a a c", **options)
-    assert (samples, table.nothing_to_learn) == (
-        (),
-        1,
-    )  # truncated to equal texts
+    # truncated to equal texts
+    assert (samples, table.nothing_to_learn) == ((), 1)
 
 
 # Statistics ----------------------------------------------------------------------

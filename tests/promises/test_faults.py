@@ -181,9 +181,9 @@ def test_a_full_disk_at_stdout_is_one_error_line(here):
     with full.open("wb") as stdout:
         code = [sys.executable, "-c", MAIN, *GENERATE]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        ran = subprocess.run(
+        result = subprocess.run(
             code, stdout=stdout, stderr=subprocess.PIPE, env=environment
         )
-    assert ran.returncode == 1
-    assert ran.stderr.startswith(b"error: [Errno 28] No space left on device")
-    assert len(ran.stderr.splitlines()) == 1
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"error: [Errno 28] No space left on device")
+    assert len(result.stderr.splitlines()) == 1

@@ -28,7 +28,7 @@ def run(command: Sequence[str | Path], cwd: Path, **variables: str) -> str:
     """Run without the variables of this test run; return stdout."""
     ours = ("MAKE", "MFLAGS", "MLX_", "PYTEST", "PYTHON")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    ran = subprocess.run(
+    result = subprocess.run(
         command,
         cwd=cwd,
         env=kept | variables,
@@ -36,8 +36,8 @@ def run(command: Sequence[str | Path], cwd: Path, **variables: str) -> str:
         capture_output=True,
         text=True,
     )
-    assert ran.returncode == 0, f"{command}\n{ran.stdout}\n{ran.stderr}"
-    return ran.stdout
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -243,19 +243,19 @@ def test_make_reports_why_a_python_is_not_supported(
     path: Path, version: tuple[int, int], machine: str, reason: str
 ) -> None:
     put_python(path, "custom", version, machine)
-    ran = which_python(path, PYTHON="custom")
-    assert ran.returncode != 0
-    assert not ran.stdout
-    assert reason in ran.stderr
-    assert "brew install python" in ran.stderr
+    result = which_python(path, PYTHON="custom")
+    assert result.returncode != 0
+    assert not result.stdout
+    assert reason in result.stderr
+    assert "brew install python" in result.stderr
 
 
 def test_make_refuses_an_intel_mac(path: Path) -> None:
     (path / "sysctl").write_text("#!/bin/sh\nexit 1\n")
     put_python(path, "python3.13", (3, 13), "x86_64")
-    ran = which_python(path)
-    assert ran.returncode != 0
-    assert "Apple silicon" in ran.stderr
+    result = which_python(path)
+    assert result.returncode != 0
+    assert "Apple silicon" in result.stderr
 
 
 # Installing ------------------------------------------------------------------------

@@ -173,9 +173,9 @@ def test_a_prompt_on_stdin_must_be_text(here):
 @pytest.mark.parametrize("prompt", ["  ", "", "\U0001f642日", "a\0b", "\n\n", "</s>"])
 def test_odd_prompts_are_continued(here, prompt):
     options = ("--quiet", "--model", "model", "-m", "2", "--json")
-    ran = call("generate", "--prompt", prompt, *options)
-    assert ran.exit_code == 0
-    assert json.loads(ran.stdout)["generation_tokens"] == 2
+    result = call("generate", "--prompt", prompt, *options)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["generation_tokens"] == 2
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,9 @@ def test_odd_prompts_are_continued(here, prompt):
 )
 def test_extreme_options_are_accepted(here, args):
     drawn = ("--temp", "1", "--seed", "1", *args)
-    ran = call("generate", "Hi", "--quiet", "--model", "model", "-m", "3", *drawn)
-    assert (ran.exit_code, ran.stderr) == (0, "")
-    assert ran.stdout
+    result = call("generate", "Hi", "--quiet", "--model", "model", "-m", "3", *drawn)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,8 @@ def test_packed_weights_that_decode_to_nan_are_refused(here, args, part, value):
     arrays[f"transformer.{name}.{part}"][3, 1] = value
     mx.save_safetensors(str(path), arrays)
     expect_error(here, "convert", "packed", message=f"{FFN} holds NaN or infinity")
-    ran = call("verify", "packed")
-    assert (ran.exit_code, f"{FFN} holds NaN" in ran.stdout) == (1, True)
+    result = call("verify", "packed")
+    assert (result.exit_code, f"{FFN} holds NaN" in result.stdout) == (1, True)
 
 
 def test_integers_without_scales_are_refused(here):

@@ -73,8 +73,8 @@ def test_force_replaces_a_model(here):
     args = (*CONVERT, "--mlx-path", "model", "--tokenizer", "none")
     expect_error(here, *args, message=["model exists already", "--force"])
     (here / "model" / ".DS_Store").write_text("the Finder's")
-    ran = call(*args, "--force")
-    assert (ran.exit_code, ran.stdout) == (0, "model\n")
+    result = call(*args, "--force")
+    assert (result.exit_code, result.stdout) == (0, "model\n")
     assert not (here / "model" / "tokenizer.model").exists()  # no old file is left
     assert open_folder(here / "model")
     assert sorted(path.name for path in here.iterdir()) == ["model", "source"]
@@ -112,8 +112,8 @@ def test_force_never_loses_the_source(here):
 @pytest.mark.parametrize("name", ["mit Leerzeichen", "日本/ü.model", "-x", "a/b/c/d"])
 def test_a_target_of_any_name_and_depth_is_created(here, name):
     (here / "a").mkdir()
-    ran = call(*CONVERT, f"--mlx-path={name}")
-    assert (ran.exit_code, ran.stdout) == (0, f"{name}\n")
+    result = call(*CONVERT, f"--mlx-path={name}")
+    assert (result.exit_code, result.stdout) == (0, f"{name}\n")
     assert open_folder(here / name)
     assert not list(here.rglob("*.part"))
 
@@ -204,13 +204,13 @@ def test_a_folder_has_the_permissions_of_the_umask(here):
 @pytest.mark.parametrize("target", ["new", "force"])
 def test_after_a_kill_at_any_step_the_result_is_complete_or_absent(tmp_path, target):
     """See killing.py, which checks this after each kill and resumes."""
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, SUPPORT / "killing.py", tmp_path, target],
         capture_output=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert ran.returncode == 0, ran.stderr.decode()
-    assert int(ran.stdout) > 20
+    assert result.returncode == 0, result.stderr.decode()
+    assert int(result.stdout) > 20
 
 
 def stop(target, error, *, job, shards=1):
@@ -456,8 +456,8 @@ with staged_file(Path(sys.argv[1])) as path:
 """
     target = tmp_path / "out.gguf"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([sys.executable, "-c", code, target], env=environment)
-    assert ran.returncode == -9
+    result = subprocess.run([sys.executable, "-c", code, target], env=environment)
+    assert result.returncode == -9
     assert len(list(tmp_path.iterdir())) == 2
     assert not target.exists()
     with staged_file(target) as path:

@@ -21,14 +21,14 @@ def expect_error(here: Path, *args: object, message: str | list[str], **options)
     Return stderr, which must be one sentence.
     """
     before = snapshot(here)
-    ran = call(*args, **options)
-    assert isinstance(ran.exception, SystemExit), repr(ran.exception)
-    assert (ran.exit_code, ran.stdout) == (1, "")
-    assert re.fullmatch(r"error: \S.*\.\n", ran.stderr), ran.stderr
+    result = call(*args, **options)
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"error: \S.*\.\n", result.stderr), result.stderr
     for words in [message] if isinstance(message, str) else message:
-        assert words in ran.stderr, ran.stderr
+        assert words in result.stderr, result.stderr
     assert snapshot(here) == before
-    return ran.stderr
+    return result.stderr
 
 
 def snapshot(folder: Path) -> dict[Path, bytes | None]:

@@ -815,16 +815,22 @@ def corrupt(
             damage(random.Random(f"{kind} {seed} {i}"), Path("source"))
             before = snapshot(folder)
             with watched(case):
-                ran = convert(*args)
-            if ran.exit_code == 0:
+                result = convert(*args)
+            if result.exit_code == 0:
                 assert raw_tensors(Path("out")) == expected, case
                 shutil.rmtree("out")
             else:
-                assert isinstance(ran.exception, SystemExit), (case, ran.exception)
-                assert (ran.exit_code, ran.stdout) == (1, ""), case
-                assert re.fullmatch(r"error: \S.*\.\n", ran.stderr), (case, ran.stderr)
+                assert isinstance(result.exception, SystemExit), (
+                    case,
+                    result.exception,
+                )
+                assert (result.exit_code, result.stdout) == (1, ""), case
+                assert re.fullmatch(r"error: \S.*\.\n", result.stderr), (
+                    case,
+                    result.stderr,
+                )
             assert snapshot(folder) == before, case
-            outcomes["read" if ran.exit_code == 0 else "refused"] += 1
+            outcomes["read" if result.exit_code == 0 else "refused"] += 1
             shutil.rmtree("source")
     return outcomes
 
@@ -853,15 +859,15 @@ def test_many_damaged_sources_with_limited_memory(tmp_path, kind, count, seeds):
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, SUPPORT, Path(__file__).parent))),
         "MALLOC_ARENA_MAX": "2",  # each thread's arena would reserve 64 MB more
     }
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), kind, str(count), seeds],
         env=environment,
         capture_output=True,
         text=True,
         timeout=900,
     )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    print(kind, ran.stdout)
+    assert result.returncode == 0, result.stderr[-3000:]
+    print(kind, result.stdout)
 
 
 def corrupt_many(folder: str, kind: str, count: str, seeds: str) -> None:

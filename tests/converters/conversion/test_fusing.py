@@ -199,9 +199,9 @@ def test_bits_that_would_lose_the_adapter_are_refused(work, flags, bits, dtype):
     command = ("fuse", "--adapter-path", "adapter", "--save-path", "fused")
     message = ["Weights of 4 bits would lose", "nats", "use --dequantize or a larger"]
     expect_error(work, *command, message=message)
-    ran = call(*command, *flags, "--json")
-    assert ran.exit_code == 0, ran.stderr
-    report = json.loads(ran.stdout)
+    result = call(*command, *flags, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
     assert (report["path"], report["bits"], report["dtype"]) == ("fused", bits, dtype)
     proof = report["proof"]
     assert 0 < proof["kl_fused"] < 0.25 * proof["kl_adapter"]
@@ -242,9 +242,9 @@ def test_the_check_is_independent_of_the_merge(work, monkeypatch):
 
 def test_the_folder_stores_the_check_and_the_template(work):
     write_own("run/best")
-    ran = call("fuse", "--adapter-path", "run/best", "--save-path", "fused")
-    assert (ran.exit_code, ran.stdout) == (0, "fused\n")
-    assert "The adapter's effect is preserved" in ran.stderr
+    result = call("fuse", "--adapter-path", "run/best", "--save-path", "fused")
+    assert (result.exit_code, result.stdout) == (0, "fused\n")
+    assert "The adapter's effect is preserved" in result.stderr
     folder = open_folder(work / "fused")
     assert folder.template == "alpaca"
     assert load("fused")[1].template == "alpaca"
@@ -298,8 +298,8 @@ def test_a_training_run_is_converted_for_peft_and_corenet(work):
     for name in ("recipe.yaml", "metrics.jsonl", "state.safetensors", "data.json"):
         (work / "run" / name).write_text("{}\n")
     for flags, path in ((("--to", "peft"), "peft"), (("--to", "corenet"), "all.pt")):
-        ran = call("convert", "run", *flags, "--mlx-path", path)
-        assert (ran.exit_code, ran.stdout) == (0, f"{path}\n"), ran.stderr
+        result = call("convert", "run", *flags, "--mlx-path", path)
+        assert (result.exit_code, result.stdout) == (0, f"{path}\n"), result.stderr
     expected = logits_of("plain", "run")
     together = fuse("peft", "a", base="plain")
     assert together.proof.kl_fused < 1e-6

@@ -275,9 +275,9 @@ def test_copies_stay_identical_in_training_unless_noise_was_added(noise_db):
 
 def test_the_folder_has_the_layout_of_a_pre_training_run(here):
     (here / "source" / "generation_config.json").write_text('{"temperature": 0.5}')
-    ran = call("grow", "source", "--width", 2, "--noise-db", 10, "--seed", 4)
-    assert (ran.exit_code, ran.stdout) == (0, "source-grown/checkpoint.pt\n")
-    assert "Untied the output head" in ran.stderr
+    result = call("grow", "source", "--width", 2, "--noise-db", 10, "--seed", 4)
+    assert (result.exit_code, result.stdout) == (0, "source-grown/checkpoint.pt\n")
+    assert "Untied the output head" in result.stderr
     grown = here / "source-grown"
     assert sorted(path.name for path in grown.iterdir()) == [
         *("checkpoint.pt", "config.json", "generation_config.json", "tokenizer.model")
@@ -298,8 +298,8 @@ def test_the_folder_has_the_layout_of_a_pre_training_run(here):
 
 def test_json_describes_the_grown_model(here):
     args = ("source", "--width", 1, "--ffn", 2, "--noise-db", 10, "-o", "x", "--json")
-    ran = call("grow", *args)
-    report = json.loads(ran.stdout)
+    result = call("grow", *args)
+    report = json.loads(result.stdout)
     assert report["path"] == "x/checkpoint.pt"
     assert (report["width"], report["ffn"], report["noise_db"]) == (1, 2, 10.0)
     assert report["before"] == UNEVEN.num_parameters < report["num_parameters"]
@@ -400,9 +400,9 @@ def test_a_missing_or_damaged_source_is_reported_and_nothing_is_written(here):
 
 def test_a_model_without_a_tokenizer_grows_with_tokenizer_none(here):
     (here / "source" / "tokenizer.model").unlink()
-    ran = call("grow", "source", "--width", 2, "--tokenizer", "none")
-    assert ran.exit_code == 0
-    assert "No tokenizer was written" in ran.stderr
+    result = call("grow", "source", "--width", 2, "--tokenizer", "none")
+    assert result.exit_code == 0
+    assert "No tokenizer was written" in result.stderr
     assert not (here / "source-grown" / "tokenizer.model").exists()
 
 

@@ -643,22 +643,22 @@ def assert_problems(work, *words, against=("a.pt",)):
     """Assert that verify fails and reports all of `words`."""
     flags = [flag for source in against for flag in ("--against", source)]
     before = snapshot(work)
-    ran = call("verify", "model", *flags)
-    assert isinstance(ran.exception, SystemExit), repr(ran.exception)
-    assert ran.exit_code == 1
-    assert ran.stderr.startswith("error: model failed verification: ")
+    result = call("verify", "model", *flags)
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: model failed verification: ")
     for word in words:
-        assert word in " ".join(ran.stdout.split()), ran.stdout
+        assert word in " ".join(result.stdout.split()), result.stdout
     assert snapshot(work) == before
 
 
 def test_verify_passes_for_a_converted_model(work):
-    ran = call("verify", "model", "--against", "a.pt")
-    assert (ran.exit_code, ran.stderr) == (0, "")
+    result = call("verify", "model", "--against", "a.pt")
+    assert (result.exit_code, result.stderr) == (0, "")
     checks = ["index and shapes", "weights are numbers", "hashes", "tokenizer"]
-    rows = ran.stdout.rstrip().splitlines()[1:]
+    rows = result.stdout.rstrip().splitlines()[1:]
     assert [row.split()[-1] for row in rows] == ["ok"] * 5
-    assert all(check in ran.stdout for check in checks)
+    assert all(check in result.stdout for check in checks)
 
 
 def rewrite(work, change):
@@ -863,9 +863,11 @@ def test_conflicting_arguments_are_refused(work, args, message):
 
 def test_all_flags_reach_the_conversion(work):
     def run(*args):
-        ran = call("convert", *args, "--tokenizer", "model", "--no-receipt", "--json")
-        assert ran.exit_code == 0, ran.stderr
-        return json.loads(ran.stdout)
+        result = call(
+            "convert", *args, "--tokenizer", "model", "--no-receipt", "--json"
+        )
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
 
     assert run("a.pt", "--q-mode", "mxfp8")["path"] == "a-mlx-mxfp8"
     assert run("a.pt", "--q-bits", "6", "--q-keep", "layers.0")["path"] == "a-mlx-6bit"

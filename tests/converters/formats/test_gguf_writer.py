@@ -363,14 +363,14 @@ json.dump({"ids": ids, "answers": answers, "logits": logits}, sys.stdout)
 
 def run_llama_cpp(path: Path, **request: Any) -> dict[str, Any]:
     request = {"prompts": [], "texts": [], "context": 512, "max_tokens": 60} | request
-    ran = subprocess.run(
+    result = subprocess.run(
         [LLAMA_CPP_PYTHON or sys.executable, "-c", LLAMA_CPP_SCRIPT],
         input=json.dumps(request | {"path": str(path)}),
         capture_output=True,
         text=True,
     )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 @needs_llama_cpp

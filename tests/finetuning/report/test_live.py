@@ -161,9 +161,9 @@ def test_the_metrics_go_to_tensorboard_without_torch(recipe, tmp_path):
         *("--steps-per-report", "1", "--steps-per-eval", "2"),
         *("--adapter-path", recipe.adapter_path, "--sample-prompt", "the"),
     ]
-    ran = call("lora", *options, "--report-to", "tensorboard")
-    assert ran.exit_code == 0, ran.stderr
-    assert f"report during the run: {recipe.adapter_path}/report.html" in ran.stderr
+    result = call("lora", *options, "--report-to", "tensorboard")
+    assert result.exit_code == 0, result.stderr
+    assert f"report during the run: {recipe.adapter_path}/report.html" in result.stderr
     folder = os.path.join(recipe.adapter_path, "tensorboard")
     read = accumulator.EventAccumulator(folder).Reload()
     assert [s.step for s in read.Scalars("train/loss")] == [1, 2, 3, 4]
