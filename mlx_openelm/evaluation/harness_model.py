@@ -191,14 +191,14 @@ def _generate(
     for members in groups.values():
         sampling = _read_settings(prompts[members[0]][1])
         context = model.config.max_context_length
-        room = context - sampling.max_tokens
-        if room < 1:
+        prompt_limit = context - sampling.max_tokens
+        if prompt_limit < 1:
             raise OpenELMError(
                 f"The task needs {sampling.max_tokens} new tokens, and the model's "
                 f"context is {context}; choose another task."
             )
         numbered = (  # truncated at the left, as by the harness
-            BatchPrompt(number, tokenizer.encode(prompts[number][0])[-room:])
+            BatchPrompt(number, tokenizer.encode(prompts[number][0])[-prompt_limit:])
             for number in members
         )
         for answer in answer_together(

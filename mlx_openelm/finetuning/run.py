@@ -174,7 +174,7 @@ def _write_start(
 
 
 def _record_resume(run: RunContext, *, was_killed: bool) -> None:
-    """Bring recipe and events in line with the restored state."""
+    """Adapt recipe and events to the restored state."""
     drop_events_after(run.folder, run.progress)
     write_text(run.folder / RECIPE, run.recipe.to_yaml())
     run.log.emit("resume")
