@@ -14,6 +14,11 @@ MODELS = "the model's, else {default}"  # of generation_config.json
 SAMPLING = "Sampling"  # headings in --help
 SPEED_AND_MEMORY = "Speed and memory"
 PROMPT = "Prompt"
+SHOWN_DIGITS = {  # decimals of measured figures in JSON
+    "prompt_tps": 2,
+    "generation_tps": 2,
+    "time_to_first_token_s": 4,
+}
 
 
 def _read_biases(texts: Sequence[str]) -> tuple[tuple[int, float], ...]:
