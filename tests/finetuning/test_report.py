@@ -173,7 +173,7 @@ def test_the_headline_of_preferences_has_no_unit_and_no_perplexity():
     [
         ("done", "All 1,600 steps were trained."),
         ("patience", "Stopped early, at step 1,600: the validation loss fell no more."),
-        ("interrupted", "Interrupted at step 1,600; --resume goes on from there."),
+        ("interrupted", "Interrupted at step 1,600; --resume continues from there."),
     ],
 )
 def test_the_end_says_why(reason, said):

@@ -108,7 +108,7 @@ def describe_end(history: History, failure: str | None = None) -> str:
         f"{step}.",
         "done": f"All {step} steps were trained.",
         "patience": f"Stopped early, at step {step}: the validation loss fell no more.",
-        "interrupted": f"Interrupted at step {step}; --resume goes on from there.",
+        "interrupted": f"Interrupted at step {step}; --resume continues from there.",
     }.get(reason, f"Ended at step {step}: {reason}.")
     if failure is not None:
         description = f"Failed after step {step}: {failure}"
