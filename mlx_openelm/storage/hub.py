@@ -97,8 +97,8 @@ def find_model(
         raise OpenELMError(f"{name} is a file, not a model folder; {advice}.")
     if not _HUB_ID.fullmatch(name):
         raise OpenELMError(
-            f"There is no folder {name}{_suggest(name)} Use demo, a folder, a Hub id or, "
-            "to convert, a .pt file; the released models are "
+            f"There is no folder {name}{_suggest(name)} Use demo, a folder, a Hub id "
+            "or, to convert, a .pt file; the released models are "
             f"{', '.join(RELEASED)}."
         )
     try:
