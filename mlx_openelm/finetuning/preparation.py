@@ -31,6 +31,7 @@ from mlx_openelm.finetuning.trainable import (
     choose_ranks,
     unfreeze,
 )
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.hub import DEMO, find_model
 from mlx_openelm.storage.loading import load_tokenizer, make_quantized, stored_dtype
@@ -181,7 +182,8 @@ def _plan(
     lengths, targets = lengths_of(train), targets_of(train)
     if world.size > recipe.step_size:
         raise OpenELMError(
-            f"A step has {recipe.step_size} samples for {world.size} processes; raise "
+            f"A step has {count_of(recipe.step_size, 'sample')} for {world.size} "
+            "processes; raise "
             f"`batch_size` or `grad_accumulation_steps`."
         )
     model = _build_lazy_model(folder, recipe)
