@@ -21,6 +21,7 @@ from mlx_openelm.generation.decoding import Context
 from mlx_openelm.generation.drafters import Drafter
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import Piece, stream
+from mlx_openelm.message_parts import describe_error
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.staging import replaced_file, staged_file
 from mlx_openelm.text.messages import check_messages
@@ -305,7 +306,7 @@ def read_saved(path: Path) -> SavedConversation:
             raise OpenELMError(f"{path} is not a conversation written by /save.")
         return _check_saved(fields)
     except OSError as error:
-        raise OpenELMError(f"Cannot read {path}: {error}.") from error
+        raise OpenELMError(f"Cannot read {path}: {describe_error(error)}.") from error
     except (ValueError, RecursionError) as error:
         raise OpenELMError(
             f"{path} is damaged or not a saved conversation: {error}."

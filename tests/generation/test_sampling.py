@@ -220,7 +220,7 @@ def test_given_options_take_precedence_over_the_models_defaults():
     }
     assert Sampling.from_defaults(defaults).temp == 0.8
     actual = Sampling.from_defaults(defaults, {"temp": 0.0, "top_k": None})
-    assert (actual.temp, actual.top_p, actual.repetition_penalty) == (0.0, 0.9, 1.1)
+    assert (actual.temp, actual.top_p, actual.repetition_penalty) == (0.0, 0.9, 1.0)
     greedy = Sampling.from_defaults({"temperature": 0.8, "repetition_penalty": 1.2})
     assert (greedy.temp, greedy.repetition_penalty) == (0.0, 1.2)
     assert Sampling.from_defaults({"do_sample": True}).temp == 1.0

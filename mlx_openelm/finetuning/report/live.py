@@ -112,19 +112,21 @@ def describe_training(
         events=events,
         data=dataclasses.asdict(prepared.table),
         recipe=run.recipe.to_yaml(),
-        commands=list(_list_commands(run.folder)),
+        commands=list(_list_commands(run.folder, prepared.example or "...")),
         likelihood=run.objective.likelihood,
         progress=progress if running else None,
         failure=failure,
     )
 
 
-def _list_commands(path: Path) -> Iterator[tuple[str, str]]:
+def _list_commands(path: Path, prompt: str) -> Iterator[tuple[str, str]]:
     """Yield what can be done with the run, as description and command line."""
     trained = [p for p in (path / BEST, path) if (p / WEIGHTS).is_file()]
     if trained:
         adapter, fused = shlex.quote(str(trained[0])), shlex.quote(f"{path}-fused")
-        generate = f'mlx-openelm generate --adapter-path {adapter} "..."'
+        generate = (
+            f"mlx-openelm generate --adapter-path {adapter} -p {shlex.quote(prompt)}"
+        )
         fuse = f"mlx-openelm fuse --adapter-path {adapter} --save-path {fused}"
         yield "Generate with it", generate
         yield "Make it part of the model", fuse

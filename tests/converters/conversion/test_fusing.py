@@ -211,6 +211,31 @@ def test_bits_that_would_lose_the_adapter_are_refused(work, flags, bits, dtype):
 
 
 @pytest.mark.parametrize(
+    ("packed", "size", "flags", "advice", "helps"),
+    [
+        (None, 1e-3, ["-q"], "leave out the quantization, or use --q-bits 8.", []),
+        (None, 1e-3, ["-q"], "or use --q-bits 8.", ["--q-bits", 8]),
+        (None, 1e-5, ["--q-bits", 8], "); leave out the quantization.", []),
+        (4, 1e-3, [], "); use --dequantize or a larger --q-bits.", ["--dequantize"]),
+        (8, 2e-4, [], "); use --dequantize.", ["--dequantize"]),
+        (
+            *(4, 1e-3, ["-q"]),
+            "leave out the quantization and use --dequantize or a larger --q-bits.",
+            ["--dequantize"],
+        ),
+    ],
+)
+def test_the_advice_for_a_lost_adapter_helps(work, packed, size, flags, advice, helps):
+    base = quantize_base(packed) if packed else "base"
+    write_own("adapter", size=size, base=base)
+    command = ("fuse", "--adapter-path", "adapter", "--save-path", "fused")
+    message = refuse(work, *command, *flags, says=["would lose", advice])
+    assert packed or "--dequantize" not in message  # nothing is quantized
+    ran = call(*command, *helps)
+    assert ran.exit_code == 0, ran.stderr
+
+
+@pytest.mark.parametrize(
     ("fused", "adapter", "lost"),
     [
         (0.02, 0.1, False),
@@ -263,7 +288,10 @@ def test_the_folder_stores_the_check_and_the_template(work):
     [
         (["adapter", "--model", "other"], "was trained on another base than this one"),
         (["adapter", "--model", "gone/by"], "gone/by"),
-        (["adapter", "-q", "--dequantize"], "either --dequantize or --q-bits"),
+        (
+            ["adapter", "-q", "--dequantize"],
+            "either --dequantize or quantization, not both",
+        ),
         (["adapter", "--q-bits", "7"], "--q-bits is 7"),
         (["base"], "base is not an adapter folder: it has no adapter_config.json"),
         (["run"], ["not saved yet", "wait until it has"]),

@@ -782,14 +782,14 @@ def test_verify_compares_with_a_new_conversion(work, tokenizer, options):
         ),
         (
             ["a.pt", "-q", "--dequantize"],
-            "either --dequantize or --q-bits, not both",
+            "either --dequantize or quantization, not both",
         ),
         (["a.pt", "--q-bits", "4", "--dequantize"], "not both"),
         (["a.pt", "--to", "hf", "-q"], "--to hf does not support quantized weights"),
         (["a.pt", "--to", "corenet", "--q-mode", "mxfp4"], "not support quantized"),
         (
             ["a.pt", "--to", "gguf", "--q-bits", "4"],
-            "--q-bits is 4, but --to gguf supports only 8 (Q8_0)",
+            "--to gguf supports only 8 bits (Q8_0), not 4; use --q-bits 8",
         ),
         (["a.pt", "--to", "peft"], "is a model, but --to peft writes an adapter"),
         (["a.pt", "--q-bits", "auto:x"], "--q-bits is auto:x; expected auto:N"),
