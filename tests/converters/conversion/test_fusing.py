@@ -229,7 +229,7 @@ def test_the_advice_for_a_lost_adapter_helps(work, packed, size, flags, advice, 
     base = quantize_base(packed) if packed else "base"
     write_own("adapter", size=size, base=base)
     command = ("fuse", "--adapter-path", "adapter", "--save-path", "fused")
-    message = refuse(work, *command, *flags, says=["would lose", advice])
+    message = expect_error(work, *command, *flags, message=["would lose", advice])
     assert packed or "--dequantize" not in message  # nothing is quantized
     ran = call(*command, *helps)
     assert ran.exit_code == 0, ran.stderr
