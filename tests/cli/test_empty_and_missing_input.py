@@ -1,7 +1,7 @@
 """Empty prompts and missing files end in one error before a model is loaded."""
 
 import pytest
-from commands import call, refuse
+from commands import call, expect_error
 
 
 @pytest.mark.parametrize(

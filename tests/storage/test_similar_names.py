@@ -34,7 +34,9 @@ def test_the_nearest_name_is_proposed(names, arguments, name, similar):
 
 def test_a_folder_of_another_place_is_proposed(names):
     name = names / "my-model-2"
-    expect_error(names, *GENERATE, name, message=f"Similar names: {names / 'my-model'}.")
+    expect_error(
+        names, *GENERATE, name, message=f"Similar names: {names / 'my-model'}."
+    )
 
 
 @pytest.mark.parametrize("name", ["nowhere", "mistral", "org/phi-2", "~nobody/x"])
@@ -44,7 +46,9 @@ def test_other_names_are_not_similar(names, name):
 
 def test_a_text_file_is_not_to_be_converted(names):
     (names / "README.md").write_text("# A model")
-    message = expect_error(names, *GENERATE, "README.md", message="is a file, not a model")
+    message = expect_error(
+        names, *GENERATE, "README.md", message="is a file, not a model"
+    )
     assert "convert" not in message
     (names / "a b.pt").write_bytes(b"")
     expect_error(names, *GENERATE, "a b.pt", message="`mlx-openelm convert 'a b.pt'`")
@@ -53,5 +57,7 @@ def test_a_text_file_is_not_to_be_converted(names):
 def test_an_adapter_is_passed_as_one(names):
     (names / "adapter").mkdir()
     (names / "adapter" / "adapter_config.json").write_text("{}")
-    message = expect_error(names, *GENERATE, "adapter", message="pass it as --adapter-path")
+    message = expect_error(
+        names, *GENERATE, "adapter", message="pass it as --adapter-path"
+    )
     assert "convert" not in message
