@@ -25,7 +25,7 @@ from mlx_openelm.generation.batching.sequences import (
     has_passed,
 )
 from mlx_openelm.generation.stopping import Answer
-from mlx_openelm.generation.streaming import check_room
+from mlx_openelm.generation.streaming import check_length
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -100,7 +100,7 @@ class Engine:
             OpenELMError: its prompt is empty, too long, or holds ids out of range.
         """
         sampling = request.sampling
-        budget = check_room(request.ids, self._models[request.model], sampling)
+        budget = check_length(request.ids, self._models[request.model], sampling)
         answer = Answer(
             self._tokenizer,
             request.ids,
