@@ -33,6 +33,7 @@ class BatchRequest:
         deadline: `time.monotonic` after which the request fails.
         scores_prompt: also compute the log-probabilities of the prompt's tokens.
         generates: whether it is continued; else its prompt is only processed.
+        draws_as_alone: with `seeded_keys`, draw the tokens that `stream` draws.
     """
 
     ids: Sequence[int]
@@ -43,6 +44,7 @@ class BatchRequest:
     deadline: float | None = None
     scores_prompt: bool = False
     generates: bool = True
+    draws_as_alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
