@@ -4,8 +4,13 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from contextlib import (
+    AbstractContextManager,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import asdict
 from typing import Any
 
@@ -48,6 +53,7 @@ _LARGE_BODY = 2**16  # bytes; checked outside the event loop
 log = logging.getLogger(__name__)
 
 Chunks = AsyncGenerator[tuple[Choice, AnswerChunk], None]
+Places = AbstractContextManager[None]  # in the queue of the engine
 
 
 class Service:
@@ -57,6 +63,7 @@ class Service:
         self._served, self._engine, self._metrics = served, engine, metrics
         self._grammars = Grammars(served)
         self._bodies = BodyReader()
+        self._checking = asyncio.Lock()  # of slow requests
         self._started = int(time.time())
 
     async def page(self, request: Request) -> Response:
@@ -113,30 +120,46 @@ class Service:
     async def _complete(
         self, request: Request, kind: type[CompletionRequest | ChatRequest]
     ) -> Response:
-        body = await self._bodies.read(request)
+        async with self._bodies.read(request) as body:
+            completion = await self._check(kind, body)
+        writer = ResponseWriter(completion, self._served.tokenizer)
+        places = self._reserve(len(completion.choices))
+        if completion.stream:
+            return _Streamed(self._events(completion, writer), places)
+        return _Whole(self._collect(completion, writer), places)
+
+    async def _check(
+        self, kind: type[CompletionRequest | ChatRequest], body: bytes
+    ) -> Completion:
+        """Check a request; those that take long in a thread, one after another."""
 
         def check() -> Completion:
             return check_completion(
                 read_request(kind, body), self._served, self._grammars
             )
 
-        is_slow = len(body) > _LARGE_BODY or b'"json_schema"' in body
-        completion = await run_in_threadpool(check) if is_slow else check()
-        self._check_capacity(len(completion.choices))
-        writer = ResponseWriter(completion, self._served.tokenizer)
-        if completion.stream:
-            return _Streamed(self._events(completion, writer))
-        return _Whole(self._collect(completion, writer))
+        if len(body) <= _LARGE_BODY:
+            parsed = read_request(kind, body)
+            if not parsed.has_grammar:
+                return check_completion(parsed, self._served, self._grammars)
+        async with self._checking:
+            return await run_in_threadpool(check)
 
-    def _check_capacity(self, count: int) -> None:
+    @contextmanager
+    def _reserve(self, count: int) -> Iterator[None]:
+        """Occupy places in the queue for so many answers."""
+        if not self._engine.is_healthy:
+            raise _shutting_down()
         try:
-            self._engine.check_capacity(count)
+            self._engine.reserve(count)
         except TooManyRequestsError:
             raise RequestError(
                 "The queue is full; try again later.", status=503, code="overloaded"
             ) from None
-        if not self._engine.is_healthy:
-            raise _shutting_down()
+        try:
+            yield
+        finally:
+            self._engine.release(count)
 
     async def _collect(
         self, completion: Completion, writer: ResponseWriter
@@ -225,11 +248,17 @@ class Service:
 class _Streamed(Response):
     """Server-sent events."""
 
-    def __init__(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[dict[str, Any], None], places: Places
+    ) -> None:
         super().__init__()
-        self._events = events
+        self._events, self._places = events, places
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._places:
+            await self._send_all(receive, send)
+
+    async def _send_all(self, receive: Receive, send: Send) -> None:
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
@@ -260,11 +289,20 @@ class _Streamed(Response):
 class _Whole(Response):
     """One JSON document, when it is complete."""
 
-    def __init__(self, document: Any) -> None:
+    def __init__(
+        self, document: Coroutine[Any, Any, dict[str, Any]], places: Places
+    ) -> None:
         super().__init__()
-        self._document = document
+        self._document, self._places = document, places
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._places:
+                await self._send_all(scope, receive, send)
+        finally:
+            self._document.close()  # if it was not awaited
+
+    async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         task = asyncio.ensure_future(self._document)
         started = False
         try:
@@ -370,7 +408,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         message = f"{request.method[:20]} is not possible at {path!r}."
     refused = RequestError(message, status=error.status_code, code="not_found")
-    return error_response(refused)
+    response = error_response(refused)
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def _request_error(request: Request, error: Exception) -> Response:

@@ -96,9 +96,7 @@ def test_options_of_the_command_are_the_defaults(small, openai):
 
 
 def test_without_a_seed_answers_differ(client):
-    texts = {
-        complete(client, "a", temperature=1.5).choices[0].text for _ in range(4)
-    }
+    texts = {complete(client, "a", temperature=1.5).choices[0].text for _ in range(4)}
     assert len(texts) > 1
 
 
