@@ -64,7 +64,7 @@ class EngineThread:
         self._cancelled: list[BatchRequest] = []
         self._is_closing = self._refuses = False
         self.state = EngineState()
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -133,7 +133,7 @@ class EngineThread:
                     outputs += engine.step()
                 state = EngineState(engine.waiting, engine.decoding, engine.kept_bytes)
                 self._call(self._deliver, outputs, state)
-        except Exception as error:
+        except BaseException as error:  # a panic of an extension is no Exception
             log.exception("The engine has failed.")
             self._call(self._fail, error)
         finally:
@@ -175,7 +175,7 @@ class EngineThread:
             if listener is not None:
                 listener[1].put_nowait(output)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         self.failure = error
         self.fail_all(OpenELMError("The engine has failed."))
         self._on_failure()

@@ -86,7 +86,7 @@ class Server:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._begin_shutdown)
 
-    async def _serve(self, on_ready: Callable[[str], None]) -> Exception | None:
+    async def _serve(self, on_ready: Callable[[str], None]) -> BaseException | None:
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(_log_once())
         _allow_open_files()

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.batching.sequences import SequenceState
 from mlx_openelm.generation.constraints import keep_allowed
 from mlx_openelm.generation.decoding import DrawnTokens, Token
@@ -168,7 +167,7 @@ class _Group:
                 continue
             try:
                 allowed[row] = constraint.allowed(logits.shape[-1])
-            except OpenELMError as error:
+            except Exception as error:  # must not end the other requests
                 sequence.error = error
         return keep_allowed(logits, shaped, mx.array(allowed))
 
@@ -184,4 +183,6 @@ def _draw_as_alone(logits: mx.array, keys: mx.array) -> mx.array:
     twice the time of `_draw_one` under `vmap`.
     """
     rows = zip(logits, keys, strict=True)
-    return mx.concatenate([mx.random.categorical(row[None], key=key) for row, key in rows])
+    return mx.concatenate(
+        [mx.random.categorical(row[None], key=key) for row, key in rows]
+    )
