@@ -26,6 +26,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.options import (
     SPEED_AND_MEMORY,
     CacheOptions,
+    ConstraintOptions,
     DraftOptions,
     PromptOptions,
     Sampling,
@@ -59,6 +60,7 @@ def generate_command(
     adapter_path: Adapter = None,
     sampling: Annotated[GivenOptions, OptionsOf(Sampling)],
     prompting: Annotated[GivenOptions, OptionsOf(PromptOptions)],
+    constraining: Annotated[GivenOptions, OptionsOf(ConstraintOptions)],
     drafting: Annotated[GivenOptions, OptionsOf(DraftOptions)],
     prompt_cache: Annotated[
         Path | None,
@@ -155,6 +157,12 @@ def generate_command(
         raise typer.BadParameter("needs --prompts-file", param_hint=flag)
     if sampling.get("logprobs") and not as_json:
         raise typer.BadParameter("needs --json", param_hint="--logprobs")
+    constraints = ConstraintOptions(**constraining)
+    for flag, name in (("--lookup", "lookup"), ("--draft-model", "draft_model")):
+        if constraining and drafting.get(name) is not None:
+            raise typer.BadParameter(
+                "cannot be used with --json-schema or --regex", param_hint=flag
+            )
     text = _read_prompt(prompt, prompt_option)
     check_utf8(text, system, *stop)
     from mlx_openelm.cli.views.generation import (
@@ -168,6 +176,11 @@ def generate_command(
 
     folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
     chosen = Sampling.from_defaults(folder.generation_defaults, sampling)
+    constraint = None
+    if constraining:
+        from mlx_openelm.generation.constraints import read_constraint
+
+        constraint = read_constraint(constraints, tokenizer, folder.config.vocab_size)
     make_cache = cache_maker(folder.config, CacheOptions(**caching))
     drafter = make_drafter(DraftOptions(**drafting), loaded, tokenizer, offline)
     ids = prepare_prompt(tokenizer, text, template=template, system=system)
@@ -185,7 +198,13 @@ def generate_command(
             )
             context = cache.context
         for piece in stream(
-            loaded, tokenizer, ids, chosen, context=context, drafter=drafter
+            loaded,
+            tokenizer,
+            ids,
+            chosen,
+            context=context,
+            drafter=drafter,
+            constraint=constraint,
         ):
             shown.append(piece)
             if piece.text and not (as_json or no_stream):
@@ -203,6 +222,8 @@ def generate_command(
     length = folder.config.max_context_length
     if last.prompt_tokens + last.generation_tokens == length and not context.slides:
         console.note(f"[the context of {length} is full]")
+    if constraint is not None and last.finish_reason == "length":
+        console.note("[the answer is incomplete; allow more with --max-tokens]")
     note_generated(console, last)
     if drafter is not None:
         note_drafts(console, drafter)

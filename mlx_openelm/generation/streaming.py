@@ -8,6 +8,7 @@ from numbers import Integral
 import mlx.core as mx
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.constraints import Constraint
 from mlx_openelm.generation.decoding import Context, draw_tokens
 from mlx_openelm.generation.drafters import Drafter
 from mlx_openelm.generation.options import Sampling
@@ -62,6 +63,7 @@ def stream(
     system: str = "",
     context: Context | None = None,
     drafter: Drafter | None = None,
+    constraint: Constraint | None = None,
 ) -> Iterator[Piece]:
     """Continue a prompt, token by token.
 
@@ -71,6 +73,7 @@ def stream(
             holds prompt and answer.
         drafter: draft source for speculative decoding, which leaves a greedy answer and
             the distribution of a sampled one unchanged.
+        constraint: the grammar that the answer follows; not with a drafter.
 
     Raises:
         OpenELMError: the prompt is empty or fills the model's context.
@@ -82,13 +85,24 @@ def stream(
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     mx.reset_peak_memory()
-    answer = Answer(tokenizer, ids, sampling, budget)
+    assert drafter is None or constraint is None
+    constraint = constraint and constraint.copy()
+    keeps = constraint is not None
+    answer = Answer(tokenizer, ids, sampling, budget, keeps_first_space=keeps)
     started = time.perf_counter()
     cached = context.reuse(ids)
     first = 0.0
     eos = tokenizer.eos_id
     if drafter is None:
-        drawn = draw_tokens(model, ids, sampling, budget, eos_id=eos, context=context)
+        drawn = draw_tokens(
+            model,
+            ids,
+            sampling,
+            budget,
+            eos_id=eos,
+            context=context,
+            constraint=constraint,
+        )
     else:
         drawn = draw_speculatively(
             model, ids, sampling, budget, drafter, eos_id=eos, context=context
@@ -150,6 +164,7 @@ def generate(
     system: str = "",
     context: Context | None = None,
     drafter: Drafter | None = None,
+    constraint: Constraint | None = None,
 ) -> str:
     """Return the whole continuation of a prompt; see `stream`."""
     pieces = stream(
@@ -161,6 +176,7 @@ def generate(
         system=system,
         context=context,
         drafter=drafter,
+        constraint=constraint,
     )
     return "".join(piece.text for piece in pieces)
 
