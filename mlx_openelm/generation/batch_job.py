@@ -21,7 +21,7 @@ from mlx_openelm.generation.decoding import Token
 from mlx_openelm.generation.options import SHOWN_DIGITS, Sampling
 from mlx_openelm.generation.penalties import check_bias
 from mlx_openelm.generation.prompt_file import Prompt, Prompts
-from mlx_openelm.generation.streaming import check_room, prepare_prompt
+from mlx_openelm.generation.streaming import check_length, prepare_prompt
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.ordered_jsonl import (
@@ -157,7 +157,7 @@ class _Job:
             return [], prompt.problem
         try:
             ids = self._encode(prompt.content)
-            check_room(ids, self._model, self._sampling)
+            check_length(ids, self._model, self._sampling)
         except OpenELMError as error:
             return [], str(error)
         return ids, ""

@@ -203,7 +203,7 @@ class Conversation:
             what = "system text" if system and not turns[-1].text else "message"
             raise OpenELMError(
                 f"The {what} makes a prompt of {len(ids)} tokens, but the context of "
-                f"{self.context_length} has room for {most}, with {self.reserved} "
+                f"{self.context_length} holds at most {most}, with {self.reserved} "
                 "reserved for the answer; shorten it."
             )
         return omitted, ids, left_space

@@ -1,7 +1,7 @@
 """Empty prompts and missing files end in one error before a model is loaded."""
 
 import pytest
-from commands import call, refuse
+from commands import call, expect_error
 
 
 @pytest.mark.parametrize(
@@ -16,9 +16,9 @@ from commands import call, refuse
     ],
 )
 def test_an_empty_prompt_is_an_error(here, arguments, piped):
-    message = refuse(
+    message = expect_error(
         *(here, "generate", "--model", "model", *arguments),
-        says=["The prompt is empty", "generate 'Once upon a time'", "bos_id"],
+        message=["The prompt is empty", "generate 'Once upon a time'", "bos_id"],
         input=piped,
     )
     assert message.count("\n") == 1
@@ -46,9 +46,9 @@ def test_a_missing_file_is_one_plain_error(here, arguments, place):
     """A folder in place of a file is one too."""
     if place == "model":
         (here / arguments[-1]).mkdir()
-    message = refuse(
+    message = expect_error(
         *(here, *arguments),
-        says="is a directory" if place == "model" else "no such file or directory",
+        message="is a directory" if place == "model" else "no such file or directory",
     )
     assert message.count("nowhere") == 1
     assert "Errno" not in message

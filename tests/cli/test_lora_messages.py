@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands import call, refuse
+from commands import call, expect_error
 
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.views.finetuning import show_trained
@@ -50,15 +50,17 @@ def interrupt_run(lora, monkeypatch):
 def test_a_complete_run_is_not_to_be_resumed(here, lora):
     assert call(*lora, *SHORT).exit_code == 0
     says = "adapters/train has a complete run of 2 steps; use --force to replace it"
-    message = refuse(here, *lora, *SHORT, says=says)
+    message = expect_error(here, *lora, *SHORT, message=says)
     assert "--resume" not in message
-    refuse(here, *lora, "--resume", says="is complete, at step 2; use --force")
+    expect_error(here, *lora, "--resume", message="is complete, at step 2; use --force")
 
 
 def test_an_interrupted_run_is_reported_once_and_resumed(here, lora, monkeypatch):
     ran = interrupt_run(lora, monkeypatch)
     assert (ran.exit_code, ran.stderr.count("Interrupted")) == (130, 1)
-    refuse(here, *lora, *SHORT, says="saved at step 1; use --resume to continue it")
+    expect_error(
+        here, *lora, *SHORT, message="saved at step 1; use --resume to continue it"
+    )
     _, _, command = ran.stderr.partition("Resume with: ")
     ran = call(*shlex.split(command)[1:])
     assert ran.exit_code == 0, ran.stderr

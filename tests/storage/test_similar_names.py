@@ -1,7 +1,7 @@
 """Names that are nearly those of a model, and paths of something else."""
 
 import pytest
-from commands import refuse
+from commands import expect_error
 
 GENERATE = ("generate", "Hi", "--model")
 
@@ -29,29 +29,35 @@ def names(here):
     ],
 )
 def test_the_nearest_name_is_proposed(names, arguments, name, similar):
-    refuse(names, *arguments, name, says=f" Similar names: {similar}")
+    expect_error(names, *arguments, name, message=f" Similar names: {similar}")
 
 
 def test_a_folder_of_another_place_is_proposed(names):
     name = names / "my-model-2"
-    refuse(names, *GENERATE, name, says=f"Similar names: {names / 'my-model'}.")
+    expect_error(
+        names, *GENERATE, name, message=f"Similar names: {names / 'my-model'}."
+    )
 
 
 @pytest.mark.parametrize("name", ["nowhere", "mistral", "org/phi-2", "~nobody/x"])
 def test_other_names_are_not_similar(names, name):
-    assert "Similar" not in refuse(names, *GENERATE, name, says=name)
+    assert "Similar" not in expect_error(names, *GENERATE, name, message=name)
 
 
 def test_a_text_file_is_not_to_be_converted(names):
     (names / "README.md").write_text("# A model")
-    message = refuse(names, *GENERATE, "README.md", says="is a file, not a model")
+    message = expect_error(
+        names, *GENERATE, "README.md", message="is a file, not a model"
+    )
     assert "convert" not in message
     (names / "a b.pt").write_bytes(b"")
-    refuse(names, *GENERATE, "a b.pt", says="`mlx-openelm convert 'a b.pt'`")
+    expect_error(names, *GENERATE, "a b.pt", message="`mlx-openelm convert 'a b.pt'`")
 
 
 def test_an_adapter_is_passed_as_one(names):
     (names / "adapter").mkdir()
     (names / "adapter" / "adapter_config.json").write_text("{}")
-    message = refuse(names, *GENERATE, "adapter", says="pass it as --adapter-path")
+    message = expect_error(
+        names, *GENERATE, "adapter", message="pass it as --adapter-path"
+    )
     assert "convert" not in message

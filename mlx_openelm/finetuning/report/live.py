@@ -24,7 +24,7 @@ NEW_CONTENT = ("eval", "sample", "save", "skip")
 
 
 class LiveReport:
-    """Follows the events of a run, and writes its page now and then.
+    """Follows the events of a run, and rewrites its page at intervals.
 
     A context manager: the page is complete when the block is left, also by an
     exception. A page that cannot be written is noted, and the run continues.
@@ -66,7 +66,7 @@ class LiveReport:
             )
             page = render_training_report(describe_run(run))
             write_text(self._run.folder / PAGE, page)
-        except Exception as error:  # of any kind: a run does not end by its report
+        except Exception as error:  # any error: the report must not stop the run
             self._run.log.note(f"The report could not be written: {error}.")
 
 

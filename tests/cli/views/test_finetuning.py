@@ -61,12 +61,12 @@ def test_every_event_except_steps_is_a_line_on_stderr(capsys):
     assert capsys.readouterr() == ("", LINES)
 
 
-def test_quiet_is_silent(capsys):
+def test_quiet_prints_nothing(capsys):
     show(ROWS, quiet=True)
     assert capsys.readouterr() == ("", "")
 
 
-def test_without_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
+def test_without_a_terminal_progress_is_an_occasional_line(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 20))
     monkeypatch.setattr(console_module.time, "monotonic", lambda: next(clock))
     steps = [
