@@ -22,6 +22,7 @@ from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.sampling import (
     choose_tokens,
     history_length,
+    rows_without_piece,
     shape_logits,
     temper,
 )
@@ -190,6 +191,7 @@ class _Rows:
         rows = len(self.sequences)
         self._cache = [SlotCache(rows) for _ in model.layers]
         self._history_length = history_length(sampling, model.config.max_context_length)
+        self._no_piece = rows_without_piece(tokenizer, model.config.vocab_size)
         self._tokens = mx.zeros((rows,), mx.int32)  # the newest of each row
         self._history = mx.zeros((rows, self._history_length), mx.int32)
         self._seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
@@ -250,6 +252,7 @@ class _Rows:
             self._sampling,
             written=mx.array(written),
             eos_id=self._tokenizer.eos_id,
+            no_piece=self._no_piece,
         )
         if self._sampling.temp == 0:
             return choose_tokens(shaped, self._sampling)

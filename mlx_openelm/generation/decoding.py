@@ -113,9 +113,10 @@ class Sampler:
         prompt: Sequence[int],
         context_length: int,
         eos_id: int,
+        no_piece: mx.array | None = None,
     ) -> None:
-        """Start after a prompt's ids."""
-        self.sampling, self.eos_id = sampling, eos_id
+        """Start after a prompt's ids; for `no_piece` see `shape_logits`."""
+        self.sampling, self.eos_id, self._no_piece = sampling, eos_id, no_piece
         length = history_length(sampling, context_length)
         self.keeps_history = length > 0
         padding = [-1] * max(0, length - len(prompt))
@@ -145,7 +146,12 @@ class Sampler:
             if written < self.sampling.min_tokens:
                 written = written + places
         return shape_logits(
-            logits, history, self.sampling, written=written, eos_id=self.eos_id
+            logits,
+            history,
+            self.sampling,
+            written=written,
+            eos_id=self.eos_id,
+            no_piece=self._no_piece,
         )
 
     def remember(self, tokens: mx.array) -> None:
@@ -195,19 +201,22 @@ def draw_tokens(
     count: int,
     *,
     eos_id: int = 2,
+    no_piece: mx.array | None = None,
     context: Context | None = None,
     step: Step | None = None,
 ) -> Iterator[Token]:
     """Yield `count` tokens; after the first one, each step is queued ahead.
 
     Args:
+        no_piece: tokens that are never drawn; see `sampling.rows_without_piece`.
         step: the decode step; by default the faster one on this device.
         context: its common prefix with the prompt is reused; afterwards it holds all
             processed tokens.
     """
     context = Context(model) if context is None else context
     step = step or context.step(model)
-    sampler = Sampler(sampling, prompt, model.config.max_context_length, eos_id)
+    context_length = model.config.max_context_length
+    sampler = Sampler(sampling, prompt, context_length, eos_id, no_piece)
     reused = context.reuse(prompt)
     hidden = context.read(model, prompt[reused:])
     drawn = sampler.draw(model.head(hidden[:, -1]))

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_openelm.generation import penalties
 from mlx_openelm.generation.options import Sampling
+from mlx_openelm.text.tokenizer import Tokenizer
 
 _SMALLEST = 1e-6  # a smaller value may be 0 in float32, which would leave no token
 
@@ -25,6 +26,17 @@ def history_length(sampling: Sampling, context_length: int) -> int:
     return 0
 
 
+def rows_without_piece(tokenizer: Tokenizer, num_rows: int) -> mx.array | None:
+    """Return which rows of the embedding have no token, bool (V,); None if all have.
+
+    They pad the embedding, and a tokenizer cannot decode them.
+    """
+    rows = [not tokenizer.has(row) for row in range(tokenizer.vocab_size, num_rows)]
+    if not any(rows):
+        return None
+    return mx.array([False] * tokenizer.vocab_size + rows)
+
+
 def shape_logits(
     logits: mx.array,
     history: mx.array,
@@ -32,17 +44,21 @@ def shape_logits(
     *,
     written: int | mx.array,
     eos_id: int,
+    no_piece: mx.array | None = None,
 ) -> mx.array:
     """Apply bias, min_tokens, repetition penalty and no_repeat_ngram, in this order.
 
     Args:
+        no_piece: tokens that are never drawn; see `rows_without_piece`.
         history: last tokens of prompt and answer, int32 (R, L), the newest at the
             right, padded with -1; L is `history_length` or more.
         written: number of new tokens so far, one for all rows or (R,).
 
     Returns:
-        (R, V) in float32; the same array if no control is set.
+        (R, V) in float32; the same array if no control is set and all may be drawn.
     """
+    if no_piece is not None:
+        logits = mx.where(no_piece, -mx.inf, logits)
     may_be_early = isinstance(written, mx.array) or written < sampling.min_tokens
     early = sampling.min_tokens > 0 and may_be_early
     penalized = sampling.repetition_penalty != 1.0

@@ -27,6 +27,7 @@ def draw_speculatively(
     drafter: Drafter,
     *,
     eos_id: int = 2,
+    no_piece: mx.array | None = None,
     context: Context | None = None,
     step: Step | None = None,
 ) -> Iterator[Token]:
@@ -37,11 +38,12 @@ def draw_speculatively(
     Args:
         drafter: its counters add up over all texts.
         step: the decode step of a single token; see `draw_tokens`.
-        context: see `draw_tokens`.
+        no_piece, context: see `draw_tokens`.
     """
     context = Context(model) if context is None else context
     step = step or context.step(model)
-    sampler = Sampler(sampling, prompt, model.config.max_context_length, eos_id)
+    context_length = model.config.max_context_length
+    sampler = Sampler(sampling, prompt, context_length, eos_id, no_piece)
     text = _Text(model, prompt, count, drafter, sampler, context, step)
     drafter.pace.begin()
     reused = context.reuse(prompt)
