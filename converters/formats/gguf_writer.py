@@ -183,9 +183,11 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer) -> None:
 
     writer.add_tokenizer_model("llama")  # llama.cpp's name for SentencePiece's BPE
     writer.add_tokenizer_pre("default")
-    pieces = range(tokenizer.vocab_size)
-    writer.add_token_list([tokenizer.piece(i) for i in ids])
-    writer.add_token_scores([processor.GetScore(i) if i in pieces else 0 for i in ids])
+    scores = [processor.GetScore(i) for i in range(tokenizer.vocab_size)]
+    scores += [0.0] * (tokenizer.num_ids - tokenizer.vocab_size)
+    # An unused id needs a text of its own, as in llama.cpp's converter.
+    writer.add_token_list([tokenizer.piece(i) or f"[PAD{i}]" for i in ids])
+    writer.add_token_scores(scores)
     writer.add_token_types([kind(i) for i in ids])
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)

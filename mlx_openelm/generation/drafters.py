@@ -166,7 +166,7 @@ class ModelDrafter(Drafter):
         for place in range(count):
             if place:
                 hidden = self._model.transformer(tokens[-1][None], self._context.cache)
-            shaped = sampler.shape(self._model.head(hidden[:, -1]))
+            shaped = sampler.shape(sampler.mask(self._model.head(hidden[:, -1])))
             if sampler.sampling.temp == 0:
                 token = choose_tokens(shaped, sampler.sampling)  # (1,)
             else:

@@ -26,15 +26,21 @@ def history_length(sampling: Sampling, context_length: int) -> int:
     return 0
 
 
-def rows_without_piece(tokenizer: Tokenizer, num_rows: int) -> mx.array | None:
-    """Return which rows of the embedding have no token, bool (V,); None if all have.
-
-    They pad the embedding, and a tokenizer cannot decode them.
-    """
+def find_padding(tokenizer: Tokenizer, num_rows: int) -> mx.array | None:
+    """Return which rows of the embedding have no token, bool (V,); None if all have."""
     rows = [not tokenizer.has(row) for row in range(tokenizer.vocab_size, num_rows)]
     if not any(rows):
         return None
     return mx.array([False] * tokenizer.vocab_size + rows)
+
+
+def mask_padding(logits: mx.array, padding: mx.array | None) -> mx.array:
+    """Set the logits (R, V) of rows without a token to -inf: they are never drawn.
+
+    Args:
+        padding: see `find_padding`.
+    """
+    return logits if padding is None else mx.where(padding, -mx.inf, logits)
 
 
 def shape_logits(
@@ -44,21 +50,17 @@ def shape_logits(
     *,
     written: int | mx.array,
     eos_id: int,
-    no_piece: mx.array | None = None,
 ) -> mx.array:
     """Apply bias, min_tokens, repetition penalty and no_repeat_ngram, in this order.
 
     Args:
-        no_piece: tokens that are never drawn; see `rows_without_piece`.
         history: last tokens of prompt and answer, int32 (R, L), the newest at the
             right, padded with -1; L is `history_length` or more.
         written: number of new tokens so far, one for all rows or (R,).
 
     Returns:
-        (R, V) in float32; the same array if no control is set and all may be drawn.
+        (R, V) in float32; the same array if no control is set.
     """
-    if no_piece is not None:
-        logits = mx.where(no_piece, -mx.inf, logits)
     may_be_early = isinstance(written, mx.array) or written < sampling.min_tokens
     early = sampling.min_tokens > 0 and may_be_early
     penalized = sampling.repetition_penalty != 1.0

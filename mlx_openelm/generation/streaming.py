@@ -13,7 +13,7 @@ from mlx_openelm.generation.decoding import Context, draw_tokens
 from mlx_openelm.generation.drafters import Drafter
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.penalties import check_bias
-from mlx_openelm.generation.sampling import rows_without_piece
+from mlx_openelm.generation.sampling import find_padding
 from mlx_openelm.generation.speculation import draw_speculatively
 from mlx_openelm.generation.stopping import Answer
 from mlx_openelm.model.openelm import OpenELM
@@ -90,7 +90,7 @@ def stream(
     first = 0.0
     drawing: Any = {
         "eos_id": tokenizer.eos_id,
-        "no_piece": rows_without_piece(tokenizer, model.config.vocab_size),
+        "padding": find_padding(tokenizer, model.config.vocab_size),
         "context": context,
     }
     if drafter is None:

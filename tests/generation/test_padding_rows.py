@@ -10,7 +10,7 @@ from mlx_openelm.generation.batching import BatchPrompt, answer_together
 from mlx_openelm.generation.conversation import Conversation
 from mlx_openelm.generation.drafters import LookupDrafter, ModelDrafter, check_draft
 from mlx_openelm.generation.options import Sampling
-from mlx_openelm.generation.sampling import rows_without_piece
+from mlx_openelm.generation.sampling import find_padding
 from mlx_openelm.generation.streaming import generate, stream
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.added_tokens import AddedToken, AddedTokens
@@ -57,6 +57,21 @@ CONTROLS = {
     "penalty": replace(GREEDY, repetition_penalty=1.3),
     "ngrams": replace(GREEDY, no_repeat_ngram=2, min_tokens=5),
 }
+
+
+@pytest.mark.parametrize("draft", ["", "lookup", "model"])
+def test_log_probabilities_are_those_of_the_model_without_them(draft: str) -> None:
+    sampling = replace(GREEDY, logprobs=3)
+    drafter = {"": None, "lookup": LookupDrafter(4), "model": ModelDrafter(padded)}
+    expected = list(stream(exact, tokenizer, PROMPT, sampling))
+    pieces = list(stream(padded, tokenizer, PROMPT, sampling, drafter=drafter[draft]))
+    (answer,) = answer_together(padded, tokenizer, [BatchPrompt(0, PROMPT)], sampling)
+    batched = [(t.id, t.logprob, t.alternatives) for t in answer.drawn]
+    for found in [(p.token, p.logprob, p.top_logprobs) for p in pieces], batched:
+        for (token, logprob, top), piece in zip(found, expected, strict=True):
+            assert token == piece.token
+            assert logprob == pytest.approx(piece.logprob, abs=1e-4)
+            assert [t for t, _ in top] == [t for t, _ in piece.top_logprobs]
 
 
 @pytest.mark.parametrize("sampling", CONTROLS.values(), ids=CONTROLS)
@@ -118,17 +133,17 @@ def test_a_prompt_may_hold_them() -> None:
 def test_an_added_token_may_be_drawn() -> None:
     added = AddedTokens([AddedToken(PIECES, "<x>"), AddedToken(PIECES + 1, "<y>")])
     extended = Tokenizer(tokenizer.model_proto, added=added)
-    assert rows_without_piece(extended, PIECES + 2) is None
+    assert find_padding(extended, PIECES + 2) is None
     text = generate(padded, extended, PROMPT, Sampling(max_tokens=3))
     assert text.replace("<x>", "").replace("<y>", "") == ""
     check_draft(padded, extended, padded, extended)
     gap = Tokenizer(
         tokenizer.model_proto, added=AddedTokens([AddedToken(PIECES + 1, "<y>")])
     )
-    rows = rows_without_piece(gap, PIECES + 3)
+    rows = find_padding(gap, PIECES + 3)
     assert rows is not None
     assert rows.tolist() == [False] * PIECES + [True, False, True]
 
 
 def test_ordinary_models_have_no_mask() -> None:
-    assert rows_without_piece(tokenizer, PIECES) is None
+    assert find_padding(tokenizer, PIECES) is None
