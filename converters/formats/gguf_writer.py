@@ -126,8 +126,8 @@ def _check_tokenizer(tokenizer: Tokenizer, config: OpenELMConfig) -> None:
     if tokenizer.num_ids != config.vocab_size:
         # With padding, llama.cpp could sample rows that have no piece.
         raise OpenELMError(
-            f"The tokenizer has {tokenizer.num_ids} tokens, but the embedding "
-            f"{config.vocab_size} rows; llama.cpp needs one row per token. Pass the "
+            f"The tokenizer has {tokenizer.num_ids} pieces, but the embedding "
+            f"{config.vocab_size} rows; llama.cpp needs one row per piece. Pass the "
             "`tokenizer` that the model was trained with."
         )
     try:

@@ -341,9 +341,9 @@ def verify_tokenizer(tokenizer: Tokenizer, num_rows: int) -> None:
             refuse(f"The tokenizer loses text: {text!r} is decoded as {decoded!r}")
     size, padded = tokenizer.vocab_size, pad_vocabulary(num_ids)
     if not num_ids <= num_rows <= padded:
-        added = f" and {num_added} added tokens" if num_added else ""
+        added = f", {num_added} added tokens" if num_added else ""
         raise OpenELMError(
-            f"The tokenizer has {size} pieces{added}, and the model's embedding "
+            f"The tokenizer has {size} pieces{added} and the model's embedding "
             f"{num_rows} rows; expected {num_ids}, or with padding up to {padded}. "
             "Pass the `tokenizer` that the model was trained with."
         )
