@@ -30,6 +30,7 @@ from mlx_openelm.config import (
     OpenELMConfig,
 )
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.quantization import Packing, describe_packings
 from mlx_openelm.storage.model_folder import spell_dtype
 from mlx_openelm.storage.staging import (
@@ -188,7 +189,8 @@ def convert_model(job: Job) -> ConversionReport:
     unpacked = [n for n, tensor in packed if tensor.packing and n not in plan.packings]
     if unpacked:
         notes.append(
-            f"Dequantized {len(unpacked)} tensors; use `bits` to quantize them again."
+            f"Dequantized {count_of(len(unpacked), 'tensor')}; use `bits` to quantize "
+            "again."
         )
     receipt = None
     if options.to in ("corenet", "gguf"):

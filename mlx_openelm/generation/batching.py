@@ -28,7 +28,7 @@ from mlx_openelm.generation.sampling import (
     temper,
 )
 from mlx_openelm.generation.stopping import Answer
-from mlx_openelm.generation.streaming import check_room
+from mlx_openelm.generation.streaming import check_length
 from mlx_openelm.model.kernels import use_decoding_threads
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
@@ -125,7 +125,7 @@ class _Sequence:
         tokenizer: Tokenizer,
         sampling: Sampling,
     ) -> None:
-        budget = check_room(prompt.ids, model, sampling)
+        budget = check_length(prompt.ids, model, sampling)
         self.prompt = prompt
         self.answer = Answer(tokenizer, prompt.ids, sampling, budget)
         self.is_new = True

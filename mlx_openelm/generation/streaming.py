@@ -80,7 +80,7 @@ def stream(
     sampling = sampling or Sampling()
     ids = prepare_prompt(tokenizer, prompt, template=template, system=system)
     context = Context(model) if context is None else context
-    budget = check_room(ids, model, sampling, slides=context.slides)
+    budget = check_length(ids, model, sampling, slides=context.slides)
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     mx.reset_peak_memory()
@@ -169,7 +169,7 @@ def generate(
     return "".join(piece.text for piece in pieces)
 
 
-def check_room(
+def check_length(
     ids: Sequence[int], model: OpenELM, sampling: Sampling, *, slides: bool = False
 ) -> int:
     """Check a prompt; return the maximum number of new tokens.

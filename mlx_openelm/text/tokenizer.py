@@ -11,6 +11,7 @@ from typing import Self
 import sentencepiece
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import describe_error
 from mlx_openelm.text.added_tokens import SPACE as SPACE
 from mlx_openelm.text.added_tokens import AddedTokens
 
@@ -88,7 +89,9 @@ class Tokenizer:
         try:
             return cls(path.read_bytes(), template=template)
         except OSError as error:
-            raise OpenELMError(f"Cannot read the tokenizer {path}: {error}.") from error
+            raise OpenELMError(
+                f"Cannot read the tokenizer {path}: {describe_error(error)}."
+            ) from error
         except OpenELMError as error:
             raise OpenELMError(f"{path}: {error}") from error
 
