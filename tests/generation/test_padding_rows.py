@@ -86,6 +86,12 @@ def test_a_greedy_answer_is_that_of_the_model_without_them(
     assert [piece.token for piece in pieces] == expected
 
 
+def test_drafts_have_none_of_them() -> None:
+    drafter = ModelDrafter(padded)
+    list(stream(padded, tokenizer, PROMPT, GREEDY, drafter=drafter))
+    assert drafter.accepted == drafter.drafted > 0
+
+
 FILTERS = {
     "temperature": Sampling(max_tokens=40, temp=1.0, seed=1),
     "filters": Sampling(max_tokens=40, temp=2.0, top_p=0.9, top_k=50, min_p=0.01),
