@@ -168,11 +168,14 @@ class _TokenBytes:
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
         self.tokens: list[bytes] = []
         self.special_token_ids: list[int] = []
-        for token in range(tokenizer.vocab_size):
-            piece = processor.IdToPiece(token)
-            if processor.IsByte(token):
+        for token in range(tokenizer.num_ids):
+            piece = tokenizer.piece(token)
+            is_piece = token < tokenizer.vocab_size
+            if is_piece and processor.IsByte(token):
                 self.tokens.append(bytes([int(piece[3:5], 16)]))
-            elif processor.IsControl(token) or processor.IsUnknown(token):
+            elif (
+                not is_piece or processor.IsControl(token) or processor.IsUnknown(token)
+            ):
                 self.tokens.append(b"\xff" + piece.encode())
                 self.special_token_ids.append(token)
             else:
