@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import mlx.core as mx
 
@@ -12,6 +13,7 @@ from mlx_openelm.generation.decoding import Context, draw_tokens
 from mlx_openelm.generation.drafters import Drafter
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.penalties import check_bias
+from mlx_openelm.generation.sampling import find_padding
 from mlx_openelm.generation.speculation import draw_speculatively
 from mlx_openelm.generation.stopping import Answer
 from mlx_openelm.model.openelm import OpenELM
@@ -86,13 +88,15 @@ def stream(
     started = time.perf_counter()
     cached = context.reuse(ids)
     first = 0.0
-    eos = tokenizer.eos_id
+    drawing: Any = {
+        "eos_id": tokenizer.eos_id,
+        "padding": find_padding(tokenizer, model.config.vocab_size),
+        "context": context,
+    }
     if drafter is None:
-        drawn = draw_tokens(model, ids, sampling, budget, eos_id=eos, context=context)
+        drawn = draw_tokens(model, ids, sampling, budget, **drawing)
     else:
-        drawn = draw_speculatively(
-            model, ids, sampling, budget, drafter, eos_id=eos, context=context
-        )
+        drawn = draw_speculatively(model, ids, sampling, budget, drafter, **drawing)
         drafted, accepted = drafter.drafted, drafter.accepted
     for count, token in enumerate(drawn, start=1):
         now = time.perf_counter()

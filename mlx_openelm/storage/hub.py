@@ -23,7 +23,10 @@ RELEASED = tuple(
     for size in ("270M", "450M", "1_1B", "3B")
     for suffix in ("", "-Instruct")
 )
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
+    *("added_tokens.json", "special_tokens_map.json"),  # of transformers 4
+)
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 SMALL_FILES = (CONFIG, "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES)
 
