@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mlx_openelm.config_formats import read_config, read_shapes
-from mlx_openelm.errors import OpenELMError
+from mlx_openelm.errors import OpenELMError, list_names
 from mlx_openelm.layerwise_scaling import (
     FFN_DIM_DIVISOR,
     FFN_MULTIPLIERS,
@@ -55,7 +55,7 @@ class OpenELMConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} is {value!r}, not a positive integer below 2**31"
+            f"{name} is {value!r:.80}, not a positive integer below 2**31"
             for name in ("model_dim", "head_dim", "vocab_size", "max_context_length")
             if not is_size(value := getattr(self, name))
         ]
@@ -91,7 +91,8 @@ class OpenELMConfig:
             problems.append(f"head_dim {self.head_dim} is odd, but RoPE needs pairs")
         if problems:
             raise OpenELMError(
-                f"The config is not an OpenELM's: {'; '.join(problems)}."
+                "The config is not an OpenELM's: "
+                f"{list_names(problems, most=10, quoted=False, separator='; ')}."
             )
 
     # Layer-wise scaling ----------------------------------------------------------

@@ -89,9 +89,11 @@ def load(
     choice = choose_model(name, adapter_path, offline=offline)
     tokenizer = load_tokenizer(choice.folder, choice.adapter)
     model = load_model(choice.folder)
+    notes = choice.folder.notes
     if choice.adapter is not None:
-        for note in attach(model, choice.adapter.path):
-            warnings.warn(note, stacklevel=2)
+        notes += attach(model, choice.adapter.path)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     return model, tokenizer
 
 
@@ -145,7 +147,15 @@ def load_model(folder: ModelFolder, dtype: mx.Dtype | None = None) -> OpenELM:
     floating = {name: _cast(array, chosen) for name, array in arrays.items()}
     model.load_weights(list(floating.items()))
     model.eval()
-    mx.eval(model.parameters())
+    try:
+        mx.eval(model.parameters())
+    except RuntimeError as error:  # MLX has no other type for a failed read
+        if "[read]" not in str(error):
+            raise
+        raise OpenELMError(
+            f"The weights of {folder.path} were changed or truncated while they were "
+            "being read; repeat the command when they are complete."
+        ) from error
     return model
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from mlx_openelm.config import BOS_ID, EOS_ID, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.file_checks import refuse_unreadable
 from mlx_openelm.storage.hub import (
     TOKENIZER,
     TOKENIZER_FILES,
@@ -270,6 +271,7 @@ def read_tokenizer(path: Path, *, template: str | None = None) -> Tokenizer:
     file = find_tokenizer_file(path)
     if file is None:
         refuse(f"{path} holds neither {MODEL_FILE} nor {JSON_FILE}")
+    refuse_unreadable(file)
     if file.suffix != ".json":
         return Tokenizer.from_file(file, template=template)
     try:

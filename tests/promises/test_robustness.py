@@ -109,7 +109,7 @@ def test_a_tokenizer_that_is_nowhere_is_named(here):
         ("a/b/c", "There is no folder a/b/c"),
         ("no-such/model", "cache has no model of that name"),
         ("..", "holds no config.json"),
-        ("model/config.json", "is a file, not a model folder"),
+        ("model/config.json", "is one file of a model folder; pass the folder, model"),
         ("~nobody", "There is no folder ~nobody"),
         ("x" * 3000, "name too long"),
     ],
