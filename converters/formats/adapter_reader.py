@@ -40,6 +40,7 @@ from mlx_openelm.storage.weight_files import (
     PEFT_ADAPTER,
     PEFT_BIN,
     find_weight_files,
+    holds_model,
 )
 from mlx_openelm.tensor_names import (
     is_buffer,
@@ -244,6 +245,8 @@ def open_adapter(path: Path) -> Adapter:
             all problems of one kind are named.
     """
     if not (path / CONFIG).is_file():
+        if holds_model(path):
+            raise OpenELMError(f"{path} is a model, not an adapter; pass an adapter.")
         raise OpenELMError(
             f"{path} is not an adapter folder: it has no {CONFIG}. Expected one, and "
             f"{WEIGHTS} (mlx-lm) or {PEFT_ADAPTER.single} (PEFT)."

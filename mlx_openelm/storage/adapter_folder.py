@@ -74,8 +74,7 @@ def open_adapter_folder(path: Path) -> AdapterFolder:
     Raises:
         OpenELMError: it is not an adapter, is PEFT's, or has no weights yet.
     """
-    if problem := describe_non_folder(path):
-        raise OpenELMError(problem)
+    _refuse_non_folder(path)
     if (path / RECIPE).is_file():
         find_weights(path)  # its error is more specific than that of a missing config
     if not (path / CONFIG).is_file():
@@ -108,30 +107,25 @@ def find_adapter(name: str, *, offline: bool = False) -> Path:
         OpenELMError: there is no such folder, or the download failed.
     """
     path = Path(os.path.expanduser(name))
-    refuse_address(name)
-    is_hub_id = HUB_ID.fullmatch(name) and not path.parent.is_dir()
-    if not is_hub_id and (problem := describe_non_folder(path)):
-        raise OpenELMError(problem)
-    return find_model(name, offline=offline)
+    if HUB_ID.fullmatch(name) and not path.parent.is_dir():
+        return find_model(name, offline=offline)
+    _refuse_non_folder(path)
+    return path
 
 
-def describe_non_folder(path: Path) -> str | None:
-    """Return why a path is no adapter folder, if there is no folder; else None."""
+def _refuse_non_folder(path: Path) -> None:
     if path.is_dir():
-        return None
+        return
+    refuse_address(str(path))
     if path.is_file():
-        return (
+        raise OpenELMError(
             f"{path} is a file, not an adapter folder; pass the folder, {path.parent}."
         )
     near = sorted(other.parent.name for other in path.parent.glob(f"*/{CONFIG}"))
     adapters = f"; {path.parent} has {list_names(near, quoted=False)}" if near else ""
-    on_hub = (
-        f"; an adapter of that name on the Hub is copied here by `mlx-openelm convert "
-        f"{path}`"
-        if HUB_ID.fullmatch(str(path)) and not path.parent.is_dir()
-        else ""
+    raise OpenELMError(
+        f"There is no adapter folder {path}{adapters}; check `adapter_path`."
     )
-    return f"There is no adapter folder {path}{adapters}{on_hub}; check `adapter_path`."
 
 
 def find_weights(path: Path) -> Path:

@@ -81,8 +81,12 @@ def find_model(
     if path.exists():
         raise OpenELMError(
             describe_file(path)
-            or f"{name} is a file, not a model folder; `mlx-openelm convert "
-            f"{shlex.quote(name)}` converts it to one."
+            or f"{name} is a file, not a model folder; "
+            + (
+                f"`mlx-openelm convert {shlex.quote(name)}` converts it to one."
+                if _is_checkpoint(path)
+                else "pass a model folder or a Hub id."
+            )
         )
     if not HUB_ID.fullmatch(name):
         raise OpenELMError(
@@ -100,6 +104,7 @@ def find_model(
 
 def refuse_address(name: str) -> None:
     """Raise OpenELMError for the address of a web page, with the id of a Hub's page."""
+    name = re.sub(r"^(\w+):/+", r"\1://", name)  # a Path has one slash
     scheme, _, rest = name.rpartition("://")
     host, *parts = re.split(r"[?#]", rest)[0].split("/")
     if not scheme and host not in _HOSTS:
@@ -115,14 +120,14 @@ def refuse_address(name: str) -> None:
     revision = parts[3] if len(parts) > 3 and parts[2] in _VIEWS else "main"
     other = "" if revision == "main" else f" with `revision` {revision}"
     raise OpenELMError(
-        f"{name} is the address of a page; pass the model's Hub id, "
-        f"{parts[0]}/{parts[1]}{other}."
+        f"{name} is the address of a page; pass its Hub id, {parts[0]}/{parts[1]}"
+        f"{other}."
     )
 
 
 def describe_file(path: Path) -> str | None:
     """Return why a file is not a source to convert; None if it may be one."""
-    if path.suffix in PT_SUFFIXES:
+    if _is_checkpoint(path):
         return None
     if path.suffix == ".gguf":
         return (
@@ -130,10 +135,7 @@ def describe_file(path: Path) -> str | None:
             "instead."
         )
     for config, noun in ((ADAPTER_CONFIG, "an adapter"), (CONFIG, "a model")):
-        if path.with_name(config).is_file() and path.suffix in (
-            ".safetensors",
-            ".json",
-        ):
+        if path.with_name(config).is_file():
             return (
                 f"{path} is one file of {noun} folder; pass the folder, {path.parent}."
             )
@@ -143,6 +145,14 @@ def describe_file(path: Path) -> str | None:
             f"belongs to it, and pass the folder, {path.parent}."
         )
     return None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Return whether a file may be one of torch.save, by its name or first bytes."""
+    if path.suffix in PT_SUFFIXES or not path.is_file():
+        return True
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _suggest_released(name: str) -> str:

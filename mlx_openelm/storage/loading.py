@@ -16,6 +16,7 @@ from mlx_openelm.model.quantization import Packing
 from mlx_openelm.storage.adapter_folder import (
     AdapterFolder,
     attach,
+    find_adapter,
     open_adapter_folder,
 )
 from mlx_openelm.storage.hub import DEMO, find_model, snapshot_of
@@ -60,7 +61,8 @@ def choose_model(
     """
     adapter = None
     if adapter_path is not None:
-        adapter = open_adapter_folder(Path(adapter_path))
+        path = find_adapter(str(adapter_path), offline=offline)
+        adapter = open_adapter_folder(path)
     if adapter is not None and name is None:
         path = adapter.find_base(offline=offline)
         return ModelChoice(adapter.base or "", open_folder(path), adapter, is_base=True)

@@ -26,6 +26,7 @@ from mlx_openelm.storage.hub import (
     TOKENIZER_FILES,
     cached_snapshots,
     download,
+    refuse_address,
 )
 from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 from mlx_openelm.text.tokenizer_json import (
@@ -245,6 +246,7 @@ def _describe(tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:
 
 def _locate(given: str, *, offline: bool) -> Path:
     """Return the path of a file, a folder, or a repository, which is downloaded."""
+    refuse_address(given)
     path = Path(given).expanduser()
     if path.exists():
         return path
