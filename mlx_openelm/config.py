@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mlx_openelm.config_formats import read_config, read_shapes
-from mlx_openelm.errors import OpenELMError, list_names
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.layerwise_scaling import (
     FFN_DIM_DIVISOR,
     FFN_MULTIPLIERS,
@@ -24,6 +24,7 @@ from mlx_openelm.layerwise_scaling import (
     scaled_fields,
 )
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.message_parts import list_names
 
 BOS_ID, EOS_ID = 1, 2
 LLAMA_PIECES, CORENET_ROWS = 32000, 32128  # without and with padding rows

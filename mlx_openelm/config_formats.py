@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlx_openelm.errors import OpenELMError, list_names
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.layerwise_scaling import (
     FFN_DIM_DIVISOR,
     FFN_MULTIPLIERS,
@@ -18,6 +18,7 @@ from mlx_openelm.layerwise_scaling import (
     preset_fields,
     scaled_fields,
 )
+from mlx_openelm.message_parts import list_names
 
 _FIXED_VALUES = {  # keys of Hugging Face's config with the same value in all OpenELMs
     "ffn_with_glu": True,

@@ -7,7 +7,8 @@ head.
 
 from collections.abc import Iterable
 
-from mlx_openelm.errors import OpenELMError, list_names
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import list_names
 
 PREFIX = "transformer."
 HEAD = "lm_head.weight"

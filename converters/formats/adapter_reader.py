@@ -25,8 +25,9 @@ from converters.formats.adapter_tensors import (
 from converters.formats.peft_config import read_peft_config
 from converters.formats.pickle_machine import PtTensor
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.errors import OpenELMError, list_names
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.message_parts import list_names
 from mlx_openelm.storage.adapter_folder import (
     CONFIG,
     WEIGHTS,

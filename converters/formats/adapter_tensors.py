@@ -23,7 +23,8 @@ import mlx.core as mx
 from converters.formats.pickle_machine import PtTensor
 from converters.formats.pt_reader import read_state_dict
 from converters.formats.tensor_readers import read_pt_tensor
-from mlx_openelm.errors import OpenELMError, list_names
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import list_names
 from mlx_openelm.storage.model_folder import MOST_NAMED
 from mlx_openelm.storage.weight_reader import read_headers
 from mlx_openelm.tensor_names import EMBEDDING, is_buffer, to_corenet

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from converters.formats.pt_archive import PtArchive
-from mlx_openelm.errors import OpenELMError, list_names
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import list_names
 
 MAX_PICKLE_BYTES = 64 * 2**20
 MAX_VALUES = 1_000_000  # opcodes or values; a training state of the 3B has 50,000

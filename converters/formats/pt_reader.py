@@ -12,7 +12,8 @@ from pathlib import Path
 
 from converters.formats.pickle_machine import PtTensor, load_pickle
 from converters.formats.pt_archive import open_archive
-from mlx_openelm.errors import OpenELMError, list_names
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import list_names
 from mlx_openelm.tensor_names import MODEL_KEYS, is_buffer
 
 AVERAGES = {"ema", "swa"}  # words in the keys of averaged weights

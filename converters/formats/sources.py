@@ -19,7 +19,7 @@ from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
 from mlx_openelm.storage.hub import (
-    PT_SUFFIXES,
+    CHECKPOINT_SUFFIXES,
     describe_file,
     find_model,
     refuse_address,
@@ -135,7 +135,7 @@ def locate(name: str, *, offline: bool = False, revision: str | None = None) -> 
         raise OpenELMError(
             f"{name!a:.100} is not a file or folder: {reason}."
         ) from error
-    if path.suffix in PT_SUFFIXES and not path.exists():
+    if path.suffix in CHECKPOINT_SUFFIXES and not path.exists():
         raise OpenELMError(f"{path} does not exist.")
     return find_model(name, offline=offline, revision=revision)
 

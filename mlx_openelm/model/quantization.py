@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.errors import OpenELMError, list_names
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import list_names
 from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_module
 
 EMBED_BITS = 8  # default

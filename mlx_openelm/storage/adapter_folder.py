@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_openelm.errors import OpenELMError, list_names
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from mlx_openelm.model.openelm import OpenELM
@@ -25,6 +25,7 @@ from mlx_openelm.storage.model_folder import (
     check_shapes,
 )
 from mlx_openelm.storage.shards import write_json
+from mlx_openelm.storage.similar_names import suggest_similar
 from mlx_openelm.storage.weight_files import holds_model
 from mlx_openelm.storage.weight_reader import check_stored, read_headers
 
@@ -121,10 +122,9 @@ def _refuse_non_folder(path: Path) -> None:
         raise OpenELMError(
             f"{path} is a file, not an adapter folder; pass the folder, {path.parent}."
         )
-    near = sorted(other.parent.name for other in path.parent.glob(f"*/{CONFIG}"))
-    adapters = f"; {path.parent} has {list_names(near, quoted=False)}" if near else ""
+    similar = suggest_similar(str(path), (), CONFIG)
     raise OpenELMError(
-        f"There is no adapter folder {path}{adapters}; check `adapter_path`."
+        f"There is no adapter folder {path}; check `adapter_path`.{similar}"
     )
 
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import describe_error
 
 _PLACEHOLDERS = {  # first bytes -> what the file is, and what to do
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself; run git "
@@ -34,7 +35,7 @@ def refuse_unreadable(path: Path) -> os.stat_result:
             "permissions."
         ) from error
     except (OSError, ValueError) as error:  # also an invalid name
-        raise OpenELMError(f"Cannot read {path}: {error}.") from error
+        raise OpenELMError(f"Cannot read {path}: {describe_error(error)}.") from error
     for beginning, kind in _PLACEHOLDERS.items():
         if start.startswith(beginning):
             raise OpenELMError(f"{path} {kind}.")

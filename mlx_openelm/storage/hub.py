@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.hub_download import Wanted, fetch
+from mlx_openelm.storage.similar_names import suggest_similar
 from mlx_openelm.storage.weight_files import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -27,11 +28,13 @@ RELEASED = tuple(
     for size in ("270M", "450M", "1_1B", "3B")
     for suffix in ("", "-Instruct")
 )
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
+    *("added_tokens.json", "special_tokens_map.json"),  # of transformers 4
+)
 SMALL_FILES = (CONFIG, "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES)
 
-PT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _VIEWS = ("tree", "blob", "resolve", "raw", "commit")  # /ORG/NAME/VIEW/REVISION
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
@@ -79,27 +82,24 @@ def find_model(
     if name == DEMO:
         return demo_folder()
     if path.exists():
-        raise OpenELMError(
-            describe_file(path)
-            or f"{name} is a file, not a model folder; "
-            + (
-                f"`mlx-openelm convert {shlex.quote(name)}` converts it to one."
-                if _is_checkpoint(path)
-                else "pass a model folder or a Hub id."
-            )
-        )
+        if problem := describe_file(path):
+            raise OpenELMError(problem)
+        advice = "pass demo, a folder, or a Hub id"
+        if _is_checkpoint(path):
+            advice = f"`mlx-openelm convert {shlex.quote(name)}` converts it to one"
+        raise OpenELMError(f"{name} is a file, not a model folder; {advice}.")
     if not HUB_ID.fullmatch(name):
         raise OpenELMError(
-            f"There is no folder {name}{_suggest_released(name)}. Use demo, a folder, "
-            "a Hub id or, to convert, a .pt file; the released models are "
+            f"There is no folder {name}{_suggest(name)} Use demo, a folder, a Hub id "
+            "or, to convert, a .pt file; the released models are "
             f"{', '.join(RELEASED)}."
         )
     try:
         return download(name, MODEL, offline=offline, revision=revision)
     except OpenELMError as error:
-        if name in RELEASED or not (suggestion := _suggest_released(name)):
+        if name in RELEASED:
             raise
-        raise OpenELMError(f"{str(error).rstrip('.')}{suggestion}.") from error
+        raise OpenELMError(f"{str(error).rstrip('.')}{_suggest(name)}") from error
 
 
 def refuse_address(name: str) -> None:
@@ -149,19 +149,23 @@ def describe_file(path: Path) -> str | None:
 
 def _is_checkpoint(path: Path) -> bool:
     """Return whether a file may be one of torch.save, by its name or first bytes."""
-    if path.suffix in PT_SUFFIXES or not path.is_file():
+    if path.suffix in CHECKPOINT_SUFFIXES or not path.is_file():
         return True
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _suggest_released(name: str) -> str:
-    """Return a hint to the released model that a name such as "1.1B" refers to."""
+def _suggest(name: str) -> str:
+    """Return the end of a sentence, with the models that a name may refer to.
+
+    A released model can have a shorter name here, such as "1.1B".
+    """
     short = name.removeprefix("apple/").lower().removeprefix("openelm-")
     for released in RELEASED:
         if released.partition("-")[2].lower() == short.replace(".", "_"):
-            return f"; `mlx-openelm convert {released}` makes one"
-    return ""
+            similar = suggest_similar(name, (DEMO,), CONFIG)
+            return f"; `mlx-openelm convert {released}` makes one.{similar}"
+    return f".{suggest_similar(name, (DEMO, *RELEASED), CONFIG)}"
 
 
 def download(

@@ -15,8 +15,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.errors import OpenELMError, list_names
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.message_parts import list_names
 from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
 from mlx_openelm.storage.shards import DTYPES, Shard, TensorLayout

@@ -11,8 +11,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_openelm.errors import OpenELMError, list_names
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.message_parts import list_names
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 INDEX = "model.safetensors.index.json"

@@ -6,25 +6,25 @@ import shlex
 import shutil
 
 import pytest
-from commands import call, refuse
+from commands import call, expect_error
 from models import UNEVEN, make_factors, weights_of, write_mlx_lm_adapter, write_pt
 
 GENERATE = ("generate", "Hi", "-m", "2", "--quiet", "--model")
 
 
-def follow(message: str) -> str:
+def follow(error: str) -> str:
     """Run the command in an error; return the path that it writes."""
-    command = re.search(r"`mlx-openelm ([^`]+)`", message)
-    assert command, message
-    ran = call(*shlex.split(command[1]), "--quiet")
-    assert ran.exit_code == 0, ran.stderr
-    return ran.stdout.strip()
+    command = re.search(r"`mlx-openelm ([^`]+)`", error)
+    assert command, error
+    result = call(*shlex.split(command[1]), "--quiet")
+    assert result.exit_code == 0, result.stderr
+    return result.stdout.strip()
 
 
-def pass_instead(message: str) -> str:
+def pass_instead(error: str) -> str:
     """Return the path or id that an error asks for."""
-    advice = re.search(r"; pass (?:the folder|its Hub id), (\S+?)\.\n$", message)
-    assert advice, message
+    advice = re.search(r"; pass (?:the folder|its Hub id), (\S+?)\.\n$", error)
+    assert advice, error
     return advice[1]
 
 
@@ -42,27 +42,29 @@ def _adapter(here):
 )
 @pytest.mark.parametrize("command", [GENERATE, ("convert",), ("verify",), ("inspect",)])
 def test_a_file_of_a_model_folder(here, command, file):
-    message = refuse(here, *command, f"model/{file}", says="one file of a model folder")
-    ran = call(*command, pass_instead(message))
-    assert ran.exit_code == 0, ran.stderr
+    error = expect_error(
+        here, *command, f"model/{file}", message="one file of a model folder"
+    )
+    result = call(*command, pass_instead(error))
+    assert result.exit_code == 0, result.stderr
 
 
 def test_the_file_of_an_adapter(here, adapter):
     file = f"{adapter}/adapters.safetensors"
     options = ("generate", "Hi", "-m", "2", "--adapter-path")
-    message = refuse(here, *options, file, says="not an adapter folder")
-    ran = call(*options, pass_instead(message))
-    assert ran.exit_code == 0, ran.stderr
-    says = "one file of an adapter folder; pass the folder, adapters/mine"
-    refuse(here, "convert", file, says=says)
+    error = expect_error(here, *options, file, message="not an adapter folder")
+    result = call(*options, pass_instead(error))
+    assert result.exit_code == 0, result.stderr
+    message = "one file of an adapter folder; pass the folder, adapters/mine"
+    expect_error(here, "convert", file, message=message)
 
 
 def test_a_checkpoint_in_place_of_a_model_folder(here):
     pytest.importorskip("torch")
     shutil.copy("source/tokenizer.model", here)
     write_pt(here / "my weights.pt", weights_of(UNEVEN))
-    message = refuse(here, *GENERATE, "my weights.pt", says="'my weights.pt'")
-    assert call(*GENERATE, follow(message)).exit_code == 0
+    error = expect_error(here, *GENERATE, "my weights.pt", message="'my weights.pt'")
+    assert call(*GENERATE, follow(error)).exit_code == 0
 
 
 @pytest.mark.parametrize("kind", ["bin", "pt"])
@@ -72,16 +74,18 @@ def test_a_folder_of_another_format(here, kind):
     (source / "model.safetensors").unlink()
     weights = {f"transformer.{n}": w for n, w in weights_of(UNEVEN).items()}
     write_pt(source / ("pytorch_model.bin" if kind == "bin" else "a.pt"), weights)
-    message = refuse(
-        here, *GENERATE, "source", says="holds no model*.safetensors, only"
+    error = expect_error(
+        here, *GENERATE, "source", message="holds no model*.safetensors, only"
     )
-    assert call(*GENERATE, follow(message)).exit_code == 0
+    assert call(*GENERATE, follow(error)).exit_code == 0
 
 
 def test_a_file_that_no_command_reads(here):
     (here / "notes.txt").write_text("no model")
-    message = refuse(here, *GENERATE, "notes.txt", says="is a file, not a model folder")
-    assert "convert" not in message
+    error = expect_error(
+        here, *GENERATE, "notes.txt", message="is a file, not a model folder"
+    )
+    assert "convert" not in error
 
 
 @pytest.mark.parametrize(
@@ -96,17 +100,17 @@ def test_a_file_that_no_command_reads(here):
     ],
 )
 def test_the_address_of_a_page_on_the_hub(here, address, advice):
-    says = "is the address of a page; pass its Hub id, apple/OpenELM-270M"
+    message = "is the address of a page; pass its Hub id, apple/OpenELM-270M"
     for command in (("convert",), ("verify",), GENERATE, ("inspect",)):
-        message = refuse(here, *command, address, says=says)
-        assert advice in message
-    refuse(here, "convert", "source", "--tokenizer", address, says=says)
+        error = expect_error(here, *command, address, message=message)
+        assert advice in error
+    expect_error(here, "convert", "source", "--tokenizer", address, message=message)
     adapter = ("--adapter-path", address)
-    refuse(here, "generate", "Hi", *adapter, says=says)
-    refuse(here, "fuse", *adapter, "--save-path", "x", says=says)
+    expect_error(here, "generate", "Hi", *adapter, message=message)
+    expect_error(here, "fuse", *adapter, "--save-path", "x", message=message)
     # The id is looked up: it passes all checks of names.
-    says = "apple/OpenELM-270M is not a local folder, and the local cache"
-    refuse(here, "convert", "apple/OpenELM-270M", says=says)
+    message = "apple/OpenELM-270M is not a local folder, and the local cache"
+    expect_error(here, "convert", "apple/OpenELM-270M", message=message)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +123,8 @@ def test_the_address_of_a_page_on_the_hub(here, address, advice):
     ],
 )
 def test_another_web_address(here, address):
-    says = "is a web address, but not the page of a model on the Hub"
-    refuse(here, "convert", address, says=says)
+    message = "is a web address, but not the page of a model on the Hub"
+    expect_error(here, "convert", address, message=message)
 
 
 @pytest.mark.parametrize(
@@ -137,17 +141,17 @@ def test_another_web_address(here, address):
 def test_an_adapter_that_is_not_there(here, adapter, command):
     (here / "text.txt").write_text("Once upon a time")
     for name in ("nowhere", "./nowhere", "model/nowhere"):
-        says = f"There is no adapter folder {name.removeprefix('./')}; check --adapter"
-        refuse(here, *command, "--adapter-path", name, says=says)
-    says = "There is no adapter folder adapters/min; adapters has mine; check --adapter"
-    refuse(here, *command, "--adapter-path", "adapters/min", says=says)
+        message = f"no adapter folder {name.removeprefix('./')}; check --adapter-path."
+        expect_error(here, *command, "--adapter-path", name, message=message)
+    message = "no adapter folder adapters/min; check --adapter-path. Similar names: ad"
+    expect_error(here, *command, "--adapter-path", "adapters/min", message=message)
 
 
 def test_a_model_and_an_adapter_in_each_others_place(here, adapter):
-    says = "it is a model, pass it as --model"
-    refuse(here, "generate", "Hi", "--adapter-path", "model", says=says)
-    says = "it is an adapter; pass it as --adapter-path"
-    refuse(here, "generate", "Hi", "--model", adapter, says=says)
+    message = "it is a model, pass it as --model"
+    expect_error(here, "generate", "Hi", "--adapter-path", "model", message=message)
+    message = "it is an adapter; pass it as --adapter-path"
+    expect_error(here, "generate", "Hi", "--model", adapter, message=message)
     assert call("generate", "Hi", "-m", "2", "--adapter-path", adapter).exit_code == 0
 
 
@@ -155,6 +159,6 @@ def test_a_very_long_error_keeps_its_advice(here):
     from mlx_openelm.cli.console import MOST_ERROR
 
     name = "no/" * 600 + "x"
-    message = refuse(here, "inspect", name, says="There is no folder no/no")
-    assert MOST_ERROR < len(message) < MOST_ERROR + 40
-    assert "apple/OpenELM-3B-Instruct" in message
+    error = expect_error(here, "inspect", name, message="There is no folder no/no")
+    assert MOST_ERROR < len(error) < MOST_ERROR + 40
+    assert "apple/OpenELM-3B-Instruct" in error

@@ -83,9 +83,9 @@ def test_verify_names_files_that_only_mlx_lm_loads(tmp_path, monkeypatch):
     assert call("convert", "source", "--mlx-path", "made").exit_code == 0
     whole = (tmp_path / "made" / INDEX).read_bytes()
     add_stale_shards(tmp_path / "made")
-    ran = call("verify", "made")
-    assert ran.exit_code == 1
-    assert f"{SHARDS[0]} is not used, but mlx-lm loads it: remove it" in ran.stdout
+    result = call("verify", "made")
+    assert result.exit_code == 1
+    assert f"{SHARDS[0]} is not used, but mlx-lm loads it: remove it" in result.stdout
     for shard in SHARDS:
         (tmp_path / "made" / shard).unlink()
     assert call("verify", "made").exit_code == 0  # mlx-lm does not read the index
@@ -131,12 +131,12 @@ def test_an_adapter_with_its_bases_config_is_an_adapter(tmp_path, monkeypatch):
     factors = make_factors(weights_of(UNEVEN), ("layers.0.attn.out_proj",))
     folder = write_peft_folder(tmp_path / "adapter", factors)
     shutil.copy(source / "config.json", folder)
-    ran = call("convert", "adapter", "--mlx-path", "made")
-    assert ran.exit_code == 0, ran.stderr
+    result = call("convert", "adapter", "--mlx-path", "made")
+    assert result.exit_code == 0, result.stderr
     assert (tmp_path / "made" / "adapters.safetensors").is_file()
-    shutil.copy(source / SINGLE, folder)  # now it is a model, and says so
-    ran = call("convert", "adapter", "--mlx-path", "model")
-    assert f"using {SINGLE}, not adapter_model.safetensors" in ran.stderr
+    shutil.copy(source / SINGLE, folder)  # now it is a model, and message so
+    result = call("convert", "adapter", "--mlx-path", "model")
+    assert f"using {SINGLE}, not adapter_model.safetensors" in result.stderr
 
 
 def test_the_hub_downloads_what_is_used():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from commands import call, refuse
+from commands import call, expect_error
 from models import UNEVEN, weights_of
 
 from converters.conversion.run import convert
@@ -61,24 +61,24 @@ def test_an_average_without_raw_weights_is_named(tmp_path):
     torch.save({"ema_state_dict": state(0.5)}, path)
     assert read_norm(path) == 0.5
     assert "ema_state_dict (moving average, EMA)" in open_path(path).notes[0]
-    says = "has no model weights, only 'ema_state_dict'"
-    refuse(tmp_path, "convert", path, "--weights", "model", says=says)
+    message = "has no model weights, only 'ema_state_dict'"
+    expect_error(tmp_path, "convert", path, "--weights", "model", message=message)
 
 
 def test_settings_of_an_average_are_not_weights(tmp_path):
     path = tmp_path / "a.pt"
     torch.save({"model_state_dict": state(), "ema": {"decay": 0.999}}, path)
     assert read_checkpoint(path).notes == ()
-    says = ["has no EMA weights, only 'model_state_dict'", "leave out --weights"]
-    refuse(tmp_path, "convert", path, "--weights", "ema", says=says)
+    message = ["has no EMA weights, only 'model_state_dict'", "leave out --weights"]
+    expect_error(tmp_path, "convert", path, "--weights", "ema", message=message)
     torch.save(state(), path)
-    says = ["has no EMA weights", "leave out --weights"]
-    refuse(tmp_path, "convert", path, "--weights", "ema", says=says)
+    message = ["has no EMA weights", "leave out --weights"]
+    expect_error(tmp_path, "convert", path, "--weights", "ema", message=message)
 
 
 def test_weights_of_a_folder_cannot_be_chosen(here):
-    says = "--weights applies to a .pt file with EMA weights, but source is a folder"
-    refuse(here, "convert", "source", "--weights", "ema", says=says)
+    message = "--weights applies to a .pt file with EMA weights, but source is a folder"
+    expect_error(here, "convert", "source", "--weights", "ema", message=message)
 
 
 def test_verify_compares_with_the_chosen_weights(tmp_path):
@@ -117,10 +117,10 @@ def test_a_head_of_its_own_is_kept_or_refused(tmp_path):
     torch.save({n: torch.from_numpy(w) for n, w in weights_of(UNTIED).items()}, path)
     assert not open_path(path).config.share_input_output_layers
     write_json(tmp_path / "config.json", UNEVEN.to_dict())
-    says = ["lm_head.weight differs from it", "correct share_input_output_layers"]
-    refuse(tmp_path, "convert", path, says=says)
+    message = ["lm_head.weight differs from it", "correct share_input_output_layers"]
+    expect_error(tmp_path, "convert", path, message=message)
     write_json(tmp_path / "config.json", UNTIED.to_dict())
-    copied = {**state(), HEAD: state()[EMBEDDING]}  # untied says the config
+    copied = {**state(), HEAD: state()[EMBEDDING]}  # untied message the config
     torch.save(copied, path)
     assert not open_path(path).config.share_input_output_layers
 
@@ -151,9 +151,9 @@ def _rewritten(here):
 
 
 def test_a_folder_that_another_tool_wrote_passes_with_a_note(rewritten):
-    ran = call("verify", rewritten)
-    assert ran.exit_code == 0, ran.stderr
-    assert "Another tool has written these weights" in ran.stderr
+    result = call("verify", rewritten)
+    assert result.exit_code == 0, result.stderr
+    assert "Another tool has written these weights" in result.stderr
 
 
 def test_a_receipt_of_other_weights_is_not_shown(rewritten):

@@ -9,7 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from commands import make_source, refuse
+from commands import expect_error, make_source
 from models import UNEVEN, weights_of, write_pt
 from pickles import NUMBERS, mapping, tensor, zipped
 from safetensors.numpy import save_file
@@ -47,11 +47,11 @@ def test_a_source_that_is_truncated_while_it_is_read_is_reported(tmp_path, kind)
         "os.truncate(path, 4096)\n"
         "tensors['w'].read()\n"
     )
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", script, path], capture_output=True, text=True
     )
-    assert ran.returncode == 1, ran
-    assert "was changed or truncated while it was being read" in ran.stderr
+    assert result.returncode == 1, result
+    assert "was changed or truncated while it was being read" in result.stderr
 
 
 def test_a_model_that_is_truncated_while_it_loads_is_reported(tmp_path, monkeypatch):
@@ -128,17 +128,19 @@ def test_a_header_is_parsed_once_for_all_tensors(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("start", "says"),
+    ("start", "message"),
     [(POINTER, "is a Git LFS pointer"), (b"<!DOCTYPE html>\n", "is a web page")],
 )
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "a.pt"])
-def test_a_placeholder_is_named_as_such(here, name, start, says):
+def test_a_placeholder_is_named_as_such(here, name, start, message):
     file = here / "source" / name
     file.write_bytes(start)
     given = f"source/{name}" if name == "a.pt" else "source"
-    refuse(here, "convert", given, says=[f"{name} {says}", "download the"])
+    expect_error(here, "convert", given, message=[f"{name} {message}", "download the"])
     if name != "a.pt":
-        refuse(here, "generate", "Hi", "--model", "source", says=f"{name} {says}")
+        expect_error(
+            here, "generate", "Hi", "--model", "source", message=f"{name} {message}"
+        )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
@@ -150,19 +152,19 @@ def test_a_file_without_permission_is_not_called_damaged(here, name):
     file.chmod(0)
     given = f"source/{name}" if name == "a.pt" else "source"
     try:
-        ran = refuse_unread(given)
+        result = refuse_unread(given)
     finally:
         file.chmod(0o600)
-    assert "permission denied" in ran
-    assert "damaged" not in ran
+    assert "permission denied" in result
+    assert "damaged" not in result
 
 
 def refuse_unread(given: str) -> str:
     from commands import call
 
-    ran = call("convert", given, "--mlx-path", "made")
-    assert ran.exit_code == 1
-    return ran.stderr
+    result = call("convert", given, "--mlx-path", "made")
+    assert result.exit_code == 1
+    return result.stderr
 
 
 def test_an_unreadable_file_is_not_called_damaged(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import call, make_source, refuse
+from commands import call, expect_error, make_source
 from models import UNEVEN, make_factors, weights_of, write_peft_folder
 from safetensors.numpy import load_file, save_file
 
@@ -144,22 +144,24 @@ def test_many_unknown_names_give_a_short_error(here):
         lambda name: name.replace(".attn", ".wrapper.attn"),
         {f"value_head.layers_{i}.weight": np.ones(2, np.float32) for i in range(500)},
     )
-    says = [
+    message = [
         "missing: layers.*.attn.qkv_proj.weight, layers.*.attn.q_norm.weight, ",
         "unexpected: layers.*.wrapper.attn.k_norm.weight, ",
         ", value_head.layers_0.weight, ",
         " and 495 more",
     ]
-    message = refuse(here, "convert", "source", says=says)
-    assert len(message) < 1000
-    message = refuse(here, "generate", "Hi", "--model", "source", says=says[-1])
-    assert len(message) < 1000
+    error = expect_error(here, "convert", "source", message=message)
+    assert len(error) < 1000
+    error = expect_error(
+        here, "generate", "Hi", "--model", "source", message=message[-1]
+    )
+    assert len(error) < 1000
 
 
 def test_generate_names_convert_for_names_of_other_tools(here):
     change(here / "source", lambda name: f"_orig_mod.{name}")
-    says = "`mlx-openelm convert source` makes a model folder of it"
-    refuse(here, "generate", "Hi", "--model", "source", says=says)
+    message = "`mlx-openelm convert source` makes a model folder of it"
+    expect_error(here, "generate", "Hi", "--model", "source", message=message)
     assert call("convert", "source", "--mlx-path", "ours").exit_code == 0
-    ran = call("generate", "Hi", "--model", "ours", "-m", "2")
-    assert ran.exit_code == 0, ran.stderr
+    result = call("generate", "Hi", "--model", "ours", "-m", "2")
+    assert result.exit_code == 0, result.stderr
