@@ -44,14 +44,12 @@ def list_entrants(
     Raises:
         OpenELMError: a model was not found, or is named twice.
     """
-    from mlx_openelm.storage.hub import ADAPTER_CONFIG, CONFIG
     from mlx_openelm.storage.loading import choose_model
+    from mlx_openelm.storage.weight_files import is_adapter
 
     pairs = [(model, adapter_path)]
     for name in compare:
-        path = expand_path(name)
-        is_adapter = (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file()
-        pairs.append((model, name) if is_adapter else (name, None))
+        pairs.append((model, name) if is_adapter(expand_path(name)) else (name, None))
     entrants: list[Entrant] = []
     for base, adapter in pairs:
         choice = choose_model(base, expand_path(adapter), offline=offline)

@@ -96,6 +96,7 @@ def prepare(
     data = read_data(Path(recipe.data).expanduser(), objective.formats())
     model_path = find_model(recipe.model, offline=offline)
     folder = open_folder(model_path)
+    data = dataclasses.replace(data, notes=(*folder.notes, *data.notes))
     tokenizer = load_tokenizer(folder)
     choice = choose_template(recipe.template, tokenizer.template, data.train.format)
     resolved = recipe.resolve(

@@ -20,11 +20,13 @@ from pathlib import Path
 from mlx_openelm.config import BOS_ID, EOS_ID, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.added_token_files import read_added_tokens
+from mlx_openelm.storage.file_checks import refuse_unreadable
 from mlx_openelm.storage.hub import (
     TOKENIZER,
     TOKENIZER_FILES,
     cached_snapshots,
     download,
+    refuse_address,
 )
 from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 from mlx_openelm.text.tokenizer_json import (
@@ -247,6 +249,7 @@ def _describe(tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:
 
 def _locate(given: str, *, offline: bool) -> Path:
     """Return the path of a file, a folder, or a repository, which is downloaded."""
+    refuse_address(given)
     path = Path(given).expanduser()
     if path.exists():
         return path
@@ -279,6 +282,7 @@ def read_tokenizer(
     file = find_tokenizer_file(path)
     if file is None:
         refuse(f"{path} holds neither {MODEL_FILE} nor {JSON_FILE}")
+    refuse_unreadable(file)
     if file.suffix != ".json":
         tokenizer = Tokenizer.from_file(file, template=template)
     else:
