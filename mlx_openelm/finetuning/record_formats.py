@@ -179,7 +179,7 @@ def preference_formats(objective: str, prompt_key: str | None) -> RecordFormats:
             PREFERENCE_MESSAGES: RecordFormat(
                 fields,
                 _read_preference_messages,
-                rejected=lambda record: str(record["rejected"][-1]["content"]),
+                rejected=lambda record: check_messages(record["rejected"])[0][-1].text,
             ),
         },
         lambda _: f"`objective` {objective} needs these fields",

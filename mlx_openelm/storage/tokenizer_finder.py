@@ -20,6 +20,7 @@ from typing import Any
 
 from mlx_openelm.config import BOS_ID, EOS_ID, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import read_json
 from mlx_openelm.storage.hub import (
     TOKENIZER,
     TOKENIZER_FILES,
@@ -273,7 +274,7 @@ def read_tokenizer(path: Path, *, template: str | None = None) -> Tokenizer:
     if file.suffix != ".json":
         return Tokenizer.from_file(file, template=template)
     try:
-        return _from_json(json.loads(file.read_bytes()), template)
+        return _from_json(read_json(file), template)
     except (OSError, ValueError) as error:
         raise OpenELMError(f"Cannot read the tokenizer {file}: {error}.") from error
     except (LookupError, TypeError, AttributeError) as error:
