@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,11 @@ from mlx_openelm.cli.options import MODEL_VARIABLE, Force, Json, Offline, Quiet
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.options import OUTPUT_PANEL
+
+if TYPE_CHECKING:
+    from mlx_openelm.finetuning.preparation import Prepared
+
+READING = "Reading the data"
 
 
 @derive_options
@@ -105,13 +110,21 @@ def lora_command(
     from mlx_openelm.finetuning.run import finetune
 
     if dry_run:
-        prepared = prepare(chosen, fit=fit, offline=offline)
+        with console.progress(READING) as progress:
+            prepared = prepare(
+                chosen, fit=fit, offline=offline, on_progress=progress.update
+            )
         if as_json:
             console.answer_json(plan_json(prepared))
         else:
             note_plan(console, prepared)
         return
-    with TrainingView(console) as view:
+    with TrainingView(console) as view, console.progress(READING) as progress:
+
+        def note_prepared(prepared: "Prepared") -> None:
+            progress.close()
+            note_start(console, prepared)
+
         report = finetune(
             chosen,
             resume=resume,
@@ -119,7 +132,8 @@ def lora_command(
             fit=fit,
             offline=offline,
             on_event=view,
-            on_prepared=lambda prepared: note_start(console, prepared),
+            on_prepared=note_prepared,
+            on_progress=progress.update,
         )
     if rank > 0:
         return

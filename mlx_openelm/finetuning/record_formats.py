@@ -51,9 +51,12 @@ class RecordFormats:
     def find(self, record: Mapping[str, Any]) -> str:
         """Return the name of the first format that matches the record, or ""."""
         for name, format in self.known.items():
-            complete = all(record.get(key) is not None for key in format.fields)
-            if complete and format.applies(record):
-                return name
+            for key in format.fields:
+                if record.get(key) is None:
+                    break
+            else:
+                if format.applies(record):
+                    return name
         return ""
 
     def describe_unknown(self, records: list[dict[str, Any]]) -> str:

@@ -48,7 +48,7 @@ def check_messages(
         if content is None:
             problems.append(f"{name} has no content")
         elif isinstance(content, list):
-            problems.append(f"{name}.content has parts that are not text")
+            problems.append(f"{name}.content is a list with parts that are not text")
         elif problem:
             problems.append(f"{name}.content {problem}")
         elif role == not_empty and not content.strip():

@@ -34,7 +34,7 @@ READ_ERRORS = (OSError, EOFError, zlib.error, ValueError)
 
 _GZIP = b"\x1f\x8b\x08"  # with deflate, its only method
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_UTF16 = "is UTF-16 text, not UTF-8; save it as UTF-8"
+_UTF16 = "is not UTF-8 but UTF-16; save it as UTF-8"
 _CHUNK = 1 << 16  # bytes
 # An array of objects or strings; a line that starts with another array is one value.
 _ARRAY = re.compile(rb'\s*\[(\s*[{"\]]|[ \t\r]*\n|\s*$)')
@@ -157,7 +157,7 @@ def read_values(
     start = start or read_start(file)
     problem = start.problem or (_UTF16 if b"\0" in start.data[:4] else "")
     if problem:
-        yield JsonValue(start.line, problem=problem)
+        yield JsonValue(start.line, 1, problem=problem)
     elif start.is_array or start.is_open_object:
         values = _StreamReader(file, start).read()
         for index, value in enumerate(values):

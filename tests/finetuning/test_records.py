@@ -236,7 +236,7 @@ def test_all_problems_are_in_one_message(file):
 
 
 def test_a_long_list_of_problems_ends_with_the_number_of_the_rest(file):
-    message = refused(file, "{\n" * 50)
+    message = refused(file, "nope\n" * 50)
     assert "50 problems" in message
     assert message.count("is not JSON") == 20
     assert message.endswith("; and 30 more.")
@@ -287,7 +287,6 @@ def test_files_that_are_not_json_lines_are_refused(tmp_path):
         ("a.json", b'[{"text": "a"},\n {"text": "\xe9"}]', "a.json:2:12 is not UTF-8"),
         ("a.jsonl", "Once upon a time", "a.jsonl:1:1 is not JSON"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "a.jsonl:1:1 is not UTF-8"),
-        ("a.jsonl.gz", '{"text": "a"}', "a.jsonl.gz"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "truncated"),
         ("a.jsonl.gz", b"\x1f\x8b\x08\x00" + b"\xff" * 40, "a.jsonl.gz is damaged"),
     ):
