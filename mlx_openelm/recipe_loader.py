@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import read_text
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.paths import user_path
 
 Recipe = TypeVar("Recipe")
 
@@ -53,7 +55,7 @@ def make_recipe(kind: type[Recipe], values: Mapping[str, Any], where: str) -> Re
 
 def find_recipe(name: str) -> Path:
     """Return the path of a recipe file, or of the bundled recipe of that name."""
-    path = Path(name)
+    path = user_path(name)
     if path.is_file():
         return path
     known = bundled_recipes()
@@ -73,8 +75,8 @@ def read_recipe(name: str) -> str:
     """
     path = find_recipe(name)
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except (OSError, ValueError) as error:
         raise OpenELMError(f"Cannot read the recipe {path}: {error}.") from error
 
 
@@ -91,7 +93,7 @@ def bundled_recipes() -> dict[str, Path]:
 
 
 def _build(kind: Any, entries: Mapping[str, Any], where: str, prefix: str) -> Any:
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     unknown = [key for key in entries if key not in hints]
     if unknown:
         raise OpenELMError(
@@ -122,6 +124,9 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
             )
         return _build(hint, value, where, f"{key}.")
     origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        inner, expand = typing.get_args(hint)  # of a PathText
+        return expand(_convert(inner, value, where, key))
     if origin in (types.UnionType, typing.Union):
         options = typing.get_args(hint)
         for option in options:
@@ -150,6 +155,8 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
 
 
 def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 

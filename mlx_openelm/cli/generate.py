@@ -1,6 +1,5 @@
 """The command that generates text for one prompt or a file of prompts: `generate`."""
 
-import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +16,6 @@ from mlx_openelm.cli.options import (
     Model,
     Offline,
     Quiet,
-    expand_path,
     open_model,
 )
 from mlx_openelm.errors import OpenELMError
@@ -28,6 +26,7 @@ from mlx_openelm.generation.options import (
     PromptOptions,
     Sampling,
 )
+from mlx_openelm.input_files import MAX_RECORD_BYTES, read_text_of
 from mlx_openelm.options import OUTPUT_PANEL
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ def generate_command(
             template=template,
             system=system,
             batch_size=batch_size or 16,
-            output=expand_path(output),
+            output=output,
             force=force,
         )
         return
@@ -171,11 +170,10 @@ def generate_command(
             cache, context = None, Context(loaded, make_cache)
         else:
             name = (tokenizer.template or "raw") if template == "auto" else template
-            path = expand_path(prompt_cache)
             from mlx_openelm.generation.prompt_cache import open_prompt_cache
 
             cache = opened.enter_context(
-                open_prompt_cache(path, loaded, name, console.note, make_cache)
+                open_prompt_cache(prompt_cache, loaded, name, console.note, make_cache)
             )
             context = cache.context
         for piece in stream(
@@ -219,9 +217,8 @@ def _answer_file(
     from mlx_openelm.generation.prompt_file import read_prompts
 
     folder, model, tokenizer = opened
-    source = os.path.expanduser(prompts_file)
-    prompts = read_prompts(source)
-    if output is not None and _are_one_file(Path(source), output):
+    prompts = read_prompts(prompts_file)
+    if output is not None and _are_one_file(Path(prompts_file), output):
         raise OpenELMError(
             f"--output {output} is the file of prompts; choose another file."
         )
@@ -262,8 +259,10 @@ def _read_prompt(positional: str | None, option: str | None) -> str:
     if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
         raise typer.BadParameter("give a prompt, or pipe one in", param_hint="PROMPT")
     try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
+        return read_text_of(sys.stdin.buffer, MAX_RECORD_BYTES).removesuffix("\n")
     except UnicodeDecodeError as error:
         raise OpenELMError(
             f"The prompt on stdin is not UTF-8 text: {error}."
         ) from error
+    except ValueError as error:
+        raise OpenELMError(f"The prompt on stdin is too long: {error}.") from error

@@ -76,7 +76,7 @@ def lora_command(
             param_hint="--resume",
         )
     if resume and recipe is None and "adapter_path" in options:
-        written = Path(options["adapter_path"]).expanduser() / "recipe.yaml"
+        written = Path(options["adapter_path"]) / "recipe.yaml"
         recipe = str(written) if written.is_file() else None
         if recipe is None and "data" not in options:
             raise OpenELMError(

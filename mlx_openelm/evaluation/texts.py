@@ -11,8 +11,10 @@ import mlx.core as mx
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.multiple_choice import TaskScore, score_task
 from mlx_openelm.evaluation.task_files import read_tasks
+from mlx_openelm.input_files import read_text
 from mlx_openelm.model.likelihood import log_likelihoods
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.paths import user_path
 from mlx_openelm.text.tokenizer import Tokenizer
 
 BATCH_TOKENS = 4096  # tokens per forward pass
@@ -95,7 +97,7 @@ def evaluate(
 
 
 def _list(paths: Paths) -> list[Path]:
-    return list(map(Path, [paths] if isinstance(paths, str | Path) else paths))
+    return list(map(user_path, [paths] if isinstance(paths, str | Path) else paths))
 
 
 def _score_tasks(
@@ -198,8 +200,8 @@ def _score(model: OpenELM, bos_id: int, batch: list[list[int]]) -> float:
 
 def _read_text(path: Path) -> str:
     try:
-        content = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_text(path)
+    except (OSError, ValueError) as error:
         raise OpenELMError(f"Cannot read {path} as UTF-8 text: {error}.") from error
     if not content:
         raise OpenELMError(f"{path} is empty; there is nothing to score.")

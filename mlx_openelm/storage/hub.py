@@ -5,7 +5,6 @@ therefore stays at the commit that was downloaded first.
 """
 
 import fnmatch
-import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.paths import user_path
 from mlx_openelm.storage.hub_download import Wanted, fetch
 
 DEMO = "demo"
@@ -78,7 +78,7 @@ def find_model(
     Raises:
         OpenELMError: there is no such folder, or the download failed.
     """
-    path = Path(os.path.expanduser(name))  # Path.expanduser raises on "~nobody"
+    path = user_path(name)
     if revision is not None and (path.exists() or name == DEMO):
         raise OpenELMError(
             f"`revision` applies to a Hub id, but {name} is local; leave it out."

@@ -21,6 +21,7 @@ from typing import Any
 from mlx_openelm.config import BOS_ID, EOS_ID, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.input_files import read_json
+from mlx_openelm.paths import user_path
 from mlx_openelm.storage.hub import (
     TOKENIZER,
     TOKENIZER_FILES,
@@ -245,7 +246,7 @@ def _describe(tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:
 
 def _locate(given: str, *, offline: bool) -> Path:
     """Return the path of a file, a folder, or a repository, which is downloaded."""
-    path = Path(given).expanduser()
+    path = user_path(given)
     if path.exists():
         return path
     is_repo = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given)

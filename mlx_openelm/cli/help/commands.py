@@ -4,9 +4,24 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from mlx_openelm.paths import expand_home
+
+# Parameters that are texts; every other one can be a path.
+_TEXTS = (
+    *("prompt", "prompt_option", "system", "stop", "sample_prompt", "keep"),
+    *("regex", "api_key"),
+)
+
 
 class Command(TyperCommand):
-    """A command."""
+    """A command; "~" is expanded in the values of all parameters but texts."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        ctx.params.update(
+            {n: _expand(v) for n, v in ctx.params.items() if n not in _TEXTS}
+        )
+        return rest
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _simplify_help(self, ctx)
@@ -19,6 +34,12 @@ class CommandGroup(TyperGroup):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _simplify_help(self, ctx)
         super().format_help(ctx, formatter)
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_expand, value))
+    return expand_home(value) if isinstance(value, str) else value
 
 
 def _simplify_help(command: Any, ctx: Any) -> None:
