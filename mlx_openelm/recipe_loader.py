@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -120,7 +121,7 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise OpenELMError(
-                f"{where}: {key} is {value!r}, expected a group of keys."
+                f"{where}: {key} is {_show(value)}, expected a group of keys."
             )
         return _build(hint, value, where, f"{key}.")
     origin = typing.get_origin(hint)
@@ -151,7 +152,15 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
             pass
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise OpenELMError(f"{where}: {key} is {value!r}, expected {_type_name(hint)}.")
+    raise OpenELMError(
+        f"{where}: {key} is {_show(value)}, expected {_type_name(hint)}."
+    )
+
+
+def _show(value: Any) -> str:
+    shown = reprlib.Repr()  # YAML can repeat a list a billion times
+    shown.maxlevel, shown.maxstring, shown.maxother = 2, 200, 200
+    return shown.repr(value)
 
 
 def _type_name(hint: Any) -> str:

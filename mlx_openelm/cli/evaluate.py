@@ -75,7 +75,8 @@ def evaluate_command(
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Use only the first N questions of each task.",
+            help="Use only the first N questions after a fixed shuffle of a task file, "
+            "and the first N of a task of the harness.",
             rich_help_panel=SCORING,
         ),
     ] = None,

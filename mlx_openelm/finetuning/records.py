@@ -331,9 +331,9 @@ class _RecordReader:
 def _make_key(turns: tuple[Turn, ...], rejected: str | None) -> bytes:
     parts: list[str] = []
     for turn in turns:
-        text, input = turn.text.split(), turn.input and " ".join(turn.input.split())
-        parts += (turn.role, " ".join(text), input)
-    parts.append(" ".join((rejected or "").split()))
+        input = turn.input and " ".join(turn.input.split())
+        parts += (turn.role, " ".join(turn.text.split()), input)
+    parts.append(" ".join(rejected.split()) if rejected else "")
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).digest()
 
 
