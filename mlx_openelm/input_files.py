@@ -72,10 +72,10 @@ def read_text(path: Path) -> str:
         ValueError: it is not UTF-8, or larger than `MAX_BYTES`.
     """
     with path.open("rb") as opened:
-        return read_text_of(opened)
+        return read_text_of(opened, MAX_BYTES)
 
 
-def read_text_of(file: IO[bytes], limit: int = MAX_BYTES) -> str:
+def read_text_of(file: IO[bytes], limit: int) -> str:
     """Return the rest of an open file of at most `limit` bytes; see `read_text`."""
     data = file.read(limit + 1)
     if len(data) > limit:

@@ -1,5 +1,6 @@
 """Typer's classes of commands, with a plainer --help."""
 
+from pathlib import Path
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -7,7 +8,7 @@ from typer.core import TyperCommand, TyperGroup
 from mlx_openelm.paths import expand_home
 
 # Parameters that are texts; every other one can be a path.
-_TEXTS = (
+TEXTS = (
     *("prompt", "prompt_option", "system", "stop", "sample_prompt", "keep"),
     *("regex", "api_key"),
 )
@@ -19,7 +20,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
         ctx.params.update(
-            {n: _expand(v) for n, v in ctx.params.items() if n not in _TEXTS}
+            {n: _expand(v) for n, v in ctx.params.items() if n not in TEXTS}
         )
         return rest
 
@@ -39,7 +40,7 @@ class CommandGroup(TyperGroup):
 def _expand(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(_expand, value))
-    return expand_home(value) if isinstance(value, str) else value
+    return type(value)(expand_home(value)) if isinstance(value, str | Path) else value
 
 
 def _simplify_help(command: Any, ctx: Any) -> None:
