@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.input_files import read_text
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.message_parts import describe_error
 from mlx_openelm.paths import user_path
 
 Recipe = TypeVar("Recipe")
@@ -78,7 +79,9 @@ def read_recipe(name: str) -> str:
     try:
         return read_text(path)
     except (OSError, ValueError) as error:
-        raise OpenELMError(f"Cannot read the recipe {path}: {error}.") from error
+        raise OpenELMError(
+            f"Cannot read the recipe {path}: {describe_error(error)}."
+        ) from error
 
 
 def bundled_recipes() -> dict[str, Path]:

@@ -161,6 +161,10 @@ def evaluate_command(
         raise OpenELMError(f"--batch-size is {batch_size}; it must be at least 1.")
     check_report_file(csv, "--csv", ".csv", force=force)
     check_report_file(picture, "--picture", ".svg", force=force)
+    if text:
+        from mlx_openelm.evaluation.texts import check_texts
+
+        check_texts(text)
     entrants = list_entrants(model, adapter_path, compare or [], offline)
     plan = plan_evaluation(
         console,

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.decoding_options import check_sampling, check_utf8, make_drafter
 from mlx_openelm.cli.derived_options import GivenOptions, OptionsOf, derive_options
+from mlx_openelm.cli.help.examples import PROMPT
 from mlx_openelm.cli.options import (
     Adapter,
     Json,
@@ -27,9 +29,11 @@ from mlx_openelm.generation.options import (
     Sampling,
 )
 from mlx_openelm.input_files import MAX_RECORD_BYTES, read_text_of
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.options import OUTPUT_PANEL
 
 if TYPE_CHECKING:
+    from mlx_openelm.generation.prompt_file import Prompts
     from mlx_openelm.generation.streaming import Piece
     from mlx_openelm.model.openelm import OpenELM
     from mlx_openelm.storage.model_folder import ModelFolder
@@ -131,16 +135,18 @@ def generate_command(
                 "cannot be used with --prompts-file", param_hint=flag
             )
         check_utf8(system, *stop)
+        prompts = _read_prompts_file(console, prompts_file, output)
         _answer_file(
             console,
             open_model(console, model, adapter_path, offline),
-            prompts_file,
+            prompts,
             sampling,
             template=template,
             system=system,
             batch_size=batch_size or 16,
             output=output,
             force=force,
+            as_json=as_json or not sys.stdout.isatty(),
         )
         return
     many = {"--output": output, "--batch-size": batch_size, "--force": force or None}
@@ -200,10 +206,25 @@ def generate_command(
         note_drafts(console, drafter)
 
 
+def _read_prompts_file(
+    console: Console, prompts_file: str, output: Path | None
+) -> "Prompts":
+    from mlx_openelm.generation.prompt_file import read_prompts
+
+    prompts = read_prompts(prompts_file)
+    if output is not None and _are_one_file(Path(prompts_file), output):
+        raise OpenELMError(
+            f"--output {output} is the file of prompts; choose another file."
+        )
+    count = count_of(len(prompts.prompts), "prompt")
+    console.note(f"[{prompts.name}: {count}, {prompts.format}]")
+    return prompts
+
+
 def _answer_file(
     console: Console,
     opened: "tuple[ModelFolder, OpenELM, Tokenizer]",
-    prompts_file: str,
+    prompts: "Prompts",
     sampling: GivenOptions,
     *,
     template: str,
@@ -211,18 +232,17 @@ def _answer_file(
     batch_size: int,
     output: Path | None,
     force: bool,
+    as_json: bool,
 ) -> None:
-    from mlx_openelm.cli.views.generation import note_prompts
+    """Answer the prompts of a file.
+
+    Args:
+        as_json: write a JSON object a line, else prompts and answers as text.
+    """
+    from mlx_openelm.cli.views.generation import note_prompts, show_answer
     from mlx_openelm.generation.batch_job import answer_prompts
-    from mlx_openelm.generation.prompt_file import read_prompts
 
     folder, model, tokenizer = opened
-    prompts = read_prompts(prompts_file)
-    if output is not None and _are_one_file(Path(prompts_file), output):
-        raise OpenELMError(
-            f"--output {output} is the file of prompts; choose another file."
-        )
-    console.note(f"[{prompts.name}: {len(prompts.prompts)} prompts, {prompts.format}]")
     with console.progress("Answering") as progress:
         report = answer_prompts(
             model,
@@ -234,15 +254,15 @@ def _answer_file(
             batch_size=batch_size,
             output=output,
             force=force,
-            on_answer=console.answer_json,
+            on_answer=console.answer_json if as_json else partial(show_answer, console),
             on_problem=console.note,
             on_progress=lambda done, total, _: progress.update(done, total, "prompts"),
         )
     note_prompts(console, report)
     if report.problems:
         raise OpenELMError(
-            f"{len(report.problems)} of {report.prompts} prompts of {prompts.name} have"
-            " no answer; see the messages above."
+            f"{len(report.problems)} of {count_of(report.prompts, 'prompt')} of "
+            f"{prompts.name} have no answer; see the messages above."
         )
 
 
@@ -254,10 +274,22 @@ def _read_prompt(positional: str | None, option: str | None) -> str:
     if positional is not None and option is not None:
         raise typer.BadParameter("cannot be used with --prompt", param_hint="PROMPT")
     prompt = positional if positional is not None else option
-    if prompt is not None and prompt != "-":
-        return prompt
-    if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise typer.BadParameter("give a prompt, or pipe one in", param_hint="PROMPT")
+    if prompt is None or prompt == "-":
+        prompt = _read_stdin()
+    if not prompt.strip():
+        raise OpenELMError(
+            "The prompt is empty; give a text to continue, as in mlx-openelm generate "
+            f"'{PROMPT}'. To generate from BOS alone, use Python: stream(model, "
+            "tokenizer, [tokenizer.bos_id])."
+        )
+    return prompt
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise OpenELMError("stdin is closed; give a prompt as PROMPT.")
     try:
         return read_text_of(sys.stdin.buffer, MAX_RECORD_BYTES).removesuffix("\n")
     except UnicodeDecodeError as error:

@@ -136,13 +136,15 @@ def serve_command(
     with Server(Access(host, port, api_key, origins)) as server:  # binds the port first
         folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
         chosen = (tokenizer.template or RAW) if template == "auto" else template
+        config = folder.generation_defaults
         served = Served(
             name=_name(folder.path),
             tokenizer=tokenizer,
-            defaults=Sampling.from_defaults(folder.generation_defaults, sampling),
+            defaults=Sampling.from_defaults(config, sampling),
             template=chosen,
             context_length=folder.config.max_context_length,
             rows=folder.config.vocab_size,
+            greedy_defaults=Sampling.from_defaults(config, {**sampling, "temp": 0}),
         )
 
         def announce(url: str) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from mlx_openelm.finetuning.plan import (
 )
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.record_formats import TemplateChoice, choose_template
-from mlx_openelm.finetuning.records import Data, OnProgress, read_data
+from mlx_openelm.finetuning.records import Data, OnProgress, Record, read_data
 from mlx_openelm.finetuning.samples import Samples, lengths_of, targets_of
 from mlx_openelm.finetuning.trainable import (
     Method,
@@ -34,6 +34,7 @@ from mlx_openelm.finetuning.trainable import (
     choose_ranks,
     unfreeze,
 )
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.paths import user_path
 from mlx_openelm.storage.hub import DEMO, find_model
@@ -51,7 +52,11 @@ DEFAULT_PARENT = Path("adapters")  # of runs without `adapter_path`
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A checked run: resolved recipe, model folder, tokenized data and plan."""
+    """A checked run: resolved recipe, model folder, tokenized data and plan.
+
+    Attributes:
+        example: a prompt of the training data, shortened; empty if it has none.
+    """
 
     recipe: FinetuneRecipe
     objective: FinetuneObjective
@@ -64,6 +69,7 @@ class Prepared:
     test: Samples
     order: Order
     plan: TrainingPlan
+    example: str
 
     @property
     def path(self) -> Path:
@@ -185,7 +191,24 @@ def _prepare(
         test=splits.get("test", ()),
         order=order,
         plan=plan,
+        example=shorten_prompt(data.train.records),
     )
+
+
+def shorten_prompt(records: Sequence[Record]) -> str:
+    """Return the first prompt of the records on one line, without its end if long.
+
+    A plain text has no prompt: then its first words.
+    """
+    for record in records:
+        prompts = [turn.text for turn in record.turns if turn.role == "user"]
+        text, most = (prompts or [record.turns[0].text])[0], 100 if prompts else 40
+        line = " ".join(text.split())
+        if len(line) > most:
+            line = line[:most].rpartition(" ")[0] or line[:most]
+        if line:
+            return line
+    return ""
 
 
 def _plan(
@@ -198,7 +221,8 @@ def _plan(
     lengths, targets = lengths_of(train), targets_of(train)
     if world.size > recipe.step_size:
         raise OpenELMError(
-            f"A step has {recipe.step_size} samples for {world.size} processes; raise "
+            f"A step has {count_of(recipe.step_size, 'sample')} for {world.size} "
+            "processes; raise "
             f"`batch_size` or `grad_accumulation_steps`."
         )
     model = _build_lazy_model(folder, recipe)
@@ -273,8 +297,13 @@ def make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
 
 def run_folder(recipe: FinetuneRecipe) -> Path:
     """Return the folder of the run, by default named after the data."""
-    path = user_path(recipe.adapter_path or DEFAULT_PARENT / stem(Path(recipe.data)))
+    path = user_path(recipe.adapter_path or default_folder(recipe.data))
     return path if path.name not in ("", "..") else path.resolve()
+
+
+def default_folder(data: str) -> Path:
+    """Return the folder of a run on this file or folder without `adapter_path`."""
+    return DEFAULT_PARENT / stem(Path(data))
 
 
 def stem(path: Path) -> str:

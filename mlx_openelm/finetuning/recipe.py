@@ -37,6 +37,7 @@ class FinetuneRecipe:
 
     data: PathText = option(
         help="Examples: a .jsonl or .json file, or a folder with train.jsonl.",
+        panel=_DATA,
     )
     model: PathText = option("demo", "Model to train: demo, a folder, or a Hub id.")
     adapter_path: PathText | None = option(

@@ -160,12 +160,13 @@ def _tokenize(
             rendered=template != "raw",
             mask_prompt=mask_prompt,
         )
+        bos = tokenizer.bos_id
         tokens: list[int] = []
         runs: list[int] = []  # of False and True in turn: the loss mask
         ends: list[int] = []  # of the sequences
         for versions in rendered:
             for turns in versions:
-                tokens.append(tokenizer.bos_id)
+                tokens.append(bos)
                 masked = 1
                 for i, (ids, prompt) in enumerate(islice(spans, len(turns)), 1):
                     is_context = mask_prompt and last_turn_only and i < len(turns)

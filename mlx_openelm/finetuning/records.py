@@ -16,6 +16,7 @@ from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.record_formats import RecordChecks, RecordFormats
+from mlx_openelm.message_parts import describe_error
 from mlx_openelm.text.record_files import (
     RECORD_SUFFIXES,
     JsonValue,
@@ -27,7 +28,7 @@ from mlx_openelm.text.record_files import (
 from mlx_openelm.text.templates import Turn
 
 _MAX_HELD_OUT = 256  # records: enough to see the loss change, fast to evaluate
-_MAX_PROBLEMS_SHOWN = 20
+_MAX_PROBLEMS_SHOWN, _MAX_CHARACTERS_SHOWN = 20, 1800
 _OTHER_NAMES = ("val", "validation", "dev", "eval")
 _REPORT_EVERY = 4096  # records
 
@@ -248,7 +249,7 @@ def _read_file(
             f"{path} is damaged or truncated: {error}; replace it by a complete file."
         ) from error
     except OSError as error:
-        raise OpenELMError(f"Cannot read {path}: {error}.") from error
+        raise OpenELMError(f"Cannot read {path}: {describe_error(error)}.") from error
     return records.finish(digest)
 
 
@@ -338,8 +339,10 @@ def _make_key(turns: tuple[Turn, ...], rejected: str | None) -> bytes:
 
 
 def _list_problems(problems: list[str]) -> str:
-    shown = "; ".join(problems[:_MAX_PROBLEMS_SHOWN])
-    more = len(problems) - _MAX_PROBLEMS_SHOWN
+    shown = problems[:_MAX_PROBLEMS_SHOWN]
+    while len(shown) > 1 and len("; ".join(shown)) > _MAX_CHARACTERS_SHOWN:
+        shown.pop()
+    more = len(problems) - len(shown)
     rest = f"; and {more} more" if more > 0 else ""
     count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
-    return f"The data has {count}: {shown}{rest}."
+    return f"The data has {count}: {'; '.join(shown)}{rest}."

@@ -21,12 +21,14 @@ from mlx_openelm.generation.decoding import PREFILL_CHUNK, DrawnTokens, Token
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.sampling import (
     choose_tokens,
+    find_padding,
     history_length,
+    mask_padding,
     shape_logits,
     temper,
 )
 from mlx_openelm.generation.stopping import Answer
-from mlx_openelm.generation.streaming import check_room
+from mlx_openelm.generation.streaming import check_length
 from mlx_openelm.model.kernels import use_decoding_threads
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
@@ -129,7 +131,7 @@ class _Sequence:
         tokenizer: Tokenizer,
         sampling: Sampling,
     ) -> None:
-        budget = check_room(prompt.ids, model, sampling)
+        budget = check_length(prompt.ids, model, sampling)
         self.prompt = prompt
         self.answer = Answer(tokenizer, prompt.ids, sampling, budget)
         self.is_new = True
@@ -196,6 +198,7 @@ class _Rows:
         rows = len(self.sequences)
         self._cache = [SlotCache(rows) for _ in model.layers]
         self._history_length = history_length(sampling, model.config.max_context_length)
+        self._padding = find_padding(tokenizer, model.config.vocab_size)
         self._tokens = mx.zeros((rows,), mx.int32)  # the newest of each row
         self._history = mx.zeros((rows, self._history_length), mx.int32)
         self._seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
@@ -209,7 +212,7 @@ class _Rows:
             layer.offset, layer.reach = offsets, -(-longest // REACH) * REACH
         use_decoding_threads(self._model.config)
         hidden = self._model.transformer(self._tokens[:, None], self._cache)
-        logits = self._model.head(hidden[:, -1])  # (R, V)
+        logits = mask_padding(self._model.head(hidden[:, -1]), self._padding)  # (R, V)
         self._tokens = self._draw(logits)
         drawn = DrawnTokens.of(self._tokens, logits, self._sampling.logprobs)
         drawn.queue()

@@ -14,6 +14,7 @@ from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.sampling import (
     choose_tokens,
     history_length,
+    mask_padding,
     shape_logits,
     top_logprobs,
 )
@@ -113,23 +114,29 @@ class Sampler:
         prompt: Sequence[int],
         context_length: int,
         eos_id: int,
+        padding: mx.array | None = None,
     ) -> None:
-        """Start after a prompt's ids."""
-        self.sampling, self.eos_id = sampling, eos_id
+        """Start after a prompt's ids; for `padding` see `sampling.find_padding`."""
+        self.sampling, self.eos_id, self._padding = sampling, eos_id, padding
         length = history_length(sampling, context_length)
         self.keeps_history = length > 0
-        padding = [-1] * max(0, length - len(prompt))
-        self.history = mx.array([padding + list(prompt[-length:])] if length else [[]])
+        empty = [-1] * max(0, length - len(prompt))
+        self.history = mx.array([empty + list(prompt[-length:])] if length else [[]])
         self.written = 0
 
     def draw(self, logits: mx.array) -> "DrawnTokens":
         """Draw the next token from logits (1, V) and add it to the history."""
+        logits = self.mask(logits)
         tokens = choose_tokens(self.shape(logits), self.sampling)  # (1,)
         self.remember(tokens)
         return DrawnTokens.of(tokens, logits, self.sampling.logprobs)
 
+    def mask(self, logits: mx.array) -> mx.array:
+        """Exclude the padding rows from the model's logits (N, V)."""
+        return mask_padding(logits, self._padding)
+
     def shape(self, logits: mx.array, draft: mx.array | None = None) -> mx.array:
-        """Apply bias and penalties to logits (1, V) of the next token.
+        """Apply bias and penalties to masked logits (1, V) of the next token.
 
         Args:
             draft: draft tokens (k,). Then the logits are (k + 1, V): those of the next
@@ -195,19 +202,22 @@ def draw_tokens(
     count: int,
     *,
     eos_id: int = 2,
+    padding: mx.array | None = None,
     context: Context | None = None,
     step: Step | None = None,
 ) -> Iterator[Token]:
     """Yield `count` tokens; after the first one, each step is queued ahead.
 
     Args:
+        padding: rows of the embedding without a token; see `sampling.find_padding`.
         step: the decode step; by default the faster one on this device.
         context: its common prefix with the prompt is reused; afterwards it holds all
             processed tokens.
     """
     context = Context(model) if context is None else context
     step = step or context.step(model)
-    sampler = Sampler(sampling, prompt, model.config.max_context_length, eos_id)
+    context_length = model.config.max_context_length
+    sampler = Sampler(sampling, prompt, context_length, eos_id, padding)
     reused = context.reuse(prompt)
     hidden = context.read(model, prompt[reused:])
     drawn = sampler.draw(model.head(hidden[:, -1]))

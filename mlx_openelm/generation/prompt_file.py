@@ -10,6 +10,7 @@ from typing import IO, Any
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.input_files import parse_json
+from mlx_openelm.message_parts import describe_error
 from mlx_openelm.text.messages import check_messages, describe_text_problem
 from mlx_openelm.text.record_files import (
     READ_ERRORS,
@@ -100,7 +101,9 @@ def read_prompts(path: str | Path) -> Prompts:
             read = _read_lines if format == LINES else _read_json
             prompts = tuple(read(file, start))
     except READ_ERRORS as error:
-        raise OpenELMError(f"Cannot read the prompts of {name}: {error}.") from error
+        raise OpenELMError(
+            f"Cannot read the prompts of {name}: {describe_error(error)}."
+        ) from error
     if not prompts:
         raise OpenELMError(f"{name} holds no prompts; it is empty.")
     return Prompts(name, format, prompts)

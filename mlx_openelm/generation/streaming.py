@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import mlx.core as mx
 
@@ -12,6 +13,7 @@ from mlx_openelm.generation.decoding import Context, draw_tokens
 from mlx_openelm.generation.drafters import Drafter
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.penalties import check_bias
+from mlx_openelm.generation.sampling import find_padding
 from mlx_openelm.generation.speculation import draw_speculatively
 from mlx_openelm.generation.stopping import Answer
 from mlx_openelm.model.openelm import OpenELM
@@ -78,7 +80,7 @@ def stream(
     sampling = sampling or Sampling()
     ids = prepare_prompt(tokenizer, prompt, template=template, system=system)
     context = Context(model) if context is None else context
-    budget = check_room(ids, model, sampling, slides=context.slides)
+    budget = check_length(ids, model, sampling, slides=context.slides)
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     mx.reset_peak_memory()
@@ -86,13 +88,15 @@ def stream(
     started = time.perf_counter()
     cached = context.reuse(ids)
     first = 0.0
-    eos = tokenizer.eos_id
+    drawing: Any = {
+        "eos_id": tokenizer.eos_id,
+        "padding": find_padding(tokenizer, model.config.vocab_size),
+        "context": context,
+    }
     if drafter is None:
-        drawn = draw_tokens(model, ids, sampling, budget, eos_id=eos, context=context)
+        drawn = draw_tokens(model, ids, sampling, budget, **drawing)
     else:
-        drawn = draw_speculatively(
-            model, ids, sampling, budget, drafter, eos_id=eos, context=context
-        )
+        drawn = draw_speculatively(model, ids, sampling, budget, drafter, **drawing)
         drafted, accepted = drafter.drafted, drafter.accepted
     for count, token in enumerate(drawn, start=1):
         now = time.perf_counter()
@@ -165,7 +169,7 @@ def generate(
     return "".join(piece.text for piece in pieces)
 
 
-def check_room(
+def check_length(
     ids: Sequence[int], model: OpenELM, sampling: Sampling, *, slides: bool = False
 ) -> int:
     """Check a prompt; return the maximum number of new tokens.

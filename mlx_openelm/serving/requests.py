@@ -52,6 +52,8 @@ class Served:
         defaults: of what a request does not say.
         template: for chat completions, by name; never "auto".
         rows: of the embedding; token ids are below it.
+        greedy_defaults: the defaults of a request with temperature 0, without the
+            penalties of the model's generation_config.json; None: `defaults`.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Served:
     template: str
     context_length: int
     rows: int
+    greedy_defaults: Sampling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +211,8 @@ _SAMPLING = {  # their name -> Sampling's
 
 def _read_sampling(body: Mapping[str, Any], served: Served) -> Sampling:
     sampling = served.defaults
+    if body.get("temperature") == 0:
+        sampling = served.greedy_defaults or sampling
     for theirs, ours in _SAMPLING.items():
         value = body.get(theirs)
         if theirs == "repetition_penalty" and value == 0:

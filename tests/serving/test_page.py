@@ -103,7 +103,7 @@ def test_it_fits_and_nothing_is_complained_of(browser, server, width, scheme):
     fill(page, prompt="long" * 40, max_tokens="40")
     ask(page)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.complaints == []
+    assert page.errors == []
     assert {url.removeprefix(server.url) for url in page.requests} == {
         *("/", "/v1/models", "/v1/completions"),
     }

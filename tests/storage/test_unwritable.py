@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from commands import refuse
+from commands import expect_error
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.staging import lock_target
@@ -25,9 +25,9 @@ def test_a_target_in_a_folder_that_is_not_writable_is_named(tmp_path, monkeypatc
 def test_lora_names_the_folder_that_it_cannot_write(tmp_path, monkeypatch):
     (tmp_path / "d.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
     monkeypatch.chdir(tmp_path)
-    refuse(
+    expect_error(
         *(tmp_path, "lora", "--data", "d.jsonl", "--adapter-path", "d.jsonl/run"),
-        says="Cannot write d.jsonl/run: ",
+        message="Cannot write d.jsonl/run: ",
     )
 
 
