@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.options import optional_path
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.paths import user_path
 from mlx_openelm.text.record_files import is_record_file
 
 if TYPE_CHECKING:

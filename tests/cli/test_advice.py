@@ -9,6 +9,8 @@ import pytest
 from commands import call, expect_error
 from models import UNEVEN, make_factors, weights_of, write_mlx_lm_adapter, write_pt
 
+from mlx_openelm.errors import MAX_LENGTH
+
 GENERATE = ("generate", "Hi", "-m", "2", "--quiet", "--model")
 
 
