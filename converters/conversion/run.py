@@ -22,7 +22,7 @@ from converters.conversion.model_folder import Job, refuse_small_disk, write_fol
 from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import write_pt
-from converters.formats.sources import ModelSource, is_adapter, locate
+from converters.formats.sources import ModelSource, locate
 from converters.quantization.receipt import Receipt
 from mlx_openelm.config import (
     CORENET_ROWS,
@@ -40,6 +40,7 @@ from mlx_openelm.storage.staging import (
     staged_file,
 )
 from mlx_openelm.storage.tokenizer_finder import FoundTokenizer, find_tokenizer
+from mlx_openelm.storage.weight_files import is_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +184,7 @@ def convert_model(job: Job) -> ConversionReport:
     if config.vocab_size < source.config.vocab_size:
         notes.append(
             f"Cut the embedding from {source.config.vocab_size} to {config.vocab_size} "
-            "rows: the others are padding."
+            "rows: the others are padding, without a token."
         )
     packed = {**source.tensors, **source.before_merging}.items()
     unpacked = [n for n, tensor in packed if tensor.packing and n not in plan.packings]
@@ -251,10 +252,10 @@ def _check_targets(job: Job) -> None:
 def _cut_vocabulary(
     config: OpenELMConfig, found_tokenizer: FoundTokenizer | None
 ) -> OpenELMConfig:
-    """Drop CoreNet's padding rows, which follow those of the tokenizer's pieces."""
+    """Drop padding rows, which follow those of the tokenizer's tokens."""
     pieces = config.vocab_size
     if found_tokenizer is not None:
-        pieces = found_tokenizer.tokenizer.vocab_size
+        pieces = found_tokenizer.tokenizer.num_ids
     elif config.vocab_size == CORENET_ROWS:
         pieces = LLAMA_PIECES
     return replace(config, vocab_size=pieces)

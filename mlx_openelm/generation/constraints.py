@@ -13,6 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.options import ConstraintOptions
+from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.paths import user_path
 from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 
 if TYPE_CHECKING:
@@ -30,6 +33,10 @@ _JSON_LAYOUT = {
 class Constraint(Protocol):
     """Which tokens may follow in one answer."""
 
+    @property
+    def description(self) -> str:
+        """The grammar that it enforces, as text."""
+
     def allowed(self, vocab_size: int) -> np.ndarray:
         """Return which of the tokens may be next, bool (V,)."""
 
@@ -38,6 +45,22 @@ class Constraint(Protocol):
 
     def copy(self) -> "Constraint":
         """Return the constraint in its present state, to be advanced separately."""
+
+
+def read_constraint(
+    options: ConstraintOptions, tokenizer: Tokenizer, vocab_size: int
+) -> Constraint | None:
+    """Return the constraint that the options describe; None if there is none.
+
+    Raises:
+        OpenELMError: the file cannot be read, or the grammar cannot be compiled.
+    """
+    if options.json_schema is not None:
+        schema = read_mapping(user_path(options.json_schema))
+        return GrammarCompiler(tokenizer, vocab_size).json_schema(schema)
+    if options.regex is not None:
+        return GrammarCompiler(tokenizer, vocab_size).regex(options.regex)
+    return None
 
 
 class GrammarCompiler:
@@ -97,12 +120,16 @@ class GrammarCompiler:
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
             raise OpenELMError(f"The {kind} cannot be used: {_reason(matcher)}.")
-        return _MatcherConstraint(matcher)
+        return _MatcherConstraint(matcher, grammar)
 
 
 class _MatcherConstraint:
-    def __init__(self, matcher: "LLMatcher") -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: "LLMatcher", description: str) -> None:
+        self._matcher, self._description = matcher, description
+
+    @property
+    def description(self) -> str:
+        return self._description
 
     def allowed(self, vocab_size: int) -> np.ndarray:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
@@ -114,7 +141,7 @@ class _MatcherConstraint:
         self._check()
 
     def copy(self) -> Constraint:
-        return _MatcherConstraint(self._matcher.deep_copy())
+        return _MatcherConstraint(self._matcher.deep_copy(), self._description)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -149,11 +176,14 @@ class _TokenBytes:
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
         self.tokens: list[bytes] = []
         self.special_token_ids: list[int] = []
-        for token in range(tokenizer.vocab_size):
-            piece = processor.IdToPiece(token)
-            if processor.IsByte(token):
+        for token in range(tokenizer.num_ids):
+            piece = tokenizer.piece(token)
+            is_piece = token < tokenizer.vocab_size
+            if is_piece and processor.IsByte(token):
                 self.tokens.append(bytes([int(piece[3:5], 16)]))
-            elif processor.IsControl(token) or processor.IsUnknown(token):
+            elif (
+                not is_piece or processor.IsControl(token) or processor.IsUnknown(token)
+            ):
                 self.tokens.append(b"\xff" + piece.encode())
                 self.special_token_ids.append(token)
             else:

@@ -14,6 +14,7 @@ MODELS = "the model's, else {default}"  # of generation_config.json
 SAMPLING = "Sampling"  # headings in --help
 SPEED_AND_MEMORY = "Speed and memory"
 PROMPT = "Prompt"
+STRUCTURED_OUTPUT = "Structured output"
 SHOWN_DIGITS = {  # decimals of measured figures in JSON
     "prompt_tps": 2,
     "generation_tps": 2,
@@ -279,6 +280,29 @@ class DraftOptions:
         "a Hub id).",
         panel=SPEED_AND_MEMORY,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ConstraintOptions:
+    """Structured output; None: the text is free."""
+
+    json_schema: str | None = option(
+        None,
+        "Generate JSON that is valid under the JSON schema in this file.",
+        panel=STRUCTURED_OUTPUT,
+    )
+    regex: str | None = option(
+        None,
+        "Generate text that matches this regular expression as a whole.",
+        panel=STRUCTURED_OUTPUT,
+    )
+
+    def __post_init__(self) -> None:
+        if self.json_schema is not None and self.regex is not None:
+            raise OpenELMError(
+                "`json_schema` and `regex` cannot be used together; leave out one of "
+                "them."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from mlx_openelm.generation.batching.sequences import (
     Output,
     hashed_keys,
 )
+from mlx_openelm.generation.constraints import Constraint
 from mlx_openelm.generation.decoding import Token
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.openelm import OpenELM
@@ -26,10 +27,15 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True, slots=True)
 class BatchPrompt:
-    """A prompt's ids, and its number, which selects its random numbers."""
+    """A prompt's ids, and its number, which selects its random numbers.
+
+    Attributes:
+        sampling: its options, if they are not those of the batch.
+    """
 
     number: int
     ids: Sequence[int]
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ def answer_together(
     sampling: Sampling,
     *,
     batch_size: int = BATCH_SIZE,
+    constraint: Constraint | None = None,
     on_step: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Answered]:
     """Answer prompts, `batch_size` at a time; yield each answer when it is complete.
@@ -74,6 +81,7 @@ def answer_together(
 
     Args:
         prompts: consumed one by one, as rows become free.
+        constraint: the grammar that each answer follows.
         on_step: receives the number of new tokens after each step.
 
     Raises:
@@ -93,7 +101,9 @@ def answer_together(
             # Some wait in the engine, so that a row is given to the next at once.
             for prompt in islice(waiting, 2 * batch_size - len(answers)):
                 keys = hashed_keys(seed, prompt.number)
-                request = BatchRequest(prompt.ids, sampling, keys)
+                own = constraint and constraint.copy()
+                options = prompt.sampling or sampling
+                request = BatchRequest(prompt.ids, options, keys, constraint=own)
                 engine.add(request)
                 answers[request] = _Collected(prompt, time.perf_counter())
             if not answers:

@@ -68,8 +68,9 @@ class Engine:
         self._models, self._tokenizer, self._limits = dict(models), tokenizer, limits
         self._tree = PrefixTree(limits.kept)
         self._queue = PromptQueue(self._models, self._tree, most_started=limits.prompts)
-        eos = tokenizer.eos_id
-        self._rows = {name: DecodeRows(model, eos) for name, model in models.items()}
+        self._rows = {
+            name: DecodeRows(model, tokenizer) for name, model in models.items()
+        }
         self._arrivals = 0
 
     @property
@@ -227,7 +228,7 @@ class Engine:
         sequence.restart()
         nothing_kept = PrefixTree(PrefixLimits(prompts=0, bytes=0))
         queue = PromptQueue(self._models, nothing_kept, most_started=1)
-        rows = DecodeRows(self._models[sequence.request.model], self._tokenizer.eos_id)
+        rows = DecodeRows(self._models[sequence.request.model], self._tokenizer)
         queue.add(sequence)
         try:
             while not queue.read_chunk(1):
