@@ -2,19 +2,19 @@
 # make install    the package in .venv
 # make test       the test suite, at most 5 minutes on two cores
 # make proof      the tests that take longer
-# make soak       the longest tests, for a change of what they test (see CONTRIBUTING.md)
+# make soak       the longest tests, after a change of what they cover (see CONTRIBUTING.md)
 # make check      style, types and layers
 # make docs       the pages of docs/ as a site, in site/
 # make release    wheel and sdist in dist/, checked
-# make clean      remove what building and testing left (.venv stays)
+# make clean      remove the outputs of builds and tests (.venv is kept)
 #
-# Variables: PYTHON     the Python to use; without it, the first below that fits
-#            TORCH      what the tests install as torch. On Linux it brings CUDA along
-#                       (gigabytes), unless pip is set up for PyTorch's CPU builds.
-#                       TORCH= installs none; the tests that need it then skip.
+# Variables: PYTHON     the Python to use; default: the first suitable one below
+#            TORCH      the torch package for the tests. On Linux it includes CUDA
+#                       (gigabytes), unless pip is configured for PyTorch's CPU builds.
+#                       TORCH= installs none; the tests that need it are skipped.
 #            MLX        MLX=cuda installs MLX for an NVIDIA GPU instead of the CPU (Linux)
 #            WORKERS    processes that the tests run in
-#            DEMO_SEED  another number, another story
+#            DEMO_SEED  seed of the demo's story
 #
 # Works with GNU make 3.81, which macOS has.
 
@@ -79,7 +79,7 @@ $(INSTALLED): $(BIN)/python pyproject.toml
 	@$(INSTALL_MLX_$(MLX))
 	@touch $@
 
-# Both builds of MLX install the same library file: the other one has to go first.
+# Both builds of MLX install the same library file: uninstall the other one first.
 INSTALL_MLX_ := :
 INSTALL_MLX_cuda := $(BIN)/python -m pip uninstall -qq -y mlx-cpu && $(PIP_INSTALL) mlx-cuda-13
 
@@ -94,17 +94,17 @@ $(DOCS): $(BIN)/python pyproject.toml
 	@$(PIP_INSTALL) --group docs
 	@touch $@
 
-# A link to a Python that is gone counts as missing: make the environment anew around it.
+# A link to a removed Python counts as missing: create the environment again.
 $(BIN)/python:
 	@python=`sh -c "$$FIND_PYTHON"` || exit 1; \
 	rm -f $(BIN)/python* $(VENV)/.installed $(VENV)/.develop* $(DOCS); \
-	echo "Making $(VENV) with $$python." >&2; \
+	echo "Creating $(VENV) with $$python." >&2; \
 	"$$python" -m venv $(VENV)
 
 which-python:
 	@sh -c "$$FIND_PYTHON"
 
-# Prints the first Python that fits, or says on stderr what was found and what to do.
+# Prints the first suitable Python, or an error with the Pythons found and what to install.
 define FIND_PYTHON
 if [ "$$(uname -s)" = Darwin ] && [ "$$(sysctl -n hw.optional.arm64 2>/dev/null)" != 1 ]
 then
@@ -112,26 +112,26 @@ then
     exit 1
 fi
 names="python3.13 python3.12 python3.11 python3"
-found=
+rejected=
 for python in $${PYTHON:-$$names /opt/homebrew/bin/python3}
 do
     command -v "$$python" >/dev/null 2>&1 || continue
-    if said=$$("$$python" -c "$$JUDGE_PYTHON" 2>/dev/null)
+    if reason=$$("$$python" -c "$$CHECK_PYTHON" 2>/dev/null)
     then
         command -v "$$python"
         exit 0
     fi
-    [ -z "$$said" ] || found="$$found  $$(command -v "$$python") $$said
+    [ -z "$$reason" ] || rejected="$$rejected  $$(command -v "$$python") $$reason
 "
 done
 {
-    echo "mlx-openelm needs Python 3.11 or newer; none that fits was found."
-    [ -z "$$found" ] || printf 'Found:\n%s' "$$found"
+    echo "mlx-openelm needs Python 3.11 or newer; no suitable one was found."
+    [ -z "$$rejected" ] || printf 'Found:\n%s' "$$rejected"
     echo "Get one with:"
     case "$$(uname -s)" in
     Darwin)
         echo "  brew install python@3.13        (or the installer from python.org)"
-        echo "in a terminal that does not run under Rosetta (\`uname -m\` says arm64)."
+        echo "in a terminal that does not run under Rosetta (\`uname -m\` prints arm64)."
         ;;
     *)
         echo "  apt install python3.11 python3.11-venv        (Debian 12)"
@@ -144,8 +144,8 @@ done
 exit 1
 endef
 
-# Says nothing if this Python fits, else why it does not.
-define JUDGE_PYTHON
+# Prints why this Python is not supported, or nothing.
+define CHECK_PYTHON
 import platform, sys
 machine = platform.machine()
 def refuse(reason):
@@ -163,5 +163,5 @@ except ImportError:
     refuse("lacks venv (Debian: apt install python%d.%d-venv)" % sys.version_info[:2])
 endef
 
-export FIND_PYTHON JUDGE_PYTHON PYTHON
-unexport PYTHONDONTWRITEBYTECODE  # every process would compile every module again
+export FIND_PYTHON CHECK_PYTHON PYTHON
+unexport PYTHONDONTWRITEBYTECODE  # else every process compiles every module again

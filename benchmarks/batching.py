@@ -76,11 +76,11 @@ def compare(
     expected = together()  # also warms up
     times: dict[Callable[[], Answers], list[float]] = {one_by_one: [], together: []}
     for _ in range(options.rounds):
-        for run, taken in times.items():
+        for run, seconds in times.items():
             started = time.perf_counter()
             assert run() == expected
-            taken.append(time.perf_counter() - started)
-    alone, batched = (statistics.median(taken) for taken in times.values())
+            seconds.append(time.perf_counter() - started)
+    alone, batched = (statistics.median(seconds) for seconds in times.values())
     lengths = sorted(map(len, expected.values()))
     tokens = sum(lengths)
     print(

@@ -122,7 +122,7 @@ INPUTS = {
 }
 
 
-# Commands ---------------------------------------------------------------------------
+# Commands --------------------------------------------------------------------------
 
 LORA = "lora --data data.jsonl --adapter-path run --steps-per-report 1 --json"
 SIX = "--iters 6 --save-every 3 --steps-per-eval 3"

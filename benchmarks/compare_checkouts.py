@@ -80,10 +80,10 @@ def run_scenario(scenario: Scenario, side: Side) -> Files:
 
 
 def run_resume(resume: Resume, old: Side, new: Side) -> tuple[Files, Files]:
-    whole = begin_resume(resume, old)
+    whole = prepare_resume(resume, old)
     whole.run(resume.command)
     expected = read_resumed(whole, resume.ignored)
-    stopped = begin_resume(resume, old)
+    stopped = prepare_resume(resume, old)
     stopped.stop(resume.command, resume.ready, resume.by)
     kept = read_marks(stopped.folder, resume.kept) if resume.kept else set()
     resumed = replace(new, folder=stopped.folder)
@@ -93,7 +93,7 @@ def run_resume(resume: Resume, old: Side, new: Side) -> tuple[Files, Files]:
     return expected, read_resumed(resumed, resume.ignored)
 
 
-def begin_resume(resume: Resume, side: Side) -> Side:
+def prepare_resume(resume: Resume, side: Side) -> Side:
     side = side.inside(resume.name)
     for command in resume.before:
         side.run(command)
@@ -195,9 +195,9 @@ def describe_difference(name: str, old: bytes, new: bytes) -> str:
         unequal = [n for n in names if before.get(n) != after.get(n)]
         return f"{len(unequal)} of {len(names)} parts, as {', '.join(unequal[:3])}"
     pairs = enumerate(zip(old, new, strict=False))
-    place = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
-    around = slice(max(0, place - 30), place + 40)
-    return f"from byte {place}: {old[around]!r} | {new[around]!r}"
+    position = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
+    around = slice(max(0, position - 30), position + 40)
+    return f"from byte {position}: {old[around]!r} | {new[around]!r}"
 
 
 def read_tensors(content: bytes) -> Files:
@@ -317,7 +317,7 @@ def time_first_byte(side: Side, command: str) -> float:
 def compare_all(old: Side, new: Side, args: argparse.Namespace) -> Report:
     report = Report()
 
-    def wanted(name: str, *needed: str) -> bool:
+    def selected(name: str, *needed: str) -> bool:
         if not re.search(args.only, name):
             return False
         missing = [module for module in needed if not find_spec(module)]
@@ -326,11 +326,11 @@ def compare_all(old: Side, new: Side, args: argparse.Namespace) -> Report:
         return not missing
 
     for check in CHECKS:
-        if (check.quick or not args.quick) and wanted(check.name, check.needs):
+        if (check.quick or not args.quick) and selected(check.name, check.needs):
             report.add(check.name, partial(run_check, check, old, new))
-    if wanted("packages", "build", "hatchling"):
+    if selected("packages", "build", "hatchling"):
         report.add("packages", partial(compare_packages, old, new))
-    if wanted("start-up"):
+    if selected("start-up"):
         compare_starts(old, new, args.rounds)
     return report
 

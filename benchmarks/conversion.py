@@ -46,7 +46,7 @@ def main() -> None:
 def compare_with_mlx_lm(
     what: str, flags: list[str], rounds: int, folder: Path, scratch: Path
 ) -> None:
-    """Compare conversions to a new folder; ours also hashes and syncs."""
+    """Compare conversions to a new folder; our convert also hashes and syncs."""
     out = scratch / "out"
     ours = [script("mlx-openelm"), "convert", str(folder), "--mlx-path", str(out)]
     ours += ["--no-receipt", *flags]
@@ -150,9 +150,10 @@ def make_folder(source: Path, scratch: Path, tokenizer: Path | None) -> Path:
     from mlx_openelm.storage.hub import demo_folder
 
     folder = scratch / "hf"
-    given = "none" if tokenizer is None else str(tokenizer)
-    convert(source, folder, to="hf", dtype="float32", tokenizer=given)
-    if tokenizer is None:  # mlx_lm.convert needs one; ours would refuse a wrong one
+    option = "none" if tokenizer is None else str(tokenizer)
+    convert(source, folder, to="hf", dtype="float32", tokenizer=option)
+    if tokenizer is None:
+        # mlx_lm.convert needs a tokenizer; ours would refuse the demo's.
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(demo_folder() / name, folder)
     return folder

@@ -88,7 +88,7 @@ def compare(model: OpenELM, tokenizer: Tokenizer, path: Path, options) -> None:
         naive, took = measure(lambda: score_naively(model, requests[:few]))
         assert largest_difference(naive, scores[True][:few]) < 1e-3
         slow = took / few / (together / len(requests))
-        line += f"; naively, a choice takes {slow:.1f} times as long"
+        line += f"; without sharing, a choice takes {slow:.1f} times as long"
     print(line, flush=True)
 
 

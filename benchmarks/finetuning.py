@@ -149,8 +149,8 @@ def _train_theirs(job: Job) -> list[dict]:
             )
             trained = info["trained_tokens"]
 
-    with open(os.devnull, "w") as nowhere:  # it prints a table
-        stdout, sys.stdout = sys.stdout, nowhere
+    with open(os.devnull, "w") as null:  # mlx-lm prints a table
+        stdout, sys.stdout = sys.stdout, null
         np.random.seed(args.seed)
         model, tokenizer = load(args.model)
         sets = load_dataset(args, tokenizer)
@@ -443,7 +443,7 @@ class Benchmark:
     def compare(
         self,
         what: str,
-        mine: Job,
+        job: Job,
         other: str,
         theirs: Job,
         target: str,
@@ -452,7 +452,7 @@ class Benchmark:
         """Compare trained tokens per second, in alternating order."""
         pairs = []
         for round_ in range(rounds or self.rounds):
-            sides = [(OURS, mine), (other, theirs)]
+            sides = [(OURS, job), (other, theirs)]
             results = [run_job(*side) for side in sides[:: 1 - 2 * (round_ % 2)]]
             first, second = results[:: 1 - 2 * (round_ % 2)]
             assert first["tokens"] == second["tokens"], (first, second)
@@ -520,10 +520,10 @@ class Benchmark:
         ):
             job = self.job(model, 4, data=data, steps=steps, warm=0)
             losses = []
-            begin = str(self.scratch / "start.safetensors")
-            run("finetuning.write_start(*sys.argv[2:])", job.model, begin)
+            initial = str(self.scratch / "start.safetensors")
+            run("finetuning.write_start(*sys.argv[2:])", job.model, initial)
             for engine in (OURS, THEIRS):
-                run_job(engine, replace(job, start=begin))
+                run_job(engine, replace(job, start=initial))
                 code = "finetuning.score(*sys.argv[2:])"
                 losses.append(run(code, job.model, job.out, job.data)["loss"])
             what = f"held-out loss after {steps} steps, {name}"

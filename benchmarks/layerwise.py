@@ -3,8 +3,8 @@
     python benchmarks/layerwise.py [--steps 600] [--seeds 0,1] [--out DIR]
 
 Trains recipes/pretrain/layerwise/{uniform,layerwise}.yaml with each seed (with the same
-seed both see the same batches), prints the held-out losses and their difference, and
-draws them. Both have the same peak learning rate, 3e-3 with AdamW.
+seed both train on the same batches), prints the held-out losses and their difference,
+and draws them. Both have the same peak learning rate, 3e-3 with AdamW.
 """
 
 import argparse

@@ -42,22 +42,22 @@ class Forced:
 
     def __init__(self, model: OpenELM, text: Sequence[int]) -> None:
         self.config, self.layers = model.config, model.layers
-        self._model, self._text, self._seen = model, text, 0
+        self._model, self._text, self._position = model, text, 0
 
     def transformer(self, tokens: mx.array, cache: list[ModelCache]) -> mx.array:
         hidden = self._model.transformer(tokens, cache)
-        self._seen = cache[0].offset
+        self._position = cache[0].offset
         return hidden
 
     def head(self, hidden: mx.array) -> mx.array:
         rows = hidden.shape[0]
-        following = self._text[self._seen - rows + 1 : self._seen + 1]
+        following = self._text[self._position - rows + 1 : self._position + 1]
         logits = self._model.head(hidden)
         return logits.at[mx.arange(rows), mx.array(following)].add(1e6)
 
 
 class Replay(Drafter):
-    """Drafts the text's own tokens, with some wrong ones among them."""
+    """Drafts the tokens of the text, some replaced by wrong ones."""
 
     is_free = True
 
@@ -67,7 +67,7 @@ class Replay(Drafter):
         self._drafted = [t if rng.random() < rate else t ^ 1 for t in text]
 
     def begin(self, prompt: Sequence[int]) -> None:
-        """Do nothing: the text is given."""
+        """Do nothing: the text is fixed."""
 
     def peek(self, text: Sequence[int]) -> int:
         return self._drafted[len(text)]

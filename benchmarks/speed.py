@@ -138,11 +138,11 @@ def report(what: str, ours: list[float], theirs: list[float], against: str, unit
 
 def compare_starts(rounds: int, demo: Path) -> None:
     ours, theirs = [], []
-    mine = ["mlx-openelm", "generate", "--prompt", PROMPT, "-m", "1"]
+    command = ["mlx-openelm", "generate", "--prompt", PROMPT, "-m", "1"]
     stock = ["mlx_lm.generate", "--model", str(demo), "--prompt", PROMPT, "-m", "1"]
     stock += ["--ignore-chat-template"]
     for _ in range(rounds + 1):
-        ours.append(timed([_script(mine[0]), *mine[1:]]))
+        ours.append(timed([_script(command[0]), *command[1:]]))
         theirs.append(timed([_script(stock[0]), *stock[1:]]))
     report("shell to first token, demo", ours[1:], theirs[1:], "mlx_lm.generate", "s")
 
@@ -161,7 +161,7 @@ def compare_prompts(rounds: int, folder: Path) -> None:
     for round_ in range(rounds):
         for engine in ("ours", "mlx-lm+OpenBLAS", "PyTorch", "mlx-lm"):
             if engine == "mlx-lm" and round_ >= 1:
-                continue  # it takes minutes
+                continue  # takes minutes
             seconds = worker(engine, folder, PROMPT_TOKENS, 1)["first"]
             rates.setdefault(engine, []).append(PROMPT_TOKENS / seconds)
     for engine in ("mlx-lm", "mlx-lm+OpenBLAS", "PyTorch"):

@@ -64,7 +64,7 @@ _MACHINE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A command of a page, and where its output stands.
+    """A command of a page, and the lines of its output.
 
     Attributes:
         first, last: lines of the output in the page, counted from 0, `last` excluded.
@@ -228,10 +228,12 @@ def run_page(page: Path, *, update: bool = False) -> list[str]:
     return problems
 
 
-def equal(expected: Sequence[str], found: Sequence[str], *, figures_vary: bool) -> bool:
-    """Tell whether two outputs are equal by the rules above."""
+def equal(
+    expected: Sequence[str], actual: Sequence[str], *, figures_vary: bool
+) -> bool:
+    """Return whether two outputs are equal by the rules above."""
     texts, numbers = [], []
-    for lines in (expected, found):
+    for lines in (expected, actual):
         kept = "\n".join(line for line in lines if not _MACHINE.match(line))
         for measured in _MEASURED:
             kept = measured.sub("#", kept)
@@ -256,12 +258,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE")
     parser.add_argument("--update", action="store_true", help="rewrite the outputs")
-    given = parser.parse_args()
-    if given.update:
+    args = parser.parse_args()
+    if args.update:
         update_options()
     failed = False
-    for page in given.pages or pages():
-        for problem in run_page(page.resolve(), update=given.update):
+    for page in args.pages or pages():
+        for problem in run_page(page.resolve(), update=args.update):
             failed = True
             print(problem, end="\n\n", flush=True)
     sys.exit(failed)

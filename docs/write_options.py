@@ -67,7 +67,7 @@ def _spell_argument(parameter: Any) -> str:
 
 
 def _names(parameter: Any) -> str:
-    """Return the flags of an option and the value that it takes, or an argument."""
+    """Return the flags and value type of an option, or the name of an argument."""
     if parameter.param_type_name == "argument":
         return _spell_argument(parameter)
     names = ", ".join([*parameter.opts, *parameter.secondary_opts])
@@ -88,8 +88,8 @@ def _meaning(parameter: Any) -> str:
     text = re.sub(r"\s+", " ", parameter.help or "").rstrip(".")
     shown = parameter.show_default
     if not isinstance(shown, str):
-        given = parameter.default
-        shown = "" if not shown or given is None or given is False else str(given)
+        default = parameter.default
+        shown = "" if not shown or default is None or default is False else str(default)
     extras = [f"default: {shown}"] * bool(shown)
     extras += [f"environment: {parameter.envvar}"] * bool(parameter.envvar)
     extras += ["required"] * parameter.required

@@ -36,7 +36,7 @@ def describe_slowness(stored: mx.Dtype, *, quantized: bool) -> list[str]:
         return []
     notes = []
     if quantized or stored != mx.float32:
-        notes.append("weights are widened to float32, which is fast on the Linux CPU")
+        notes.append("computing in float32, which is faster on this CPU")
     if openblas.ACTIVE != openblas.BLAS.OPENBLAS:
         notes.append(
             f"matrix products use {openblas.ACTIVE}; prompts are 10 times faster with "

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import describe_error
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -16,7 +17,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise OpenELMError(f"Cannot read {path}: {error}.") from error
+        raise OpenELMError(f"Cannot read {path}: {describe_error(error)}.") from error
     try:
         if path.suffix == ".json":
             value = json.loads(text)

@@ -10,7 +10,6 @@ An OpenBLAS older than the CPU falls back to kernels of 2004 with vectors of 4 f
 case it is loaded again, with the kernel type set.
 """
 
-import _ctypes
 import contextlib
 import ctypes
 import os
@@ -48,12 +47,13 @@ def load_openblas() -> tuple[BLAS, ctypes.CDLL | None]:
     if "mlx.core" in sys.modules:
         return BLAS.TOO_LATE, None
     try:
-        library = ctypes.CDLL(LIBRARY, mode=ctypes.RTLD_GLOBAL)
+        handle = _open_library()
+        library = ctypes.CDLL(LIBRARY, handle=handle)
         better = choose_kernels(_kernels(library), _cpu_flags())
         if better and CORE_TYPE not in os.environ:
-            _ctypes.dlclose(library._handle)
+            ctypes.CDLL(None).dlclose(ctypes.c_void_p(handle))
             os.environ[CORE_TYPE] = better
-            library = ctypes.CDLL(LIBRARY, mode=ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(LIBRARY, handle=_open_library())
             del os.environ[CORE_TYPE]  # other libraries and processes must not see it
     except OSError:
         return BLAS.MISSING, None
@@ -69,6 +69,19 @@ def choose_kernels(current: str, flags: Set[str]) -> str | None:
     if current != _FALLBACK:
         return None
     return next((name for name, needed in _NEEDS.items() if needed <= flags), None)
+
+
+def _open_library() -> int:
+    """Return the handle of OpenBLAS, loaded with global symbols.
+
+    `ctypes.CDLL` would keep the handle to itself, and it is needed to unload it.
+    """
+    dlopen = ctypes.CDLL(None).dlopen
+    dlopen.argtypes, dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+    handle: int | None = dlopen(LIBRARY.encode(), os.RTLD_GLOBAL | os.RTLD_NOW)
+    if handle is None:
+        raise OSError(f"{LIBRARY} cannot be loaded")
+    return handle
 
 
 def _kernels(library: ctypes.CDLL) -> str:

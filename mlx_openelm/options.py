@@ -14,11 +14,13 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import plain_number
 
 MODEL_PANEL = "Model and adapter"  # headings in --help that more than one command has
 OUTPUT_PANEL = "Output"
 
 _KEY = "option"
+_LARGE = 1e6  # an upper limit that concerns only a value above it
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +110,10 @@ def _check_number(name: str, value: Any, kind: type, declared: Option) -> None:
     most = float("inf") if declared.most is None else declared.most
     number: Any = value  # not converted: a float would round large integers
     if not least <= number <= most:
-        low, high = (
-            f"{x:g}" if isinstance(x, float) else str(x) for x in (least, most)
-        )
-        allowed = f"{low} or more" if declared.most is None else f"from {low} to {high}"
-        raise OpenELMError(f"`{name}` is {value}; it must be {allowed}.")
+        low, high = plain_number(least), plain_number(most)
+        allowed = f"from {low} to {high}"
+        if declared.most is None or (number < least and most >= _LARGE):
+            allowed = f"{low} or more"
+        elif number > most >= _LARGE:
+            allowed = f"at most {high}"
+        raise OpenELMError(f"`{name}` is {plain_number(number)}; it must be {allowed}.")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.message_parts import describe_error
 
 Recipe = TypeVar("Recipe")
 
@@ -75,7 +76,9 @@ def read_recipe(name: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise OpenELMError(f"Cannot read the recipe {path}: {error}.") from error
+        raise OpenELMError(
+            f"Cannot read the recipe {path}: {describe_error(error)}."
+        ) from error
 
 
 def bundled_recipes() -> dict[str, Path]:

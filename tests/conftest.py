@@ -1,4 +1,4 @@
-"""What all tests share: the environment, small models, and the project's data."""
+"""Environment variables and fixtures of all tests."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ if sys.platform == "linux":
     # needs mx.compile runs in a process of its own, without this variable.
     os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests of the Hub have one of their own
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests of the Hub use a local server
 
 settings.register_profile("no-deadline", settings(), deadline=None)  # busy machines
 settings.load_profile("no-deadline")
@@ -35,18 +35,18 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a "source" to convert and the small "model" that it becomes."""
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a "source" to convert, and the "model" converted from it."""
     from commands import make_source
 
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("converted")
     mlx_openelm.convert(make_source(folder / "source"), folder / "model")
     return folder
 
 
 @pytest.fixture
-def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, this test's own, with a copy of what is `made`."""
-    shutil.copytree(made, tmp_path / "here")
+def here(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of one test, with a copy of `converted`."""
+    shutil.copytree(converted, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"

@@ -16,19 +16,19 @@ RELEASED = ("270M", "450M", "1.1B", "3B")
 
 @pytest.mark.parametrize("size", RELEASED)
 def test_released_sizes_match_apples(size):
-    known, config = ARCH[size], OpenELMConfig.preset(size)
-    assert config.num_query_heads == tuple(known["num_query_heads"])
-    assert config.num_kv_heads == tuple(known["num_kv_heads"])
-    assert config.ffn_dims == tuple(known["ffn_dims"])
-    assert config.num_parameters == known["params_hf_32000"]
+    expected, config = ARCH[size], OpenELMConfig.preset(size)
+    assert config.num_query_heads == tuple(expected["num_query_heads"])
+    assert config.num_kv_heads == tuple(expected["num_kv_heads"])
+    assert config.ffn_dims == tuple(expected["ffn_dims"])
+    assert config.num_parameters == expected["params_hf_32000"]
     padded = OpenELMConfig.preset(size, vocab_size=32128)
-    assert padded.num_parameters == known["params_corenet_32128"]
-    assert len(padded.tensor_shapes()) == known["tensors"]
-    assert config.max_context_length == known["max_context_length"]
-    assert config.rope_freq_constant == known["rope_freq_constant"]
-    assert config.rms_norm_eps == known["rms_norm_eps"]
+    assert padded.num_parameters == expected["params_corenet_32128"]
+    assert len(padded.tensor_shapes()) == expected["tensors"]
+    assert config.max_context_length == expected["max_context_length"]
+    assert config.rope_freq_constant == expected["rope_freq_constant"]
+    assert config.rms_norm_eps == expected["rms_norm_eps"]
     published = interpolate_multipliers((0.5, 4.0), config.num_transformer_layers)
-    assert published == known["ffn_multipliers"]
+    assert published == expected["ffn_multipliers"]
 
 
 def test_gpt_test_matches_corenets():
@@ -99,12 +99,12 @@ def test_make_divisible_never_loses_a_tenth(value, divisor):
 
 
 def test_hugging_faces_published_config_is_read():
-    known = ARCH["270M"]
+    sizes = ARCH["270M"]
     published = {
         "model_type": "openelm",
         "activation_fn_name": "swish",
         "ffn_dim_divisor": 256,
-        "ffn_multipliers": known["ffn_multipliers"],
+        "ffn_multipliers": sizes["ffn_multipliers"],
         "ffn_with_glu": True,
         "head_dim": 64,
         "max_context_length": 2048,
@@ -112,8 +112,8 @@ def test_hugging_faces_published_config_is_read():
         "normalization_layer_name": "rms_norm",
         "normalize_qk_projections": True,
         "num_gqa_groups": 4,
-        "num_kv_heads": known["num_kv_heads"],
-        "num_query_heads": known["num_query_heads"],
+        "num_kv_heads": sizes["num_kv_heads"],
+        "num_query_heads": sizes["num_query_heads"],
         "num_transformer_layers": 16,
         "qkv_multipliers": [0.5, 1.0],
         "rope_freq_constant": 10000,

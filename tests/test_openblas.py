@@ -33,14 +33,14 @@ def measure(core_type: str | None) -> dict:
     environment = {k: v for k, v in os.environ.items() if k != openblas.CORE_TYPE}
     if core_type:
         environment[openblas.CORE_TYPE] = core_type
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", MEASURE],
         env=environment,
         capture_output=True,
         check=True,
         text=True,
     )
-    return json.loads(ran.stdout)
+    return json.loads(result.stdout)
 
 
 AVX512 = {"sse2", "avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}

@@ -15,6 +15,8 @@ class Options:
     rate: float | None = option(None, least=0.0)
     kind: str = option("a", choices=("a", "b"))
     rank: int | str = option(16)
+    length: int = option(8, least=1, most=2**31 - 1)
+    temp: float = option(0.0, least=0, most=1e6)
     free: tuple[str, ...] = ()
 
 
@@ -43,6 +45,10 @@ def test_allowed_values_pass(values):
         ({"steps": True}, "`steps` is True; it must be a whole number."),
         ({"rate": -1e-9}, "`rate` is -1e-09; it must be 0 or more."),
         ({"rate": float("nan")}, "`rate` is nan; it must be 0 or more."),
+        ({"length": 0}, "`length` is 0; it must be 1 or more."),
+        ({"length": 2**31}, "`length` is 2147483648; it must be at most 2147483647."),
+        ({"temp": -1.0}, "`temp` is -1; it must be 0 or more."),
+        ({"temp": 2e6}, "`temp` is 2000000; it must be at most 1000000."),
         ({"rate": "fast"}, "`rate` is 'fast'; it must be a number."),
         ({"kind": "c"}, "`kind` is 'c'; choose a, b."),
     ],

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import pytest
-from commands import refuse
+from commands import expect_error
 
 from converters.pretraining.recipe import PretrainRecipe
 from mlx_openelm.errors import OpenELMError
@@ -56,7 +56,7 @@ def test_flags_override_the_file_unless_they_are_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("{inner: {}, steps: true}", "steps is True, expected int"),
         ("{inner: {}, steps: 1.5}", "steps is 1.5, expected int"),
@@ -70,10 +70,10 @@ def test_flags_override_the_file_unless_they_are_none(tmp_path):
         ("{inner: [], steps: 1}", "inner is [], expected a group"),
     ],
 )
-def test_a_value_of_a_wrong_type_is_named(tmp_path, text, says):
+def test_a_value_of_a_wrong_type_is_reported(tmp_path, text, message):
     with pytest.raises(OpenELMError) as error:
         load(tmp_path, text)
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["inner: 5", "inner: [1]"])
@@ -97,7 +97,7 @@ def test_bundled_recipes_are_valid(name):
 
 @needs_torch
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (None, "No recipe file 'own.yaml'"),
         ("stepz: 3", "unknown key stepz (did you mean steps?)"),
@@ -111,10 +111,10 @@ def test_bundled_recipes_are_valid(name):
         ("{model: {name: 270M}, data: {}}", "has no text"),
     ],
 )
-def test_errors_in_a_recipe_are_named(here, content, says):
+def test_errors_in_a_recipe_are_reported(here, content, message):
     if content is not None:
         (here / "own.yaml").write_text(content)
-    refuse(here, "pretrain", "--quiet", "-c", "own.yaml", says=says)
+    expect_error(here, "pretrain", "--quiet", "-c", "own.yaml", message=message)
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(here):
@@ -123,17 +123,17 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(here):
     (here / "run").mkdir()
     (here / "run" / "metrics.jsonl").write_text("{}\n")
     start = ("pretrain", "--quiet", "-c", "pretrain/stories", "--data", "*.txt")
-    says = ["run already holds metrics.jsonl", "another --output"]
-    refuse(here, *start, "--output", "run", says=says)
+    message = ["run already holds metrics.jsonl", "another --output"]
+    expect_error(here, *start, "--output", "run", message=message)
     (here / "run" / "recipe.json").write_text("{}\n")
-    says = ["run already holds a run", "--resume"]
-    refuse(here, *start, "--output", "run", says=says)
-    says = ["nothing to resume", "training_checkpoint_last.pt"]
-    refuse(here, *start, "--output", "other", "--resume", says=says)
+    message = ["run already holds a run", "--resume"]
+    expect_error(here, *start, "--output", "run", message=message)
+    message = ["nothing to resume", "training_checkpoint_last.pt"]
+    expect_error(here, *start, "--output", "other", "--resume", message=message)
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["show", "pretrain/storys"], "did you mean pretrain/stories?"),
         (["show", "model"], "No recipe file 'model'"),
@@ -143,5 +143,5 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(here):
         (["copy", "nothing"], "No recipe file 'nothing'"),
     ],
 )
-def test_recipes_that_cannot_be_shown_or_copied_are_named(here, args, says):
-    refuse(here, "recipes", *args, says=says)
+def test_recipes_that_cannot_be_shown_or_copied_are_reported(here, args, message):
+    expect_error(here, "recipes", *args, message=message)

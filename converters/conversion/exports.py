@@ -67,8 +67,8 @@ def write_gguf_file(
     """
     if bits not in (None, 8):
         raise OpenELMError(
-            f"`bits` is {bits}, but `to` gguf supports only 8 (Q8_0); leave it out and "
-            "quantize the GGUF file with llama.cpp."
+            f"`to` gguf supports only 8 bits (Q8_0), not {bits}; use `bits` 8, or "
+            "leave out the quantization and quantize the file with llama.cpp."
         )
     write_gguf(
         path,

@@ -13,7 +13,7 @@ the adapter does: it needs no tokenizer, but accepts the loss of half of the ada
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,8 @@ def fuse(
         tensors = {**merged.tensors, **merged.before_merging}
         proof = prove_fused(staging, tensors, adapter, merged.config, on_progress)
         if proof.lost:
-            raise OpenELMError(_describe_loss(proof, staging))
+            remedy = _advise_storage(base_model.tensors.values(), options)
+            raise OpenELMError(_describe_loss(proof, staging, remedy))
         proofs.append(proof)
         entry = {"base": base_model.name, "method": adapter.method, **asdict(proof)}
         return {METADATA: entry}
@@ -189,21 +190,30 @@ def fuse(
     )
 
 
-def _describe_loss(proof: FusionProof, staging: Path) -> str:
+def _describe_loss(proof: FusionProof, staging: Path, remedy: str) -> str:
     source = open_path(staging)
-    bits = [t.packing.bits for t in source.tensors.values() if t.packing]
-    stored = f"{min(bits)} bits" if bits else spell_dtype(source.dtype)
-    remedy = (
-        "use `dequantize` or a larger `bits`"
-        if bits
-        else "leave the adapter unmerged and use it with `adapter_path`"
-    )
+    packed = [t.packing.bits for t in source.tensors.values() if t.packing]
+    stored = f"{min(packed)} bits" if packed else spell_dtype(source.dtype)
     return (
         f"Weights of {stored} would lose the adapter: the mean KL from base with "
         f"adapter is {proof.kl_fused:.3g} nats for the fused model and "
         f"{proof.kl_adapter:.3g} for the base alone ({proof.tokens} tokens of "
         f"{proof.text}); {remedy}."
     )
+
+
+def _advise_storage(base: Iterable[SourceTensor], options: ConversionOptions) -> str:
+    """Return how to store the fused weights with a smaller rounding error."""
+    packed = [tensor.packing.bits for tensor in base if tensor.packing]
+    bits = options.requested_bits
+    if options.dequantize or not (packed or bits):
+        return "leave the adapter unmerged and use it with `adapter_path`"
+    exact = "leave out the quantization" if bits else "use `dequantize`"
+    if bits and packed:
+        exact += " and use `dequantize`"
+    if (bits or min(packed)) == 8:  # the largest number
+        return exact
+    return f"{exact} or a larger `bits`" if packed else f"{exact}, or use `bits` 8"
 
 
 # The proof -----------------------------------------------------------------------

@@ -25,7 +25,7 @@ from converters.quantization.allocation import allocate, count_tokens, list_choi
 from converters.quantization.calibration import calibration_windows, read_calibration
 from converters.quantization.receipt import NUM_TOKENS as RECEIPT_TOKENS
 from converters.quantization.receipt import Receipt, measure_quantization
-from mlx_openelm.config import BOS_ID, EOS_ID, OpenELMConfig
+from mlx_openelm.config import BOS_ID, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.quantization import Packing, describe_packings
@@ -96,6 +96,8 @@ def write_folder(
         with written:
             _write_weights(written, plan, job.on_progress)
         raw = plan.config.to_dict() | {"torch_dtype": spell_dtype(plan.dtype)}
+        if found_tokenizer is not None:
+            raw["eos_token_id"] = found_tokenizer.tokenizer.eos_id
         if plan.packings:
             entry = describe_packings(plan.packings, plan.config)
             raw |= {"quantization": entry, "quantization_config": entry}
@@ -105,7 +107,7 @@ def write_folder(
         if calibration and windows is not None:
             receipt = _measure(job, plan, staging, windows, calibration.name)
         if not copy_generation_config(source.folder, staging):
-            ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+            ids = {"bos_token_id": BOS_ID, "eos_token_id": raw["eos_token_id"]}
             write_json(staging / GENERATION_CONFIG, ids)
         if found_tokenizer is not None:
             write_tokenizer(found_tokenizer.tokenizer, staging)

@@ -120,11 +120,11 @@ class ConversionOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.quantizes and self.dequantize:
-            raise OpenELMError("Use either `dequantize` or `bits`, not both.")
+            raise OpenELMError("Use either `dequantize` or quantization, not both.")
         if self.quantizes and self.to in ("hf", "corenet", "peft"):
             raise OpenELMError(
-                f"`to` {self.to} does not support quantized weights; leave out `bits`, "
-                "or use `to` mlx or gguf."
+                f"`to` {self.to} does not support quantized weights; leave out the "
+                "quantization, or use `to` mlx or gguf."
             )
         if self.to == "gguf" and self.mode != "affine":
             raise OpenELMError(

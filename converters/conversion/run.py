@@ -30,6 +30,7 @@ from mlx_openelm.config import (
     OpenELMConfig,
 )
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.quantization import Packing, describe_packings
 from mlx_openelm.storage.model_folder import spell_dtype
 from mlx_openelm.storage.staging import (
@@ -182,13 +183,14 @@ def convert_model(job: Job) -> ConversionReport:
     if config.vocab_size < source.config.vocab_size:
         notes.append(
             f"Cut the embedding from {source.config.vocab_size} to {config.vocab_size} "
-            "rows: the others are padding."
+            "rows: the others are padding, without a token."
         )
     packed = {**source.tensors, **source.before_merging}.items()
     unpacked = [n for n, tensor in packed if tensor.packing and n not in plan.packings]
     if unpacked:
         notes.append(
-            f"Dequantized {len(unpacked)} tensors; use `bits` to quantize them again."
+            f"Dequantized {count_of(len(unpacked), 'tensor')}; use `bits` to quantize "
+            "again."
         )
     receipt = None
     if options.to in ("corenet", "gguf"):
@@ -249,10 +251,10 @@ def _check_targets(job: Job) -> None:
 def _cut_vocabulary(
     config: OpenELMConfig, found_tokenizer: FoundTokenizer | None
 ) -> OpenELMConfig:
-    """Drop CoreNet's padding rows, which follow those of the tokenizer's pieces."""
+    """Drop padding rows, which follow those of the tokenizer's tokens."""
     pieces = config.vocab_size
     if found_tokenizer is not None:
-        pieces = found_tokenizer.tokenizer.vocab_size
+        pieces = found_tokenizer.tokenizer.num_ids
     elif config.vocab_size == CORENET_ROWS:
         pieces = LLAMA_PIECES
     return replace(config, vocab_size=pieces)

@@ -123,10 +123,10 @@ def _check_shapes(config: OpenELMConfig, file_type: str) -> None:
 
 
 def _check_tokenizer(tokenizer: Tokenizer, config: OpenELMConfig) -> None:
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.num_ids != config.vocab_size:
         # With padding, llama.cpp could sample rows that have no piece.
         raise OpenELMError(
-            f"The tokenizer has {tokenizer.vocab_size} pieces, but the embedding "
+            f"The tokenizer has {tokenizer.num_ids} pieces, but the embedding "
             f"{config.vocab_size} rows; llama.cpp needs one row per piece. Pass the "
             "`tokenizer` that the model was trained with."
         )
@@ -167,9 +167,14 @@ def _add_sizes(writer: "GGUFWriter", config: OpenELMConfig) -> None:
 def _add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer) -> None:
     from gguf import TokenType
 
-    processor, ids = tokenizer.processor, range(tokenizer.vocab_size)
+    processor, ids = tokenizer.processor, range(tokenizer.num_ids)
 
     def kind(i: int) -> TokenType:
+        if i >= tokenizer.vocab_size:
+            if not tokenizer.has(i):
+                return TokenType.UNUSED
+            silent = tokenizer.is_silent(i)
+            return TokenType.CONTROL if silent else TokenType.USER_DEFINED
         if processor.IsUnknown(i):
             return TokenType.UNKNOWN
         if processor.IsControl(i):
@@ -178,8 +183,11 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer) -> None:
 
     writer.add_tokenizer_model("llama")  # llama.cpp's name for SentencePiece's BPE
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([processor.IdToPiece(i) for i in ids])
-    writer.add_token_scores([processor.GetScore(i) for i in ids])
+    scores = [processor.GetScore(i) for i in range(tokenizer.vocab_size)]
+    scores += [0.0] * (tokenizer.num_ids - tokenizer.vocab_size)
+    # An unused id needs a text of its own, as in llama.cpp's converter.
+    writer.add_token_list([tokenizer.piece(i) or f"[PAD{i}]" for i in ids])
+    writer.add_token_scores(scores)
     writer.add_token_types([kind(i) for i in ids])
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)

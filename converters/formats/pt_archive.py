@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import describe_error
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -58,7 +59,7 @@ def open_archive(path: Path) -> PtArchive:
             with zipfile.ZipFile(file) as zipped:
                 entries = zipped.infolist()
     except OSError as error:
-        raise OpenELMError(f"Cannot read {path}: {error}.") from error
+        raise OpenELMError(f"Cannot read {path}: {describe_error(error)}.") from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         begins = f"begins with {head[:12]!r}" if head else "is empty"
         unknown = f"is not a file of torch.save: it {begins}; pass a .pt or .bin file"

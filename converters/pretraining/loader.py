@@ -67,7 +67,7 @@ class Loader(Protocol):
         """Return this process's rows of the next step's batch.
 
         Raises:
-            OpenELMError: a file is damaged, a lane has no text, or a worker died.
+            OpenELMError: a file is damaged, a lane has no text, or a worker was killed.
         """
 
     def state(self) -> State:

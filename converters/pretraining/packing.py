@@ -52,7 +52,7 @@ def read_corpora(data: DataRecipe) -> Corpus:
     """
     if len({corpus.weight for corpus in data.corpora}) > 1:
         raise OpenELMError(
-            "data.packing uses every corpus once, whatever its weight; leave out the "
+            "data.packing ignores weights: every corpus is used once; leave out the "
             "weights, or data.packing."
         )
     parts = [

@@ -83,7 +83,7 @@ class Processes:
         if self.count > 1:
             number = torch.tensor([signals[0] if signals else 0], device=self.device)
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
-            if number.item():  # else a signal that came since then waits for next time
+            if number.item():  # later signals are handled at the next step
                 signals[:] = [int(number.item())]
                 return True
             return False

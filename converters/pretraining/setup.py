@@ -94,7 +94,7 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
     saved_before = resume and (output / LAST).exists()
     with processes.shared_errors():
         initial_config, initial = None, None
-        if saved_before and recipe.init is not None:  # `init` need not exist any more
+        if saved_before and recipe.init is not None:  # `init` may have been deleted
             initial_config = OpenELMConfig.from_file(output / "config.json")
         elif recipe.init is not None:
             initial_config, initial = read_initial(Path(recipe.init))

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import describe_error
 from mlx_openelm.text.tokenizer import Tokenizer
 
 SAMPLE = Path(__file__).with_name("calibration.txt")
@@ -39,8 +40,8 @@ def read_calibration(path: Path | None) -> tuple[str, str]:
         text = (path or SAMPLE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise OpenELMError(
-            f"Cannot read {path or SAMPLE} as UTF-8 text: {error}; pass a plain text "
-            "file as `calibration`."
+            f"Cannot read {path or SAMPLE} as UTF-8 text: {describe_error(error)}; "
+            "pass a plain text file as `calibration`."
         ) from error
     return (path.name if path else SAMPLE_NAME), text
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_openelm.bench.plan import MADE_DTYPE, Case, Subject
+from mlx_openelm.bench.plan import RANDOM_DTYPE, Case, Subject
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.generation.decoding import PREFILL_CHUNK
@@ -46,13 +46,13 @@ def choose_form(subject: Subject, bits: int) -> Form | None:
 
     None if no group size of MLX divides the rows of the model.
     """
-    stored, packings = MADE_DTYPE, dict[str, Packing]()
+    stored, packings = RANDOM_DTYPE, dict[str, Packing]()
     if subject.folder is not None:
         stored = stored_dtype(subject.folder)
     if subject.folder is not None and bits == subject.bits:
         packings = dict(subject.folder.packings)
     else:
-        stored = MADE_DTYPE if stored == mx.float32 else stored
+        stored = RANDOM_DTYPE if stored == mx.float32 else stored
         if bits < 8 * stored.size:
             group = _choose_group(subject.config)
             if group is None:
@@ -139,7 +139,7 @@ def load_subject(
 
 
 def make_model(config: OpenELMConfig, form: Form) -> OpenELM:
-    """Return a model with synthetic weights: 2**20 normals, repeated and scaled."""
+    """Return a model with random weights: 2**20 normals, repeated and scaled."""
     model = OpenELM(config)
     make_quantized(model, form.packings)
     normals = mx.random.normal((2**20,), key=mx.random.key(0)).astype(form.dtype)

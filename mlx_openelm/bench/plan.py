@@ -18,12 +18,12 @@ from mlx_openelm.tensor_names import EMBEDDING, HEAD
 PROMPT = "Once upon a time there was a king who"  # of the self-check and `time_shell`
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 64, 3
 BITS = (16, *reversed(AFFINE_BITS))
-MADE_DTYPE = mx.bfloat16  # of synthetic weights
+RANDOM_DTYPE = mx.bfloat16  # of random weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """A model to measure: a folder (and an adapter), or synthetic weights."""
+    """A model to measure: a folder (and an adapter), or random weights."""
 
     name: str
     config: OpenELMConfig
@@ -34,7 +34,7 @@ class Subject:
     def bits(self) -> int:
         """Bits of most linear layers, as stored."""
         if self.folder is None:
-            return 8 * MADE_DTYPE.size
+            return 8 * RANDOM_DTYPE.size
         linears = [
             packing.bits
             for name, packing in self.folder.packings.items()
@@ -79,7 +79,7 @@ def open_subject(
 
 
 def make_subject(size: str) -> Subject:
-    """Return a released size ("270M", "1.1B") with synthetic weights.
+    """Return a released size ("270M", "1.1B") with random weights.
 
     Raises:
         OpenELMError: the size is unknown.

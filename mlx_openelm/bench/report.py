@@ -33,7 +33,7 @@ class Cell:
     """The results of one case.
 
     Attributes:
-        made: whether the weights are synthetic.
+        made: whether the weights are random.
         computed_with: form of the weights during the computation.
         bytes_per_token: bytes read per token: those of a step divided by its batch.
         prompt_tps, generation_tps: tokens per second, of all sequences together.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.views.generation import generated_json
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.signals import Stop, deferred_signals
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ class _Chat:
 
     def _count_pairs(self) -> str:
         count = len(self._chat.turns) // 2
-        return f"{count} message{'' if count == 1 else 's'} with answers"
+        return f"{count_of(count, 'message')} with answers"
 
     # Answers ---------------------------------------------------------------------
 
@@ -299,15 +300,16 @@ class _Chat:
         drafts = ""
         if last.drafted_tokens:
             drafts = (
-                f", {last.accepted_tokens} of {last.drafted_tokens} draft tokens "
-                "accepted"
+                f", {last.accepted_tokens} of "
+                f"{count_of(last.drafted_tokens, 'draft token')} accepted"
             )
         if end and self._chat.is_raw:
             end += "an empty line continues; "
         if not self._chat.turns[-1].text:
             end = "empty answer; "
         self._console.note(
-            f"[{end}{last.generation_tokens} tokens at {last.generation_tps:.0f}/s"
+            f"[{end}{count_of(last.generation_tokens, 'token')} at "
+            f"{last.generation_tps:.0f}/s"
             f"{drafts}, {used} of {length} in the context]"
         )
 

@@ -29,6 +29,7 @@ class Console:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
+        self._noted: set[str] = set()  # by `note_once`
 
     def answer(self, text: str, *, end: str = "\n") -> None:
         """Write to stdout and flush."""
@@ -71,6 +72,12 @@ class Console:
         if not self.quiet:
             sys.stderr.write(show_flags(text) + "\n")
             sys.stderr.flush()
+
+    def note_once(self, text: str) -> None:
+        """Write a line to stderr unless it was written before."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self.note(text)
 
     def note_next(self, *arguments: str | Path, program: str = "mlx-openelm") -> None:
         """Write the next useful command to stderr, ready to paste into a shell."""

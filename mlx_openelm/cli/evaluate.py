@@ -162,6 +162,10 @@ def evaluate_command(
     csv, picture = (expand_path(path) for path in (csv, picture))
     check_report_file(csv, "--csv", ".csv", force=force)
     check_report_file(picture, "--picture", ".svg", force=force)
+    if text:
+        from mlx_openelm.evaluation.texts import check_texts
+
+        check_texts(text)
     entrants = list_entrants(model, adapter_path, compare or [], offline)
     plan = plan_evaluation(
         console,

@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.decoding_options import check_sampling, check_utf8, make_drafter
 from mlx_openelm.cli.derived_options import GivenOptions, OptionsOf, derive_options
+from mlx_openelm.cli.help.examples import PROMPT
 from mlx_openelm.cli.options import (
     Adapter,
     Json,
@@ -24,13 +26,16 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.options import (
     SPEED_AND_MEMORY,
     CacheOptions,
+    ConstraintOptions,
     DraftOptions,
     PromptOptions,
     Sampling,
 )
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.options import OUTPUT_PANEL
 
 if TYPE_CHECKING:
+    from mlx_openelm.generation.prompt_file import Prompts
     from mlx_openelm.generation.streaming import Piece
     from mlx_openelm.model.openelm import OpenELM
     from mlx_openelm.storage.model_folder import ModelFolder
@@ -55,6 +60,7 @@ def generate_command(
     adapter_path: Adapter = None,
     sampling: Annotated[GivenOptions, OptionsOf(Sampling)],
     prompting: Annotated[GivenOptions, OptionsOf(PromptOptions)],
+    constraining: Annotated[GivenOptions, OptionsOf(ConstraintOptions)],
     drafting: Annotated[GivenOptions, OptionsOf(DraftOptions)],
     prompt_cache: Annotated[
         Path | None,
@@ -132,16 +138,18 @@ def generate_command(
                 "cannot be used with --prompts-file", param_hint=flag
             )
         check_utf8(system, *stop)
+        prompts = _read_prompts_file(console, prompts_file, expand_path(output))
         _answer_file(
             console,
             open_model(console, model, adapter_path, offline),
-            prompts_file,
+            prompts,
             sampling,
             template=template,
             system=system,
             batch_size=batch_size or 16,
             output=expand_path(output),
             force=force,
+            as_json=as_json or not sys.stdout.isatty(),
         )
         return
     many = {"--output": output, "--batch-size": batch_size, "--force": force or None}
@@ -149,6 +157,12 @@ def generate_command(
         raise typer.BadParameter("needs --prompts-file", param_hint=flag)
     if sampling.get("logprobs") and not as_json:
         raise typer.BadParameter("needs --json", param_hint="--logprobs")
+    constraints = ConstraintOptions(**constraining)
+    for flag, name in (("--lookup", "lookup"), ("--draft-model", "draft_model")):
+        if constraining and drafting.get(name) is not None:
+            raise typer.BadParameter(
+                "cannot be used with --json-schema or --regex", param_hint=flag
+            )
     text = _read_prompt(prompt, prompt_option)
     check_utf8(text, system, *stop)
     from mlx_openelm.cli.views.generation import (
@@ -162,6 +176,11 @@ def generate_command(
 
     folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
     chosen = Sampling.from_defaults(folder.generation_defaults, sampling)
+    constraint = None
+    if constraining:
+        from mlx_openelm.generation.constraints import read_constraint
+
+        constraint = read_constraint(constraints, tokenizer, folder.config.vocab_size)
     make_cache = cache_maker(folder.config, CacheOptions(**caching))
     drafter = make_drafter(DraftOptions(**drafting), loaded, tokenizer, offline)
     ids = prepare_prompt(tokenizer, text, template=template, system=system)
@@ -179,7 +198,13 @@ def generate_command(
             )
             context = cache.context
         for piece in stream(
-            loaded, tokenizer, ids, chosen, context=context, drafter=drafter
+            loaded,
+            tokenizer,
+            ids,
+            chosen,
+            context=context,
+            drafter=drafter,
+            constraint=constraint,
         ):
             shown.append(piece)
             if piece.text and not (as_json or no_stream):
@@ -197,15 +222,33 @@ def generate_command(
     length = folder.config.max_context_length
     if last.prompt_tokens + last.generation_tokens == length and not context.slides:
         console.note(f"[the context of {length} is full]")
+    if constraint is not None and last.finish_reason == "length":
+        console.note("[the answer is incomplete; allow more with --max-tokens]")
     note_generated(console, last)
     if drafter is not None:
         note_drafts(console, drafter)
 
 
+def _read_prompts_file(
+    console: Console, prompts_file: str, output: Path | None
+) -> "Prompts":
+    from mlx_openelm.generation.prompt_file import read_prompts
+
+    source = os.path.expanduser(prompts_file)
+    prompts = read_prompts(source)
+    if output is not None and _are_one_file(Path(source), output):
+        raise OpenELMError(
+            f"--output {output} is the file of prompts; choose another file."
+        )
+    count = count_of(len(prompts.prompts), "prompt")
+    console.note(f"[{prompts.name}: {count}, {prompts.format}]")
+    return prompts
+
+
 def _answer_file(
     console: Console,
     opened: "tuple[ModelFolder, OpenELM, Tokenizer]",
-    prompts_file: str,
+    prompts: "Prompts",
     sampling: GivenOptions,
     *,
     template: str,
@@ -213,19 +256,17 @@ def _answer_file(
     batch_size: int,
     output: Path | None,
     force: bool,
+    as_json: bool,
 ) -> None:
-    from mlx_openelm.cli.views.generation import note_prompts
+    """Answer the prompts of a file.
+
+    Args:
+        as_json: write a JSON object a line, else prompts and answers as text.
+    """
+    from mlx_openelm.cli.views.generation import note_prompts, show_answer
     from mlx_openelm.generation.batch_job import answer_prompts
-    from mlx_openelm.generation.prompt_file import read_prompts
 
     folder, model, tokenizer = opened
-    source = os.path.expanduser(prompts_file)
-    prompts = read_prompts(source)
-    if output is not None and _are_one_file(Path(source), output):
-        raise OpenELMError(
-            f"--output {output} is the file of prompts; choose another file."
-        )
-    console.note(f"[{prompts.name}: {len(prompts.prompts)} prompts, {prompts.format}]")
     with console.progress("Answering") as progress:
         report = answer_prompts(
             model,
@@ -237,15 +278,15 @@ def _answer_file(
             batch_size=batch_size,
             output=output,
             force=force,
-            on_answer=console.answer_json,
+            on_answer=console.answer_json if as_json else partial(show_answer, console),
             on_problem=console.note,
             on_progress=lambda done, total, _: progress.update(done, total, "prompts"),
         )
     note_prompts(console, report)
     if report.problems:
         raise OpenELMError(
-            f"{len(report.problems)} of {report.prompts} prompts of {prompts.name} have"
-            " no answer; see the messages above."
+            f"{len(report.problems)} of {count_of(report.prompts, 'prompt')} of "
+            f"{prompts.name} have no answer; see the messages above."
         )
 
 
@@ -257,10 +298,22 @@ def _read_prompt(positional: str | None, option: str | None) -> str:
     if positional is not None and option is not None:
         raise typer.BadParameter("cannot be used with --prompt", param_hint="PROMPT")
     prompt = positional if positional is not None else option
-    if prompt is not None and prompt != "-":
-        return prompt
-    if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise typer.BadParameter("give a prompt, or pipe one in", param_hint="PROMPT")
+    if prompt is None or prompt == "-":
+        prompt = _read_stdin()
+    if not prompt.strip():
+        raise OpenELMError(
+            "The prompt is empty; give a text to continue, as in mlx-openelm generate "
+            f"'{PROMPT}'. To generate from BOS alone, use Python: stream(model, "
+            "tokenizer, [tokenizer.bos_id])."
+        )
+    return prompt
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise OpenELMError("stdin is closed; give a prompt as PROMPT.")
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:

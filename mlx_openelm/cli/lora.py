@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -70,14 +71,8 @@ def lora_command(
             "cannot be used with --force, which starts a new run",
             param_hint="--resume",
         )
-    if resume and recipe is None and "adapter_path" in options:
-        written = Path(options["adapter_path"]).expanduser() / "recipe.yaml"
-        recipe = str(written) if written.is_file() else None
-        if recipe is None and "data" not in options:
-            raise OpenELMError(
-                f"There is no run to resume in {options['adapter_path']} (no "
-                "recipe.yaml); leave out --resume, and give --data."
-            )
+    if resume and recipe is None:
+        recipe = _find_recipe_of_run(options)
     if recipe is not None:
         length = {name: options.pop(name, None) for name in ("epochs", "iters")}
         chosen = load_recipe(FinetuneRecipe, recipe, options)
@@ -97,7 +92,6 @@ def lora_command(
     from mlx_openelm.cli.views.finetuning import (
         TrainingView,
         note_plan,
-        note_start,
         plan_json,
         show_trained,
     )
@@ -119,11 +113,40 @@ def lora_command(
             fit=fit,
             offline=offline,
             on_event=view,
-            on_prepared=lambda prepared: note_start(console, prepared),
+            on_prepared=view.note_start,
         )
     if rank > 0:
         return
     if as_json:
         console.answer_json(dataclasses.asdict(report))
     else:
-        show_trained(console, report)
+        show_trained(console, report, view.prompt)
+
+
+def _find_recipe_of_run(options: GivenOptions) -> str | None:
+    """Return the recipe of the run to resume, and add its folder to the options.
+
+    The folder is --adapter-path, or the default one of --data. None: --data and the
+    other options describe the run.
+    """
+    from mlx_openelm.finetuning.preparation import DEFAULT_PARENT, default_folder
+
+    if "adapter_path" not in options and "data" not in options:
+        found = sorted(DEFAULT_PARENT.glob("*/recipe.yaml"))
+        example = found[0].parent if len(found) == 1 else "DIR"
+        raise typer.BadParameter(
+            "needs the folder of the run: --resume --adapter-path "
+            f"{shlex.quote(str(example))}",
+            param_hint="--resume",
+        )
+    folder = options.get("adapter_path") or str(default_folder(options["data"]))
+    written = Path(folder).expanduser() / "recipe.yaml"
+    if written.is_file():
+        options["adapter_path"] = folder
+        return str(written)
+    if "data" not in options:
+        raise OpenELMError(
+            f"There is no run to resume in {folder} (no recipe.yaml); leave out "
+            "--resume, and give --data."
+        )
+    return None

@@ -112,7 +112,7 @@ def open_model(
         console.note("[the built-in demo model; --model NAME uses another]")
     stored, quantized = stored_dtype(folder), bool(folder.packings)
     for slowness in describe_slowness(stored, quantized=quantized):
-        console.note(f"[{slowness}]")
+        console.note_once(f"[{slowness}]")
     model = load_model(folder)
     if adapter is not None:
         for note in attach(model, adapter.path):

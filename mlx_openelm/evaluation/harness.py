@@ -51,7 +51,7 @@ class HarnessTask:
 
 
 def open_tasks(
-    wanted: Sequence[tuple[str, int | None]],
+    requested: Sequence[tuple[str, int | None]],
     *,
     include_path: Path | None = None,
     offline: bool = False,
@@ -59,8 +59,8 @@ def open_tasks(
     """Find tasks and load their questions, from the Hub for the harness's own tasks.
 
     Args:
-        wanted: names and numbers of few-shot examples; None: the task's own number. A
-            task whose own number is 0 keeps it.
+        requested: names and numbers of few-shot examples; None: the task's own number.
+            A task whose own number is 0 keeps it.
         include_path: a folder with more tasks (YAML files).
         offline: use only downloaded data.
 
@@ -74,13 +74,13 @@ def open_tasks(
             f"`include_path` is {include_path}, which is not a folder; pass a folder "
             "with YAML task files."
         )
-    names = [name for name, _ in wanted]
+    names = [name for name, _ in requested]
     with quiet(), _network(allowed=not offline):
         manager = _open_manager(names, include_path)
         for name in names:
             if name not in manager.task_index:
                 raise OpenELMError(_describe_unknown(name, manager.task_index))
-        return tuple(_open_task(manager, name, shots) for name, shots in wanted)
+        return tuple(_open_task(manager, name, shots) for name, shots in requested)
 
 
 def _open_manager(names: Sequence[str], include_path: Path | None) -> Any:

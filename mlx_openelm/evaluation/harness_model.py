@@ -114,19 +114,19 @@ def wrap_model(
         def _answer(
             self, kind: str, requests: Sequence[Any], answer: Any
         ) -> list[Answer]:
-            wanted = {i: request.args for i, request in enumerate(requests)}
-            keys = _number(json.dumps([kind, args]) for args in wanted.values())
+            arguments = {i: request.args for i, request in enumerate(requests)}
+            keys = _number(json.dumps([kind, args]) for args in arguments.values())
             answers: dict[int, Answer] = {}
             if store is not None:
                 answers = {i: store[key] for i, key in enumerate(keys) if key in store}
-            missing = {i: args for i, args in wanted.items() if i not in answers}
+            missing = {i: args for i, args in arguments.items() if i not in answers}
             with contextlib.redirect_stderr(stderr):
                 on_progress(len(answers), len(requests))
                 for i, answered in answer(model, tokenizer, missing, batch_size):
                     answers[i] = answered
                     if store is not None:
                         store.add(keys[i], answered)
-                    self.cache_hook.add_partial(kind, wanted[i], answered)
+                    self.cache_hook.add_partial(kind, arguments[i], answered)
                     on_progress(len(answers), len(requests))
             return [answers[i] for i in range(len(requests))]
 
@@ -195,14 +195,14 @@ def _generate(
     for members in groups.values():
         sampling = _read_settings(prompts[members[0]][1])
         context = model.config.max_context_length
-        room = context - sampling.max_tokens
-        if room < 1:
+        prompt_limit = context - sampling.max_tokens
+        if prompt_limit < 1:
             raise OpenELMError(
                 f"The task needs {sampling.max_tokens} new tokens, and the model's "
                 f"context is {context}; choose another task."
             )
         numbered = (  # truncated at the left, as by the harness
-            BatchPrompt(number, tokenizer.encode(prompts[number][0])[-room:])
+            BatchPrompt(number, tokenizer.encode(prompts[number][0])[-prompt_limit:])
             for number in members
         )
         for answer in answer_together(

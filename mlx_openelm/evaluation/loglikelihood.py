@@ -173,12 +173,12 @@ def _score_row(
     model: OpenELM, row: Sequence[_Sequence]
 ) -> Iterator[tuple[int, LogLikelihood]]:
     tree = build_tree([sequence.inputs for sequence in row])
-    wanted = [  # a place in the row and a target, for every token that is scored
+    requested = [  # a place in the row and a target, for every token that is scored
         (tree.place(i, len(sequence.inputs) - len(sequence.targets) + j), target)
         for i, sequence in enumerate(row)
         for j, target in enumerate(sequence.targets)
     ]
-    scored = _score_places(model, read_tree(model, tree), wanted)
+    scored = _score_places(model, read_tree(model, tree), requested)
     for sequence in row:
         tokens = list(itertools.islice(scored, len(sequence.targets)))
         nats = math.fsum(nats for nats, _ in tokens)
@@ -191,26 +191,28 @@ def _score_row(
 
 
 def _score_places(
-    model: OpenELM, hidden: mx.array, wanted: Sequence[tuple[int, int]]
+    model: OpenELM, hidden: mx.array, requested: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[float, bool]]:
     """Return the log-probability of each target, and whether it is the argmax.
 
     Args:
         hidden: hidden states of the row, (N, D).
-        wanted: pairs of a place in the row and a target; the logits of a place are
+        requested: pairs of a place in the row and a target; the logits of a place are
             computed once for all its targets.
     """
-    places = sorted({place for place, _ in wanted})
+    places = sorted({place for place, _ in requested})
     rows = {place: i for i, place in enumerate(places)}
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    scores: list[tuple[float, bool]] = [(0.0, False)] * len(wanted)
+    order = sorted(range(len(requested)), key=lambda i: requested[i])
+    scores: list[tuple[float, bool]] = [(0.0, False)] * len(requested)
     taken = hidden[mx.array(places)]
-    by_chunk = itertools.groupby(order, key=lambda i: rows[wanted[i][0]] // LOGIT_ROWS)
+    by_chunk = itertools.groupby(
+        order, key=lambda i: rows[requested[i][0]] // LOGIT_ROWS
+    )
     for chunk, group in by_chunk:
         members = list(group)
         start = chunk * LOGIT_ROWS
-        at = mx.array([rows[wanted[i][0]] - start for i in members])
-        targets = mx.array([wanted[i][1] for i in members])
+        at = mx.array([rows[requested[i][0]] - start for i in members])
+        targets = mx.array([requested[i][1] for i in members])
         logits = model.head(taken[start : start + LOGIT_ROWS]).astype(mx.float32)
         log_totals = mx.logsumexp(logits, axis=-1)
         nats = logits[at, targets] - log_totals[at]

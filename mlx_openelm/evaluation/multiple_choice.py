@@ -23,7 +23,7 @@ from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.ordered_jsonl import JsonObject, hash_key, open_answers
 from mlx_openelm.text.tokenizer import Tokenizer
 
-TOGETHER = 64  # questions scored together: some rows, and not much to lose on a stop
+TOGETHER = 64  # questions scored together; at most these are lost on a stop
 
 
 @dataclass(frozen=True, slots=True)

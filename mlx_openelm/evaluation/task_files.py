@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import describe_error
 from mlx_openelm.text.messages import find_unpaired_surrogate
 from mlx_openelm.text.record_files import (
     READ_ERRORS,
@@ -140,7 +141,9 @@ def _read_records(path: Path) -> Iterator[tuple[int, Any]]:
                     )
                 yield number, read.value
     except READ_ERRORS as error:
-        raise OpenELMError(f"Cannot read the task {path}: {error}.") from error
+        raise OpenELMError(
+            f"Cannot read the task {path}: {describe_error(error)}."
+        ) from error
 
 
 # Records to questions ------------------------------------------------------------

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.multiple_choice import TaskScore, score_task
 from mlx_openelm.evaluation.task_files import read_tasks
+from mlx_openelm.message_parts import describe_error
 from mlx_openelm.model.likelihood import log_likelihoods
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
@@ -92,6 +93,16 @@ def evaluate(
         raise OpenELMError("`window` needs `text`; a question is scored as a whole.")
     assert tasks
     return _score_tasks(model, tokenizer, _list(tasks), limit, on_progress)
+
+
+def check_texts(paths: Paths) -> None:
+    """Read texts, to find their errors before a model is loaded.
+
+    Raises:
+        OpenELMError: a file is missing, empty or not UTF-8.
+    """
+    for path in _list(paths):
+        _read_text(path)
 
 
 def _list(paths: Paths) -> list[Path]:
@@ -200,7 +211,9 @@ def _read_text(path: Path) -> str:
     try:
         content = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise OpenELMError(f"Cannot read {path} as UTF-8 text: {error}.") from error
+        raise OpenELMError(
+            f"Cannot read {path} as UTF-8 text: {describe_error(error)}."
+        ) from error
     if not content:
         raise OpenELMError(f"{path} is empty; there is nothing to score.")
     return content

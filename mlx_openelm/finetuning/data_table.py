@@ -10,6 +10,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.record_formats import TEXT, TemplateChoice
 from mlx_openelm.finetuning.records import Data, Dataset, Record
 from mlx_openelm.finetuning.samples import Samples, targets_of
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.text.tokenizer import EOS_TEXT
 
 _BUCKETS = 8
@@ -145,5 +146,4 @@ def _warn(split: str, table: SplitTable) -> Iterator[str]:
         (table.spelt_eos, f"the text contains {EOS_TEXT}, which the template adds"),
     ):
         if count:
-            records = "record" if count == 1 else "records"
-            yield f"{count} {records} of {split}: {description}."
+            yield f"{count_of(count, 'record')} of {split}: {description}."

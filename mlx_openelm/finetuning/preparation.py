@@ -1,6 +1,7 @@
 """Preparation of a run: reads and checks the data, plans steps and memory."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mlx_openelm.finetuning.plan import (
 )
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.record_formats import TemplateChoice, choose_template
-from mlx_openelm.finetuning.records import Data, read_data
+from mlx_openelm.finetuning.records import Data, Record, read_data
 from mlx_openelm.finetuning.samples import Samples, lengths_of, targets_of
 from mlx_openelm.finetuning.trainable import (
     Method,
@@ -30,6 +31,7 @@ from mlx_openelm.finetuning.trainable import (
     choose_ranks,
     unfreeze,
 )
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.hub import DEMO, find_model
 from mlx_openelm.storage.loading import load_tokenizer, make_quantized, stored_dtype
@@ -45,7 +47,11 @@ DEFAULT_PARENT = Path("adapters")  # of runs without `adapter_path`
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A checked run: resolved recipe, model folder, tokenized data and plan."""
+    """A checked run: resolved recipe, model folder, tokenized data and plan.
+
+    Attributes:
+        example: a prompt of the training data, shortened; empty if it has none.
+    """
 
     recipe: FinetuneRecipe
     objective: FinetuneObjective
@@ -58,6 +64,7 @@ class Prepared:
     test: Samples
     order: Order
     plan: TrainingPlan
+    example: str
 
     @property
     def path(self) -> Path:
@@ -145,7 +152,24 @@ def _prepare(
         test=splits.get("test", ()),
         order=order,
         plan=plan,
+        example=shorten_prompt(data.train.records),
     )
+
+
+def shorten_prompt(records: Sequence[Record]) -> str:
+    """Return the first prompt of the records on one line, without its end if long.
+
+    A plain text has no prompt: then its first words.
+    """
+    for record in records:
+        prompts = [turn.text for turn in record.turns if turn.role == "user"]
+        text, most = (prompts or [record.turns[0].text])[0], 100 if prompts else 40
+        line = " ".join(text.split())
+        if len(line) > most:
+            line = line[:most].rpartition(" ")[0] or line[:most]
+        if line:
+            return line
+    return ""
 
 
 def _plan(
@@ -158,7 +182,8 @@ def _plan(
     lengths, targets = lengths_of(train), targets_of(train)
     if world.size > recipe.step_size:
         raise OpenELMError(
-            f"A step has {recipe.step_size} samples for {world.size} processes; raise "
+            f"A step has {count_of(recipe.step_size, 'sample')} for {world.size} "
+            "processes; raise "
             f"`batch_size` or `grad_accumulation_steps`."
         )
     model = _build_lazy_model(folder, recipe)
@@ -233,10 +258,13 @@ def make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
 
 def run_folder(recipe: FinetuneRecipe) -> Path:
     """Return the folder of the run, by default named after the data."""
-    path = Path(
-        recipe.adapter_path or DEFAULT_PARENT / stem(Path(recipe.data))
-    ).expanduser()
+    path = Path(recipe.adapter_path or default_folder(recipe.data)).expanduser()
     return path if path.name not in ("", "..") else path.resolve()
+
+
+def default_folder(data: str) -> Path:
+    """Return the folder of a run on this file or folder without `adapter_path`."""
+    return DEFAULT_PARENT / stem(Path(data))
 
 
 def stem(path: Path) -> str:

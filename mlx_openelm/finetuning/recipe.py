@@ -36,6 +36,7 @@ class FinetuneRecipe:
 
     data: str = option(
         help="Examples: a .jsonl or .json file, or a folder with train.jsonl.",
+        panel=_DATA,
     )
     model: str = option("demo", "Model to train: demo, a folder, or a Hub id.")
     adapter_path: str | None = option(

@@ -208,7 +208,11 @@ def _read_preference_messages(
 
 @dataclass(frozen=True, slots=True)
 class TemplateChoice:
-    """The prompt template of the records, and the reason for its choice."""
+    """The prompt template of the records, and the reason for its choice.
+
+    Attributes:
+        reason: empty if the option `template` names it.
+    """
 
     name: str
     reason: str
@@ -236,7 +240,7 @@ def choose_template(
             )
         return TemplateChoice("raw", "plain texts have no prompt")
     if requested is not None:
-        return TemplateChoice(requested, "requested")
+        return TemplateChoice(requested, "")
     if stored is not None:
         return TemplateChoice(stored, "stored with the model")
     if format in (MESSAGES, PREFERENCE_MESSAGES):

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.record_formats import RecordChecks, RecordFormats
+from mlx_openelm.message_parts import describe_error
 from mlx_openelm.text.record_files import describe_type, open_records, read_values
 from mlx_openelm.text.templates import Turn
 
@@ -212,7 +213,7 @@ def _read_file(path: Path, formats: RecordFormats, problems: list[str]) -> Datas
             f"{path} is damaged or truncated: {error}; replace it by a complete file."
         ) from error
     except OSError as error:
-        raise OpenELMError(f"Cannot read {path}: {error}.") from error
+        raise OpenELMError(f"Cannot read {path}: {describe_error(error)}.") from error
     if not objects and not problems:
         raise OpenELMError(f"{path} has no records; it is empty.")
     names = [formats.find(record) for _, record in objects]

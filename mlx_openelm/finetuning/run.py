@@ -174,7 +174,7 @@ def _write_start(
 
 
 def _record_resume(run: RunContext, *, was_killed: bool) -> None:
-    """Bring recipe and events in line with the restored state."""
+    """Adapt recipe and events to the restored state."""
     drop_events_after(run.folder, run.progress)
     write_text(run.folder / RECIPE, run.recipe.to_yaml())
     run.log.emit("resume")
@@ -195,7 +195,7 @@ def _noting_interruption(run: RunContext) -> Iterator[None]:
 
 
 def _hand_to(observers: Sequence[Callable[[Event], None]]) -> Callable[[Event], None]:
-    """Return what hands an event to all observers, also to those added later."""
+    """Return a function that passes an event to all observers, including later ones."""
 
     def hand_on(event: Event) -> None:
         for observer in observers:

@@ -11,6 +11,7 @@ from mlx_openelm.finetuning.preparation import Prepared
 from mlx_openelm.finetuning.recipe import FinetuneRecipe, differences
 from mlx_openelm.finetuning.run_files import RECIPE
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import load_recipe
 from mlx_openelm.storage.adapter_folder import CONFIG, read_base_fingerprint
@@ -59,6 +60,11 @@ def refuse_present_run(path: Path, force: bool) -> None:
     """Raise if a new run would replace a run or other files in the folder."""
     if not force and (path / STATE).is_file():
         step = load_state(path).progress.step
+        if is_complete(path):
+            raise OpenELMError(
+                f"{path} has a complete run of {count_of(step, 'step')}; use `force` "
+                "to replace it, or another `adapter_path`."
+            )
         killed = ""
         if (path / RUNNING).exists():
             recipe = load_recipe(FinetuneRecipe, str(path / RECIPE), {})
@@ -68,6 +74,14 @@ def refuse_present_run(path: Path, force: bool) -> None:
             f"`force` to replace it, or another `adapter_path`.{killed}"
         )
     refuse_existing(path, force=force)
+
+
+def is_complete(path: Path) -> bool:
+    """Return whether the run in a folder has ended, so that it cannot be resumed."""
+    if (path / RUNNING).exists():  # killed before its report was complete
+        return False
+    ends = [event for event in read_events(path) if event["event"] == "end"]
+    return bool(ends) and ends[-1].get("reason") in ("done", "patience")
 
 
 def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> None:
@@ -88,12 +102,7 @@ def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> N
             f"The run in {path} cannot be resumed with other settings: "
             f"{'; '.join(changes)}. Use the old ones, or `force` to start again."
         )
-    ends = [event for event in read_events(path) if event["event"] == "end"]
-    if (
-        ends
-        and ends[-1].get("reason") in ("done", "patience")
-        and not (path / RUNNING).exists()  # killed before its report was complete
-    ):
+    if is_complete(path):
         raise OpenELMError(
             f"The run in {path} is complete, at step {state.progress.step}; use "
             "`force` to start again, or another `adapter_path`."

@@ -16,6 +16,7 @@ from mlx_openelm.finetuning.run_saver import RunSaver
 from mlx_openelm.finetuning.samples import Samples, lengths_of
 from mlx_openelm.finetuning.trainable import use_dropout
 from mlx_openelm.finetuning.validation import Validator
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.signals import Stop, deferred_signals
 from mlx_openelm.training.arrays import digest_arrays, trained_tensors
 from mlx_openelm.training.non_finite import refuse_repeated
@@ -179,7 +180,7 @@ class Trainer:
         progress = self._run.progress
         if digest_arrays(trained_tensors(self._run.model)) == self._initial_digest:
             raise OpenELMError(
-                f"Training changed no weight in {progress.step} steps; "
-                f"{progress.skipped} batches were skipped. Check `learning_rate` and "
-                "the data."
+                f"Training changed no weight in {count_of(progress.step, 'step')} "
+                f"(skipped batches: {progress.skipped}). Check `learning_rate` and the "
+                "data."
             )

@@ -78,6 +78,6 @@ class Validator:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether the last `patience` validations brought no improvement."""
+        """Whether the last `patience` validations were not improvements."""
         patience = self._run.recipe.patience
         return patience is not None and self._run.progress.evals_since_best >= patience

@@ -18,10 +18,10 @@ from mlx_openelm.generation.batching.answering import (
     answer_together,
 )
 from mlx_openelm.generation.decoding import Token
-from mlx_openelm.generation.options import Sampling
+from mlx_openelm.generation.options import SHOWN_DIGITS, Sampling
 from mlx_openelm.generation.penalties import check_bias
 from mlx_openelm.generation.prompt_file import Prompt, Prompts
-from mlx_openelm.generation.streaming import check_room, prepare_prompt
+from mlx_openelm.generation.streaming import check_length, prepare_prompt
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.ordered_jsonl import (
@@ -157,7 +157,7 @@ class _Job:
             return [], prompt.problem
         try:
             ids = self._encode(prompt.content)
-            check_room(ids, self._model, self._sampling)
+            check_length(ids, self._model, self._sampling)
         except OpenELMError as error:
             return [], str(error)
         return ids, ""
@@ -168,14 +168,16 @@ class _Job:
         prompt = self._prompts[place]
         described = {
             **_name(prompt),
+            **_describe_content(prompt),
             "text": answered.text,
             "tokens": list(answered.tokens),
             "finish_reason": answered.finish_reason,
             "prompt_tokens": len(answered.prompt.ids),
             "generation_tokens": len(answered.drawn),
-            "prompt_tps": answered.prompt_tps,
-            "generation_tps": answered.generation_tps,
-            "time_to_first_token_s": answered.time_to_first_token_s,
+            **{
+                name: round(getattr(answered, name), digits)
+                for name, digits in SHOWN_DIGITS.items()
+            },
             "peak_memory_bytes": answered.peak_memory_bytes,
         }
         if self._sampling.logprobs:
@@ -232,3 +234,14 @@ class _Job:
 def _name(prompt: Prompt) -> JsonObject:
     own = {} if prompt.id is None else {"id": prompt.id}
     return {"line": prompt.number, **own}
+
+
+def _describe_content(prompt: Prompt) -> JsonObject:
+    """Return the prompt, or the messages, as in its record."""
+    if isinstance(prompt.content, str):
+        return {"prompt": prompt.content}
+    return {
+        "messages": [
+            {"role": turn.role, "content": turn.text} for turn in prompt.content
+        ]
+    }

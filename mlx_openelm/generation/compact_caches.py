@@ -51,7 +51,7 @@ class SlidingKVCache(KVCache):
     """One layer's first and newest tokens, for texts of unbounded length.
 
     A token attends to the first `keep` tokens and the newest ones up to itself,
-    `max_size` in all, whatever the chunks. The newest are kept in a ring buffer.
+    `max_size` in all, for any chunks. The newest are kept in a ring buffer.
 
     Attributes:
         offset: number of tokens processed, including those no longer stored.

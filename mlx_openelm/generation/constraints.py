@@ -7,12 +7,15 @@ A parser tells before each token which tokens may follow; all others are masked
 
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.options import ConstraintOptions
+from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 
 if TYPE_CHECKING:
@@ -38,6 +41,22 @@ class Constraint(Protocol):
 
     def copy(self) -> "Constraint":
         """Return the constraint in its present state, to be advanced separately."""
+
+
+def read_constraint(
+    options: ConstraintOptions, tokenizer: Tokenizer, vocab_size: int
+) -> Constraint | None:
+    """Return the constraint that the options describe; None if there is none.
+
+    Raises:
+        OpenELMError: the file cannot be read, or the grammar cannot be compiled.
+    """
+    if options.json_schema is not None:
+        schema = read_mapping(Path(options.json_schema))
+        return GrammarCompiler(tokenizer, vocab_size).json_schema(schema)
+    if options.regex is not None:
+        return GrammarCompiler(tokenizer, vocab_size).regex(options.regex)
+    return None
 
 
 class GrammarCompiler:
@@ -149,11 +168,14 @@ class _TokenBytes:
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
         self.tokens: list[bytes] = []
         self.special_token_ids: list[int] = []
-        for token in range(tokenizer.vocab_size):
-            piece = processor.IdToPiece(token)
-            if processor.IsByte(token):
+        for token in range(tokenizer.num_ids):
+            piece = tokenizer.piece(token)
+            is_piece = token < tokenizer.vocab_size
+            if is_piece and processor.IsByte(token):
                 self.tokens.append(bytes([int(piece[3:5], 16)]))
-            elif processor.IsControl(token) or processor.IsUnknown(token):
+            elif (
+                not is_piece or processor.IsControl(token) or processor.IsUnknown(token)
+            ):
                 self.tokens.append(b"\xff" + piece.encode())
                 self.special_token_ids.append(token)
             else:

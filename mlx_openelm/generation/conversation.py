@@ -21,6 +21,7 @@ from mlx_openelm.generation.decoding import Context
 from mlx_openelm.generation.drafters import Drafter
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import Piece, stream
+from mlx_openelm.message_parts import describe_error
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.staging import replaced_file, staged_file
 from mlx_openelm.text.messages import check_messages
@@ -202,7 +203,7 @@ class Conversation:
             what = "system text" if system and not turns[-1].text else "message"
             raise OpenELMError(
                 f"The {what} makes a prompt of {len(ids)} tokens, but the context of "
-                f"{self.context_length} has room for {most}, with {self.reserved} "
+                f"{self.context_length} holds at most {most}, with {self.reserved} "
                 "reserved for the answer; shorten it."
             )
         return omitted, ids, left_space
@@ -305,7 +306,7 @@ def read_saved(path: Path) -> SavedConversation:
             raise OpenELMError(f"{path} is not a conversation written by /save.")
         return _check_saved(fields)
     except OSError as error:
-        raise OpenELMError(f"Cannot read {path}: {error}.") from error
+        raise OpenELMError(f"Cannot read {path}: {describe_error(error)}.") from error
     except (ValueError, RecursionError) as error:
         raise OpenELMError(
             f"{path} is damaged or not a saved conversation: {error}."

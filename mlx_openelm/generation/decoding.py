@@ -10,10 +10,12 @@ from mlx_openelm import openblas
 from mlx_openelm.device import runs_on_linux_cpu
 from mlx_openelm.generation.cache import KVCache, ModelCache
 from mlx_openelm.generation.compact_caches import SlidingKVCache
+from mlx_openelm.generation.constraints import Constraint, keep_allowed
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.sampling import (
     choose_tokens,
     history_length,
+    mask_padding,
     shape_logits,
     top_logprobs,
 )
@@ -113,23 +115,35 @@ class Sampler:
         prompt: Sequence[int],
         context_length: int,
         eos_id: int,
+        padding: mx.array | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
-        """Start after a prompt's ids."""
-        self.sampling, self.eos_id = sampling, eos_id
+        """Start after a prompt's ids; for `padding` see `sampling.find_padding`."""
+        self.sampling, self.eos_id, self._padding = sampling, eos_id, padding
+        self._constraint = constraint
         length = history_length(sampling, context_length)
         self.keeps_history = length > 0
-        padding = [-1] * max(0, length - len(prompt))
-        self.history = mx.array([padding + list(prompt[-length:])] if length else [[]])
+        empty = [-1] * max(0, length - len(prompt))
+        self.history = mx.array([empty + list(prompt[-length:])] if length else [[]])
         self.written = 0
 
     def draw(self, logits: mx.array) -> "DrawnTokens":
         """Draw the next token from logits (1, V) and add it to the history."""
-        tokens = choose_tokens(self.shape(logits), self.sampling)  # (1,)
+        logits = self.mask(logits)
+        shaped = self.shape(logits)
+        if self._constraint is not None:
+            allowed = self._constraint.allowed(logits.shape[-1])
+            shaped = keep_allowed(logits, shaped, mx.array(allowed)[None])
+        tokens = choose_tokens(shaped, self.sampling)  # (1,)
         self.remember(tokens)
         return DrawnTokens.of(tokens, logits, self.sampling.logprobs)
 
+    def mask(self, logits: mx.array) -> mx.array:
+        """Exclude the padding rows from the model's logits (N, V)."""
+        return mask_padding(logits, self._padding)
+
     def shape(self, logits: mx.array, draft: mx.array | None = None) -> mx.array:
-        """Apply bias and penalties to logits (1, V) of the next token.
+        """Apply bias and penalties to masked logits (1, V) of the next token.
 
         Args:
             draft: draft tokens (k,). Then the logits are (k + 1, V): those of the next
@@ -195,19 +209,25 @@ def draw_tokens(
     count: int,
     *,
     eos_id: int = 2,
+    padding: mx.array | None = None,
     context: Context | None = None,
     step: Step | None = None,
+    constraint: Constraint | None = None,
 ) -> Iterator[Token]:
     """Yield `count` tokens; after the first one, each step is queued ahead.
 
     Args:
+        padding: rows of the embedding without a token; see `sampling.find_padding`.
+        constraint: which tokens may follow. Then only the forward pass of a step is
+            queued ahead, as drawing needs the token before it.
         step: the decode step; by default the faster one on this device.
         context: its common prefix with the prompt is reused; afterwards it holds all
             processed tokens.
     """
     context = Context(model) if context is None else context
     step = step or context.step(model)
-    sampler = Sampler(sampling, prompt, model.config.max_context_length, eos_id)
+    context_length = model.config.max_context_length
+    sampler = Sampler(sampling, prompt, context_length, eos_id, padding, constraint)
     reused = context.reuse(prompt)
     hidden = context.read(model, prompt[reused:])
     drawn = sampler.draw(model.head(hidden[:, -1]))
@@ -215,18 +235,27 @@ def draw_tokens(
     yield first  # before a step is built or compiled
     if count == 1:
         return
+    if constraint is not None:
+        constraint.accept(first.id)
     drawn = sampler.draw(step(drawn.tokens, context.cache))
     context.tokens.append(first.id)
     try:
         for left in range(count - 2, -1, -1):
             following = drawn
             if left:
-                following = sampler.draw(step(drawn.tokens, context.cache))
-                following.queue()
+                logits = step(drawn.tokens, context.cache)
+                if constraint is None:
+                    following = sampler.draw(logits)
+                    following.queue()
+                else:
+                    mx.async_eval(logits)
             (token,) = drawn.read()
             if left:
                 context.tokens.append(token.id)
             yield token
+            if left and constraint is not None:
+                constraint.accept(token.id)
+                following = sampler.draw(logits)
             drawn = following
     finally:
         openblas.use_threads(None)

@@ -166,7 +166,7 @@ class ModelDrafter(Drafter):
         for place in range(count):
             if place:
                 hidden = self._model.transformer(tokens[-1][None], self._context.cache)
-            shaped = sampler.shape(self._model.head(hidden[:, -1]))
+            shaped = sampler.shape(sampler.mask(self._model.head(hidden[:, -1])))
             if sampler.sampling.temp == 0:
                 token = choose_tokens(shaped, sampler.sampling)  # (1,)
             else:
@@ -199,7 +199,8 @@ def check_draft(
             f"The draft model's vocabulary has {draft_rows} rows, the model's {rows}; "
             "choose a `draft_model` with the same vocabulary."
         )
-    if draft_tokenizer.model_proto == tokenizer.model_proto:
+    same_pieces = draft_tokenizer.model_proto == tokenizer.model_proto
+    if same_pieces and draft_tokenizer.added == tokenizer.added:
         return
     pieces, drafts = _pieces(tokenizer), _pieces(draft_tokenizer)
     if pieces != drafts:
@@ -216,5 +217,4 @@ def check_draft(
 
 
 def _pieces(tokenizer: Tokenizer) -> list[str]:
-    pieces: list[str] = tokenizer.processor.IdToPiece(list(range(tokenizer.vocab_size)))
-    return pieces
+    return list(map(tokenizer.piece, range(tokenizer.num_ids)))

@@ -14,6 +14,12 @@ MODELS = "the model's, else {default}"  # of generation_config.json
 SAMPLING = "Sampling"  # headings in --help
 SPEED_AND_MEMORY = "Speed and memory"
 PROMPT = "Prompt"
+STRUCTURED_OUTPUT = "Structured output"
+SHOWN_DIGITS = {  # decimals of measured figures in JSON
+    "prompt_tps": 2,
+    "generation_tps": 2,
+    "time_to_first_token_s": 4,
+}
 
 
 def _read_biases(texts: Sequence[str]) -> tuple[tuple[int, float], ...]:
@@ -76,7 +82,8 @@ class Sampling:
     )
     temp: float = option(
         0.0,
-        "Sampling temperature; 0 is greedy.",
+        "Sampling temperature; 0 is greedy, without the penalties of the model's "
+        "generation_config.json.",
         panel=SAMPLING,
         least=0,
         most=1e6,
@@ -196,18 +203,23 @@ class Sampling:
             defaults: by Hugging Face's names: temperature, top_p, top_k, min_p,
                 repetition_penalty, no_repeat_ngram_size, max_new_tokens and
                 min_new_tokens; the first four only apply if do_sample is true.
-            given: values by attribute name, which take precedence; None: not given.
+            given: values by attribute name, which take precedence; None: not given. A
+                given `temp` of 0 is plain greedy decoding: no penalty of `defaults`
+                applies.
         """
+        changes = {k: v for k, v in (given or {}).items() if v is not None}
+        assert changes.keys() <= {f.name for f in fields(cls)}, changes
         sampled = defaults.get("do_sample") is True
+        ignored: tuple[str, ...] = () if sampled else _ONLY_SAMPLED
+        if changes.get("temp") == 0:
+            ignored += _PENALTIES
         config: dict[str, Any] = {}
         for ours, theirs in _HUGGING_FACE.items():
             value = defaults.get(theirs)
-            if value is not None and (sampled or ours not in _ONLY_SAMPLED):
+            if value is not None and ours not in ignored:
                 config[ours] = value
         if sampled:
             config.setdefault("temp", 1.0)
-        changes = {k: v for k, v in (given or {}).items() if v is not None}
-        assert changes.keys() <= {f.name for f in fields(cls)}, changes
         try:
             base = cls(**config)
         except OpenELMError as error:
@@ -228,6 +240,7 @@ _HUGGING_FACE = {
     "min_tokens": "min_new_tokens",
 }
 _ONLY_SAMPLED = ("temp", "top_p", "top_k", "min_p")
+_PENALTIES = ("repetition_penalty", "no_repeat_ngram")
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +280,29 @@ class DraftOptions:
         "a Hub id).",
         panel=SPEED_AND_MEMORY,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ConstraintOptions:
+    """Structured output; None: the text is free."""
+
+    json_schema: str | None = option(
+        None,
+        "Generate JSON that is valid under the JSON schema in this file.",
+        panel=STRUCTURED_OUTPUT,
+    )
+    regex: str | None = option(
+        None,
+        "Generate text that matches this regular expression as a whole.",
+        panel=STRUCTURED_OUTPUT,
+    )
+
+    def __post_init__(self) -> None:
+        if self.json_schema is not None and self.regex is not None:
+            raise OpenELMError(
+                "`json_schema` and `regex` cannot be used together; leave out one of "
+                "them."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import describe_error
 from mlx_openelm.text.messages import check_messages, describe_text_problem
 from mlx_openelm.text.record_files import (
     JSON_SUFFIXES,
@@ -75,7 +76,9 @@ def read_prompts(path: str | Path) -> Prompts:
     try:
         data = sys.stdin.buffer.read() if from_stdin else _read_bytes(Path(path))
     except READ_ERRORS as error:
-        raise OpenELMError(f"Cannot read the prompts of {name}: {error}.") from error
+        raise OpenELMError(
+            f"Cannot read the prompts of {name}: {describe_error(error)}."
+        ) from error
     format = _find_format(name, data)
     read = _read_lines(data) if format == LINES else _read_json(data, format)
     prompts = tuple(read)

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_openelm.generation import penalties
 from mlx_openelm.generation.options import Sampling
+from mlx_openelm.text.tokenizer import Tokenizer
 
 _SMALLEST = 1e-6  # a smaller value may be 0 in float32, which would leave no token
 
@@ -28,6 +29,23 @@ def history_length(sampling: Sampling, context_length: int) -> int:
 def _penalizes(sampling: Sampling) -> bool:
     occurrences = sampling.presence_penalty or sampling.frequency_penalty
     return sampling.repetition_penalty != 1.0 or bool(occurrences)
+
+
+def find_padding(tokenizer: Tokenizer, num_rows: int) -> mx.array | None:
+    """Return which rows of the embedding have no token, bool (V,); None if all have."""
+    rows = [not tokenizer.has(row) for row in range(tokenizer.vocab_size, num_rows)]
+    if not any(rows):
+        return None
+    return mx.array([False] * tokenizer.vocab_size + rows)
+
+
+def mask_padding(logits: mx.array, padding: mx.array | None) -> mx.array:
+    """Set the logits (R, V) of rows without a token to -inf: they are never drawn.
+
+    Args:
+        padding: see `find_padding`.
+    """
+    return logits if padding is None else mx.where(padding, -mx.inf, logits)
 
 
 def shape_logits(

@@ -27,6 +27,7 @@ def draw_speculatively(
     drafter: Drafter,
     *,
     eos_id: int = 2,
+    padding: mx.array | None = None,
     context: Context | None = None,
     step: Step | None = None,
 ) -> Iterator[Token]:
@@ -37,11 +38,12 @@ def draw_speculatively(
     Args:
         drafter: its counters add up over all texts.
         step: the decode step of a single token; see `draw_tokens`.
-        context: see `draw_tokens`.
+        padding, context: see `draw_tokens`.
     """
     context = Context(model) if context is None else context
     step = step or context.step(model)
-    sampler = Sampler(sampling, prompt, model.config.max_context_length, eos_id)
+    context_length = model.config.max_context_length
+    sampler = Sampler(sampling, prompt, context_length, eos_id, padding)
     text = _Text(model, prompt, count, drafter, sampler, context, step)
     drafter.pace.begin()
     reused = context.reuse(prompt)
@@ -145,7 +147,7 @@ class _Text:
         newest = mx.array(self.tokens[-1:])
         inputs = mx.concatenate([newest, draft.tokens])[None]  # (1, k + 1)
         hidden = self._model.transformer(inputs, self._context.cache)
-        logits = self._model.head(hidden[0])  # (k + 1, V)
+        logits = self._sampler.mask(self._model.head(hidden[0]))  # (k + 1, V)
         shaped = self._sampler.shape(logits, draft.tokens)
         sampling = self._sampler.sampling
         tokens, right = accept(shaped, draft, sampling)

@@ -4,14 +4,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.constraints import Constraint
 from mlx_openelm.generation.decoding import Context, draw_tokens
 from mlx_openelm.generation.drafters import Drafter
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.penalties import check_bias
+from mlx_openelm.generation.sampling import find_padding
 from mlx_openelm.generation.speculation import draw_speculatively
 from mlx_openelm.generation.stopping import Answer
 from mlx_openelm.model.openelm import OpenELM
@@ -62,6 +65,7 @@ def stream(
     system: str = "",
     context: Context | None = None,
     drafter: Drafter | None = None,
+    constraint: Constraint | None = None,
 ) -> Iterator[Piece]:
     """Continue a prompt, token by token.
 
@@ -71,6 +75,7 @@ def stream(
             holds prompt and answer.
         drafter: draft source for speculative decoding, which leaves a greedy answer and
             the distribution of a sampled one unchanged.
+        constraint: the grammar that the answer follows; not with a drafter.
 
     Raises:
         OpenELMError: the prompt is empty or fills the model's context.
@@ -78,21 +83,28 @@ def stream(
     sampling = sampling or Sampling()
     ids = prepare_prompt(tokenizer, prompt, template=template, system=system)
     context = Context(model) if context is None else context
-    budget = check_room(ids, model, sampling, slides=context.slides)
+    budget = check_length(ids, model, sampling, slides=context.slides)
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     mx.reset_peak_memory()
-    answer = Answer(tokenizer, ids, sampling, budget)
+    assert drafter is None or constraint is None
+    constraint = constraint and constraint.copy()
+    keeps = constraint is not None
+    answer = Answer(tokenizer, ids, sampling, budget, keeps_first_space=keeps)
     started = time.perf_counter()
     cached = context.reuse(ids)
     first = 0.0
-    eos = tokenizer.eos_id
+    drawing: Any = {
+        "eos_id": tokenizer.eos_id,
+        "padding": find_padding(tokenizer, model.config.vocab_size),
+        "context": context,
+    }
     if drafter is None:
-        drawn = draw_tokens(model, ids, sampling, budget, eos_id=eos, context=context)
-    else:
-        drawn = draw_speculatively(
-            model, ids, sampling, budget, drafter, eos_id=eos, context=context
+        drawn = draw_tokens(
+            model, ids, sampling, budget, constraint=constraint, **drawing
         )
+    else:
+        drawn = draw_speculatively(model, ids, sampling, budget, drafter, **drawing)
         drafted, accepted = drafter.drafted, drafter.accepted
     for count, token in enumerate(drawn, start=1):
         now = time.perf_counter()
@@ -150,6 +162,7 @@ def generate(
     system: str = "",
     context: Context | None = None,
     drafter: Drafter | None = None,
+    constraint: Constraint | None = None,
 ) -> str:
     """Return the whole continuation of a prompt; see `stream`."""
     pieces = stream(
@@ -161,11 +174,12 @@ def generate(
         system=system,
         context=context,
         drafter=drafter,
+        constraint=constraint,
     )
     return "".join(piece.text for piece in pieces)
 
 
-def check_room(
+def check_length(
     ids: Sequence[int], model: OpenELM, sampling: Sampling, *, slides: bool = False
 ) -> int:
     """Check a prompt; return the maximum number of new tokens.

@@ -114,10 +114,10 @@ class View:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DrawnChart:
-    """A chart as the template takes it.
+    """A chart as input of the template.
 
     Attributes:
-        legend: name, colour and kind of line; empty where the title says it all.
+        legend: name, colour and kind of line; empty if the title is enough.
         views: the sizes; the page shows the one that fits.
     """
 

@@ -43,7 +43,7 @@ def _finish(
 
 
 def _set_rows(axes: "Axes", count: int) -> None:
-    """Let the vertical axis have a row for each whole number, from the top."""
+    """Number the rows of the vertical axis from the top."""
     axes.set_ylim(count - 0.5, -0.5)
     axes.set_yticks([])
     axes.spines["bottom"].set_visible(False)
@@ -136,7 +136,7 @@ def _add_bars(
     """Add an area with a bar for each measure, and marks of published values.
 
     Args:
-        least: the value that the axis reaches at least.
+        least: smallest allowed end of the axis.
     """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -168,7 +168,7 @@ def _add_bars(
             axes.hlines(i, measure.low, measure.high, COLOR["text"], linewidth=1.5)
         end = measure.high
         if mark is not None and 0 < mark - end < largest * VALUE_WIDTH / width:
-            end = mark  # else the mark would go through the number
+            end = mark  # so that the mark does not cross the number
         _write_beside(axes, end, i, measure.text, fontweight="semibold")
     return axes
 

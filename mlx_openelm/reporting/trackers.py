@@ -49,7 +49,7 @@ class Trackers:
     Args:
         folder: of the run; TensorBoard's files go into its folder tensorboard.
         config: the options of the run.
-        first_step: what was logged of later steps is superseded.
+        first_step: the step to continue from; records of later steps are replaced.
 
     Raises:
         OpenELMError: a package is not installed, or a tracker cannot start.
@@ -100,7 +100,7 @@ class Trackers:
             try:
                 with _stdout_to_stderr():
                     act(tracker)
-            except Exception as error:  # of any kind: a run does not end by a tracker
+            except Exception as error:  # any error: a tracker must not stop the run
                 del self._trackers[name]
                 self._on_failure(f"{name} failed and gets no more metrics: {error}")
 
@@ -185,6 +185,6 @@ class HostedRun:
 
 @contextlib.contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Keep what a tracker prints out of the answer."""
+    """Redirect the output of a tracker to stderr."""
     with contextlib.redirect_stdout(sys.stderr):
         yield

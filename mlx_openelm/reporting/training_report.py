@@ -37,7 +37,7 @@ class DataSummary:
     warnings: Sequence[str]
     facts: Mapping[str, str]
     splits: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[str | Histogram]]]  # a name, a cell a split
+    rows: Sequence[tuple[str, Sequence[str | Histogram]]]  # a name, one cell per split
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class TrainingReport:
         refresh_seconds: the page reloads itself after that time; None: never.
         charts: the first one is drawn large; those without a value are left out.
         skipped: steps whose batch was skipped, with the places of its samples.
-        samples: groups that stand side by side.
+        samples: groups that are shown side by side.
         commands: description and command line.
     """
 

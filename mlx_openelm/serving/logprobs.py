@@ -82,9 +82,9 @@ def _finite(logprob: float) -> float:
 def _spell(tokenizer: Tokenizer, id: int) -> tuple[str, bytes]:
     """Return a token's text and bytes; a byte's text is as OpenAI writes it."""
     processor = tokenizer.processor
-    if id >= tokenizer.vocab_size:  # a row of the embedding without a piece
-        return f"<{id}>", b""
-    piece = processor.IdToPiece(id)
+    piece = tokenizer.piece(id)
+    if id >= tokenizer.vocab_size:  # an added token, or a row without a token
+        return piece or f"<{id}>", piece.encode()
     if processor.IsByte(id):
         return f"bytes:\\x{piece[3:5].lower()}", bytes.fromhex(piece[3:5])
     text = piece.replace(SPACE, " ")

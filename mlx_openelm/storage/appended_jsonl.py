@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import count_of
 
 
 class JsonLinesFile:
@@ -81,4 +82,4 @@ def parse_line(line: bytes) -> Any:
 def note_kept_answers(error: BaseException | None, count: int) -> None:
     """Add a note to an interruption: the answers so far are kept."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
-        error.add_note(f"The same command resumes from {count} answers.")
+        error.add_note(f"The same command resumes from {count_of(count, 'answer')}.")

@@ -7,6 +7,7 @@ therefore stays at the commit that was downloaded first.
 import fnmatch
 import os
 import re
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.storage.hub_download import Wanted, fetch
+from mlx_openelm.storage.similar_names import suggest_similar
 
 DEMO = "demo"
 RELEASED = tuple(
@@ -21,10 +23,14 @@ RELEASED = tuple(
     for size in ("270M", "450M", "1_1B", "3B")
     for suffix in ("", "-Instruct")
 )
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
+    *("added_tokens.json", "special_tokens_map.json"),  # of transformers 4
+)
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 SMALL_FILES = (CONFIG, "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES)
 
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SNAPSHOT = re.compile(r"models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -88,31 +94,35 @@ def find_model(
     if name == DEMO:
         return demo_folder()
     if path.exists():
-        raise OpenELMError(
-            f"{name} is a file, not a model folder; `mlx-openelm convert {name}` "
-            "converts it to one."
-        )
+        advice = "pass demo, a folder, or a Hub id"
+        if path.suffix in CHECKPOINT_SUFFIXES:
+            advice = f"`mlx-openelm convert {shlex.quote(name)}` converts it to one"
+        raise OpenELMError(f"{name} is a file, not a model folder; {advice}.")
     if not _HUB_ID.fullmatch(name):
         raise OpenELMError(
-            f"There is no folder {name}{_suggest_released(name)}. Use demo, a folder, "
-            "a Hub id or, to convert, a .pt file; the released models are "
+            f"There is no folder {name}{_suggest(name)} Use demo, a folder, a Hub id "
+            "or, to convert, a .pt file; the released models are "
             f"{', '.join(RELEASED)}."
         )
     try:
         return download(name, MODEL, offline=offline, revision=revision)
     except OpenELMError as error:
-        if name in RELEASED or not (suggestion := _suggest_released(name)):
+        if name in RELEASED:
             raise
-        raise OpenELMError(f"{str(error).rstrip('.')}{suggestion}.") from error
+        raise OpenELMError(f"{str(error).rstrip('.')}{_suggest(name)}") from error
 
 
-def _suggest_released(name: str) -> str:
-    """Return a hint to the released model that a name such as "1.1B" refers to."""
+def _suggest(name: str) -> str:
+    """Return the end of a sentence, with the models that a name may refer to.
+
+    A released model can have a shorter name here, such as "1.1B".
+    """
     short = name.removeprefix("apple/").lower().removeprefix("openelm-")
     for released in RELEASED:
         if released.partition("-")[2].lower() == short.replace(".", "_"):
-            return f"; `mlx-openelm convert {released}` makes one"
-    return ""
+            similar = suggest_similar(name, (DEMO,), CONFIG)
+            return f"; `mlx-openelm convert {released}` makes one.{similar}"
+    return f".{suggest_similar(name, (DEMO, *RELEASED), CONFIG)}"
 
 
 def download(

@@ -10,7 +10,7 @@ from mlx_openelm.device import compute_dtype
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.loading import stored_dtype
 from mlx_openelm.storage.model_folder import ModelFolder, open_folder, spell_dtype
-from mlx_openelm.storage.tokenizer_finder import read_tokenizer
+from mlx_openelm.storage.tokenizer_finder import MODEL_FILE, read_tokenizer
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
 
 
@@ -33,7 +33,7 @@ class Inspection:
         weight_bytes: the size of the weights on disk.
         memory_bytes: the size of weights and KV cache when running on this machine with
             `context` tokens.
-        tokenizer: its number of pieces, or None.
+        tokenizer: its number of pieces and added tokens, or None.
         source: origin of the weights, as recorded by the converter.
         options: options of the conversion that differ from the defaults.
         receipt: the measured errors of the quantization.
@@ -139,6 +139,9 @@ def _storage(folder: ModelFolder) -> dict[str, str]:
 
 def _count_pieces(folder: ModelFolder) -> int | None:
     try:
-        return read_tokenizer(folder.path).vocab_size
-    except OpenELMError:  # missing or damaged
-        return None
+        rows = folder.config.vocab_size
+        return read_tokenizer(folder.path, num_rows=rows).num_ids
+    except OpenELMError:
+        if (folder.path / MODEL_FILE).is_file():  # SentencePiece's, and damaged
+            raise
+        return None  # missing, or of another kind

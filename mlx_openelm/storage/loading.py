@@ -136,11 +136,12 @@ def load_tokenizer(
             "(NousResearch/Llama-2-7b-hf has a public copy)."
         )
     template = (adapter.template if adapter else None) or folder.template
-    tokenizer = read_tokenizer(folder.path, template=template)
-    if tokenizer.vocab_size > folder.config.vocab_size:
+    rows = folder.config.vocab_size
+    tokenizer = read_tokenizer(folder.path, template=template, num_rows=rows)
+    if tokenizer.vocab_size > rows:
         raise OpenELMError(
             f"The tokenizer in {folder.path} has {tokenizer.vocab_size} pieces, the "
-            f"model {folder.config.vocab_size} rows; they do not belong together."
+            f"model {rows} rows; they do not belong together."
         )
     return tokenizer
 

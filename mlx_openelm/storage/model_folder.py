@@ -304,9 +304,11 @@ def spell_dtype(dtype: mx.Dtype) -> str:
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise OpenELMError(
-            f"{path.parent} holds no {path.name}; is it a model folder? "
-            "`mlx-openelm convert` makes one."
-        )
-    return path
+    if path.is_file():
+        return path
+    absent = f"{path.parent} holds no {path.name}"
+    if (path.parent / "adapter_config.json").is_file():
+        raise OpenELMError(f"{absent}, it is an adapter; pass it as `adapter_path`.")
+    raise OpenELMError(
+        f"{absent}; is it a model folder? `mlx-openelm convert` makes one."
+    )

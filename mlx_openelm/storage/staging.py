@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import count_of
 
 SHARD_FILES = "model*.safetensors"  # files with such a name are complete
 
@@ -274,7 +275,7 @@ def _workplace(target: Path, job: Mapping[str, Any] | None = None) -> Iterator[P
             count = len(_whole_shards(part, job))
             kept = count > 0
             if kept:
-                shards = f"{count} complete shard{'s' if count > 1 else ''}"
+                shards = count_of(count, "complete shard")
                 stopped.add_note(f"The same command resumes from {shards}.")
             raise
         finally:

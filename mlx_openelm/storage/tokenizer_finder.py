@@ -12,14 +12,14 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from mlx_openelm.config import BOS_ID, EOS_ID, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.added_token_files import read_added_tokens
 from mlx_openelm.storage.hub import (
     TOKENIZER,
     TOKENIZER_FILES,
@@ -36,7 +36,7 @@ from mlx_openelm.text.tokenizer_json import (
     refuse,
 )
 
-MODEL_FILE, JSON_FILE, CONFIG_FILE = TOKENIZER_FILES
+MODEL_FILE, JSON_FILE, CONFIG_FILE, *_ = TOKENIZER_FILES
 
 PROBES = (  # texts in which tokenizers differ; no U+2581, which decodes to a space
     *("", " ", "a", " a", "  two spaces", "trailing  ", "a b  c   d    e     f"),
@@ -52,6 +52,7 @@ PROBES = (  # texts in which tokenizers differ; no U+2581, which decodes to a sp
     "looked at her; “it suited her so well,” they said, that she'd never wear "
     "anything else — so she was always called “Little Red-Cap”.\n\n",
 )
+ADDED_PROBES = ("{}", "a{}b", "a {} b", "  {0}{0}\n{0}")  # around added tokens
 LLAMA_SIZE = 32000
 LLAMA_VECTORS = {
     # From an independent implementation, llama-tokenizer-js 1.2.2:
@@ -126,14 +127,14 @@ def find_tokenizer(
         tried = f" ({' '.join(notes[1:][-4:])})" if notes[1:] else ""
         raise OpenELMError(
             f"No tokenizer was found next to {source}{tried}, and OpenELM's own "
-            f"repositories contain none. {TOKENIZER_HINT}, or `tokenizer` none to "
-            "convert without one."
+            f"repositories contain none. {TOKENIZER_HINT}, or with `tokenizer` none "
+            "for a folder without one."
         )
     return result
 
 
 def _read_and_verify(file: Path, num_rows: int) -> Tokenizer:
-    tokenizer = read_tokenizer(file)
+    tokenizer = read_tokenizer(file, num_rows=num_rows)
     try:
         verify_tokenizer(tokenizer, num_rows)
     except OpenELMError as error:
@@ -224,6 +225,8 @@ def _try(
         if file.stat().st_size > MOST_BYTES:
             raise OpenELMError(f"{file} is too large for Llama's.")
         tokenizer = _read_and_verify(file, num_rows)
+        if num_rows not in (tokenizer.num_ids, pad_vocabulary(tokenizer.num_ids)):
+            raise OpenELMError(f"{file} has no text for some of the {num_rows} rows.")
     except (OpenELMError, OSError) as error:
         reason, *_ = str(error).split(". ")  # without the advice
         notes.append(f"Skipped {reason.rstrip('.')}.")
@@ -259,10 +262,16 @@ def find_tokenizer_file(path: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def read_tokenizer(path: Path, *, template: str | None = None) -> Tokenizer:
+def read_tokenizer(
+    path: Path, *, template: str | None = None, num_rows: int | None = None
+) -> Tokenizer:
     """Read the tokenizer of a file or folder; in a folder, tokenizer.model comes first.
 
     A tokenizer.json is converted to a SentencePiece model with the same ids.
+
+    Args:
+        num_rows: rows of the model's embedding. If the tokenizer has fewer pieces, the
+            tokens that were added to it are read from the files of its folder.
 
     Raises:
         OpenELMError: there is no tokenizer, or it is not SentencePiece BPE.
@@ -271,9 +280,25 @@ def read_tokenizer(path: Path, *, template: str | None = None) -> Tokenizer:
     if file is None:
         refuse(f"{path} holds neither {MODEL_FILE} nor {JSON_FILE}")
     if file.suffix != ".json":
-        return Tokenizer.from_file(file, template=template)
+        tokenizer = Tokenizer.from_file(file, template=template)
+    else:
+        tokenizer = _read_json(file, template, num_rows)
+    if num_rows is None or num_rows <= tokenizer.vocab_size:
+        return tokenizer
+    added = read_added_tokens(file.parent, tokenizer.vocab_size, num_rows)
+    if not added:
+        return tokenizer
+    return Tokenizer(tokenizer.model_proto, template=template, added=added)
+
+
+def _read_json(file: Path, template: str | None, num_rows: int | None) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json, verified to give the same ids."""
     try:
-        return _from_json(json.loads(file.read_bytes()), template)
+        description = json.loads(file.read_bytes())
+        tokenizer = rebuild(description, template=template, num_rows=num_rows)
+        with contextlib.suppress(ImportError):  # `rebuild` has compared the merges
+            combined = {**describe(tokenizer), "model": description["model"]}
+            verify_same(json.dumps(combined), tokenizer)
     except (OSError, ValueError) as error:
         raise OpenELMError(f"Cannot read the tokenizer {file}: {error}.") from error
     except (LookupError, TypeError, AttributeError) as error:
@@ -283,14 +308,6 @@ def read_tokenizer(path: Path, *, template: str | None = None) -> Tokenizer:
         ) from error
     except OpenELMError as error:
         raise OpenELMError(f"{file}: {error}") from error
-
-
-def _from_json(description: Mapping[str, Any], template: str | None) -> Tokenizer:
-    """Return the tokenizer of a tokenizer.json, verified to give the same ids."""
-    tokenizer = rebuild(description, template=template)
-    with contextlib.suppress(ImportError):  # `rebuild` has compared the merges
-        combined = {**describe(tokenizer), "model": description["model"]}
-        verify_same(json.dumps(combined), tokenizer)
     return tokenizer
 
 
@@ -298,10 +315,14 @@ def verify_tokenizer(tokenizer: Tokenizer, num_rows: int) -> None:
     """Raise OpenELMError unless the tokenizer fits a model with `num_rows` rows.
 
     It must behave like Llama's (special ids, byte pieces, one dummy space, lossless
-    round trip) and match the embedding; with 32000 pieces it must be Llama's own.
+    round trip) and match the embedding, which may have padding rows: up to a multiple
+    of 128, as CoreNet and transformers pad. With 32000 pieces it must be Llama's own.
     """
+    num_ids, num_added = tokenizer.num_ids, len(tokenizer.added.by_id)
+    if tokenizer.added:  # checked by `verify_same`; they may occur in the texts below
+        tokenizer = Tokenizer(tokenizer.model_proto)
     processor = tokenizer.processor
-    special = (processor.unk_id(), tokenizer.bos_id, tokenizer.eos_id)
+    special = (processor.unk_id(), tokenizer.bos_id, processor.eos_id())
     if special != (UNK_ID, BOS_ID, EOS_ID):
         refuse(
             f"The tokenizer's unknown, BOS and EOS pieces are {special}; OpenELM's are "
@@ -318,13 +339,13 @@ def verify_tokenizer(tokenizer: Tokenizer, num_rows: int) -> None:
     for text in PROBES:
         if (decoded := tokenizer.decode(tokenizer.encode(text))) != text:
             refuse(f"The tokenizer loses text: {text!r} is decoded as {decoded!r}")
-    size = tokenizer.vocab_size
-    padded = pad_vocabulary(size)
-    if num_rows not in (size, padded):
+    size, padded = tokenizer.vocab_size, pad_vocabulary(num_ids)
+    if not num_ids <= num_rows <= padded:
+        added = f", {num_added} added tokens" if num_added else ""
         raise OpenELMError(
-            f"The tokenizer has {size} pieces and the model's embedding {num_rows} "
-            f"rows; expected {size} or, as CoreNet pads them, {padded}. Pass the "
-            "`tokenizer` that the model was trained with."
+            f"The tokenizer has {size} pieces{added} and the model's embedding "
+            f"{num_rows} rows; expected {num_ids}, or with padding up to {padded}. "
+            "Pass the `tokenizer` that the model was trained with."
         )
     # Mistral's has the same size and special ids and passes all checks above.
     for text, ids in LLAMA_VECTORS.items() if size == LLAMA_SIZE else ():
@@ -343,17 +364,18 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             or the folder cannot be written.
     """
     described = json.dumps(describe(tokenizer), ensure_ascii=False)
-    name = tokenizer.processor.IdToPiece
+    processor, name = tokenizer.processor, tokenizer.processor.IdToPiece
     config = {
         # transformers 5 rebuilds a "LlamaTokenizer" and drops one leading space of a
         # text; this class uses tokenizer.json unchanged.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": name(tokenizer.bos_id),
-        "eos_token": name(tokenizer.eos_id),
-        "unk_token": name(tokenizer.processor.unk_id()),
+        "eos_token": name(processor.eos_id()),
+        "unk_token": name(processor.unk_id()),
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
+        **tokenizer.added.roles,
     }
     try:
         (folder / MODEL_FILE).write_bytes(tokenizer.model_proto)
@@ -374,9 +396,10 @@ def verify_same(json_text: str, tokenizer: Tokenizer) -> None:
         other = HuggingFaceTokenizer.from_str(json_text)
     except Exception as error:  # Rust's errors arrive as plain Exceptions
         raise OpenELMError(f"{JSON_FILE} cannot be used: {error}.") from error
-    for text in PROBES:
+    added = [token.content for token in tokenizer.added.by_id.values()]
+    for text in (*PROBES, *(probe.format(x) for x in added for probe in ADDED_PROBES)):
         ids, other_ids = tokenizer.encode(text), other.encode(text).ids
-        if other_ids != ids or other.decode(ids) != text:
+        if other_ids != ids or other.decode(ids) != tokenizer.decode(ids):
             refuse(
                 f"{JSON_FILE} differs from SentencePiece: {text!r} gives {other_ids}, "
                 f"not {ids}, which decode to {other.decode(ids)!r}"

@@ -5,17 +5,19 @@
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple, NoReturn
 
 from mlx_openelm.config import BOS_ID, EOS_ID
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.text.tokenizer import SPACE, Tokenizer
+from mlx_openelm.text.added_tokens import SPACE, AddedToken
+from mlx_openelm.text.tokenizer import Tokenizer, check_pieces
 
 UNK_ID = 0
 BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 TOKENIZER_HINT = (
-    "Pass `tokenizer` FILE, FOLDER or REPO with Llama 2's tokenizer.model, such as "
-    "`tokenizer` NousResearch/Llama-2-7b-hf (a public copy)"
+    "Convert with `tokenizer` FILE, FOLDER or REPO of Llama 2's tokenizer.model, such "
+    "as `tokenizer` NousResearch/Llama-2-7b-hf (a public copy)"
 )
 
 
@@ -37,11 +39,24 @@ _FLOAT = struct.Struct("<f")
 
 # SentencePiece -> tokenizer.json -------------------------------------------------
 
+_ESCAPE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _NORMALIZER = {
     "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": SPACE},
-        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    "normalizers": [{"type": "Prepend", "prepend": SPACE}, _ESCAPE],
+}
+_KEEP_LEADING = {  # as transformers 5 converts a tokenizer.model
+    "type": "Replace",
+    "pattern": {"Regex": f"\\A{SPACE}"},
+    "content": SPACE * 2,
+}
+_METASPACE = {"type": "Metaspace", "split": False}
+# The dummy space at the start of the whole text alone, not after added tokens. The
+# normalizer has replaced all spaces, so the first Metaspace only adds one.
+_PREPEND_ONCE = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {**_METASPACE, "replacement": " ", "prepend_scheme": "first"},
+        {**_METASPACE, "replacement": SPACE, "prepend_scheme": "never"},
     ],
 }
 _DECODER = {  # mlx-lm recognises a SentencePiece decoder by exactly this value
@@ -65,6 +80,7 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
         OpenELMError: our tokenizer.json cannot express what the model does.
     """
     pieces = _read_proto(tokenizer.model_proto)
+    added = tokenizer.added
     bos = pieces[tokenizer.bos_id].text
     begin = {"SpecialToken": {"id": bos, "type_id": 0}}
     first = {"Sequence": {"id": "A", "type_id": 0}}
@@ -78,9 +94,10 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
             {"id": i, "content": piece.text, "special": True, **plain}
             for i, piece in enumerate(pieces)
             if piece.kind in (_UNKNOWN, _CONTROL)
-        ],
-        "normalizer": _NORMALIZER,
-        "pre_tokenizer": None,
+        ]
+        + [asdict(token) for token in added.by_id.values()],
+        "normalizer": _NORMALIZER if added.spaces_each else _ESCAPE,
+        "pre_tokenizer": None if added.spaces_each else _PREPEND_ONCE,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [begin, first],
@@ -123,9 +140,17 @@ def _merges(pieces: Sequence[_Piece]) -> list[tuple[str, str]]:
 
 
 def rebuild(
-    description: Mapping[str, Any], *, template: str | None = None
+    description: Mapping[str, Any],
+    *,
+    template: str | None = None,
+    num_rows: int | None = None,
 ) -> Tokenizer:
     """Return the SentencePiece tokenizer with the ids of a tokenizer.json.
+
+    Its added tokens are left out; `read_added` returns them.
+
+    Args:
+        num_rows: rows of the model's embedding; default: one for each piece.
 
     Raises:
         OpenELMError: SentencePiece's BPE cannot express it.
@@ -135,20 +160,32 @@ def rebuild(
     model = description["model"]
     if model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
         refuse("It is not BPE with byte fallback, as OpenELM's is")
-    vocab = model["vocab"]
+    special = {token["id"]: token["content"] for token in description["added_tokens"]}
+    vocab = {  # some list the added tokens here too
+        text: i
+        for text, i in model["vocab"].items()
+        if i <= EOS_ID or special.get(i) != text
+    }
+    check_pieces(vocab)
     names = sorted(vocab, key=vocab.__getitem__)
     if [vocab[name] for name in names] != list(range(len(names))):
         refuse(f"Its ids are not 0 to {len(names) - 1}")
-    if not _only_adds_dummy_space(description):
+    if _read_spaces(description) is None:
         refuse(
             "It does not put one space in front of a text and keep the rest: it has "
-            f"{description.get('normalizer')} and {description.get('pre_tokenizer')}"
+            f"{description.get('normalizer')!r:.300} and "
+            f"{description.get('pre_tokenizer')!r:.300}"
         )
-    special = {token["id"]: token["content"] for token in description["added_tokens"]}
-    # A padding token after the vocabulary never occurs in a text and is left out.
-    kept = {i for i, x in special.items() if i < len(names) or "pad" not in x.lower()}
-    if kept != {UNK_ID, BOS_ID, EOS_ID}:
-        refuse(f"Its added tokens are {special}; OpenELM has only unknown, BOS and EOS")
+    if {*special} & {*range(len(names))} != {UNK_ID, BOS_ID, EOS_ID}:
+        refuse(
+            f"Its special tokens are {special!r:.300}; OpenELM has only unknown, BOS "
+            "and EOS, and added tokens that follow the pieces"
+        )
+    # A padding token without a row never occurs in a text and is left out.
+    last = max(num_rows or 0, len(names))
+    lost = [x for i, x in special.items() if i >= last and "pad" not in x.lower()]
+    if lost:
+        refuse(f"The embedding has no rows for its added tokens {lost!r:.300}")
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     scores: dict[str, float] = {}
     for rank, (left, right) in enumerate(merges):
@@ -163,21 +200,50 @@ def rebuild(
     return Tokenizer(_write_proto(pieces), template=template)
 
 
-def _only_adds_dummy_space(description: Mapping[str, Any]) -> bool:
-    """Return whether a tokenizer.json only puts one space in front of a text.
+def read_added(
+    description: Mapping[str, Any],
+) -> tuple[list[AddedToken], bool]:
+    """Return the added tokens of a tokenizer.json, and `AddedTokens.spaces_each`.
+
+    Raises:
+        LookupError, TypeError, AttributeError, ValueError: see `rebuild`.
+    """
+    tokens = [AddedToken.read(entry) for entry in description["added_tokens"]]
+    return tokens, _read_spaces(description) != "first"
+
+
+def _read_spaces(description: Mapping[str, Any]) -> str | None:
+    """Return which texts a tokenizer.json puts a dummy space in front of.
+
+    Returns:
+        "each" text between added tokens, or the "first" one. None: it does more, or
+        does not keep the spaces.
 
     transformers 5 rewrites Llama's normalizer as the pre-tokenizer Metaspace, which
     drops one leading space of a text. That is accepted but not reproduced, as OpenELM
     was trained with SentencePiece.
     """
+    normalizer = description.get("normalizer")
     pre_tokenizer = description.get("pre_tokenizer") or {}
-    if description.get("normalizer") is not None:
-        return description["normalizer"] == _NORMALIZER and not pre_tokenizer
-    return (
-        (pre_tokenizer.get("type"), pre_tokenizer.get("split")) == ("Metaspace", False)
-        and pre_tokenizer["replacement"] == SPACE
-        and pre_tokenizer.get("prepend_scheme", "always") != "never"
-    )
+    if normalizer == _NORMALIZER:
+        return None if pre_tokenizer else "each"
+    if (normalizer, pre_tokenizer) == (_ESCAPE, _PREPEND_ONCE):
+        return "first"
+    if normalizer is not None and normalizer.get("type") == "Sequence":
+        first, *rest = normalizer["normalizers"]
+        normalizer = first if rest in ([], [_KEEP_LEADING]) else {}
+    if pre_tokenizer.get("type") == "Sequence":
+        pre_tokenizer, *rest = pre_tokenizer["pretokenizers"]
+        pre_tokenizer = {} if rest else pre_tokenizer
+    scheme = pre_tokenizer.get("prepend_scheme", "always")
+    if (
+        normalizer not in (None, _ESCAPE)
+        or not _METASPACE.items() <= pre_tokenizer.items()
+        or pre_tokenizer["replacement"] != SPACE
+        or scheme == "never"
+    ):
+        return None
+    return "first" if scheme == "first" else "each"
 
 
 # The fields of sentencepiece_model.proto that are used ---------------------------
@@ -197,20 +263,26 @@ def _read_proto(proto: bytes) -> list[_Piece]:
         OpenELMError: our tokenizer.json cannot express what the model does.
     """
     messages: dict[int, list[dict[int, Any]]] = {1: [], 2: [{}], 3: [{}]}
-    for number, value in _fields(proto):
-        if number in messages:
-            messages[number].append(dict(_fields(value)))
-    pieces = [
-        _Piece(m[1].decode(), _FLOAT.unpack(m.get(2, bytes(4)))[0], m.get(3, _NORMAL))
-        for m in messages[1]
-    ]
+    try:
+        for number, value in _fields(proto):
+            if number in messages:
+                messages[number].append(dict(_fields(value)))
+        pieces = [
+            _Piece(
+                m[1].decode(), _FLOAT.unpack(m.get(2, bytes(4)))[0], m.get(3, _NORMAL)
+            )
+            for m in messages[1]
+        ]
+    except (LookupError, TypeError, AttributeError, ValueError, struct.error) as error:
+        refuse(f"The tokenizer.model is damaged ({error!r:.80})")
     trainer, normalizer = messages[2][-1], messages[3][-1]
+    name = bytes(normalizer.get(1, b"")).decode(errors="replace")
     odd = [piece.text for piece in pieces if piece.kind in (_USER_DEFINED, _UNUSED)]
     reasons = {
         "is not BPE": trainer.get(3, 1) != _BPE,
         "has no byte fallback": not trainer.get(35, 0),
         "puts spaces after words": trainer.get(24, 0),
-        f"normalizes text ({normalizer.get(1, b'').decode()})": normalizer.get(2),
+        f"normalizes text ({name:.80})": normalizer.get(2),
         "puts no dummy space in front of a text": not normalizer.get(3, 1),
         "removes extra white space": normalizer.get(4, 1),
         "does not escape spaces": not normalizer.get(5, 1),

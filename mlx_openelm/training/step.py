@@ -101,7 +101,7 @@ class Step:
         if gradients is None:  # fewer samples than processes
             gradients = tree_map(mx.zeros_like, self._model.trainable_parameters())
         if self._world.size > 1:
-            # The sum is needed; MLX only has the average, in few large messages.
+            # MLX averages in a few large messages; multiply to get the sum.
             gradients = nn.average_gradients(gradients)
             gradients = tree_map(lambda g: g * self._world.size, gradients)
         totals, stop_requested = self._sum_over_processes(totals, stop())

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from browser import find_browser, started
-from commands import call, make_source, refuse
+from commands import call, expect_error, make_source
 from models import SCALED, UNEVEN, build
 
 import mlx_openelm
@@ -175,7 +175,7 @@ def test_every_combination_is_a_cell():
     (usual,) = plan_cases([make_subject("270M")], Workload())
     assert (usual.bits, usual.prompt_tokens, usual.new_tokens) == (16, 512, 64)
     (small,) = plan_cases(subjects[:1], Workload())
-    assert (small.prompt_tokens, small.new_tokens) == (32, 32)  # it has room for 64
+    assert (small.prompt_tokens, small.new_tokens) == (32, 32)  # its context is 64
 
 
 def test_a_folder_is_measured_in_its_stored_format(here):
@@ -326,29 +326,29 @@ QUICK = ("--prompt-tokens", 8, "--max-tokens", 4, "--rounds", 2)
 
 
 def test_json_is_one_document(here):
-    ran = call(
+    result = call(
         "bench", "--model", "model", *QUICK, "--batch", 1, "--batch", 2, "--json"
     )
-    assert ran.exit_code == 0, ran.stderr
-    result = json.loads(ran.stdout)
-    assert result["finished"]
-    assert [cell["batch"] for cell in result["cells"]] == [1, 2]
-    assert result["cells"][0]["model"] == "model"
-    assert result["cells"][0]["shell_first_token_s"]["median"] > 0
-    assert result["cells"][1]["shell_first_token_s"] is None
-    assert result["bandwidth"]["way"] == "a sum"
-    assert result["machine"]["blas"]
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["finished"]
+    assert [cell["batch"] for cell in report["cells"]] == [1, 2]
+    assert report["cells"][0]["model"] == "model"
+    assert report["cells"][0]["shell_first_token_s"]["median"] > 0
+    assert report["cells"][1]["shell_first_token_s"] is None
+    assert report["bandwidth"]["way"] == "a sum"
+    assert report["machine"]["blas"]
 
 
 def test_the_table_shows_all_measurements(monkeypatch):
     monkeypatch.setattr(measure, "time_shell", lambda *_: [0.5, 0.76])
-    ran = call("bench", *QUICK)
-    assert ran.exit_code == 0, ran.stderr
+    result = call("bench", *QUICK)
+    assert result.exit_code == 0, result.stderr
     for words in ("demo", "1.00 GB/s: 0 MB by a sum", "0.63", "0.50-0.76", "share of"):
-        assert words in ran.stdout
+        assert words in result.stdout
     for value in dataclasses.asdict(describe_machine()).values():
-        assert str(value) in ran.stdout or isinstance(value, int)
-    assert "built-in demo" in ran.stderr
+        assert str(value) in result.stdout or isinstance(value, int)
+    assert "built-in demo" in result.stderr
     assert call("bench", *QUICK, "--quiet").stderr == ""
 
 
@@ -359,15 +359,15 @@ def test_sizes_have_synthetic_weights_and_published_speeds(monkeypatch):
     )
     ours = PUBLISHED[0]
     monkeypatch.setattr(measure, "find_published", lambda size, bits: ours)
-    ran = call("bench", "--size", "270M", *QUICK)
-    assert "random weights" in ran.stdout
-    assert "prompt 1151, new 212" in " ".join(ran.stdout.split())
-    assert "quoted from memory and unverified" in ran.stdout
-    assert "M2 Max" in ran.stdout
+    result = call("bench", "--size", "270M", *QUICK)
+    assert "random weights" in result.stdout
+    assert "prompt 1151, new 212" in " ".join(result.stdout.split())
+    assert "quoted from memory and unverified" in result.stdout
+    assert "M2 Max" in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--size", "2B"], ["'2B' is not a released OpenELM", "270M, 450M, 1.1B, 3B"]),
         (["--bits", "7"], ["--bits is 7", "16, 8, 6, 5, 4, 3, 2"]),
@@ -393,17 +393,17 @@ def test_sizes_have_synthetic_weights_and_published_speeds(monkeypatch):
         (["--chart", "model/config.json/a.svg"], ["Cannot write"]),
     ],
 )
-def test_invalid_input_is_refused_before_measuring(here, monkeypatch, options, says):
+def test_invalid_input_is_refused_before_measuring(here, monkeypatch, options, message):
     monkeypatch.setattr(machine, "measure_bandwidth", lambda: pytest.fail("measured"))
     (here / "there.svg").write_text("mine")
-    refuse(here, "bench", *options, says=says)
+    expect_error(here, "bench", *options, message=message)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_refused(here):
     here.chmod(0o500)
     try:
-        refuse(here, "bench", "--chart", "a.svg", says="Permission denied")
+        expect_error(here, "bench", "--chart", "a.svg", message="Permission denied")
     finally:
         here.chmod(0o700)
 
@@ -422,20 +422,20 @@ def test_measurements_before_a_stop_are_shown(monkeypatch, tmp_path, error):
     monkeypatch.setattr(measure, "_draw", stop_later)
     monkeypatch.setattr(measure, "time_shell", lambda *_: [])
     chart = tmp_path / "a.svg"
-    ran = call("bench", *QUICK, *BATCHES, "--json", "--chart", chart)
-    result = json.loads(ran.stdout)
-    assert (len(result["cells"]), result["planned"]) == (1, 2)
-    assert not result["finished"]
-    assert result["cells"][0]["rounds"] == 2
+    result = call("bench", *QUICK, *BATCHES, "--json", "--chart", chart)
+    report = json.loads(result.stdout)
+    assert (len(report["cells"]), report["planned"]) == (1, 2)
+    assert not report["finished"]
+    assert report["cells"][0]["rounds"] == 2
     assert chart.is_file()
     if error is KeyboardInterrupt:
-        assert (ran.exit_code, "Interrupted." in ran.stderr) == (130, True)
+        assert (result.exit_code, "Interrupted." in result.stderr) == (130, True)
     else:
-        assert (ran.exit_code, "error: It broke." in ran.stderr) == (1, True)
+        assert (result.exit_code, "error: It broke." in result.stderr) == (1, True)
 
 
 @pytest.fixture
-def stand_in(tmp_path, monkeypatch):
+def fake_python(tmp_path, monkeypatch):
     """Return a function that replaces Python by a shell script."""
 
     def install(program):
@@ -447,8 +447,8 @@ def stand_in(tmp_path, monkeypatch):
     return install
 
 
-def test_the_shell_time_is_that_of_the_first_byte(tmp_path, stand_in):
-    stand_in(f'echo "$*" > {tmp_path}/arguments; sleep 0.3; echo king; sleep 1')
+def test_the_shell_time_is_that_of_the_first_byte(tmp_path, fake_python):
+    fake_python(f'echo "$*" > {tmp_path}/arguments; sleep 0.3; echo king; sleep 1')
     result = time_shell(demo_folder(), tmp_path / "adapter", 1)
     assert len(result) == 1
     assert 0.3 <= result[0] < 1.3
@@ -458,13 +458,13 @@ def test_the_shell_time_is_that_of_the_first_byte(tmp_path, stand_in):
     assert f"--adapter-path {tmp_path}/adapter" in arguments
 
 
-def test_a_folder_that_cannot_answer_has_no_shell_time(tmp_path, stand_in):
-    stand_in("exit 1")
+def test_a_folder_that_cannot_answer_has_no_shell_time(tmp_path, fake_python):
+    fake_python("exit 1")
     assert time_shell(tmp_path, None, 3) == []
 
 
-def test_an_interrupt_ends_the_timed_process(tmp_path, stand_in):
-    stand_in(f"echo $$ > {tmp_path}/number; exec sleep 60")
+def test_an_interrupt_ends_the_timed_process(tmp_path, fake_python):
+    fake_python(f"echo $$ > {tmp_path}/number; exec sleep 60")
 
     def stop(number, frame):
         raise KeyboardInterrupt
@@ -488,8 +488,8 @@ def figure(value, spread=0.05):
     return Figure(value, value * (1 - spread), value * (1 + 2 * spread))
 
 
-def made_report():
-    """Return an invented report with every kind of row."""
+def synthetic_report():
+    """Return a synthetic report with every kind of row."""
     name = "a-folder-with-a-name-that-goes-on-and-on-and-on"
     machine = Machine("Linux 6 <x86>", "3.11", "0.32.4", "CPU (A & B)", "BLAS", 10**10)
     rows = []
@@ -533,7 +533,7 @@ def bar_width(group):
 
 
 def test_the_chart_is_drawn_to_scale_and_needs_no_other_files():
-    report = made_report()
+    report = synthetic_report()
     drawn = draw_bench(report)
     root = ElementTree.fromstring(drawn)
     measured = [cell for cell in report.cells if cell.rounds]
@@ -557,13 +557,13 @@ def test_the_chart_is_drawn_to_scale_and_needs_no_other_files():
 
 
 def test_an_empty_report_gives_a_chart():
-    empty = replace(made_report(), cells=())
+    empty = replace(synthetic_report(), cells=())
     assert "Nothing was measured" in draw_bench(empty)
 
 
 @pytest.mark.skipif(find_browser() is None, reason="needs a browser")
 def test_a_browser_shows_all_text_inside_the_chart(tmp_path):
-    (tmp_path / "a.svg").write_text(draw_bench(made_report()))
+    (tmp_path / "a.svg").write_text(draw_bench(synthetic_report()))
     with started(find_browser(), tmp_path / "profile") as browser:
         page = browser.new_page()
         for scheme in ("light", "dark"):
@@ -582,6 +582,6 @@ def test_a_browser_shows_all_text_inside_the_chart(tmp_path):
             )
             assert len(labels) == 14
             assert max(labels) < 296  # the bars begin at 300
-            assert not page.complaints
+            assert not page.errors
             page.picture(tmp_path / f"{scheme}.png")
             assert (tmp_path / f"{scheme}.png").stat().st_size > 10_000

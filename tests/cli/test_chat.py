@@ -28,7 +28,7 @@ from mlx_openelm.generation import conversation
 from mlx_openelm.generation.cache import KVCache
 
 PROGRAM = (sys.executable, "-m", "mlx_openelm", "chat", "--model", "model")
-ENDLESS = "50000"  # tokens: some half a minute
+ENDLESS = "50000"  # tokens: about half a minute
 
 SIGN, CTRL_C, CTRL_D = b">>> ", "\x03", "\x04"
 
@@ -82,7 +82,7 @@ class Terminal:
     def type(self, text: str | bytes) -> None:
         os.write(self.screen, text.encode() if isinstance(text, str) else text)
 
-    def see(self, what: str | bytes, *, seconds: float = 60) -> str:
+    def wait_for(self, what: str | bytes, *, seconds: float = 60) -> str:
         """Wait until a text is on the screen; return the output up to it."""
         what, seen = what.encode() if isinstance(what, str) else what, b""
         end = time.monotonic() + seconds
@@ -95,7 +95,7 @@ class Terminal:
             seen += got
         return seen.decode(errors="replace").replace("\r", "")
 
-    def see_some(self, count: int) -> None:
+    def wait_for_bytes(self, count: int) -> None:
         """Wait for `count` bytes."""
         while count > 0:
             got = self.read()
@@ -108,17 +108,17 @@ class Terminal:
         except OSError:  # Linux, when the other side is closed
             return b""
 
-    def ask(self, line: str | bytes) -> str:
+    def enter(self, line: str | bytes) -> str:
         """Type a line; return the output up to the next prompt."""
         self.type(line + ("\r" if isinstance(line, str) else b"\r"))
-        return self.see(SIGN)
+        return self.wait_for(SIGN)
 
     def interrupt(self) -> str:
         """Press Ctrl-C at the prompt; Python may miss one while drawing it."""
         for _ in range(30):
             self.type(CTRL_C)
             with contextlib.suppress(TimeoutError):
-                return self.see(SIGN, seconds=2)
+                return self.wait_for(SIGN, seconds=2)
         raise AssertionError("Ctrl-C has no effect")
 
     def terminate(self) -> int:
@@ -151,25 +151,27 @@ def saved(path: Path) -> list[str]:
 
 def test_a_pipe_gives_the_answers_and_nothing_else_on_stdout(here):
     lines = 'Hi\n\n"""\ntwo\n lines\n"""\nand \\\r\nmore\n/save chat.json\n// x'
-    ran = piped(here, lines, "-m", "4", "--system", "Be kind.")
-    assert ran.exit_code == 0, ran.stderr_bytes
+    result = piped(here, lines, "-m", "4", "--system", "Be kind.")
+    assert result.exit_code == 0, result.stderr_bytes
     system, *texts = saved(here / "chat.json")
     assert (system, texts[::2]) == ("Be kind.", ["Hi", "two\n lines", "and \nmore"])
     model, tokenizer = load(here / "model")
     first = generate(model, tokenizer, "Hi", Sampling(max_tokens=4), system="Be kind.")
     assert texts[1] == first
     answers = "".join(f"{text}\n" for text in texts[1::2]).encode()
-    assert ran.stdout_bytes.startswith(answers)
-    assert ran.stdout_bytes.count(b"\n") > answers.count(b"\n")  # of the last, unsaved
-    assert SIGN not in ran.stdout_bytes + ran.stderr_bytes
-    assert ran.stderr_bytes.count(b"[truncated by --max-tokens; 4 tokens at ") == 4
+    assert result.stdout_bytes.startswith(answers)
+    assert result.stdout_bytes.count(b"\n") > answers.count(
+        b"\n"
+    )  # of the last, unsaved
+    assert SIGN not in result.stdout_bytes + result.stderr_bytes
+    assert result.stderr_bytes.count(b"[truncated by --max-tokens; 4 tokens at ") == 4
     quiet = piped(here, lines.replace("chat.json", "quiet.json"), "-m", "4", "--quiet")
     assert quiet.stderr_bytes == b""
 
 
 def test_json_is_one_object_for_each_answer(here):
-    ran = piped(here, "Hi\nWho?\n/save chat.json\n", "-m", "4", "--json")
-    answers_json = [json.loads(line) for line in ran.stdout_bytes.splitlines()]
+    result = piped(here, "Hi\nWho?\n/save chat.json\n", "-m", "4", "--json")
+    answers_json = [json.loads(line) for line in result.stdout_bytes.splitlines()]
     assert [t["text"] for t in answers_json] == saved(here / "chat.json")[1::2]
     assert [t["generation_tokens"] for t in answers_json] == [4, 4]
     assert answers_json[1]["cached_tokens"] >= answers_json[0]["prompt_tokens"] - 1
@@ -180,11 +182,11 @@ def test_json_is_one_object_for_each_answer(here):
 def test_a_wrong_line_is_reported_and_the_others_are_processed(here):
     (here / "diary").write_text("mine")
     wrong = b"Hi\n/sav x\n\xff\n/save diary\n/load none\n/undo 3\n/load\n/save\n"
-    ran = piped(here, wrong + b"/save chat.json\nWho?\n", "-m", "4")
-    assert ran.exit_code == 1
+    result = piped(here, wrong + b"/save chat.json\nWho?\n", "-m", "4")
+    assert result.exit_code == 1
     assert len(saved(here / "chat.json")) == 2
     errors = [
-        line for line in ran.stderr_bytes.splitlines() if line.startswith(b"error: ")
+        line for line in result.stderr_bytes.splitlines() if line.startswith(b"error: ")
     ]
     for error, expected in zip(
         errors,
@@ -202,8 +204,8 @@ def test_a_wrong_line_is_reported_and_the_others_are_processed(here):
     ):
         assert expected in error
     assert (here / "diary").read_text() == "mine"
-    assert len(ran.stdout_bytes.splitlines()) >= 2
-    assert b"Traceback" not in ran.stderr_bytes
+    assert len(result.stdout_bytes.splitlines()) >= 2
+    assert b"Traceback" not in result.stderr_bytes
 
 
 def test_wrong_options_are_refused_before_the_first_prompt(here):
@@ -211,9 +213,9 @@ def test_wrong_options_are_refused_before_the_first_prompt(here):
         (("--template", "chatml"), b"No template is called 'chatml'"),
         (("--template", "raw", "--system", "x"), b"takes no system text"),
     ):
-        ran = piped(here, "Hi\n", *options)
-        assert (ran.exit_code, ran.stdout_bytes) == (1, b"")
-        assert message in ran.stderr_bytes
+        result = piped(here, "Hi\n", *options)
+        assert (result.exit_code, result.stdout_bytes) == (1, b"")
+        assert message in result.stderr_bytes
 
 
 def test_a_closed_pipe_is_quiet_and_a_full_disk_is_reported(here):
@@ -231,16 +233,16 @@ def test_a_closed_pipe_is_quiet_and_a_full_disk_is_reported(here):
     assert (process.returncode, errors) == (0, b"")
     if Path("/dev/full").exists():
         with open("/dev/full", "w") as full:
-            ran = subprocess.run(
+            result = subprocess.run(
                 [*PROGRAM, "-m", "4", "--quiet"],
                 cwd=here,
                 input=b"Hi\n",
                 stdout=full,
                 stderr=subprocess.PIPE,
             )
-        assert ran.returncode == 1
-        assert b"No space left" in ran.stderr
-        assert b"Traceback" not in ran.stderr
+        assert result.returncode == 1
+        assert b"No space left" in result.stderr
+        assert b"Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,7 @@ def test_a_script_is_stopped_as_any_other_command(here, number, code):
 
 
 def test_a_model_without_a_template_continues_a_text(here):
-    ran = piped(here, "Once\n\n/save chat.json\n", "-m", "6", "--template", "raw")
+    result = piped(here, "Once\n\n/save chat.json\n", "-m", "6", "--template", "raw")
     message, first, empty, second = saved(here / "chat.json")
     assert (message, empty) == ("Once", "")
     model, tokenizer = load(here / "model")
@@ -273,8 +275,8 @@ def test_a_model_without_a_template_continues_a_text(here):
     assert second == generate(
         model, tokenizer, f"Once{first}", sampling, template="raw"
     )
-    assert b"no prompt template" in ran.stderr_bytes
-    assert ran.stderr_bytes.count(b"an empty line continues") == 2
+    assert b"no prompt template" in result.stderr_bytes
+    assert result.stderr_bytes.count(b"an empty line continues") == 2
 
 
 # On a terminal -------------------------------------------------------------------
@@ -282,34 +284,34 @@ def test_a_model_without_a_template_continues_a_text(here):
 
 def test_a_conversation_on_a_terminal(here):
     with Terminal(here, "-m", "4") as terminal:
-        greeting = terminal.see(SIGN)
+        greeting = terminal.wait_for(SIGN)
         assert "/help shows the commands" in greeting
-        assert "truncated by --max-tokens; 4 tokens" in terminal.ask("Hi")
+        assert "truncated by --max-tokens; 4 tokens" in terminal.enter("Hi")
         terminal.type('"""\r')
-        terminal.see("... ")
+        terminal.wait_for("... ")
         terminal.type("two\r")
-        terminal.see("... ")
-        terminal.ask(' lines"""')
+        terminal.wait_for("... ")
+        terminal.enter(' lines"""')
         terminal.type("and \\\r")
-        terminal.see("... ")
-        terminal.ask("more")
+        terminal.wait_for("... ")
+        terminal.enter("more")
         if PASTES:  # bracketed paste: pasted lines are one message
             assert "\x1b[?2004h" in greeting
-        terminal.ask(b"\x1b[200~pasted\nlines\x1b[201~" if PASTES else "pasted")
-        assert "/retry " in terminal.ask("/help")
-        assert "no command /sav;" in terminal.ask("/sav")
-        assert "not UTF-8" in terminal.ask(b"\xff")
-        assert "greedy decoding" in terminal.ask("/retry")
-        assert "saved to chat.json" in terminal.ask("/save chat.json")
-        assert "3 messages" in terminal.ask("/undo")
-        assert "saved to chat.json" in terminal.ask(b"\x1b[A\x1b[A")  # what was typed
+        terminal.enter(b"\x1b[200~pasted\nlines\x1b[201~" if PASTES else "pasted")
+        assert "/retry " in terminal.enter("/help")
+        assert "no command /sav;" in terminal.enter("/sav")
+        assert "not UTF-8" in terminal.enter(b"\xff")
+        assert "greedy decoding" in terminal.enter("/retry")
+        assert "saved to chat.json" in terminal.enter("/save chat.json")
+        assert "3 messages" in terminal.enter("/undo")
+        assert "saved to chat.json" in terminal.enter(b"\x1b[A\x1b[A")  # what was typed
         assert len(saved(here / "chat.json")) == 6
-        terminal.ask("/reset")
-        assert "error: There is no message" in terminal.ask("/undo")
-        assert "system text set" in terminal.ask("/system Be kind.")
-        assert "3 messages with answers from chat" in terminal.ask("/load chat.json")
-        terminal.ask("/undo")
-        assert "chat.json]" in terminal.ask("/save")
+        terminal.enter("/reset")
+        assert "error: There is no message" in terminal.enter("/undo")
+        assert "system text set" in terminal.enter("/system Be kind.")
+        assert "3 messages with answers from chat" in terminal.enter("/load chat.json")
+        terminal.enter("/undo")
+        assert "chat.json]" in terminal.enter("/save")
         assert saved(here / "chat.json")[::2] == ["Hi", "two\n lines"]
         terminal.type(CTRL_D)
         assert terminal.ends() == 0
@@ -317,13 +319,13 @@ def test_a_conversation_on_a_terminal(here):
 
 def test_ctrl_c_stops_the_answer_and_keeps_its_text_so_far(here):
     with Terminal(here, "-m", ENDLESS) as terminal:
-        terminal.see(SIGN)
+        terminal.wait_for(SIGN)
         terminal.type("Who wept?\r")
-        terminal.see("Who wept?")
-        terminal.see_some(40)
+        terminal.wait_for("Who wept?")
+        terminal.wait_for_bytes(40)
         terminal.type(CTRL_C)
-        assert "[stopped; " in terminal.see(SIGN)
-        terminal.ask("/save chat.json")
+        assert "[stopped; " in terminal.wait_for(SIGN)
+        terminal.enter("/save chat.json")
         message, answer = saved(here / "chat.json")
         assert message == "Who wept?"
         assert 10 <= len(answer) < 40_000
@@ -332,9 +334,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_its_text_so_far(here):
         assert whole[:10] == answer[:10]
         assert "[Ctrl-D or /quit quits]" in terminal.interrupt()
         terminal.type("/no such thing")
-        terminal.see("thing")
+        terminal.wait_for("thing")
         assert "[Ctrl-D or /quit quits]" in terminal.interrupt()
-        assert "/retry" in terminal.ask("/help")
+        assert "/retry" in terminal.enter("/help")
         terminal.type("/quit\r")
         assert terminal.ends() == 0
 
@@ -373,14 +375,14 @@ def test_ctrl_c_before_the_first_token_removes_the_message(here, monkeypatch, ca
 
 def test_a_second_ctrl_c_stops_at_once_and_the_conversation_continues(here):
     with Terminal(here, "-m", ENDLESS) as terminal:
-        terminal.see(SIGN)
+        terminal.wait_for(SIGN)
         for _ in range(8):
             terminal.type("Hi\r")
-            terminal.see("Hi")
+            terminal.wait_for("Hi")
             for _ in range(2):
                 time.sleep(0.02)
                 terminal.type(CTRL_C)
-            terminal.ask("/help")
+            terminal.enter("/help")
         terminal.type("/quit\r")
         assert terminal.ends() == 0
 
@@ -388,11 +390,11 @@ def test_a_second_ctrl_c_stops_at_once_and_the_conversation_continues(here):
 @pytest.mark.parametrize("busy", [True, False])
 def test_sigterm_ends_it_at_once(here, busy):
     with Terminal(here, "-m", ENDLESS) as terminal:
-        terminal.see(SIGN)
+        terminal.wait_for(SIGN)
         if busy:
             terminal.type("Hi\r")
-            terminal.see("Hi")
-            terminal.see_some(20)
+            terminal.wait_for("Hi")
+            terminal.wait_for_bytes(20)
         assert terminal.terminate() == 143
 
 
@@ -401,9 +403,9 @@ def test_answers_can_go_to_a_file_while_lines_are_typed(here):
         open(here / "answers", "wb") as answers,
         Terminal(here, "-m", "4", stdout=answers) as terminal,
     ):
-        terminal.see(SIGN)
-        terminal.ask("Hi")
-        terminal.ask("/save chat.json")
+        terminal.wait_for(SIGN)
+        terminal.enter("Hi")
+        terminal.enter("/save chat.json")
         terminal.type(CTRL_D)
         assert terminal.ends() == 0
     assert (here / "answers").read_text() == f"{saved(here / 'chat.json')[1]}\n"

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import call, refuse, snapshot
+from commands import call, expect_error, snapshot
 from models import TEXT, small_tokenizer
 from places import ROOT
 
@@ -40,9 +40,9 @@ def run(*args, code=None, **options):
 
 def answer(*args, **options):
     """Return the stdout of a command, which must succeed."""
-    ran = call(*args, **options)
-    assert ran.exit_code == 0, ran.output
-    return ran.stdout
+    result = call(*args, **options)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 # The program ---------------------------------------------------------------------
@@ -51,25 +51,25 @@ def answer(*args, **options):
 @pytest.mark.parametrize(
     "args", [("--help",), ("generate", "-h"), ("convert", "--help")]
 )
-def test_help_imports_nothing_heavy(args):
+def test_help_imports_no_large_library(args):
     code = f"""
 import atexit, sys
 atexit.register(lambda: print(sorted(sys.modules.keys() & {set(HEAVY)})))
 from mlx_openelm.cli.main import main
 main()
 """
-    ran = run(*args, code=code)
-    assert ran.returncode == 0
-    assert "Usage" in ran.stdout
-    assert ran.stdout.endswith("[]\n")
+    result = run(*args, code=code)
+    assert result.returncode == 0
+    assert "Usage" in result.stdout
+    assert result.stdout.endswith("[]\n")
 
 
 def test_the_package_runs_as_a_module():
-    ran = run("--version")
-    assert (ran.returncode, ran.stderr) == (0, "")
+    result = run("--version")
+    assert (result.returncode, result.stderr) == (0, "")
     version = re.escape(__version__)
     pattern = rf"mlx-openelm {version} \(mlx [\d.]+, mlx-lm [\d.]+\)\n"
-    assert re.fullmatch(pattern, ran.stdout)
+    assert re.fullmatch(pattern, result.stdout)
 
 
 @pytest.mark.parametrize(
@@ -87,19 +87,19 @@ def test_the_package_runs_as_a_module():
         ("pretrain",),
     ],
 )
-def test_wrong_usage_is_code_2_and_leaves_stdout_alone(here, args):
+def test_wrong_usage_is_code_2_and_writes_nothing_to_stdout(here, args):
     before = snapshot(here)
-    ran = call(*args)
-    assert (ran.exit_code, ran.stdout) == (2, "")
-    assert "Usage" in ran.stderr
+    result = call(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage" in result.stderr
     assert snapshot(here) == before
 
 
 def test_a_traceback_is_shown_on_demand_only(here, monkeypatch):
-    refuse(here, "inspect", "nowhere", says="There is no folder nowhere")
+    expect_error(here, "inspect", "nowhere", message="There is no folder nowhere")
     monkeypatch.setenv("MLX_OPENELM_DEBUG", "1")
-    ran = call("inspect", "nowhere")
-    assert isinstance(ran.exception, OpenELMError)
+    result = call("inspect", "nowhere")
+    assert isinstance(result.exception, OpenELMError)
     monkeypatch.setenv("MLX_OPENELM_DEBUG", "0")
     assert isinstance(call("inspect", "nowhere").exception, SystemExit)
 
@@ -123,20 +123,20 @@ def test_a_prompt_is_an_argument_an_option_or_stdin(here):
 def test_a_terminal_without_a_prompt_is_wrong_usage(here):
     controller, terminal = pty.openpty()
     try:
-        ran = run("generate", *MODEL, stdin=terminal)
+        result = run("generate", *MODEL, stdin=terminal)
     finally:
         os.close(controller)
         os.close(terminal)
-    assert (ran.returncode, ran.stdout) == (2, "")
-    assert "give a prompt" in ran.stderr
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "give a prompt" in result.stderr
 
 
 # generate ------------------------------------------------------------------------
 
 
 def test_json_of_generate_is_one_document_with_the_documented_fields(here):
-    ran = call("generate", "Once", *MODEL, "-m", "5", "--json")
-    report = json.loads(ran.stdout)
+    result = call("generate", "Once", *MODEL, "-m", "5", "--json")
+    report = json.loads(result.stdout)
     assert report.keys() >= {
         *("text", "tokens", "finish_reason", "prompt_tokens", "generation_tokens"),
         *("prompt_tps", "generation_tps", "peak_memory_bytes", "time_to_first_token_s"),
@@ -144,7 +144,7 @@ def test_json_of_generate_is_one_document_with_the_documented_fields(here):
     assert report["text"] == small_tokenizer().decode(report["tokens"])
     assert report["text"] == answer("generate", "Once", *MODEL, "-m", "5")
     assert (report["finish_reason"], report["generation_tokens"]) == ("length", 5)
-    assert ran.stdout.count("\n") == 1
+    assert result.stdout.count("\n") == 1
 
 
 def test_stdout_is_the_answer_and_stderr_one_line_of_statistics(here):
@@ -165,8 +165,8 @@ def test_stdout_is_the_answer_and_stderr_one_line_of_statistics(here):
 
 
 def test_a_full_context_is_reported(here):
-    ran = call("generate", "Once", *MODEL, "-m", "999")
-    assert "[the context of 64 is full]" in ran.stderr
+    result = call("generate", "Once", *MODEL, "-m", "999")
+    assert "[the context of 64 is full]" in result.stderr
     assert "context" not in call("generate", "Once", *MODEL, "-m", "9").stderr
 
 
@@ -174,10 +174,12 @@ def test_the_environment_names_the_default_model(here, monkeypatch):
     monkeypatch.setenv("MLX_OPENELM_MODEL", "model")
     expected = answer("generate", "Once", *MODEL, "-m", "5")
     assert answer("generate", "Once", "-m", "5") == expected
-    refuse(here, "generate", "Once", "--model", "nowhere", says="no folder nowhere")
+    expect_error(
+        here, "generate", "Once", "--model", "nowhere", message="no folder nowhere"
+    )
 
 
-def test_flags_win_over_the_models_own_defaults(here):
+def test_flags_override_the_models_defaults(here):
     defaults = here / "model" / "generation_config.json"
     defaults.write_text(json.dumps({"max_new_tokens": 3, "repetition_penalty": 9.0}))
     args = ("generate", "Once", *MODEL, "--json")
@@ -210,12 +212,12 @@ def test_a_tiny_temperature_or_top_p_is_greedy(here, option):
 )
 def test_convert_prints_the_path_which_has_a_default(here, options, name):
     group = ("--q-group-size", "32")
-    ran = call("convert", "source", *options, *group)
-    assert (ran.exit_code, ran.stdout) == (0, f"{name}\n")
-    assert f"mlx-openelm generate --model {name}" in ran.stderr
+    result = call("convert", "source", *options, *group)
+    assert (result.exit_code, result.stdout) == (0, f"{name}\n")
+    assert f"mlx-openelm generate --model {name}" in result.stderr
     open_folder(here / name)
-    ran = call("convert", "--hf-path", "source", "--mlx-path", "x/y z é", "--quiet")
-    assert (ran.stdout, ran.stderr) == ("x/y z é\n", "")
+    result = call("convert", "--hf-path", "source", "--mlx-path", "x/y z é", "--quiet")
+    assert (result.stdout, result.stderr) == ("x/y z é\n", "")
     open_folder(here / "x" / "y z é")
 
 
@@ -244,8 +246,8 @@ def test_json_of_evaluate_has_the_documented_fields(here):
 def test_inspect_reads_no_weight_and_has_json(here):
     path = here / "model" / "model.safetensors"
     content = path.read_bytes()
-    begin = 8 + int.from_bytes(content[:8], "little")
-    path.write_bytes(content[:begin] + bytes(len(content) - begin))
+    start = 8 + int.from_bytes(content[:8], "little")
+    path.write_bytes(content[:start] + bytes(len(content) - start))
     report = json.loads(answer("inspect", "model", "--json"))
     config = open_folder(here / "model").config
     assert report["num_parameters"] == config.num_parameters
@@ -265,42 +267,46 @@ def test_recipes_are_listed_shown_and_copied(here):
     assert answer("recipes", "copy", name) == f"{path.name}\n"
     assert answer("recipes", "copy", name, "mine.yaml") == "mine.yaml\n"
     assert (here / "mine.yaml").read_text() == path.read_text()
-    refuse(here, "recipes", "copy", name, says="exists already")
+    expect_error(here, "recipes", "copy", name, message="exists already")
 
 
 def test_warnings_of_other_libraries_are_not_in_the_output(here):
-    ran = run("generate", "Once", *MODEL, "-m", "3", "--quiet", "--json")
-    assert ran.stderr == ""
-    assert json.loads(ran.stdout)["generation_tokens"] == 3
+    result = run("generate", "Once", *MODEL, "-m", "3", "--quiet", "--json")
+    assert result.stderr == ""
+    assert json.loads(result.stdout)["generation_tokens"] == 3
 
 
 def test_convert_writes_the_receipt_and_inspect_shows_it(here):
     flags = ("--q-bits", "4", "--q-group-size", "32")
     (here / "mine.txt").write_text(TEXT)
-    ran = call("convert", "source", *flags, "--calibration", "mine.txt")
-    assert (ran.exit_code, ran.stdout) == (0, "source-mlx-4bit\n")
-    assert "Receipt: mean KL" in ran.stderr
-    assert "mine.txt" in ran.stderr
+    result = call("convert", "source", *flags, "--calibration", "mine.txt")
+    assert (result.exit_code, result.stdout) == (0, "source-mlx-4bit\n")
+    assert "Receipt: mean KL" in result.stderr
+    assert "mine.txt" in result.stderr
     receipt = open_folder(here / "source-mlx-4bit").metadata["receipt"]
     assert 0 < receipt["mean_kl"] < receipt["p99_kl"]
     assert "mean KL" in call("inspect", "source-mlx-4bit").stdout
-    ran = call("convert", "source", *flags, "--no-receipt", "--mlx-path", "bare")
-    assert "Receipt" not in ran.stderr
+    result = call("convert", "source", *flags, "--no-receipt", "--mlx-path", "bare")
+    assert "Receipt" not in result.stderr
     assert "receipt" not in open_folder(here / "bare").metadata
-    ran = call("convert", "source", *flags, "--tokenizer", "none", "--mlx-path", "mute")
-    assert "No receipt: measuring it needs" in ran.stderr
+    result = call(
+        "convert", "source", *flags, "--tokenizer", "none", "--mlx-path", "mute"
+    )
+    assert "No receipt: measuring it needs" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (None, "Cannot read mine.txt"),
         (b"\xff\xfe", "as UTF-8 text"),
         (b"short", "calibration text has"),
     ],
 )
-def test_a_wrong_calibration_text_is_refused_before_the_conversion(here, content, says):
+def test_a_wrong_calibration_text_is_refused_before_the_conversion(
+    here, content, message
+):
     if content is not None:
         (here / "mine.txt").write_bytes(content)
     flags = ("--q-bits", "4", "--q-group-size", "32", "--calibration", "mine.txt")
-    refuse(here, "convert", "source", *flags, says=says)
+    expect_error(here, "convert", "source", *flags, message=message)

@@ -96,8 +96,8 @@ def test_a_command_takes_some_of_the_options(declared, flags):
 
 @pytest.mark.parametrize("kind", [FinetuneRecipe, Sampling, ConversionOptions])
 def test_every_field_has_a_help_text_except_those_of_recipes_and_python(kind):
-    silent = {f.name for f in fields(kind) if option_of(f).help is None}
-    assert silent <= {
+    undocumented = {f.name for f in fields(kind) if option_of(f).help is None}
+    assert undocumented <= {
         *("final_learning_rate", "betas", "eps", "sample_tokens"),  # recipes
         *("apart", "base", "repack"),  # convert and fuse
     }

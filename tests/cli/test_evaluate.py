@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from commands import call, refuse
+from commands import call, expect_error
 from models import TEXT, UNEVEN, make_factors, weights_of, write_mlx_lm_adapter
 
 from mlx_openelm.cli import evaluate as evaluate_module
@@ -49,9 +49,9 @@ def work(here):
 
 
 def run(*args):
-    ran = call("evaluate", "--model", "model", *args)
-    assert ran.exit_code == 0, ran.stderr
-    return ran
+    result = call("evaluate", "--model", "model", *args)
+    assert result.exit_code == 0, result.stderr
+    return result
 
 
 def score_json(*args):
@@ -82,7 +82,7 @@ def test_json_of_tasks_has_the_documented_fields(work):
         }
 
 
-def test_a_text_and_tasks_come_together(work):
+def test_a_text_and_tasks_are_scored_in_one_run(work):
     scores = score_json("--text", "text.txt", "--tasks", "tales.json")
     alone = score_json("--text", "text.txt")
     assert alone.items() <= scores.items()
@@ -144,11 +144,11 @@ def test_the_adapter_of_the_first_model_is_not_the_others(work):
 
 
 def test_only_one_model_is_in_memory(work, monkeypatch):
-    loaded, alive = [], []
+    loaded, in_memory = [], []
     opening = evaluate_module.open_model
 
     def watch(*args):
-        alive.append(sum(one() is not None for one in loaded))
+        in_memory.append(sum(one() is not None for one in loaded))
         opened = opening(*args)
         loaded.append(weakref.ref(opened[1]))
         return opened
@@ -156,7 +156,7 @@ def test_only_one_model_is_in_memory(work, monkeypatch):
     monkeypatch.setattr(evaluate_module, "open_model", watch)
     others = ("--compare", "adapter", "--compare", "demo")
     run("--tasks", "tales.json", "--limit", "2", *others)
-    assert alive == [0, 0, 0]
+    assert in_memory == [0, 0, 0]
 
 
 def test_texts_of_several_models_are_a_table(work):
@@ -202,10 +202,12 @@ def test_a_picture_shows_every_score(work):
 def test_a_report_that_cannot_be_written_is_refused_before_scoring(work):
     (work / "old.csv").write_text("mine")
     tasks = ("evaluate", "--model", "model", "--tasks", "tales.json")
-    refuse(work, *tasks, "--csv", "old.csv", says="old.csv exists already")
-    refuse(work, *tasks, "--csv", "new.txt", says="ends in .csv")
-    refuse(work, *tasks, "--picture", "new.png", says="ends in .svg")
-    refuse(work, *tasks, "--csv", "none/new.csv", says="Cannot write none/new.csv")
+    expect_error(work, *tasks, "--csv", "old.csv", message="old.csv exists already")
+    expect_error(work, *tasks, "--csv", "new.txt", message="ends in .csv")
+    expect_error(work, *tasks, "--picture", "new.png", message="ends in .svg")
+    expect_error(
+        work, *tasks, "--csv", "none/new.csv", message="Cannot write none/new.csv"
+    )
     run("--tasks", "tales.json", "--csv", "old.csv", "--force")
     assert (work / "old.csv").read_text().startswith("model,task,")
 
@@ -231,10 +233,10 @@ def peft(work, monkeypatch):
 
 def test_a_suite_is_shown_beside_the_published_scores(peft):
     args = ("--suite", "peft", "--tasks-dir", "peft", "--adapter-path", "adapter")
-    ran = run(*args)
-    assert "lacks ARC-Challenge.json, ARC-Easy.json, hellaswag.json" in ran.stderr
-    assert "adapter beside OpenELM-270M with LoRA" in ran.stdout
-    assert "CoreNet, README-peft.md, checked" in ran.stdout
+    result = run(*args)
+    assert "lacks ARC-Challenge.json, ARC-Easy.json, hellaswag.json" in result.stderr
+    assert "adapter beside OpenELM-270M with LoRA" in result.stdout
+    assert "CoreNet, README-peft.md, checked" in result.stdout
     scores = score_json(*args)
     (model,) = scores["suite"]["models"]
     by_column = {score["column"]: score for score in model["scores"]}
@@ -246,24 +248,24 @@ def test_a_suite_is_shown_beside_the_published_scores(peft):
     average = model["averages"][0]
     assert average["column"] == "average of 2 of 8"
     assert average["published"] == pytest.approx((62.14 + 28.00) / 2)
-    words = ran.stdout.split()
+    words = result.stdout.split()
     for value in (62.14, boolq["value"], boolq["difference"]):
         assert any(word.lstrip("+") == f"{value:.2f}" for word in words)
 
 
 def test_a_base_without_its_row_and_an_adapter_with_one_are_compared(peft):
     args = ("--suite", "peft", "--tasks-dir", "peft", "--compare", "adapter")
-    ran = run(*args, "--picture", "suite.svg", "--csv", "suite.csv")
-    assert "model: no published scores for this model" in ran.stdout
-    assert "adapter beside OpenELM-270M with LoRA" in ran.stdout
-    assert "unverified" in ran.stdout
+    result = run(*args, "--picture", "suite.svg", "--csv", "suite.csv")
+    assert "model: no published scores for this model" in result.stdout
+    assert "adapter beside OpenELM-270M with LoRA" in result.stdout
+    assert "unverified" in result.stdout
     picture = (peft / "suite.svg").read_text()
     hollow = re.findall(r'<g class="published">.*?<use [^>]*>', picture)
     assert len(hollow) == 3  # two columns and the average
     assert all("var(--orange)" in dot for dot in hollow)  # of the adapter
     left, width = SCORE_AREA
-    places = [float(re.search(r' x="([0-9.]+)"', dot)[1]) for dot in hollow]
-    assert pytest.approx(left + width * 0.6214, abs=0.01) in places
+    positions = [float(re.search(r' x="([0-9.]+)"', dot)[1]) for dot in hollow]
+    assert pytest.approx(left + width * 0.6214, abs=0.01) in positions
     rows = list(csv.DictReader(io.StringIO((peft / "suite.csv").read_text())))
     published = {(r["model"], r["task"], r["metric"]): r["published"] for r in rows}
     assert published["adapter", "boolq", "acc"] == "62.14"
@@ -288,13 +290,13 @@ def test_a_base_without_its_row_and_an_adapter_with_one_are_compared(peft):
     ],
 )
 def test_wrong_usage_is_code_2(here, args):
-    ran = call(*args)
-    assert (ran.exit_code, ran.stdout) == (2, "")
-    assert "Usage" in ran.stderr
+    result = call(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (("--suite", "zero"), "choose zero-shot, openllm, llm360, peft"),
         (("--suite", "peft"), "with --tasks-dir"),
@@ -315,15 +317,17 @@ def test_wrong_usage_is_code_2(here, args):
         (("--tasks", "tales.json", "--compare", "model"), "model is named twice"),
     ],
 )
-def test_bad_input_is_one_sentence_and_changes_nothing(work, monkeypatch, args, says):
+def test_bad_input_is_one_sentence_and_changes_nothing(
+    work, monkeypatch, args, message
+):
     monkeypatch.setattr(evaluate_module, "open_model", None)  # nothing is loaded
-    refuse(work, "evaluate", "--model", "model", *args, says=says)
+    expect_error(work, "evaluate", "--model", "model", *args, message=message)
 
 
 def test_a_harness_that_is_not_installed_is_one_sentence(work, monkeypatch):
     monkeypatch.setattr(harness_model, "find_spec", lambda name: None)
     args = ("evaluate", "--model", "model", "--tasks", "arc_easy")
-    refuse(work, *args, says="pip install 'mlx-openelm[eval]'")
+    expect_error(work, *args, message="pip install 'mlx-openelm[eval]'")
 
 
 # The harness ---------------------------------------------------------------------
@@ -344,8 +348,8 @@ def test_a_harness_task_and_a_task_file_are_scored_together(work):
         "- {metric: acc_norm, aggregation: mean, higher_is_better: true}\n"
     )
     args = ("--tasks", "wept", "--include-path", "own", "--tasks", "tales.json")
-    ran = run(*args, "--compare", "adapter", "--json", "--output", "kept")
-    scores = json.loads(ran.stdout)
+    result = run(*args, "--compare", "adapter", "--json", "--output", "kept")
+    scores = json.loads(result.stdout)
     for model in scores["models"]:
         wept, tales = model["tasks"]["wept"], model["tasks"]["tales"]
         for name in ("acc", "acc_norm", "n"):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from commands import call, refuse
+from commands import call, expect_error
 
 MODEL = ("--model", "model", "--quiet")
 PROMPT = "the king said the king said"
@@ -11,12 +11,12 @@ PROMPT = "the king said the king said"
 
 def answer(*args, **options):
     """Return the stdout of a command, which must succeed."""
-    ran = call(*args, **options)
-    assert ran.exit_code == 0, ran.output
-    return ran.stdout
+    result = call(*args, **options)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
-def ask(*args):
+def generate(*args):
     return json.loads(answer("generate", PROMPT, *MODEL, "-m", 24, "--json", *args))
 
 
@@ -30,26 +30,26 @@ def ask(*args):
     ],
 )
 def test_the_answer_is_that_of_plain_decoding(here, options):
-    plain = ask()
+    plain = generate()
     for _ in range(2):  # the second time from the prompt cache
-        assert ask(*options)["tokens"] == plain["tokens"]
+        assert generate(*options)["tokens"] == plain["tokens"]
 
 
-def test_a_cached_prompt_is_reused_and_a_stale_one_is_reported(here):
-    first = ask("--prompt-cache", "kept")
-    again = ask("--prompt-cache", "kept")
+def test_a_cached_prompt_is_reused_and_an_outdated_one_is_reported(here):
+    first = generate("--prompt-cache", "kept")
+    again = generate("--prompt-cache", "kept")
     assert first["cached_tokens"] == 0
     assert again["cached_tokens"] == again["prompt_tokens"] - 1
     args = ("generate", PROMPT, "--model", "model", "--prompt-cache", "kept")
-    stale = call(*args, "-m", 2, "--template", "alpaca")
-    assert "kept is of another template" in stale.stderr.replace("\n", " ") or (
-        "template" in stale.stderr
+    outdated = call(*args, "-m", 2, "--template", "alpaca")
+    assert "kept is of another template" in outdated.stderr.replace("\n", " ") or (
+        "template" in outdated.stderr
     )
 
 
 def test_draft_tokens_are_counted_on_stderr(here):
-    ran = call("generate", PROMPT, *MODEL[:2], "-m", 40, "--lookup", 4)
-    assert "draft tokens accepted" in ran.stderr
+    result = call("generate", PROMPT, *MODEL[:2], "-m", 40, "--lookup", 4)
+    assert "draft tokens accepted" in result.stderr
 
 
 def test_a_file_of_prompts_is_answered_as_one_by_one(here):
@@ -67,15 +67,15 @@ def test_a_file_of_prompts_is_answered_as_one_by_one(here):
 
 def test_a_bad_line_is_reported_and_the_others_are_answered(here):
     (here / "prompts.jsonl").write_text('{"prompt": "a king"}\n{"promt": 1}\n"Hi"\n')
-    ran = call("generate", "--prompts-file", "prompts.jsonl", *MODEL[:2], "-m", 4)
-    assert ran.exit_code == 1
-    assert "prompts.jsonl:2:" in ran.stderr
-    assert "1 of 3 prompts of prompts.jsonl have no answer" in ran.stderr
-    assert len(ran.stdout.splitlines()) == 3
+    result = call("generate", "--prompts-file", "prompts.jsonl", *MODEL[:2], "-m", 4)
+    assert result.exit_code == 1
+    assert "prompts.jsonl:2:" in result.stderr
+    assert "1 of 3 prompts of prompts.jsonl have no answer" in result.stderr
+    assert len(result.stdout.splitlines()) == 3
 
 
 def test_logprobs_come_with_json(here):
-    result = ask("--logprobs", 2)
+    result = generate("--logprobs", 2)
     for entry, token in zip(result["logprobs"], result["tokens"], strict=True):
         assert entry["token"] == token
         assert entry["logprob"] == pytest.approx(entry["top"][0]["logprob"])  # greedy
@@ -84,7 +84,7 @@ def test_logprobs_come_with_json(here):
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (("--lookup", 0), "--lookup is 0"),
         (("--kv-bits", 3), "--kv-bits is 3; it must be 4 or 8"),
@@ -97,8 +97,8 @@ def test_logprobs_come_with_json(here):
         (("--max-kv-size", 40, "--prompt-cache", "x"), "leave out one of them"),
     ],
 )
-def test_wrong_values_are_refused_in_one_line(here, args, says):
-    refuse(here, "generate", PROMPT, *MODEL, "-m", 4, *args, says=says)
+def test_wrong_values_are_refused_in_one_line(here, args, message):
+    expect_error(here, "generate", PROMPT, *MODEL, "-m", 4, *args, message=message)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ def test_wrong_values_are_refused_in_one_line(here, args, says):
     ],
 )
 def test_contradicting_options_are_wrong_usage(here, args):
-    ran = call("generate", *args, *MODEL)
-    assert ran.exit_code == 2
-    assert "Traceback" not in ran.output
+    result = call("generate", *args, *MODEL)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize("foreign", ["my notes", '{"a": 1}', "one prompt\nanother"])
@@ -125,18 +125,18 @@ def test_a_foreign_file_is_not_overwritten(here, foreign):
     (here / "prompts.txt").write_text("the king\n")
     (here / "notes").write_text(foreign)
     args = ("generate", "--prompts-file", "prompts.txt", *MODEL, "-m", 4)
-    refuse(
-        here, *args, "--output", "notes", says="notes:1 is not an answer to a prompt"
+    expect_error(
+        here, *args, "--output", "notes", message="notes:1 is not an answer to a prompt"
     )
 
 
 def test_the_prompts_file_is_not_overwritten(here):
     (here / "prompts").write_text("one prompt")
     args = ("generate", "--prompts-file", "prompts", *MODEL, "-m", 4)
-    refuse(here, *args, "--output", "prompts", says="is the file of prompts")
+    expect_error(here, *args, "--output", "prompts", message="is the file of prompts")
 
 
 def test_very_large_numbers_work_or_are_refused(here):
     huge = ("--min-tokens", 10**24, "--repetition-context", 10**24)
-    assert ask(*huge, "--repetition-penalty", 1.2)["generation_tokens"] == 24
-    refuse(here, "generate", PROMPT, *MODEL, "--temp", 1e39, says="--temp is")
+    assert generate(*huge, "--repetition-penalty", 1.2)["generation_tokens"] == 24
+    expect_error(here, "generate", PROMPT, *MODEL, "--temp", 1e39, message="--temp is")

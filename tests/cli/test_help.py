@@ -87,7 +87,7 @@ def list_commands(command, name=""):
 
 
 def test_every_command_has_exactly_its_flags():
-    found = {
+    actual = {
         name: {
             flag
             for parameter in command.params
@@ -96,14 +96,14 @@ def test_every_command_has_exactly_its_flags():
         }
         for name, command in list_commands(typer.main.get_command(app))
     }
-    assert found == {name: set(flags.split()) for name, flags in FLAGS.items()}
+    assert actual == {name: set(flags.split()) for name, flags in FLAGS.items()}
 
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_help_lists_every_flag(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    ran = call(*name.split(), "--help")
-    assert ran.exit_code == 0
-    shown = ran.stdout.replace(",", " ").split()
+    result = call(*name.split(), "--help")
+    assert result.exit_code == 0
+    shown = result.stdout.replace(",", " ").split()
     assert {*FLAGS[name].split(), "-h", "--help"} <= {*shown}
-    assert call(*name.split(), "-h").stdout == ran.stdout
+    assert call(*name.split(), "-h").stdout == result.stdout

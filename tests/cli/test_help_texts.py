@@ -32,7 +32,7 @@ def flatten(text):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_text_is_lost_to_markup_or_emoji(name, monkeypatch):
+def test_no_text_becomes_markup_or_emoji(name, monkeypatch):
     command = COMMANDS[name]
     texts = [command.help, command.epilog]
     texts += [getattr(parameter, "help", "") for parameter in command.params]

@@ -134,7 +134,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def theirs(made):
+def theirs(converted):
     """lm-eval's HFLM around the PyTorch reference of the same weights."""
     import torch
     from lm_eval.models.huggingface import HFLM
@@ -170,7 +170,7 @@ def theirs(made):
     def make(*, add_bos_token):
         return HFLM(
             pretrained=Reference(),
-            tokenizer=AutoTokenizer.from_pretrained(made / "model"),
+            tokenizer=AutoTokenizer.from_pretrained(converted / "model"),
             backend="causal",
             batch_size=1,
             max_length=UNEVEN.max_context_length,
@@ -180,7 +180,7 @@ def theirs(made):
     return make
 
 
-def ask(lm, kind, arguments):
+def answer(lm, kind, arguments):
     return getattr(lm, kind)([SimpleNamespace(args=args) for args in arguments])
 
 
@@ -212,8 +212,8 @@ def test_log_likelihoods_equal_those_of_the_reference(model, theirs):
         )
         pairs.append((greedy, following.removeprefix(greedy)))
         greedy = following
-    ours = ask(wrap_model(model, tokenizer), "loglikelihood", pairs)
-    expected = ask(theirs(add_bos_token=True), "loglikelihood", pairs)
+    ours = answer(wrap_model(model, tokenizer), "loglikelihood", pairs)
+    expected = answer(theirs(add_bos_token=True), "loglikelihood", pairs)
     differences = [abs(a[0] - b[0]) for a, b in zip(ours, expected, strict=True)]
     assert max(differences) < 1e-3
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
@@ -229,17 +229,17 @@ def test_scores_of_a_task_equal_those_of_the_reference(model, theirs, folder):
     assert 0 < ours["results"]["tales"]["acc,none"] < 1
     for a, b in zip(*(r["samples"]["tales"] for r in (ours, expected)), strict=True):
         assert a["arguments"] == b["arguments"]
-        for mine, other in zip(a["filtered_resps"], b["filtered_resps"], strict=True):
-            assert mine[0] == pytest.approx(other[0], abs=1e-3)
-            assert mine[1] == other[1]
+        for ours, theirs_ in zip(a["filtered_resps"], b["filtered_resps"], strict=True):
+            assert ours[0] == pytest.approx(theirs_[0], abs=1e-3)
+            assert ours[1] == theirs_[1]
 
 
 def test_rolling_log_likelihoods_equal_those_of_the_reference(model, theirs):
     texts = [(record["text"],) for record in RECORDS]
     texts += [("wolf " * n,) for n in (1, 31, 32, 33, 100)]
-    ours = ask(wrap_model(model, tokenizer), "loglikelihood_rolling", texts)
+    ours = answer(wrap_model(model, tokenizer), "loglikelihood_rolling", texts)
     # With add_bos_token the harness would score BOS as well, after another BOS.
-    expected = ask(theirs(add_bos_token=False), "loglikelihood_rolling", texts)
+    expected = answer(theirs(add_bos_token=False), "loglikelihood_rolling", texts)
     longest = max(len(tokenizer.encode(text)) for (text,) in texts)
     assert longest > 2 * UNEVEN.max_context_length
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
@@ -257,8 +257,8 @@ def test_greedy_texts_equal_those_of_the_reference(model, theirs):
     reference.tok_decode = lambda ids, **options: (
         tokenizer.decode(ids) if isinstance(ids, list) else decode(ids, **options)
     )
-    ours = ask(wrap_model(model, tokenizer, batch_size=4), "generate_until", prompts)
-    expected = ask(reference, "generate_until", prompts)
+    ours = answer(wrap_model(model, tokenizer, batch_size=4), "generate_until", prompts)
+    expected = answer(reference, "generate_until", prompts)
     # The decoder drops a text's first space; a continuation keeps it.
     assert [text.lstrip() for text in ours] == [text.lstrip() for text in expected]
     assert len({*ours}) > 2
@@ -450,17 +450,17 @@ def test_sampled_answers_do_not_depend_on_the_batch(model, tmp_path):
     settings = {"until": [], "max_gen_toks": 10, "do_sample": True, "temperature": 1.0}
     prompts = [("Once upon", settings)] * 5
     one, five = (
-        ask(wrap_model(model, tokenizer, batch_size=n), "generate_until", prompts)
+        answer(wrap_model(model, tokenizer, batch_size=n), "generate_until", prompts)
         for n in (1, 5)
     )
     assert one == five
     assert len(set(one)) > 1
     with contextlib.suppress(Killed), AnswerStore(tmp_path / "store", {}) as store:
-        ask(wrap_model(model, tokenizer, store=store), "generate_until", prompts[:3])
+        answer(wrap_model(model, tokenizer, store=store), "generate_until", prompts[:3])
         raise Killed
     with AnswerStore(tmp_path / "store", {}) as store:
         lm = wrap_model(model, tokenizer, store=store)
-        again = ask(lm, "generate_until", prompts)
+        again = answer(lm, "generate_until", prompts)
     assert again == one
 
 
@@ -499,7 +499,7 @@ def test_a_broken_task_is_one_sentence(model, folder):
 def test_more_new_tokens_than_the_context_holds_are_refused(model):
     settings = {"until": [], "max_gen_toks": UNEVEN.max_context_length}
     with pytest.raises(OpenELMError, match="context is 64"):
-        ask(wrap_model(model, tokenizer), "generate_until", [("Once", settings)])
+        answer(wrap_model(model, tokenizer), "generate_until", [("Once", settings)])
 
 
 def test_invalid_settings_of_a_task_are_reported(model, folder):

@@ -29,13 +29,13 @@ def read_sheet(shared, heading):
 def test_a_row_is_complete_and_its_average_is_the_mean(suite, row):
     assert len(row.values) == len(PUBLISHED_SCORES[suite].columns)
     assert row.source
-    known = [value for value in row.values if value is not None]
-    if len(known) < len(row.values):
+    values = [value for value in row.values if value is not None]
+    if len(values) < len(row.values):
         return
-    assert all(0 < value < 100 for value in known)
+    assert all(0 < value < 100 for value in values)
     # The sheet's averages are rounded; one of another model is off by 0.01
     off = 0.011 if row.model.startswith("OpenELM") else 0.016
-    assert row.average == pytest.approx(sum(known) / len(known), abs=off)
+    assert row.average == pytest.approx(sum(values) / len(values), abs=off)
 
 
 @pytest.mark.parametrize(("suite", "counts"), PER_TABLE.items())
@@ -91,7 +91,7 @@ def test_rows_from_memory_are_not_verified():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "average"),
+    ("model", "average"),
     [
         (("zero-shot", "OpenELM-1_1B", False, None), 63.44),
         (("zero-shot", "OpenELM-1_1B", True, None), 65.50),
@@ -103,7 +103,7 @@ def test_rows_from_memory_are_not_verified():
         (("zero-shot", "OpenELM", False, None), None),
     ],
 )
-def test_a_model_has_its_published_row(wanted, average):
-    suite, size, instruct, method = wanted
+def test_a_model_has_its_published_row(model, average):
+    suite, size, instruct, method = model
     row = find_published_scores(suite, size, instruct=instruct, method=method)
     assert (row and row.average) == average

@@ -78,7 +78,7 @@ def test_all_positions_in_an_epoch_are_equally_likely():
 
 
 @given(lengths, st.integers(1, 8), st.randoms(use_true_random=False))
-def test_shares_are_whole_and_even(sizes, parts, random):
+def test_shares_are_complete_and_even(sizes, parts, random):
     indices = random.sample(range(len(sizes)), len(sizes) // 2)
     shares = share_out(indices, sizes, parts)
     assert len(shares) == parts
@@ -90,7 +90,7 @@ def test_shares_are_whole_and_even(sizes, parts, random):
     assert shares == share_out(indices, sizes, parts)
 
 
-def test_the_longest_is_shared_out_first():
+def test_the_longest_sample_is_assigned_first():
     assert share_out([0, 1, 2, 3, 4], [1, 1, 1, 1, 4], 2) == [(4,), (0, 1, 2, 3)]
 
 

@@ -19,8 +19,8 @@ def log_likelihood(model: OpenELM, sample: Sample) -> float:
     logits = np.array(model(mx.array(sample.tokens)[None, :-1]))[0].astype(np.float64)
     logits -= logits.max(axis=-1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    places = np.flatnonzero(sample.loss_mask)
-    return float(sum(log_p[place - 1, sample.tokens[place]] for place in places))
+    positions = np.flatnonzero(sample.loss_mask)
+    return float(sum(log_p[i - 1, sample.tokens[i]] for i in positions))
 
 
 def both_totals(objective, model, samples):
@@ -76,10 +76,10 @@ def test_each_name_in_a_recipe_has_its_objective(name):
 def test_an_objective_has_its_own_defaults(objective, length, rate):
     recipe = make_recipe(objective=objective, max_seq_length=None, learning_rate=None)
     chosen = make_objective(recipe)
-    known = {"template": "raw", "model": "demo", "data": "none"}
-    known |= {"default_length": chosen.default_length}
-    known |= {"default_rate": chosen.default_rate}
-    resolved = recipe.resolve(context_length=4096, **known)
+    context = {"template": "raw", "model": "demo", "data": "none"}
+    context |= {"default_length": chosen.default_length}
+    context |= {"default_rate": chosen.default_rate}
+    resolved = recipe.resolve(context_length=4096, **context)
     assert (resolved.max_seq_length, resolved.learning_rate) == (length, rate)
     assert resolved.max_prompt_length == length // 2
-    assert recipe.resolve(context_length=512, **known).max_seq_length == 512
+    assert recipe.resolve(context_length=512, **context).max_seq_length == 512

@@ -85,8 +85,8 @@ def padded(samples: Sequence[Sample]):
     for i, sample in enumerate(samples):
         read = torch.from_numpy(sample.tokens.astype(np.int64))
         tokens[i, : len(read) - 1] = read[:-1]
-        wanted = torch.where(torch.from_numpy(sample.loss_mask), read, -100)
-        targets[i, : len(read) - 1] = wanted[1:]
+        labels = torch.where(torch.from_numpy(sample.loss_mask), read, -100)
+        targets[i, : len(read) - 1] = labels[1:]
     return tokens, targets
 
 

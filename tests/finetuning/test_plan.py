@@ -156,9 +156,9 @@ def measure(config, lengths, options):
     gc.collect()
     before = mx.get_active_memory()
     parts = options.get("grad_accumulation_steps", 1)
-    known = {"rank": 16, "max_seq_length": 2048, "grad_accumulation_steps": 1}
-    known["batch_size"] = len(lengths) // parts
-    recipe = make_recipe(**{**known, **options})
+    defaults = {"rank": 16, "max_seq_length": 2048, "grad_accumulation_steps": 1}
+    defaults["batch_size"] = len(lengths) // parts
+    recipe = make_recipe(**{**defaults, **options})
     model = OpenELM(config)
     make_trainable(model, recipe)
     mx.eval(model.parameters())
@@ -220,7 +220,7 @@ def test_every_proposal_needs_less_than_the_one_before():
     assert all(smaller.step_size == 4 for _, smaller in proposals)
 
 
-def test_the_settings_of_a_proposal_are_all_its_changes():
+def test_the_defaultsof_a_proposal_are_all_its_changes():
     recipe = make_recipe(batch_size=6, grad_accumulation_steps=1, max_seq_length=256)
     assert [settings for settings, _ in propose_smaller(recipe)] == [
         "`grad_checkpoint`",

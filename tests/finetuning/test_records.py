@@ -131,14 +131,14 @@ def test_every_layout_holds_the_same_records(tmp_path, layout, suffix):
     assert {record.turns[0].text.split()[-1] for record in records} == {"story"}
     assert len({record.place for record in records}) == 40
     by_text = {record.turns[0].text: record.place for record in records}
-    place = {
+    location = {
         "blank": "train.jsonl:15",
         "array": f"train.json:1:{text.index('the 4th') - 9}",
         "pretty": "train.json:6:3",
     }.get(layout, "train.jsonl:5")
-    assert by_text["the 4th story"] == place.replace("json:", f"json{suffix}:").replace(
-        "jsonl:", f"jsonl{suffix}:"
-    )
+    assert by_text["the 4th story"] == location.replace(
+        "json:", f"json{suffix}:"
+    ).replace("jsonl:", f"jsonl{suffix}:")
 
 
 def test_a_folder_has_its_own_valid_and_test_files(tmp_path):
@@ -188,7 +188,7 @@ def test_a_validation_file_of_another_name_is_noted(tmp_path):
 # Bad input -----------------------------------------------------------------------
 
 
-def test_a_bad_line_among_thousands_is_named_with_its_column(file):
+def test_a_bad_line_among_thousands_is_reported_with_its_column(file):
     lines = [json.dumps({"text": f"{i}"}) for i in range(5000)]
     lines[3210] = '{"text": "no end'
     message = refused(file, "\n".join(lines))
@@ -272,7 +272,7 @@ def test_unknown_fields_are_listed_with_the_options_for_them(file):
         ([{"role": [], "content": "x"}], "messages[0].role is []"),
     ],
 )
-def test_problems_of_a_conversation_are_named(file, messages, problem):
+def test_problems_of_a_conversation_are_reported(file, messages, problem):
     assert f"{file}:1: {problem}" in refused(file, [{"messages": messages}])
 
 
@@ -320,7 +320,7 @@ def test_equal_records_are_in_the_same_split(tmp_path):
     assert 1 <= len(data.valid.records) <= 11
 
 
-def test_small_files_are_fine(tmp_path):
+def test_small_files_are_split(tmp_path):
     one = read_data(write(tmp_path / "a.jsonl", TEXTS[:1]))
     assert (len(one.train.records), one.valid) == (1, None)
     assert "without validation" in one.notes[0]

@@ -1,4 +1,4 @@
-"""The report of a fine-tuning run: what it says, and how a real browser shows it."""
+"""The report of a fine-tuning run: texts, markup, and layout in a browser."""
 
 import dataclasses
 import math
@@ -123,11 +123,11 @@ def render_page(run):
     return render_training_report(describe_run(run))
 
 
-# What it says --------------------------------------------------------------------
+# Texts ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("events", "said"),
+    ("events", "expected"),
     [
         (
             [validation(0, 2.5, best=True), validation(9, 2.0, best=True)],
@@ -158,30 +158,30 @@ def render_page(run):
         ([], "No loss was recorded."),
     ],
 )
-def test_the_headline_is_the_result(events, said):
-    assert describe_result(read_history(events, likelihood=True)) == said
+def test_the_headline_is_the_result(events, expected):
+    assert describe_result(read_history(events, likelihood=True)) == expected
 
 
 def test_the_headline_of_preferences_has_no_unit_and_no_perplexity():
     events = [step(1, accuracy=0.5), validation(0, 0.75), validation(1, 0.5)]
-    said = "Validation loss fell from 0.750 to 0.500, best at step 1."
-    assert describe_result(read_history(events, likelihood=False)) == said
+    expected = "Validation loss fell from 0.750 to 0.500, best at step 1."
+    assert describe_result(read_history(events, likelihood=False)) == expected
 
 
 @pytest.mark.parametrize(
-    ("reason", "said"),
+    ("reason", "expected"),
     [
         ("done", "All 1,600 steps were trained."),
-        ("patience", "Stopped early, at step 1,600: the validation loss fell no more."),
-        ("interrupted", "Interrupted at step 1,600; --resume goes on from there."),
+        ("patience", "Stopped early, at step 1,600: no better validation loss."),
+        ("interrupted", "Interrupted at step 1,600; --resume continues from there."),
     ],
 )
-def test_the_end_says_why(reason, said):
+def test_the_end_has_the_reason(reason, expected):
     end = {"event": "end", "step": 1600, "reason": reason}
-    assert describe_end(read_history([step(1600), end], likelihood=True)) == said
+    assert describe_end(read_history([step(1600), end], likelihood=True)) == expected
 
 
-def test_what_a_killed_run_did_after_its_last_state_counts_once():
+def test_steps_repeated_after_a_kill_count_once():
     killed = [step(10), step(20, 9.0), validation(20, 1.0, best=True)]
     killed.append({"event": "skip", "step": 15, "samples": []})
     resumed = [
@@ -193,11 +193,11 @@ def test_what_a_killed_run_did_after_its_last_state_counts_once():
     assert [row["loss"] for row in history.steps] == [2.0, 2.0]
     assert [row["loss"] for row in history.evals] == [1.5]
     assert (history.skips, history.resumed) == ([], [10])
-    said = "No end is on record: it is running still, or was killed after step 20."
-    assert describe_end(history) == f"{said} Resumed once."
+    expected = "the run is in progress, or was killed after step 20. Resumed once."
+    assert describe_end(history) == f"No end was recorded: {expected}"
 
 
-def test_the_texts_of_the_best_step_stand_beside_those_before():
+def test_samples_are_from_before_training_and_the_best_step():
     texts = {0: "before", 5: "best", 9: "last"}
     rows = [
         {"event": "sample", "step": n, "prompt": "Once ", "text": text}
@@ -218,22 +218,23 @@ def test_the_texts_of_the_best_step_stand_beside_those_before():
 
 
 class Tags(HTMLParser):
-    """Collects the elements; fails where one is closed that is not the open one."""
+    """Collects the elements; fails if the tags are not nested correctly."""
 
     VOID = ("meta", "link", "img", "br")
 
     def __init__(self):
         super().__init__()
-        self.open, self.found, self.ids, self.refers = [], Counter(), Counter(), set()
+        self.open, self.references = [], set()
+        self.counts, self.ids = Counter(), Counter()
 
     def handle_starttag(self, tag, attrs):
-        self.found[tag] += 1
+        self.counts[tag] += 1
         if tag not in self.VOID:
             self.open.append(tag)
         self._note(attrs)
 
     def handle_startendtag(self, tag, attrs):
-        self.found[tag] += 1
+        self.counts[tag] += 1
         self._note(attrs)
 
     def handle_endtag(self, tag):
@@ -245,21 +246,21 @@ class Tags(HTMLParser):
         self.ids.update(value for name, value in attrs if name == "id")
         for name, value in attrs:
             if name == "aria-labelledby":
-                self.refers.update(value.split())
+                self.references.update(value.split())
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_markup_is_sound_and_holds_nothing_of_the_texts(name):
+def test_the_markup_is_valid_and_the_texts_are_escaped(name):
     page = render_page(RUNS[name])
     tags = Tags()
     tags.feed(page)
     tags.close()
     assert tags.open == []
     assert (
-        tags.found.keys() & {"script", "img", "i\n", "u", "iframe", "object"} == set()
+        tags.counts.keys() & {"script", "img", "i\n", "u", "iframe", "object"} == set()
     )
     assert set(tags.ids.values()) <= {1}
-    assert tags.refers <= tags.ids.keys()
+    assert tags.references <= tags.ids.keys()
     assert page.encode() == page.encode("utf-8", "strict")
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", page)
     assert not re.search(r"https?:|url\(|@import", page)
@@ -350,30 +351,30 @@ MISPLACED = """
 })
 """
 
-# The contrast of every text and every line with what lies behind, as WCAG defines it.
+# The contrast of every text and every line with its background, as WCAG defines it.
 CONTRASTS = """
 (() => {
   const parse = c => c.match(/[\\d.]+/g).map(Number);
   const light = c => { const [r, g, b] = parse(c).slice(0, 3).map(v => v / 255)
     .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
     return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const behind = e => { for (; e; e = e.parentElement) {
+  const background = e => { for (; e; e = e.parentElement) {
     const c = getComputedStyle(e).backgroundColor;
     if (parse(c)[3] !== 0) return c; } return 'rgb(255, 255, 255)'; };
   const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
     return (x + 0.05) / (y + 0.05); };
-  const found = [];
+  const contrasts = [];
   for (const e of document.querySelectorAll('body *')) {
     const style = getComputedStyle(e);
     if ([...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) &&
         !['title', 'desc'].includes(e.tagName)) {
       const color = e instanceof SVGElement ? style.fill : style.color;
-      found.push([ratio(color, behind(e)), 4.5, e.outerHTML.slice(0, 99)]);
+      contrasts.push([ratio(color, background(e)), 4.5, e.outerHTML.slice(0, 99)]);
     } else if (e.matches('.line path, .mark path')) {
-      found.push([ratio(style.stroke, behind(e)), 3, e.outerHTML.slice(0, 99)]);
+      contrasts.push([ratio(style.stroke, background(e)), 3, e.outerHTML.slice(0, 99)]);
     }
   }
-  return found;
+  return contrasts;
 })()
 """
 
@@ -386,7 +387,7 @@ def test_the_page_fits_and_nothing_in_it_runs_or_is_loaded(
 ):
     path = pages / f"{name}.html"
     tab.open(path, width=width, scheme=scheme)
-    assert tab.complaints == []
+    assert tab.errors == []
     assert tab.requests == [path.as_uri()]
     assert tab.evaluate("window.ran") is None
     assert tab.evaluate("document.querySelectorAll('script, img').length") == 0
@@ -414,10 +415,10 @@ def test_all_charts_of_a_run_are_drawn(tab, pages):
     assert names == ["loss", "accuracy", "margin"]
 
 
-def test_a_point_stands_where_its_value_is(tab, pages):
-    """The best validation loss, between the ticks as the browser has them."""
+def test_a_point_is_drawn_at_its_value(tab, pages):
+    """The point of the best validation loss, relative to the ticks."""
     tab.open(pages / "usual.html")
-    places = tab.evaluate("""
+    positions = tab.evaluate("""
 (() => {
   const svg = document.querySelector('#loss svg.if-wide');
   const middle = e => { const b = e.getBoundingClientRect();
@@ -431,19 +432,19 @@ def test_a_point_stands_where_its_value_is(tab, pages):
       .matrixTransform(svg.getScreenCTM()));
   return {ring: middle(svg.querySelector('.ring use')),
     x: ticks.filter(t => t[0] % 100 === 0), y: ticks.filter(t => t[0] % 100 !== 0),
-    said: svg.querySelector('.best text').textContent,
+    label: svg.querySelector('.best text').textContent,
     lowest: points.map(p => [p.x, p.y]).sort((a, b) => b[1] - a[1])[0]};
 })()""")
     best = min(
         (r for r in usual_events() if r["event"] == "eval"), key=lambda r: r["loss"]
     )
-    assert places["said"] == f"best: {best['loss']:.5g} at step {best['step']}"
-    assert places["lowest"] == pytest.approx(places["ring"], abs=0.5)
-    for true, place, (first, *_, last), axis in (
-        (best["step"], places["ring"][0], places["x"], 1),
-        (best["loss"], places["ring"][1], places["y"], 2),
+    assert positions["label"] == f"best: {best['loss']:.5g} at step {best['step']}"
+    assert positions["lowest"] == pytest.approx(positions["ring"], abs=0.5)
+    for true, position, (first, *_, last), axis in (
+        (best["step"], positions["ring"][0], positions["x"], 1),
+        (best["loss"], positions["ring"][1], positions["y"], 2),
     ):
-        share = (place - first[axis]) / (last[axis] - first[axis])
+        share = (position - first[axis]) / (last[axis] - first[axis])
         read = first[0] + share * (last[0] - first[0])
         assert read == pytest.approx(true, rel=0.01)
 
@@ -466,12 +467,12 @@ def test_the_pointer_reads_the_values_of_a_step(tab, pages):
         row["step"]: row["loss"] for row in usual_events() if row["event"] == "step"
     }
     validated = 2.4 + 0.5 * math.exp(-300 / 120)
-    said = f"step 300 · training {rows[300]:.5g} · validation {validated:.5g}"
-    assert text == said
+    expected = f"step 300 · training {rows[300]:.5g} · validation {validated:.5g}"
+    assert text == expected
     assert left >= 0
 
 
-def test_the_numbers_are_there_as_a_table_too(tab, pages):
+def test_the_numbers_are_also_in_a_table(tab, pages):
     tab.open(pages / "usual.html", width=390)
     tab.evaluate("document.querySelector('details').open = true")
     cells = tab.evaluate("""[...document.querySelectorAll('.numbers tr')]
@@ -485,15 +486,15 @@ def test_the_numbers_are_there_as_a_table_too(tab, pages):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_the_data_stand_beside_each_other(pages, tab):
+def test_training_and_validation_data_have_a_table(pages, tab):
     tab.open(pages / "usual.html")
     rows = tab.evaluate("""[...document.querySelectorAll('.data tr')]
       .map(e => [...e.children].map(c => c.textContent))""")
-    told = {name: values for name, *values in rows}
-    assert told[""] == ["train", "valid"]
-    assert told["tokens"] == ["345,678"] * 2
-    assert told["something new"] == ["-"] * 2
-    assert "edges" not in told
+    table = {name: values for name, *values in rows}
+    assert table[""] == ["train", "valid"]
+    assert table["tokens"] == ["345,678"] * 2
+    assert table["something new"] == ["-"] * 2
+    assert "edges" not in table
     bars = tab.evaluate("""[...document.querySelector('.bars').children]
       .map(e => [e.title, e.children[0].getBoundingClientRect().height])""")
     names = ["1 to 64: 12", "65 to 128: 140", "129 to 256: 700", "257 to 512: 0"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import call, make_source, refuse
+from commands import call, expect_error, make_source
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import UNEVEN, weights_of
@@ -104,7 +104,7 @@ def mean_loss(model, samples) -> float:
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
-def test_a_run_learns_and_its_adapter_is_used(base, tmp_path, method):
+def test_training_reduces_the_loss_and_the_adapter_is_used(base, tmp_path, method):
     recipe = make_recipe(base, tmp_path, fine_tune_type=method, iters=40)
     report = finetune(recipe)
     assert report.last_loss < report.first_loss - 0.1
@@ -126,22 +126,22 @@ def test_the_command_prints_the_folder_and_writes_all_of_it(base, tmp_path):
     data = write_data(tmp_path / "train.jsonl")
     args = ("lora", "--data", data, "--model", base, "--iters", 4, "--rank", 2)
     out = tmp_path / "adapters" / "train"
-    ran = call(*args, "--adapter-path", out)
-    assert (ran.exit_code, ran.stdout) == (0, f"{out}\n"), ran.stderr
+    result = call(*args, "--adapter-path", out)
+    assert (result.exit_code, result.stdout) == (0, f"{out}\n"), result.stderr
     assert {path.name for path in out.iterdir()} == {
         *("adapter_config.json", "adapters.safetensors", "best", "data.json"),
         *("metrics.jsonl", "recipe.yaml", "report.html", "state.safetensors"),
     }
-    ran = call("generate", "the king", "--adapter-path", out, "-m", 3)
-    assert ran.exit_code == 0, ran.stderr
-    ran = call(*args, "--adapter-path", out, "--force", "--json", "--quiet")
-    report = json.loads(ran.stdout)
-    assert ran.stderr == ""
+    result = call("generate", "the king", "--adapter-path", out, "-m", 3)
+    assert result.exit_code == 0, result.stderr
+    result = call(*args, "--adapter-path", out, "--force", "--json", "--quiet")
+    report = json.loads(result.stdout)
+    assert result.stderr == ""
     assert report["path"] == str(out)
     assert report["steps"] == 4
 
 
-def test_the_saved_recipe_runs_the_same_again(recipe, tmp_path):
+def test_the_saved_recipe_reproduces_the_run(recipe, tmp_path):
     first = finetune(recipe)
     again = load_recipe(FinetuneRecipe, str(first.path / "recipe.yaml"), {})
     second = finetune(dataclasses.replace(again, adapter_path=str(tmp_path / "again")))
@@ -185,7 +185,7 @@ def test_patience_ends_a_run_without_improvement(base, tmp_path, monkeypatch):
     assert [path.name[:7] for path in kept] == ["0000015", "0000016"]
 
 
-def test_the_best_adapter_is_saved_apart_from_the_last(base, tmp_path, monkeypatch):
+def test_the_best_adapter_has_its_own_folder(base, tmp_path, monkeypatch):
     worsen_after(monkeypatch, 8)
     recipe = make_recipe(base, tmp_path)
     report = finetune(recipe)
@@ -232,7 +232,7 @@ def test_the_mean_is_the_same_after_interruptions(base, tmp_path, monkeypatch):
     assert weights(path / "average") == weights(finetune(whole).path / "average")
 
 
-def test_preferences_are_learned(base, tmp_path):
+def test_preference_training_increases_the_margins(base, tmp_path):
     data = tmp_path / "train.jsonl"
     with data.open("w") as opened:
         for i in range(30):
@@ -268,19 +268,19 @@ def test_every_bundled_recipe_runs(base, tmp_path, name):
     model = base
     if name == "lora/qlora":
         model = tmp_path / "packed"
-        ran = call("convert", base, "-q", "--q-group-size", 32, "--mlx-path", model)
-        assert ran.exit_code == 0, ran.stderr
+        result = call("convert", base, "-q", "--q-group-size", 32, "--mlx-path", model)
+        assert result.exit_code == 0, result.stderr
     changes = ("--iters", 2, "--max-seq-length", 64, "--rank", 4)
     if name == "lora/instruct":
         changes = ("--iters", 2, "--max-seq-length", 64, "--max-prompt-length", 32)
         changes = (*changes, "--warmup-steps", 0)
     elif name == "lora/openelm-peft":
         changes = (*changes, "--warmup-steps", 0)
-    ran = call(
+    result = call(
         *("lora", "-c", name, "--model", model, "--data", tmp_path / "train.jsonl"),
         *("--adapter-path", tmp_path / "run", *changes),
     )
-    assert ran.exit_code == 0, ran.stderr
+    assert result.exit_code == 0, result.stderr
     resolved = load_recipe(FinetuneRecipe, str(tmp_path / "run" / "recipe.yaml"), {})
     bundled = load_recipe(FinetuneRecipe, name, {})
     assert resolved.learning_rate == bundled.learning_rate
@@ -465,9 +465,9 @@ def test_the_command_after_a_kill_works(base, tmp_path, changes, flags):
         finetune(recipe)
     command = str(raised.value).partition(": mlx-openelm ")[2]
     assert flags in command
-    ran = call(*shlex.split(command), "--json")
-    assert ran.exit_code == 0, ran.stderr
-    assert json.loads(ran.stdout)["steps"] == STEPS
+    result = call(*shlex.split(command), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["steps"] == STEPS
 
 
 def test_a_resumed_run_notes_the_kill(recipe):
@@ -585,7 +585,7 @@ def make_nan(monkeypatch, *, steps: set[int]) -> None:
     monkeypatch.setattr(Step, "_compute_gradient", with_nan)
 
 
-def test_a_non_finite_batch_is_skipped_and_its_samples_are_named(recipe, monkeypatch):
+def test_a_non_finite_batch_is_skipped_and_reported(recipe, monkeypatch):
     make_nan(monkeypatch, steps={2, 5, 6})
     events = []
     report = finetune(recipe, on_event=events.append)
@@ -633,7 +633,7 @@ def test_nan_is_never_saved(recipe, monkeypatch):
             assert mx.isfinite(array.astype(mx.float32)).all().item(), (file, name)
 
 
-def test_a_run_that_learns_nothing_fails(base, tmp_path):
+def test_a_run_that_changes_no_weight_fails(base, tmp_path):
     recipe = make_recipe(base, tmp_path, learning_rate=0.0, final_learning_rate=0.0)
     with pytest.raises(OpenELMError, match="changed no weight"):
         finetune(recipe)
@@ -646,10 +646,10 @@ def test_a_dry_run_plans_and_writes_nothing(base, tmp_path):
     data = write_data(tmp_path / "train.jsonl")
     out = tmp_path / "run"
     args = ("lora", "--data", data, "--model", base, "--adapter-path", out, "--dry-run")
-    ran = call(*args)
-    assert (ran.exit_code, ran.stdout) == (0, "")
+    result = call(*args)
+    assert (result.exit_code, result.stdout) == (0, "")
     for words in ("36 records", "trained parameters", "memory: about", "epochs"):
-        assert words in ran.stderr, ran.stderr
+        assert words in result.stderr, result.stderr
     plan = json.loads(call(*args, "--json").stdout)
     assert plan["plan"]["trainable"] > 0
     assert plan["data"]["train"]["records"] == 36
@@ -729,12 +729,12 @@ def test_bad_input_is_reported_before_the_start(base, tmp_path, content, args, m
     model = () if "--model" in args else ("--model", base)
     out = ("--adapter-path", tmp_path / "run", "--offline")
     data = ("--data", tmp_path / "train.jsonl")
-    refuse(tmp_path, "lora", *data, *model, *out, *args, says=message)
+    expect_error(tmp_path, "lora", *data, *model, *out, *args, message=message)
 
 
 def test_missing_data_is_reported_with_the_path(base, tmp_path):
     out = ("--adapter-path", tmp_path / "run")
-    refuse(
+    expect_error(
         tmp_path,
         "lora",
         "--data",
@@ -742,10 +742,10 @@ def test_missing_data_is_reported_with_the_path(base, tmp_path):
         "--model",
         base,
         *out,
-        says="no.jsonl",
+        message="no.jsonl",
     )
     (tmp_path / "d").mkdir()
-    refuse(
+    expect_error(
         tmp_path,
         "lora",
         "--data",
@@ -753,25 +753,25 @@ def test_missing_data_is_reported_with_the_path(base, tmp_path):
         "--model",
         base,
         *out,
-        says="train.jsonl",
+        message="train.jsonl",
     )
 
 
 def test_a_folder_with_a_run_is_not_replaced(base, tmp_path, recipe):
     finetune(recipe)
-    refuse(
+    expect_error(
         tmp_path,
         *("lora", "--data", recipe.data, "--model", base),
         *("--adapter-path", recipe.adapter_path),
-        says=["--resume", "--force"],
+        message=["--resume", "--force"],
     )
-    refuse(
+    expect_error(
         tmp_path,
         "lora",
         "--adapter-path",
         recipe.adapter_path,
         "--resume",
-        says="is complete",
+        message="is complete",
     )
 
 
@@ -793,10 +793,14 @@ def test_force_keeps_the_old_run_until_the_new_one_starts(recipe):
     assert weights(report.path) != before
 
 
-def test_an_unknown_key_of_a_recipe_is_named(tmp_path):
+def test_an_unknown_key_of_a_recipe_is_reported(tmp_path):
     (tmp_path / "r.yaml").write_text("data: x\nlerning_rate: 1\n")
-    refuse(
-        tmp_path, "lora", "-c", tmp_path / "r.yaml", says="did you mean learning_rate?"
+    expect_error(
+        tmp_path,
+        "lora",
+        "-c",
+        tmp_path / "r.yaml",
+        message="did you mean learning_rate?",
     )
 
 
@@ -815,7 +819,7 @@ def test_a_damaged_state_is_reported(recipe):
         finetune(recipe, resume=True)
 
 
-def test_it_trains_outside_the_main_thread(recipe):
+def test_training_works_outside_the_main_thread(recipe):
     reports = []
     thread = threading.Thread(target=lambda: reports.append(finetune(recipe)))
     thread.start()
@@ -824,7 +828,7 @@ def test_it_trains_outside_the_main_thread(recipe):
 
 
 @pytest.mark.parametrize("data", ["model", "run", "inside"])
-def test_force_replaces_neither_the_base_nor_the_data(tmp_path, data):
+def test_force_does_not_replace_the_base_or_the_data(tmp_path, data):
     model = make_source(tmp_path / "model")
     write_data(tmp_path / "train.jsonl")
     run = tmp_path / "run"
@@ -837,7 +841,7 @@ def test_force_replaces_neither_the_base_nor_the_data(tmp_path, data):
         write_data(run / "train.jsonl")
         chosen = run if data == "run" else run / "train.jsonl"
         args, message = [*args, "--data", chosen], "--force does not replace it"
-    refuse(tmp_path, "lora", *args, "--force", says=message)
+    expect_error(tmp_path, "lora", *args, "--force", message=message)
 
 
 def test_preferences_are_tested_at_the_end(base, tmp_path):
@@ -910,7 +914,7 @@ def test_two_processes_train_the_same_weights_as_one(base, tmp_path):
     together = dataclasses.replace(alone, adapter_path=str(tmp_path / "together"))
     expected = finetune(alone)
     (tmp_path / "recipe.yaml").write_text(together.to_yaml())
-    ran = subprocess.run(
+    result = subprocess.run(
         [
             *(str(Path(sys.executable).with_name("mlx.launch")), "-n", "2"),
             *("--backend", "ring", "--starting-port", str(free_ports(1)[0])),
@@ -922,8 +926,8 @@ def test_two_processes_train_the_same_weights_as_one(base, tmp_path):
         timeout=120,
         check=False,
     )
-    assert ran.returncode == 0, ran.stderr
-    [line] = [line for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert result.returncode == 0, result.stderr
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("{")]
     report = json.loads(line)
     assert report["tokens"] == expected.tokens
     assert report["last_loss"] == pytest.approx(expected.last_loss, abs=1e-5)

@@ -35,17 +35,17 @@ def dataset(*conversations, format="prompt+completion", rejected=None) -> Datase
             text if isinstance(text, Turn) else Turn(role, text)
             for role, text in zip(roles, texts, strict=False)
         )
-        place = f"train.jsonl:{i + 1}"
+        location = f"train.jsonl:{i + 1}"
         key = repr(texts).encode()
-        records.append(Record(place, turns, key, rejected and rejected[i]))
+        records.append(Record(location, turns, key, rejected and rejected[i]))
     return Dataset(Path("train.jsonl"), format, (), tuple(records), "0" * 64)
 
 
 def make_one(*texts, template="raw", max_length=10_000, **options):
-    made, _ = make_samples(
+    samples, _ = make_samples(
         dataset(texts), tokenizer, template=template, max_length=max_length, **options
     )
-    (sample,) = made
+    (sample,) = samples
     assert sample.tokens.dtype == np.int32
     assert sample.loss_mask.dtype == bool
     assert sample.tokens.shape == sample.loss_mask.shape
@@ -62,16 +62,16 @@ def targets(tokens, loss_mask) -> list[int]:
 
 I16 = " " * 16
 TASK = "Below is an instruction that describes a task"
-ASK = "Write a response that appropriately completes the request."
+REPLY = "Write a response that appropriately completes the request."
 PAIRED = ", paired with an input that provides further context. "
 
 
-def test_apples_peft_template_is_there_byte_for_byte():
+def test_apples_peft_template_is_reproduced_byte_for_byte():
     tokens, _ = make_one("Do it.", "the correct answer is 1", template="openelm-peft")
     assert tokens == [
         BOS,
         *tokenizer.encode(
-            f"{TASK}. {ASK}  \n\n{I16}### Instruction:\n{I16}Do it.\n{I16}\n"
+            f"{TASK}. {REPLY}  \n\n{I16}### Instruction:\n{I16}Do it.\n{I16}\n"
             f"{I16}### Response:\n{I16}the correct answer is 1",
             bos=False,
         ),
@@ -80,17 +80,17 @@ def test_apples_peft_template_is_there_byte_for_byte():
     with_input = (Turn("user", "Do it.", input="Here."), "the end")
     tokens, _ = make_one(*with_input, template="openelm-peft")
     assert tokenizer.decode(tokens) == (
-        f"{TASK}{PAIRED}{ASK} \n\n{I16}### Instruction:\n{I16}Do it.\n{I16}\n"
+        f"{TASK}{PAIRED}{REPLY} \n\n{I16}### Instruction:\n{I16}Do it.\n{I16}\n"
         f"{I16}### Input:\n{I16}Here.\n{I16}\n{I16}### Response:\n{I16}the end"
     )
 
 
 def test_alpacas_template_has_a_form_with_input():
     text = tokenizer.decode(make_one("Do it.", "Done", template="alpaca")[0])
-    assert text == f"{TASK}. {ASK}\n\n### Instruction:\nDo it.\n\n### Response:\nDone"
+    assert text == f"{TASK}. {REPLY}\n\n### Instruction:\nDo it.\n\n### Response:\nDone"
     with_input = (Turn("user", "Do it.", input="Here."), "Done")
     assert tokenizer.decode(make_one(*with_input, template="alpaca")[0]) == (
-        f"{TASK}{PAIRED}{ASK}\n\n### Instruction:\nDo it.\n\n### Input:\nHere.\n\n"
+        f"{TASK}{PAIRED}{REPLY}\n\n### Instruction:\nDo it.\n\n### Input:\nHere.\n\n"
         "### Response:\nDone"
     )
     for template, text in (("raw", "Do it.\n\nHere. Done"), ("instruct", "\n\nHere.")):
@@ -110,7 +110,7 @@ def test_a_second_exchange_follows_an_eos_and_has_no_header():
 
 
 @pytest.mark.parametrize("template", ["instruct", "alpaca", "openelm-peft"])
-def test_a_system_text_is_where_generation_puts_it(template):
+def test_a_system_text_has_the_same_position_as_at_generation(template):
     turns = [
         Turn("system", "Be brief."),
         Turn("user", "One?"),
@@ -125,13 +125,13 @@ def test_a_system_text_is_where_generation_puts_it(template):
             "openelm-peft": f"Be brief.\n\n{I16}### Instruction:\n{I16}One?",
         }[template]
     )
-    seen = encode_prompt(
+    prompt_ids = encode_prompt(
         tokenizer, "One?", template=template, system="Be brief.", as_trained=True
     )
-    assert tokens[: loss_mask.index(True)] == seen
+    assert tokens[: loss_mask.index(True)] == prompt_ids
 
 
-def test_raw_joins_prompt_and_completion_by_one_space_unless_one_is_there():
+def test_raw_joins_prompt_and_completion_by_one_space():
     for prompt, answer, text in (
         ("Hi", "there", "Hi there"),
         ("Hi\n", "there", "Hi\nthere"),
@@ -161,7 +161,7 @@ def test_instruct_repeats_zephyrs_turns():
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @given(prompt=words, answer=words)
-def test_generation_sees_what_training_saw(template, prompt, answer):
+def test_generation_and_training_have_the_same_prompt_ids(template, prompt, answer):
     """The prompt's ids at generation are the sample's ids before the answer.
 
     If the prompt ends in a space, that space belongs to the first token of the answer,
@@ -169,7 +169,7 @@ def test_generation_sees_what_training_saw(template, prompt, answer):
     """
     tokens, loss_mask = make_one(prompt, answer, template=template)
     start = loss_mask.index(True)
-    seen = [
+    prompt_ids = [
         encode_prompt(tokenizer, prompt, template=template, as_trained=as_trained)
         for as_trained in (False, True)
     ]
@@ -178,14 +178,14 @@ def test_generation_sees_what_training_saw(template, prompt, answer):
             (i for i, (a, b) in enumerate(zip(ids, tokens, strict=False)) if a != b),
             len(ids),
         )
-        for ids in seen
+        for ids in prompt_ids
     )
     assert start == common
     assert loss_mask[start:] == [True] * (len(tokens) - start)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_words_prompt_is_the_same_to_the_last_token(template):
+def test_a_prompt_of_words_has_the_same_ids_at_generation(template):
     for prompt in ("Who came?", "Once upon a", "Who? "):
         tokens, loss_mask = make_one(prompt, "the old woman", template=template)
         start = loss_mask.index(True)
@@ -195,7 +195,7 @@ def test_a_words_prompt_is_the_same_to_the_last_token(template):
             assert encode_prompt(tokenizer, prompt, template=template) == trained
 
 
-def test_a_conversation_that_a_template_does_not_support_is_named():
+def test_a_conversation_that_a_template_does_not_support_is_reported():
     turns = [("Hi", "Hello"), ("One?", "1.", "Two?", "2.")]
     with pytest.raises(OpenELMError, match=r"train\.jsonl:2: .*raw.*instruct"):
         make_samples(dataset(*turns), tokenizer, template="raw", max_length=99)
@@ -216,7 +216,7 @@ def test_the_template_is_chosen_by_request_model_and_format():
         choose_template("instruct", None, "text")
 
 
-# The loss mask --------------------------------------------------------------------
+# The loss mask -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", ["instruct", "alpaca", "openelm-peft"])
@@ -269,26 +269,26 @@ def test_a_long_answer_is_truncated_at_its_end_and_a_prompt_at_its_start():
     start, length = loss_mask.index(True), len(tokens)
 
     def truncate(max_length):
-        made, table = make_samples(
+        samples, table = make_samples(
             dataset((prompt, answer)), tokenizer, template="raw", max_length=max_length
         )
-        return made[0].tokens.tolist(), made[0].loss_mask.tolist(), table
+        return samples[0].tokens.tolist(), samples[0].loss_mask.tolist(), table
 
     for max_length in range(2, length + 2):
-        cut, mask, table = truncate(max_length)
-        assert len(cut) == min(length, max_length)
-        assert cut[0] == BOS
+        truncated, mask, table = truncate(max_length)
+        assert len(truncated) == min(length, max_length)
+        assert truncated[0] == BOS
         assert any(mask)
         assert not mask[0]
         if max_length >= length:
-            assert (cut, table.cut, table.prompt_cut) == (tokens, 0, 0)
+            assert (truncated, table.cut, table.prompt_cut) == (tokens, 0, 0)
         elif max_length > start:
-            assert cut == tokens[:max_length]
+            assert truncated == tokens[:max_length]
             assert mask == loss_mask[:max_length]
             assert (table.cut, table.prompt_cut) == (1, 0)
         else:
             first = min(start, length - max_length + 1)
-            assert cut[1:] == tokens[first : first + max_length - 1]
+            assert truncated[1:] == tokens[first : first + max_length - 1]
             assert mask[1:] == loss_mask[first : first + max_length - 1]
             fits = length - start <= max_length - 1
             assert (table.cut, table.prompt_cut) == (not fits, 1)
@@ -296,8 +296,8 @@ def test_a_long_answer_is_truncated_at_its_end_and_a_prompt_at_its_start():
 
 def test_empty_texts_are_left_out_and_counted():
     data = dataset(("",), ("Once",), (" \n",), format="text")
-    made, table = make_samples(data, tokenizer, template="raw", max_length=99)
-    assert [sample.place for sample in made] == ["train.jsonl:2"]
+    samples, table = make_samples(data, tokenizer, template="raw", max_length=99)
+    assert [sample.place for sample in samples] == ["train.jsonl:2"]
     assert (table.records, table.samples, table.nothing_to_learn) == (3, 1, 2)
 
 
@@ -344,19 +344,20 @@ def test_long_preferences_are_truncated_as_for_openelm_instruct():
     ((pair,), table) = make_pair(
         prompt, short, long, max_length=length, max_prompt_length=3
     )
-    assert (table.prompt_cut, table.cut) == (0, 0)  # it fits: nothing is cut
+    assert (table.prompt_cut, table.cut) == (0, 0)  # it fits: nothing is truncated
     assert pair.rejected.tokens.tolist() == whole.rejected.tokens.tolist()
 
 
 def test_pairs_with_equal_answers_are_left_out():
-    made, table = make_pair("Who?", "he", "he")
-    assert (made, table.nothing_to_learn) == ((), 1)
+    samples, table = make_pair("Who?", "he", "he")
+    assert (samples, table.nothing_to_learn) == ((), 1)
     options = {"max_length": 8, "max_prompt_length": 4}
-    made, table = make_pair("Who?", "a a a a a b", "a a a a a c", **options)
-    assert (made, table.nothing_to_learn) == ((), 1)  # they differ after the cut
+    samples, table = make_pair("Who?", "a a a a a b", "a a a a a c", **options)
+    # truncated to equal texts
+    assert (samples, table.nothing_to_learn) == ((), 1)
 
 
-# Statistics ---------------------------------------------------------------------
+# Statistics ----------------------------------------------------------------------
 
 
 def test_the_table_has_statistics_and_is_json(tmp_path):
@@ -388,8 +389,8 @@ def test_the_table_has_statistics_and_is_json(tmp_path):
 
 def test_lengths_are_counted_up_to_their_edge():
     data = dataset(*[("x" * n,) for n in range(1, 15)], format="text")
-    made, table = make_samples(data, tokenizer, template="raw", max_length=16)
-    sizes = [len(sample.tokens) for sample in made]
+    samples, table = make_samples(data, tokenizer, template="raw", max_length=16)
+    sizes = [len(sample.tokens) for sample in samples]
     assert table.lengths == tuple(
         sum(low < size <= high for size in sizes)
         for low, high in zip(table.edges, table.edges[1:], strict=False)
@@ -405,7 +406,7 @@ def test_data_without_targets_is_refused():
         tabulate(Data(empty, None, None, ()), choice, {"train": table})
 
 
-# Other tools --------------------------------------------------------------------
+# Other tools ---------------------------------------------------------------------
 
 
 @pytest.mark.interop
@@ -427,7 +428,7 @@ def test_mlx_lm_has_the_same_tokens_and_the_same_prompt(shared, tmp_path, templa
             answer,
         ),
         "alpaca": (
-            f"{TASK}. {ASK}\n\n### Instruction:\n{user}\n\n### Response:\n",
+            f"{TASK}. {REPLY}\n\n### Instruction:\n{user}\n\n### Response:\n",
             answer,
         ),
         "raw": (user, " " + answer),
@@ -439,8 +440,8 @@ def test_mlx_lm_has_the_same_tokens_and_the_same_prompt(shared, tmp_path, templa
     keys = {"prompt_key": "question", "completion_key": "answer"}
     theirs_read = CompletionsDataset(rows, theirs, *keys.values(), mask_prompt=True)
     whole = read_data(file, **keys)
-    made, _ = make_samples(whole.train, llama, template=template, max_length=2048)
-    ours = {sample.place: sample for sample in made}
+    samples, _ = make_samples(whole.train, llama, template=template, max_length=2048)
+    ours = {sample.place: sample for sample in samples}
     compared = 0
     for i, row in enumerate(rows, 1):
         sample = ours.get(f"test.jsonl:{i}")
@@ -452,7 +453,7 @@ def test_mlx_lm_has_the_same_tokens_and_the_same_prompt(shared, tmp_path, templa
     assert compared > 40
 
 
-def test_gsm8ks_prompts_are_what_generation_sees(shared):
+def test_prompts_of_gsm8k_have_the_same_ids_at_generation(shared):
     from mlx_openelm.storage.tokenizer_finder import read_tokenizer
 
     llama = read_tokenizer(shared / "data" / "llama-tokenizer")
@@ -460,16 +461,18 @@ def test_gsm8ks_prompts_are_what_generation_sees(shared):
     data = read_data(file, prompt_key="question", completion_key="answer").train
     data = dataclasses.replace(data, records=data.records[:200])
     for template in TEMPLATES:
-        made, table = make_samples(data, llama, template=template, max_length=2048)
+        samples, table = make_samples(data, llama, template=template, max_length=2048)
         assert table.samples == 200
-        for record, sample in zip(data.records, made, strict=True):
+        for record, sample in zip(data.records, samples, strict=True):
             start = int(sample.loss_mask.argmax())
             prompt = record.turns[0].text
-            seen = encode_prompt(llama, prompt, template=template, as_trained=True)
+            prompt_ids = encode_prompt(
+                llama, prompt, template=template, as_trained=True
+            )
             answer = record.turns[1].text
             if template == "openelm-peft" and not answer[0].isascii():
                 continue
             if template == "openelm-peft" and answer[0].isdigit():
                 # Llama's digits have no leading space, so the prompt keeps it.
-                seen = encode_prompt(llama, prompt, template=template)
-            assert sample.tokens[:start].tolist() == seen
+                prompt_ids = encode_prompt(llama, prompt, template=template)
+            assert sample.tokens[:start].tolist() == prompt_ids

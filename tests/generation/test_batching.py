@@ -18,7 +18,7 @@ from mlx_openelm.generation.streaming import stream
 tokenizer = small_tokenizer()
 model = build(UNEVEN)
 EOS = tokenizer.eos_id
-SOMETIMES = ((EOS, 2.0),)  # some answers end at once, and some never
+SOMETIMES = ((EOS, 2.0),)  # some answers end immediately, others at the limit
 
 
 def make_prompts(count, *, seed=0, longest=50, vocabulary=300):
@@ -116,7 +116,7 @@ def test_the_demo_gives_the_same_answers_in_a_batch():
 # Rows ------------------------------------------------------------------------------
 
 
-class Watched:
+class Recorder:
     """A model that records how many rows and tokens each call had."""
 
     def __init__(self):
@@ -128,28 +128,28 @@ class Watched:
         return model.transformer(tokens, cache, **layout)
 
 
-def watch(lengths, batch_size):
+def record_rows(lengths, batch_size):
     """Return the rows of each step for answers of these lengths, cut by the context."""
-    watched = Watched()
+    recorder = Recorder()
     context = model.config.max_context_length
     prompts = [BatchPrompt(n, [7] * (context - k)) for n, k in enumerate(lengths)]
     sampling = Sampling(max_tokens=99, logit_bias=((EOS, -100.0),))
     answered = list(
-        answer_together(watched, tokenizer, prompts, sampling, batch_size=batch_size)
+        answer_together(recorder, tokenizer, prompts, sampling, batch_size=batch_size)
     )
     assert sorted(len(a.tokens) for a in answered) == sorted(lengths)
-    return [rows for rows, count in watched.shapes if count == 1]
+    return [rows for rows, count in recorder.shapes if count == 1]
 
 
-def test_an_ended_answers_row_goes_to_the_next_prompt_at_once():
-    rows = watch([31, *[3] * 8], batch_size=2)
+def test_an_ended_answers_row_is_reused_for_the_next_prompt():
+    rows = record_rows([31, *[3] * 8], batch_size=2)
     # One step per answer is queued before its end is detected.
     assert len(rows) == 8 * (3 + 1)
     assert set(rows) == {2}
 
 
 def test_idle_rows_are_not_computed():
-    rows = watch([3, 5, 20, 4], batch_size=4)
+    rows = record_rows([3, 5, 20, 4], batch_size=4)
     assert rows == [4] * 4 + [3] + [2] + [1] * 15
 
 
@@ -183,7 +183,7 @@ def test_answers_are_yielded_when_complete_and_steps_are_reported():
         assert answer.generation_tps > 0
 
 
-def test_a_prompt_without_room_is_refused():
+def test_a_prompt_that_fills_the_context_is_refused():
     for ids, words in (
         ([1] * 64, "64 tokens"),
         ([], "empty"),
@@ -227,10 +227,10 @@ def test_tokens_are_drawn_from_the_models_distribution():
     prompt, draws = [1, 9, 30], 3000
     prompts = [BatchPrompt(n, prompt) for n in range(draws)]
     answers = together(prompts, sampling, 500)
-    for place in (0, 1):
+    for position in (0, 1):
         context = prompt
         counted = Counter(a.drawn[0].id for a in answers.values())
-        if place:
+        if position:
             most, draws = counted.most_common(1)[0]
             context = [*prompt, most]
             counted = Counter(

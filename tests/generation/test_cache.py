@@ -45,7 +45,7 @@ def random_kv(length, width=32, heads=3):
 
 
 class WholeText:
-    """No cache: the whole text at once, with the mask of a sliding window."""
+    """No cache: all tokens in one pass, with the mask of a sliding window."""
 
     offset = 0
 
@@ -67,7 +67,7 @@ class WholeText:
 
 @settings(max_examples=120, deadline=None)
 @given(splits, st.integers(5, 40), st.integers(0, 4))
-def test_a_token_sees_the_first_and_the_newest_whatever_the_chunks(chunks, size, keep):
+def test_a_token_attends_to_the_first_and_the_newest_for_all_chunks(chunks, size, keep):
     tokens = tokens_of(sum(chunks))
     expected = logits_in([len(tokens)], tokens, [WholeText(size, keep)] * 3)
     actual = logits_in(chunks, tokens, [SlidingKVCache(size, keep) for _ in range(3)])
@@ -93,7 +93,7 @@ def test_mlx_lms_rotating_cache_gives_the_same_logits(keep, chunks):
     np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
-def test_a_sliding_cache_is_a_plain_one_until_it_is_full():
+def test_a_sliding_cache_equals_a_full_one_until_it_is_full():
     tokens = tokens_of(30)
     sliding = logits_in([7, 1, 22], tokens, [SlidingKVCache(30) for _ in range(3)])
     plain = logits_in([7, 1, 22], tokens, [KVCache() for _ in range(3)])
@@ -109,7 +109,7 @@ def test_a_text_longer_than_the_context_takes_no_more_memory():
         assert [part.shape for part in layer.state] == [(1, K, 24, 16)] * 2
 
 
-def test_a_slid_cache_is_not_trimmed_but_rebuilt():
+def test_a_cache_that_has_slid_is_rebuilt_instead_of_trimmed():
     cache = SlidingKVCache(10)
     cache.update_and_fetch(*random_kv(10))
     assert cache.can_trim(3)
@@ -144,10 +144,10 @@ def test_the_quantization_error_is_at_most_half_a_step(bits, group):
     for start, end in ((0, 7), (7, 8), (8, 290), (290, 300)):
         actual = cache.update_and_fetch(*(x[..., start:end, :] for x in given))
     assert {part.shape[2] for part in cache.state} == {512}  # steps of 256
-    for mine, exact in zip(actual, given, strict=True):
+    for stored, exact in zip(actual, given, strict=True):
         groups = np.array(exact).reshape(-1, group)
         step = np.ptp(groups, axis=1, keepdims=True) / (2**bits - 1)
-        off = np.abs(np.array(mine).reshape(-1, group) - groups)
+        off = np.abs(np.array(stored).reshape(-1, group) - groups)
         # MLX moves the scale so that zero is a step: up to one more at the far end.
         assert (off <= 1.01 * step).all()
         assert off.mean() < 0.3 * step.mean()
@@ -162,8 +162,8 @@ def test_mlx_lms_quantized_cache_holds_the_same_bits():
         part = [x[..., start:end, :] for x in kv]
         ours.update_and_fetch(*part)
         keys, values = theirs.update_and_fetch(*part)
-    for mine, other in zip(ours.state, [*keys, *values], strict=True):
-        assert mx.array_equal(mine[..., :270, :], other)
+    for stored, other in zip(ours.state, [*keys, *values], strict=True):
+        assert mx.array_equal(stored[..., :270, :], other)
 
 
 @settings(max_examples=40, deadline=None)

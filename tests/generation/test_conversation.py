@@ -25,7 +25,7 @@ MODEL = build(replace(UNEVEN, max_context_length=512))
 TEMPLATES = ("instruct", "alpaca", "openelm-peft")
 
 
-def begin(template: str = "instruct", *, model=MODEL, **options) -> Conversation:
+def make_chat(template: str = "instruct", *, model=MODEL, **options) -> Conversation:
     sampling = Sampling(
         **{"max_tokens": 8, **{k: options.pop(k) for k in SAMPLED & options.keys()}}
     )
@@ -85,7 +85,7 @@ def test_a_prompt_equals_the_training_sample_up_to_the_answer(template, system):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_every_prompt_is_rendered_from_all_turns(template, prompts):
-    chat = begin(template, system="Be kind.")
+    chat = make_chat(template, system="Be kind.")
     for message in ("Hi", "Who wept?\nAnd why?", "1234"):
         answer = send(chat, message)
         assert chat.turns[-2:] == messages(message, answer)
@@ -102,13 +102,13 @@ def test_every_prompt_is_rendered_from_all_turns(template, prompts):
 
 
 def test_without_a_template_the_turns_form_one_text(prompts):
-    chat = begin("auto")
+    chat = make_chat("auto")
     assert chat.is_raw
     texts = []
     for message in ("Once upon a time", "", "Then", "\nThe wolf"):
         text = "".join(turn.text for turn in chat.turns)
-        begins_word = message == "Then" and not text[-1].isspace()
-        texts += [" " if begins_word else "", message, send(chat, message)]
+        new_word = message == "Then" and not text[-1].isspace()
+        texts += [" " if new_word else "", message, send(chat, message)]
     whole = "".join(texts[:-1])
     assert prompts[-1] == small_tokenizer().encode(whole)
     assert "a time" + texts[2] + texts[5] in whole  # an empty line continues it
@@ -118,7 +118,7 @@ def test_the_templates_last_space_is_not_part_of_the_answer(monkeypatch):
     script = [piece(""), piece(" The"), piece(" wolf", "stop")]
     monkeypatch.setattr(module, "stream", lambda *args, **options: iter(script))
     for template, answer in (("openelm-peft", "The wolf"), ("instruct", " The wolf")):
-        chat = begin(template)
+        chat = make_chat(template)
         assert send(chat, "Who?") == answer
         assert chat.turns == messages("Who?", answer)
 
@@ -129,7 +129,7 @@ def test_the_stored_template_is_the_default_and_an_unknown_one_is_refused():
     assert Conversation(MODEL, stored, template="instruct").template == "instruct"
     assert Conversation(MODEL, small_tokenizer()).template == "raw"
     with pytest.raises(OpenELMError, match="No template is called 'chatml'"):
-        begin("chatml")
+        make_chat("chatml")
 
 
 def test_eos_spelled_as_text_ends_an_answer(monkeypatch):
@@ -140,14 +140,14 @@ def test_eos_spelled_as_text_ends_an_answer(monkeypatch):
         lambda m, t, i, sampling, **o: samplings.append(sampling) or iter([piece("x")]),
     )
     for template in ("instruct", "raw"):
-        list(begin(template).reply("Hi"))
+        list(make_chat(template).reply("Hi"))
     assert [sampling.stop for sampling in samplings] == [("</s>",), ()]
 
 
 def test_a_seed_is_set_once_so_that_a_retry_differs():
     answers = []
     for seed in (1, 1, 2):
-        chat = begin(temp=2.0, seed=seed, max_tokens=24)
+        chat = make_chat(temp=2.0, seed=seed, max_tokens=24)
         first = send(chat, "Hi")
         again = "".join(p.text for p in chat.retry())
         answers.append((first, again))
@@ -177,7 +177,7 @@ def passed(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("template", [*TEMPLATES, "raw"])
 def test_processed_tokens_are_not_processed_again(template, passed, prompts):
     roomy = build(replace(UNEVEN, max_context_length=2048))
-    chat, before = begin(template, max_tokens=24, model=roomy), 0
+    chat, before = make_chat(template, max_tokens=24, model=roomy), 0
     for n, message in enumerate(("The wolf wept", "And why?", "Who said that?")):
         passed.clear()
         answer = list(chat.reply(message))
@@ -195,7 +195,7 @@ def test_answers_equal_those_without_a_reused_context(monkeypatch):
         return stream(model, tokenizer, ids, sampling)
 
     def converse(*, template: str) -> tuple[Turn, ...]:
-        chat = begin(template, max_tokens=12)
+        chat = make_chat(template, max_tokens=12)
         for n in range(6):
             send(chat, f"{n} said the wolf")
             with closing(chat.reply("And then?")) as pieces:
@@ -213,7 +213,7 @@ def test_answers_equal_those_without_a_reused_context(monkeypatch):
 
 
 def test_after_an_interrupted_step_the_context_is_rebuilt(monkeypatch):
-    chat, expected = begin(), begin()
+    chat, expected = make_chat(), make_chat()
     for conversation in (chat, expected):
         send(conversation, "Hi")
     layer = MODEL.layers[1]
@@ -236,7 +236,7 @@ def test_after_an_interrupted_step_the_context_is_rebuilt(monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_the_yielded_text_of_a_stopped_answer_is_kept(count, prompts):
-    chat, shown = begin(), ""
+    chat, shown = make_chat(), ""
     with closing(chat.reply("Hi")) as pieces:
         for _, got in zip(range(count), pieces, strict=False):
             shown += got.text
@@ -247,7 +247,7 @@ def test_the_yielded_text_of_a_stopped_answer_is_kept(count, prompts):
 
 
 def test_an_answer_stopped_before_any_text_changes_nothing(monkeypatch):
-    chat = begin()
+    chat = make_chat()
     send(chat, "Hi")
     before = chat.turns
     for pieces in (chat.reply("Who?"), chat.retry()):
@@ -268,13 +268,13 @@ def test_an_answer_stopped_before_any_text_changes_nothing(monkeypatch):
 def test_an_empty_answer_is_recorded(monkeypatch):
     script = [piece("", "stop", token=2)]
     monkeypatch.setattr(module, "stream", lambda *args, **options: iter(script))
-    chat = begin()
+    chat = make_chat()
     assert send(chat, "Hi") == ""
     assert chat.turns == messages("Hi", "")
 
 
 def test_undo_and_reset():
-    chat = begin(system="Be kind.")
+    chat = make_chat(system="Be kind.")
     for wrong in (chat.undo, chat.retry):
         with pytest.raises(OpenELMError, match="There is no"):
             wrong()
@@ -309,7 +309,7 @@ def test_as_few_pairs_as_possible_are_omitted(monkeypatch, lengths, system, max_
         return replace(ready, text=text)
 
     monkeypatch.setattr(module, "stream", scripted)
-    chat = begin("instruct", system=system, max_tokens=max_tokens)
+    chat = make_chat("instruct", system=system, max_tokens=max_tokens)
     most = 512 - min(max_tokens, 256)
     rng = random.Random(7)
 
@@ -334,7 +334,7 @@ def test_as_few_pairs_as_possible_are_omitted(monkeypatch, lengths, system, max_
         assert chat.omitted_pairs == expected
         rest = turns[2 * expected :]
         assert seen[-1] == encode_turns(small_tokenizer(), rest, "instruct", system)[0]
-        assert chat.turns == (*turns, Turn("assistant", answer))  # nothing is lost
+        assert chat.turns == (*turns, Turn("assistant", answer))  # all turns are kept
 
 
 @pytest.mark.parametrize(("more", "omitted"), [(0, 0), (1, 1)])
@@ -342,14 +342,14 @@ def test_a_prompt_may_fill_the_context_to_the_last_token(more, omitted):
     turns = messages("wolf " * 40, "gold " * 20, "Who?")
     ids, _ = encode_turns(small_tokenizer(), turns, "instruct")
     assert 256 <= len(ids) < 512
-    chat = begin(max_tokens=512 - len(ids) + more)
+    chat = make_chat(max_tokens=512 - len(ids) + more)
     chat.turns = turns[:2]
     chat.reply("Who?").close()
     assert chat.omitted_pairs == omitted
 
 
 def test_the_prompts_of_a_long_conversation_stay_in_the_context(prompts):
-    chat = begin("alpaca", max_tokens=32, system="Tell.")
+    chat = make_chat("alpaca", max_tokens=32, system="Tell.")
     for n in range(16):
         send(chat, f"Then {n}, said the old woman, the wolf wept")
     assert chat.omitted_pairs > 5
@@ -361,10 +361,10 @@ def test_the_prompts_of_a_long_conversation_stay_in_the_context(prompts):
 
 def test_a_system_text_that_does_not_fit_the_context_or_template_is_refused():
     with pytest.raises(OpenELMError, match="The system text makes a prompt of"):
-        begin(system="wolf " * 512)
+        make_chat(system="wolf " * 512)
     with pytest.raises(OpenELMError, match="takes no system text; choose"):
-        begin("raw", system="Be kind.")
-    chat = begin(system="Be kind.")
+        make_chat("raw", system="Be kind.")
+    chat = make_chat(system="Be kind.")
     send(chat, "Hi")
     with pytest.raises(OpenELMError, match="The system text"):
         chat.set_system("wolf " * 512)
@@ -373,8 +373,8 @@ def test_a_system_text_that_does_not_fit_the_context_or_template_is_refused():
     assert len(chat.turns) == 2
 
 
-def test_half_a_character_is_refused_and_nothing_is_lost():
-    chat = begin("raw")
+def test_half_a_character_is_refused_and_the_turns_are_kept():
+    chat = make_chat("raw")
     send(chat, "Hi")
     before = chat.turns
     with pytest.raises(OpenELMError, match="not valid UTF-8"):
@@ -390,18 +390,18 @@ texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 @given(st.lists(st.tuples(texts, texts), max_size=4), texts)
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_saved_conversation_is_loaded_unchanged(tmp_path, pairs, system):
-    chat, path = begin(name="demo", adapter="a"), tmp_path / "chat.json"
+    chat, path = make_chat(name="demo", adapter="a"), tmp_path / "chat.json"
     path.unlink(missing_ok=True)
     chat.system = system
     chat.turns = messages(*(text for pair in pairs for text in pair))
     chat.save(path)
-    other = begin(name="demo", adapter="a")
+    other = make_chat(name="demo", adapter="a")
     assert other.load(path) == []
     assert (other.turns, other.system) == (chat.turns, system)
 
 
 def test_the_file_is_json_with_messages_model_template_and_settings(tmp_path):
-    chat = begin(system="Be kind.", name="demo", temp=0.5, seed=3)
+    chat = make_chat(system="Be kind.", name="demo", temp=0.5, seed=3)
     answer = send(chat, "Hi \u2603")
     chat.save(tmp_path / "chat.json")
     fields = json.loads((tmp_path / "chat.json").read_text(encoding="utf-8"))
@@ -417,7 +417,7 @@ def test_the_file_is_json_with_messages_model_template_and_settings(tmp_path):
 
 
 def test_only_its_own_file_is_replaced(tmp_path):
-    chat, path = begin(), tmp_path / "chat.json"
+    chat, path = make_chat(), tmp_path / "chat.json"
     for there in (b"my diary", b"", json.dumps({"format": "other"}).encode()):
         path.write_bytes(there)
         with pytest.raises(OpenELMError, match="not this conversation's file"):
@@ -431,7 +431,7 @@ def test_only_its_own_file_is_replaced(tmp_path):
     chat.save(path)
     assert path.read_bytes() != first
     second = path.read_bytes()
-    other = begin()
+    other = make_chat()
     with pytest.raises(OpenELMError, match="not this conversation's file"):
         other.save(path)
     chat.reset()
@@ -453,9 +453,9 @@ def test_only_its_own_file_is_replaced(tmp_path):
 )
 def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path, name):
     with pytest.raises(OpenELMError, match=r"\.$"):
-        begin().save(tmp_path / name)
+        make_chat().save(tmp_path / name)
     with pytest.raises(OpenELMError, match=r"\.$"):
-        begin().load(tmp_path / name)
+        make_chat().load(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -499,7 +499,7 @@ def saved(**changes) -> dict:
     ],
 )
 def test_an_invalid_file_is_refused_and_changes_nothing(tmp_path, fields):
-    chat, path = begin(system="Be kind."), tmp_path / "chat.json"
+    chat, path = make_chat(system="Be kind."), tmp_path / "chat.json"
     send(chat, "Hi")
     before = chat.turns
     path.write_text(json.dumps(fields))
@@ -531,7 +531,7 @@ def test_damaged_files_raise_no_other_error(tmp_path):
 def test_differences_of_the_settings_are_noted(tmp_path):
     path = tmp_path / "chat.json"
     path.write_text(json.dumps(saved(model="other", adapter="a", template="alpaca")))
-    notes = begin(name="demo").load(path)
+    notes = make_chat(name="demo").load(path)
     assert [note.split(" and")[0] for note in notes] == [
         "it was saved with the model other",
         "it was saved with the adapter a",
@@ -544,7 +544,7 @@ def test_a_system_text_cannot_be_loaded_with_a_raw_template(tmp_path):
     path = tmp_path / "chat.json"
     system = {"role": "system", "content": "Be kind."}
     path.write_text(json.dumps(saved(messages=[system, *saved()["messages"]])))
-    chat = begin("raw")
+    chat = make_chat("raw")
     with pytest.raises(OpenELMError, match="takes no system text"):
         chat.load(path)
     assert chat.turns == ()

@@ -142,7 +142,7 @@ def test_a_link_stays_a_link(stored, tmp_path):
     assert answer([*PROMPT, 9], stored)[1] == len(PROMPT)
 
 
-# Stale ---------------------------------------------------------------------------
+# Outdated files ------------------------------------------------------------------
 
 
 def with_adapter(scale=2.0):
@@ -163,7 +163,7 @@ def with_adapter(scale=2.0):
         ({"template": "instruct"}, "the template 'raw', not 'instruct'"),
     ],
 )
-def test_a_stale_file_is_detected_and_replaced(stored, options, reason):
+def test_an_outdated_file_is_detected_and_replaced(stored, options, reason):
     expected, _, _ = answer(PROMPT, of=options.get("of", model))
     actual, reused, (note,) = answer(PROMPT, stored, **options)
     assert (actual, reused) == (expected, 0)
@@ -215,12 +215,12 @@ def whole(tmp_path_factory):
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**30), st.integers(0, 7), st.booleans())
 def test_a_flipped_bit_never_changes_the_answer(
-    tmp_path_factory, whole, place, bit, in_header
+    tmp_path_factory, whole, position, bit, in_header
 ):
     expected, content = whole
     file = tmp_path_factory.getbasetemp() / "flipped.cache"
     damaged = bytearray(content)
-    damaged[place % (2000 if in_header else len(damaged))] ^= 1 << bit
+    damaged[position % (2000 if in_header else len(damaged))] ^= 1 << bit
     file.write_bytes(damaged)
     with contextlib.suppress(OpenELMError):  # not recognised as a prompt cache
         actual, reused, notes = answer(PROMPT, file)

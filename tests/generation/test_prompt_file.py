@@ -235,8 +235,8 @@ def test_every_invalid_line_is_reported_and_the_rest_is_answered(tmp_path):
     ):
         line = 2 * number + 1
         assert words in answer["error"]
-        place = f"{tmp_path / 'prompts.jsonl'}:{line}"
-        assert problems[number] == f"{place}: {answer['error']}"
+        location = f"{tmp_path / 'prompts.jsonl'}:{line}"
+        assert problems[number] == f"{location}: {answer['error']}"
     assert {answer["text"] for answer in given[1::2]} == {text}
     assert report.problems == tuple(problems)
     assert (report.prompts, report.kept) == (len(lines), 0)
@@ -417,12 +417,12 @@ def test_a_run_that_is_killed_repeatedly_writes_the_same(tmp_path):
 
     assert start("whole").wait() == 0
     kills, waiting, before = 0, tmp_path / ".killed.ahead", 0
-    for wanted in itertools.count(7, 11):
+    for minimum in itertools.count(7, 11):
         process = start("killed")
         while process.poll() is None:
             files = (tmp_path / "killed", waiting)
             written = sum(p.read_bytes().count(b"\n") for p in files if p.exists())
-            if written >= wanted:
+            if written >= minimum:
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.001)

@@ -1,4 +1,4 @@
-"""Guessing changes nothing but the time that a text takes."""
+"""Speculative decoding: same tokens, same distribution, draft length."""
 
 import itertools
 import random
@@ -33,7 +33,7 @@ model, other = build(UNEVEN), build(UNEVEN, seed=5)
 
 
 class FixedPace:
-    """Drafts always, with the given lengths in turn, whether it pays or not."""
+    """Always drafts, with the given lengths in turn."""
 
     def __init__(self, *counts):
         self._counts = itertools.cycle(counts)
@@ -110,7 +110,7 @@ controls = st.builds(
     st.sampled_from(["lookup", "same model", "another model"]),
     st.lists(st.integers(0, 8), min_size=1, max_size=6).filter(any),
 )
-def test_a_greedy_text_is_the_same_token_for_token(
+def test_greedy_tokens_equal_those_of_plain_decoding(
     prompt, count, sampling, kind, counts
 ):
     plain = write(None, prompt, count, sampling)
@@ -126,7 +126,7 @@ def test_a_greedy_text_is_the_same_token_for_token(
     assert {layer.offset for layer in context.cache} == {len(context.tokens)}
 
 
-def test_the_text_does_not_depend_on_the_clock():
+def test_the_tokens_do_not_depend_on_the_clock():
     for seed in range(6):
         prompt = random.Random(seed).choices(range(3, 30), k=20)
         plain = ids(write(None, prompt, 40))
@@ -143,7 +143,7 @@ def test_eos_is_drawn_from_min_tokens_on_and_not_before(least):
     assert [token == 2 for token in tokens] == [i >= least for i in range(14)]
 
 
-def test_a_model_agrees_with_itself():
+def test_a_model_accepts_all_of_its_own_drafts():
     drafter = always(ModelDrafter(model), 4, 1, 3)
     write(drafter, [1, 7, 9], 50)
     assert drafter.accepted == drafter.drafted > 30
@@ -154,8 +154,8 @@ def test_every_number_of_right_draft_tokens_is_accepted(right):
     plain = ids(write(None, [1, 7], 20))
 
     def draft(text, count):
-        place = len(text) - 2
-        true = plain[place : place + count]
+        start = len(text) - 2
+        true = plain[start : start + count]
         return [t if i < right else (t + 1) % 300 for i, t in enumerate(true)]
 
     drafter = always(Scripted(draft, length=5))
@@ -188,11 +188,11 @@ def test_a_context_can_be_reused_after_stopping_at_any_token(taken):
     plain = ids(write(None, prompt, 12))
     for drafter in (ModelDrafter(model), LookupDrafter(3), ModelDrafter(other)):
         context = Context(model)
-        reading = draw_speculatively(
+        stream = draw_speculatively(
             model, prompt, sampling, 12, always(drafter), context=context
         )
-        assert ids(itertools.islice(reading, taken)) == plain[:taken]
-        reading.close()
+        assert ids(itertools.islice(stream, taken)) == plain[:taken]
+        stream.close()
         text = [*prompt, *plain[:taken]]
         assert context.tokens in (text, text[:-1])
         assert context.cache[0].offset >= len(context.tokens)
@@ -374,8 +374,10 @@ def looked_up(text, count=4):
 
 def test_the_continuation_of_the_last_match_is_drafted():
     assert looked_up([5, 6, 7, 8, 9, 1, 5, 6]) == [7, 8, 9, 1]
-    assert looked_up([5, 6, 7, 0, 5, 6, 8, 0, 5, 6], 1) == [8]  # the newest place
-    assert looked_up([4, 5, 6, 7, 0, 9, 5, 6, 8, 0, 4, 5, 6], 1) == [7]  # the longest
+    assert looked_up([5, 6, 7, 0, 5, 6, 8, 0, 5, 6], 1) == [8]  # the newest match
+    assert looked_up([4, 5, 6, 7, 0, 9, 5, 6, 8, 0, 4, 5, 6], 1) == [
+        7
+    ]  # the longest match
     assert looked_up([1, 2, 3, 4]) is None
     assert looked_up([5]) is None
     assert looked_up([]) is None
@@ -389,16 +391,16 @@ def test_a_loop_is_drafted_beyond_the_end_of_the_text():
 def test_the_incremental_index_equals_a_full_scan(text):
     drafter = LookupDrafter(4)
     for end in range(len(text) + 1):
-        known = text[:end]
+        prefix = text[:end]
         expected = None
         for size in (4, 3, 2):
             starts = [
-                i for i in range(end - size) if known[i : i + size] == known[-size:]
+                i for i in range(end - size) if prefix[i : i + size] == prefix[-size:]
             ]
             if size <= end and starts:
-                expected = known[starts[-1] + size]
+                expected = prefix[starts[-1] + size]
                 break
-        assert drafter.peek(known) == expected
+        assert drafter.peek(prefix) == expected
 
 
 # Draft length ---------------------------------------------------------------------
@@ -464,7 +466,7 @@ def test_accepted_drafts_are_faster():
     assert mean(0.7, count=400, free=True) > 1.85  # 2.77 tokens in 1.4 steps: 1.98
     assert mean(0.95, count=400, draft=0.1) > 2.2  # 4.52 tokens in 1.8 steps: 2.5
     assert mean(0.2, count=400, free=True) > 1.0  # one draft token at a time
-    assert mean(0.5, count=400, draft=1.0) > 0.97  # never worth it
+    assert mean(0.5, count=400, draft=1.0) > 0.97  # never faster
 
 
 def test_a_shorter_draft_is_tried_if_a_length_is_too_slow():

@@ -26,13 +26,13 @@ def add_all(tokens, *, budget=500, after=(1,), **options):
     return answer, text, len(tokens)
 
 
-@pytest.mark.parametrize("place", range(8))
-def test_eos_ends_the_answer_wherever_it_comes(place):
-    tokens = [*WORDS[:place], tokenizer.eos_id, *WORDS]
+@pytest.mark.parametrize("position", range(8))
+def test_eos_ends_the_answer_at_any_position(position):
+    tokens = [*WORDS[:position], tokenizer.eos_id, *WORDS]
     answer, text, count = add_all(tokens)
-    assert (answer.finish_reason, count) == ("stop", place + 1)
-    assert answer.tokens == WORDS[:place]
-    assert text == tokenizer.decode(WORDS[:place])
+    assert (answer.finish_reason, count) == ("stop", position + 1)
+    assert answer.tokens == WORDS[:position]
+    assert text == tokenizer.decode(WORDS[:position])
 
 
 @pytest.mark.parametrize("budget", range(1, 8))
@@ -76,7 +76,7 @@ def test_it_ends_before_the_first_stop_text(text, stops):
 
 
 @given(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40))
-def test_without_a_stop_text_nothing_is_lost(tokens):
+def test_without_a_stop_text_the_text_is_complete(tokens):
     tokens = [token for token in tokens if token != tokenizer.eos_id]
     _, text, _ = add_all([*tokens, tokenizer.eos_id])
     assert text == tokenizer.decode(tokens)

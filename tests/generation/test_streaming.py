@@ -18,7 +18,7 @@ model = build(UNEVEN)
 
 
 class Scripted:
-    """A model that yields given tokens in turn, whatever its input."""
+    """A model that yields given tokens in turn and ignores its input."""
 
     def __init__(self, tokens, context=64):
         self.config = replace(UNEVEN, max_context_length=context)
@@ -70,15 +70,15 @@ def test_the_answer_ends_before_the_first_stop_text(text, stops):
     assert all(p.finish_reason is None for p in pieces[:-1])
 
 
-@pytest.mark.parametrize("place", range(8))
-def test_eos_ends_the_answer_wherever_it_comes(place):
+@pytest.mark.parametrize("position", range(8))
+def test_eos_ends_the_answer_at_any_position(position):
     words = tokenizer.encode("a king and a queen", bos=False)[:8]
-    ids = [*words[:place], tokenizer.eos_id, *words]
+    ids = [*words[:position], tokenizer.eos_id, *words]
     pieces = list(stream(Scripted(ids), tokenizer, [1], Sampling(max_tokens=30)))
-    assert [p.token for p in pieces] == ids[: place + 1]
-    assert "".join(p.text for p in pieces) == tokenizer.decode(words[:place])
+    assert [p.token for p in pieces] == ids[: position + 1]
+    assert "".join(p.text for p in pieces) == tokenizer.decode(words[:position])
     assert pieces[-1].finish_reason == "stop"
-    assert pieces[-1].generation_tokens == place + 1
+    assert pieces[-1].generation_tokens == position + 1
 
 
 def test_max_tokens_and_the_context_end_it_with_length():
@@ -105,7 +105,7 @@ def test_half_a_character_at_the_end_is_kept():
     )
 
 
-def test_a_prompt_without_room_is_refused():
+def test_a_prompt_that_fills_the_context_is_refused():
     with pytest.raises(OpenELMError, match=r"64 tokens.*context is 64"):
         list(stream(model, tokenizer, [1] * 64))
     with pytest.raises(OpenELMError, match="empty"):

@@ -1,4 +1,4 @@
-"""The built-in model: whole, small, lossless, and as good as its card says."""
+"""The built-in model: its files, size, tokenizer and the score of its card."""
 
 import json
 import re
@@ -27,7 +27,7 @@ DEMO = demo_folder()
 tokenizer = Tokenizer.from_file(DEMO / "tokenizer.model")
 
 
-def test_it_is_a_layer_wise_scaled_openelm_of_the_recipe():
+def test_it_has_layer_wise_scaling_and_the_sizes_of_the_recipe():
     config = open_folder(DEMO).config
     recipe = load_recipe(PretrainRecipe, "pretrain/stories", {})
     assert config == recipe.model.build(recipe.tokenizer.vocab_size)
@@ -38,7 +38,7 @@ def test_it_is_a_layer_wise_scaled_openelm_of_the_recipe():
         assert sizes[0] < sizes[-1]
 
 
-def test_it_is_small_and_carries_its_history():
+def test_it_is_small_and_includes_its_training_log():
     size = sum(f.stat().st_size for f in DEMO.rglob("*") if f.is_file())
     assert size <= 16e6
     for name in ("README.md", "metrics.jsonl", "loss.png", "generation_config.json"):
@@ -49,16 +49,16 @@ def test_it_is_small_and_carries_its_history():
 
 
 @given(st.text(st.characters(exclude_characters=SPACE, exclude_categories=["Cs"])))
-def test_its_tokenizer_loses_nothing(text):
+def test_its_tokenizer_is_lossless(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_its_tokenizer_is_of_llamas_kind():
+def test_its_tokenizer_has_llamas_settings():
     verify_tokenizer(tokenizer, open_folder(DEMO).config.vocab_size)
     assert 4096 <= tokenizer.vocab_size <= 8192
 
 
-def test_its_own_sampling_tells_a_story_that_does_not_loop():
+def test_its_default_sampling_does_not_loop():
     model, tokenizer = load("demo")
     defaults = open_folder(DEMO).generation_defaults
     for seed in range(3):
@@ -70,7 +70,7 @@ def test_its_own_sampling_tells_a_story_that_does_not_loop():
         assert len(set(triples)) > 0.8 * len(triples)
 
 
-def test_pytorch_writes_the_golden_text_too():
+def test_pytorch_generates_the_golden_text():
     torch = pytest.importorskip("torch", reason="needs PyTorch")
     from converters.reference import ReferenceOpenELM
 
@@ -93,7 +93,7 @@ def test_pytorch_writes_the_golden_text_too():
 
 
 @pytest.mark.proof
-def test_its_score_is_what_its_card_says(shared):
+def test_its_score_is_that_of_its_card(shared):
     model, tokenizer = load("demo")
     texts = shared / "data" / "stories" / "text"
     score = evaluate(
@@ -106,6 +106,6 @@ def test_its_score_is_what_its_card_says(shared):
         window=256,
     )
     assert score.bits_per_byte <= 1.40
-    said = re.search(r"([\d.]+) bits per byte", (DEMO / "README.md").read_text())
-    assert said
-    assert score.bits_per_byte == pytest.approx(float(said[1]), abs=6e-4)
+    published = re.search(r"([\d.]+) bits per byte", (DEMO / "README.md").read_text())
+    assert published
+    assert score.bits_per_byte == pytest.approx(float(published[1]), abs=6e-4)

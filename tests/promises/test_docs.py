@@ -1,4 +1,4 @@
-"""The pages of docs/: examples, links, paths and options are right."""
+"""The pages of docs/: examples, links, paths and options."""
 
 import re
 from pathlib import Path
@@ -22,11 +22,11 @@ _NEEDS = {"convert": "gguf"} | dict.fromkeys(
 
 @pytest.mark.proof
 @pytest.mark.parametrize("name", EXECUTED)
-def test_the_examples_of_a_page_give_the_output_that_it_shows(name):
+def test_examples_print_the_output_on_the_page(name):
     pytest.importorskip(_NEEDS.get(Path(name).stem, "mlx"))
     problems = run_page(ROOT / name)
     how = "python docs/run_examples.py --update"
-    assert not problems, "\n\n".join([*problems, f"Wanted changes: {how} {name}"])
+    assert not problems, "\n\n".join([*problems, f"If this is intended: {how} {name}"])
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_the_examples_of_a_page_give_the_output_that_it_shows(name):
 def test_outputs_are_compared_by_the_documented_rules(
     shown, printed, figures_vary, same
 ):
-    found = equal(shown.splitlines(), printed.splitlines(), figures_vary=figures_vary)
-    assert found is same
+    result = equal(shown.splitlines(), printed.splitlines(), figures_vary=figures_vary)
+    assert result is same
 
 
 def test_a_page_is_executed_and_updated(tmp_path):
@@ -91,7 +91,7 @@ def subcommands(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_links_and_paths_of_a_page_lead_somewhere(name):
+def test_links_and_paths_of_a_page_exist(name):
     page = ROOT / name
     text = page.read_text(encoding="utf-8")
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -99,10 +99,10 @@ def test_links_and_paths_of_a_page_lead_somewhere(name):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
-        found = page.parent / path if path else page
-        assert found.exists(), target
+        file = page.parent / path if path else page
+        assert file.exists(), target
         if anchor:
-            assert anchor in anchors(found.read_text(encoding="utf-8")), target
+            assert anchor in anchors(file.read_text(encoding="utf-8")), target
     folders = "mlx_openelm|converters|recipes|benchmarks|tests|docs"
     for path in re.findall(rf"`(?:python )?((?:{folders})/[\w/.-]+)", prose):
         assert (ROOT / path).exists(), path

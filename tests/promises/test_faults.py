@@ -1,4 +1,4 @@
-"""Faults of the machine: signals, full disks, closed pipes. Nothing half is left."""
+"""Signals, full disks and closed pipes: no partial output is left."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import call, refuse, snapshot
+from commands import call, expect_error, snapshot
 from places import ROOT
 
 from converters.conversion import model_folder as folder_writing
@@ -27,11 +27,13 @@ sys.argv[1:] = sys.argv[3:]
 """
 CONVERT = ("convert", "source", "--mlx-path", "a/b", "--quiet")
 GENERATE = ("generate", "Once", "--model", "model", "--quiet")
-BUSY = {  # where each verb is stopped: before the first weight; the first token drawn
+# The function that each command waits in: before the first weight or token
+BUSY = {
     CONVERT: ("converters.conversion.model_folder", "ShardWriter"),
     GENERATE: ("mlx_openelm.generation.decoding", "choose_tokens"),
 }
-WRITTEN = ("converters.conversion.model_folder", "write_tokenizer")  # all weights are
+# All weights are written before this call.
+WRITTEN = ("converters.conversion.model_folder", "write_tokenizer")
 
 
 def start(*args, code=MAIN, **options):
@@ -43,7 +45,7 @@ def start(*args, code=MAIN, **options):
 
 
 def start_and_wait(args, busy):
-    """Start a verb and return the process once it stands at a busy place."""
+    """Start a command; return the process once it waits in the function `busy`."""
     process = start(*busy, *args, code=WAIT + MAIN)
     assert process.stderr.readline() == b"ready\n"
     return process
@@ -54,22 +56,22 @@ def start_and_wait(args, busy):
 
 @pytest.mark.parametrize("args", [CONVERT, GENERATE], ids=["convert", "generate"])
 @pytest.mark.parametrize(
-    ("number", "code", "says"),
+    ("number", "code", "message"),
     [(signal.SIGINT, 130, b"Interrupted."), (signal.SIGTERM, 143, b"")],
 )
-def test_a_stopped_verb_leaves_nothing_behind(here, args, number, code, says):
+def test_a_stopped_command_leaves_no_files(here, args, number, code, message):
     before = snapshot(here)
     process = start_and_wait(args, BUSY[args])
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, b"")
     assert b"Traceback" not in err
-    assert err.strip() in (says, b"")
+    assert err.strip() in (message, b"")
     assert snapshot(here) == before
 
 
-def check_it_goes_on(here):
-    """The target is not there; the next run takes over the shard that is whole."""
+def check_convert_resumes(here):
+    """Check that the target is absent and the next run keeps the complete shard."""
     assert not (here / "a" / "b").exists()
     (shard,) = (here / "a").glob(".b.*.part/model.safetensors")
     inode = shard.stat().st_ino
@@ -81,21 +83,21 @@ def check_it_goes_on(here):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 )
-def test_a_stopped_convert_keeps_whole_shards_and_says_so(here, number, code):
+def test_a_stopped_convert_keeps_and_reports_complete_shards(here, number, code):
     process = start_and_wait(CONVERT, WRITTEN)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, b"")
     assert err.endswith(b"The same command resumes from 1 complete shard.\n")
     assert len(err.splitlines()) <= 2
-    check_it_goes_on(here)
+    check_convert_resumes(here)
 
 
-def test_a_killed_convert_leaves_no_target_and_goes_on(here):
+def test_a_killed_convert_leaves_no_target_and_resumes(here):
     process = start_and_wait(CONVERT, WRITTEN)
     process.kill()
     process.communicate(timeout=60)
-    check_it_goes_on(here)
+    check_convert_resumes(here)
 
 
 def test_a_killed_replacement_leaves_the_old_model(here):
@@ -114,14 +116,14 @@ def test_a_killed_replacement_leaves_the_old_model(here):
 @pytest.mark.parametrize(
     "args", [GENERATE, ("recipes", "show", "pretrain/stories"), ("--help",)]
 )
-def test_a_closed_pipe_is_quiet(here, args):
+def test_a_closed_pipe_is_not_an_error(here, args):
     with start(*args) as process:
-        process.stdout.close()  # as `head` does, before the first byte comes
+        process.stdout.close()  # as `head` does, before the first byte
         err = process.stderr.read()
     assert (process.returncode, err) == (0, b"")
 
 
-def test_output_into_head_is_cut_and_well(here):
+def test_output_into_head_is_truncated_without_an_error(here):
     with start(*GENERATE) as process:
         head = subprocess.run(
             ["head", "-c", "12"], stdin=process.stdout, capture_output=True, check=True
@@ -136,7 +138,7 @@ def test_output_into_head_is_cut_and_well(here):
 
 
 @pytest.mark.parametrize("limit", [1000, 200_000])
-def test_a_write_that_fails_in_the_middle_is_said_and_undone(here, limit):
+def test_a_write_that_fails_is_reported_and_undone(here, limit):
     def limited():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -152,7 +154,7 @@ def test_a_write_that_fails_in_the_middle_is_said_and_undone(here, limit):
 
 @pytest.mark.parametrize("step", ["write_json", "write_tokenizer"])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_full_disk_is_called_so(here, monkeypatch, step, wrapped):
+def test_a_full_disk_is_reported(here, monkeypatch, step, wrapped):
     def fail(*args):
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -162,26 +164,26 @@ def test_a_full_disk_is_called_so(here, monkeypatch, step, wrapped):
             raise
 
     monkeypatch.setattr(folder_writing, step, fail)
-    refuse(here, *CONVERT, says="The disk of a/b is full; nothing was kept.")
+    expect_error(here, *CONVERT, message="The disk of a/b is full; nothing was kept.")
 
 
-def test_too_small_a_disk_is_refused_before_anything_is_written(here, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused_before_writing(here, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(folder_writing.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(folder_writing, "ShardWriter", None)
-    refuse(here, *CONVERT, says=["a/b needs", "free some space"])
+    expect_error(here, *CONVERT, message=["a/b needs", "free some space"])
 
 
-def test_a_full_disk_behind_stdout_is_no_traceback(here):
+def test_a_full_disk_at_stdout_is_one_error_line(here):
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("needs /dev/full, which Linux has")
     with full.open("wb") as stdout:
         code = [sys.executable, "-c", MAIN, *GENERATE]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        ran = subprocess.run(
+        result = subprocess.run(
             code, stdout=stdout, stderr=subprocess.PIPE, env=environment
         )
-    assert ran.returncode == 1
-    assert ran.stderr.startswith(b"error: [Errno 28] No space left on device")
-    assert len(ran.stderr.splitlines()) == 1
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"error: [Errno 28] No space left on device")
+    assert len(result.stderr.splitlines()) == 1

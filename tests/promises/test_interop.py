@@ -1,4 +1,4 @@
-"""Stock mlx-lm opens what we write, and we open what it writes."""
+"""Stock mlx-lm opens our folders, and we open those of mlx-lm."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_stock_mlx_lm_generates_the_same_tokens(tmp_path, options, tokenizer_fil
     ours, our_tokenizer = load(str(report.path))
     ids = our_tokenizer.encode(PROMPT)
     assert their_tokenizer.encode(PROMPT) == ids
-    found = [
+    tokens = [
         p.token
         for p in stream(ours, our_tokenizer, PROMPT, Sampling(max_tokens=NUM_TOKENS))
     ]
@@ -64,14 +64,14 @@ def test_stock_mlx_lm_generates_the_same_tokens(tmp_path, options, tokenizer_fil
             in_float32(theirs), their_tokenizer, ids, max_tokens=NUM_TOKENS
         )
     ]
-    assert found == expected
-    assert len(set(found)) > 3
+    assert tokens == expected
+    assert len(set(tokens)) > 3
     text = mlx_lm.generate(theirs, their_tokenizer, ids, max_tokens=4)
     assert isinstance(text, str)
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-def test_we_open_what_mlx_lm_converts(tmp_path, quantize, tokenizer_file):
+def test_a_folder_converted_by_mlx_lm_is_read(tmp_path, quantize, tokenizer_file):
     import mlx_lm
 
     source = write_hugging_face(tmp_path / "source", EVEN, weights_of(EVEN, seed=3))
@@ -95,7 +95,7 @@ def test_we_open_what_mlx_lm_converts(tmp_path, quantize, tokenizer_file):
     np.testing.assert_allclose(np.array(ours(mx.array([ids]))), expected, atol=1e-4)
 
 
-def test_our_model_runs_in_mlx_lms_own_loop(tmp_path, tokenizer_file):
+def test_our_model_runs_in_the_decode_loop_of_mlx_lm(tmp_path, tokenizer_file):
     from mlx_lm.generate import generate_step
 
     source = write_pt(tmp_path / "even.pt", weights_of(EVEN, seed=3))
@@ -114,7 +114,7 @@ def test_our_model_runs_in_mlx_lms_own_loop(tmp_path, tokenizer_file):
     assert ours == theirs
 
 
-def test_the_written_config_has_what_mlx_lm_reads(tmp_path, tokenizer_file):
+def test_mlx_lm_reads_the_written_config(tmp_path, tokenizer_file):
     source = write_pt(tmp_path / "even.pt", weights_of(EVEN))
     report = convert(source, tmp_path / "out", bits=4, tokenizer=tokenizer_file)
     raw = json.loads((report.path / "config.json").read_text())

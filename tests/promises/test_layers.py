@@ -1,4 +1,4 @@
-"""The import contracts of pyproject.toml: each is seen to fail on a planted import."""
+"""The import contracts of pyproject.toml, each broken by a forbidden import."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from places import ROOT
 
 pytestmark = pytest.mark.proof
 
-PLANTED = {
+FORBIDDEN = {
     "A package imports only packages of lower layers": (
         "mlx_openelm/model/lora.py",
         "import mlx_openelm.storage.loading",
@@ -36,15 +36,15 @@ PLANTED = {
 
 
 def broken_contracts(checkout: Path) -> set[str]:
-    found = subprocess.run(
+    output = subprocess.run(
         [Path(sys.executable).with_name("lint-imports"), "--no-logo", "--no-cache"],
         cwd=checkout,
         env=os.environ | {"PYTHONPATH": str(checkout)},
         capture_output=True,
         text=True,
     ).stdout
-    assert " KEPT" in found or " BROKEN" in found, found
-    lines = found.splitlines()
+    assert " KEPT" in output or " BROKEN" in output, output
+    lines = output.splitlines()
     return {line[: -len(" BROKEN")] for line in lines if line.endswith(" BROKEN")}
 
 
@@ -60,9 +60,9 @@ def test_all_contracts_are_kept(checkout):
     assert broken_contracts(checkout) == set()
 
 
-@pytest.mark.parametrize("contract", PLANTED)
-def test_a_planted_import_breaks_its_contract(checkout, contract):
-    module, line = PLANTED[contract]
+@pytest.mark.parametrize("contract", FORBIDDEN)
+def test_a_forbidden_import_breaks_its_contract(checkout, contract):
+    module, line = FORBIDDEN[contract]
     file = checkout / module
     file.write_text(f"{file.read_text()}\n{line}\n")
     assert contract in broken_contracts(checkout)

@@ -1,4 +1,4 @@
-"""What is built and installed is whole: packages, demo model, recipes, commands."""
+"""Contents of wheel and sdist, and the installed package."""
 
 import email.message
 import email.parser
@@ -25,10 +25,10 @@ VERSION = mlx_openelm.__version__
 
 
 def run(command: Sequence[str | Path], cwd: Path, **variables: str) -> str:
-    """Run as a user would, untouched by this test run; return what stdout got."""
+    """Run without the variables of this test run; return stdout."""
     ours = ("MAKE", "MFLAGS", "MLX_", "PYTEST", "PYTHON")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    ran = subprocess.run(
+    result = subprocess.run(
         command,
         cwd=cwd,
         env=kept | variables,
@@ -36,13 +36,13 @@ def run(command: Sequence[str | Path], cwd: Path, **variables: str) -> str:
         capture_output=True,
         text=True,
     )
-    assert ran.returncode == 0, f"{command}\n{ran.stdout}\n{ran.stderr}"
-    return ran.stdout
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a clone would hold: what git knows, or would add."""
+    """A copy of the files that git tracks or would add."""
     if not (ROOT / ".git").exists():
         pytest.skip("needs a git checkout")
     git = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
@@ -82,14 +82,14 @@ def files(folder: Path) -> set[str]:
     }
 
 
-def test_wheel_is_the_packages_and_the_recipes(checkout: Path, wheel: Path) -> None:
+def test_wheel_has_the_packages_and_the_recipes(checkout: Path, wheel: Path) -> None:
     expected = {f"mlx_openelm/recipes/{name}" for name in files(checkout / "recipes")}
     for package in PACKAGES:
         expected |= {f"{package}/{name}" for name in files(checkout / package)}
     with zipfile.ZipFile(wheel) as archive:
-        found = set(archive.namelist())
-    assert {name for name in found if ".dist-info/" not in name} == expected
-    assert f"mlx_openelm-{VERSION}.dist-info/licenses/LICENSE" in found
+        contents = set(archive.namelist())
+    assert {name for name in contents if ".dist-info/" not in name} == expected
+    assert f"mlx_openelm-{VERSION}.dist-info/licenses/LICENSE" in contents
     assert {f"{package}/py.typed" for package in PACKAGES} <= expected
     assert "mlx_openelm/recipes/pretrain/stories.yaml" in expected
     templates = {"page.css", "palette.css", "picture.svg", "training_report.html"}
@@ -109,7 +109,7 @@ def test_demo_model_is_in_the_wheel(wheel: Path) -> None:
     assert sum(demo.values()) <= 16e6
 
 
-def test_sdist_gives_the_wheel_that_the_checkout_gives(
+def test_sdist_and_checkout_build_the_same_wheel(
     checkout: Path, wheel: Path, tmp_path: Path
 ) -> None:
     build = [sys.executable, "-m", "build", "--no-isolation", "--wheel"]
@@ -126,10 +126,10 @@ def test_sdist_gives_the_wheel_that_the_checkout_gives(
 def test_sdist_holds_the_tests_and_no_leftovers(checkout: Path, sdist: Path) -> None:
     prefix = f"mlx_openelm-{VERSION}/"
     with tarfile.open(sdist) as archive:
-        found = {name.removeprefix(prefix) for name in archive.getnames()}
-    assert {f"tests/{name}" for name in files(checkout / "tests")} <= found
-    assert {"LICENSE", "Makefile", "README.md", "pyproject.toml"} <= found
-    assert found - {"PKG-INFO"} <= files(checkout)
+        contents = {name.removeprefix(prefix) for name in archive.getnames()}
+    assert {f"tests/{name}" for name in files(checkout / "tests")} <= contents
+    assert {"LICENSE", "Makefile", "README.md", "pyproject.toml"} <= contents
+    assert contents - {"PKG-INFO"} <= files(checkout)
 
 
 @pytest.fixture(scope="module")
@@ -151,15 +151,15 @@ def test_mlx_follows_the_platform(
     metadata: email.message.Message, system: str, machine: str, expected: list[set[str]]
 ) -> None:
     here = {"sys_platform": system, "platform_machine": machine, "extra": ""}
-    asked = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
-    found = [
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
+    extras = [
         requirement.extras
-        for requirement in asked
+        for requirement in requirements
         if requirement.name == "mlx"
         and requirement.marker is not None
         and requirement.marker.evaluate(here)
     ]
-    assert found == expected
+    assert extras == expected
 
 
 def test_metadata_names_version_and_licence(metadata: email.message.Message) -> None:
@@ -198,14 +198,14 @@ def path(tmp_path: Path) -> Path:
 
 
 def put_python(path: Path, name: str, version: tuple[int, int], machine: str) -> None:
-    """Put a Python into `path` that says it is of that version and machine."""
-    pretence = (
+    """Put a Python into `path` that reports this version and machine."""
+    overrides = (
         f"import ensurepip, platform, sys, venv; sys.platform = 'darwin'; "
         f"sys.version_info = {version}; platform.machine = lambda: '{machine}'; "
         "exec(sys.argv[1])"
     )
     script = path / name
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{pretence}" "$2"\n')
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{overrides}" "$2"\n')
     script.chmod(0o755)
 
 
@@ -222,11 +222,11 @@ def which_python(path: Path, **variables: str) -> subprocess.CompletedProcess[st
     )
 
 
-def test_make_takes_the_first_python_that_fits(path: Path) -> None:
+def test_make_uses_the_first_supported_python(path: Path) -> None:
     put_python(path, "python3.13", (3, 13), "x86_64")
     put_python(path, "python3.12", (3, 12), "arm64")
     put_python(path, "python3", (3, 9), "arm64")
-    broken = path / "python3.11"  # as pyenv's shims are for versions it does not serve
+    broken = path / "python3.11"  # like pyenv's shims of versions that are not active
     broken.write_text("#!/bin/sh\nexit 127\n")
     broken.chmod(0o755)
     assert which_python(path).stdout == f"{path}/python3.12\n"
@@ -239,34 +239,34 @@ def test_make_takes_the_first_python_that_fits(path: Path) -> None:
         ((3, 10), "arm64", "is Python 3.10"),
     ],
 )
-def test_make_refuses_a_python_and_says_why(
+def test_make_reports_why_a_python_is_not_supported(
     path: Path, version: tuple[int, int], machine: str, reason: str
 ) -> None:
-    put_python(path, "mine", version, machine)
-    ran = which_python(path, PYTHON="mine")
-    assert ran.returncode != 0
-    assert not ran.stdout
-    assert reason in ran.stderr
-    assert "brew install python" in ran.stderr
+    put_python(path, "custom", version, machine)
+    result = which_python(path, PYTHON="custom")
+    assert result.returncode != 0
+    assert not result.stdout
+    assert reason in result.stderr
+    assert "brew install python" in result.stderr
 
 
 def test_make_refuses_an_intel_mac(path: Path) -> None:
     (path / "sysctl").write_text("#!/bin/sh\nexit 1\n")
     put_python(path, "python3.13", (3, 13), "x86_64")
-    ran = which_python(path)
-    assert ran.returncode != 0
-    assert "Apple silicon" in ran.stderr
+    result = which_python(path)
+    assert result.returncode != 0
+    assert "Apple silicon" in result.stderr
 
 
 # Installing ------------------------------------------------------------------------
 
-LOOK = """
+REPORT = """
 import importlib.util, json
 import converters, mlx_openelm
 from mlx_openelm import convert
 from mlx_openelm.recipe_loader import bundled_recipes
 print(json.dumps({
-    "homes": [mlx_openelm.__file__, converters.__file__],
+    "files": [mlx_openelm.__file__, converters.__file__],
     "recipes": list(bundled_recipes()),
     "torch": importlib.util.find_spec("torch") is not None,
 }))
@@ -278,25 +278,24 @@ print(json.dumps({
 def test_clean_environment(
     form: str, request: pytest.FixtureRequest, checkout: Path, tmp_path: Path
 ) -> None:
-    """Install with all dependencies, outside the checkout, and use it there."""
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    """Install with all dependencies and run outside the checkout."""
+    work = tmp_path / "work"
+    work.mkdir()
     environment = tmp_path / "environment"
-    run([sys.executable, "-m", "venv", environment], elsewhere)
+    run([sys.executable, "-m", "venv", environment], work)
     if form == "editable":
-        home, what = checkout, ["-e", checkout]
+        location, package = checkout, ["-e", checkout]
     else:
-        home, what = environment, [request.getfixturevalue(form)]
-    run([environment / "bin/pip", "install", "--quiet", *what], elsewhere)
+        location, package = environment, [request.getfixturevalue(form)]
+    run([environment / "bin/pip", "install", "--quiet", *package], work)
 
-    look = run([environment / "bin/python", "-c", LOOK], elsewhere)
-    seen = json.loads(look)
-    assert all(Path(file).is_relative_to(home) for file in seen["homes"])
-    assert "pretrain/stories" in seen["recipes"]
-    assert not seen["torch"]  # converting needs none
+    report = json.loads(run([environment / "bin/python", "-c", REPORT], work))
+    assert all(Path(file).is_relative_to(location) for file in report["files"])
+    assert "pretrain/stories" in report["recipes"]
+    assert not report["torch"]
 
     program = environment / "bin/mlx-openelm"
-    assert VERSION in run([program, "--version"], elsewhere)
-    assert "pretrain/stories" in run([program, "recipes"], elsewhere)
+    assert VERSION in run([program, "--version"], work)
+    assert "pretrain/stories" in run([program, "recipes"], work)
     generate = [program, "generate", "--prompt", "Once", "--max-tokens", "5"]
-    assert run(generate, elsewhere, HF_HUB_OFFLINE="1").strip()
+    assert run(generate, work, HF_HUB_OFFLINE="1").strip()

@@ -47,9 +47,9 @@ def test_thinning_out_keeps_the_ends_and_the_peaks(values, most):
     assert set(kept) <= set(points)
     assert [n for n, _ in kept] == sorted({n for n, _ in kept})
     assert (kept[0], kept[-1]) == (points[0], points[-1])
-    known = [value for value in values if value is not None]
-    for extreme in (min, max) if known else ():
-        assert extreme(v for _, v in kept if v is not None) == extreme(known)
+    finite = [value for value in values if value is not None]
+    for extreme in (min, max) if finite else ():
+        assert extreme(v for _, v in kept if v is not None) == extreme(finite)
     assert (None in values) == any(value is None for _, value in kept)
 
 

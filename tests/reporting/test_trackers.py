@@ -1,4 +1,4 @@
-"""Metrics in experiment trackers; wandb and trackio are stood in for."""
+"""Metrics in experiment trackers; wandb and trackio are replaced by a fake."""
 
 import math
 import sys
@@ -94,7 +94,7 @@ def test_a_tracker_that_cannot_start_is_an_error_and_the_others_end(hosted, tmp_
     assert hosted["wandb"].calls[-1] == "finish"
 
 
-def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+def test_a_missing_package_is_reported_with_its_extra(monkeypatch):
     monkeypatch.setattr("mlx_openelm.reporting.trackers.find_spec", lambda name: None)
     with pytest.raises(OpenELMError, match=r"pip install 'mlx-openelm\[wandb\]'"):
         require_trackers(["wandb"])
@@ -113,6 +113,6 @@ def test_tensorboard_has_numbers_and_texts_and_drops_superseded_steps(tmp_path):
             trackers.log_text(step, "sample", "Once")
         trackers.close()
     read = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    found = [(scalar.step, scalar.value) for scalar in read.Scalars("train/loss")]
-    assert found == [(1, 5.0), (2, 5.0), (3, 1.0), (4, 1.0)]
+    logged = [(scalar.step, scalar.value) for scalar in read.Scalars("train/loss")]
+    assert logged == [(1, 5.0), (2, 5.0), (3, 1.0), (4, 1.0)]
     assert {text.step for text in read.Tensors("sample")} == {1, 2, 3, 4}

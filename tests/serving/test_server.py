@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from commands import refuse
+from commands import expect_error
 from models import (
     UNEVEN,
     build,
@@ -794,13 +794,13 @@ def test_the_models_thread_takes_its_streams_down_itself(small, monkeypatch):
     ids=str,
 )
 def test_what_cannot_be_served_is_one_sentence(tmp_path, args, says):
-    refuse(tmp_path, "serve", "--model", "nowhere/at/all", *args, says=says)
+    expect_error(tmp_path, "serve", "--model", "nowhere/at/all", *args, message=says)
 
 
 def test_a_second_server_on_the_port_is_one_sentence(server, tmp_path):
     port = server.server_address[1]
     args = ("serve", "--port", port, "--model", "nowhere/at/all")
-    refuse(tmp_path, *args, says=[f"port {port}", "--port"])
+    expect_error(tmp_path, *args, message=[f"port {port}", "--port"])
     healthy(server.url)
 
 

@@ -1,4 +1,4 @@
-"""Adapters that mlx-lm made, on our model."""
+"""Adapters written by mlx-lm, on our model."""
 
 import json
 
@@ -221,19 +221,19 @@ def test_generate_takes_base_and_template_from_the_adapter(tmp_path, base, monke
 
     def count_prompt_tokens(*args):
         command = ("generate", "-p", "Go", "-m", "1", "--json")
-        ran = call(*command, "--adapter-path", "adapter", *args)
-        assert ran.exit_code == 0, ran.stderr
-        return json.loads(ran.stdout)["prompt_tokens"], ran.stderr
+        result = call(*command, "--adapter-path", "adapter", *args)
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)["prompt_tokens"], result.stderr
 
     count, stderr = count_prompt_tokens("--template", "raw")
     assert count == len(small_tokenizer().encode("Go"))
     assert "the adapter's base, base" in stderr
     with pytest.raises(AssertionError, match="the model's context is 64"):
         count_prompt_tokens()  # Apple's template is longer than this model's context
-    ran = call("generate", "Go", "--adapter-path", "adapter", "--model", "demo")
-    assert "The tensors of" in ran.stderr  # --model overrides the adapter's base
+    result = call("generate", "Go", "--adapter-path", "adapter", "--model", "demo")
+    assert "The tensors of" in result.stderr  # --model overrides the adapter's base
     monkeypatch.setenv("MLX_OPENELM_MODEL", "demo")
-    assert call("generate", "Go", "--adapter-path", "adapter").stderr == ran.stderr
+    assert call("generate", "Go", "--adapter-path", "adapter").stderr == result.stderr
 
 
 def test_a_training_run_is_used_at_its_last_best_or_mean_adapter(tmp_path, base):

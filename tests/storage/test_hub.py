@@ -275,9 +275,9 @@ def test_a_killed_download_resumes_from_where_it_stopped(hub, tmp_path):
         process.send_signal(signal.SIGKILL)
     (part,) = blobs.glob("*.incomplete")
     size = part.stat().st_size
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ran.stderr == ""  # no bar without a terminal
-    assert (Path(ran.stdout.strip()) / "model.safetensors").read_bytes() == large
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.stderr == ""  # no bar without a terminal
+    assert (Path(result.stdout.strip()) / "model.safetensors").read_bytes() == large
     assert hub.ranges == [f"bytes={size}-"]
     assert hub.sent["model.safetensors"] == 15_000_000 + len(large) - size
     assert not part.exists()
@@ -390,7 +390,7 @@ def test_a_disk_that_fills_up_during_the_download_is_reported(hub, monkeypatch):
     assert "is full; free disk space and repeat" in refused("org/name")
 
 
-def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path):
+def test_a_cache_that_cannot_be_written_is_reported(hub, tmp_path):
     hub.add("org/name", ONE_FILE)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "hub").write_text("a file")
@@ -406,7 +406,7 @@ def test_convert_downloads_with_a_bar_and_then_works_without_the_hub(hub, tmp_pa
     screen, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
     command = [sys.executable, "-m", "mlx_openelm", "convert", "org/OpenELM-small"]
-    ran = subprocess.run(
+    result = subprocess.run(
         [*command, "--revision", "v2"],
         env=environment_of(hub, tmp_path / "home") | {"TERM": "xterm"},
         cwd=tmp_path,
@@ -417,7 +417,7 @@ def test_convert_downloads_with_a_bar_and_then_works_without_the_hub(hub, tmp_pa
     os.close(terminal)
     shown = os.read(screen, 100_000).decode()
     os.close(screen)
-    assert (ran.returncode, ran.stdout) == (0, "OpenELM-small-mlx\n"), shown
+    assert (result.returncode, result.stdout) == (0, "OpenELM-small-mlx\n"), shown
     assert "model.safetensors: 100%" in shown
     first = read(tmp_path / "OpenELM-small-mlx")
     hub.down = True

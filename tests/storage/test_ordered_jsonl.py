@@ -1,4 +1,4 @@
-"""Answers in a file are in order and complete, whenever the process is killed."""
+"""Answers in a file are in order and complete after a kill at any step."""
 
 import contextlib
 import itertools
@@ -89,7 +89,7 @@ def lines_of(path):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99, 1.0])
-def test_nothing_is_lost_whenever_it_is_killed(tmp_path, monkeypatch, share):
+def test_a_kill_at_any_step_loses_no_complete_answer(tmp_path, monkeypatch, share):
     disk = Disk(tmp_path, monkeypatch)
     disk.share = share
     path, count = tmp_path / "answers.jsonl", 7

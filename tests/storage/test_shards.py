@@ -294,13 +294,13 @@ print((peak() - before) // 2**20, mx.get_peak_memory() // 2**20)
 
 
 def test_no_more_than_a_few_tensors_are_in_memory(tmp_path):
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", STREAM, tmp_path],
         capture_output=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
     )
-    resident, allocated = map(int, ran.stdout.split())
+    resident, allocated = map(int, result.stdout.split())
     size = 8
     assert (tmp_path / "model.safetensors").stat().st_size > 64 * size * 2**20
     assert allocated <= 4 * size

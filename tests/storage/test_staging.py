@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from commands import call, make_source, refuse, snapshot
+from commands import call, expect_error, make_source, snapshot
 from places import ROOT, SUPPORT
 
 from mlx_openelm.errors import OpenELMError
@@ -62,17 +62,19 @@ def a_file(path):
 def test_only_a_model_folder_is_replaced(here, make, reason):
     make(here / "out")
     args = (*CONVERT, "--mlx-path", "out")
-    refuse(here, *args, says=["out exists already", "--force"])
-    refuse(here, *args, "--force", says=[f"out {reason}", "remove it yourself"])
+    expect_error(here, *args, message=["out exists already", "--force"])
+    expect_error(
+        here, *args, "--force", message=[f"out {reason}", "remove it yourself"]
+    )
     assert os.path.lexists("out")
 
 
 def test_force_replaces_a_model(here):
     args = (*CONVERT, "--mlx-path", "model", "--tokenizer", "none")
-    refuse(here, *args, says=["model exists already", "--force"])
+    expect_error(here, *args, message=["model exists already", "--force"])
     (here / "model" / ".DS_Store").write_text("the Finder's")
-    ran = call(*args, "--force")
-    assert (ran.exit_code, ran.stdout) == (0, "model\n")
+    result = call(*args, "--force")
+    assert (result.exit_code, result.stdout) == (0, "model\n")
     assert not (here / "model" / "tokenizer.model").exists()  # no old file is left
     assert open_folder(here / "model")
     assert sorted(path.name for path in here.iterdir()) == ["model", "source"]
@@ -81,7 +83,7 @@ def test_force_replaces_a_model(here):
 def test_force_replaces_an_empty_folder(here):
     (here / "out").mkdir()
     args = (*CONVERT, "--mlx-path", "out")
-    refuse(here, *args, says="out exists already")
+    expect_error(here, *args, message="out exists already")
     assert call(*args, "--force").exit_code == 0
     assert open_folder(here / "out")
 
@@ -89,31 +91,35 @@ def test_force_replaces_an_empty_folder(here):
 def test_a_failed_replacement_leaves_the_old_model(here):
     make_source(here / "odd", {"norm.weight": np.full(64, np.nan, "f")})
     args = ("convert", "odd", "--mlx-path", "model", "--force")
-    refuse(here, *args, says="norm.weight holds NaN")
+    expect_error(here, *args, message="norm.weight holds NaN")
 
 
 def test_force_never_loses_the_source(here):
     args = ("convert", "source", "--force", "--mlx-path")
-    refuse(here, *args, "source", says="source holds the source itself")
-    refuse(here, *args, str(here / "model" / ".." / "source"), says="the source itself")
+    expect_error(here, *args, "source", message="source holds the source itself")
+    expect_error(
+        here, *args, str(here / "model" / ".." / "source"), message="the source itself"
+    )
     (here / "link").symlink_to("source")
-    refuse(here, "convert", "link", *args[2:], "source", says="the source itself")
+    expect_error(
+        here, "convert", "link", *args[2:], "source", message="the source itself"
+    )
     make_source(here / "model" / "inner")
     inner = ("convert", "model/inner", "--force", "--mlx-path", "model")
-    refuse(here, *inner, says="model holds")
+    expect_error(here, *inner, message="model holds")
 
 
 @pytest.mark.parametrize("name", ["mit Leerzeichen", "日本/ü.model", "-x", "a/b/c/d"])
 def test_a_target_of_any_name_and_depth_is_created(here, name):
     (here / "a").mkdir()
-    ran = call(*CONVERT, f"--mlx-path={name}")
-    assert (ran.exit_code, ran.stdout) == (0, f"{name}\n")
+    result = call(*CONVERT, f"--mlx-path={name}")
+    assert (result.exit_code, result.stdout) == (0, f"{name}\n")
     assert open_folder(here / name)
     assert not list(here.rglob("*.part"))
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("source/config.json", "source/config.json exists already"),
         ("source/config.json/out", "source/config.json"),
@@ -124,23 +130,23 @@ def test_a_target_of_any_name_and_depth_is_created(here, name):
         ("", ". exists already"),
     ],
 )
-def test_an_impossible_target_is_named(here, name, says):
-    refuse(here, *CONVERT, "--mlx-path", name, says=says)
+def test_an_impossible_target_is_reported(here, name, message):
+    expect_error(here, *CONVERT, "--mlx-path", name, message=message)
 
 
 def test_a_target_that_is_created_during_writing_is_not_lost(here):
-    def write_and_be_overtaken():
+    def write_and_let_another_create_it():
         with staged_folder(here / "new"):
             (here / "new").mkdir()
             (here / "new" / "thesis.txt").write_text("a year's work")
 
     with pytest.raises(OpenELMError, match="exists already"):
-        write_and_be_overtaken()
+        write_and_let_another_create_it()
     assert (here / "new" / "thesis.txt").read_text() == "a year's work"
     assert sorted(path.name for path in here.iterdir()) == ["model", "new", "source"]
 
 
-@pytest.mark.parametrize("error", [OSError("stale"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [OSError("stale file handle"), KeyboardInterrupt()])
 def test_without_an_atomic_exchange_the_old_model_is_restored(here, monkeypatch, error):
     """The file system cannot exchange names, and the second rename fails."""
     before = snapshot(here)
@@ -198,13 +204,13 @@ def test_a_folder_has_the_permissions_of_the_umask(here):
 @pytest.mark.parametrize("target", ["new", "force"])
 def test_after_a_kill_at_any_step_the_result_is_complete_or_absent(tmp_path, target):
     """See killing.py, which checks this after each kill and resumes."""
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, SUPPORT / "killing.py", tmp_path, target],
         capture_output=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert ran.returncode == 0, ran.stderr.decode()
-    assert int(ran.stdout) > 20
+    assert result.returncode == 0, result.stderr.decode()
+    assert int(result.stdout) > 20
 
 
 def stop(target, error, *, job, shards=1):
@@ -428,13 +434,13 @@ def test_a_file_of_another_kind_is_never_replaced(tmp_path, name, content):
 def test_a_file_that_is_created_during_writing_is_not_lost(tmp_path):
     target = tmp_path / "out.pt"
 
-    def write_and_be_overtaken():
+    def write_and_let_another_create_it():
         with staged_file(target) as path:
             path.write_bytes(PT)
             target.write_text("a year's work")
 
     with pytest.raises(OpenELMError, match="exists already"):
-        write_and_be_overtaken()
+        write_and_let_another_create_it()
     assert target.read_text() == "a year's work"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -450,8 +456,8 @@ with staged_file(Path(sys.argv[1])) as path:
 """
     target = tmp_path / "out.gguf"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([sys.executable, "-c", code, target], env=environment)
-    assert ran.returncode == -9
+    result = subprocess.run([sys.executable, "-c", code, target], env=environment)
+    assert result.returncode == -9
     assert len(list(tmp_path.iterdir())) == 2
     assert not target.exists()
     with staged_file(target) as path:

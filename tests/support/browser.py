@@ -18,7 +18,7 @@ NAMES = (
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
     "/Applications/Chromium.app/Contents/MacOS/Chromium",
 )
-COMPLAINTS = (
+ERRORS = (
     *("Log.entryAdded", "Runtime.consoleAPICalled"),
     *("Runtime.exceptionThrown", "Network.loadingFailed"),
 )
@@ -30,16 +30,16 @@ def find_browser() -> str | None:
 
 @dataclass
 class Page:
-    """One tab, with its complaints and requests since `open`."""
+    """One tab, with its errors and requests since `open`."""
 
     browser: "Browser"
     session: str
-    complaints: list[Any] = field(default_factory=list)
+    errors: list[Any] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
     def open(self, path: Path, *, width: int = 1200, scheme: str = "light") -> None:
         """Show a file in a window of this width and colour scheme."""
-        self.complaints.clear()
+        self.errors.clear()
         self.requests.clear()
         window = {"width": width, "height": 900, "deviceScaleFactor": 1}
         self.call("Emulation.setDeviceMetricsOverride", **window, mobile=width < 600)
@@ -72,8 +72,8 @@ class Page:
 
 class Browser:
     def __init__(self, path: str, profile: Path) -> None:
-        ours_in, its_out = _pipe()
-        its_in, ours_out = _pipe()
+        our_input, its_output = _pipe()
+        its_input, our_output = _pipe()
         flags = ["--headless", "--remote-debugging-pipe", "--disable-gpu"]
         flags += ["--no-first-run", "--disable-dev-shm-usage", "--hide-scrollbars"]
         flags += [f"--user-data-dir={profile}"]
@@ -84,14 +84,14 @@ class Browser:
             os.environ,
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
-                (os.POSIX_SPAWN_DUP2, its_in, 3),  # Chromium reads from 3
-                (os.POSIX_SPAWN_DUP2, its_out, 4),  # and writes to 4
+                (os.POSIX_SPAWN_DUP2, its_input, 3),  # Chromium reads from 3
+                (os.POSIX_SPAWN_DUP2, its_output, 4),  # and writes to 4
             ],
             setpgroup=0,
         )
-        os.close(its_in)
-        os.close(its_out)
-        self._from, self._to = os.fdopen(ours_in, "rb"), os.fdopen(ours_out, "wb")
+        os.close(its_input)
+        os.close(its_output)
+        self._from, self._to = os.fdopen(our_input, "rb"), os.fdopen(our_output, "wb")
         self._count, self._rest = 0, b""
         self._events: list[str] = []
         self.pages: dict[str, Page] = {}
@@ -137,7 +137,7 @@ class Browser:
         while b"\0" not in self._rest:
             more = self._from.read1(1 << 20)
             if not more:
-                raise EOFError("the browser has ended")
+                raise EOFError("the browser process has exited")
             self._rest += more
         line, _, self._rest = self._rest.partition(b"\0")
         message = json.loads(line)
@@ -145,8 +145,8 @@ class Browser:
         self._events.append(method)
         page = self.pages.get(message.get("sessionId", ""))
         if page is not None:
-            if method in COMPLAINTS:
-                page.complaints.append(params)
+            if method in ERRORS:
+                page.errors.append(params)
             elif method == "Network.requestWillBeSent":
                 page.requests.append(params["request"]["url"])
         return message

@@ -15,17 +15,20 @@ def call(*args: object, **options) -> Result:
     return CliRunner().invoke(app, [str(arg) for arg in args], **options)
 
 
-def refuse(here: Path, *args: object, says: str | list[str], **options) -> str:
-    """Run; expect one sentence that contains all of `says`, and unchanged files."""
+def expect_error(here: Path, *args: object, message: str | list[str], **options) -> str:
+    """Run; expect an error with all parts of `message` and unchanged files.
+
+    Return stderr, which must be one sentence.
+    """
     before = snapshot(here)
-    ran = call(*args, **options)
-    assert isinstance(ran.exception, SystemExit), repr(ran.exception)
-    assert (ran.exit_code, ran.stdout) == (1, "")
-    assert re.fullmatch(r"error: \S.*\.\n", ran.stderr), ran.stderr
-    for words in [says] if isinstance(says, str) else says:
-        assert words in ran.stderr, ran.stderr
+    result = call(*args, **options)
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"error: \S.*\.\n", result.stderr), result.stderr
+    for words in [message] if isinstance(message, str) else message:
+        assert words in result.stderr, result.stderr
     assert snapshot(here) == before
-    return ran.stderr
+    return result.stderr
 
 
 def snapshot(folder: Path) -> dict[Path, bytes | None]:

@@ -113,7 +113,7 @@ def test_a_damaged_array_is_read_up_to_the_damage(chunk, first, rest, data, size
     ],
 )
 @pytest.mark.parametrize("size", [8, 1 << 16])
-def test_every_place_and_problem_is_reported(chunk, data, places, size):
+def test_every_problem_is_reported_with_its_position(chunk, data, places, size):
     chunk(size)
     reports = [f"{v.place} {v.problem}".strip() for v in read(data)]
     assert len(reports) == len(places)

@@ -82,12 +82,12 @@ def test_there_is_exactly_one_bos(text):
     assert tokenizer.encode(text, bos=False) == ids[1:]
 
 
-def test_ids_outside_the_vocabulary_are_named():
+def test_ids_outside_the_vocabulary_are_reported():
     with pytest.raises(OpenELMError, match="9999"):
         tokenizer.decode([5, 9999])
 
 
-def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path):
+def test_a_file_that_is_not_a_tokenizer_is_reported(tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(b"not a model")
     with pytest.raises(OpenELMError, match=r"tokenizer\.model.*SentencePiece"):

@@ -1,12 +1,31 @@
-"""Typer's classes of commands, with a plainer --help."""
+"""Typer's classes of commands, with a plainer --help and clearer usage errors."""
 
+import shlex
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+_ADVICE = {  # for a command that does not take the argument {}
+    "lora": "give examples with --data {}",
+    "pretrain": "give a recipe with --recipe {}",
+    "evaluate": "give a text with --text {}, or questions with --tasks {}",
+    "fuse": "give an adapter with --adapter-path {}",
+    "chat": "chat reads messages from stdin; give a model with --model {}",
+    "serve": "give a model with --model {}",
+    "bench": "give a model with --model {}",
+}
+
 
 class Command(TyperCommand):
     """A command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse; report arguments that the command does not take, with what to do."""
+        ctx.allow_extra_args = True
+        rest = super().parse_args(ctx, args)
+        if rest and not ctx.resilient_parsing:
+            ctx.fail(f"{_describe_extra(ctx, rest)}.")
+        return rest
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _simplify_help(self, ctx)
@@ -38,3 +57,13 @@ def _simplify_help(command: Any, ctx: Any) -> None:
             shown = escape(f"[default: {parameter.show_default}]")
             parameter.help = f"{parameter.help} [dim]{shown}[/dim]"
             parameter.show_default = False
+
+
+def _describe_extra(ctx: Any, extra: list[str]) -> str:
+    """Return what to do about arguments that a command does not take."""
+    words = [ctx.params.get("prompt_option"), ctx.params.get("prompt"), *extra]
+    if words[1]:
+        prompt = " ".join(word for word in words if word)
+        return f"A prompt of more than one word needs quotes: {shlex.quote(prompt)}"
+    advice = _ADVICE.get(ctx.info_name, "quote a value that contains spaces")
+    return f"Unexpected: {shlex.join(extra)}; {advice.replace('{}', extra[0])}"

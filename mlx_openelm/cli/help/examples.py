@@ -24,7 +24,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "fuse": (
         "mlx-openelm fuse --adapter-path adapters/examples --save-path fused",
-        "mlx-openelm fuse --adapter-path adapters/examples --save-path fused -q",
+        "mlx-openelm fuse --adapter-path adapters/qlora --save-path full --dequantize",
     ),
     "verify": (
         "mlx-openelm verify OpenELM-270M-mlx",

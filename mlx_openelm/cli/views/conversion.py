@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.help.examples import PROMPT
+from mlx_openelm.message_parts import count_of
 
 if TYPE_CHECKING:
     from converters.conversion.adapters import AdapterReport
@@ -49,7 +50,8 @@ def show_adapter(console: Console, report: "AdapterReport") -> None:
         console.note(note)
     console.note(
         f"{report.kind}: {report.method} of rank {report.rank} on "
-        f"{report.num_modules} modules, {report.num_parameters:,} parameters, "
+        f"{count_of(report.num_modules, 'module')}, "
+        f"{report.num_parameters:,} parameters, "
         f"{report.seconds:.1f} s"
     )
     console.answer(str(report.path))

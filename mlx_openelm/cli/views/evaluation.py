@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mlx_openelm.cli.console import Console
+from mlx_openelm.message_parts import count_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,8 +83,8 @@ def show_score(console: Console, score: "TextScore") -> None:
     """Print the score of a text on one line."""
     console.answer(
         f"{score.bits_per_byte:.4f} bits per byte, {score.nats_per_token:.4f} nats per "
-        f"token, perplexity {score.perplexity:.2f} ({score.tokens:,} tokens, "
-        f"{score.bytes:,} bytes)"
+        f"token, perplexity {score.perplexity:.2f} ({count_of(score.tokens, 'token')}, "
+        f"{count_of(score.bytes, 'byte')})"
     )
 
 

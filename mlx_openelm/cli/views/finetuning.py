@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.help.examples import PROMPT
 from mlx_openelm.cli.views.run import RunView, show_sample
+from mlx_openelm.message_parts import count_of
 
 if TYPE_CHECKING:
     from mlx_openelm.finetuning.preparation import Prepared
@@ -50,11 +51,14 @@ def note_plan(console: Console, prepared: "Prepared") -> None:
     ):
         if split is None:
             continue
+        lengths = f"{split.shortest} to {split.longest} tokens (median {split.median})"
+        if split.shortest == split.longest:
+            lengths = count_of(split.longest, "token")
         console.note(
-            f"{name}: {Path(split.file).name} ({split.format}), {split.records:,} "
-            f"records, {split.samples:,} samples of {split.shortest} to "
-            f"{split.longest} tokens (median {split.median}); loss on "
-            f"{split.targets:,} of {split.tokens:,} tokens"
+            f"{name}: {Path(split.file).name} ({split.format}), "
+            f"{count_of(split.records, 'record')}, "
+            f"{count_of(split.samples, 'sample')} of {lengths}; loss on "
+            f"{split.targets:,} of {count_of(split.tokens, 'token')}"
         )
     if len(table.train.lengths) > 1:
         bars = ", ".join(
@@ -65,17 +69,18 @@ def note_plan(console: Console, prepared: "Prepared") -> None:
             if count
         )
         console.note(f"sample lengths: {bars} tokens")
-    console.note(f"template: {table.template} ({table.reason})")
+    reason = f" ({table.reason})" if table.reason else ""
+    console.note(f"template: {table.template}{reason}")
     for warning in table.warnings:
         console.note(f"note: {warning}")
     memory = plan.memory
     console.note(
         f"{plan.trainable:,} trained parameters "
         f"({plan.trainable / plan.parameters:.2%} of {plan.parameters:,}), "
-        f"{plan.steps:,} steps of "
-        f"{recipe.step_size} {'row' if recipe.pack else 'sample'}"
-        f"{'s' * (recipe.step_size > 1)} "
-        f"({plan.epochs:.2f} epochs), loss on {plan.targets:,} tokens, no padding"
+        f"{count_of(plan.steps, 'step')} of "
+        f"{count_of(recipe.step_size, 'row' if recipe.pack else 'sample')} "
+        f"({plan.epochs:.2f} epochs), loss on {count_of(plan.targets, 'token')}, "
+        "no padding"
     )
     console.note(
         f"memory: about {memory.total / 1e9:.2f} GB of {plan.limit / 1e9:.1f} GB "
@@ -88,32 +93,41 @@ def note_plan(console: Console, prepared: "Prepared") -> None:
             console.note(f"  {total / 1e9:.2f} GB with {flags}")
 
 
-def note_start(console: Console, prepared: "Prepared") -> None:
-    """Write the plan of a run that starts, and where its report is, to stderr."""
-    note_plan(console, prepared)
-    console.note(f"report during the run: {prepared.path / 'report.html'}")
+def show_trained(console: Console, report: "FinetuneReport", prompt: str) -> None:
+    """Print the adapter's path; write the result and the next command to stderr.
 
+    Args:
+        prompt: for the next command, which uses the adapter with the lowest validation
+            loss; "": a story's first words.
+    """
+    from mlx_openelm.storage.adapter_folder import BEST
 
-def show_trained(console: Console, report: "FinetuneReport") -> None:
-    """Print the adapter's path; write the result and the next command to stderr."""
+    adapter, best = report.path, ""
+    if report.best_step not in (None, 0, report.steps):
+        best = f" (best {report.best_loss:.4f} at step {report.best_step})"
+        if (adapter / BEST).is_dir():
+            adapter = adapter / BEST
     if report.first_loss is not None and report.last_loss is not None:
-        best = ""
-        if report.best_step not in (None, 0, report.steps):
-            best = f" (best {report.best_loss:.4f} at step {report.best_step})"
         console.note(
             f"validation loss {report.first_loss:.4f} -> {report.last_loss:.4f} nats "
             f"per {report.unit}{best}"
         )
+    if report.best_step == 0:
+        console.note(
+            "The validation loss did not fall; a lower `learning_rate` may help."
+        )
     if report.test_loss is not None:
         console.note(f"test loss {report.test_loss:.4f} nats per {report.unit}")
     console.note(
-        f"{report.steps:,} steps, {report.tokens:,} {report.unit}s in "
+        f"{count_of(report.steps, 'step')}, {count_of(report.tokens, report.unit)} in "
         f"{report.seconds:,.0f} s ({report.tokens_per_second:,.0f} {report.unit}s/s), "
         f"peak memory {report.peak_memory_bytes / 1e9:.2f} GB"
     )
     console.note(f"Report: {report.path / 'report.html'}")
     console.answer(str(report.path))
-    console.note_next("generate", "--adapter-path", report.path, PROMPT)
+    prompt = prompt or PROMPT
+    dashes = ("--",) if prompt.startswith("-") else ()  # it is not an option
+    console.note_next("generate", "--adapter-path", adapter, *dashes, prompt)
 
 
 # Progress ----------------------------------------------------------------------------
@@ -128,8 +142,15 @@ class TrainingView(RunView):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
+        self.prompt = ""  # of the training data
         self._validation = math.nan  # last validation loss
         self._best = (math.inf, 0)  # best validation loss and its step
+
+    def note_start(self, prepared: "Prepared") -> None:
+        """Write the plan of a run that starts, and where its report is, to stderr."""
+        note_plan(self._console, prepared)
+        self._console.note(f"report during the run: {prepared.path / 'report.html'}")
+        self.prompt = prepared.example
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         self._steps = event.get("steps") or self._steps
@@ -151,7 +172,8 @@ class TrainingView(RunView):
                 self._console.note(str(event["text"]))
             case "end":
                 self._progress.close()
-                self._console.note(self._describe_end(event))
+                if event.get("reason") != "interrupted":  # the program reports that
+                    self._console.note(self._describe_end(event))
 
     def _show_step(self, event: Mapping[str, Any]) -> None:
         figures = [f"loss {_show_loss(event.get('loss'))}"]
@@ -176,9 +198,8 @@ class TrainingView(RunView):
     def _describe_end(self, event: Mapping[str, Any]) -> str:
         step = f"{event['step']:,}"
         end = {
-            "done": f"Trained {step} steps",
+            "done": f"Trained {count_of(event['step'], 'step')}",
             "patience": f"Stopped early at step {step}: no better validation loss",
-            "interrupted": f"Interrupted at step {step}",
         }.get(str(event.get("reason")), f"Ended at step {step}")
         loss, best = self._best
         return end + (

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.views.run import RunView, show_sample
+from mlx_openelm.message_parts import count_of
 
 if TYPE_CHECKING:
     from converters.pretraining.log import Event, Started, Trained
@@ -47,11 +48,11 @@ class PretrainingView(RunView):
 
 def _describe_start(event: "Started") -> str:
     counts = (
-        (event.num_documents, "documents"),
-        (event.num_tokens, "tokens"),
-        (event.num_sequences, "sequences"),
+        (event.num_documents, "document"),
+        (event.num_tokens, "token"),
+        (event.num_sequences, "sequence"),
     )
-    sizes = ", ".join(f"{n:,} {what}" for n, what in counts if n is not None)
+    sizes = ", ".join(count_of(n, noun) for n, noun in counts if n is not None)
     parts = [
         f"{event.num_parameters:,} parameters",
         sizes or "streamed text",
@@ -104,7 +105,7 @@ def show_plan(
         ("devices", f"{plan.devices:,}"),
         (
             "a step",
-            f"{plan.tokens_per_step:,} tokens: {plan.devices:,} devices x "
+            f"{plan.tokens_per_step:,} tokens: {count_of(plan.devices, 'device')} x "
             f"{plan.accumulation:,} x {plan.micro_batch_size:,} sequences of "
             f"{plan.config.max_context_length:,}",
         ),

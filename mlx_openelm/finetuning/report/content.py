@@ -193,7 +193,7 @@ def _places(row: Event) -> list[str]:
 
 
 def _group_samples(history: History) -> Iterable[list[Sample]]:
-    """Yield of each prompt the first text, and that of the best or of the last step."""
+    """Yield the first sample of each prompt, and that of the best or last step."""
     prompts: dict[str, list[Event]] = {}
     for row in history.samples:
         prompts.setdefault(str(row.get("prompt", "")), []).append(row)

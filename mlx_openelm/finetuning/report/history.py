@@ -104,11 +104,11 @@ def describe_end(history: History, failure: str | None = None) -> str:
     step = f"{history.last_step:,.0f}"
     reason = None if history.end is None else str(history.end.get("reason"))
     description = {
-        None: f"No end is on record: it is running still, or was killed after step "
+        None: f"No end was recorded: the run is in progress, or was killed after step "
         f"{step}.",
         "done": f"All {step} steps were trained.",
-        "patience": f"Stopped early, at step {step}: the validation loss fell no more.",
-        "interrupted": f"Interrupted at step {step}; --resume goes on from there.",
+        "patience": f"Stopped early, at step {step}: no better validation loss.",
+        "interrupted": f"Interrupted at step {step}; --resume continues from there.",
     }.get(reason, f"Ended at step {step}: {reason}.")
     if failure is not None:
         description = f"Failed after step {step}: {failure}"

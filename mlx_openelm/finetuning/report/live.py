@@ -24,7 +24,7 @@ NEW_CONTENT = ("eval", "sample", "save", "skip")
 
 
 class LiveReport:
-    """Follows the events of a run, and writes its page now and then.
+    """Follows the events of a run, and rewrites its page at intervals.
 
     A context manager: the page is complete when the block is left, also by an
     exception. A page that cannot be written is noted, and the run continues.
@@ -66,7 +66,7 @@ class LiveReport:
             )
             page = render_training_report(describe_run(run))
             write_text(self._run.folder / PAGE, page)
-        except Exception as error:  # of any kind: a run does not end by its report
+        except Exception as error:  # any error: the report must not stop the run
             self._run.log.note(f"The report could not be written: {error}.")
 
 
@@ -112,19 +112,21 @@ def describe_training(
         events=events,
         data=dataclasses.asdict(prepared.table),
         recipe=run.recipe.to_yaml(),
-        commands=list(_list_commands(run.folder)),
+        commands=list(_list_commands(run.folder, prepared.example or "...")),
         likelihood=run.objective.likelihood,
         progress=progress if running else None,
         failure=failure,
     )
 
 
-def _list_commands(path: Path) -> Iterator[tuple[str, str]]:
+def _list_commands(path: Path, prompt: str) -> Iterator[tuple[str, str]]:
     """Yield what can be done with the run, as description and command line."""
     trained = [p for p in (path / BEST, path) if (p / WEIGHTS).is_file()]
     if trained:
         adapter, fused = shlex.quote(str(trained[0])), shlex.quote(f"{path}-fused")
-        generate = f'mlx-openelm generate --adapter-path {adapter} "..."'
+        generate = (
+            f"mlx-openelm generate --adapter-path {adapter} -p {shlex.quote(prompt)}"
+        )
         fuse = f"mlx-openelm fuse --adapter-path {adapter} --save-path {fused}"
         yield "Generate with it", generate
         yield "Make it part of the model", fuse

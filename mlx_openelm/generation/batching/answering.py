@@ -16,6 +16,7 @@ from mlx_openelm.generation.batching.sequences import (
     Output,
     hashed_keys,
 )
+from mlx_openelm.generation.constraints import Constraint
 from mlx_openelm.generation.decoding import Token
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.openelm import OpenELM
@@ -61,6 +62,7 @@ def answer_together(
     sampling: Sampling,
     *,
     batch_size: int = BATCH_SIZE,
+    constraint: Constraint | None = None,
     on_step: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Answered]:
     """Answer prompts, `batch_size` at a time; yield each answer when it is complete.
@@ -74,6 +76,7 @@ def answer_together(
 
     Args:
         prompts: consumed one by one, as rows become free.
+        constraint: the grammar that each answer follows.
         on_step: receives the number of new tokens after each step.
 
     Raises:
@@ -93,7 +96,8 @@ def answer_together(
             # Some wait in the engine, so that a row is given to the next at once.
             for prompt in islice(waiting, 2 * batch_size - len(answers)):
                 keys = hashed_keys(seed, prompt.number)
-                request = BatchRequest(prompt.ids, sampling, keys)
+                own = constraint and constraint.copy()
+                request = BatchRequest(prompt.ids, sampling, keys, constraint=own)
                 engine.add(request)
                 answers[request] = _Collected(prompt, time.perf_counter())
             if not answers:

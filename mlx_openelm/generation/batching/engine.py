@@ -25,7 +25,7 @@ from mlx_openelm.generation.batching.sequences import (
     has_passed,
 )
 from mlx_openelm.generation.stopping import Answer
-from mlx_openelm.generation.streaming import check_room
+from mlx_openelm.generation.streaming import check_length
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -70,8 +70,9 @@ class Engine:
         self._models, self._tokenizer, self._limits = dict(models), tokenizer, limits
         self._tree = PrefixTree(limits.kept)
         self._queue = PromptQueue(self._models, self._tree, most_started=limits.prompts)
-        eos = tokenizer.eos_id
-        self._rows = {name: DecodeRows(model, eos) for name, model in models.items()}
+        self._rows = {
+            name: DecodeRows(model, tokenizer) for name, model in models.items()
+        }
         self._arrivals = 0
 
     @property
@@ -100,7 +101,7 @@ class Engine:
             OpenELMError: its prompt is empty, too long, or holds ids out of range.
         """
         sampling = request.sampling
-        budget = check_room(request.ids, self._models[request.model], sampling)
+        budget = check_length(request.ids, self._models[request.model], sampling)
         answer = Answer(
             self._tokenizer,
             request.ids,
@@ -215,7 +216,7 @@ class Engine:
         sequence.restart()
         nothing_kept = PrefixTree(PrefixLimits(prompts=0, bytes=0))
         queue = PromptQueue(self._models, nothing_kept, most_started=1)
-        rows = DecodeRows(self._models[sequence.request.model], self._tokenizer.eos_id)
+        rows = DecodeRows(self._models[sequence.request.model], self._tokenizer)
         queue.add(sequence)
         try:
             while not queue.read_chunk(1):

@@ -7,8 +7,10 @@ import mlx.core as mx
 from mlx_openelm.generation.batching.drawing import BatchSampler, DrawnBatch
 from mlx_openelm.generation.batching.sequences import Output, SequenceState
 from mlx_openelm.generation.cache import SlotCache
+from mlx_openelm.generation.sampling import find_padding, mask_padding
 from mlx_openelm.model.kernels import use_decoding_threads
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.text.tokenizer import Tokenizer
 
 REACH = 32  # slots: the attended part of the cache is a multiple of this
 
@@ -24,8 +26,9 @@ class DecodeRows:
         sequences: one for each row.
     """
 
-    def __init__(self, model: OpenELM, eos_id: int) -> None:
-        self._model, self._eos_id = model, eos_id
+    def __init__(self, model: OpenELM, tokenizer: Tokenizer) -> None:
+        self._model, self._eos_id = model, tokenizer.eos_id
+        self._padding = find_padding(tokenizer, model.config.vocab_size)
         self.sequences: list[SequenceState] = []
         self.reset()
 
@@ -114,7 +117,7 @@ class DecodeRows:
         hidden = self._model.transformer(self._tokens[:, None], self._cache)
         for sequence in self.sequences:
             sequence.offset += 1
-        return self._model.head(hidden[:, -1])
+        return mask_padding(self._model.head(hidden[:, -1]), self._padding)
 
     def _draw(self, logits: mx.array) -> DrawnBatch:
         self._tokens, drawn = self._sampler.draw(logits)

@@ -255,20 +255,20 @@ def _read_unverifiable(content: bytes) -> list[object]:
 def change_json(draw: random.Random, folder: Path) -> None:
     file = any_file(draw, folder, "*.json")
     content = json.loads(file.read_text())
-    place = content
+    node = content
     while True:
-        key = draw.choice(sorted(place))
-        if not isinstance(place[key], dict) or draw.random() < 0.3 or not place[key]:
+        key = draw.choice(sorted(node))
+        if not isinstance(node[key], dict) or draw.random() < 0.3 or not node[key]:
             break
-        place = place[key]
+        node = node[key]
     match draw.randrange(6):
         case 0:
-            del place[key]
+            del node[key]
         case 1:
-            place[f"{key}s"] = place.pop(key)
+            node[f"{key}s"] = node.pop(key)
         case _:
             kinds = [w for w in WEIRD if key not in UNVERIFIABLE or not _is_number(w)]
-            place[key] = draw.choice(kinds)
+            node[key] = draw.choice(kinds)
     file.write_text(json.dumps(content))
 
 
@@ -340,7 +340,7 @@ def damage_index(draw: random.Random, folder: Path) -> None:
     index = json.loads(file.read_text())
     shards = sorted(set(index["weight_map"].values()))
     name, shard = draw.choice(sorted(index["weight_map"])), draw.choice(shards)
-    tricks = [
+    targets = [
         *("../../x.safetensors", "/etc/passwd", f"../source/{shard}", f"./{shard}"),
         *(f"{shard}\0", f"{shard}\n", f"{shard}/", "", ".", "..", "~", "/dev/zero"),
         *(
@@ -354,10 +354,10 @@ def damage_index(draw: random.Random, folder: Path) -> None:
     ]
     match draw.randrange(5):
         case 0:
-            index["weight_map"][name] = draw.choice(tricks)
+            index["weight_map"][name] = draw.choice(targets)
         case 1:
-            trick = draw.choice(tricks)
-            index["weight_map"] = dict.fromkeys(index["weight_map"], trick)
+            target = draw.choice(targets)
+            index["weight_map"] = dict.fromkeys(index["weight_map"], target)
         case 2:
             index["weight_map"] = {
                 n: s for n, s in index["weight_map"].items() if s != shard
@@ -665,16 +665,16 @@ def change_records(draw: random.Random, folder: Path) -> None:
             archive.writestr(key, content)
 
 
-def point_elsewhere(draw: random.Random, folder: Path) -> None:
+def redirect_record(draw: random.Random, folder: Path) -> None:
     """Change the zip's directory so that a record points to another one."""
     file = torch_file(draw, folder)
-    content, places = bytearray(file.read_bytes()), []
+    content, fields = bytearray(file.read_bytes()), []
     with zipfile.ZipFile(file) as archive:
         at = archive.start_dir
         for _ in archive.infolist():
-            places.append(at + 42)  # field with the offset of the record's header
+            fields.append(at + 42)  # field with the offset of the record's header
             at += 46 + sum(struct.unpack("<HHH", content[at + 28 : at + 34]))
-    one, other = draw.sample(places, 2)
+    one, other = draw.sample(fields, 2)
     content[one : one + 4] = content[other : other + 4]
     file.write_bytes(content)
 
@@ -719,7 +719,7 @@ SAFETENSORS: tuple[Damage, ...] = (
 )
 TORCH: tuple[Damage, ...] = (
     *(flip_zip, flip_zip, flip_zip, change_state, change_state),
-    *(change_pickle, change_pickle, change_records, point_elsewhere, run_code),
+    *(change_pickle, change_pickle, change_records, redirect_record, run_code),
 )
 
 
@@ -794,11 +794,11 @@ def corrupt(
     Args:
         limited: limit the memory of this process until the function returns.
     """
-    made = KINDS[kind]
+    source_kind = KINDS[kind]
     folder.mkdir(parents=True)
     os.chdir(folder)
     Path("tokenizer.model").write_bytes(small_tokenizer().model_proto)
-    args = made.make(Path("source"))
+    args = source_kind.make(Path("source"))
     if "base" in args:
         named = on_the_hub(weights_of(SCALED))
         write_hub_folder(Path("base"), published_config(SCALED), named)
@@ -809,22 +809,28 @@ def corrupt(
     outcomes: Counter[str] = Counter()
     with limited_memory() if limited else nullcontext():
         for i in range(count):
-            damage = made.damages[i % len(made.damages)]
+            damage = source_kind.damages[i % len(source_kind.damages)]
             case = f"{kind}, seed {seed}, number {i}: {damage.__name__}"
             shutil.copytree("whole", "source")
             damage(random.Random(f"{kind} {seed} {i}"), Path("source"))
             before = snapshot(folder)
             with watched(case):
-                ran = convert(*args)
-            if ran.exit_code == 0:
+                result = convert(*args)
+            if result.exit_code == 0:
                 assert raw_tensors(Path("out")) == expected, case
                 shutil.rmtree("out")
             else:
-                assert isinstance(ran.exception, SystemExit), (case, ran.exception)
-                assert (ran.exit_code, ran.stdout) == (1, ""), case
-                assert re.fullmatch(r"error: \S.*\.\n", ran.stderr), (case, ran.stderr)
+                assert isinstance(result.exception, SystemExit), (
+                    case,
+                    result.exception,
+                )
+                assert (result.exit_code, result.stdout) == (1, ""), case
+                assert re.fullmatch(r"error: \S.*\.\n", result.stderr), (
+                    case,
+                    result.stderr,
+                )
             assert snapshot(folder) == before, case
-            outcomes["read" if ran.exit_code == 0 else "refused"] += 1
+            outcomes["read" if result.exit_code == 0 else "refused"] += 1
             shutil.rmtree("source")
     return outcomes
 
@@ -853,15 +859,15 @@ def test_many_damaged_sources_with_limited_memory(tmp_path, kind, count, seeds):
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, SUPPORT, Path(__file__).parent))),
         "MALLOC_ARENA_MAX": "2",  # each thread's arena would reserve 64 MB more
     }
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), kind, str(count), seeds],
         env=environment,
         capture_output=True,
         text=True,
         timeout=900,
     )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    print(kind, ran.stdout)
+    assert result.returncode == 0, result.stderr[-3000:]
+    print(kind, result.stdout)
 
 
 def corrupt_many(folder: str, kind: str, count: str, seeds: str) -> None:

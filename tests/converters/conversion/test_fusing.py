@@ -1,4 +1,4 @@
-"""Fusing an adapter into its base, and the check that its effect survives."""
+"""Fusing an adapter into its base, and the check that its effect is kept."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import call, make_source, refuse
+from commands import call, expect_error, make_source
 from models import (
     LINEARS,
     SCALED,
@@ -197,17 +197,42 @@ def test_bits_that_would_lose_the_adapter_are_refused(work, flags, bits, dtype):
     base = quantize_base(4)
     write_own("adapter", size=0.001, base=base)
     command = ("fuse", "--adapter-path", "adapter", "--save-path", "fused")
-    says = ["Weights of 4 bits would lose", "nats", "use --dequantize or a larger"]
-    refuse(work, *command, says=says)
-    ran = call(*command, *flags, "--json")
-    assert ran.exit_code == 0, ran.stderr
-    report = json.loads(ran.stdout)
+    message = ["Weights of 4 bits would lose", "nats", "use --dequantize or a larger"]
+    expect_error(work, *command, message=message)
+    result = call(*command, *flags, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
     assert (report["path"], report["bits"], report["dtype"]) == ("fused", bits, dtype)
     proof = report["proof"]
     assert 0 < proof["kl_fused"] < 0.25 * proof["kl_adapter"]
     packings = open_folder(work / "fused").packings.values()
     sizes = {packing.group_size for packing in packings}
     assert sizes == ({int(flags[-1])} if len(flags) == 4 else {64} if bits else set())
+
+
+@pytest.mark.parametrize(
+    ("packed", "size", "flags", "advice", "helps"),
+    [
+        (None, 1e-3, ["-q"], "leave out the quantization, or use --q-bits 8.", []),
+        (None, 1e-3, ["-q"], "or use --q-bits 8.", ["--q-bits", 8]),
+        (None, 1e-5, ["--q-bits", 8], "); leave out the quantization.", []),
+        (4, 1e-3, [], "); use --dequantize or a larger --q-bits.", ["--dequantize"]),
+        (8, 2e-4, [], "); use --dequantize.", ["--dequantize"]),
+        (
+            *(4, 1e-3, ["-q"]),
+            "leave out the quantization and use --dequantize or a larger --q-bits.",
+            ["--dequantize"],
+        ),
+    ],
+)
+def test_the_advice_for_a_lost_adapter_helps(work, packed, size, flags, advice, helps):
+    base = quantize_base(packed) if packed else "base"
+    write_own("adapter", size=size, base=base)
+    command = ("fuse", "--adapter-path", "adapter", "--save-path", "fused")
+    message = expect_error(work, *command, *flags, message=["would lose", advice])
+    assert packed or "--dequantize" not in message  # nothing is quantized
+    ran = call(*command, *helps)
+    assert ran.exit_code == 0, ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -242,9 +267,9 @@ def test_the_check_is_independent_of_the_merge(work, monkeypatch):
 
 def test_the_folder_stores_the_check_and_the_template(work):
     write_own("run/best")
-    ran = call("fuse", "--adapter-path", "run/best", "--save-path", "fused")
-    assert (ran.exit_code, ran.stdout) == (0, "fused\n")
-    assert "The adapter's effect is preserved" in ran.stderr
+    result = call("fuse", "--adapter-path", "run/best", "--save-path", "fused")
+    assert (result.exit_code, result.stdout) == (0, "fused\n")
+    assert "The adapter's effect is preserved" in result.stderr
     folder = open_folder(work / "fused")
     assert folder.template == "alpaca"
     assert load("fused")[1].template == "alpaca"
@@ -259,11 +284,14 @@ def test_the_folder_stores_the_check_and_the_template(work):
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["adapter", "--model", "other"], "was trained on another base than this one"),
         (["adapter", "--model", "gone/by"], "gone/by"),
-        (["adapter", "-q", "--dequantize"], "either --dequantize or --q-bits"),
+        (
+            ["adapter", "-q", "--dequantize"],
+            "either --dequantize or quantization, not both",
+        ),
         (["adapter", "--q-bits", "7"], "--q-bits is 7"),
         (["base"], "base is not an adapter folder: it has no adapter_config.json"),
         (["run"], ["not saved yet", "wait until it has"]),
@@ -273,7 +301,7 @@ def test_the_folder_stores_the_check_and_the_template(work):
         (["wide"], ["does not fit", "proj_2 adapts shape [64, 65]"]),
     ],
 )
-def test_errors_are_reported_and_nothing_is_written(work, args, says):
+def test_errors_are_reported_and_nothing_is_written(work, args, message):
     write_own("adapter")
     write_own("nan", "full")
     path = work / "nan/adapters.safetensors"
@@ -288,7 +316,7 @@ def test_errors_are_reported_and_nothing_is_written(work, args, says):
     (work / "run/adapter_config.json").write_text('{"fine_tune_type": "full"}')
     if "--save-path" not in args:
         args = [*args, "--save-path", "out"]
-    refuse(work, "fuse", "--offline", "--adapter-path", *args, says=says)
+    expect_error(work, "fuse", "--offline", "--adapter-path", *args, message=message)
 
 
 def test_a_training_run_is_converted_for_peft_and_corenet(work):
@@ -298,8 +326,8 @@ def test_a_training_run_is_converted_for_peft_and_corenet(work):
     for name in ("recipe.yaml", "metrics.jsonl", "state.safetensors", "data.json"):
         (work / "run" / name).write_text("{}\n")
     for flags, path in ((("--to", "peft"), "peft"), (("--to", "corenet"), "all.pt")):
-        ran = call("convert", "run", *flags, "--mlx-path", path)
-        assert (ran.exit_code, ran.stdout) == (0, f"{path}\n"), ran.stderr
+        result = call("convert", "run", *flags, "--mlx-path", path)
+        assert (result.exit_code, result.stdout) == (0, f"{path}\n"), result.stderr
     expected = logits_of("plain", "run")
     together = fuse("peft", "a", base="plain")
     assert together.proof.kl_fused < 1e-6

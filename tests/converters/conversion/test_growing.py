@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import call, make_source, refuse, replace_last
+from commands import call, expect_error, make_source, replace_last
 from models import (
     UNEVEN,
     make_factors,
@@ -97,7 +97,7 @@ def test_a_grown_model_has_the_logits_of_its_source(
     assert all(weight.dtype == np.float32 for weight in weights.values())
 
 
-def test_the_demo_grows_with_its_logits(tmp_path):
+def test_the_grown_demo_has_the_same_logits(tmp_path):
     report = grow("demo", tmp_path / "grown", width=2, noise_db=10, offline=True)
     assert_same_logits(logits_of_source("demo"), report.path)
 
@@ -106,7 +106,9 @@ def test_the_demo_grows_with_its_logits(tmp_path):
 @pytest.mark.parametrize(
     ("width", "ffn", "noise_db"), list(itertools.product((2, 3), (2, 4), (None, 10.0)))
 )
-def test_the_demo_grows_with_its_logits_by_every_factor(tmp_path, width, ffn, noise_db):
+def test_the_demo_grown_by_any_factor_has_the_same_logits(
+    tmp_path, width, ffn, noise_db
+):
     report = grow(
         "demo", tmp_path / "x", width=width, ffn=ffn, noise_db=noise_db, offline=True
     )
@@ -273,9 +275,9 @@ def test_copies_stay_identical_in_training_unless_noise_was_added(noise_db):
 
 def test_the_folder_has_the_layout_of_a_pre_training_run(here):
     (here / "source" / "generation_config.json").write_text('{"temperature": 0.5}')
-    ran = call("grow", "source", "--width", 2, "--noise-db", 10, "--seed", 4)
-    assert (ran.exit_code, ran.stdout) == (0, "source-grown/checkpoint.pt\n")
-    assert "Untied the output head" in ran.stderr
+    result = call("grow", "source", "--width", 2, "--noise-db", 10, "--seed", 4)
+    assert (result.exit_code, result.stdout) == (0, "source-grown/checkpoint.pt\n")
+    assert "Untied the output head" in result.stderr
     grown = here / "source-grown"
     assert sorted(path.name for path in grown.iterdir()) == [
         *("checkpoint.pt", "config.json", "generation_config.json", "tokenizer.model")
@@ -296,8 +298,8 @@ def test_the_folder_has_the_layout_of_a_pre_training_run(here):
 
 def test_json_describes_the_grown_model(here):
     args = ("source", "--width", 1, "--ffn", 2, "--noise-db", 10, "-o", "x", "--json")
-    ran = call("grow", *args)
-    report = json.loads(ran.stdout)
+    result = call("grow", *args)
+    report = json.loads(result.stdout)
     assert report["path"] == "x/checkpoint.pt"
     assert (report["width"], report["ffn"], report["noise_db"]) == (1, 2, 10.0)
     assert report["before"] == UNEVEN.num_parameters < report["num_parameters"]
@@ -308,20 +310,20 @@ def test_json_describes_the_grown_model(here):
 def test_force_replaces_only_grown_models(here):
     assert call("grow", "source", "--width", 2, "-o", "x").exit_code == 0
     again = ("grow", "source", "--width", 3, "-o", "x")
-    refuse(here, *again, says="x exists already")
+    expect_error(here, *again, message="x exists already")
     assert call(*again, "--force").exit_code == 0
     assert read_grown(here / "x" / "checkpoint.pt")[0].model_dim == 3 * 64
     (here / "x" / "notes.txt").write_text("mine")
-    refuse(here, *again, "--force", says="so --force does not replace it")
+    expect_error(here, *again, "--force", message="so --force does not replace it")
 
 
-def test_force_leaves_a_pre_training_run_alone(here):
-    """Although it has a checkpoint and a config, too."""
+def test_force_does_not_replace_a_pre_training_run(here):
+    """Although it also has a checkpoint and a config."""
     for name in ("config.json", "tokenizer.model", "checkpoint_epoch_0_iter_10.pt"):
         (here / "run").mkdir(exist_ok=True)
         (here / "run" / name).write_text("{}")
     again = ("grow", "source", "--width", 2, "-o", "run", "--force")
-    refuse(here, *again, says="so --force does not replace it")
+    expect_error(here, *again, message="so --force does not replace it")
 
 
 @pytest.mark.parametrize(("width", "ffn"), [(2, 3), (1, 2)])
@@ -355,7 +357,7 @@ def test_convert_reads_all_of_a_grown_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         (["--width", 1], "--width 1 and --ffn 1 leave the model unchanged"),
         (["--width", 0], "--width is 0; it must be at least 1"),
@@ -373,34 +375,34 @@ def test_convert_reads_all_of_a_grown_checkpoint(tmp_path):
         (["--width", 2, "--tokenizer", "model/config.json"], "tokenizer"),
     ],
 )
-def test_errors_of_options_are_reported(here, flags, says):
-    refuse(here, "grow", "source", *flags, says=says)
+def test_errors_of_options_are_reported(here, flags, message):
+    expect_error(here, "grow", "source", *flags, message=message)
 
 
 def test_growing_an_adapter_is_refused(here):
     factors = make_factors(weights_of(UNEVEN), ("layers.0.attn.out_proj",))
     write_mlx_lm_adapter(here / "adapter", factors)
-    says = ["adapter is an adapter", "convert adapter --merge"]
-    refuse(here, "grow", "adapter", "--width", 2, says=says)
+    message = ["adapter is an adapter", "convert adapter --merge"]
+    expect_error(here, "grow", "adapter", "--width", 2, message=message)
 
 
 def test_a_missing_or_damaged_source_is_reported_and_nothing_is_written(here):
-    refuse(here, "grow", "no.pt", "--width", 2, says="no.pt does not exist")
+    expect_error(here, "grow", "no.pt", "--width", 2, message="no.pt does not exist")
     name = "layers.2.ffn.proj_2.weight"
     broken = {name: replace_last(weights_of(UNEVEN)[name], np.nan)}
     make_source(here / "broken", broken)
-    refuse(here, "grow", "broken", "--width", 2, says=f"{name} holds NaN")
+    expect_error(here, "grow", "broken", "--width", 2, message=f"{name} holds NaN")
     make_source(here / "alone" / "source")
     (here / "alone" / "source" / "tokenizer.model").unlink()
-    says = "No tokenizer was found next to alone/source"
-    refuse(here, "grow", "alone/source", "--width", 2, says=says)
+    message = "No tokenizer was found next to alone/source"
+    expect_error(here, "grow", "alone/source", "--width", 2, message=message)
 
 
 def test_a_model_without_a_tokenizer_grows_with_tokenizer_none(here):
     (here / "source" / "tokenizer.model").unlink()
-    ran = call("grow", "source", "--width", 2, "--tokenizer", "none")
-    assert ran.exit_code == 0
-    assert "No tokenizer was written" in ran.stderr
+    result = call("grow", "source", "--width", 2, "--tokenizer", "none")
+    assert result.exit_code == 0
+    assert "No tokenizer was written" in result.stderr
     assert not (here / "source-grown" / "tokenizer.model").exists()
 
 
@@ -409,8 +411,8 @@ def test_a_small_disk_is_reported_before_anything_is_written(here, monkeypatch):
 
     usage = folder_writing.shutil.disk_usage(here)._replace(free=1_000_000)
     monkeypatch.setattr(folder_writing.shutil, "disk_usage", lambda path: usage)
-    says = "x needs 2 MB, but its disk has only 1 MB free"
-    refuse(here, "grow", "source", "--width", 2, "-o", "x", says=says)
+    message = "x needs 2 MB, but its disk has only 1 MB free"
+    expect_error(here, "grow", "source", "--width", 2, "-o", "x", message=message)
 
 
 def test_the_python_api_checks_the_factors():

@@ -14,7 +14,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import call, refuse, snapshot
+from commands import call, expect_error, snapshot
 from models import (
     LINEARS,
     PADDED,
@@ -531,7 +531,7 @@ def test_a_separated_corenet_adapter_can_be_merged_again(
     state = torch.load(together, weights_only=True)
     if TABLE not in factors:
         expected = as_torch(named)
-        expected[f"{TABLE}.weight"][300:] = 0  # they were cut
+        expected[f"{TABLE}.weight"][300:] = 0  # they were removed
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[name], expected[name]) for name in expected)
     again = convert(
@@ -643,22 +643,22 @@ def assert_problems(work, *words, against=("a.pt",)):
     """Assert that verify fails and reports all of `words`."""
     flags = [flag for source in against for flag in ("--against", source)]
     before = snapshot(work)
-    ran = call("verify", "model", *flags)
-    assert isinstance(ran.exception, SystemExit), repr(ran.exception)
-    assert ran.exit_code == 1
-    assert ran.stderr.startswith("error: model failed verification: ")
+    result = call("verify", "model", *flags)
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: model failed verification: ")
     for word in words:
-        assert word in " ".join(ran.stdout.split()), ran.stdout
+        assert word in " ".join(result.stdout.split()), result.stdout
     assert snapshot(work) == before
 
 
 def test_verify_passes_for_a_converted_model(work):
-    ran = call("verify", "model", "--against", "a.pt")
-    assert (ran.exit_code, ran.stderr) == (0, "")
+    result = call("verify", "model", "--against", "a.pt")
+    assert (result.exit_code, result.stderr) == (0, "")
     checks = ["index and shapes", "weights are numbers", "hashes", "tokenizer"]
-    rows = ran.stdout.rstrip().splitlines()[1:]
+    rows = result.stdout.rstrip().splitlines()[1:]
     assert [row.split()[-1] for row in rows] == ["ok"] * 5
-    assert all(check in ran.stdout for check in checks)
+    assert all(check in result.stdout for check in checks)
 
 
 def rewrite(work, change):
@@ -697,8 +697,13 @@ def test_verify_detects_nan_and_infinity(work, value):
 
 def test_verify_detects_another_source(work):
     assert_problems(work, f"{NAME} differs", against=["other.pt"])
-    refuse(
-        work, "verify", "model", "--against", "gone.pt", says="gone.pt does not exist"
+    expect_error(
+        work,
+        "verify",
+        "model",
+        "--against",
+        "gone.pt",
+        message="gone.pt does not exist",
     )
     config = json.loads((work / "model/config.json").read_text())
     write_json(work / "model/config.json", config | {"rope_freq_constant": 5000})
@@ -718,14 +723,16 @@ def test_verify_detects_additional_and_missing_files(work):
     assert_problems(work, "model-old.safetensors is not in the index, but mlx-lm")
     content["weight_map"] = weight_map | {NAME: "model-old.safetensors"}
     write_json(index, content)
-    refuse(work, "verify", "model", says=["model-old.safetensors", "remove one"])
+    expect_error(
+        work, "verify", "model", message=["model-old.safetensors", "remove one"]
+    )
     (work / "model/model-old.safetensors").unlink()
-    refuse(
-        work, "verify", "model", says="model-old.safetensors of its index is missing"
+    expect_error(
+        work, "verify", "model", message="model-old.safetensors of its index is missing"
     )
     (work / "model/model.safetensors").unlink()
     index.unlink()
-    refuse(work, "verify", "model", says="holds no model*.safetensors")
+    expect_error(work, "verify", "model", message="holds no model*.safetensors")
 
 
 def test_verify_detects_another_tokenizer(work):
@@ -767,7 +774,7 @@ def test_verify_compares_with_a_new_conversion(work, tokenizer, options):
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (
             ["a.pt", "--to", "onnx"],
@@ -775,14 +782,14 @@ def test_verify_compares_with_a_new_conversion(work, tokenizer, options):
         ),
         (
             ["a.pt", "-q", "--dequantize"],
-            "either --dequantize or --q-bits, not both",
+            "either --dequantize or quantization, not both",
         ),
         (["a.pt", "--q-bits", "4", "--dequantize"], "not both"),
         (["a.pt", "--to", "hf", "-q"], "--to hf does not support quantized weights"),
         (["a.pt", "--to", "corenet", "--q-mode", "mxfp4"], "not support quantized"),
         (
             ["a.pt", "--to", "gguf", "--q-bits", "4"],
-            "--q-bits is 4, but --to gguf supports only 8 (Q8_0)",
+            "--to gguf supports only 8 bits (Q8_0), not 4; use --q-bits 8",
         ),
         (["a.pt", "--to", "peft"], "is a model, but --to peft writes an adapter"),
         (["a.pt", "--q-bits", "auto:x"], "--q-bits is auto:x; expected auto:N"),
@@ -833,7 +840,7 @@ def test_verify_compares_with_a_new_conversion(work, tokenizer, options):
         (["a.gguf"], "a.gguf is a GGUF file"),
     ],
 )
-def test_conflicting_arguments_are_refused(work, args, says):
+def test_conflicting_arguments_are_refused(work, args, message):
     factors = make_factors(WEIGHTS, LINEARS)
     if "lora.pt" in args:
         small = {
@@ -849,14 +856,18 @@ def test_conflicting_arguments_are_refused(work, args, says):
     if "adapter" in args:
         write_mlx_lm_adapter(work / "adapter", factors)
     (work / "a.gguf").write_bytes(b"GGUF")
-    refuse(work, "convert", *args, "--tokenizer", "model", "--offline", says=says)
+    expect_error(
+        work, "convert", *args, "--tokenizer", "model", "--offline", message=message
+    )
 
 
 def test_all_flags_reach_the_conversion(work):
     def run(*args):
-        ran = call("convert", *args, "--tokenizer", "model", "--no-receipt", "--json")
-        assert ran.exit_code == 0, ran.stderr
-        return json.loads(ran.stdout)
+        result = call(
+            "convert", *args, "--tokenizer", "model", "--no-receipt", "--json"
+        )
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
 
     assert run("a.pt", "--q-mode", "mxfp8")["path"] == "a-mlx-mxfp8"
     assert run("a.pt", "--q-bits", "6", "--q-keep", "layers.0")["path"] == "a-mlx-6bit"

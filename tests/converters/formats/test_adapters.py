@@ -229,7 +229,7 @@ def test_a_checkpoint_without_an_adapter_is_unchanged(tmp_path):
 
 
 def test_the_name_of_an_adapter_is_arbitrary(tmp_path):
-    path = write_corenet(tmp_path / "x.pt", make_factors("dora", LINEARS), name="mine")
+    path = write_corenet(tmp_path / "x.pt", make_factors("dora", LINEARS), name="own")
     _, adapter = read_corenet(path)
     assert adapter.method == "dora"
 
@@ -263,7 +263,7 @@ QKV, OUT = "layers.1.attn.qkv_proj", "layers.1.attn.out_proj"
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "expected"),
     [
         ({f"{QKV}.lora_B.lora.weight": None}, [f"{QKV} lacks B"]),
         (
@@ -325,18 +325,20 @@ QKV, OUT = "layers.1.attn.qkv_proj", "layers.1.attn.out_proj"
         ),
     ],
 )
-def test_a_checkpoint_with_an_incomplete_adapter_is_refused(tmp_path, changes, says):
+def test_a_checkpoint_with_an_incomplete_adapter_is_refused(
+    tmp_path, changes, expected
+):
     factors = make_factors("dora", [TABLE, *LINEARS])
     path = write_corenet(tmp_path / "x.pt", factors, changes=changes)
-    refuses(lambda: read_corenet(path), str(path), *says)
+    expect_error(lambda: read_corenet(path), str(path), *expected)
 
 
-def refuses(call, *says):
+def expect_error(call, *expected):
     with pytest.raises(OpenELMError) as caught:
         call()
     message = str(caught.value)
     assert re.fullmatch(r"\S.*\.", message), message
-    for words in says:
+    for words in expected:
         assert words in message, message
 
 
@@ -345,12 +347,12 @@ def test_integers_and_nan_are_refused(tmp_path):
     name = f"{QKV}.lora_A.lora.weight"
     changes = {name: np.ones((4, 64), np.int64)}
     path = write_corenet(tmp_path / "x.pt", factors, changes=changes)
-    refuses(lambda: read_corenet(path), f"{name} is stored as int64")
+    expect_error(lambda: read_corenet(path), f"{name} is stored as int64")
 
     factors[QKV]["B"][3, 1] = np.nan
     _, adapter = read_corenet(write_corenet(tmp_path / "y.pt", factors))
     weight = mx.array(WEIGHTS[f"{QKV}.weight"])
-    refuses(lambda: merge(weight, adapter.modules[QKV]), QKV, "NaN")
+    expect_error(lambda: merge(weight, adapter.modules[QKV]), QKV, "NaN")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -488,7 +490,7 @@ def test_metadata_and_base_are_in_the_config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "expected"),
     [
         ({"fine_tune_type": "full"}, ["full fine-tune", "fuse"]),
         ({"fine_tune_type": "ia3"}, ["'ia3'"]),
@@ -500,10 +502,10 @@ def test_metadata_and_base_are_in_the_config(tmp_path):
         ({"lora_parameters": {"scale": 1, "dropout": "much"}}, ["dropout 'much'"]),
     ],
 )
-def test_an_invalid_mlx_config_is_refused(tmp_path, changes, says):
+def test_an_invalid_mlx_config_is_refused(tmp_path, changes, expected):
     folder = mlx_folder(tmp_path, make_factors("lora", LINEARS))
     change_config(folder, changes)
-    refuses(lambda: open_adapter(folder), str(folder), *says)
+    expect_error(lambda: open_adapter(folder), str(folder), *expected)
 
 
 def mlx_folder(tmp_path, factors, config=UNEVEN):
@@ -525,14 +527,14 @@ def test_an_mlx_folder_with_other_tensors_is_refused_with_their_names(tmp_path):
     tensors["transformer.norm.weight"] = mx.ones(64)
     tensors["a\nb.lora_a"] = mx.ones((64, 4))
     mx.save_safetensors(str(path), tensors)
-    says = [f"{QKV} lacks B", "transformer.norm.weight' is unknown", r"a\nb"]
-    refuses(lambda: open_adapter(folder), str(path), *says)
+    expected = [f"{QKV} lacks B", "transformer.norm.weight' is unknown", r"a\nb"]
+    expect_error(lambda: open_adapter(folder), str(path), *expected)
     path.write_bytes(b"not safetensors")
-    refuses(lambda: open_adapter(folder), str(path), "damaged")
+    expect_error(lambda: open_adapter(folder), str(path), "damaged")
     path.unlink()
-    refuses(lambda: open_adapter(folder), "no adapters.safetensors")
+    expect_error(lambda: open_adapter(folder), "no adapters.safetensors")
     (folder / "adapter_config.json").unlink()
-    refuses(lambda: open_adapter(folder), "no adapter_config.json")
+    expect_error(lambda: open_adapter(folder), "no adapter_config.json")
 
 
 def test_an_old_mlx_config_is_read_with_a_note_on_its_alpha(tmp_path):
@@ -631,7 +633,7 @@ def test_pefts_dora_of_an_embedding_is_refused(tmp_path):
     """It scales columns, mlx-lm's scales rows, and CoreNet has none."""
     options = {"target_modules": [*PARTS, TABLE], "r": 4, "use_dora": True}
     save_with_peft(tmp_path / "adapter", **options)
-    refuses(
+    expect_error(
         lambda: open_adapter(tmp_path / "adapter"),
         f"{TABLE} has a magnitude, but DoRA is for linears",
     )
@@ -689,11 +691,11 @@ def peft_folder(tmp_path, factors, scale=2.0):
 def test_unsupported_peft_settings_are_refused_with_their_names(tmp_path, changes):
     folder = peft_folder(tmp_path, make_factors("lora", LINEARS))
     change_config(folder, changes)
-    refuses(lambda: open_adapter(folder), *changes, "merge_and_unload")
+    expect_error(lambda: open_adapter(folder), *changes, "merge_and_unload")
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "expected"),
     [
         ({"r": 5}, [f"{QKV} has rank 4, the config 5", OUT]),
         ({"r": None}, ["r is None"]),
@@ -706,10 +708,10 @@ def test_unsupported_peft_settings_are_refused_with_their_names(tmp_path, change
         ({"use_dora": True}, [f"{QKV} has no magnitude, but the config is for dora"]),
     ],
 )
-def test_an_invalid_peft_config_is_refused(tmp_path, changes, says):
+def test_an_invalid_peft_config_is_refused(tmp_path, changes, expected):
     folder = peft_folder(tmp_path, make_factors("lora", LINEARS))
     change_config(folder, changes)
-    refuses(lambda: open_adapter(folder), str(folder), *says)
+    expect_error(lambda: open_adapter(folder), str(folder), *expected)
 
 
 def test_other_tensors_of_peft_are_refused_with_their_names(tmp_path):
@@ -721,10 +723,10 @@ def test_other_tensors_of_peft_are_refused_with_their_names(tmp_path):
         f"base_model.model.transformer.{QKV}.lora_A.default.weight",
     ]
     mx.save_safetensors(str(path), tensors | dict.fromkeys(unusual, mx.ones((4, 64))))
-    says = [f"{name}' is unknown" for name in unusual]
-    refuses(lambda: open_adapter(folder), *says)
+    expected = [f"{name}' is unknown" for name in unusual]
+    expect_error(lambda: open_adapter(folder), *expected)
     path.unlink()
-    refuses(lambda: open_adapter(folder), "no adapter_model.safetensors")
+    expect_error(lambda: open_adapter(folder), "no adapter_model.safetensors")
 
 
 def test_peft_names_without_transformer_are_read(tmp_path):
@@ -842,14 +844,16 @@ def test_a_base_that_does_not_fit_is_refused_with_all_differences(tmp_path):
         ffn_dims=(96, 128),
         vocab_size=301,
     )
-    says = [
+    expected = [
         "token_embeddings adapts shape [300, 64], the base has [301, 64]",
         "layers.1.ffn.proj_1 adapts shape [320, 64], the base has [256, 64]",
         "layers.2.ffn.proj_2 adapts shape [64, 64], the base has no such weight",
     ]
-    refuses(lambda: check_fits(adapter, other), *says)
+    expect_error(lambda: check_fits(adapter, other), *expected)
     for write in (write_mlx, write_peft):
-        refuses(lambda w=write: w(tmp_path / w.__name__, adapter, other), *says)
+        expect_error(
+            lambda w=write: w(tmp_path / w.__name__, adapter, other), *expected
+        )
         assert not list((tmp_path / write.__name__).iterdir())
 
 
@@ -867,7 +871,7 @@ def test_unsupported_adapters_are_refused_with_an_alternative(tmp_path):
     for config in (UNEVEN, None):
         refuse_write(tmp_path, write_peft, both, config, "only the inputs", "`merge`")
     tensors = base_tensors(WEIGHTS)
-    refuses(lambda: corenet_adapter_tensors(both, tensors), "CoreNet", "`merge`")
+    expect_error(lambda: corenet_adapter_tensors(both, tensors), "CoreNet", "`merge`")
     mixed = read("dora", [TABLE, *LINEARS])
     for write in (write_mlx, write_peft):
         refuse_write(tmp_path, write, mixed, UNTIED, "LoRA on token_embeddings and")
@@ -876,7 +880,7 @@ def test_unsupported_adapters_are_refused_with_an_alternative(tmp_path):
         refuse_write(tmp_path, write, nothing, UNTIED, "adapts only the embedding")
 
 
-def refuse_write(tmp_path, write, adapter, config, *says):
+def refuse_write(tmp_path, write, adapter, config, *expected):
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
-    refuses(lambda: write(folder, adapter, config), *says)
+    expect_error(lambda: write(folder, adapter, config), *expected)
     assert not list(folder.iterdir())

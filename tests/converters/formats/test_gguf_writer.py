@@ -251,26 +251,26 @@ def test_a_name_that_is_not_utf8_is_replaced(tmp_path):
 # Refusals ----------------------------------------------------------------------------
 
 
-def refuse(path: Path, says: str, *args: Any, **options: Any) -> None:
+def expect_error(path: Path, message: str, *args: Any, **options: Any) -> None:
     with pytest.raises(OpenELMError) as caught:
         write(path, *args, **options)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert str(caught.value).endswith(".")
 
 
 def test_unsupported_models_are_refused_before_writing(tmp_path):
     path = tmp_path / "x.gguf"
-    refuse(
+    expect_error(
         path, "untied output", config=replace(UNEVEN, share_input_output_layers=False)
     )
-    refuse(
+    expect_error(
         path,
         "300 pieces, but the embedding 384",
         config=replace(UNEVEN, vocab_size=384),
     )
-    refuse(path, "which is not BPE", tokenizer=unigram_tokenizer())
+    expect_error(path, "which is not BPE", tokenizer=unigram_tokenizer())
     odd = replace(UNEVEN, ffn_dims=(96, 100, 64))
-    refuse(
+    expect_error(
         path, "layers.1.ffn.proj_2.weight has 100 columns, but Q8_0", "Q8_0", config=odd
     )
     assert not path.exists()
@@ -303,8 +303,8 @@ def test_a_number_beyond_the_range_is_refused_with_its_tensor(
         changed[-1, -1] = sign * fits
         write(tmp_path / "x", file_type, changes={name: changed})
         changed[-1, -1] = sign * overflows
-        says = f"{name} holds the absolute value {overflows:g}, beyond"
-        refuse(tmp_path / "x", says, file_type, changes={name: changed})
+        message = f"{name} holds the absolute value {overflows:g}, beyond"
+        expect_error(tmp_path / "x", message, file_type, changes={name: changed})
     norm = np.full(64, 1e6, np.float32)  # norms are float32 in every file
     write(tmp_path / "x", file_type, changes={"norm.weight": norm})
 
@@ -313,17 +313,17 @@ def test_a_bfloat16_number_beyond_float16_is_refused(tmp_path):
     changed = WEIGHTS[EMBEDDING].copy()
     changed[3, 3] = 65536  # what 65504 is rounded to in bfloat16
     changes = {EMBEDDING: changed}
-    refuse(tmp_path / "x", EMBEDDING, "F16", dtype=mx.bfloat16, changes=changes)
+    expect_error(tmp_path / "x", EMBEDDING, "F16", dtype=mx.bfloat16, changes=changes)
 
 
 def test_config_values_beyond_ggufs_range_are_refused(tmp_path):
     odd = replace(UNEVEN, rope_freq_constant=1e300)
-    refuse(tmp_path / "x", "too large for GGUF", config=odd)
+    expect_error(tmp_path / "x", "too large for GGUF", config=odd)
 
 
 def test_a_missing_gguf_package_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    refuse(tmp_path / "x", "pip install 'mlx-openelm[gguf]'")
+    expect_error(tmp_path / "x", "pip install 'mlx-openelm[gguf]'")
 
 
 # llama.cpp itself --------------------------------------------------------------------
@@ -363,14 +363,14 @@ json.dump({"ids": ids, "answers": answers, "logits": logits}, sys.stdout)
 
 def run_llama_cpp(path: Path, **request: Any) -> dict[str, Any]:
     request = {"prompts": [], "texts": [], "context": 512, "max_tokens": 60} | request
-    ran = subprocess.run(
+    result = subprocess.run(
         [LLAMA_CPP_PYTHON or sys.executable, "-c", LLAMA_CPP_SCRIPT],
         input=json.dumps(request | {"path": str(path)}),
         capture_output=True,
         text=True,
     )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 @needs_llama_cpp

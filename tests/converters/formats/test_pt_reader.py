@@ -285,7 +285,7 @@ def test_zip64_is_read(
 @pytest.mark.parametrize(
     "key", ["model_state_dict", "ema_state_dict", "state_dict", "model"]
 )
-def test_a_wrapped_state_dict_is_found(file: Callable[..., Path], key: str) -> None:
+def test_a_wrapped_state_dict_is_read(file: Callable[..., Path], key: str) -> None:
     inner = mapping(**{"module.w": tensor()})[2:-1]
     read = read_state_dict(file(mapping(**{key: inner, "loss": tensor()})))
     assert list(read) == ["module.w"]
@@ -496,13 +496,13 @@ def test_a_bare_storage_or_class_is_refused(file: Callable[..., Path]) -> None:
             read_pt(path)
 
 
-# Bombs -------------------------------------------------------------------------------
+# Resource limits ---------------------------------------------------------------------
 
 
 @contextmanager
 def bounded(seconds: float, megabytes: float) -> Iterator[None]:
     """Limit the CPU time and the memory allocated by Python."""
-    begin = time.process_time()
+    started = time.process_time()
     tracemalloc.start()
     try:
         yield
@@ -510,7 +510,7 @@ def bounded(seconds: float, megabytes: float) -> Iterator[None]:
     finally:
         tracemalloc.stop()
     assert peak < megabytes * 1e6
-    assert time.process_time() - begin < seconds
+    assert time.process_time() - started < seconds
 
 
 def test_a_large_memo_index_allocates_no_memory(

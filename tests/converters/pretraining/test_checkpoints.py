@@ -72,7 +72,7 @@ def test_spare_rows_are_written_and_removed_by_convert(recipe, tmp_path):
     assert OpenELMConfig.from_file(report.path / "config.json").vocab_size == 300
 
 
-def test_keep_last_and_keep_every_are_respected(recipe):
+def test_keep_last_and_keep_every_select_the_checkpoints(recipe):
     pretrain(replace(recipe, save_every=1, keep_last=2, keep_every=5))
     assert list(weights_on_disk(Path(recipe.output))) == [5, 10, 11, 12]
 
@@ -135,7 +135,7 @@ def test_sigterm_saves_and_exits_with_143(recipe):
     assert not weights_on_disk(run)  # it would be averaged
 
 
-# Killed --------------------------------------------------------------------------
+# Kills ---------------------------------------------------------------------------
 
 
 @pytest.mark.proof

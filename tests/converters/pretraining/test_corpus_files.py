@@ -216,7 +216,7 @@ def test_damaged_parquet_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "expected"),
     [
         ('{"text": "cut', "not JSON"),
         ('{"text": 5}', "not a string"),
@@ -227,7 +227,7 @@ def test_damaged_parquet_is_reported(tmp_path):
         (b'{"text": "\xff"}', ":11 is not UTF-8 (the byte 0xff)"),
     ],
 )
-def test_a_bad_record_is_reported_with_its_number(tmp_path, line, says):
+def test_a_bad_record_is_reported_with_its_number(tmp_path, line, expected):
     good = json.dumps({"text": "good"}).encode()
     line = line if isinstance(line, bytes) else line.encode()
     lines = tmp_path / "a.jsonl"
@@ -235,13 +235,13 @@ def test_a_bad_record_is_reported_with_its_number(tmp_path, line, says):
     texts_read, message = read_until_damage(lines)
     assert texts_read == ["good"] * 2
     assert "Record 3" in message
-    assert says in message
+    assert expected in message
     array = tmp_path / "a.json"
     array.write_bytes(b"[" + b",\n".join([good, good, line, good]) + b"]")
     texts_read, message = read_until_damage(array)
     assert texts_read == ["good"] * 2
     assert "Record 3" in message
-    assert says in message
+    assert expected in message
 
 
 def test_missing_and_binary_files_are_reported(tmp_path):

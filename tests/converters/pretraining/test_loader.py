@@ -260,19 +260,19 @@ def test_a_corpus_may_move_but_not_change(corpus, tmp_path):
     resumed.restore(state)
     assert take(resumed, 3) == expected != first
 
-    def refuse(other, what):
-        with pytest.raises(OpenELMError, match=f"checkpoint: {what}. Restore"):
+    def expect_error(other, reason):
+        with pytest.raises(OpenELMError, match=f"checkpoint: {reason}. Restore"):
             open_recipe(other).restore(state)
 
-    refuse(dataclasses.replace(recipe, seed=4, batch_size=2), "seed, batch_size")
+    expect_error(dataclasses.replace(recipe, seed=4, batch_size=2), "seed, batch_size")
     for change in ({"words_per_piece": 9}, {"shuffle_block": 9}, {"exclude": ("1*",)}):
         changed = dataclasses.replace(data, **change)
-        refuse(dataclasses.replace(recipe, data=changed), "the text")
+        expect_error(dataclasses.replace(recipe, data=changed), "the text")
     with pytest.raises(OpenELMError, match=r"checkpoint: the text\. Restore"):
         open_loader(recipe, small_tokenizer(301), LENGTH).restore(state)
     with (moved / "0.jsonl").open("a") as appended:
         appended.write('{"text": "one more"}\n')
-    refuse(recipe, "the text")
+    expect_error(recipe, "the text")
     with pytest.raises(OpenELMError, match="3 rows instead of 4"):
         loader.restore({**state, "lanes": state["lanes"][1:]})
 

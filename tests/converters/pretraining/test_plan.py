@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import ceil
 
 import pytest
-from commands import call, refuse
+from commands import call, expect_error
 from places import ROOT
 from pretrainings import small_recipe
 
@@ -136,15 +136,17 @@ def test_a_batch_size_that_does_not_divide_is_refused(tmp_path):
 
 def test_a_dry_run_reports_the_plan_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ran = call("pretrain", "-c", "pretrain/openelm-1_1b", "--dry-run", "--devices", 64)
-    assert ran.exit_code == 0, ran.stderr
+    result = call(
+        "pretrain", "-c", "pretrain/openelm-1_1b", "--dry-run", "--devices", 64
+    )
+    assert result.exit_code == 0, result.stderr
     for words in ("1,080,153,600", "4,194,304 tokens: 64 devices x 2 x 16", "350,000"):
-        assert words in ran.stdout
-    assert "learning_rate: 0.0024" in ran.stdout
-    assert "Missing: The tokenizer, tokenizer.model, is not a file" in ran.stderr
-    assert "refinedweb" in ran.stderr
-    ran = call("pretrain", "-c", "pretrain/openelm-3b", "--dry-run", "--json")
-    output = json.loads(ran.stdout)
+        assert words in result.stdout
+    assert "learning_rate: 0.0024" in result.stdout
+    assert "Missing: The tokenizer, tokenizer.model, is not a file" in result.stderr
+    assert "refinedweb" in result.stderr
+    result = call("pretrain", "-c", "pretrain/openelm-3b", "--dry-run", "--json")
+    output = json.loads(result.stdout)
     assert output["recipe"]["model"]["name"] == "3B"
     assert output["plan"]["parameters"] == 3_037_040_640
     assert output["plan"]["memory"]["fsdp"]["total"] > 2**30
@@ -160,14 +162,14 @@ def test_a_dry_run_needs_no_torch():
         "recipe = load_recipe(PretrainRecipe, 'pretrain/openelm-270m', {})\n"
         "print(plan.plan_pretraining(recipe).steps)"
     )
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
     )
-    assert ran.stdout == "350000\n", ran.stderr
+    assert result.stdout == "350000\n", result.stderr
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (("--data", "nowhere/*.txt"), "nowhere/*.txt"),
         (("--data", "here.txt", "--resume"), "nothing to resume"),
@@ -175,7 +177,7 @@ def test_a_dry_run_needs_no_torch():
     ],
 )
 def test_a_run_that_cannot_start_reports_one_error(
-    tmp_path, monkeypatch, options, says
+    tmp_path, monkeypatch, options, message
 ):
     pytest.importorskip("torch", reason="needs PyTorch")
     monkeypatch.chdir(tmp_path)
@@ -185,4 +187,4 @@ def test_a_run_that_cannot_start_reports_one_error(
         "data: {packing: true}\noutput: run\n"
     )
     (tmp_path / "run").mkdir()
-    refuse(tmp_path, "pretrain", "-c", "recipe.yaml", *options, says=says)
+    expect_error(tmp_path, "pretrain", "-c", "recipe.yaml", *options, message=message)

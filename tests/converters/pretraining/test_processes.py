@@ -247,9 +247,9 @@ def test_other_processes_wait_while_the_first_prints_the_error(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("converters.pretraining.run.pretrain", fail)
     monkeypatch.setattr(time, "sleep", waited.append)
-    ran = call("pretrain", "-c", "pretrain/stories")
-    assert (ran.exit_code, ran.stdout) == (1, "")
-    assert ran.stderr == ("" if kind == "shared" else "error: Too bad.\n")
+    result = call("pretrain", "-c", "pretrain/stories")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == ("" if kind == "shared" else "error: Too bad.\n")
     assert len(waited) == (kind == "shared")
 
 

@@ -136,13 +136,13 @@ def test_everything_that_determines_the_tokens_changes_the_cache_file(
 
 
 def test_a_temporary_read_error_is_not_cached_as_damage(tmp_path, source, monkeypatch):
-    def refuse(*arguments, **options):
+    def fail(*arguments, **options):
         raise DamagedFileError("no") from PermissionError(13, "not now")
         yield
 
     folder = str(tmp_path / "cache")
     with monkeypatch.context() as patched:
-        patched.setattr(module, "read_documents", refuse)
+        patched.setattr(module, "read_documents", fail)
         with pytest.raises(DamagedFileError):
             CachedFile(folder, source)
     assert read_all(CachedFile(folder, source)) == expected(source)
@@ -155,9 +155,9 @@ def test_a_damaged_cache_file_is_detected_and_replaced(tmp_path, source, monkeyp
     assert read_all(CachedFile(str(folder), source)) == texts
     (path,) = folder.glob("*.tokens")
     whole = path.read_bytes()
-    for place in (*range(0, len(whole), len(whole) // 40), len(whole) - 3):
+    for position in (*range(0, len(whole), len(whole) // 40), len(whole) - 3):
         damaged = bytearray(whole)
-        damaged[place] ^= 0x10
+        damaged[position] ^= 0x10
         path.write_bytes(damaged)
         writes.clear()
         assert read_all(CachedFile(str(folder), source)) == texts

@@ -122,7 +122,7 @@ def test_a_tensor_that_matters_more_gets_more_bits():
     assert chosen[name].bits > plain[name].bits
 
 
-def test_embed_bits_group_size_and_keep_are_respected():
+def test_embed_bits_group_size_and_keep_are_applied():
     choices = list_choices(
         UNEVEN, keeps=lambda n: "out_proj" in n, group_size=32, embed_bits=8
     )
@@ -142,7 +142,7 @@ def test_unreachable_bits_are_refused_with_the_possible_range(bits):
 
 @pytest.mark.proof
 @pytest.mark.parametrize("bits", [3, 4])
-def test_the_demo_loses_less_than_at_uniform_bits(shared, bits):
+def test_the_demo_has_a_smaller_error_than_at_uniform_bits(shared, bits):
     """On the held-out books: at most 0.6 of the best uniform setting's mean KL."""
     folder = open_folder(demo_folder())
     config, tokenizer = folder.config, load_tokenizer(folder)

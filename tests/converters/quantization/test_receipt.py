@@ -176,7 +176,7 @@ def test_the_bundled_sample_is_prose_in_plain_ascii():
     assert "Gutenberg" not in text
 
 
-def test_a_text_file_is_named_by_its_file_name(tmp_path: Path):
+def test_a_text_file_is_reported_by_its_file_name(tmp_path: Path):
     path = tmp_path / "own.txt"
     path.write_text("Grüße an alle.", encoding="utf-8")
     assert read_calibration(path) == ("own.txt", "Grüße an alle.")

@@ -1,4 +1,4 @@
-"""report.html during a run: when it is written, and what it says of the end."""
+"""report.html during a run: when it is written, and its last version."""
 
 import dataclasses
 import json
@@ -42,8 +42,8 @@ def recipe(base, tmp_path):
     )
 
 
-def watch_page(recipe, act=lambda step: None):
-    """Return an observer of a run, and the pages that it finds at each report."""
+def record_pages(recipe, act=lambda step: None):
+    """Return an observer of a run, and its pages by the step of each report."""
     pages = {}
 
     def observe(event):
@@ -61,15 +61,13 @@ def read_page(recipe):
         return page.read()
 
 
-def test_the_page_is_there_from_the_start_and_rewritten_at_validations(
-    recipe, monkeypatch
-):
+def test_the_page_is_written_at_the_start_and_at_validations(recipe, monkeypatch):
     monkeypatch.setattr(live, "MAX_SHARE", 1e9)
-    observe, pages = watch_page(recipe)
+    observe, pages = record_pages(recipe)
     finetune(recipe, on_event=observe)
     assert "Training has started." in pages[1]
     assert "Training: 0 of 8 steps" in pages[1]
-    assert "mlx-openelm generate" not in pages[1]  # there is no adapter yet
+    assert "mlx-openelm generate" not in pages[1]  # no adapter is saved yet
     assert [n for n in pages if pages[n] != pages.get(n - 1)] == [1, 2, 4, 6, 8]
     assert all(REFRESH in page for page in pages.values())
     assert "Validation loss" in pages[4]
@@ -81,7 +79,7 @@ def test_the_page_is_there_from_the_start_and_rewritten_at_validations(
 
 
 def test_a_short_run_is_not_slowed_by_its_page(recipe):
-    observe, pages = watch_page(recipe)
+    observe, pages = record_pages(recipe)
     finetune(recipe, on_event=observe)
     assert len(set(pages.values())) == 1
     assert "All 8 steps were trained." in read_page(recipe)
@@ -94,17 +92,17 @@ def test_an_early_stop_ends_the_page(recipe):
     assert REFRESH not in page
 
 
-def test_an_interrupted_run_says_how_to_resume_and_its_page_lives_again(recipe):
+def test_an_interrupted_page_shows_how_to_resume_and_refreshes_after_it(recipe):
     def interrupt(step):
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(recipe, on_event=watch_page(recipe, interrupt)[0])
+        finetune(recipe, on_event=record_pages(recipe, interrupt)[0])
     page = read_page(recipe)
     assert "Interrupted at step 3; --resume" in page
     assert REFRESH not in page
-    observe, pages = watch_page(recipe)
+    observe, pages = record_pages(recipe)
     finetune(recipe, resume=True, on_event=observe)
     assert REFRESH in pages[4]
     assert "Resumed once." in read_page(recipe)
@@ -117,19 +115,19 @@ def test_an_interrupted_run_says_how_to_resume_and_its_page_lives_again(recipe):
         (ValueError("oh"), "ValueError(&#39;oh&#39;)"),
     ],
 )
-def test_a_failed_run_says_why(recipe, error, shown):
+def test_the_page_of_a_failed_run_has_the_error(recipe, error, shown):
     def fail(step):
         if step == 3:
             raise error
 
     with pytest.raises(type(error)):
-        finetune(recipe, on_event=watch_page(recipe, fail)[0])
+        finetune(recipe, on_event=record_pages(recipe, fail)[0])
     page = read_page(recipe)
     assert f"Failed after step 3: {shown}" in page
     assert REFRESH not in page
 
 
-def test_a_page_that_cannot_be_drawn_is_noted_and_the_run_ends_well(
+def test_a_page_that_cannot_be_rendered_is_noted_and_the_run_completes(
     recipe, monkeypatch
 ):
     def fail(report):
@@ -142,7 +140,7 @@ def test_a_page_that_cannot_be_drawn_is_noted_and_the_run_ends_well(
     assert notes == ["The report could not be written: no ink."] * 2
 
 
-def test_the_pace_keeps_its_share_of_the_time():
+def test_the_page_takes_at_most_its_share_of_the_time():
     now, written = 0.0, 0
     pace = Pace(0.01, 0.5, clock=lambda: now)
     for _ in range(1000):
@@ -163,9 +161,9 @@ def test_the_metrics_go_to_tensorboard_without_torch(recipe, tmp_path):
         *("--steps-per-report", "1", "--steps-per-eval", "2"),
         *("--adapter-path", recipe.adapter_path, "--sample-prompt", "the"),
     ]
-    ran = call("lora", *options, "--report-to", "tensorboard")
-    assert ran.exit_code == 0, ran.stderr
-    assert f"report during the run: {recipe.adapter_path}/report.html" in ran.stderr
+    result = call("lora", *options, "--report-to", "tensorboard")
+    assert result.exit_code == 0, result.stderr
+    assert f"report during the run: {recipe.adapter_path}/report.html" in result.stderr
     folder = os.path.join(recipe.adapter_path, "tensorboard")
     read = accumulator.EventAccumulator(folder).Reload()
     assert [s.step for s in read.Scalars("train/loss")] == [1, 2, 3, 4]
@@ -175,7 +173,7 @@ def test_the_metrics_go_to_tensorboard_without_torch(recipe, tmp_path):
     assert again.exit_code == 0, again.stderr
 
 
-def test_a_tracker_that_is_missing_is_named_before_the_work(recipe, monkeypatch):
+def test_a_missing_tracker_is_reported_before_training(recipe, monkeypatch):
     monkeypatch.setattr("mlx_openelm.reporting.trackers.find_spec", lambda name: None)
     with pytest.raises(OpenELMError, match=r"mlx-openelm\[trackio\]"):
         finetune(dataclasses.replace(recipe, report_to=("trackio",)))

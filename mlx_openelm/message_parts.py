@@ -1,0 +1,18 @@
+"""Parts of messages: a count with its noun, a number, the reason of a failed read."""
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a count with its noun: "1 record", "2,000 records"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def plain_number(value: float) -> str:
+    """Return a number in digits; a whole one has no decimal point or exponent."""
+    whole = abs(value) < 1e15 and value == int(value)
+    return str(int(value)) if whole else f"{value}"
+
+
+def describe_error(error: Exception) -> str:
+    """Return the reason of an error, without Python's error number and path."""
+    reason = error.strerror if isinstance(error, OSError) else None
+    return f"{reason[:1].lower()}{reason[1:]}" if reason else str(error)
