@@ -1,6 +1,6 @@
 """Speed of the server, compared with mlx_lm.server on the same weights.
 
-    python benchmarks/serving.py [--rounds 3] [--only start,tokens,large,short,shared,json,memory]
+    python benchmarks/serving.py [--rounds 3] [--only start,tokens,large,...]
 
 Both servers run in processes of their own, in turn, with float32 weights and OpenBLAS
 (which mlx-lm gets from us: without it, it is slower still). The client uses threads and
@@ -68,7 +68,10 @@ class Server:
             module = "mlx_lm.server"
             options = ["--model", folder, "--port", port, "--log-level", "ERROR"]
         started = time.perf_counter()
-        code = f"{run}sys.argv[0] = {module!r}; runpy.run_module({module!r}, run_name='__main__')"
+        code = (
+            f"{run}sys.argv[0] = {module!r}; "
+            f"runpy.run_module({module!r}, run_name='__main__')"
+        )
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, *map(str, options), *arguments],
             stdout=subprocess.DEVNULL,
@@ -296,12 +299,13 @@ def measure_memory(folder: Path, tokenizer) -> None:
             sizes[count] = server.memory
     first, last = sizes.values()
     print(
-        f"memory after 200 and 2,000 requests: {first / 1e6:.0f} and {last / 1e6:.0f} MB, ratio {last / first:.3f}"
+        f"memory after 200 and 2,000 requests: {first / 1e6:.0f} and "
+        f"{last / 1e6:.0f} MB, ratio {last / first:.3f}"
     )
 
 
 def make_270m(folder: Path) -> Path:
-    """Write a folder of the 270M's shape with random weights and the demo's tokenizer."""
+    """Write a folder of the 270M's shape, with random weights and the demo's pieces."""
     code = (
         "import mlx_openelm, sys, json, shutil; from pathlib import Path; "
         "import mlx.core as mx; from mlx.utils import tree_flatten; "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_openelm.cli.flags import show_flags
+from mlx_openelm.errors import shorten
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -88,7 +89,7 @@ class Console:
 
     def error(self, text: str) -> None:
         """Write one line, without the control characters of names in damaged files."""
-        sys.stderr.write(f"error: {escape_controls(text)}\n")
+        sys.stderr.write(f"error: {shorten(escape_controls(text))}\n")
         sys.stderr.flush()
 
     @contextlib.contextmanager

@@ -1,11 +1,11 @@
 """The command that generates text for one prompt or a file of prompts: `generate`."""
 
-import os
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,6 @@ from mlx_openelm.cli.options import (
     Model,
     Offline,
     Quiet,
-    expand_path,
     open_model,
 )
 from mlx_openelm.errors import OpenELMError
@@ -31,10 +30,12 @@ from mlx_openelm.generation.options import (
     PromptOptions,
     Sampling,
 )
+from mlx_openelm.input_files import MAX_RECORD_BYTES, read_text_of
 from mlx_openelm.message_parts import count_of
 from mlx_openelm.options import OUTPUT_PANEL
 
 if TYPE_CHECKING:
+    from mlx_openelm.generation.constraints import Constraint
     from mlx_openelm.generation.prompt_file import Prompts
     from mlx_openelm.generation.streaming import Piece
     from mlx_openelm.model.openelm import OpenELM
@@ -123,6 +124,7 @@ def generate_command(
     check_sampling(sampling)
     prompt_options = PromptOptions(**prompting)
     template, system = prompt_options.template, prompt_options.system
+    constraints = ConstraintOptions(**constraining)
     stop = sampling.get("stop", ())
     single = {
         "PROMPT": prompt if prompt is not None else prompt_option,
@@ -138,16 +140,17 @@ def generate_command(
                 "cannot be used with --prompts-file", param_hint=flag
             )
         check_utf8(system, *stop)
-        prompts = _read_prompts_file(console, prompts_file, expand_path(output))
+        prompts = _read_prompts_file(console, prompts_file, output)
         _answer_file(
             console,
             open_model(console, model, adapter_path, offline),
             prompts,
             sampling,
+            constraints,
             template=template,
             system=system,
             batch_size=batch_size or 16,
-            output=expand_path(output),
+            output=output,
             force=force,
             as_json=as_json or not sys.stdout.isatty(),
         )
@@ -157,7 +160,6 @@ def generate_command(
         raise typer.BadParameter("needs --prompts-file", param_hint=flag)
     if sampling.get("logprobs") and not as_json:
         raise typer.BadParameter("needs --json", param_hint="--logprobs")
-    constraints = ConstraintOptions(**constraining)
     for flag, name in (("--lookup", "lookup"), ("--draft-model", "draft_model")):
         if constraining and drafting.get(name) is not None:
             raise typer.BadParameter(
@@ -176,11 +178,7 @@ def generate_command(
 
     folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
     chosen = Sampling.from_defaults(folder.generation_defaults, sampling)
-    constraint = None
-    if constraining:
-        from mlx_openelm.generation.constraints import read_constraint
-
-        constraint = read_constraint(constraints, tokenizer, folder.config.vocab_size)
+    constraint = _read_constraint(constraints, folder, tokenizer)
     make_cache = cache_maker(folder.config, CacheOptions(**caching))
     drafter = make_drafter(DraftOptions(**drafting), loaded, tokenizer, offline)
     ids = prepare_prompt(tokenizer, text, template=template, system=system)
@@ -190,11 +188,10 @@ def generate_command(
             cache, context = None, Context(loaded, make_cache)
         else:
             name = (tokenizer.template or "raw") if template == "auto" else template
-            path = expand_path(prompt_cache)
             from mlx_openelm.generation.prompt_cache import open_prompt_cache
 
             cache = opened.enter_context(
-                open_prompt_cache(path, loaded, name, console.note, make_cache)
+                open_prompt_cache(prompt_cache, loaded, name, console.note, make_cache)
             )
             context = cache.context
         for piece in stream(
@@ -234,9 +231,8 @@ def _read_prompts_file(
 ) -> "Prompts":
     from mlx_openelm.generation.prompt_file import read_prompts
 
-    source = os.path.expanduser(prompts_file)
-    prompts = read_prompts(source)
-    if output is not None and _are_one_file(Path(source), output):
+    prompts = read_prompts(prompts_file)
+    if output is not None and _are_one_file(Path(prompts_file), output):
         raise OpenELMError(
             f"--output {output} is the file of prompts; choose another file."
         )
@@ -245,11 +241,22 @@ def _read_prompts_file(
     return prompts
 
 
+def _read_constraint(
+    options: ConstraintOptions, folder: "ModelFolder", tokenizer: "Tokenizer"
+) -> "Constraint | None":
+    if options == ConstraintOptions():
+        return None
+    from mlx_openelm.generation.constraints import read_constraint
+
+    return read_constraint(options, tokenizer, folder.config.vocab_size)
+
+
 def _answer_file(
     console: Console,
     opened: "tuple[ModelFolder, OpenELM, Tokenizer]",
     prompts: "Prompts",
     sampling: GivenOptions,
+    constraints: ConstraintOptions,
     *,
     template: str,
     system: str,
@@ -267,12 +274,20 @@ def _answer_file(
     from mlx_openelm.generation.batch_job import answer_prompts
 
     folder, model, tokenizer = opened
+
+    def read_options(options: Mapping[str, Any]) -> Sampling:
+        return Sampling.from_defaults(
+            folder.generation_defaults, {**sampling, **options}
+        )
+
     with console.progress("Answering") as progress:
         report = answer_prompts(
             model,
             tokenizer,
             prompts,
-            Sampling.from_defaults(folder.generation_defaults, sampling),
+            read_options({}),
+            read_options=read_options,
+            constraint=_read_constraint(constraints, folder, tokenizer),
             template=template,
             system=system,
             batch_size=batch_size,
@@ -315,8 +330,10 @@ def _read_stdin() -> str:
     if sys.stdin is None:
         raise OpenELMError("stdin is closed; give a prompt as PROMPT.")
     try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
+        return read_text_of(sys.stdin.buffer, MAX_RECORD_BYTES).removesuffix("\n")
     except UnicodeDecodeError as error:
         raise OpenELMError(
             f"The prompt on stdin is not UTF-8 text: {error}."
         ) from error
+    except ValueError as error:
+        raise OpenELMError(f"The prompt on stdin is too long: {error}.") from error

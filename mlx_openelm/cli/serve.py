@@ -18,7 +18,6 @@ from mlx_openelm.cli.options import (
     Model,
     Offline,
     Quiet,
-    expand_path,
     open_model,
 )
 from mlx_openelm.errors import OpenELMError
@@ -192,7 +191,7 @@ def serve_command(
     for name, path in adapters.items():
         if name in models:
             raise OpenELMError(f"--adapter {name}: two models have this name.")
-        with_adapter, stored, notes = add_adapter(loaded, expand_path(path))
+        with_adapter, stored, notes = add_adapter(loaded, path, offline=offline)
         for note in notes:
             console.note(f"{name}: {note}")
         stored = stored or tokenizer.template

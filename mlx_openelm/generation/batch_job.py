@@ -6,9 +6,10 @@ run skips the prompts whose key is in the output.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.batching.answering import (
@@ -17,6 +18,7 @@ from mlx_openelm.generation.batching.answering import (
     BatchPrompt,
     answer_together,
 )
+from mlx_openelm.generation.constraints import Constraint
 from mlx_openelm.generation.decoding import Token
 from mlx_openelm.generation.options import SHOWN_DIGITS, Sampling
 from mlx_openelm.generation.penalties import check_bias
@@ -57,6 +59,8 @@ def answer_prompts(
     prompts: Prompts,
     sampling: Sampling,
     *,
+    read_options: Callable[[Mapping[str, Any]], Sampling] | None = None,
+    constraint: Constraint | None = None,
     template: str = "auto",
     system: str = "",
     batch_size: int = BATCH_SIZE,
@@ -69,6 +73,9 @@ def answer_prompts(
     """Answer prompts in batches.
 
     Args:
+        read_options: returns the options of a prompt that has some of its own, by
+            attribute; by default they replace those of `sampling`.
+        constraint: the grammar that each answer follows.
         output: file for the objects, one per line. Answers that a stopped run of the
             same prompts and settings wrote there are kept; the other prompts, and
             invalid lines that have been corrected since, are answered.
@@ -83,7 +90,16 @@ def answer_prompts(
             run or is another kind of file, or it cannot be written. The content of the
             output is kept.
     """
-    job = _Job(model, tokenizer, prompts, sampling, template, system)
+    job = _Job(
+        model,
+        tokenizer,
+        prompts,
+        sampling,
+        template,
+        system,
+        read_options,
+        constraint.description if constraint else "",
+    )
     problems: list[str] = []
     tokens = 0
 
@@ -93,7 +109,7 @@ def answer_prompts(
                 continue
             ids, problem = job.encode(prompt)
             if not problem:
-                yield BatchPrompt(prompt.number, ids)
+                yield BatchPrompt(prompt.number, ids, job.sampling_of(prompt))
                 continue
             problems.append(f"{prompts.name}:{prompt.place}: {problem}")
             on_problem(problems[-1])
@@ -113,6 +129,7 @@ def answer_prompts(
             encode_prompts(answers),
             sampling,
             batch_size=batch_size,
+            constraint=constraint,
             on_step=count,
         ):
             answers.add(*job.describe(answered))
@@ -134,6 +151,8 @@ class _Job:
         sampling: Sampling,
         template: str,
         system: str,
+        read_options: Callable[[Mapping[str, Any]], Sampling] | None,
+        constraint: str,
     ) -> None:
         """Check the settings.
 
@@ -148,16 +167,25 @@ class _Job:
         self._system = system
         self._prompts = prompts.prompts
         self._places = {prompt.number: i for i, prompt in enumerate(prompts.prompts)}
-        self._settings = json.dumps([fingerprint_model(model), asdict(sampling)])
+        self._read_options, self._constraint = read_options, constraint
+        self._fingerprint = fingerprint_model(model)
         self.refused: set[int] = set()
+
+    def sampling_of(self, prompt: Prompt) -> Sampling:
+        """Return the options of a prompt's answer."""
+        if prompt.options and self._read_options is not None:
+            return self._read_options(prompt.options)
+        return replace(self._sampling, **prompt.options)
 
     def encode(self, prompt: Prompt) -> tuple[list[int], str]:
         """Return a prompt's ids and "", or no ids and the reason."""
         if prompt.problem:
             return [], prompt.problem
         try:
+            sampling = self.sampling_of(prompt)
+            check_bias(sampling.logit_bias, self._model.config.vocab_size)
             ids = self._encode(prompt.content)
-            check_length(ids, self._model, self._sampling)
+            check_length(ids, self._model, sampling)
         except OpenELMError as error:
             return [], str(error)
         return ids, ""
@@ -180,7 +208,7 @@ class _Job:
             },
             "peak_memory_bytes": answered.peak_memory_bytes,
         }
-        if self._sampling.logprobs:
+        if self.sampling_of(prompt).logprobs:
             tokens = answered.drawn[: len(answered.tokens)]  # without EOS
             described["logprobs"] = list(map(self._describe_token, tokens))
         return place, {**described, "key": self._key(prompt, answered.prompt.ids)}
@@ -219,7 +247,10 @@ class _Job:
         return ids
 
     def _key(self, prompt: Prompt, ids: Sequence[int]) -> str:
-        return hash_key(_name(prompt), list(ids), self._settings)
+        settings = [self._fingerprint, asdict(self.sampling_of(prompt))]
+        if self._constraint:
+            settings.append(self._constraint)
+        return hash_key(_name(prompt), list(ids), json.dumps(settings))
 
     def _describe_token(self, token: Token) -> JsonObject:
         """Return a token and its likeliest alternatives as a JSON object."""

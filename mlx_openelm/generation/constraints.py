@@ -7,7 +7,6 @@ A parser tells before each token which tokens may follow; all others are masked
 
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
@@ -16,6 +15,7 @@ import numpy as np
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.options import ConstraintOptions
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.paths import user_path
 from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ _JSON_LAYOUT = {
 
 class Constraint(Protocol):
     """Which tokens may follow in one answer."""
+
+    @property
+    def description(self) -> str:
+        """The grammar that it enforces, as text."""
 
     def allowed(self, vocab_size: int) -> np.ndarray:
         """Return which of the tokens may be next, bool (V,)."""
@@ -52,7 +56,7 @@ def read_constraint(
         OpenELMError: the file cannot be read, or the grammar cannot be compiled.
     """
     if options.json_schema is not None:
-        schema = read_mapping(Path(options.json_schema))
+        schema = read_mapping(user_path(options.json_schema))
         return GrammarCompiler(tokenizer, vocab_size).json_schema(schema)
     if options.regex is not None:
         return GrammarCompiler(tokenizer, vocab_size).regex(options.regex)
@@ -116,12 +120,16 @@ class GrammarCompiler:
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
             raise OpenELMError(f"The {kind} cannot be used: {_reason(matcher)}.")
-        return _MatcherConstraint(matcher)
+        return _MatcherConstraint(matcher, grammar)
 
 
 class _MatcherConstraint:
-    def __init__(self, matcher: "LLMatcher") -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: "LLMatcher", description: str) -> None:
+        self._matcher, self._description = matcher, description
+
+    @property
+    def description(self) -> str:
+        return self._description
 
     def allowed(self, vocab_size: int) -> np.ndarray:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
@@ -133,7 +141,7 @@ class _MatcherConstraint:
         self._check()
 
     def copy(self) -> Constraint:
-        return _MatcherConstraint(self._matcher.deep_copy())
+        return _MatcherConstraint(self._matcher.deep_copy(), self._description)
 
     def _check(self) -> None:
         if self._matcher.is_error():

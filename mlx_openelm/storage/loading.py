@@ -18,6 +18,7 @@ from mlx_openelm.model.quantization import Packing
 from mlx_openelm.storage.adapter_folder import (
     AdapterFolder,
     attach,
+    find_adapter,
     open_adapter_folder,
 )
 from mlx_openelm.storage.hub import DEMO, find_model, snapshot_of
@@ -62,7 +63,8 @@ def choose_model(
     """
     adapter = None
     if adapter_path is not None:
-        adapter = open_adapter_folder(Path(adapter_path))
+        path = find_adapter(str(adapter_path), offline=offline)
+        adapter = open_adapter_folder(path)
     if adapter is not None and name is None:
         path = adapter.find_base(offline=offline)
         return ModelChoice(adapter.base or "", open_folder(path), adapter, is_base=True)
@@ -91,14 +93,16 @@ def load(
     choice = choose_model(name, adapter_path, offline=offline)
     tokenizer = load_tokenizer(choice.folder, choice.adapter)
     model = load_model(choice.folder)
+    notes = choice.folder.notes
     if choice.adapter is not None:
-        for note in attach(model, choice.adapter.path):
-            warnings.warn(note, stacklevel=2)
+        notes += attach(model, choice.adapter.path)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     return model, tokenizer
 
 
 def add_adapter(
-    model: OpenELM, adapter_path: str | Path
+    model: OpenELM, adapter_path: str | Path, *, offline: bool = False
 ) -> tuple[OpenELM, str | None, Sequence[str]]:
     """Return a model with an adapter that shares the weights of the given one.
 
@@ -108,7 +112,7 @@ def add_adapter(
     Raises:
         OpenELMError: the adapter is missing or damaged, or belongs to another model.
     """
-    adapter = open_adapter_folder(Path(adapter_path))
+    adapter = open_adapter_folder(find_adapter(str(adapter_path), offline=offline))
     parameters = dict(tree_flatten(model.parameters()))
     shared = {id(array): array for array in parameters.values()}
     twin = copy.deepcopy(model, shared)
@@ -167,7 +171,15 @@ def load_model(folder: ModelFolder, dtype: mx.Dtype | None = None) -> OpenELM:
     floating = {name: _cast(array, chosen) for name, array in arrays.items()}
     model.load_weights(list(floating.items()))
     model.eval()
-    mx.eval(model.parameters())
+    try:
+        mx.eval(model.parameters())
+    except RuntimeError as error:  # MLX has no other type for a failed read
+        if "[read]" not in str(error):
+            raise
+        raise OpenELMError(
+            f"The weights of {folder.path} were changed or truncated while they were "
+            "being read; repeat the command when they are complete."
+        ) from error
     return model
 
 

@@ -27,10 +27,15 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True, slots=True)
 class BatchPrompt:
-    """A prompt's ids, and its number, which selects its random numbers."""
+    """A prompt's ids, and its number, which selects its random numbers.
+
+    Attributes:
+        sampling: its options, if they are not those of the batch.
+    """
 
     number: int
     ids: Sequence[int]
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,8 @@ def answer_together(
             for prompt in islice(waiting, 2 * batch_size - len(answers)):
                 keys = hashed_keys(seed, prompt.number)
                 own = constraint and constraint.copy()
-                request = BatchRequest(prompt.ids, sampling, keys, constraint=own)
+                options = prompt.sampling or sampling
+                request = BatchRequest(prompt.ids, options, keys, constraint=own)
                 engine.add(request)
                 answers[request] = _Collected(prompt, time.perf_counter())
             if not answers:
