@@ -280,14 +280,18 @@ def test_the_page_is_one_file_that_loads_nothing(raw):
         pytest.param(360, "light", marks=pytest.mark.proof),
     ],
 )
-def test_it_fits_without_complaints(show, raw, width, scheme):
+def test_it_fits_without_errors(show, raw, width, scheme):
     page = show(raw, width=width, scheme=scheme)
     fill(page, max_tokens="40")
     ask(page, "long" * 40)
     click_last(page, "Edit")
     page.evaluate("document.getElementById('settings').open = true")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.complaints == []
+    assert (
+        page.evaluate("document.getElementById('prompt').offsetWidth / innerWidth")
+        > 0.6
+    )
+    assert page.errors == []
     paths = {url.removeprefix(raw.url) for url in page.requests}
     assert paths - {"/health"} == {"/", "/v1/models", "/v1/completions"}
     unnamed = """[...document.querySelectorAll("input, textarea, select")]
@@ -532,21 +536,7 @@ def test_a_long_chat_slides_by_pairs_of_turns(show, chats):
     for number in range(5):
         ask(page, f"Message {number} " + "and more " * 6)
         assert text_of(page, "error") == ""
-    dropped = page.evaluate("document.querySelectorAll('.turn.dropped').length")
-    assert dropped >= 2
-    assert dropped % 2 == 0
-    assert text_of(page, "dropped").startswith(f"The oldest {dropped} turns are not")
-    assert "context of 256 tokens" in text_of(page, "dropped")
-    contents = [message["content"] for message in sent(page)[-1]["messages"]]
-    assert contents == turns(page)[dropped:-1]
-    # An answer that the end of the context cuts off makes room for the next one.
-    fill(page, max_tokens="250")
-    ask(page, "Long")
-    assert "reached the end of the context" in figures(page)
-    before = page.evaluate("conversation().dropped")
-    fill(page, max_tokens="8")
-    ask(page, "Next")
-    assert page.evaluate("conversation().dropped") >= before + 2
+    check_dropped(page)
     # Editing the first turn begins the conversation again; none is dropped.
     edit(page, 0, "Again")
     press(page, "Enter")
@@ -557,6 +547,44 @@ def test_a_long_chat_slides_by_pairs_of_turns(show, chats):
     assert "context is 256" in text_of(page, "error")
     assert len(turns(page)) == 2
     assert text_of(page, "dropped") == ""
+    fill(page, max_tokens="250")
+    ask(page, "Long")
+    assert figures(page).endswith(" · reached the end of the context")
+
+
+def test_turns_are_dropped_when_the_server_refuses_their_length(show, chats):
+    page = show(chats)
+    ask(page, "One")
+    ask(page, "Two")
+    spy(page)
+    page.evaluate("conversation().tokensPerCharacter = 0")  # an estimate that is wrong
+    ask(page, "word " * 40)
+    assert text_of(page, "error") == ""
+    assert len(sent(page)) > 1
+    check_dropped(page)
+
+
+def test_turns_are_dropped_for_the_room_of_an_answer(show, chats):
+    page = show(chats)
+    answer = "there was a king who had three daughters"
+    fill(page, max_tokens="100", schema=json.dumps({"const": answer}))
+    spy(page)
+    for number in range(5):
+        ask(page, f"Message {number}")
+        assert json.loads(turns(page)[-1]) == answer
+    assert len(sent(page)) == 5  # none was refused
+    check_dropped(page)
+
+
+def check_dropped(page):
+    """Check that some pairs are not sent, and that the page shows which."""
+    dropped = page.evaluate("document.querySelectorAll('.turn.dropped').length")
+    assert dropped >= 2
+    assert dropped % 2 == 0
+    assert text_of(page, "dropped").startswith(f"The oldest {dropped} turns are not")
+    assert "context of 256 tokens" in text_of(page, "dropped")
+    contents = [message["content"] for message in sent(page)[-1]["messages"]]
+    assert contents == turns(page)[dropped:-1]
 
 
 # Structured output ---------------------------------------------------------------
