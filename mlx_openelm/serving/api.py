@@ -57,6 +57,37 @@ Prompt = Annotated[
 ]
 
 
+# Checked by `prompts.read_messages`, as the records of `lora` are.
+Message = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {
+                "role": {"enum": ["system", "developer", "user", "assistant"]},
+                "content": {
+                    "anyOf": [
+                        {"type": "string"},
+                        {
+                            "type": "array",
+                            "items": {
+                                "type": "object",
+                                "properties": {
+                                    "type": {"const": "text"},
+                                    "text": {"type": "string"},
+                                },
+                                "required": ["type", "text"],
+                            },
+                        },
+                    ]
+                },
+            },
+            "required": ["role", "content"],
+        }
+    ),
+]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -185,10 +216,8 @@ class CompletionRequest(GenerationRequest):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    # Checked by `prompts.read_messages`, as the records of `lora` are.
     messages: Annotated[
-        list[dict[str, Any]],
-        Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
+        list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     ]
     template: str | None = None
     logprobs: bool | None = None
