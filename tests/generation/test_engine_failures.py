@@ -81,6 +81,23 @@ def test_requests_survive_one_failure_after_another():
     check(answers, poisons, "poison", others=innocent)
 
 
+def test_requests_survive_failures_of_which_none_is_the_cause():
+    class Unsteady(Poisoned):
+        calls = 0
+
+        def transformer(self, tokens, cache, **layout):
+            self.calls += tokens.shape[0] == 4
+            if self.calls and self.calls % 5 == 0:
+                self.calls += 1
+                raise MemoryError("not now")
+            return super().transformer(tokens, cache, **layout)
+
+    answers = Answers(make_engine({"": Unsteady()}))
+    innocent = others()
+    answers.add(*innocent)
+    check(answers, [], "", others=innocent)
+
+
 def test_a_batch_that_is_too_large_ends():
     answers = Answers(make_engine({"": Poisoned(most_rows=2)}))
     requests = others(5)

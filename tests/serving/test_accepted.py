@@ -58,7 +58,7 @@ def test_the_key_may_be_in_the_environment(monkeypatch):
 SHARED = {
     "model": [None, "", "default_model", "tiny"],
     "max_tokens": [None, 1, -1],
-    "max_completion_tokens": [None, 1, 2**63 - 1, -1],
+    "max_completion_tokens": [None, 1, -1],
     "min_tokens": [None, 0, 3],
     "temperature": [None, 0, 0.0, 1, 0.7, 1000000],
     "top_p": [None, 0, 0.5, 1],

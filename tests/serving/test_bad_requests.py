@@ -219,6 +219,16 @@ def test_malformed_requests_are_answered_in_json(
     healthy(server.url)
 
 
+def test_a_body_without_its_last_chunk_is_refused(server):
+    body = b'{"prompt": "a", "max_tokens": 1}'  # nothing is missing in it
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {server.url[7:]}\r\n"
+    head += f"Transfer-Encoding: chunked\r\n\r\n{len(body):x}\r\n"
+    data = head.encode() + body + b"\r\n"
+    status, _, answer = send(server.url, data, half_close=True)
+    assert (status, "within the body" in answer.decode()) == (400, True)
+    assert send(server.url, data + b"0\r\n\r\n", half_close=True)[0] == 200
+
+
 def test_a_request_without_a_host_is_refused(server):
     with connect(server.url) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\n\r\n")

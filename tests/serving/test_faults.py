@@ -68,6 +68,23 @@ def ask_together(url, bodies):
         return list(pool.map(ask, bodies))
 
 
+@contextlib.contextmanager
+def counting(url):
+    """Yield a list that receives how many requests the engine has, again and again."""
+    counts, done = [], threading.Event()
+
+    def count():
+        while not done.is_set():
+            found = measure(url)
+            counts.append(found["waiting_requests"] + found["decoding_requests"])
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    yield counts
+    done.set()
+    thread.join()
+
+
 # Clients that vanish -------------------------------------------------------------
 
 
@@ -153,7 +170,7 @@ def test_a_client_that_does_not_read_is_given_up(small, monkeypatch):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
             host, port = server.url.removeprefix("http://").split(":")
             connection.connect((host, int(port)))
-            body = ENDLESS | {"n": 64, "logprobs": 20, "stream": stream}
+            body = ENDLESS | {"n": 24, "logprobs": 20, "stream": stream}
             connection.sendall(request(server.url, PATH, body | {"max_tokens": 99}))
             stalled.append(connection)
         wait_until_idle(server.url)
@@ -202,8 +219,10 @@ def test_two_hundred_at_once_are_all_answered(server, small):
 
 def test_the_queue_has_a_limit(small, slow_steps):
     with serving(*small, queue=3, engine={"answers": 2}) as server:
-        body = {"prompt": "a", "max_tokens": 20, "logit_bias": {"2": -99}}
-        answers = ask_together(server.url, [body] * 30)
+        body = {"prompt": "a", "max_tokens": 12, "logit_bias": {"2": -99}}
+        with counting(server.url) as in_engine:
+            answers = ask_together(server.url, [body] * 30)
+        assert max(in_engine) <= 5
         counts = [status for status, _, _ in answers]
         assert counts.count(200) >= 5
         assert counts.count(200) + counts.count(503) == 30
@@ -219,22 +238,10 @@ def test_the_queue_has_a_limit(small, slow_steps):
 @pytest.mark.proof
 def test_five_hundred_at_once_against_a_queue_of_a_hundred(small, slow_steps):
     with serving(*small, queue=100) as server:
-        most = []
-
-        def watch():
-            while not done.is_set():
-                found = measure(server.url)
-                most.append(found["waiting_requests"] + found["decoding_requests"])
-                time.sleep(0.05)
-
-        done = threading.Event()
-        watcher = threading.Thread(target=watch)
-        watcher.start()
         body = {"prompt": "The king", "max_tokens": 40, "logit_bias": {"2": -99}}
-        answers = ask_together(server.url, [body] * 500)
-        done.set()
-        watcher.join()
-        assert max(most) <= 132
+        with counting(server.url) as in_engine:
+            answers = ask_together(server.url, [body] * 500)
+        assert max(in_engine) <= 132
         texts = set()
         for status, headers, content in answers:
             assert status in (200, 503)
