@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -173,47 +174,52 @@ def serve_command(
             "--adapter-path changes the model that --adapter adds to; give both as "
             "--adapter NAME=DIR."
         )
-    listener = Listener(Access(host, port, api_key, origins))  # before the slow loading
-    with ThreadPoolExecutor(1) as executor:
-        importing = executor.submit(import_module, "mlx_openelm.serving.server")
-        folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
-        importing.result()
-    from mlx_openelm.generation.batching.engine import EngineLimits
-    from mlx_openelm.generation.batching.prefix_tree import PrefixLimits
-    from mlx_openelm.serving.served import Served, ServedModel
-    from mlx_openelm.serving.server import Server, ServerLimits
+    with closing(Listener(Access(host, port, api_key, origins))) as listener:
+        # The port is bound before the model is loaded, which is slow.
+        with ThreadPoolExecutor(1) as executor:
+            importing = executor.submit(import_module, "mlx_openelm.serving.server")
+            folder, loaded, tokenizer = open_model(
+                console, model, adapter_path, offline
+            )
+            importing.result()
+        from mlx_openelm.generation.batching.engine import EngineLimits
+        from mlx_openelm.generation.batching.prefix_tree import PrefixLimits
+        from mlx_openelm.serving.served import Served, ServedModel
+        from mlx_openelm.serving.server import Server, ServerLimits
 
-    def choose_template(stored: str | None) -> str:
-        return (stored or RAW) if template == "auto" else template
+        def choose_template(stored: str | None) -> str:
+            return (stored or RAW) if template == "auto" else template
 
-    base = ServedModel(_name(folder.path), loaded, choose_template(tokenizer.template))
-    models = {base.name: base}
-    for name, path in adapters.items():
-        if name in models:
-            raise OpenELMError(f"--adapter {name}: two models have this name.")
-        with_adapter, stored, notes = add_adapter(loaded, path, offline=offline)
-        for note in notes:
-            console.note(f"{name}: {note}")
-        stored = stored or tokenizer.template
-        models[name] = ServedModel(
-            name, with_adapter, choose_template(stored), parent=base.name
+        base = ServedModel(
+            _name(folder.path), loaded, choose_template(tokenizer.template)
         )
-    served = Served(
-        models, tokenizer, folder.generation_defaults, sampling, request_timeout
-    )
-    served.sampling({})  # fails here if generation_config.json is wrong
-
-    def announce(url: str) -> None:
-        names = ", ".join(models)
-        console.note(
-            f"[{names}, prompt template {base.template}; Ctrl-C stops the server]"
+        models = {base.name: base}
+        for name, path in adapters.items():
+            if name in models:
+                raise OpenELMError(f"--adapter {name}: two models have this name.")
+            with_adapter, stored, notes = add_adapter(loaded, path, offline=offline)
+            for note in notes:
+                console.note(f"{name}: {note}")
+            stored = stored or tokenizer.template
+            models[name] = ServedModel(
+                name, with_adapter, choose_template(stored), parent=base.name
+            )
+        served = Served(
+            models, tokenizer, folder.generation_defaults, sampling, request_timeout
         )
-        console.answer(url)
+        served.sampling({})  # fails here if generation_config.json is wrong
 
-    kept = PrefixLimits(prompt_cache_size, prompt_cache_bytes)
-    engine = EngineLimits(decode_concurrency, prompt_concurrency, kept=kept)
-    server = Server(listener, served, ServerLimits(engine, max_queue))
-    server.run(on_ready=announce)
+        def announce(url: str) -> None:
+            names = ", ".join(models)
+            console.note(
+                f"[{names}, prompt template {base.template}; Ctrl-C stops the server]"
+            )
+            console.answer(url)
+
+        kept = PrefixLimits(prompt_cache_size, prompt_cache_bytes)
+        engine = EngineLimits(decode_concurrency, prompt_concurrency, kept=kept)
+        server = Server(listener, served, ServerLimits(engine, max_queue))
+        server.run(on_ready=announce)
 
 
 def _read_adapters(given: Sequence[str]) -> dict[str, str]:

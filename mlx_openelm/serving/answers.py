@@ -30,15 +30,16 @@ async def read_chunks(
         OpenELMError: the request has failed.
     """
     drops_space, echo = choice.drops_space, choice.echo
+    scores_prompt = choice.request.scores_prompt
     pending: list[Token] = []
     count = 0
     async for output in outputs:
         if output.error is not None:
             raise output.error
-        if echo or output.prompt_tokens:
-            first = _prompt_tokens(choice, output) if output.prompt_tokens else []
+        if echo or scores_prompt:
+            first = _prompt_tokens(choice, output) if scores_prompt else []
             yield AnswerChunk(echo, first, None, 0, output.cached_tokens)
-            echo = ""
+            echo, scores_prompt = "", False
         count += output.token is not None
         text, reason = output.text, output.finish_reason
         if drops_space and text:

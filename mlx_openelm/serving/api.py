@@ -146,6 +146,12 @@ class GenerationRequest(_Strict):
         return tuple(self.stop or ())
 
     @property
+    def has_grammar(self) -> bool:
+        form = self.response_format
+        constrained = form is not None and form.type != "text"
+        return constrained or self.regex is not None or self.grammar is not None
+
+    @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -217,7 +223,10 @@ def show(value: Any) -> str:
 
 def _named(error: ValidationError) -> RequestError:
     """Return the error of the first wrong field."""
-    first = error.errors(include_url=False)[0]
+    first, *others = error.errors(include_url=False)
+    for other in others:  # of a union: a list is an error of the branch for lists
+        if other["loc"][0] == first["loc"][0] and isinstance(first["input"], list):
+            first = other
     place = [str(part) for part in first["loc"] if _is_field(part)]
     field = ".".join(place)
     reason = first["msg"].removeprefix("Input should be ")

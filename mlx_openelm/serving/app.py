@@ -1,11 +1,13 @@
 """The application: the paths of the API and what answers them."""
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import (
+    aclosing,
+    contextmanager,
+)
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +18,6 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.batching.sequences import has_passed
@@ -29,7 +30,6 @@ from mlx_openelm.serving.errors import RequestError
 from mlx_openelm.serving.grammars import Grammars
 from mlx_openelm.serving.guard import (
     BodyReader,
-    ClientGoneError,
     Guard,
     error_response,
     json_response,
@@ -38,11 +38,10 @@ from mlx_openelm.serving.logprobs import AnswerChunk
 from mlx_openelm.serving.metrics import Metrics
 from mlx_openelm.serving.openapi import describe_api
 from mlx_openelm.serving.page import page_headers, read_page
+from mlx_openelm.serving.responses import StreamedResponse, WholeResponse
 from mlx_openelm.serving.served import Served, ServedModel
 from mlx_openelm.text.templates import TEMPLATE_NAMES
 
-_KEEP_ALIVE_S = 5.0  # between two parts of a stream
-_PROBE_S = 0.5  # between two bytes to a client that has closed its sending side
 _LARGE_BODY = 2**16  # bytes; checked outside the event loop
 
 log = logging.getLogger(__name__)
@@ -57,6 +56,7 @@ class Service:
         self._served, self._engine, self._metrics = served, engine, metrics
         self._grammars = Grammars(served)
         self._bodies = BodyReader()
+        self._checking = asyncio.Lock()  # of slow requests
         self._started = int(time.time())
 
     async def page(self, request: Request) -> Response:
@@ -113,30 +113,46 @@ class Service:
     async def _complete(
         self, request: Request, kind: type[CompletionRequest | ChatRequest]
     ) -> Response:
-        body = await self._bodies.read(request)
+        async with self._bodies.read(request) as body:
+            completion = await self._check(kind, body)
+        writer = ResponseWriter(completion, self._served.tokenizer)
+        places = self._reserve(len(completion.choices))
+        if completion.stream:
+            return StreamedResponse(self._events(completion, writer), places)
+        return WholeResponse(self._collect(completion, writer), places)
+
+    async def _check(
+        self, kind: type[CompletionRequest | ChatRequest], body: bytes
+    ) -> Completion:
+        """Check a request; those that take long in a thread, one after another."""
 
         def check() -> Completion:
             return check_completion(
                 read_request(kind, body), self._served, self._grammars
             )
 
-        is_slow = len(body) > _LARGE_BODY or b'"json_schema"' in body
-        completion = await run_in_threadpool(check) if is_slow else check()
-        self._check_capacity(len(completion.choices))
-        writer = ResponseWriter(completion, self._served.tokenizer)
-        if completion.stream:
-            return _Streamed(self._events(completion, writer))
-        return _Whole(self._collect(completion, writer))
+        if len(body) <= _LARGE_BODY:
+            parsed = read_request(kind, body)
+            if not parsed.has_grammar:
+                return check_completion(parsed, self._served, self._grammars)
+        async with self._checking:
+            return await run_in_threadpool(check)
 
-    def _check_capacity(self, count: int) -> None:
+    @contextmanager
+    def _reserve(self, count: int) -> Iterator[None]:
+        """Occupy places in the queue for so many answers."""
+        if not self._engine.is_healthy:
+            raise _shutting_down()
         try:
-            self._engine.check_capacity(count)
+            self._engine.reserve(count)
         except TooManyRequestsError:
             raise RequestError(
                 "The queue is full; try again later.", status=503, code="overloaded"
             ) from None
-        if not self._engine.is_healthy:
-            raise _shutting_down()
+        try:
+            yield
+        finally:
+            self._engine.release(count)
 
     async def _collect(
         self, completion: Completion, writer: ResponseWriter
@@ -222,134 +238,6 @@ class Service:
         )
 
 
-class _Streamed(Response):
-    """Server-sent events."""
-
-    def __init__(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
-        super().__init__()
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        lines = _with_keep_alive(self._lines())
-        async with _until_disconnected(receive):
-            async with aclosing(lines):
-                async for line in lines:
-                    body = line.encode()
-                    await send(
-                        {"type": "http.response.body", "body": body, "more_body": True}
-                    )
-            await send({"type": "http.response.body", "body": b""})
-
-    async def _lines(self) -> AsyncGenerator[str, None]:
-        try:
-            async with aclosing(self._events) as events:
-                async for event in events:
-                    yield f"data: {json.dumps(event)}\n\n"
-        except RequestError as error:
-            yield f"data: {json.dumps(error.as_json())}\n\n"
-        else:
-            yield "data: [DONE]\n\n"
-
-
-class _Whole(Response):
-    """One JSON document, when it is complete."""
-
-    def __init__(self, document: Any) -> None:
-        super().__init__()
-        self._document = document
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        task = asyncio.ensure_future(self._document)
-        started = False
-        try:
-            async with _until_disconnected(receive):
-                while not task.done():
-                    await asyncio.wait({task}, timeout=_PROBE_S)
-                    if scope.get("half_closed") and not task.done():
-                        # Whether such a client still reads is seen when it is sent
-                        # something: a space, which JSON allows in front.
-                        if not started:
-                            await send(_start_json(200))
-                        started = True
-                        await send(_part(b" "))
-                try:
-                    status, body = 200, await task
-                except RequestError as error:
-                    status, body = error.status, error.as_json()
-                data = json.dumps(body).encode()
-                if not started:
-                    await send(_start_json(status, len(data)))
-                await send({"type": "http.response.body", "body": data})
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-
-def _start_json(status: int, length: int | None = None) -> dict[str, Any]:
-    headers = [(b"content-type", b"application/json")]
-    if length is not None:
-        headers.append((b"content-length", str(length).encode()))
-    return {"type": "http.response.start", "status": status, "headers": headers}
-
-
-def _part(body: bytes) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": body, "more_body": True}
-
-
-@asynccontextmanager
-async def _until_disconnected(receive: Receive) -> AsyncIterator[None]:
-    """Run a block, and end it with ClientGoneError when the client disconnects."""
-    current = asyncio.current_task()
-    assert current is not None
-    gone = False
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        current.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if gone:
-            current.uncancel()
-            raise ClientGoneError from None
-        raise
-    finally:
-        watcher.cancel()
-
-
-async def _with_keep_alive(
-    lines: AsyncGenerator[str, None],
-) -> AsyncGenerator[str, None]:
-    """Yield lines, and a comment where there is none for a while."""
-    following = asyncio.ensure_future(anext(lines))
-    try:
-        while True:
-            await asyncio.wait({following}, timeout=_KEEP_ALIVE_S)
-            if not following.done():
-                yield ": keep-alive\n\n"
-                continue
-            try:
-                line = following.result()
-            except StopAsyncIteration:
-                return
-            following = asyncio.ensure_future(anext(lines))
-            yield line
-    finally:
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
-
-
 def _shutting_down() -> RequestError:
     return RequestError(
         "The server is shutting down.", status=503, code="shutting_down"
@@ -370,7 +258,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         message = f"{request.method[:20]} is not possible at {path!r}."
     refused = RequestError(message, status=error.status_code, code="not_found")
-    return error_response(refused)
+    response = error_response(refused)
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def _request_error(request: Request, error: Exception) -> Response:

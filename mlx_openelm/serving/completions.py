@@ -123,6 +123,7 @@ def check_completion(
                         model=model.name,
                         constraint=constraint and constraint.copy(),
                         deadline=deadline,
+                        draws_as_alone=seed is not None and index == 0,
                         scores_prompt=scores and logprobs is not None,
                         generates=0
                         not in (request.max_tokens, request.max_completion_tokens),

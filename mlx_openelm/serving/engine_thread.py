@@ -56,6 +56,7 @@ class EngineThread:
         """
         self._make_engine, self._on_failure = make_engine, on_failure
         self._most = most_requests
+        self._reserved = 0
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[int, tuple[BatchRequest, asyncio.Queue[Output]]] = {}
         self._changed = threading.Condition()
@@ -63,7 +64,7 @@ class EngineThread:
         self._cancelled: list[BatchRequest] = []
         self._is_closing = self._refuses = False
         self.state = EngineState()
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -71,14 +72,18 @@ class EngineThread:
     def is_healthy(self) -> bool:
         return self.failure is None and not self._refuses
 
-    def check_capacity(self, count: int) -> None:
-        """Check that so many requests can be accepted now.
+    def reserve(self, count: int) -> None:
+        """Occupy places for so many requests, until `release`.
 
         Raises:
             TooManyRequestsError: they are too many.
         """
-        if len(self._listeners) + count > self._most:
+        if self._reserved + count > self._most:
             raise TooManyRequestsError
+        self._reserved += count
+
+    def release(self, count: int) -> None:
+        self._reserved -= count
 
     async def answer(self, request: BatchRequest) -> AsyncGenerator[Output, None]:
         """Yield what is added to a request's answer; leaving cancels it."""
@@ -128,7 +133,7 @@ class EngineThread:
                     outputs += engine.step()
                 state = EngineState(engine.waiting, engine.decoding, engine.kept_bytes)
                 self._call(self._deliver, outputs, state)
-        except Exception as error:
+        except BaseException as error:  # a panic of an extension is no Exception
             log.exception("The engine has failed.")
             self._call(self._fail, error)
         finally:
@@ -170,7 +175,7 @@ class EngineThread:
             if listener is not None:
                 listener[1].put_nowait(output)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         self.failure = error
         self.fail_all(OpenELMError("The engine has failed."))
         self._on_failure()

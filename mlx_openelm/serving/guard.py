@@ -3,7 +3,8 @@
 import asyncio
 import json
 import logging
-from collections.abc import Mapping, MutableMapping
+from collections.abc import AsyncIterator, Mapping, MutableMapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.requests import Request
@@ -33,18 +34,17 @@ class BodyReader:
     def __init__(self) -> None:
         self._reading = 0  # bytes
 
-    async def read(self, request: Request) -> bytes:
-        """Return a request's body.
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """Read a request's body, which counts until the block ends.
 
         Raises:
-            RequestError: it is too large, or comes too slowly.
+            RequestError: it is too large or incomplete, or comes too slowly.
             ClientGoneError: the connection was closed.
         """
         length = request.headers.get("content-length", "0")
         declared = int(length) if length.isdecimal() and len(length) < 16 else 0
         if declared > MOST_BYTES:
-            if "expect" not in request.headers:
-                await self._discard(request)
             raise _too_large(declared)
         parts: list[bytes] = []
         size = 0
@@ -59,7 +59,6 @@ class BodyReader:
                     self._reading += len(part)
                     parts.append(part)
                     if size > MOST_BYTES:
-                        await self._discard(request)
                         raise _too_large(size)
                     if self._reading > MOST_BYTES_TOGETHER:
                         raise RequestError(
@@ -68,22 +67,16 @@ class BodyReader:
                             code="overloaded",
                         )
                     if not message.get("more_body"):
-                        return b"".join(parts)
+                        break
+            if request.scope.get("is_truncated"):
+                raise RequestError("The connection ended within the body.")
+            yield b"".join(parts)
         except TimeoutError:
             raise RequestError(
                 f"The body was not complete after {CLIENT_TIMEOUT_S:.0f} s.", status=408
             ) from None
         finally:
             self._reading -= size
-
-    async def _discard(self, request: Request) -> None:
-        """Read the rest of a body: closing on unread bytes would lose the response."""
-        try:
-            async with asyncio.timeout(_DISCARD_S):
-                while (await request.receive()).get("more_body"):
-                    pass
-        except TimeoutError:
-            pass
 
 
 def _too_large(size: int) -> RequestError:
@@ -111,15 +104,24 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["path"] = scope["path"].rstrip("/") or "/"
-        request = Request(scope, receive)
-        status = CLIENT_CLOSED
+        scope["path"] = _normalize(scope["path"])
+        status, may_have_more = CLIENT_CLOSED, True
+
+        async def receive_counted() -> Message:
+            nonlocal may_have_more
+            message = await receive()
+            may_have_more = message.get("more_body", False)
+            return message
+
+        request = Request(scope, receive_counted)
 
         async def send_guarded(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 self._add_headers(request, message)
+                if may_have_more and "expect" not in request.headers:
+                    await _discard(receive_counted)
             try:
                 async with asyncio.timeout(CLIENT_TIMEOUT_S):
                     await send(message)
@@ -127,13 +129,18 @@ class Guard:
                 raise ClientGoneError from None
 
         try:
-            await self._respond(request, receive, send_guarded)
+            await self._respond(request, receive_counted, send_guarded)
         except ClientGoneError:
             status = CLIENT_CLOSED
+        except Exception:  # one request must not end without a response
+            log.exception("A request has failed.")
+            if status == CLIENT_CLOSED:
+                failed = RequestError(
+                    "The server failed at this request.", status=500, code="failed"
+                )
+                await error_response(failed)(scope, receive_counted, send_guarded)
         finally:
-            known = request.scope.get("endpoint") is not None
-            path = scope["path"] if known else "other"
-            self._metrics.requests.labels(path[:80], str(status)).inc()
+            self._metrics.requests.labels(_label(scope), str(status)).inc()
             line = _printable(f"{request.method} {scope['path']}")
             log.info("%s %d", line, status)
 
@@ -151,6 +158,9 @@ class Guard:
         await response(request.scope, receive, send)
 
     def _check(self, request: Request) -> None:
+        version = request.scope["http_version"]
+        if version not in ("1.0", "1.1"):
+            raise RequestError(f"HTTP {version} is not supported; use 1.1.", status=505)
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if self._is_loopback and not self._access.trusts_host(host):
             raise RequestError(
@@ -182,6 +192,33 @@ class Guard:
                 (b"access-control-allow-headers", named.encode("latin-1")),
             ]
         message["headers"] = [*message.get("headers", ()), *headers]
+
+
+async def _discard(receive: Receive) -> None:
+    """Read the rest of a body: closing on unread bytes would lose the response."""
+    try:
+        async with asyncio.timeout(_DISCARD_S):
+            while (await receive()).get("more_body"):
+                pass
+    except TimeoutError:
+        pass
+
+
+def _normalize(path: str) -> str:
+    """Return a path without slashes at its end; of a URL, its path."""
+    if path.startswith(("http://", "https://")):  # as clients of a proxy send it
+        path = "/" + path.partition("://")[2].partition("/")[2]
+    return path.rstrip("/") or "/"
+
+
+def _label(scope: Scope) -> str:
+    """Return the path of a request for /metrics; there are only a few."""
+    if scope.get("endpoint") is None:
+        return "other"
+    path: str = scope["path"]
+    for name, value in scope["path_params"].items():
+        path = path.removesuffix(value) + f"{{{name}}}"
+    return path
 
 
 def json_response(

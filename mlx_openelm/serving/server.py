@@ -7,6 +7,7 @@ function.
 import asyncio
 import logging
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from mlx_openelm.serving.served import Served
 from mlx_openelm.version import __version__
 
 SHUTDOWN_GRACE_S = 5.0  # for the requests in progress
+_OPEN_FILES = 8192  # one each connection
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 log = logging.getLogger(__name__)
@@ -84,8 +86,10 @@ class Server:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._begin_shutdown)
 
-    async def _serve(self, on_ready: Callable[[str], None]) -> Exception | None:
+    async def _serve(self, on_ready: Callable[[str], None]) -> BaseException | None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(_log_once())
+        _allow_open_files()
         models = {name: m.model for name, m in self._served.models.items()}
         engine_limits = self._limits.engine
         engine = EngineThread(
@@ -172,3 +176,27 @@ class _Uvicorn(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _allow_open_files() -> None:
+    """Raise the limit of open files to what the server needs, where that is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _log_once() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """Return an exception handler that logs each message of the event loop once.
+
+    At the limit of open files asyncio repeats its message a thousand times a second.
+    """
+    logged: set[str] = set()
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        message = str(context["message"])
+        if message not in logged:
+            logged.add(message)
+            log.error("%s", message, exc_info=context.get("exception"))
+
+    return handle

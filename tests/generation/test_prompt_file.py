@@ -214,7 +214,7 @@ BAD = {
     b'{"messages": [{"role": "user", "content": ""}]}': "messages[0].content is empty",
     b'{"messages": [{"role": "assistant", "content": "a"}]}': "the assistant's",
     b'{"messages": [{"role": "user", "content": "a"}, '
-    b'{"role": "system", "content": "a"}]}': "messages[1] is a system message",
+    b'{"role": "system", "content": "a"}]}': "The last message is the system's",
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 from models import small_tokenizer
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.text.templates import Turn, encode_prompt, encode_turns
+from mlx_openelm.text.templates import Turn, encode_prompt, encode_turns, render
 from mlx_openelm.text.tokenizer import Tokenizer
 
 tokenizer = small_tokenizer()
@@ -79,3 +79,21 @@ def test_an_instruct_prompt_is_zephyrs_with_one_bos_and_an_eos_after_each_turn()
         eos,
         *plain("\n<|assistant|>\n"),
     ]
+
+
+def test_several_system_messages_are_rendered_in_their_places():
+    first, second = Turn("system", "Be kind."), Turn("system", "Be brief.")
+    turns = [first, second, Turn("user", "Hi"), first, Turn("assistant", "Ho")]
+    (instruct,) = render(turns, "instruct")
+    places = [instruct.context.index(t) for t in ("Be kind", "Be brief", "Hi</s>")]
+    assert places == sorted(places)
+    assert instruct.context.count("<|system|>") == 3
+    (alpaca,) = render(turns, "alpaca")
+    assert alpaca.context.startswith("Be kind.\n\nBe brief.\n\n### Instruction:\nHi")
+    assert alpaca.context.count("Be kind.") == 2
+
+
+def test_an_answer_may_come_first():
+    turns = [Turn("assistant", "Hello."), Turn("user", "Hi"), Turn("assistant", "Ho")]
+    greeting, answer = render(turns, "instruct")
+    assert (greeting.answer, answer.answer) == ("Hello.", "Ho")

@@ -6,8 +6,8 @@ prompts are processed in chunks between the steps.
 """
 
 import itertools
-import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -28,8 +28,6 @@ from mlx_openelm.generation.stopping import Answer
 from mlx_openelm.generation.streaming import check_length
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +147,18 @@ class Engine:
         ]
 
     def _decode(self, rows: DecodeRows) -> list[Output]:
+        outputs: list[Output] = []
         try:
-            return rows.step()
+            for output in rows.step():
+                outputs.append(output)
         except Exception as error:
+            with suppress(Exception):  # the step before may have failed itself
+                for output in rows.read_queued():
+                    outputs.append(output)
             sequences = [s for s in rows.sequences if not s.has_ended]
             rows.reset()
-            return self._recover(sequences, error)
+            outputs += self._recover(sequences, error)
+        return outputs
 
     def _remove_ended(self) -> None:
         """Free the rows of ended sequences; keep their keys and values for others."""
@@ -175,17 +179,23 @@ class Engine:
                 outputs += self._recover(self._queue.remove_current(), error)
                 continue
             outputs += self._admit(complete)
-            if self.decoding and not self._limits.fills_rows:
+            if not self._limits.fills_rows:
                 break
         return outputs
 
     def _admit(self, sequences: Sequence[SequenceState]) -> list[Output]:
         """Give rows to sequences, except to those that only score their prompts."""
         scored = [s for s in sequences if not s.request.generates]
+        outputs = [sequence.end_after_prompt() for sequence in scored]
         for name, rows in self._rows.items():
             own = [s for s in sequences if s.request.model == name and s not in scored]
-            rows.admit(own)
-        return [sequence.end_after_prompt() for sequence in scored]
+            try:
+                rows.admit(own)
+            except Exception as error:
+                together = [s for s in rows.sequences if s not in own] + own
+                rows.reset()
+                outputs += self._recover(together, error)
+        return outputs
 
     # Failures --------------------------------------------------------------------
 
@@ -194,22 +204,24 @@ class Engine:
     ) -> list[Output]:
         """After a failed step or chunk: fail the sequences that also fail alone.
 
-        The others are processed again. Where all succeed alone, a second failure fails
-        them all: then the batch is too large for the memory, say.
+        The others are processed again. Where all succeed alone, as when a batch is too
+        large for the memory, those fail that have no new token since the last time.
         """
         mx.clear_cache()
-        outputs = []
+        alone: dict[SequenceState, Exception] = {}
         for sequence in sequences:
-            alone: Exception | None = error
-            if len(sequences) > 1 and not sequence.has_failed:
-                alone = self._try_alone(sequence)
-            sequence.has_failed = True
-            if alone is not None:
-                outputs.append(sequence.fail(_named(alone)))
-            else:
+            failure = error if len(sequences) == 1 else self._try_alone(sequence)
+            if failure is not None:
+                alone[sequence] = failure
+        if not alone:
+            alone = {sequence: error for sequence in sequences if sequence.has_failed}
+            for sequence in sequences:
+                sequence.has_failed = True
+        for sequence in sequences:
+            if sequence not in alone:
                 sequence.restart()
                 self._queue.add(sequence)
-        return outputs
+        return [sequence.fail(failure) for sequence, failure in alone.items()]
 
     def _try_alone(self, sequence: SequenceState) -> Exception | None:
         """Process a sequence's prompt and its next step; return what fails."""
@@ -230,12 +242,3 @@ class Engine:
     def _sequences(self) -> list[SequenceState]:
         decoding = (rows.sequences for rows in self._rows.values())
         return [*self._queue.sequences, *itertools.chain.from_iterable(decoding)]
-
-
-def _named(error: Exception) -> OpenELMError:
-    if isinstance(error, OpenELMError):
-        return error
-    log.error("A request has failed.", exc_info=error)
-    return OpenELMError(
-        f"The request failed: {type(error).__name__}: {str(error)[:500]}"
-    )

@@ -57,8 +57,8 @@ class DecodeRows:
         self.sequences += sequences
         self._sampler.regroup(self.sequences)
 
-    def step(self) -> list[Output]:
-        """Queue a step for all rows and return the tokens of the step before it."""
+    def step(self) -> Iterator[Output]:
+        """Queue a step for all rows; yield the tokens of the step before it."""
         logits = self._queue_forward()
         constrained = any(s.request.constraint is not None for s in self.sequences)
         following = None
@@ -66,14 +66,26 @@ class DecodeRows:
             mx.async_eval(logits)  # the constraints need the tokens before it
         else:
             following = self._draw(logits)
-        outputs = self._read_queued()
+        yield from self.read_queued()
+        going_on = [s for s in self.sequences if not s.has_ended]
         self._queued = following or self._draw(logits)
-        return outputs
+        # Constraints fail while a token is drawn.
+        yield from (s.fail(s.error) for s in going_on if s.error is not None)
+
+    def read_queued(self) -> Iterator[Output]:
+        """Wait for the tokens of the queued step; yield them, added to the answers."""
+        queued, self._queued = self._queued, None
+        for sequence, token in queued.read() if queued is not None else ():
+            if not sequence.has_ended:
+                yield sequence.add(token)
 
     def try_step(self) -> None:
         """Run a step and discard its tokens, to see whether it fails."""
         self._draw(self._queue_forward())
         mx.eval(self._tokens)
+        for sequence in self.sequences:
+            if sequence.error is not None:
+                raise sequence.error
 
     def ended(self) -> Iterator[tuple[SequenceState, list[mx.array]]]:
         """Yield the ended sequences with the keys and values of their tokens.
@@ -84,9 +96,10 @@ class DecodeRows:
         for row, sequence in enumerate(self.sequences):
             if sequence.has_ended:
                 count = len(sequence.request.ids) + len(sequence.answer.tokens) - 1
+                layers = self._cache if count else ()  # before the first step of one id
                 yield (
                     sequence,
-                    [part for layer in self._cache for part in layer.take(row, count)],
+                    [part for layer in layers for part in layer.take(row, count)],
                 )
 
     def remove_ended(self) -> None:
@@ -123,13 +136,3 @@ class DecodeRows:
         self._tokens, drawn = self._sampler.draw(logits)
         drawn.queue()
         return drawn
-
-    def _read_queued(self) -> list[Output]:
-        """Wait for the tokens of the queued step and add them to the answers."""
-        if self._queued is None:
-            return []
-        return [
-            sequence.add(token)
-            for sequence, token in self._queued.read()
-            if not sequence.has_ended
-        ]

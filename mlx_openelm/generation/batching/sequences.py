@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import logging
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from mlx_openelm.generation.stopping import Answer
 TokenKeys = Callable[[int], Sequence[int]]
 _KEYS_AT_ONCE = 64
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class BatchRequest:
@@ -33,6 +36,7 @@ class BatchRequest:
         deadline: `time.monotonic` after which the request fails.
         scores_prompt: also compute the log-probabilities of the prompt's tokens.
         generates: whether it is continued; else its prompt is only processed.
+        draws_as_alone: with `seeded_keys`, draw the tokens that `stream` draws.
     """
 
     ids: Sequence[int]
@@ -43,6 +47,7 @@ class BatchRequest:
     deadline: float | None = None
     scores_prompt: bool = False
     generates: bool = True
+    draws_as_alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,9 @@ class SequenceState:
             layer, while the sequence waits for its row; empty for a single id.
         offset: tokens in its row, including those of queued steps.
         written: tokens drawn, including those of queued steps.
-        has_failed: whether a step of a batch with it has failed.
+        has_failed: whether a step of its batch has failed since its newest token, and
+            no sequence of the batch has failed alone.
+        error: why it has ended.
         history: last tokens (L,), where its sampling needs them.
     """
 
@@ -99,7 +106,7 @@ class SequenceState:
     has_failed: bool = False
     history: mx.array | None = None
     prompt_tokens: tuple[Token, ...] = ()
-    error: OpenELMError | None = None
+    error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.array = np.array(self.ids, np.int64)
@@ -118,13 +125,14 @@ class SequenceState:
 
     def add(self, token: Token) -> Output:
         """Append the next token to the answer."""
+        self.has_failed = False
         text = self.answer.add(token.id)
         reason = self.answer.finish_reason
         constraint = self.request.constraint
         if constraint is not None and reason is None:
             try:
                 constraint.accept(token.id)
-            except OpenELMError as error:
+            except Exception as error:  # must not end the other requests
                 return self.fail(error)
         prompt_tokens, self.prompt_tokens = self.prompt_tokens, ()
         return Output(
@@ -136,8 +144,12 @@ class SequenceState:
         self.answer.finish_reason = "length"
         return Output(self.request, "", None, "length", None, 0, self.prompt_tokens)
 
-    def fail(self, error: OpenELMError) -> Output:
+    def fail(self, error: Exception) -> Output:
         """End the sequence with an error."""
+        if not isinstance(error, OpenELMError):
+            log.error("A request has failed.", exc_info=error)
+            kind = type(error).__name__
+            error = OpenELMError(f"The request failed: {kind}: {str(error)[:500]}")
         self.error = error
         return Output(self.request, error=error, cached_tokens=self.cached)
 
