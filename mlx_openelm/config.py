@@ -24,6 +24,7 @@ from mlx_openelm.layerwise_scaling import (
     scaled_fields,
 )
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.message_parts import list_names
 
 BOS_ID, EOS_ID = 1, 2
 LLAMA_PIECES, CORENET_ROWS = 32000, 32128  # without and with padding rows
@@ -55,7 +56,7 @@ class OpenELMConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} is {value!r}, not a positive integer below 2**31"
+            f"{name} is {value!r:.80}, not a positive integer below 2**31"
             for name in ("model_dim", "head_dim", "vocab_size", "max_context_length")
             if not is_size(value := getattr(self, name))
         ]
@@ -91,7 +92,8 @@ class OpenELMConfig:
             problems.append(f"head_dim {self.head_dim} is odd, but RoPE needs pairs")
         if problems:
             raise OpenELMError(
-                f"The config is not an OpenELM's: {'; '.join(problems)}."
+                "The config is not an OpenELM's: "
+                f"{list_names(problems, most=10, quoted=False, separator='; ')}."
             )
 
     # Layer-wise scaling ----------------------------------------------------------

@@ -6,7 +6,7 @@ before the reader continues.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
@@ -18,6 +18,7 @@ from mlx_openelm.layerwise_scaling import (
     preset_fields,
     scaled_fields,
 )
+from mlx_openelm.message_parts import list_names
 
 _FIXED_VALUES = {  # keys of Hugging Face's config with the same value in all OpenELMs
     "ffn_with_glu": True,
@@ -150,7 +151,7 @@ def read_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         if name not in shapes:
             raise OpenELMError(
                 f"This is not an OpenELM: the tensor {name} is missing; the tensors "
-                f"are {_listed(sorted(shapes))}."
+                f"are {list_names(sorted(shapes), quoted=False)}."
             )
         if len(shapes[name]) != num_dims:
             raise OpenELMError(
@@ -174,7 +175,8 @@ def read_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     if missing:
         raise OpenELMError(
             "This is not an OpenELM, or an incomplete one: it lacks "
-            f"{_listed(missing, 50)}; its tensors are {_listed(sorted(shapes))}."
+            f"{list_names(missing, most=10, quoted=False)}; its tensors are "
+            f"{list_names(sorted(shapes), quoted=False)}."
         )
     (H,) = shape("layers.0.attn.q_norm.weight", 1)
     query_heads, kv_heads, ffn_dims = [], [], []
@@ -222,8 +224,3 @@ def _flatten(
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _listed(names: Sequence[str], limit: int = 6) -> str:
-    shown = ", ".join(names[:limit]) or "none"
-    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

@@ -1,4 +1,6 @@
-"""Parts of messages: a count with its noun, a number, the reason of a failed read."""
+"""Parts of messages: a count, a number, a list of names, the reason of an error."""
+
+from collections.abc import Iterable
 
 
 def count_of(number: int, noun: str) -> str:
@@ -16,3 +18,16 @@ def describe_error(error: Exception) -> str:
     """Return the reason of an error, without Python's error number and path."""
     reason = error.strerror if isinstance(error, OSError) else None
     return f"{reason[:1].lower()}{reason[1:]}" if reason else str(error)
+
+
+def list_names(
+    names: Iterable[object],
+    *,
+    most: int = 6,
+    quoted: bool = True,
+    separator: str = ", ",
+) -> str:
+    """Return names for a message: escaped if quoted, shortened, at most `most`."""
+    shown = [ascii(name)[:100] if quoted else str(name)[:160] for name in names]
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return (separator.join(shown[:most]) or "nothing") + more

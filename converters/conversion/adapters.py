@@ -77,12 +77,14 @@ def convert_adapter(
     """
     started = time.perf_counter()
     adapter = replace(open_adapter(path), name=name_folder(path))
-    needs_model = options.quantizes or options.dequantize or options.apart
+    needs_model = (
+        options.quantizes or options.dequantize or options.apart or options.weights
+    )
     if options.to not in ("mlx", "peft", "corenet") or needs_model:
         raise OpenELMError(
             f"{path} is an adapter; use `merge` to write it and its base as one model, "
             "or convert it with `to` mlx, peft or corenet and without `bits`, "
-            "`dequantize` and `adapter_out`."
+            "`dequantize`, `adapter_out` and `weights`."
         )
     base = None
     if options.base is not None or options.to == "corenet":

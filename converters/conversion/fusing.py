@@ -29,7 +29,7 @@ from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.run import convert_model
 from converters.formats.adapter_reader import Adapter, with_rows
 from converters.formats.adapter_tensors import TABLE, AdapterModule
-from converters.formats.sources import SourceTensor, locate, open_path
+from converters.formats.sources import SourceTensor, open_path
 from converters.quantization.calibration import calibration_windows, read_calibration
 from converters.quantization.receipt import (
     CHUNK,
@@ -40,7 +40,7 @@ from converters.quantization.receipt import (
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.openelm import Block
-from mlx_openelm.storage.adapter_folder import wrap
+from mlx_openelm.storage.adapter_folder import find_adapter, wrap
 from mlx_openelm.storage.loading import load_tokenizer
 from mlx_openelm.storage.model_folder import open_folder, spell_dtype
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
@@ -131,7 +131,8 @@ def fuse(
             written then.
     """
     started = time.perf_counter()
-    path, target = locate(str(adapter_path), offline=offline), Path(save_path)
+    path = find_adapter(str(adapter_path), offline=offline)
+    target = Path(save_path)
     if target.resolve().is_relative_to(path.resolve()):
         raise OpenELMError(
             f"{target} is in the adapter's own folder; choose another `save_path`."

@@ -25,7 +25,7 @@ from converters.conversion.model_folder import copy_generation_config, refuse_sm
 from converters.conversion.options import Progress
 from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import TensorToWrite, to_numpy, write_pt
-from converters.formats.sources import ModelSource, is_adapter, locate, open_path
+from converters.formats.sources import ModelSource, locate, open_path
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.model_folder import METADATA_KEY
@@ -36,6 +36,7 @@ from mlx_openelm.storage.tokenizer_finder import (
     FoundTokenizer,
     find_tokenizer,
 )
+from mlx_openelm.storage.weight_files import is_adapter
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
 from mlx_openelm.version import __version__
 

@@ -23,7 +23,6 @@ from converters.formats.adapter_tensors import TABLE
 from converters.formats.sources import (
     ModelSource,
     SourceTensor,
-    is_adapter,
     locate,
     name_folder,
     open_path,
@@ -34,6 +33,7 @@ from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.storage.adapter_folder import read_base_fingerprint
 from mlx_openelm.storage.base_check import BaseWeight, check_base
 from mlx_openelm.storage.model_folder import check_shapes
+from mlx_openelm.storage.weight_files import is_adapter
 from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_module
 
 _ROWS = 4096  # of a tensor, compared at a time
@@ -48,6 +48,11 @@ def open_sources(
         OpenELMError: a source is not an OpenELM, or the options do not fit it.
     """
     if is_adapter(paths[0]):
+        if options.weights is not None:
+            raise OpenELMError(
+                f"`weights` applies to a .pt file with EMA weights, but {paths[0]} is "
+                "an adapter; leave it out."
+            )
         base, adapter = open_pair(paths[0], options.base, offline=offline)
         return replace(merge_adapter(base, adapter), name=adapter.name), None
     if options.base is not None:
@@ -55,7 +60,7 @@ def open_sources(
             f"{paths[0]} is a model, not an adapter folder; leave out `model` "
             f"{options.base}, which names the base of an adapter."
         )
-    sources = [open_path(path) for path in paths]
+    sources = [open_path(path, options.weights) for path in paths]
     source = average(sources) if options.average else sources[0]
     if source.adapter is None:
         if options.merge or options.apart:

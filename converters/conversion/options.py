@@ -7,10 +7,11 @@ from typing import Any
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model.quantization import EMBED_BITS, MODES, Quantization
+from mlx_openelm.model.quantization import AFFINE_BITS, EMBED_BITS, MODES, Quantization
 from mlx_openelm.options import MODEL_PANEL, check_options, option
 
 AUTO = "auto:"
+_BITS = f"{', '.join(map(str, AFFINE_BITS[:-1]))} or {AFFINE_BITS[-1]}"
 QUANTIZATION = "Quantization"  # a heading in --help
 
 
@@ -53,8 +54,8 @@ class ConversionOptions:
     )
     bits: int | str | None = option(
         None,
-        "Bits of the linear layers; auto:4.5 chooses them for each tensor, 4.5 bits a "
-        "weight on average.",
+        f"Bits of the linear layers: {_BITS}; auto:4.5 chooses them for each tensor, "
+        "4.5 bits a weight on average.",
         flags=("--q-bits",),
         panel=QUANTIZATION,
         shown_default="4, or those of {mode}",
@@ -76,7 +77,7 @@ class ConversionOptions:
     )
     embed_bits: int | None = option(
         None,
-        "Bits per weight of the embedding.",
+        f"Bits per weight of the embedding: {_BITS}.",
         flags=("--q-embed-bits",),
         panel=QUANTIZATION,
         shown_default=f"{EMBED_BITS}; chosen if {{bits}} is auto",
@@ -105,6 +106,14 @@ class ConversionOptions:
     apart: bool = False
     average: bool = option(
         False, "Average the weights of several .pt files.", panel=MODEL_PANEL
+    )
+    weights: str | None = option(
+        None,
+        "Weights to read from a .pt file of a training: model, or ema (their moving "
+        "average).",
+        panel=MODEL_PANEL,
+        shown_default="model, or what the file has",
+        choices=("model", "ema"),
     )
     base: str | None = None
     tokenizer: str | None = option(

@@ -22,7 +22,7 @@ from converters.conversion.model_folder import Job, refuse_small_disk, write_fol
 from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import write_pt
-from converters.formats.sources import ModelSource, is_adapter, locate
+from converters.formats.sources import ModelSource, locate
 from converters.quantization.receipt import Receipt
 from mlx_openelm.config import (
     CORENET_ROWS,
@@ -40,6 +40,7 @@ from mlx_openelm.storage.staging import (
     staged_file,
 )
 from mlx_openelm.storage.tokenizer_finder import FoundTokenizer, find_tokenizer
+from mlx_openelm.storage.weight_files import is_adapter
 
 
 @dataclass(frozen=True, slots=True)

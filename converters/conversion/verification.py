@@ -1,5 +1,6 @@
 """Check that a model folder is complete, undamaged and equal to its source."""
 
+import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +13,11 @@ from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import ConversionPlan
 from converters.conversion.provenance import hash_file
 from converters.formats.sources import ModelSource, locate
-from converters.formats.tensor_readers import read_safetensor
 from mlx_openelm.config import pad_vocabulary
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.storage.loading import load_tokenizer, stored_dtype
 from mlx_openelm.storage.model_folder import (
-    INDEX,
+    BEFORE,
     ModelFolder,
     is_finite,
     open_folder,
@@ -30,6 +29,7 @@ from mlx_openelm.storage.tokenizer_finder import (
     verify_same,
     verify_tokenizer,
 )
+from mlx_openelm.storage.weight_files import INDEX, SAFETENSORS, read_index
 from mlx_openelm.tensor_names import to_folder, to_module
 
 
@@ -44,12 +44,17 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Result of `verify`."""
+    """Result of `verify`.
+
+    Attributes:
+        notes: notes for the user on what was not checked.
+    """
 
     path: Path
     size: str
     checks: tuple[CheckResult, ...]
     passed: bool
+    notes: tuple[str, ...] = ()
 
     def describe_problems(self) -> str:
         """Return the first problem, and how many more there are."""
@@ -86,24 +91,34 @@ def verify(
         problems[name] = _compare(folder, against, offline, on_progress)
     checks = tuple(CheckResult(n, not p, tuple(p)) for n, p in problems.items())
     passed = all(check.passed for check in checks)
-    return Verification(path, folder.config.size_name, checks, passed)
+    notes = list(folder.notes)
+    if BEFORE in folder.metadata:
+        notes.append(
+            "Another tool has written these weights: the hashes, the receipt and the "
+            "options in config.json describe earlier ones, and were not compared."
+        )
+    return Verification(path, folder.config.size_name, checks, passed, tuple(notes))
 
 
 def _check_index(folder: ModelFolder) -> list[str]:
     """Compare index and files; `open_folder` has checked that indexed files exist."""
-    index = folder.path / INDEX
-    if not index.is_file():
-        return []  # a single file needs none
-    weight_map = read_mapping(index)["weight_map"]
-    unindexed = {file.name for file in folder.path.glob("model*.safetensors")}
-    unindexed -= set(weight_map.values())
     problems = [
-        f"{name} is not in the index, but mlx-lm loads it" for name in sorted(unindexed)
+        f"{name} is not {'in the index' if INDEX not in folder.unused else 'used'}, "
+        "but mlx-lm loads it: remove it"
+        for name in folder.unused
+        if fnmatch.fnmatch(name, SAFETENSORS.pattern)
     ]
+    index = folder.path / INDEX
+    if not index.is_file() or INDEX in folder.unused:
+        return problems  # a single file needs none
+    try:
+        weight_map = read_index(index)
+    except OpenELMError as error:
+        return [*problems, str(error).rstrip(".")]
     for name, tensor in folder.tensors.items():
-        if weight_map.get(name) != tensor.file.name:
+        if weight_map.get(name) != tensor.file.path.name:
             problems.append(
-                f"{name} is in {tensor.file.name}, but in the index under "
+                f"{name} is in {tensor.file.path.name}, but in the index under "
                 f"{weight_map.get(name)}"
             )
     problems += [
@@ -135,7 +150,7 @@ def _read_parts(folder: ModelFolder, name: str) -> dict[str, mx.array]:
     module, parts = to_module(name), {}
     for suffix in ("weight", "scales", "biases"):
         if stored := folder.tensors.get(f"{module}.{suffix}"):
-            parts[suffix] = read_safetensor(stored.file, f"{module}.{suffix}")
+            parts[suffix] = stored.read()
     return parts
 
 
@@ -201,12 +216,13 @@ def _stored_options(folder: ModelFolder) -> dict[str, Any]:
 def _options(folder: ModelFolder) -> ConversionOptions:
     """Return the options with which the folder was converted."""
     stored = _stored_options(folder)
-    base = stored.get("base")
+    base, weights = stored.get("base"), stored.get("weights")
     return ConversionOptions(
         merge=stored.get("merge") is True,
         apart=stored.get("apart") is True,
         average=stored.get("average") is True,
         base=base if isinstance(base, str) else None,
+        weights=weights if weights in ("model", "ema") else None,
     )
 
 

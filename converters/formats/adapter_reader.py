@@ -27,6 +27,7 @@ from converters.formats.pickle_machine import PtTensor
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.message_parts import list_names
 from mlx_openelm.storage.adapter_folder import (
     CONFIG,
     WEIGHTS,
@@ -35,11 +36,23 @@ from mlx_openelm.storage.adapter_folder import (
     read_dropout,
     read_scale,
 )
-from mlx_openelm.storage.model_folder import METADATA_KEY
-from mlx_openelm.tensor_names import map_to_corenet, to_corenet
+from mlx_openelm.storage.model_folder import METADATA_KEY, MOST_NAMED
+from mlx_openelm.storage.weight_files import (
+    PEFT_ADAPTER,
+    PEFT_BIN,
+    find_weight_files,
+    holds_model,
+)
+from mlx_openelm.tensor_names import (
+    is_buffer,
+    map_to_corenet,
+    note_buffers,
+    to_corenet,
+    unwrap,
+)
 
-PEFT_WEIGHTS, PEFT_BIN = "adapter_model.safetensors", "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
+_ALPHA = ("Ignored alpha, as mlx-lm does: scale is the multiplier.",)
 BASE_LAYER = ".base_layer.weight"  # suffix of an adapted weight in CoreNet and PEFT
 
 
@@ -112,9 +125,10 @@ def check_fits(adapter: Adapter, config: OpenELMConfig) -> None:
     ]
     if problems:
         base = f"; use its own base, {adapter.base!a}" if adapter.base else ""
+        listed = list_names(problems, most=MOST_NAMED, quoted=False, separator="; ")
         raise OpenELMError(
             f"The adapter {adapter.name} does not fit this {config.size_name} base: "
-            f"{'; '.join(problems)}{base}."
+            f"{listed}{base}."
         )
 
 
@@ -232,9 +246,11 @@ def open_adapter(path: Path) -> Adapter:
             all problems of one kind are named.
     """
     if not (path / CONFIG).is_file():
+        if holds_model(path):
+            raise OpenELMError(f"{path} is a model, not an adapter; pass an adapter.")
         raise OpenELMError(
             f"{path} is not an adapter folder: it has no {CONFIG}. Expected one, and "
-            f"{WEIGHTS} (mlx-lm) or {PEFT_WEIGHTS} (PEFT)."
+            f"{WEIGHTS} (mlx-lm) or {PEFT_ADAPTER.single} (PEFT)."
         )
     raw = read_mapping(path / CONFIG)
     return _open_peft(path, raw) if "peft_type" in raw else _open_mlx(path, raw)
@@ -263,6 +279,7 @@ def open_full(path: Path) -> Adapter | None:
         dropout=0.0,
         base=read_base(raw, path),
         files=(path / CONFIG, path / WEIGHTS),
+        notes=_note_parts(stored),
         metadata=metadata if isinstance(metadata, dict) else {},
         weights={ours: stored[name] for ours, name in map_to_corenet(stored).items()},
     )
@@ -285,8 +302,11 @@ def _open_mlx(path: Path, raw: dict[str, Any]) -> Adapter:
         )
     scale = read_scale(raw, path)
     parts = AdapterParts()
-    for name, stored in read_parts(find_weights(path)).items():
-        if part_name := parse_mlx_name(name):
+    stored_parts = read_parts(find_weights(path))
+    for name, stored in stored_parts.items():
+        if is_buffer(name):
+            continue
+        if part_name := parse_mlx_name(unwrap(name)):
             parts.add(part_name, stored)
         else:
             parts.problems.append(f"{name!a} is unknown")
@@ -302,9 +322,10 @@ def _open_mlx(path: Path, raw: dict[str, Any]) -> Adapter:
         dropout=read_dropout(parameters, "dropout", path / CONFIG),
         base=read_base(raw, path),
         files=(path / CONFIG, path / WEIGHTS),
-        notes=("Ignored alpha, as mlx-lm does: scale is the multiplier.",)
-        if "alpha" in parameters
-        else (),
+        notes=(
+            *(_ALPHA if "alpha" in parameters else ()),
+            *_note_parts(stored_parts),
+        ),
         metadata=metadata if isinstance(metadata, dict) else {},
         adapts_tied_head=True,
     )
@@ -312,14 +333,19 @@ def _open_mlx(path: Path, raw: dict[str, Any]) -> Adapter:
 
 def _open_peft(path: Path, raw: dict[str, Any]) -> Adapter:
     config = read_peft_config(raw, path / CONFIG)
-    weights = path / PEFT_WEIGHTS
-    if not weights.is_file() and (path / PEFT_BIN).is_file():
-        weights = path / PEFT_BIN
+    found = find_weight_files(path, (PEFT_ADAPTER, PEFT_BIN))
+    (weights,) = found.files
     parts = AdapterParts()
-    for name, stored in read_parts(_existing(weights)).items():
-        part_name = parse_torch_name(name.removeprefix(PEFT_PREFIX))
-        if part_name and not part_name.adapter:
-            parts.add(part_name, stored)
+    stored_parts = read_parts(weights)
+    parsed = {
+        name: parse_torch_name(unwrap(name).removeprefix(PEFT_PREFIX))
+        for name in stored_parts
+        if not is_buffer(name)
+    }
+    adapters = {part_name.adapter for part_name in parsed.values() if part_name}
+    for name, part_name in parsed.items():
+        if part_name and (len(adapters) == 1 or not part_name.adapter):
+            parts.add(part_name, stored_parts[name])
         else:
             parts.problems.append(f"{name!a} is unknown")
     modules = parts.assemble(scale=1.0)
@@ -337,7 +363,15 @@ def _open_peft(path: Path, raw: dict[str, Any]) -> Adapter:
         dropout=config.dropout,
         base=config.base,
         files=(path / CONFIG, weights),
+        notes=(*found.notes, *_note_parts(stored_parts)),
     )
+
+
+def _note_parts(stored: Mapping[str, StoredPart]) -> tuple[str, ...]:
+    """Return notes on buffers and on tensors that lose precision."""
+    count = sum(part.is_float64 for part in stored.values())
+    rounded = (f"Read {count} tensors of float64 as float32.",) if count else ()
+    return (*note_buffers(stored), *rounded)
 
 
 def _compare_methods(
@@ -348,12 +382,3 @@ def _compare_methods(
     for name, module in modules.items():
         if module.method != method:
             parts.problems.append(f"{name} has {has}, but the config is for {method}")
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise OpenELMError(
-            f"{path.parent} holds no {path.name}, which its {CONFIG} describes; copy "
-            "or download the folder again."
-        )
-    return path

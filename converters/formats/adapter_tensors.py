@@ -22,10 +22,12 @@ import mlx.core as mx
 
 from converters.formats.pickle_machine import PtTensor
 from converters.formats.pt_reader import read_state_dict
-from converters.formats.tensor_readers import read_pt_tensor, read_safetensor
+from converters.formats.tensor_readers import read_pt_tensor
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.storage.model_folder import MOST_NAMED, read_headers
-from mlx_openelm.tensor_names import EMBEDDING, to_corenet
+from mlx_openelm.message_parts import list_names
+from mlx_openelm.storage.model_folder import MOST_NAMED
+from mlx_openelm.storage.weight_reader import read_headers
+from mlx_openelm.tensor_names import EMBEDDING, is_buffer, to_corenet
 
 Method = Literal["lora", "dora"]
 
@@ -63,10 +65,11 @@ class AdapterModule:
 
 @dataclass(frozen=True, slots=True)
 class StoredPart:
-    """A tensor of an adapter file; `read` returns it in the stored dtype."""
+    """A tensor of an adapter file; `read` returns it, float64 as float32."""
 
     shape: tuple[int, ...]
     read: Callable[[], mx.array]
+    is_float64: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,11 +197,12 @@ class AdapterParts:
         if not self.by_module:
             self.problems.append("it holds no adapter")
         if self.problems:
-            shown, more = self.problems[:MOST_NAMED], len(self.problems) - MOST_NAMED
+            listed = list_names(
+                self.problems, most=MOST_NAMED, quoted=False, separator="; "
+            )
             raise OpenELMError(
                 f"{path} is not a complete LoRA or DoRA adapter of an OpenELM: "
-                f"{'; '.join(shown)}{f'; and {more} more' if more > 0 else ''}; copy "
-                "it again from the training machine."
+                f"{listed}; copy it again from the training machine."
             )
 
 
@@ -242,9 +246,10 @@ def read_parts(path: Path) -> dict[str, StoredPart]:
         return {n: read_torch(t, n, path) for n, t in read_state_dict(path).items()}
     headers = read_headers([path])
     for name, header in headers.items():
-        _check_dtype(header.dtype, ("F32", "F16", "BF16"), name, path)
+        if not is_buffer(name):
+            _check_dtype(header.dtype, ("F32", "F16", "BF16", "F64"), name, path)
     return {
-        name: StoredPart(header.shape, partial(read_safetensor, path, name))
+        name: StoredPart(header.shape, header.read, header.dtype == "F64")
         for name, header in headers.items()
     }
 
@@ -252,8 +257,10 @@ def read_parts(path: Path) -> dict[str, StoredPart]:
 def read_torch(tensor: PtTensor, name: str, path: Path) -> StoredPart:
     """Return a tensor of a torch file. Raises as `read_parts`."""
     allowed = ("float32", "float16", "bfloat16", "float64")
-    _check_dtype(tensor.dtype, allowed, name, path)
-    return StoredPart(tensor.shape, partial(read_pt_tensor, tensor))
+    if not is_buffer(name):
+        _check_dtype(tensor.dtype, allowed, name, path)
+    is_float64 = tensor.dtype == "float64"
+    return StoredPart(tensor.shape, partial(read_pt_tensor, tensor), is_float64)
 
 
 def _check_dtype(dtype: str, allowed: tuple[str, ...], name: str, path: Path) -> None:

@@ -11,7 +11,6 @@ import mlx.core as mx
 from converters.formats.adapter_reader import (
     BASE_LAYER,
     PEFT_PREFIX,
-    PEFT_WEIGHTS,
     Adapter,
     check_fits,
 )
@@ -26,6 +25,7 @@ from mlx_openelm.storage.adapter_folder import (
     write_adapter,
 )
 from mlx_openelm.storage.shards import write_json
+from mlx_openelm.storage.weight_files import PEFT_ADAPTER
 from mlx_openelm.tensor_names import to_corenet, to_module
 
 _Number = TypeVar("_Number", int, float)
@@ -141,7 +141,7 @@ def write_peft_adapter(
         "modules_to_save": None,
     }
     write_json(folder / CONFIG, described)
-    save_tensors(folder / PEFT_WEIGHTS, tensors, format="pt")
+    save_tensors(folder / PEFT_ADAPTER.single, tensors, format="pt")
     if adapter.metadata:
         return ("Left out template and provenance, which PEFT's config cannot hold.",)
     return ()

@@ -3,8 +3,8 @@
 `pickle` itself is not used: before it calls `find_class`, its C implementation would
 hash a tuple nested a million levels deep (which crashes the interpreter) and allocate
 2**31 memo entries. Instead `pickletools` decodes the opcodes, and a stack machine
-executes those that torch writes. It creates dicts, lists, tuples, scalars and views of
-the mapped file, and calls nothing.
+executes those that torch writes. It creates dicts, lists, tuples, scalars and
+descriptions of tensors, and calls nothing.
 """
 
 import math
@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from converters.formats.pt_archive import Array, PtArchive, list_names
+from converters.formats.pt_archive import PtArchive
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import list_names
 
 MAX_PICKLE_BYTES = 64 * 2**20
 MAX_VALUES = 1_000_000  # opcodes or values; a training state of the 3B has 50,000
@@ -47,13 +48,49 @@ _CALLS = {
 _Opcodes = list[tuple[str, Any]]  # name, decoded argument
 
 
+@dataclass(frozen=True, slots=True)
+class PtStorage:
+    archive: PtArchive
+    record: str
+    dtype: str  # as torch spells it, without "torch."
+    numbers: np.dtype[Any]
+    length: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PtTensor:
-    """A tensor; `array` is a read-only view of the file, bfloat16 as uint16."""
+    """A tensor in a file.
 
-    dtype: str  # as torch spells it, without "torch."
+    Attributes:
+        offset: of the first element in the storage, in elements, as are `strides`.
+    """
+
     shape: tuple[int, ...]
-    array: Array
+    strides: tuple[int, ...]
+    offset: int
+    storage: PtStorage
+
+    @property
+    def dtype(self) -> str:
+        """The dtype as torch spells it, without "torch."."""
+        return self.storage.dtype
+
+    @property
+    def last(self) -> int:
+        """The position of the last element after the first one, in elements."""
+        steps = zip(self.shape, self.strides, strict=True)
+        return sum((size - 1) * step for size, step in steps)
+
+    def read(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """Return the numbers, bfloat16 as uint16. Raises as `PtArchive.read`."""
+        numbers, size = self.storage.numbers, self.storage.numbers.itemsize
+        if 0 in self.shape:
+            return np.zeros(self.shape, numbers)
+        content = self.storage.archive.read(
+            self.storage.record, self.offset * size, (self.last + 1) * size
+        )
+        strides = [step * size for step in self.strides]
+        return np.ndarray(self.shape, numbers, content, 0, strides)
 
 
 def load_pickle(archive: PtArchive) -> tuple[object, set[str]]:
@@ -78,10 +115,9 @@ def load_pickle(archive: PtArchive) -> tuple[object, set[str]]:
 
 
 def _read_opcodes(archive: PtArchive) -> _Opcodes:
-    start, length = archive.records["data.pkl"]
-    if length > MAX_PICKLE_BYTES:
+    if archive.records["data.pkl"].length > MAX_PICKLE_BYTES:
         raise _too_large(archive.path)
-    decoded = pickletools.genops(archive.data[start : start + length].tobytes())
+    decoded = pickletools.genops(archive.read("data.pkl").tobytes())
     try:
         with warnings.catch_warnings(action="ignore"):  # of invalid escapes
             opcodes = [(op.name, arg) for op, arg, _ in islice(decoded, MAX_VALUES + 1)]
@@ -116,12 +152,6 @@ def _check_globals(path: Path, opcodes: _Opcodes) -> None:
 @dataclass(frozen=True, slots=True)
 class _Global:
     name: str  # "module name", of `_CALLS` or `_STORAGES`
-
-
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    dtype: str
-    numbers: Array  # in one dimension
 
 
 class _Machine:
@@ -221,7 +251,7 @@ class _Machine:
                 raise self.archive.damaged(f"{list_names([key])} is there twice")
             target[key] = value
 
-    def find_storage(self, persistent_id: object) -> _Storage:
+    def find_storage(self, persistent_id: object) -> PtStorage:
         match persistent_id:
             case ("storage", _Global(name), str(key), str(), int(length)) if (
                 name in _STORAGES and length >= 0
@@ -229,17 +259,14 @@ class _Machine:
                 dtype, numpy_dtype = _STORAGES[name]
             case _:
                 raise self.unexpected("has an unknown kind of storage")
-        start, num_bytes = self.archive.records.get(f"data/{key}", (0, -1))
-        size = length * np.dtype(numpy_dtype).itemsize
-        if size != num_bytes:
+        record, numbers = self.archive.records.get(f"data/{key}"), np.dtype(numpy_dtype)
+        if record is None or record.length != length * numbers.itemsize:
             raise self.archive.damaged(
                 f"record {list_names([f'data/{key}'])} is missing, too short or too "
                 f"long for {length} numbers of {dtype}"
             )
         self.unused.discard(f"data/{key}")
-        return _Storage(
-            dtype, self.archive.data[start : start + size].view(numpy_dtype)
-        )
+        return PtStorage(self.archive, f"data/{key}", dtype, numbers, length)
 
     def call(self, function: object, args: object) -> object:
         match function, args:
@@ -249,7 +276,7 @@ class _Machine:
                 return shape
             case (
                 _Global("torch._utils _rebuild_tensor_v2"),
-                (_Storage() as storage, offset, tuple(shape), tuple(strides), *rest),
+                (PtStorage() as storage, offset, tuple(shape), tuple(strides), *rest),
             ) if not any(rest[2:]):  # metadata, such as the negative bit
                 return self.view(storage, offset, shape, strides)
             case _Global(name), (PtTensor() as tensor, *_) if "_parameter" in name:
@@ -257,31 +284,23 @@ class _Machine:
         raise self.unexpected("has a call with wrong arguments")
 
     def view(
-        self, storage: _Storage, offset: Any, shape: Any, strides: Any
+        self, storage: PtStorage, offset: Any, shape: Any, strides: Any
     ) -> PtTensor:
         """Return a tensor; `offset` and `strides` count elements."""
         proper = len(shape) == len(strides) <= 32 and all(
             type(n) is int and 0 <= n < 2**50 for n in (offset, *shape, *strides)
         )
         # A stride of 0 repeats numbers; the limit counts them, as readers copy.
-        limit = self.archive.data.size
+        limit = self.archive.file.size
         if not proper or math.prod(n or 1 for n in shape) > limit:
             raise self.unexpected("has a tensor larger than the file")
-        numbers, empty = storage.numbers, 0 in shape
-        last = sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-        if not empty and offset + last >= numbers.size:
+        tensor = PtTensor(shape, strides, offset, storage)
+        if 0 not in shape and offset + tensor.last >= storage.length:
             raise self.archive.damaged(
-                f"a tensor of shape {shape} exceeds its storage of {numbers.size} "
+                f"a tensor of shape {shape} exceeds its storage of {storage.length} "
                 "numbers"
             )
-        array: Array = np.ndarray(
-            shape,
-            numbers.dtype,
-            numbers,
-            0 if empty else offset * numbers.itemsize,
-            [step * numbers.itemsize for step in strides],
-        )
-        return PtTensor(storage.dtype, shape, array)
+        return tensor
 
 
 def _check_tree(archive: PtArchive, root: object) -> None:

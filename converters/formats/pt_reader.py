@@ -1,68 +1,128 @@
-"""Read files of torch.save without torch, running no code and copying no data.
+"""Read files of torch.save without torch, running no code.
 
 Such a file (CoreNet's `.pt`, `pytorch_model.bin`) is a zip of uncompressed records:
 `NAME/data.pkl`, a pickle of the saved mapping, and `NAME/data/KEY`, the numbers of one
 storage. In the pickle a tensor is a call, `_rebuild_tensor_v2(storage, offset, shape,
-strides, ...)`; it is read as a view of the mapped file.
+strides, ...)`; it becomes a description, and its numbers are read on demand.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from converters.formats.pickle_machine import PtTensor, load_pickle
-from converters.formats.pt_archive import Array, list_names, open_archive
+from converters.formats.pt_archive import open_archive
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import list_names
+from mlx_openelm.tensor_names import MODEL_KEYS, is_buffer
 
-STATE_DICT_KEYS = ("model_state_dict", "ema_state_dict", "state_dict", "model")
+AVERAGES = {"ema", "swa"}  # words in the keys of averaged weights
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The weights in a file of torch.save, by their stored names.
+
+    Attributes:
+        notes: notes for the user on which weights they are.
+    """
+
+    tensors: dict[str, PtTensor]
+    notes: tuple[str, ...] = ()
 
 
 def read_state_dict(path: Path) -> dict[str, PtTensor]:
-    """Return the tensors of a model by their stored names.
+    """Return the tensors of a model by their stored names; see `read_checkpoint`."""
+    return read_checkpoint(path).tensors
 
-    The mapping is the top level of the file, or the value of the first of
-    `STATE_DICT_KEYS` in it.
+
+def read_checkpoint(path: Path, weights: str | None = None) -> Checkpoint:
+    """Return the weights of a model or their moving average (EMA).
+
+    They are the top level of the file, or under one of `MODEL_KEYS` or a key such as
+    ema_state_dict.
+
+    Args:
+        weights: "model" or "ema"; default the model's, if the file has them.
 
     Raises:
         OpenELMError: the file cannot be read, is not from torch.save, is damaged, or
             would call a function that is not allowed; or it has no tensors, values
-            that are not tensors, unused storages, or tensors with overlapping elements.
+            that are not tensors, unused storages, or tensors with overlapping elements;
+            or it lacks the `weights`.
     """
     archive = open_archive(path)
-    state, unused = load_pickle(archive)
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+    root, unused = load_pickle(archive)
+    if not isinstance(root, dict) or not all(isinstance(key, str) for key in root):
         raise OpenELMError(
-            f"{path} holds a {type(state).__name__}, expected a mapping from names; "
+            f"{path} holds a {type(root).__name__}, expected a mapping from names; "
             "save the model's state_dict()."
         )
-    inner = (state[key] for key in STATE_DICT_KEYS if isinstance(state.get(key), dict))
-    state = next(inner, state)
+    state, notes = _choose_weights(root, weights, path)
     state.pop("_metadata", None)  # torch's module versions; no tensor depends on them
     others = [
         name
         for name, value in state.items()
         if not (isinstance(name, str) and isinstance(value, PtTensor))
+        and not (isinstance(name, str) and is_buffer(name))
     ]
     if others or not state:
         raise OpenELMError(
             f"{path} must hold only tensors by name, at the top level or under "
-            f"{' or '.join(STATE_DICT_KEYS)}; found {list_names(others)}; save only "
-            "the model's state_dict()."
+            f"{', '.join(MODEL_KEYS)} or ema_state_dict; found {list_names(others)}; "
+            "save only the model's state_dict()."
         )
     if unused:  # so a tensor uses the storage of another one
         raise archive.damaged(
             f"record {list_names(sorted(unused))} belongs to no tensor"
         )
-    overlapping = [name for name, tensor in state.items() if _overlaps(tensor.array)]
-    if overlapping:
+    tensors = {str(n): t for n, t in state.items() if isinstance(t, PtTensor)}
+    if overlapping := [name for name, tensor in tensors.items() if _overlaps(tensor)]:
         raise archive.damaged(f"elements of {list_names(overlapping)} overlap")
-    return state
+    return Checkpoint(tensors, notes)
 
 
-def _overlaps(array: Array) -> bool:
-    """Whether elements of an array overlap in memory; those of weights never do."""
-    if array.size == 0:
+def _choose_weights(
+    root: Mapping[str, object], weights: str | None, path: Path
+) -> tuple[dict[object, object], tuple[str, ...]]:
+    """Return a state dict of the file, and notes on the choice."""
+    states = {key: value for key, value in root.items() if isinstance(value, dict)}
+    models = [key for key in MODEL_KEYS if key in states]
+    averages = [
+        key
+        for key, value in states.items()
+        if AVERAGES & set(key.lower().split("_"))
+        and any(isinstance(entry, PtTensor) for entry in value.values())
+    ]
+    if not models and not averages:
+        states, models = {"": dict(root)}, [""]
+    chosen = averages if weights == "ema" or not (models or weights) else models
+    if not chosen:
+        kind = "EMA" if weights == "ema" else "model"
+        raise OpenELMError(
+            f"{path} has no {kind} weights, only {list_names(models or averages)}; "
+            "leave out `weights`."
+            if models != [""]
+            else f"{path} has no {kind} weights, only those of one model; leave out "
+            "`weights`."
+        )
+    notes: tuple[str, ...] = ()
+    others = [key for key in (*models, *averages) if key != chosen[0]]
+    if others or chosen is averages:
+        average = " (moving average, EMA)" if chosen is averages else ""
+        unused = f", not {list_names(others, quoted=False)}" if others else ""
+        notes = (f"Weights: {chosen[0]}{average} of {path.name}{unused}.",)
+        if chosen is models and averages and weights is None:
+            notes += ("`weights` ema uses the moving average (EMA) instead.",)
+    return states[chosen[0]], notes
+
+
+def _overlaps(tensor: PtTensor) -> bool:
+    """Whether elements overlap in memory; those of weights never do."""
+    if 0 in tensor.shape:
         return False
-    dims = zip(array.strides, array.shape, strict=True)
-    reached = 0  # bytes from the first element
+    dims = zip(tensor.strides, tensor.shape, strict=True)
+    reached = 0  # elements from the first one
     for step, size in sorted((step, size) for step, size in dims if size > 1):
         if step <= reached:
             return True

@@ -1,6 +1,6 @@
 """Detect and open a model source: its config, and its tensors, read one at a time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,36 +10,45 @@ import mlx.core as mx
 
 from converters.formats.adapter_reader import Adapter, split_checkpoint
 from converters.formats.pickle_machine import PtTensor
-from converters.formats.pt_reader import read_state_dict
-from converters.formats.tensor_readers import read_pt_tensor, read_safetensor
+from converters.formats.pt_reader import read_checkpoint, read_state_dict
+from converters.formats.tensor_readers import read_pt_tensor
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
 from mlx_openelm.paths import user_path
-from mlx_openelm.storage.adapter_folder import CONFIG
-from mlx_openelm.storage.hub import find_model
+from mlx_openelm.storage.hub import (
+    CHECKPOINT_SUFFIXES,
+    describe_file,
+    find_model,
+    refuse_address,
+)
 from mlx_openelm.storage.model_folder import (
-    DTYPES,
-    METADATA_KEY,
+    BEFORE,
     check_dtypes,
     check_shapes,
     expected_shapes,
-    find_weight_files,
-    read_headers,
+    read_metadata,
 )
+from mlx_openelm.storage.weight_files import (
+    APPLE_MLX,
+    BIN,
+    MODEL_LAYOUTS,
+    WeightLayout,
+    find_weight_files,
+)
+from mlx_openelm.storage.weight_reader import StoredTensor, check_stored, read_headers
 from mlx_openelm.tensor_names import (
     EMBEDDING,
     HEAD,
     map_to_corenet,
+    note_buffers,
     to_folder,
     to_module,
 )
 
-APPLE_WEIGHTS = "weights.safetensors"  # of Apple's own MLX folders
-BIN_FILES, BIN_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
-PT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_LEFT_OUT = "Left out {}, a copy of the tied embedding."
 NORM = "norm.weight"  # never packed: its dtype is the model's
 
 _TORCH_FLOATS = {
@@ -116,6 +125,7 @@ def open_source(
 
 def locate(name: str, *, offline: bool = False, revision: str | None = None) -> Path:
     """Return the path of a file, folder or Hub id, which is downloaded."""
+    refuse_address(name)
     try:
         path = user_path(name)
         if path.is_file() and revision is None:
@@ -125,7 +135,7 @@ def locate(name: str, *, offline: bool = False, revision: str | None = None) -> 
         raise OpenELMError(
             f"{name!a:.100} is not a file or folder: {reason}."
         ) from error
-    if path.suffix in PT_SUFFIXES and not path.exists():
+    if path.suffix in CHECKPOINT_SUFFIXES and not path.exists():
         raise OpenELMError(f"{path} does not exist.")
     return find_model(name, offline=offline, revision=revision)
 
@@ -137,39 +147,43 @@ def name_folder(path: Path) -> str:
     return path.resolve().name
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a folder is an adapter, not a model."""
-    return (path / CONFIG).is_file() and not (path / "config.json").is_file()
+def open_path(path: Path, weights: str | None = None) -> ModelSource:
+    """Open the source at a local path, as `open_source` does.
 
-
-def open_path(path: Path) -> ModelSource:
-    """Open the source at a local path, as `open_source` does."""
+    Args:
+        weights: "model" or "ema", of a checkpoint that has both.
+    """
     if path.is_dir():
+        if weights is not None:
+            raise OpenELMError(
+                f"`weights` applies to a .pt file with EMA weights, but {path} is a "
+                "folder; leave it out."
+            )
         return _open_folder(path)
-    if path.suffix == ".safetensors":
-        raise OpenELMError(
-            f"{path} is one file of a model folder; pass the folder, {path.parent}."
-        )
-    if path.suffix == ".gguf":
-        raise OpenELMError(
-            f"{path} is a GGUF file, which can only be written; convert its source "
-            "instead."
-        )
-    return _open_checkpoint(path)
+    if problem := describe_file(path):
+        raise OpenELMError(problem)
+    return _open_checkpoint(path, weights)
 
 
 # CoreNet's checkpoints -----------------------------------------------------------
 
 
-def _open_checkpoint(path: Path) -> ModelSource:
-    read = read_state_dict(path)
+def _open_checkpoint(path: Path, weights: str | None) -> ModelSource:
+    checkpoint = read_checkpoint(path, weights)
+    read = checkpoint.tensors
     mapped = map_to_corenet(read)
     stored, adapter = split_checkpoint(
         {ours: read[theirs] for ours, theirs in mapped.items()}, path
     )
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    tensors = {name: _from_pt(tensor, name) for name, tensor in stored.items()}
+    about_tensors = [*note_buffers(read), *_note_float64(stored)]
+    head_is_copy = _is_copy(tensors)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     config_path = _find_config(path)
     if config_path is None:
+        if head_is_copy:
+            del tensors[HEAD], shapes[HEAD]
+            about_tensors.append(_LEFT_OUT.format(mapped[HEAD]))
         config = OpenELMConfig.from_shapes(shapes)
         notes = [
             "No config next to the file: using OpenELM's context length 2048, RoPE "
@@ -180,6 +194,11 @@ def _open_checkpoint(path: Path) -> ModelSource:
         rows, *_ = shapes.get(EMBEDDING) or (config.vocab_size,)
         config = replace(config, vocab_size=rows)  # often padded
         notes = [f"Sizes from {config_path.name}."]
+        if config.share_input_output_layers and HEAD in tensors:
+            if not head_is_copy:
+                raise _other_head(path, mapped[HEAD], config_path.name)
+            del tensors[HEAD], shapes[HEAD]
+            about_tensors.append(_LEFT_OUT.format(mapped[HEAD]))
     where = path.name + (f" with {config_path.name}" if config_path else "")
     check_shapes(config.tensor_shapes(), shapes, where=where)
     method = {"lora": "LoRA ", "dora": "DoRA "}[adapter.method] if adapter else ""
@@ -187,11 +206,16 @@ def _open_checkpoint(path: Path) -> ModelSource:
         name=path.stem,
         kind=f"CoreNet {method}checkpoint",
         config=config,
-        tensors={name: _from_pt(t, name, path) for name, t in stored.items()},
+        tensors=tensors,
         files=(path,),
         folder=path.parent,
         padded=True,
-        notes=(*notes, *(adapter.notes if adapter else ())),
+        notes=(
+            *checkpoint.notes,
+            *notes,
+            *about_tensors,
+            *(adapter.notes if adapter else ()),
+        ),
         adapter=adapter,
     )
 
@@ -211,8 +235,13 @@ def _is_openelm(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _from_pt(stored: PtTensor, name: str, path: Path) -> SourceTensor:
-    dtype = _float_dtype(stored.dtype, name, path)
+def _from_pt(stored: PtTensor, name: str) -> SourceTensor:
+    if stored.dtype not in _TORCH_FLOATS:
+        raise OpenELMError(
+            f"{stored.storage.archive.path}: {name} is stored as {stored.dtype}; "
+            f"expected {', '.join(_TORCH_FLOATS)}."
+        )
+    dtype = _TORCH_FLOATS[stored.dtype]
     return SourceTensor(stored.shape, dtype, partial(read_pt_tensor, stored))
 
 
@@ -228,15 +257,18 @@ def _open_folder(path: Path) -> ModelSource:
         )
     raw = read_mapping(config_path)
     config = OpenELMConfig.from_dict(raw)
-    files = _find_files(path)
-    stored = _read_bins(files) if files[0].suffix == ".bin" else _read_tensors(files)
+    found = find_weight_files(path, MODEL_LAYOUTS)
+    stored = (_read_bins if found.layout == BIN else read_headers)(found.files)
     mapped = map_to_corenet(stored)
-    by_name = {ours: stored[theirs] for ours, theirs in mapped.items()}
-    notes: tuple[str, ...] = ()
+    notes = [*found.notes, *note_buffers(stored)]
+    weights = {ours: stored[theirs] for ours, theirs in mapped.items()}
+    by_name = {name: _to_source(tensor, name) for name, tensor in weights.items()}
+    notes += _note_float64(weights)
     if config.share_input_output_layers and HEAD in by_name:
-        _refuse_other_head(path, by_name, mapped[HEAD])
+        if not _is_copy(by_name):
+            raise _other_head(path, mapped[HEAD], config_path.name)
         del by_name[HEAD]
-        notes = (f"Left out {mapped[HEAD]}, a copy of the tied embedding.",)
+        notes.append(_LEFT_OUT.format(mapped[HEAD]))
     entry = raw.get("quantization") or raw.get("quantization_config") or {}
     packings = {
         name: read_packing(entry, to_module(name))
@@ -253,10 +285,13 @@ def _open_folder(path: Path) -> ModelSource:
     dtypes = {to_folder(name): tensor.dtype for name, tensor in by_name.items()}
     check_dtypes(config, packings, dtypes, where=str(path))
     model_dtype = by_name[NORM].dtype
-    metadata = raw.get(METADATA_KEY)
+    headers = {n: t for n, t in stored.items() if isinstance(t, StoredTensor)}
+    metadata = read_metadata(raw, config, packings, headers)
     return ModelSource(
         name=name_folder(path),
-        kind=_name_kind(raw, files, bool(packings)),
+        kind=_name_kind(
+            found.layout, bool(packings), ours=bool(metadata) and BEFORE not in metadata
+        ),
         config=config,
         tensors={
             name: _packed(by_name, name, shape, packings[name], model_dtype)
@@ -264,35 +299,18 @@ def _open_folder(path: Path) -> ModelSource:
             else by_name[name]
             for name, shape in config.tensor_shapes().items()
         },
-        files=tuple(files),
+        files=found.files,
         folder=path,
-        padded=files[0].name == APPLE_WEIGHTS,
-        metadata=metadata if isinstance(metadata, dict) else {},
-        notes=notes,
+        padded=found.layout == APPLE_MLX,
+        metadata=metadata,
+        notes=tuple(notes),
     )
 
 
-def _find_files(path: Path) -> list[Path]:
-    """Return a folder's weight files: .safetensors if it has any, else .bin."""
-    if any(path.glob("model*.safetensors")):
-        return find_weight_files(path)
-    if (path / APPLE_WEIGHTS).is_file():
-        return [path / APPLE_WEIGHTS]
-    if (path / BIN_INDEX).is_file() or any(path.glob(BIN_FILES)):
-        return find_weight_files(path, BIN_FILES, BIN_INDEX)
-    checkpoints = sorted(file.name for file in path.glob("[!.]*.pt"))
-    if checkpoints:  # of a training run, or grown
-        raise OpenELMError(
-            f"{path} has no model*.safetensors, only {', '.join(checkpoints[:8])}; "
-            f"pass one of them, for example {path / checkpoints[0]}."
-        )
-    return find_weight_files(path)
-
-
-def _name_kind(raw: Mapping[str, Any], files: list[Path], packed: bool) -> str:
-    if files[0].name == APPLE_WEIGHTS:
+def _name_kind(layout: WeightLayout, packed: bool, *, ours: bool) -> str:
+    if layout == APPLE_MLX:
         maker = "Apple's MLX"
-    elif METADATA_KEY in raw:
+    elif ours:
         maker = "mlx-openelm"
     elif packed:
         maker = "mlx-lm"
@@ -301,19 +319,8 @@ def _name_kind(raw: Mapping[str, Any], files: list[Path], packed: bool) -> str:
     return f"{maker} folder" + (", quantized" if packed else "")
 
 
-def _read_tensors(files: list[Path]) -> dict[str, SourceTensor]:
-    return {
-        name: SourceTensor(
-            header.shape,
-            DTYPES[header.dtype],
-            partial(read_safetensor, header.file, name),
-        )
-        for name, header in read_headers(files).items()
-    }
-
-
-def _read_bins(files: list[Path]) -> dict[str, SourceTensor]:
-    tensors: dict[str, SourceTensor] = {}
+def _read_bins(files: Iterable[Path]) -> dict[str, PtTensor]:
+    tensors: dict[str, PtTensor] = {}
     for file in files:
         for name, stored in read_state_dict(file).items():
             if name in tensors:
@@ -321,8 +328,15 @@ def _read_bins(files: list[Path]) -> dict[str, SourceTensor]:
                     f"{name} is in {file} and in another file of {file.parent}; remove "
                     "one of them."
                 )
-            tensors[name] = _from_pt(stored, name, file)
+            tensors[name] = stored
     return tensors
+
+
+def _to_source(stored: StoredTensor | PtTensor, name: str) -> SourceTensor:
+    if isinstance(stored, PtTensor):
+        return _from_pt(stored, name)
+    check_stored({name: stored})
+    return SourceTensor(stored.shape, stored.array_dtype, stored.read)
 
 
 def _packed(
@@ -344,22 +358,24 @@ def _packed(
     return SourceTensor(shape, dtype, read, packing, read_parts)
 
 
-def _refuse_other_head(
-    path: Path, by_name: Mapping[str, SourceTensor], stored_name: str
-) -> None:
-    head, table = by_name[HEAD], by_name.get(EMBEDDING)
-    if table is None or not mx.array_equal(head.read(), table.read()):
-        raise OpenELMError(
-            f"In {path} the config ties the output head to the embedding, but "
-            f"{stored_name} differs from it; correct share_input_output_layers in "
-            "config.json."
-        )
+def _is_copy(tensors: Mapping[str, SourceTensor]) -> bool:
+    """Whether the output head equals the embedding."""
+    head, table = tensors.get(HEAD), tensors.get(EMBEDDING)
+    return (
+        head is not None
+        and table is not None
+        and head.shape == table.shape
+        and bool(mx.array_equal(head.read(), table.read()))
+    )
 
 
-def _float_dtype(dtype: str, name: str, path: Path) -> mx.Dtype:
-    if dtype not in _TORCH_FLOATS:
-        raise OpenELMError(
-            f"{path}: {name} is stored as {dtype}; expected float32, float16 or "
-            "bfloat16."
-        )
-    return _TORCH_FLOATS[dtype]
+def _other_head(path: Path, stored_name: str, config: str) -> OpenELMError:
+    return OpenELMError(
+        f"In {path} the config ties the output head to the embedding, but "
+        f"{stored_name} differs from it; correct share_input_output_layers in {config}."
+    )
+
+
+def _note_float64(stored: Mapping[str, StoredTensor | PtTensor]) -> tuple[str, ...]:
+    count = sum(tensor.dtype in ("float64", "F64") for tensor in stored.values())
+    return (f"Read {count} tensors of float64 as float32.",) if count else ()

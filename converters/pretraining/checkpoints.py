@@ -36,7 +36,13 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.input_files import parse_json
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.storage.staging import lock_file, replaced_file
-from mlx_openelm.tensor_names import EMBEDDING, map_to_corenet
+from mlx_openelm.tensor_names import (
+    EMBEDDING,
+    HEAD,
+    MODEL_KEYS,
+    is_buffer,
+    map_to_corenet,
+)
 
 LAST = "training_checkpoint_last.pt"
 AVERAGE = "checkpoint_average.pt"
@@ -305,10 +311,12 @@ def read_initial(path: Path) -> tuple[OpenELMConfig, Weights]:
         )
     config = OpenELMConfig.from_file(config_path)
     state = read_weights(path)
-    state = state.get("model_state_dict", state)
+    state = next((state[key] for key in MODEL_KEYS if key in state), state)
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise OpenELMError(f"{path} holds no weights by name; use another init.")
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {
+        k: v for k, v in state.items() if isinstance(v, Tensor) and not is_buffer(k)
+    }
     integers = [k for k, v in tensors.items() if not v.is_floating_point()]
     if integers:
         raise OpenELMError(
@@ -316,6 +324,9 @@ def read_initial(path: Path) -> tuple[OpenELMConfig, Weights]:
             "file whose weights are not quantized."
         )
     weights = {ours: tensors[name] for ours, name in map_to_corenet(tensors).items()}
+    tied = config.share_input_output_layers and {HEAD, EMBEDDING} <= weights.keys()
+    if tied and weights[HEAD].equal(weights[EMBEDDING]):
+        del weights[HEAD]  # a copy of the embedding
     if EMBEDDING in weights:  # often with padding rows
         config = replace(config, vocab_size=len(weights[EMBEDDING]))
     expected = config.tensor_shapes()

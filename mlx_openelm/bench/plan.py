@@ -73,9 +73,10 @@ def open_subject(
     Raises:
         OpenELMError: the model or the adapter is missing or damaged.
     """
-    folder = choose_model(name, adapter_path, offline=offline).folder
+    choice = choose_model(name, adapter_path, offline=offline)
+    folder, adapter = choice.folder, choice.adapter
     shown = Path(name or folder.path.name).name
-    return Subject(shown, folder.config, folder, adapter_path)
+    return Subject(shown, folder.config, folder, adapter.path if adapter else None)
 
 
 def make_subject(size: str) -> Subject:

@@ -123,6 +123,9 @@ def bench_command(
     if not names and not random:
         names = [os.environ.get(MODEL_VARIABLE) or None]
     opened = [open_subject(name, adapter, offline=offline) for name in names]
+    for folder in filter(None, (subject.folder for subject in opened)):
+        for note in folder.notes:
+            console.note(note)
     cases = plan_cases([*opened, *random], workload)
     if names == [None] and adapter is None:
         console.note(

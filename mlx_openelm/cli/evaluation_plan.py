@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.options import optional_path
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.paths import user_path
 from mlx_openelm.text.record_files import is_record_file
 
 if TYPE_CHECKING:
@@ -45,14 +46,12 @@ def list_entrants(
     Raises:
         OpenELMError: a model was not found, or is named twice.
     """
-    from mlx_openelm.storage.hub import ADAPTER_CONFIG, CONFIG
     from mlx_openelm.storage.loading import choose_model
+    from mlx_openelm.storage.weight_files import is_adapter
 
     pairs = [(model, adapter_path)]
     for name in compare:
-        path = Path(name)
-        is_adapter = (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file()
-        pairs.append((model, name) if is_adapter else (name, None))
+        pairs.append((model, name) if is_adapter(user_path(name)) else (name, None))
     entrants: list[Entrant] = []
     for base, adapter in pairs:
         choice = choose_model(base, optional_path(adapter), offline=offline)

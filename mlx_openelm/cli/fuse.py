@@ -47,7 +47,7 @@ def fuse_command(
         int | None,
         typer.Option(
             "--q-bits",
-            help="Bits of the linear layers.",
+            help="Bits of the linear layers: 2, 3, 4, 5, 6 or 8.",
             show_default="as in the base",
             rich_help_panel=QUANTIZATION,
         ),

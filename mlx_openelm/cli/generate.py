@@ -1,10 +1,11 @@
 """The command that generates text for one prompt or a file of prompts: `generate`."""
 
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -243,12 +244,19 @@ def _answer_file(
     from mlx_openelm.generation.batch_job import answer_prompts
 
     folder, model, tokenizer = opened
+
+    def read_options(options: Mapping[str, Any]) -> Sampling:
+        return Sampling.from_defaults(
+            folder.generation_defaults, {**sampling, **options}
+        )
+
     with console.progress("Answering") as progress:
         report = answer_prompts(
             model,
             tokenizer,
             prompts,
-            Sampling.from_defaults(folder.generation_defaults, sampling),
+            read_options({}),
+            read_options=read_options,
             template=template,
             system=system,
             batch_size=batch_size,

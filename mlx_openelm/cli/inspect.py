@@ -34,4 +34,6 @@ def inspect_command(
 
     console = Console(quiet=quiet)
     inspection = inspect(find_model(model, offline=offline), context=context)
+    for note in inspection.notes:
+        console.note(note)
     console.answer_report(inspection, show_inspection, as_json=as_json)

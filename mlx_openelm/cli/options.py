@@ -109,6 +109,8 @@ def open_model(
     stored, quantized = stored_dtype(folder), bool(folder.packings)
     for slowness in describe_slowness(stored, quantized=quantized):
         console.note_once(f"[{slowness}]")
+    for note in folder.notes:
+        console.note(note)
     model = load_model(folder)
     if adapter is not None:
         for note in attach(model, adapter.path):

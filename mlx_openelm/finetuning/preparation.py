@@ -114,6 +114,7 @@ def _read_and_plan(
     data = read_data(user_path(recipe.data), objective.formats(), on_progress)
     model_path = find_model(recipe.model, offline=offline)
     folder = open_folder(model_path)
+    data = dataclasses.replace(data, notes=(*folder.notes, *data.notes))
     tokenizer = load_tokenizer(folder)
     choice = choose_template(recipe.template, tokenizer.template, data.train.format)
     resolved = recipe.resolve(

@@ -6,9 +6,10 @@ run skips the prompts whose key is in the output.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.batching import (
@@ -60,6 +61,7 @@ def answer_prompts(
     prompts: Prompts,
     sampling: Sampling,
     *,
+    read_options: Callable[[Mapping[str, Any]], Sampling] | None = None,
     template: str = "auto",
     system: str = "",
     batch_size: int = BATCH_SIZE,
@@ -72,6 +74,8 @@ def answer_prompts(
     """Answer prompts in batches.
 
     Args:
+        read_options: returns the options of a prompt that has some of its own, by
+            attribute; by default they replace those of `sampling`.
         output: file for the objects, one per line. Answers that a stopped run of the
             same prompts and settings wrote there are kept; the other prompts, and
             invalid lines that have been corrected since, are answered.
@@ -86,7 +90,7 @@ def answer_prompts(
             run or is another kind of file, or it cannot be written. The content of the
             output is kept.
     """
-    job = _Job(model, tokenizer, prompts, sampling, template, system)
+    job = _Job(model, tokenizer, prompts, sampling, template, system, read_options)
     problems: list[str] = []
     tokens = 0
 
@@ -139,6 +143,7 @@ class _Job:
         sampling: Sampling,
         template: str,
         system: str,
+        read_options: Callable[[Mapping[str, Any]], Sampling] | None,
     ) -> None:
         """Check the settings.
 
@@ -153,11 +158,14 @@ class _Job:
         self._system = system
         self._prompts = prompts.prompts
         self._places = {prompt.number: i for i, prompt in enumerate(prompts.prompts)}
+        self._read_options = read_options
         self._fingerprint = fingerprint_model(model)
         self.refused: set[int] = set()
 
     def sampling_of(self, prompt: Prompt) -> Sampling:
         """Return the options of a prompt's answer."""
+        if prompt.options and self._read_options is not None:
+            return self._read_options(prompt.options)
         return replace(self._sampling, **prompt.options)
 
     def batches(self) -> dict[Sampling, list[int]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import list_names
 from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_module
 
 EMBED_BITS = 8  # default
@@ -110,7 +111,7 @@ class Quantization:
         if indivisible:
             raise OpenELMError(
                 f"A group size of {self.linear.group_size} does not divide the rows of "
-                f"{', '.join(indivisible)}; choose another `group_size` "
+                f"{list_names(indivisible, quoted=False)}; choose another `group_size` "
                 f"({', '.join(map(str, sorted(GROUP_SIZES)))}), or `keep` them."
             )
         self.check_keep(config)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,14 +18,16 @@ from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.base_check import BaseWeight, base_weights, check_base
-from mlx_openelm.storage.hub import find_model
+from mlx_openelm.storage.hub import HUB_ID, find_model, refuse_address
 from mlx_openelm.storage.model_folder import (
     METADATA_KEY,
     ConfiguredFolder,
     check_shapes,
-    read_headers,
 )
 from mlx_openelm.storage.shards import write_json
+from mlx_openelm.storage.similar_names import suggest_similar
+from mlx_openelm.storage.weight_files import holds_model
+from mlx_openelm.storage.weight_reader import check_stored, read_headers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 BEST = "best"  # in a training run's folder: the adapter with the lowest loss
@@ -72,17 +75,21 @@ def open_adapter_folder(path: Path) -> AdapterFolder:
     Raises:
         OpenELMError: it is not an adapter, is PEFT's, or has no weights yet.
     """
+    _refuse_non_folder(path)
     if (path / RECIPE).is_file():
         find_weights(path)  # its error is more specific than that of a missing config
     if not (path / CONFIG).is_file():
-        raise OpenELMError(
-            f"{path} holds no {CONFIG}; an adapter folder has {CONFIG} and {WEIGHTS}."
+        instead = (
+            "it is a model, pass it as `model`"
+            if holds_model(path)
+            else f"an adapter folder has {CONFIG} and {WEIGHTS}"
         )
+        raise OpenELMError(f"{path} holds no {CONFIG}; {instead}.")
     raw = read_mapping(path / CONFIG)
     if "peft_type" in raw:
         raise OpenELMError(
-            f"{path} is a PEFT adapter; `mlx-openelm convert {path}` converts it to a "
-            "format that can be used here."
+            f"{path} is a PEFT adapter; `mlx-openelm convert "
+            f"{shlex.quote(str(path))}` converts it to a format that can be used here."
         )
     find_weights(path)
     method = raw.get("fine_tune_type", "lora")
@@ -92,6 +99,33 @@ def open_adapter_folder(path: Path) -> AdapterFolder:
             "full."
         )
     return AdapterFolder(path, raw, method)
+
+
+def find_adapter(name: str, *, offline: bool = False) -> Path:
+    """Return the local path of an adapter folder; a Hub id is downloaded if necessary.
+
+    Raises:
+        OpenELMError: there is no such folder, or the download failed.
+    """
+    path = Path(os.path.expanduser(name))
+    if HUB_ID.fullmatch(name) and not path.parent.is_dir():
+        return find_model(name, offline=offline)
+    _refuse_non_folder(path)
+    return path
+
+
+def _refuse_non_folder(path: Path) -> None:
+    if path.is_dir():
+        return
+    refuse_address(str(path))
+    if path.is_file():
+        raise OpenELMError(
+            f"{path} is a file, not an adapter folder; pass the folder, {path.parent}."
+        )
+    similar = suggest_similar(str(path), (), CONFIG)
+    raise OpenELMError(
+        f"There is no adapter folder {path}; check `adapter_path`.{similar}"
+    )
 
 
 def find_weights(path: Path) -> Path:
@@ -122,8 +156,8 @@ def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
     """
     adapter = open_adapter_folder(path)
     headers = read_headers([path / WEIGHTS])
-    arrays = mx.load(str(path / WEIGHTS))
-    assert isinstance(arrays, dict)
+    check_stored(headers)
+    arrays = {name: tensor.read() for name, tensor in headers.items()}
     if not headers:
         raise OpenELMError(f"{path / WEIGHTS} is empty; use another adapter.")
     stored = {name: tensor.shape for name, tensor in headers.items()}

@@ -4,18 +4,24 @@ A complete snapshot in the local Hub cache is used without network access. A bra
 therefore stays at the commit that was downloaded first.
 """
 
-import fnmatch
+import contextlib
+import os
 import re
 import shlex
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.paths import user_path
 from mlx_openelm.storage.hub_download import Wanted, fetch
 from mlx_openelm.storage.similar_names import suggest_similar
+from mlx_openelm.storage.weight_files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    LAYOUTS,
+    SAFETENSORS,
+    read_index,
+)
 
 DEMO = "demo"
 RELEASED = tuple(
@@ -27,32 +33,14 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
     *("added_tokens.json", "special_tokens_map.json"),  # of transformers 4
 )
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 SMALL_FILES = (CONFIG, "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES)
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+_VIEWS = ("tree", "blob", "resolve", "raw", "commit")  # /ORG/NAME/VIEW/REVISION
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _SNAPSHOT = re.compile(r"models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """How a repository stores weights: config file, weight file pattern and index."""
-
-    config: str
-    weights: str
-    index: str = ""
-
-
-_LAYOUTS = (  # only the first one that a repository has is used
-    _Layout(CONFIG, "model*.safetensors", "model.safetensors.index.json"),
-    _Layout(CONFIG, "weights.safetensors"),
-    _Layout(CONFIG, "pytorch_model*.bin", "pytorch_model.bin.index.json"),
-    _Layout(ADAPTER_CONFIG, "adapters.safetensors"),
-    _Layout(ADAPTER_CONFIG, "adapter_model.safetensors"),
-    _Layout(ADAPTER_CONFIG, "adapter_model.bin"),
-)
 
 
 def demo_folder() -> Path:
@@ -84,6 +72,7 @@ def find_model(
     Raises:
         OpenELMError: there is no such folder, or the download failed.
     """
+    refuse_address(name)
     path = user_path(name)
     if revision is not None and (path.exists() or name == DEMO):
         raise OpenELMError(
@@ -94,11 +83,13 @@ def find_model(
     if name == DEMO:
         return demo_folder()
     if path.exists():
+        if problem := describe_file(path):
+            raise OpenELMError(problem)
         advice = "pass demo, a folder, or a Hub id"
-        if path.suffix in CHECKPOINT_SUFFIXES:
+        if _is_checkpoint(path):
             advice = f"`mlx-openelm convert {shlex.quote(name)}` converts it to one"
         raise OpenELMError(f"{name} is a file, not a model folder; {advice}.")
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise OpenELMError(
             f"There is no folder {name}{_suggest(name)} Use demo, a folder, a Hub id "
             "or, to convert, a .pt file; the released models are "
@@ -110,6 +101,59 @@ def find_model(
         if name in RELEASED:
             raise
         raise OpenELMError(f"{str(error).rstrip('.')}{_suggest(name)}") from error
+
+
+def refuse_address(name: str) -> None:
+    """Raise OpenELMError for the address of a web page, with the id of a Hub's page."""
+    name = re.sub(r"^(\w+):/+", r"\1://", name)  # a Path has one slash
+    scheme, _, rest = name.rpartition("://")
+    host, *parts = re.split(r"[?#]", rest)[0].split("/")
+    if not scheme and host not in _HOSTS:
+        return
+    endpoint = os.environ.get("HF_ENDPOINT", "").rpartition("://")[2].rstrip("/")
+    parts = [part for part in ([host] if scheme == "hf" else []) + parts if part]
+    known = scheme == "hf" or host in (*_HOSTS, endpoint)
+    if not known or len(parts) < 2 or parts[0] in ("datasets", "spaces"):
+        raise OpenELMError(
+            f"{name} is a web address, but not the page of a model on the Hub; "
+            "download the file or folder, and pass its path."
+        )
+    revision = parts[3] if len(parts) > 3 and parts[2] in _VIEWS else "main"
+    other = "" if revision == "main" else f" with `revision` {revision}"
+    raise OpenELMError(
+        f"{name} is the address of a page; pass its Hub id, {parts[0]}/{parts[1]}"
+        f"{other}."
+    )
+
+
+def describe_file(path: Path) -> str | None:
+    """Return why a file is not a source to convert; None if it may be one."""
+    if _is_checkpoint(path):
+        return None
+    if path.suffix == ".gguf":
+        return (
+            f"{path} is a GGUF file, which can only be written; convert its source "
+            "instead."
+        )
+    for config, noun in ((ADAPTER_CONFIG, "an adapter"), (CONFIG, "a model")):
+        if path.with_name(config).is_file():
+            return (
+                f"{path} is one file of {noun} folder; pass the folder, {path.parent}."
+            )
+    if path.suffix == ".safetensors":
+        return (
+            f"{path} has no {CONFIG} next to it, which has the sizes; add the one that "
+            f"belongs to it, and pass the folder, {path.parent}."
+        )
+    return None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Return whether a file may be one of torch.save, by its name or first bytes."""
+    if path.suffix in CHECKPOINT_SUFFIXES or not path.is_file():
+        return True
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _suggest(name: str) -> str:
@@ -195,10 +239,9 @@ def _missing(folder: Path, wanted: Wanted) -> list[str]:
             listed = {file.path for file in tree}
         except CachedRepoTreeNotFoundError:
             pass
-    for index in {layout.index for layout in _LAYOUTS} & present:
-        names = read_mapping(folder / index).get("weight_map")
-        if isinstance(names, dict):
-            listed = listed | {str(name) for name in names.values()}
+    for index in {layout.index for layout in LAYOUTS} & present:
+        with contextlib.suppress(OpenELMError):  # reported when the folder is opened
+            listed = listed | set(read_index(folder / index).values())
     return [name for name in wanted.choose(listed) if name not in present]
 
 
@@ -211,12 +254,13 @@ def choose_model_files(names: Collection[str]) -> list[str]:
     If there are no weights or no config, those of the first layout are included.
     """
     top = sorted(name for name in names if "/" not in name)
-    for layout in _LAYOUTS:
-        if weights := fnmatch.filter(top, layout.weights):
+    for layout in LAYOUTS:  # only the first one that a repository has is used
+        if weights := layout.choose(top):
             break
     else:
-        layout, weights = _LAYOUTS[0], ["model.safetensors"]
-    small = [name for name in (*SMALL_FILES, layout.index) if name in top]
+        layout, weights = SAFETENSORS, [SAFETENSORS.single]
+    index = () if layout.single in weights else (layout.index,)
+    small = [name for name in (*SMALL_FILES, *index) if name in top]
     return list(dict.fromkeys([layout.config, *small, *weights]))
 
 

@@ -9,7 +9,12 @@ from typing import Any
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.loading import stored_dtype
-from mlx_openelm.storage.model_folder import ModelFolder, open_folder, spell_dtype
+from mlx_openelm.storage.model_folder import (
+    BEFORE,
+    ModelFolder,
+    open_folder,
+    spell_dtype,
+)
 from mlx_openelm.storage.tokenizer_finder import MODEL_FILE, read_tokenizer
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
 
@@ -37,6 +42,9 @@ class Inspection:
         source: origin of the weights, as recorded by the converter.
         options: options of the conversion that differ from the defaults.
         receipt: the measured errors of the quantization.
+        rewritten: another tool has written other weights since, which options and
+            receipt do not describe.
+        notes: notes for the user on the files.
     """
 
     path: Path
@@ -58,6 +66,8 @@ class Inspection:
     source: Mapping[str, Any]
     options: Mapping[str, Any]
     receipt: Mapping[str, Any] | None
+    rewritten: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def inspect(path: Path, *, context: int | None = None) -> Inspection:
@@ -70,7 +80,8 @@ def inspect(path: Path, *, context: int | None = None) -> Inspection:
         OpenELMError: the folder is not a model folder, or damaged.
     """
     folder = open_folder(path)
-    config = folder.config
+    config, metadata = folder.config, folder.metadata
+    before = _read_mapping(metadata, BEFORE)
     weight_bytes = sum(tensor.num_bytes for tensor in folder.tensors.values())
     dtype = compute_dtype(stored_dtype(folder))
     widened = dtype != stored_dtype(folder)
@@ -102,14 +113,16 @@ def inspect(path: Path, *, context: int | None = None) -> Inspection:
         memory_bytes=working_bytes + tokens * kv_bytes,
         tokenizer=_count_pieces(folder),
         template=folder.template or "raw",
-        source=_read_metadata(folder, "source") or {},
-        options=_read_metadata(folder, "options") or {},
-        receipt=_read_metadata(folder, "receipt"),
+        source=_read_mapping(before or metadata, "source") or {},
+        options=_read_mapping(metadata, "options") or {},
+        receipt=_read_mapping(metadata, "receipt"),
+        rewritten=before is not None,
+        notes=folder.notes,
     )
 
 
-def _read_metadata(folder: ModelFolder, key: str) -> Mapping[str, Any] | None:
-    value = folder.metadata.get(key)
+def _read_mapping(metadata: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    value = metadata.get(key)
     return value if isinstance(value, dict) else None
 
 

@@ -16,6 +16,7 @@ from mlx_openelm.model.quantization import Packing
 from mlx_openelm.storage.adapter_folder import (
     AdapterFolder,
     attach,
+    find_adapter,
     open_adapter_folder,
 )
 from mlx_openelm.storage.hub import DEMO, find_model, snapshot_of
@@ -60,7 +61,8 @@ def choose_model(
     """
     adapter = None
     if adapter_path is not None:
-        adapter = open_adapter_folder(Path(adapter_path))
+        path = find_adapter(str(adapter_path), offline=offline)
+        adapter = open_adapter_folder(path)
     if adapter is not None and name is None:
         path = adapter.find_base(offline=offline)
         return ModelChoice(adapter.base or "", open_folder(path), adapter, is_base=True)
@@ -89,9 +91,11 @@ def load(
     choice = choose_model(name, adapter_path, offline=offline)
     tokenizer = load_tokenizer(choice.folder, choice.adapter)
     model = load_model(choice.folder)
+    notes = choice.folder.notes
     if choice.adapter is not None:
-        for note in attach(model, choice.adapter.path):
-            warnings.warn(note, stacklevel=2)
+        notes += attach(model, choice.adapter.path)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     return model, tokenizer
 
 
@@ -146,7 +150,15 @@ def load_model(folder: ModelFolder, dtype: mx.Dtype | None = None) -> OpenELM:
     floating = {name: _cast(array, chosen) for name, array in arrays.items()}
     model.load_weights(list(floating.items()))
     model.eval()
-    mx.eval(model.parameters())
+    try:
+        mx.eval(model.parameters())
+    except RuntimeError as error:  # MLX has no other type for a failed read
+        if "[read]" not in str(error):
+            raise
+        raise OpenELMError(
+            f"The weights of {folder.path} were changed or truncated while they were "
+            "being read; repeat the command when they are complete."
+        ) from error
     return model
 
 

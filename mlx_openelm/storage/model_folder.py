@@ -4,7 +4,8 @@ Our metadata is the entry "mlx_openelm" of config.json: the origin of the weight
 their prompt template.
 """
 
-import math
+import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,33 +13,27 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import safetensors
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.message_parts import list_names
 from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
-from mlx_openelm.storage.shards import DTYPES, INDEX
-from mlx_openelm.tensor_names import to_folder, to_module
+from mlx_openelm.storage.shards import DTYPES, Shard, TensorLayout
+from mlx_openelm.storage.weight_files import (
+    ADAPTER_CONFIG,
+    SAFETENSORS,
+    find_weight_files,
+)
+from mlx_openelm.storage.weight_reader import StoredTensor, check_stored, read_headers
+from mlx_openelm.tensor_names import HEAD, map_to_corenet, to_folder, to_module
 
 METADATA_KEY = "mlx_openelm"
+BEFORE = "before"  # in our metadata: the entry before another tool changed the weights
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-MOST_NAMED = 100  # tensors listed in an error
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """The header of a tensor in a safetensors file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].size
+MOST_NAMED = 10  # tensors of a kind that an error lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +66,19 @@ class ModelFolder(ConfiguredFolder):
     Attributes:
         tensors: headers by the names in the files.
         packings: how the quantized tensors are packed, by CoreNet name.
+        unused: names of other weight files in the folder.
+        notes: notes for the user, for example on these files.
     """
 
     config: OpenELMConfig
     tensors: Mapping[str, StoredTensor]
     packings: Mapping[str, Packing]
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return read_metadata(self.raw, self.config, self.packings, self.tensors)
 
     @property
     def generation_defaults(self) -> dict[str, Any]:
@@ -84,12 +87,12 @@ class ModelFolder(ConfiguredFolder):
 
     def dtype_of(self, name: str) -> mx.Dtype:
         """Return the dtype of a tensor (CoreNet name) that is not packed."""
-        return DTYPES[self.tensors[to_folder(name)].dtype]
+        return self.tensors[to_folder(name)].array_dtype
 
     def read(self) -> dict[str, mx.array]:
         """Return all tensors, lazily: the bytes are read on evaluation."""
         arrays: dict[str, mx.array] = {}
-        for file in sorted({tensor.file for tensor in self.tensors.values()}):
+        for file in sorted({tensor.file.path for tensor in self.tensors.values()}):
             loaded = mx.load(str(file))
             assert isinstance(loaded, dict)
             arrays |= loaded
@@ -105,86 +108,85 @@ def open_folder(path: Path) -> ModelFolder:
     """
     raw = read_mapping(_existing(path / "config.json"))
     config = OpenELMConfig.from_dict(raw)
-    tensors = read_headers(find_weight_files(path))
+    found = find_weight_files(path)
+    tensors = read_headers(found.files)
     entry = raw.get("quantization") or raw.get("quantization_config") or {}
     packings = {
         name: read_packing(entry, to_module(name))
         for name in config.tensor_shapes()
         if f"{to_module(name)}.scales" in tensors
     }
+    expected = expected_shapes(config, packings)
+    _refuse_foreign(path, tensors, expected)
+    check_stored(tensors)
     check_shapes(
-        expected_shapes(config, packings),
+        expected,
         {name: tensor.shape for name, tensor in tensors.items()},
         where=str(path),
     )
-    dtypes = {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
+    dtypes = {name: tensor.array_dtype for name, tensor in tensors.items()}
     check_dtypes(config, packings, dtypes, where=str(path))
-    return ModelFolder(path, raw, config, tensors, packings)
+    return ModelFolder(path, raw, config, tensors, packings, found.unused, found.notes)
 
 
-def find_weight_files(
-    path: Path, pattern: str = "model*.safetensors", index_name: str = INDEX
-) -> list[Path]:
-    """Return the weight files of a folder, checked against its index, if any."""
-    files = sorted(file for file in path.glob(pattern) if file.is_file())
-    index = path / index_name
-    if index.is_file():
-        weight_map = read_mapping(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise OpenELMError(
-                f"{index} has no weight_map, or an empty one; download or convert it "
-                "again."
-            )
-        # Only names of files in this folder pass, so no name leads out of it.
-        missing = sorted(
-            {str(name) for name in weight_map.values()} - {f.name for f in files}
-        )
-        if missing:
-            raise OpenELMError(
-                f"{path} is incomplete: {', '.join(missing)} of its index is missing; "
-                "download or convert it again."
-            )
-        return [file for file in files if file.name in weight_map.values()]
-    if not files:
-        raise OpenELMError(
-            f"{path} holds no {pattern}; is it a model folder? "
-            "`mlx-openelm convert` makes one."
-        )
-    return files
+def read_metadata(
+    raw: Mapping[str, Any],
+    config: OpenELMConfig,
+    packings: Mapping[str, Packing],
+    tensors: Mapping[str, StoredTensor],
+) -> Mapping[str, Any]:
+    """Return our entry of config.json, as far as it describes these weights.
 
-
-def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Return the tensor headers of safetensors files by name; no weights are read.
-
-    Raises:
-        OpenELMError: a file is damaged, or a dtype is not supported.
+    Another tool that writes other weights copies the entry. Then only the prompt
+    template still applies, and the entry becomes `BEFORE` of the result.
     """
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        try:
-            with safetensors.safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is not a dict
-                    part = opened.get_slice(name)
-                    if name in tensors:
-                        raise OpenELMError(
-                            f"{name} is in {tensors[name].file} and in {file.name}; "
-                            "remove one of them."
-                        )
-                    tensors[name] = StoredTensor(
-                        file, part.get_dtype(), tuple(part.get_shape())
-                    )
-        except (safetensors.SafetensorError, OSError) as error:
-            raise OpenELMError(
-                f"{file} is damaged or not a safetensors file ({error}); download or "
-                "convert it again."
-            ) from error
-    foreign = sorted(n for n, t in tensors.items() if t.dtype not in DTYPES)
-    if foreign:
+    entry = raw.get(METADATA_KEY)
+    if not isinstance(entry, dict):
+        return {}
+    hashed = entry.get("files")
+    files = {tensor.file.path.name: tensor.file for tensor in tensors.values()}
+    described = [name for name in hashed or () if str(name).endswith(".safetensors")]
+    order = [name for name in expected_shapes(config, packings) if name in tensors]
+    if not described or (
+        set(described) == files.keys()
+        and all(_is_ours(name, tensors, order) for name in files)
+    ):
+        return entry
+    template = {"template": entry["template"]} if "template" in entry else {}
+    return {**template, BEFORE: entry}
+
+
+def _is_ours(
+    file: str, tensors: Mapping[str, StoredTensor], order: Iterable[str]
+) -> bool:
+    """Whether the header of a file is the one that this program writes for it."""
+    stored = {n: tensors[n] for n in order if tensors[n].file.path.name == file}
+    if any(tensor.dtype not in DTYPES for tensor in stored.values()) or not stored:
+        return False
+    layouts = {n: TensorLayout(t.array_dtype, t.shape) for n, t in stored.items()}
+    opened = next(iter(stored.values())).file
+    headers = (Shard(file, layouts).header(format) for format in ("mlx", "pt"))
+    return any(
+        len(header) <= opened.size and opened.read(0, len(header)).tobytes() == header
+        for header in headers
+    )
+
+
+def _refuse_foreign(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    expected: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Raise OpenELMError for names and dtypes that `convert` changes to ours."""
+    names = {to_folder(name) for name in map_to_corenet(tensors)}
+    foreign = sorted(tensors.keys() - expected.keys())
+    foreign += [name for name, tensor in tensors.items() if tensor.dtype == "F64"]
+    if foreign and expected.keys() <= names <= expected.keys() | {HEAD}:
         raise OpenELMError(
-            f"{foreign[0]} is stored as {tensors[foreign[0]].dtype}; an OpenELM is "
-            f"stored as {', '.join(DTYPES)}."
+            f"{path} has tensors as another tool stores them, for example "
+            f"{foreign[0]}; `mlx-openelm convert {shlex.quote(str(path))}` makes a "
+            "model folder of it."
         )
-    return tensors
 
 
 def expected_shapes(
@@ -208,8 +210,8 @@ def check_shapes(
     """Compare tensors by name and shape.
 
     Raises:
-        OpenELMError: names the missing, unexpected and misshapen tensors, up to 100 of
-            each kind.
+        OpenELMError: names the missing, unexpected and misshapen tensors, up to
+            `MOST_NAMED` of each kind.
     """
     missing = [name for name in expected if name not in actual]
     unexpected = sorted(name for name in actual if name not in expected)
@@ -219,8 +221,7 @@ def check_shapes(
         if name in actual and actual[name] != shape
     ]
     problems = [
-        f"{kind}: {', '.join(names[:MOST_NAMED])}"
-        + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+        f"{kind}: {list_names(_summarize(names), most=MOST_NAMED, quoted=False)}"
         for kind, names in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -232,6 +233,13 @@ def check_shapes(
         raise OpenELMError(
             f"The tensors of {where} do not match its config; {'; '.join(problems)}."
         )
+
+
+def _summarize(names: list[str]) -> list[str]:
+    """Return many names with one entry for all layers: "layers.*.ffn_norm.weight"."""
+    if len(names) <= MOST_NAMED:
+        return names
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
 
 
 def check_dtypes(
@@ -306,9 +314,13 @@ def spell_dtype(dtype: mx.Dtype) -> str:
 def _existing(path: Path) -> Path:
     if path.is_file():
         return path
-    absent = f"{path.parent} holds no {path.name}"
-    if (path.parent / "adapter_config.json").is_file():
+    folder = path.parent
+    absent = f"{folder} holds no {path.name}"
+    if (folder / ADAPTER_CONFIG).is_file():
         raise OpenELMError(f"{absent}, it is an adapter; pass it as `adapter_path`.")
+    if any(folder.glob(SAFETENSORS.pattern)):
+        raise OpenELMError(f"{absent}; copy it there from where the weights are from.")
     raise OpenELMError(
-        f"{absent}; is it a model folder? `mlx-openelm convert` makes one."
+        f"{absent}; pass a model folder. `mlx-openelm convert` makes one of a .pt file "
+        "or a Hub id."
     )

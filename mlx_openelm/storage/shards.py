@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, Literal, Self
 import mlx.core as mx
 
 from mlx_openelm.storage.staging import SHARD_FILES, flush
+from mlx_openelm.storage.weight_files import INDEX
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 10**9
 
 DTYPES = {  # supported dtypes, by their names in safetensors

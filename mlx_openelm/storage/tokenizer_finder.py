@@ -22,11 +22,13 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.input_files import read_json
 from mlx_openelm.paths import user_path
 from mlx_openelm.storage.added_token_files import read_added_tokens
+from mlx_openelm.storage.file_checks import refuse_unreadable
 from mlx_openelm.storage.hub import (
     TOKENIZER,
     TOKENIZER_FILES,
     cached_snapshots,
     download,
+    refuse_address,
 )
 from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 from mlx_openelm.text.tokenizer_json import (
@@ -249,6 +251,7 @@ def _describe(tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:
 
 def _locate(given: str, *, offline: bool) -> Path:
     """Return the path of a file, a folder, or a repository, which is downloaded."""
+    refuse_address(given)
     path = user_path(given)
     if path.exists():
         return path
@@ -281,6 +284,7 @@ def read_tokenizer(
     file = find_tokenizer_file(path)
     if file is None:
         refuse(f"{path} holds neither {MODEL_FILE} nor {JSON_FILE}")
+    refuse_unreadable(file)
     if file.suffix != ".json":
         tokenizer = Tokenizer.from_file(file, template=template)
     else:

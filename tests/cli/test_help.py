@@ -26,8 +26,8 @@ FLAGS = {
     "convert": (
         "--hf-path --model --mlx-path --to --dtype --allow-overflow -q --quantize "
         "--q-bits --q-group-size --q-mode --q-embed-bits --q-keep --dequantize "
-        "--calibration --no-receipt --merge --adapter-out --average --tokenizer "
-        "--revision --force --json --quiet --offline"
+        "--calibration --no-receipt --merge --adapter-out --average --weights "
+        "--tokenizer --revision --force --json --quiet --offline"
     ),
     "fuse": (
         "--adapter-path --save-path --model --dequantize -q --quantize --q-bits "

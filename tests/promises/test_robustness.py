@@ -113,7 +113,7 @@ def test_the_error_for_a_missing_tokenizer_names_it(here):
         ("a/b/c", "There is no folder a/b/c"),
         ("no-such/model", "cache has no model of that name"),
         ("..", "holds no config.json"),
-        ("model/config.json", "is a file, not a model folder"),
+        ("model/config.json", "is one file of a model folder; pass the folder, model"),
         ("~nobody", "There is no folder ~nobody"),
         ("x" * 3000, "name too long"),
     ],

@@ -116,6 +116,8 @@ def show_verification(console: Console, verification: "Verification") -> None:
     for check in verification.checks:
         table.add_row(check.name, "ok" if check.passed else "\n".join(check.problems))
     console.answer_table(table)
+    for note in verification.notes:
+        console.note(note)
 
 
 def show_inspection(console: Console, model: "Inspection") -> None:
@@ -146,7 +148,8 @@ def show_inspection(console: Console, model: "Inspection") -> None:
         ),
         (
             "made from",
-            f"{model.source.get('name', '?')}, {model.source.get('kind', '?')}",
+            f"{model.source.get('name', '?')}, {model.source.get('kind', '?')}"
+            + (", rewritten by another tool" if model.rewritten else ""),
         ),
         *((n, str(model.source[n])) for n in ("repo", "revision") if n in model.source),
         ("options", ", ".join(f"{k} {v}" for k, v in model.options.items()) or "none"),

@@ -24,13 +24,15 @@ from converters.formats.adapter_writer import (
     write_mlx_adapter,
     write_peft_adapter,
 )
-from converters.formats.pickle_machine import PtTensor
+from converters.formats.pickle_machine import PtStorage, PtTensor
+from converters.formats.pt_archive import PtArchive
 from converters.formats.pt_reader import read_state_dict
 from converters.formats.pt_writer import TensorToWrite, write_pt
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.adapter_folder import attach
+from mlx_openelm.storage.weight_reader import WeightFile
 from mlx_openelm.tensor_names import EMBEDDING, HEAD, map_to_corenet, to_folder
 
 torch = pytest.importorskip("torch", reason="needs PyTorch for the reference")
@@ -207,7 +209,7 @@ def test_a_corenet_adapter_merged_or_separate_has_torchs_logits(
     expected = torch_logits(factors)
     base, adapter = read_corenet(write_corenet(tmp_path / "x.pt", factors))
     assert {n: t.shape for n, t in base.items()} == UNEVEN.tensor_shapes()
-    assert all(np.array_equal(t.array, WEIGHTS[n]) for n, t in base.items())
+    assert all(np.array_equal(t.read(), WEIGHTS[n]) for n, t in base.items())
     assert (adapter.method, adapter.modules.keys()) == (method, factors.keys())
     assert "scale 1.0" in adapter.notes[0]
     assert_same(merged_logits(adapter), expected)
@@ -239,8 +241,10 @@ def test_names_shapes_and_order_are_apples(shared, case):
     """Split Apple's state dict of the 270M, and combine it again."""
     path = shared / "golden" / f"corenet-OpenELM-270M-{case}.shapes.json"
     shapes = {n: tuple(s) for n, s in json.loads(path.read_text()).items()}
+    archive = PtArchive(WeightFile(path, 0, 0), {})
+    one = PtStorage(archive, "data/0", "float32", np.dtype("<f4"), 1)
     stored = {
-        name: PtTensor("float32", shape, np.broadcast_to(np.float32(0), shape))
+        name: PtTensor(shape, (0,) * len(shape), 0, one)
         for name, shape in shapes.items()
     }
     base, adapter = split_checkpoint(stored, path)
@@ -801,7 +805,7 @@ def test_mlx_to_corenet_and_back_is_the_same_bit_for_bit(tmp_path, method, embed
     assert "scale" in notes[0]
     write_pt(tmp_path / "y.pt", written)
     base, read_back = read_corenet(tmp_path / "y.pt")
-    assert all(np.array_equal(t.array, WEIGHTS[n]) for n, t in base.items())
+    assert all(np.array_equal(t.read(), WEIGHTS[n]) for n, t in base.items())
     assert_same_adapter(read_back, adapter)
     state = torch.load(tmp_path / "y.pt")  # torch reads the same
     assert state.keys() == torch.load(tmp_path / "x.pt").keys()

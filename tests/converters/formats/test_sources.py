@@ -15,7 +15,7 @@ from commands import expect_error, make_source
 from models import UNEVEN, make_factors, weights_of, write_mlx_lm_adapter, write_pt
 from pickles import mapping, tensor, zipped
 
-from mlx_openelm.storage.model_folder import INDEX
+from mlx_openelm.storage.weight_files import INDEX
 
 WEIGHTS = weights_of(UNEVEN)
 
@@ -80,7 +80,12 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(here):
         expect_error(here, "convert", "cut.pt", message="cut.pt")
     llama = dict.fromkeys(["model.norm.weight", "lm_head.bias"], np.ones(9, "f"))
     write_pt(here / "llama.pt", llama)
-    expect_error(here, "convert", "llama.pt", message=["not an OpenELM", *llama])
+    expect_error(
+        here,
+        "convert",
+        "llama.pt",
+        message=["not an OpenELM", "lm_head.bias, norm.weight"],
+    )
     cut = {name: w for name, w in WEIGHTS.items() if name != "norm.weight"}
     write_pt(here / "cut.pt", {**cut, "layers.0.attn_norm.weight": np.ones(63, "f")})
     message = ["missing: norm.weight", "attn_norm.weight is [63], expected [64]"]
@@ -101,11 +106,6 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(here):
         ("config.json", b"\xff\xfe", "Cannot read"),
         ("config.json", b"[1, 2]", "config.json holds a list"),
         ("config.json", b"{}", "not an OpenELM's"),
-        (INDEX, b"{", "index.json cannot be parsed"),
-        (INDEX, b'{"weight_map": [1]}', "has no weight_map"),
-        (INDEX, b'{"weight_map": {"a": "b"}}', "b of its index is missing"),
-        (INDEX, b'{"weight_map": {}}', "no weight_map, or an empty one"),
-        (INDEX, b'{"weight_map": {"a": "../b\\n\\u0000"}}', r"../b\n\x00 of its index"),
     ],
 )
 def test_damaged_files_of_a_folder_are_reported(here, command, file, content, message):
@@ -113,6 +113,24 @@ def test_damaged_files_of_a_folder_are_reported(here, command, file, content, me
     if isinstance(content, int):
         content = path.read_bytes()[:content]
     path.write_bytes(content)
+    expect_error(here, command, "source", message=message)
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "index.json cannot be parsed"),
+        (b'{"weight_map": [1]}', "has no weight_map"),
+        (b'{"weight_map": {"a": "b"}}', "b of its index is missing"),
+        (b'{"weight_map": {}}', "no weight_map, or an empty one"),
+        (b'{"weight_map": {"a": "../b\\n\\u0000"}}', r"../b\n\x00 of its index"),
+    ],
+)
+def test_a_damaged_index_of_shards_is_reported(here, command, content, message):
+    whole = here / "source" / "model.safetensors"
+    whole.rename(whole.with_name("model-00001-of-00001.safetensors"))
+    (here / "source" / INDEX).write_bytes(content)
     expect_error(here, command, "source", message=message)
 
 
@@ -163,10 +181,12 @@ def test_all_tensors_that_do_not_fit_are_reported_with_both_shapes(here):
 def test_duplicate_tensors_and_wrong_dtypes_are_reported(here):
     path = here / "source" / "model.safetensors"
     shutil.copy(path, path.with_name("model-00001-of-00002.safetensors"))
+    path.rename(path.with_name("model-00002-of-00002.safetensors"))
     expect_error(
         here, "convert", "source", message=["model-00001-of-00002", "remove one"]
     )
     path.with_name("model-00001-of-00002.safetensors").unlink()
+    path.with_name("model-00002-of-00002.safetensors").rename(path)
     content = path.read_bytes()
     arrays = mx.load(str(path)) | {"module.norm.weight": mx.ones(64)}
     mx.save_safetensors(str(path), arrays)
@@ -185,5 +205,5 @@ def test_the_folder_of_a_training_run_is_refused_with_its_checkpoints(here):
     run.mkdir()
     (run / "checkpoint_average.pt").touch()
     (run / "config.json").write_text(json.dumps(UNEVEN.to_dict()))
-    message = "pass one of them, for example run/checkpoint_average.pt"
+    message = "for example with `mlx-openelm convert run/checkpoint_average.pt`"
     expect_error(here, "convert", "run", message=message)
