@@ -52,7 +52,9 @@ def main() -> None:
     )
     share = options.tokens // len(options.text)
     windows = [
-        calibration_windows(tokenizer, path.read_text(), config, num_tokens=share)
+        calibration_windows(
+            tokenizer, read_calibration(path)[1], config, num_tokens=share
+        )
         for path in options.text
     ]
     unseen = mx.concatenate(windows)

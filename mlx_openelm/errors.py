@@ -1,9 +1,23 @@
 """The error type of the project."""
 
+MAX_LENGTH = 2000  # characters of a message
+
 
 class OpenELMError(Exception):
     """An error for the user: what happened, where (file and line), and what to do.
 
     The message is a complete sentence. The command line prints it after "error:" and
-    exits with code 1. Any other exception that reaches the user is a bug.
+    exits with code 1. Any other exception that reaches the user is a bug. The middle of
+    a message that is too long to read is left out: it quotes a file.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shorten(message))
+
+
+def shorten(text: str) -> str:
+    """Return a text of at most `MAX_LENGTH` characters, without its middle."""
+    if len(text) <= MAX_LENGTH:
+        return text
+    start, end = text[: MAX_LENGTH - 500], text[-450:]
+    return f"{start} [... {len(text) - len(start) - len(end)} characters] {end}"

@@ -1,10 +1,10 @@
 """Reads JSON and YAML files."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import check_depth, parse_json, read_text
 from mlx_openelm.message_parts import describe_error
 
 
@@ -15,16 +15,21 @@ def read_mapping(path: Path) -> dict[str, Any]:
         OpenELMError: the file is missing, not JSON or YAML, or not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise OpenELMError(f"Cannot read {path}: {describe_error(error)}.") from error
     try:
         if path.suffix == ".json":
-            value = json.loads(text)
+            value = parse_json(text)
         else:
             import yaml
 
             value = yaml.safe_load(text)
+            check_depth(value)
+    except RecursionError as error:
+        raise OpenELMError(
+            f"{path} cannot be parsed: it is nested too deeply."
+        ) from error
     except Exception as error:  # the parsers' errors have no common base
         reason = " ".join(str(error).split())  # YAML's has several lines
         raise OpenELMError(f"{path} cannot be parsed: {reason}.") from error

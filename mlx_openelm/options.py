@@ -116,4 +116,4 @@ def _check_number(name: str, value: Any, kind: type, declared: Option) -> None:
             allowed = f"{low} or more"
         elif number > most >= _LARGE:
             allowed = f"at most {high}"
-        raise OpenELMError(f"`{name}` is {plain_number(number)}; it must be {allowed}.")
+        raise OpenELMError(f"`{name}` is {value}; it must be {allowed}.")

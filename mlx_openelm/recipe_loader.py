@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import read_text
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.message_parts import describe_error
+from mlx_openelm.paths import user_path
 
 Recipe = TypeVar("Recipe")
 
@@ -54,7 +57,7 @@ def make_recipe(kind: type[Recipe], values: Mapping[str, Any], where: str) -> Re
 
 def find_recipe(name: str) -> Path:
     """Return the path of a recipe file, or of the bundled recipe of that name."""
-    path = Path(name)
+    path = user_path(name)
     if path.is_file():
         return path
     known = bundled_recipes()
@@ -74,8 +77,8 @@ def read_recipe(name: str) -> str:
     """
     path = find_recipe(name)
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except (OSError, ValueError) as error:
         raise OpenELMError(
             f"Cannot read the recipe {path}: {describe_error(error)}."
         ) from error
@@ -94,7 +97,7 @@ def bundled_recipes() -> dict[str, Path]:
 
 
 def _build(kind: Any, entries: Mapping[str, Any], where: str, prefix: str) -> Any:
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     unknown = [key for key in entries if key not in hints]
     if unknown:
         raise OpenELMError(
@@ -121,10 +124,13 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise OpenELMError(
-                f"{where}: {key} is {value!r}, expected a group of keys."
+                f"{where}: {key} is {_show(value)}, expected a group of keys."
             )
         return _build(hint, value, where, f"{key}.")
     origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        inner, expand = typing.get_args(hint)  # of a PathText
+        return expand(_convert(inner, value, where, key))
     if origin in (types.UnionType, typing.Union):
         options = typing.get_args(hint)
         for option in options:
@@ -149,10 +155,20 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
             pass
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise OpenELMError(f"{where}: {key} is {value!r}, expected {_type_name(hint)}.")
+    raise OpenELMError(
+        f"{where}: {key} is {_show(value)}, expected {_type_name(hint)}."
+    )
+
+
+def _show(value: Any) -> str:
+    shown = reprlib.Repr()  # YAML can repeat a list a billion times
+    shown.maxlevel, shown.maxstring, shown.maxother = 2, 200, 200
+    return shown.repr(value)
 
 
 def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 

@@ -1,6 +1,5 @@
 """Options of a conversion, checked before anything is read."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -97,7 +96,6 @@ class ConversionOptions:
         "Text file on which the quantization error is measured.",
         panel=QUANTIZATION,
         shown_default="a built-in sample",
-        read=os.path.expanduser,
     )
     receipt: bool = option(
         True, "Do not measure the quantization error.", panel=QUANTIZATION

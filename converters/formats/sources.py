@@ -1,6 +1,5 @@
 """Detect and open a model source: its config, and its tensors, read one at a time."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +17,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
+from mlx_openelm.paths import user_path
 from mlx_openelm.storage.hub import (
     CHECKPOINT_SUFFIXES,
     describe_file,
@@ -127,7 +127,7 @@ def locate(name: str, *, offline: bool = False, revision: str | None = None) -> 
     """Return the path of a file, folder or Hub id, which is downloaded."""
     refuse_address(name)
     try:
-        path = Path(os.path.expanduser(name))
+        path = user_path(name)
         if path.is_file() and revision is None:
             return path
     except (OSError, ValueError) as error:  # too long, or not a valid name

@@ -33,6 +33,7 @@ from converters.pretraining.recipe import PretrainRecipe
 from converters.reference import ReferenceOpenELM
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import parse_json
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.storage.staging import lock_file, replaced_file
 from mlx_openelm.tensor_names import (
@@ -139,7 +140,7 @@ def read_training(folder: Path) -> tuple[dict[str, Any], ResumePoint]:
     path = folder / LAST
     state = read_weights(path)
     try:
-        return state, ResumePoint(**json.loads(state["resume"]))
+        return state, ResumePoint(**parse_json(state["resume"]))
     except (KeyError, TypeError, ValueError) as error:
         raise OpenELMError(
             f"{path} has no position to resume from ({first_line(error)}); start a new "

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm.input_files import parse_json
 from mlx_openelm.reporting.trackers import Trackers
 from mlx_openelm.storage.staging import replaced_file
 
@@ -149,8 +150,8 @@ def _drop_after(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text(errors="replace").splitlines(keepends=True):
-        with contextlib.suppress(json.JSONDecodeError):
-            match json.loads(line):
+        with contextlib.suppress(ValueError):
+            match parse_json(line):
                 case {"averaged": True}:
                     pass
                 case {"step": int(recorded)} if recorded > step:

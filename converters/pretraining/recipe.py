@@ -11,6 +11,7 @@ from mlx_openelm.layerwise_scaling import (
     FFN_MULTIPLIERS,
     QKV_MULTIPLIERS,
 )
+from mlx_openelm.paths import PathText
 
 Multipliers = float | tuple[float, ...]
 
@@ -79,7 +80,7 @@ class ModelRecipe:
 class TokenizerRecipe:
     """A tokenizer.model at `path`; default: train one with `vocab_size` pieces."""
 
-    path: str | None = None
+    path: PathText | None = None
     vocab_size: int = 4096
 
 
@@ -94,7 +95,7 @@ class CorpusRecipe:
         weight: share of the documents, relative to the other weights.
     """
 
-    files: tuple[str, ...]
+    files: tuple[PathText, ...]
     text_key: str = "text"
     weight: float = 1.0
 
@@ -127,11 +128,11 @@ class DataRecipe:
         workers: processes that read and tokenize; 0: the training process.
     """
 
-    train: tuple[str, ...] = ()
+    train: tuple[PathText, ...] = ()
     corpora: tuple[CorpusRecipe, ...] = ()
     text_key: str = "text"
-    exclude: tuple[str, ...] = ()
-    heldout: tuple[str, ...] = ()
+    exclude: tuple[PathText, ...] = ()
+    heldout: tuple[PathText, ...] = ()
     document_start: str | None = None
     packing: bool = False
     words_per_piece: int = 2048
@@ -139,7 +140,7 @@ class DataRecipe:
     min_tokens: int = 256
     shuffle_block: int = 1000
     on_damage: str = "stop"
-    cache: str | None = None
+    cache: PathText | None = None
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -242,8 +243,8 @@ class PretrainRecipe:
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     generation: GenerationRecipe = field(default_factory=GenerationRecipe)
-    init: str | None = None
-    output: str = "pretrained"
+    init: PathText | None = None
+    output: PathText = "pretrained"
     steps: int = 350_000
     batch_size: int = 16
     micro_batch_size: int | None = None

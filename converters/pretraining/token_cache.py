@@ -31,6 +31,7 @@ from converters.pretraining.cleaning import (
 )
 from converters.pretraining.corpus_files import DamagedFileError, read_documents
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import parse_json
 from mlx_openelm.storage.staging import replaced_file
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -156,7 +157,7 @@ class CachedFile:
         text = stored[body - size : body].tobytes()
         if zlib.crc32(text) != checksum:
             return False
-        about: dict[str, Any] = json.loads(text)
+        about: dict[str, Any] = parse_json(text)
         width = np.dtype(about["dtype"])
         ends = np.cumsum(
             [

@@ -28,7 +28,7 @@ MAX_CHARACTERS = 1_000_000  # longer texts are cut, as encoding takes time
 
 
 def read_calibration(path: Path | None) -> tuple[str, str]:
-    """Return the name of the text, and the text.
+    """Return the name of the text, and its first `MAX_CHARACTERS`.
 
     Args:
         path: a text file; None is the bundled sample.
@@ -37,7 +37,8 @@ def read_calibration(path: Path | None) -> tuple[str, str]:
         OpenELMError: the file cannot be read, or is not UTF-8.
     """
     try:
-        text = (path or SAMPLE).read_text(encoding="utf-8")
+        with (path or SAMPLE).open(encoding="utf-8-sig") as opened:
+            text = opened.read(MAX_CHARACTERS)
     except (OSError, UnicodeDecodeError) as error:
         raise OpenELMError(
             f"Cannot read {path or SAMPLE} as UTF-8 text: {describe_error(error)}; "
@@ -65,7 +66,7 @@ def calibration_windows(
         OpenELMError: the text is shorter than one window.
     """
     T = min(window, config.max_context_length)
-    ids = tokenizer.encode(text[:MAX_CHARACTERS], bos=False)
+    ids = tokenizer.encode(text, bos=False)
     N = min(max(1, num_tokens // T), len(ids) // T)
     if N == 0:
         raise OpenELMError(

@@ -15,7 +15,7 @@ from mlx_openelm.cli.options import (
     Offline,
     Quiet,
     check_report_file,
-    expand_path,
+    optional_path,
 )
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.options import OUTPUT_PANEL
@@ -102,7 +102,6 @@ def bench_command(
             "An adapter belongs to one model; use --adapter-path with one --model, or "
             "without --model for the adapter's own base."
         )
-    chart = expand_path(chart)
     check_report_file(chart, "--chart", ".svg")
     numbers = _read_bits(bits or ())
     from mlx_openelm.bench.machine import measure_bandwidth
@@ -119,7 +118,7 @@ def bench_command(
         rounds=rounds,
     )
     random = [make_subject(name) for name in dict.fromkeys(size or ())]
-    adapter = expand_path(adapter_path)
+    adapter = optional_path(adapter_path)
     names: list[str | None] = list(dict.fromkeys(model or ()))
     if not names and not random:
         names = [os.environ.get(MODEL_VARIABLE) or None]

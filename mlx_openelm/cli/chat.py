@@ -11,8 +11,8 @@ from mlx_openelm.cli.options import (
     Model,
     Offline,
     Quiet,
-    expand_path,
     open_model,
+    optional_path,
 )
 from mlx_openelm.generation.options import (
     CacheOptions,
@@ -57,7 +57,7 @@ def chat_command(
         Sampling.from_defaults(folder.generation_defaults, sampling),
         template=prompt_options.template,
         system=prompt_options.system,
-        adapter=expand_path(adapter_path),
+        adapter=optional_path(adapter_path),
         drafter=drafter,
         make_cache=cache_maker(folder.config, CacheOptions(**caching)),
         as_json=as_json,

@@ -5,7 +5,6 @@ end the conversation.
 """
 
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import Generator
@@ -17,7 +16,9 @@ from typing import TYPE_CHECKING
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.views.generation import generated_json
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import BOM, MAX_RECORD_BYTES
 from mlx_openelm.message_parts import count_of
+from mlx_openelm.paths import user_path
 from mlx_openelm.signals import Stop, deferred_signals
 
 if TYPE_CHECKING:
@@ -317,7 +318,7 @@ class _Chat:
 def _path(text: str) -> Path:
     if not text:
         raise OpenELMError("Give a file after the command.")
-    return Path(os.path.expanduser(text))
+    return user_path(text)
 
 
 class _Lines:
@@ -352,9 +353,12 @@ class _Lines:
             if self.from_terminal:  # stdout is a file: the prompt goes to stderr
                 sys.stderr.write(sign)
                 sys.stderr.flush()
-            read = b"" if sys.stdin is None else sys.stdin.buffer.readline()
+            read = b""
+            if sys.stdin is not None:
+                read = sys.stdin.buffer.readline(MAX_RECORD_BYTES)
             if not read:
                 raise EOFError
+            read = read.removeprefix(BOM)  # of a file as the input
             return read.decode().removesuffix("\n").removesuffix("\r")
         except UnicodeError as error:
             raise OpenELMError(f"This line is not UTF-8 text: {error}.") from error

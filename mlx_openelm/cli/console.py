@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_openelm.cli.flags import show_flags
+from mlx_openelm.errors import shorten
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-MOST_ERROR = 2000  # characters of an error
 LOG_SECONDS = 30.0  # between two lines of progress without a terminal
 
 
@@ -88,14 +88,8 @@ class Console:
             sys.stderr.flush()
 
     def error(self, text: str) -> None:
-        """Write one line, without the control characters of names in damaged files.
-
-        The middle of a very long line is left out: it ends with what to do.
-        """
-        line = escape_controls(text)
-        if len(line) > MOST_ERROR:
-            line = f"{line[: MOST_ERROR * 2 // 3]} [...] {line[-MOST_ERROR // 3 :]}"
-        sys.stderr.write(f"error: {line}\n")
+        """Write one line, without the control characters of names in damaged files."""
+        sys.stderr.write(f"error: {shorten(escape_controls(text))}\n")
         sys.stderr.flush()
 
     @contextlib.contextmanager

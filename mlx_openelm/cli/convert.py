@@ -12,7 +12,7 @@ from converters.conversion.options import (  # noqa: TID253 - needs no mlx
 )
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.derived_options import GivenOptions, OptionsOf, derive_options
-from mlx_openelm.cli.options import Force, Json, Offline, Quiet, expand_path
+from mlx_openelm.cli.options import Force, Json, Offline, Quiet
 from mlx_openelm.options import MODEL_PANEL
 
 
@@ -95,8 +95,8 @@ def convert_command(
     with console.progress("Converting") as progress:
         report = convert(
             named,
-            expand_path(mlx_path),
-            adapter_out=expand_path(adapter_out),
+            mlx_path,
+            adapter_out=adapter_out,
             revision=revision,
             force=force,
             offline=offline,

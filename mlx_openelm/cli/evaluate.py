@@ -23,7 +23,6 @@ from mlx_openelm.cli.options import (
     Offline,
     Quiet,
     check_report_file,
-    expand_path,
     open_model,
 )
 from mlx_openelm.errors import OpenELMError
@@ -76,7 +75,8 @@ def evaluate_command(
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Use only the first N questions of each task.",
+            help="Use only the first N questions after a fixed shuffle of a task file, "
+            "and the first N of a task of the harness.",
             rich_help_panel=SCORING,
         ),
     ] = None,
@@ -159,7 +159,6 @@ def evaluate_command(
         raise typer.BadParameter("needs --text", param_hint="--window")
     if batch_size < 1:
         raise OpenELMError(f"--batch-size is {batch_size}; it must be at least 1.")
-    csv, picture = (expand_path(path) for path in (csv, picture))
     check_report_file(csv, "--csv", ".csv", force=force)
     check_report_file(picture, "--picture", ".svg", force=force)
     if text:
@@ -173,8 +172,8 @@ def evaluate_command(
         suite,
         limit=limit,
         num_fewshot=num_fewshot,
-        include_path=expand_path(include_path),
-        tasks_dir=expand_path(tasks_dir),
+        include_path=include_path,
+        tasks_dir=tasks_dir,
         offline=offline,
     )
     scores = []
@@ -187,7 +186,7 @@ def evaluate_command(
                 text or [],
                 window,
                 batch_size=batch_size,
-                output=expand_path(output),
+                output=output,
                 force=force,
                 offline=offline,
             )

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.options import expand_path
+from mlx_openelm.cli.options import optional_path
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.paths import user_path
+from mlx_openelm.text.record_files import is_record_file
 
 if TYPE_CHECKING:
     from mlx_openelm.evaluation.harness import HarnessTask
@@ -49,10 +51,10 @@ def list_entrants(
 
     pairs = [(model, adapter_path)]
     for name in compare:
-        pairs.append((model, name) if is_adapter(expand_path(name)) else (name, None))
+        pairs.append((model, name) if is_adapter(user_path(name)) else (name, None))
     entrants: list[Entrant] = []
     for base, adapter in pairs:
-        choice = choose_model(base, expand_path(adapter), offline=offline)
+        choice = choose_model(base, optional_path(adapter), offline=offline)
         label = adapter or choice.name
         method = choice.adapter.method if choice.adapter else None
         if label in (entrant.label for entrant in entrants):
@@ -103,8 +105,8 @@ def plan_evaluation(
     named: list[tuple[str, int | None]] = []
     if suite is None:
         for task in dict.fromkeys(tasks):
-            path = expand_path(task)
-            if path.is_file() or path.suffix in (".json", ".jsonl"):
+            path = Path(task)
+            if path.is_file() or is_record_file(path.name):
                 files.append(path)
             else:
                 named.append((task, num_fewshot))

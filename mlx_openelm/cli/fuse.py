@@ -1,6 +1,5 @@
 """The command that merges an adapter into its base: `fuse`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -80,8 +79,8 @@ def fuse_command(
 
     with console.progress("Fusing") as progress:
         report = fuse(
-            os.path.expanduser(adapter_path),
-            os.path.expanduser(save_path),
+            adapter_path,
+            save_path,
             base=model,
             dequantize=dequantize,
             bits=bits,

@@ -1,11 +1,11 @@
 """The command that generates text for one prompt or a file of prompts: `generate`."""
 
-import os
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,6 @@ from mlx_openelm.cli.options import (
     Model,
     Offline,
     Quiet,
-    expand_path,
     open_model,
 )
 from mlx_openelm.errors import OpenELMError
@@ -30,6 +29,7 @@ from mlx_openelm.generation.options import (
     PromptOptions,
     Sampling,
 )
+from mlx_openelm.input_files import MAX_RECORD_BYTES, read_text_of
 from mlx_openelm.message_parts import count_of
 from mlx_openelm.options import OUTPUT_PANEL
 
@@ -136,7 +136,7 @@ def generate_command(
                 "cannot be used with --prompts-file", param_hint=flag
             )
         check_utf8(system, *stop)
-        prompts = _read_prompts_file(console, prompts_file, expand_path(output))
+        prompts = _read_prompts_file(console, prompts_file, output)
         _answer_file(
             console,
             open_model(console, model, adapter_path, offline),
@@ -145,7 +145,7 @@ def generate_command(
             template=template,
             system=system,
             batch_size=batch_size or 16,
-            output=expand_path(output),
+            output=output,
             force=force,
             as_json=as_json or not sys.stdout.isatty(),
         )
@@ -177,11 +177,10 @@ def generate_command(
             cache, context = None, Context(loaded, make_cache)
         else:
             name = (tokenizer.template or "raw") if template == "auto" else template
-            path = expand_path(prompt_cache)
             from mlx_openelm.generation.prompt_cache import open_prompt_cache
 
             cache = opened.enter_context(
-                open_prompt_cache(path, loaded, name, console.note, make_cache)
+                open_prompt_cache(prompt_cache, loaded, name, console.note, make_cache)
             )
             context = cache.context
         for piece in stream(
@@ -213,9 +212,8 @@ def _read_prompts_file(
 ) -> "Prompts":
     from mlx_openelm.generation.prompt_file import read_prompts
 
-    source = os.path.expanduser(prompts_file)
-    prompts = read_prompts(source)
-    if output is not None and _are_one_file(Path(source), output):
+    prompts = read_prompts(prompts_file)
+    if output is not None and _are_one_file(Path(prompts_file), output):
         raise OpenELMError(
             f"--output {output} is the file of prompts; choose another file."
         )
@@ -246,12 +244,19 @@ def _answer_file(
     from mlx_openelm.generation.batch_job import answer_prompts
 
     folder, model, tokenizer = opened
+
+    def read_options(options: Mapping[str, Any]) -> Sampling:
+        return Sampling.from_defaults(
+            folder.generation_defaults, {**sampling, **options}
+        )
+
     with console.progress("Answering") as progress:
         report = answer_prompts(
             model,
             tokenizer,
             prompts,
-            Sampling.from_defaults(folder.generation_defaults, sampling),
+            read_options({}),
+            read_options=read_options,
             template=template,
             system=system,
             batch_size=batch_size,
@@ -294,8 +299,10 @@ def _read_stdin() -> str:
     if sys.stdin is None:
         raise OpenELMError("stdin is closed; give a prompt as PROMPT.")
     try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
+        return read_text_of(sys.stdin.buffer, MAX_RECORD_BYTES).removesuffix("\n")
     except UnicodeDecodeError as error:
         raise OpenELMError(
             f"The prompt on stdin is not UTF-8 text: {error}."
         ) from error
+    except ValueError as error:
+        raise OpenELMError(f"The prompt on stdin is too long: {error}.") from error

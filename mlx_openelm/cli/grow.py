@@ -82,7 +82,7 @@ def grow_command(
     with console.progress("Growing") as progress:
         report = grow(
             source,
-            None if output is None else os.path.expanduser(output),
+            output,
             width=width,
             ffn=ffn,
             noise_db=noise_db,

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,11 @@ from mlx_openelm.cli.options import MODEL_VARIABLE, Force, Json, Offline, Quiet
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.options import OUTPUT_PANEL
+
+if TYPE_CHECKING:
+    from mlx_openelm.finetuning.preparation import Prepared
+
+READING = "Reading the data"
 
 
 @derive_options
@@ -99,13 +104,21 @@ def lora_command(
     from mlx_openelm.finetuning.run import finetune
 
     if dry_run:
-        prepared = prepare(chosen, fit=fit, offline=offline)
+        with console.progress(READING) as progress:
+            prepared = prepare(
+                chosen, fit=fit, offline=offline, on_progress=progress.update
+            )
         if as_json:
             console.answer_json(plan_json(prepared))
         else:
             note_plan(console, prepared)
         return
-    with TrainingView(console) as view:
+    with TrainingView(console) as view, console.progress(READING) as progress:
+
+        def note_prepared(prepared: "Prepared") -> None:
+            progress.close()
+            view.note_start(prepared)
+
         report = finetune(
             chosen,
             resume=resume,
@@ -113,7 +126,8 @@ def lora_command(
             fit=fit,
             offline=offline,
             on_event=view,
-            on_prepared=view.note_start,
+            on_prepared=note_prepared,
+            on_progress=progress.update,
         )
     if rank > 0:
         return
@@ -140,7 +154,7 @@ def _find_recipe_of_run(options: GivenOptions) -> str | None:
             param_hint="--resume",
         )
     folder = options.get("adapter_path") or str(default_folder(options["data"]))
-    written = Path(folder).expanduser() / "recipe.yaml"
+    written = Path(folder) / "recipe.yaml"
     if written.is_file():
         options["adapter_path"] = folder
         return str(written)

@@ -4,7 +4,7 @@ import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, overload
+from typing import Annotated, Any
 
 import typer
 
@@ -46,13 +46,9 @@ Force = Annotated[
 ]
 
 
-@overload
-def expand_path(path: None) -> None: ...
-@overload
-def expand_path(path: str | Path) -> Path: ...
-def expand_path(path: str | Path | None) -> Path | None:
-    """Return a path with "~" expanded, which the shell does not do in "--option=~"."""
-    return None if path is None else Path(os.path.expanduser(path))
+def optional_path(path: str | None) -> Path | None:
+    """Return the path of an option that may be absent."""
+    return None if path is None else Path(path)
 
 
 def check_report_file(
@@ -103,7 +99,7 @@ def open_model(
 
     if name is not None and not name.strip():
         raise OpenELMError("--model is empty; give demo, a folder, or a Hub id.")
-    choice = choose_model(name, expand_path(adapter_path), offline=offline)
+    choice = choose_model(name, optional_path(adapter_path), offline=offline)
     folder, adapter = choice.folder, choice.adapter
     if choice.is_base:
         console.note(f"[the adapter's base, {choice.name}; --model NAME uses another]")

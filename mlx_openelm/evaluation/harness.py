@@ -28,6 +28,7 @@ from mlx_openelm.evaluation.harness_model import (
 )
 from mlx_openelm.evaluation.results import Metric, TaskResult
 from mlx_openelm.generation.batching import BATCH_SIZE
+from mlx_openelm.input_files import read_json
 from mlx_openelm.model.fingerprint import fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.staging import lock_target, replaced_file
@@ -304,7 +305,7 @@ def _read_file(
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["run"] != run:
             if force:
                 return None

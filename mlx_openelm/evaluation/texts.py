@@ -11,9 +11,11 @@ import mlx.core as mx
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.multiple_choice import TaskScore, score_task
 from mlx_openelm.evaluation.task_files import read_tasks
+from mlx_openelm.input_files import read_text
 from mlx_openelm.message_parts import describe_error
 from mlx_openelm.model.likelihood import log_likelihoods
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.paths import user_path
 from mlx_openelm.text.tokenizer import Tokenizer
 
 BATCH_TOKENS = 4096  # tokens per forward pass
@@ -106,7 +108,7 @@ def check_texts(paths: Paths) -> None:
 
 
 def _list(paths: Paths) -> list[Path]:
-    return list(map(Path, [paths] if isinstance(paths, str | Path) else paths))
+    return list(map(user_path, [paths] if isinstance(paths, str | Path) else paths))
 
 
 def _score_tasks(
@@ -209,8 +211,8 @@ def _score(model: OpenELM, bos_id: int, batch: list[list[int]]) -> float:
 
 def _read_text(path: Path) -> str:
     try:
-        content = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_text(path)
+    except (OSError, ValueError) as error:
         raise OpenELMError(
             f"Cannot read {path} as UTF-8 text: {describe_error(error)}."
         ) from error

@@ -59,9 +59,10 @@ def plan_epoch(
     # output of its generators.
     numbers = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
     order = np.argsort(numbers.random_raw(len(lengths)), kind="stable").tolist()
-    rows = [[i] for i in order]
-    if pack_length is not None:
-        rows = _fill_rows(order, lengths, pack_length)
+    if pack_length is None:
+        starts = range(0, len(order), batch_size)
+        return [tuple(order[start : start + batch_size]) for start in starts]
+    rows = _fill_rows(order, lengths, pack_length)
     return [
         tuple(i for row in rows[start : start + batch_size] for i in row)
         for start in range(0, len(rows), batch_size)

@@ -9,7 +9,7 @@ import numpy as np
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.record_formats import TEXT, TemplateChoice
 from mlx_openelm.finetuning.records import Data, Dataset, Record
-from mlx_openelm.finetuning.samples import Samples, targets_of
+from mlx_openelm.finetuning.samples import Samples, sizes_of, targets_of
 from mlx_openelm.message_parts import count_of
 from mlx_openelm.text.tokenizer import EOS_TEXT
 
@@ -69,8 +69,7 @@ class DataTable:
 
 def tabulate_split(dataset: Dataset, samples: Samples, max_length: int) -> SplitTable:
     """Return the statistics of one split and its samples."""
-    sequences = [sequence for sample in samples for sequence in sample.sequences]
-    sizes = [len(sample.tokens) for sample in sequences]
+    sizes = sizes_of(samples)
     edges = sorted({0, *(-(-max_length // 2**i) for i in range(_BUCKETS))})
     lengths, _ = np.histogram(np.array(sizes) - 0.5, edges)
     records = dataset.records
@@ -94,8 +93,10 @@ def tabulate_split(dataset: Dataset, samples: Samples, max_length: int) -> Split
 
 
 def _contains_eos(record: Record) -> bool:
-    texts = (text for turn in record.turns for text in (turn.text, turn.input))
-    return any(EOS_TEXT in text for text in (*texts, record.rejected or ""))
+    for turn in record.turns:
+        if EOS_TEXT in turn.text or EOS_TEXT in turn.input:
+            return True
+    return EOS_TEXT in (record.rejected or "")
 
 
 def tabulate(

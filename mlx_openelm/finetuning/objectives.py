@@ -4,7 +4,7 @@ Everything that differs between objectives is in their classes. A new objective 
 class, an entry in `_OBJECTIVES` and a name in `recipe.OBJECTIVES`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,15 +55,23 @@ class FinetuneObjective(Objective, Protocol):
         """Return the record formats that this objective reads."""
 
     def make_samples(
-        self, dataset: Dataset, tokenizer: Tokenizer, template: str
+        self,
+        dataset: Dataset,
+        tokenizer: Tokenizer,
+        template: str,
+        on_progress: Callable[[int], None],
     ) -> tuple[Samples, SplitTable]:
-        """Tokenize records; needs a resolved recipe."""
+        """Tokenize records; needs a resolved recipe.
+
+        Args:
+            on_progress: receives the number of finished records.
+        """
 
     def precompute_reference(self, model: OpenELM, samples: Sequence[Any]) -> None:
         """Compute what the loss needs of the model before training.
 
         Args:
-            samples: all samples of training, validation and test.
+            samples: those of one split.
         """
 
 
@@ -81,7 +89,11 @@ class Supervised:
         return supervised_formats(self._recipe.prompt_key, self._recipe.completion_key)
 
     def make_samples(
-        self, dataset: Dataset, tokenizer: Tokenizer, template: str
+        self,
+        dataset: Dataset,
+        tokenizer: Tokenizer,
+        template: str,
+        on_progress: Callable[[int], None] = lambda records: None,
     ) -> tuple[Samples, SplitTable]:
         return make_samples(
             dataset,
@@ -90,6 +102,7 @@ class Supervised:
             mask_prompt=self._recipe.mask_prompt,
             last_turn_only=self._recipe.turns == "last",
             max_length=self._recipe.max_seq_length or 0,
+            on_progress=on_progress,
         )
 
     def precompute_reference(self, model: OpenELM, samples: Sequence[Sample]) -> None:
@@ -146,7 +159,11 @@ class Preference:
         return preference_formats(self.name, self._recipe.prompt_key)
 
     def make_samples(
-        self, dataset: Dataset, tokenizer: Tokenizer, template: str
+        self,
+        dataset: Dataset,
+        tokenizer: Tokenizer,
+        template: str,
+        on_progress: Callable[[int], None] = lambda records: None,
     ) -> tuple[Samples, SplitTable]:
         return make_pairs(
             dataset,
@@ -154,6 +171,7 @@ class Preference:
             template=template,
             max_length=self._recipe.max_seq_length or 0,
             max_prompt_length=self._recipe.max_prompt_length or 0,
+            on_progress=on_progress,
         )
 
     def precompute_reference(self, model: OpenELM, samples: Sequence[Pair]) -> None:

@@ -1,7 +1,10 @@
 """Preparation of a run: reads and checks the data, plans steps and memory."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import functools
+import gc
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from mlx_openelm.finetuning.plan import (
 )
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.record_formats import TemplateChoice, choose_template
-from mlx_openelm.finetuning.records import Data, Record, read_data
+from mlx_openelm.finetuning.records import Data, OnProgress, Record, read_data
 from mlx_openelm.finetuning.samples import Samples, lengths_of, targets_of
 from mlx_openelm.finetuning.trainable import (
     Method,
@@ -33,9 +36,11 @@ from mlx_openelm.finetuning.trainable import (
 )
 from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.paths import user_path
 from mlx_openelm.storage.hub import DEMO, find_model
 from mlx_openelm.storage.loading import load_tokenizer, make_quantized, stored_dtype
 from mlx_openelm.storage.model_folder import ModelFolder, open_folder
+from mlx_openelm.text.record_files import RECORD_SUFFIXES
 from mlx_openelm.text.templates import encode_prompt
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.training.arrays import trained_tensors
@@ -82,18 +87,31 @@ def prepare(
     world: World | None = None,
     fit: bool = False,
     offline: bool = False,
+    on_progress: OnProgress = lambda done, total, unit: None,
 ) -> Prepared:
     """Read all data and plan the run, without loading weights.
 
     Args:
         fit: use the first of `propose_smaller`'s recipes that fits into memory.
+        on_progress: receives the megabytes that are read, then the records that are
+            tokenized, of each file.
 
     Raises:
         OpenELMError: an error in model, options or data; all data errors are listed.
     """
-    world = world or World.join()
+    with _without_collector():
+        return _read_and_plan(recipe, world or World.join(), fit, offline, on_progress)
+
+
+def _read_and_plan(
+    recipe: FinetuneRecipe,
+    world: World,
+    fit: bool,
+    offline: bool,
+    on_progress: OnProgress,
+) -> Prepared:
     objective = make_objective(recipe)
-    data = read_data(Path(recipe.data).expanduser(), objective.formats())
+    data = read_data(user_path(recipe.data), objective.formats(), on_progress)
     model_path = find_model(recipe.model, offline=offline)
     folder = open_folder(model_path)
     data = dataclasses.replace(data, notes=(*folder.notes, *data.notes))
@@ -103,17 +121,31 @@ def prepare(
         context_length=folder.config.max_context_length,
         template=choice.name,
         model=_absolute_model(recipe.model),
-        data=str(Path(recipe.data).expanduser().absolute()),
+        data=str(user_path(recipe.data).absolute()),
         default_length=objective.default_length,
         default_rate=objective.default_rate,
     )
     resolved = dataclasses.replace(resolved, adapter_path=str(run_folder(recipe)))
     candidates = [resolved, *(smaller for _, smaller in propose_smaller(resolved))]
     for candidate in candidates if fit else candidates[:1]:
-        prepared = _prepare(candidate, folder, tokenizer, data, choice, world)
+        prepared = _prepare(
+            candidate, folder, tokenizer, data, choice, world, on_progress
+        )
         if prepared.plan.fits:
             break
     return prepared
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause the garbage collector, which would visit all records again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _prepare(
@@ -123,13 +155,20 @@ def _prepare(
     data: Data,
     choice: TemplateChoice,
     world: World,
+    on_progress: OnProgress,
 ) -> Prepared:
+    def report(total: int, done: int) -> None:
+        on_progress(done, total, "records")
+
     objective = make_objective(recipe)
     splits: dict[str, Samples] = {}
     tables: dict[str, SplitTable] = {}
     for split, dataset in data.splits.items():
         splits[split], tables[split] = objective.make_samples(
-            dataset, tokenizer, choice.name
+            dataset,
+            tokenizer,
+            choice.name,
+            functools.partial(report, len(dataset.records)),
         )
     table = tabulate(data, choice, tables)
     for prompt in recipe.sample_prompt:
@@ -259,7 +298,7 @@ def make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
 
 def run_folder(recipe: FinetuneRecipe) -> Path:
     """Return the folder of the run, by default named after the data."""
-    path = Path(recipe.adapter_path or default_folder(recipe.data)).expanduser()
+    path = user_path(recipe.adapter_path or default_folder(recipe.data))
     return path if path.name not in ("", "..") else path.resolve()
 
 
@@ -270,11 +309,12 @@ def default_folder(data: str) -> Path:
 
 def stem(path: Path) -> str:
     """Return a file's or a folder's name without .jsonl, .json and .gz."""
-    name = path.expanduser().absolute().resolve().name
-    return name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+    name = user_path(path).absolute().resolve().name
+    suffix = next((s for s in RECORD_SUFFIXES if name.lower().endswith(s)), "")
+    return name[: len(name) - len(suffix)]
 
 
 def _absolute_model(name: str) -> str:
     """Return a model name that does not depend on the working directory."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     return str(path.absolute()) if name != DEMO and path.is_dir() else name

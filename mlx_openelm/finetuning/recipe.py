@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.options import MODEL_PANEL, OUTPUT_PANEL, check_options, option
+from mlx_openelm.paths import PathText
 from mlx_openelm.reporting.trackers import TRACKERS
 
 OBJECTIVES = ("sft", "dpo")
@@ -34,12 +35,12 @@ class FinetuneRecipe:
     depend on data and model.
     """
 
-    data: str = option(
+    data: PathText = option(
         help="Examples: a .jsonl or .json file, or a folder with train.jsonl.",
         panel=_DATA,
     )
-    model: str = option("demo", "Model to train: demo, a folder, or a Hub id.")
-    adapter_path: str | None = option(
+    model: PathText = option("demo", "Model to train: demo, a folder, or a Hub id.")
+    adapter_path: PathText | None = option(
         None,
         "Folder to write: the adapter, checkpoints and a report.",
         shown_default="adapters/<data name>",

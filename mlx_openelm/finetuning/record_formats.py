@@ -51,9 +51,12 @@ class RecordFormats:
     def find(self, record: Mapping[str, Any]) -> str:
         """Return the name of the first format that matches the record, or ""."""
         for name, format in self.known.items():
-            complete = all(record.get(key) is not None for key in format.fields)
-            if complete and format.applies(record):
-                return name
+            for key in format.fields:
+                if record.get(key) is None:
+                    break
+            else:
+                if format.applies(record):
+                    return name
         return ""
 
     def describe_unknown(self, records: list[dict[str, Any]]) -> str:
@@ -74,14 +77,16 @@ class RecordChecks:
 
     def text(self, value: Any, key: str, *, answer: bool = False) -> str:
         """Return `value` if it is a text that can be tokenized, else ""."""
-        problem = describe_text_problem(value)
-        if problem:
-            self.problems.append(f"{key} {problem}")
-        if not isinstance(value, str):
-            return ""
+        if not (isinstance(value, str) and value.isascii()):
+            problem = describe_text_problem(value)
+            if problem:
+                self.problems.append(f"{key} {problem}")
+            if not isinstance(value, str):
+                return ""
         if answer and not value.strip():
             self.problems.append(f"{key} is empty: there is no answer to train on")
-        self._refuse_nul(value, key)
+        if "\0" in value:
+            self.problems.append(f"{key} contains a NUL character")
         return value
 
     def messages(self, value: Any, key: str) -> tuple[Turn, ...]:
@@ -89,14 +94,11 @@ class RecordChecks:
         turns, problems = check_messages(value, key, not_empty="assistant")
         self.problems += problems
         for i, turn in enumerate(turns):
-            self._refuse_nul(turn.text, f"{key}[{i}].content")
+            if "\0" in turn.text:
+                self.problems.append(f"{key}[{i}].content contains a NUL character")
         if not self.problems and all(turn.role != "assistant" for turn in turns):
             self.problems.append(f"{key} has no assistant turn to train on")
         return turns
-
-    def _refuse_nul(self, text: str, key: str) -> None:
-        if "\0" in text:
-            self.problems.append(f"{key} contains a NUL character")
 
 
 def supervised_formats(
@@ -179,7 +181,7 @@ def preference_formats(objective: str, prompt_key: str | None) -> RecordFormats:
             PREFERENCE_MESSAGES: RecordFormat(
                 fields,
                 _read_preference_messages,
-                rejected=lambda record: str(record["rejected"][-1]["content"]),
+                rejected=lambda record: check_messages(record["rejected"])[0][-1].text,
             ),
         },
         lambda _: f"`objective` {objective} needs these fields",

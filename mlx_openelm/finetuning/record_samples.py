@@ -5,7 +5,7 @@ would have to produce: all after the tokens that the prompt alone determines. Le
 are in tokens, with BOS and EOS.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -15,7 +15,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.data_table import SplitTable, tabulate_split
 from mlx_openelm.finetuning.record_formats import TEXT
 from mlx_openelm.finetuning.records import Dataset, Record
-from mlx_openelm.finetuning.samples import Pair, Sample
+from mlx_openelm.finetuning.samples import PackedSamples, Pair, Sample
 from mlx_openelm.text.templates import Exchange, render
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -30,7 +30,8 @@ def make_samples(
     mask_prompt: bool | None = None,
     last_turn_only: bool = False,
     max_length: int,
-) -> tuple[tuple[Sample, ...], SplitTable]:
+    on_progress: Callable[[int], None] = lambda records: None,
+) -> tuple[PackedSamples, SplitTable]:
     """Tokenize records for supervised training; also return their statistics.
 
     A long plain text is split into pieces. Of other long records the answer is
@@ -41,38 +42,44 @@ def make_samples(
         mask_prompt: False includes the prompt in the loss.
         last_turn_only: train on the last answer of a conversation only.
         max_length: at least 2 tokens.
+        on_progress: receives the number of finished records.
 
     Raises:
         OpenELMError: the template does not support a conversation.
     """
     assert max_length >= 2, max_length
     is_text = dataset.format == TEXT
-    samples: list[Sample] = []
     cut = prompt_cut = empty = 0
-    for record, (whole,) in _tokenize(
-        dataset,
-        tokenizer,
-        "raw" if is_text else template,
-        mask_prompt=mask_prompt is not False,
-        last_turn_only=last_turn_only,
-    ):
-        if is_text and not record.turns[0].text.strip():
-            empty += 1
-        elif len(whole.tokens) <= max_length:
-            samples.append(whole)
-        elif is_text:
-            samples += _split(whole, max_length)
-            cut += 1
-        else:
-            first = int(whole.loss_mask.argmax())
-            # Keep as much of the answer as fits, then as much of the prompt.
-            drop = min(first, len(whole.tokens) - max_length + 1) - 1
-            drop = drop if first >= max_length else 0
-            samples.append(_shorten(whole, drop, max_length))
-            cut += len(whole.tokens) - drop > max_length
-            prompt_cut += drop > 0
+
+    def make() -> Iterator[Sample]:
+        nonlocal cut, prompt_cut, empty
+        for record, (whole,) in _tokenize(
+            dataset,
+            tokenizer,
+            "raw" if is_text else template,
+            mask_prompt=mask_prompt is not False,
+            last_turn_only=last_turn_only,
+            on_progress=on_progress,
+        ):
+            if is_text and not record.turns[0].text.strip():
+                empty += 1
+            elif len(whole.tokens) <= max_length:
+                yield whole
+            elif is_text:
+                yield from _split(whole, max_length)
+                cut += 1
+            else:
+                first = int(whole.loss_mask.argmax())
+                # Keep as much of the answer as fits, then as much of the prompt.
+                drop = min(first, len(whole.tokens) - max_length + 1) - 1
+                drop = drop if first >= max_length else 0
+                yield _shorten(whole, drop, max_length)
+                cut += len(whole.tokens) - drop > max_length
+                prompt_cut += drop > 0
+
+    samples = PackedSamples(make())
     table = tabulate_split(dataset, samples, max_length)
-    return tuple(samples), replace(
+    return samples, replace(
         table, cut=cut, prompt_cut=prompt_cut, nothing_to_learn=empty
     )
 
@@ -84,12 +91,16 @@ def make_pairs(
     template: str,
     max_length: int,
     max_prompt_length: int,
+    on_progress: Callable[[int], None] = lambda records: None,
 ) -> tuple[tuple[Pair, ...], SplitTable]:
     """Tokenize preferences; also return their statistics.
 
     If the prompt with the longer answer exceeds `max_length`, the prompt is truncated
     at its start to `max_prompt_length` tokens, then the answers at their end. The
     targets are the last answers only.
+
+    Args:
+        on_progress: receives the number of finished records.
 
     Raises:
         OpenELMError: the lengths are too small for a prompt and an answer, or the
@@ -108,6 +119,7 @@ def make_pairs(
         template,
         mask_prompt=True,
         last_turn_only=True,
+        on_progress=on_progress,
     ):
         longest = max(len(sample.tokens) for sample in both)
         prompt = max(int(sample.loss_mask.argmax()) for sample in both)
@@ -132,8 +144,12 @@ def _tokenize(
     *,
     mask_prompt: bool,
     last_turn_only: bool,
+    on_progress: Callable[[int], None],
 ) -> Iterator[tuple[Record, list[Sample]]]:
-    """Yield each record with its sequence or, for a preference, its two sequences."""
+    """Yield each record with its sequence or, for a preference, its two sequences.
+
+    Its arrays are views of those of a chunk.
+    """
     for first in range(0, len(dataset.records), _CHUNK):
         chunk = dataset.records[first : first + _CHUNK]
         rendered = [_render(record, template) for record in chunk]
@@ -144,19 +160,31 @@ def _tokenize(
             rendered=template != "raw",
             mask_prompt=mask_prompt,
         )
+        bos = tokenizer.bos_id
+        tokens: list[int] = []
+        runs: list[int] = []  # of False and True in turn: the loss mask
+        ends: list[int] = []  # of the sequences
+        for versions in rendered:
+            for turns in versions:
+                tokens.append(bos)
+                masked = 1
+                for i, (ids, prompt) in enumerate(islice(spans, len(turns)), 1):
+                    is_context = mask_prompt and last_turn_only and i < len(turns)
+                    left_out = len(ids) if is_context else prompt
+                    tokens += ids
+                    runs += (masked + left_out, len(ids) - left_out)
+                    masked = 0
+                ends.append(len(tokens))
+        values, counts = np.array(tokens, np.int32), np.array(runs)
+        mask = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+        begin, at = 0, iter(ends)
         for record, versions in zip(chunk, rendered, strict=True):
             samples = []
-            for turns in versions:
-                ids, starts = zip(*islice(spans, len(turns)), strict=True)
-                tokens, loss_mask = [tokenizer.bos_id], [False]
-                for i, (part, start) in enumerate(zip(ids, starts, strict=True), 1):
-                    is_context = mask_prompt and last_turn_only and i < len(turns)
-                    masked = len(part) if is_context else start
-                    tokens += part
-                    loss_mask += [False] * masked + [True] * (len(part) - masked)
-                arrays = np.array(tokens, np.int32), np.array(loss_mask, bool)
-                samples.append(Sample(*arrays, record.place))
+            for end in islice(at, len(versions)):
+                samples.append(Sample(values[begin:end], mask[begin:end], record.place))
+                begin = end
             yield record, samples
+        on_progress(first + len(chunk))
 
 
 def _render(record: Record, template: str) -> list[list[Exchange]]:
@@ -179,16 +207,26 @@ def _encode(
 ) -> Iterator[tuple[list[int], int]]:
     """Yield the ids of each exchange, with EOS, and the number of its prompt's ids."""
     texts = [e.context + e.answer for e in exchanges]
-    prompts = [e.context if mask_prompt else "" for e in exchanges]
+    encoded = tokenizer.encode_many(texts, rendered=rendered)
+    eos = tokenizer.eos_id
+    if not mask_prompt or not any(e.context for e in exchanges):
+        for ids in encoded:
+            yield [*ids, eos], 0
+        return
+    contexts = [e.context for e in exchanges]
+    prompts = tokenizer.encode_many(contexts, rendered=rendered)
     # The last space of a prompt can belong to the first token of the answer.
-    stripped = [prompt[:-1] if prompt.endswith(" ") else "" for prompt in prompts]
-    encoded = (
-        tokenizer.encode_many(strings, rendered=rendered)
-        for strings in (texts, prompts, stripped)
+    spaced = [i for i, context in enumerate(contexts) if context.endswith(" ")]
+    stripped = [contexts[i][:-1] for i in spaced]
+    others = dict(
+        zip(spaced, tokenizer.encode_many(stripped, rendered=rendered), strict=True)
     )
-    for ids, *prefixes in zip(*encoded, strict=True):
-        length = max(_common_prefix_length(ids, prefix) for prefix in prefixes)
-        yield [*ids, tokenizer.eos_id], length
+    for i, (ids, prompt) in enumerate(zip(encoded, prompts, strict=True)):
+        length = _common_prefix_length(ids, prompt)
+        if i in others:
+            length = max(length, _common_prefix_length(ids, others[i]))
+        ids.append(eos)
+        yield ids, length
 
 
 def _common_prefix_length(ids: Sequence[int], prefix: Sequence[int]) -> int:

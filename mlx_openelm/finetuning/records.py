@@ -6,21 +6,33 @@ file, line and column.
 
 import difflib
 import hashlib
+import heapq
 import zlib
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.record_formats import RecordChecks, RecordFormats
 from mlx_openelm.message_parts import describe_error
-from mlx_openelm.text.record_files import describe_type, open_records, read_values
+from mlx_openelm.text.record_files import (
+    RECORD_SUFFIXES,
+    JsonValue,
+    decompress,
+    describe_type,
+    is_record_file,
+    read_values,
+)
 from mlx_openelm.text.templates import Turn
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _MAX_HELD_OUT = 256  # records: enough to see the loss change, fast to evaluate
-_MAX_PROBLEMS_SHOWN = 20
+_MAX_PROBLEMS_SHOWN, _MAX_CHARACTERS_SHOWN = 20, 1800
 _OTHER_NAMES = ("val", "validation", "dev", "eval")
+_REPORT_EVERY = 4096  # records
+
+OnProgress = Callable[[int, int, str], None]  # done, total, unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +93,18 @@ class Data:
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def read_data(path: Path, formats: RecordFormats) -> Data:
+def read_data(
+    path: Path,
+    formats: RecordFormats,
+    on_progress: OnProgress = lambda done, total, unit: None,
+) -> Data:
     """Read a file, or a folder's train, valid and test files, and check every record.
 
     Without a validation file, a tenth of the training records (at most 256) is held
     out, chosen by content alone.
+
+    Args:
+        on_progress: receives the megabytes that are read of a file.
 
     Raises:
         OpenELMError: a file is missing or unreadable, or records have errors, which are
@@ -93,7 +112,10 @@ def read_data(path: Path, formats: RecordFormats) -> Data:
     """
     files, notes = _find_files(path)
     problems: list[str] = []
-    read = {split: _read_file(file, formats, problems) for split, file in files.items()}
+    read = {
+        split: _read_file(file, formats, problems, on_progress)
+        for split, file in files.items()
+    }
     if problems:
         raise OpenELMError(_list_problems(problems))
     train, valid = read["train"], read.get("valid")
@@ -122,12 +144,13 @@ def hold_out(
     Records are chosen by their hash, which depends on content alone; equal records stay
     in the same part.
     """
-    groups: dict[bytes, int] = {}
-    for record in records:
-        groups[record.key] = groups.get(record.key, 0) + 1
+    groups = Counter(record.key for record in records)
     wanted = min(_MAX_HELD_OUT, max(1, len(records) // 10))
     chosen: set[bytes] = set()
-    for key in sorted(groups):
+    smallest = list(groups)
+    heapq.heapify(smallest)
+    while smallest and wanted:
+        key = heapq.heappop(smallest)
         if groups[key] <= wanted:
             chosen.add(key)
             wanted -= groups[key]
@@ -147,10 +170,11 @@ def _find_files(path: Path) -> tuple[dict[str, Path], list[str]]:
         return _find_in_folder(path)
     if not path.exists():
         _refuse_missing(path)
-    if not path.name.endswith(SUFFIXES):
+    if not is_record_file(path.name):
         raise OpenELMError(
-            f"{path} is not a record file; its name must end in {', '.join(SUFFIXES)}. "
-            "Use one JSON object per line, or a JSON array."
+            f"{path} is not a record file; its name must end in "
+            f"{', '.join(RECORD_SUFFIXES)}. Use one JSON object per line, or a JSON "
+            "array."
         )
     return {"train": path}, []
 
@@ -159,14 +183,19 @@ def _find_in_folder(folder: Path) -> tuple[dict[str, Path], list[str]]:
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     files = {}
     for split in ("train", "valid", "test"):
-        present = [split + suffix for suffix in SUFFIXES if split + suffix in names]
+        present = [
+            name
+            for suffix in RECORD_SUFFIXES
+            for name in names
+            if name.lower() == split + suffix
+        ]
         if len(present) > 1:
             raise OpenELMError(
                 f"{folder} has both {' and '.join(present)}; keep one of them."
             )
         if present:
             files[split] = folder / present[0]
-    similar = [name for name in names if name.endswith(SUFFIXES)]
+    similar = [name for name in names if is_record_file(name)]
     if "train" not in files:
         listed = ", ".join(similar[:5]) or "no record file"
         raise OpenELMError(
@@ -190,7 +219,7 @@ def _refuse_missing(path: Path) -> None:
     elif close:
         hint = f"Did you mean {parent / close[0]}?"
     else:
-        files = sorted(name for name in names if name.endswith(SUFFIXES))
+        files = sorted(name for name in names if is_record_file(name))
         hint = f"{parent} contains {', '.join(files[:5]) or 'no record file'}."
     raise OpenELMError(
         f"There is no file or folder {path}. {hint} Pass a record file, or a folder "
@@ -201,78 +230,119 @@ def _refuse_missing(path: Path) -> None:
 # Reading a file ----------------------------------------------------------------
 
 
-def _read_file(path: Path, formats: RecordFormats, problems: list[str]) -> Dataset:
+def _read_file(
+    path: Path, formats: RecordFormats, problems: list[str], on_progress: OnProgress
+) -> Dataset:
     """Read one file; errors in its records are added to `problems`."""
+    records = _RecordReader(path, formats, problems)
     try:
+        size = path.stat().st_size
         with path.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        with open_records(path) as lines:
-            objects = _read_objects(path, lines, problems)
+        with path.open("rb") as opened:
+            for count, read in enumerate(read_values(decompress(opened))):
+                records.add(read)
+                if count % _REPORT_EVERY == 0:
+                    on_progress(opened.tell() // 10**6, size // 10**6, "MB")
     except (EOFError, zlib.error) as error:
         raise OpenELMError(
             f"{path} is damaged or truncated: {error}; replace it by a complete file."
         ) from error
     except OSError as error:
         raise OpenELMError(f"Cannot read {path}: {describe_error(error)}.") from error
-    if not objects and not problems:
-        raise OpenELMError(f"{path} has no records; it is empty.")
-    names = [formats.find(record) for _, record in objects]
-    name, first = next(((n, i) for i, n in enumerate(names) if n), ("", 0))
-    if not name:
-        if objects:
-            unknown = formats.describe_unknown([record for _, record in objects])
-            problems.append(f"{path}:{objects[0][0]} {unknown}")
-        return Dataset(path, "", (), (), digest)
-    format = formats.known[name]
-    records, other_formats = [], set()
-    for (place, record), other in zip(objects, names, strict=True):
-        if not other:
-            missing = [key for key in format.fields if record.get(key) is None]
-            problems.append(
-                f"{path}:{place} has no {' and no '.join(missing)}, as {name} needs"
+    return records.finish(digest)
+
+
+class _RecordReader:
+    """Checks the records of a file, one by one, and converts them.
+
+    The first record in a known format determines that of the file.
+    """
+
+    def __init__(self, path: Path, formats: RecordFormats, problems: list[str]) -> None:
+        self._path, self._formats, self._problems = path, formats, problems
+        self._file_name, self._checks = path.name, RecordChecks()
+        self._name, self._place = "", ""  # of the format; of its first record
+        self._unknown: list[tuple[str, dict[str, Any]]] = []  # before that record
+        self._other_formats: set[str] = set()
+        self._records: list[Record] = []
+        self._is_empty = True
+
+    def add(self, read: JsonValue) -> None:
+        """Add the next value of the file."""
+        self._is_empty = False
+        record, problem = read.value, read.problem
+        if problem or not isinstance(record, dict):
+            problem = problem or f"is {describe_type(record)}, not an object"
+            self._problems.append(f"{self._path}:{read.place} {problem}")
+            return
+        name = self._formats.find(record)
+        if name and not self._name:
+            self._name, self._place = name, read.place
+            for place, earlier in self._unknown:
+                self._report_missing(place, earlier)
+        if not self._name:
+            self._unknown.append((read.place, record))
+        elif name == self._name:
+            self._convert(read.place, record)
+        elif not name:
+            self._report_missing(read.place, record)
+        elif name not in self._other_formats:  # one problem per format, not per record
+            self._other_formats.add(name)
+            self._problems.append(
+                f"{self._path}:{read.place} is {name} while {self._path.name}:"
+                f"{self._place} is {self._name}; use one file per format"
             )
-        elif other != name:
-            if other not in other_formats:  # one problem per format, not per record
-                problems.append(
-                    f"{path}:{place} is {other} while {path.name}:{objects[first][0]} "
-                    f"is {name}; use one file per format"
-                )
-            other_formats.add(other)
-        else:
-            checks = RecordChecks()
-            turns = format.read(record, checks)
-            problems += [f"{path}:{place}: {problem}" for problem in checks.problems]
-            if not checks.problems:
-                rejected = format.rejected(record)
-                key = _make_key(turns, rejected)
-                records.append(Record(f"{path.name}:{place}", turns, key, rejected))
-    return Dataset(path, name, format.fields, tuple(records), digest)
 
-
-def _read_objects(
-    path: Path, file: IO[bytes], problems: list[str]
-) -> list[tuple[str, dict[str, Any]]]:
-    """Return the place and the value of each JSON object."""
-    objects = []
-    for read in read_values(file):
-        value, problem = read.value, read.problem
-        if problem or not isinstance(value, dict):
-            problem = problem or f"is {describe_type(value)}, not an object"
-            problems.append(f"{path}:{read.place} {problem}")
+    def finish(self, digest: str) -> Dataset:
+        """Return the records of the file, whose SHA-256 is `digest`."""
+        if self._is_empty:
+            raise OpenELMError(f"{self._path} has no records; it is empty.")
+        if self._name:
+            fields = self._formats.known[self._name].fields
         else:
-            objects.append((read.place, value))
-    return objects
+            fields = ()
+            if self._unknown:
+                place = self._unknown[0][0]
+                unknown = self._formats.describe_unknown([r for _, r in self._unknown])
+                self._problems.append(f"{self._path}:{place} {unknown}")
+        return Dataset(self._path, self._name, fields, tuple(self._records), digest)
+
+    def _report_missing(self, place: str, record: dict[str, Any]) -> None:
+        fields = self._formats.known[self._name].fields
+        missing = [key for key in fields if record.get(key) is None]
+        self._problems.append(
+            f"{self._path}:{place} has no {' and no '.join(missing)}, as {self._name} "
+            "needs"
+        )
+
+    def _convert(self, place: str, record: dict[str, Any]) -> None:
+        format = self._formats.known[self._name]
+        problems = self._checks.problems
+        turns = format.read(record, self._checks)
+        if problems:
+            self._problems += [f"{self._path}:{place}: {p}" for p in problems]
+            problems.clear()
+            return
+        rejected = format.rejected(record)
+        key = _make_key(turns, rejected)
+        self._records.append(Record(f"{self._file_name}:{place}", turns, key, rejected))
 
 
 def _make_key(turns: tuple[Turn, ...], rejected: str | None) -> bytes:
-    parts = [part for turn in turns for part in (turn.role, turn.text, turn.input)]
-    joined = "\0".join(" ".join(part.split()) for part in [*parts, rejected or ""])
-    return hashlib.blake2b(joined.encode(), digest_size=16).digest()
+    parts: list[str] = []
+    for turn in turns:
+        input = turn.input and " ".join(turn.input.split())
+        parts += (turn.role, " ".join(turn.text.split()), input)
+    parts.append(" ".join(rejected.split()) if rejected else "")
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).digest()
 
 
 def _list_problems(problems: list[str]) -> str:
-    shown = "; ".join(problems[:_MAX_PROBLEMS_SHOWN])
-    more = len(problems) - _MAX_PROBLEMS_SHOWN
+    shown = problems[:_MAX_PROBLEMS_SHOWN]
+    while len(shown) > 1 and len("; ".join(shown)) > _MAX_CHARACTERS_SHOWN:
+        shown.pop()
+    more = len(problems) - len(shown)
     rest = f"; and {more} more" if more > 0 else ""
     count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
-    return f"The data has {count}: {shown}{rest}."
+    return f"The data has {count}: {'; '.join(shown)}{rest}."

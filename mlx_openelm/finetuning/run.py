@@ -19,6 +19,7 @@ from mlx_openelm.finetuning.preparation import (
     run_folder,
 )
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.records import OnProgress
 from mlx_openelm.finetuning.report.live import LiveReport
 from mlx_openelm.finetuning.report.tracking import MetricsTracking
 from mlx_openelm.finetuning.result import FinetuneReport, finish_run
@@ -61,6 +62,7 @@ def finetune(
     offline: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
     on_prepared: Callable[[Prepared], None] = lambda prepared: None,
+    on_progress: OnProgress = lambda done, total, unit: None,
 ) -> FinetuneReport:
     """Train an adapter, or all weights, and save the run in `adapter_path`.
 
@@ -72,6 +74,7 @@ def finetune(
         offline: do not access the network.
         on_event: receives each event of metrics.jsonl, with the number of steps.
         on_prepared: receives the plan before training.
+        on_progress: receives the progress of reading the data; see `prepare`.
 
     Raises:
         OpenELMError: before training, an error in data, options or folder; later, a
@@ -91,7 +94,9 @@ def finetune(
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(lock_target(path))
-        prepared = prepare(recipe, world=world, fit=fit, offline=offline)
+        prepared = prepare(
+            recipe, world=world, fit=fit, offline=offline, on_progress=on_progress
+        )
         refuse_other_settings(prepared, world)
         refuse_too_large(prepared.plan)
         sources += [*prepared.data_files, prepared.folder.path / "config.json"]
@@ -137,9 +142,8 @@ def _load_run(
         model, recipe.optimizer, recipe.betas, recipe.eps, recipe.weight_decay
     )
     test = prepared.test if recipe.test else ()
-    prepared.objective.precompute_reference(
-        model, [*prepared.train, *prepared.valid, *test]
-    )
+    for samples in (prepared.train, prepared.valid, test):
+        prepared.objective.precompute_reference(model, samples)
     state = TrainingState(model, optimizer)
     return RunContext(
         recipe=recipe,

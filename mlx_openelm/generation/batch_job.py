@@ -6,9 +6,10 @@ run skips the prompts whose key is in the output.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.batching import (
@@ -32,6 +33,9 @@ from mlx_openelm.storage.ordered_jsonl import (
 )
 from mlx_openelm.text.templates import RAW, Turn, encode_turns, render
 from mlx_openelm.text.tokenizer import Tokenizer
+
+# Options of an answer's end; prompts of one batch can have different ones.
+_ENDING = ("max_tokens", "stop", "stop_loops")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ def answer_prompts(
     prompts: Prompts,
     sampling: Sampling,
     *,
+    read_options: Callable[[Mapping[str, Any]], Sampling] | None = None,
     template: str = "auto",
     system: str = "",
     batch_size: int = BATCH_SIZE,
@@ -69,6 +74,8 @@ def answer_prompts(
     """Answer prompts in batches.
 
     Args:
+        read_options: returns the options of a prompt that has some of its own, by
+            attribute; by default they replace those of `sampling`.
         output: file for the objects, one per line. Answers that a stopped run of the
             same prompts and settings wrote there are kept; the other prompts, and
             invalid lines that have been corrected since, are answered.
@@ -83,17 +90,18 @@ def answer_prompts(
             run or is another kind of file, or it cannot be written. The content of the
             output is kept.
     """
-    job = _Job(model, tokenizer, prompts, sampling, template, system)
+    job = _Job(model, tokenizer, prompts, sampling, template, system, read_options)
     problems: list[str] = []
     tokens = 0
 
-    def encode_prompts(answers: Answers) -> Iterator[BatchPrompt]:
-        for place, prompt in enumerate(prompts.prompts):
+    def encode_prompts(answers: Answers, places: list[int]) -> Iterator[BatchPrompt]:
+        for place in places:
             if place in answers and place not in job.refused:
                 continue
+            prompt = prompts.prompts[place]
             ids, problem = job.encode(prompt)
             if not problem:
-                yield BatchPrompt(prompt.number, ids)
+                yield BatchPrompt(prompt.number, ids, job.sampling_of(prompt))
                 continue
             problems.append(f"{prompts.name}:{prompt.place}: {problem}")
             on_problem(problems[-1])
@@ -107,15 +115,16 @@ def answer_prompts(
             tokens += new
             on_progress(len(answers), len(prompts.prompts), tokens)
 
-        for answered in answer_together(
-            model,
-            tokenizer,
-            encode_prompts(answers),
-            sampling,
-            batch_size=batch_size,
-            on_step=count,
-        ):
-            answers.add(*job.describe(answered))
+        for shared, places in job.batches().items():
+            for answered in answer_together(
+                model,
+                tokenizer,
+                encode_prompts(answers, places),
+                shared,
+                batch_size=batch_size,
+                on_step=count,
+            ):
+                answers.add(*job.describe(answered))
     return PromptsReport(len(prompts.prompts), tuple(problems), kept, tokens)
 
 
@@ -134,6 +143,7 @@ class _Job:
         sampling: Sampling,
         template: str,
         system: str,
+        read_options: Callable[[Mapping[str, Any]], Sampling] | None,
     ) -> None:
         """Check the settings.
 
@@ -148,16 +158,36 @@ class _Job:
         self._system = system
         self._prompts = prompts.prompts
         self._places = {prompt.number: i for i, prompt in enumerate(prompts.prompts)}
-        self._settings = json.dumps([fingerprint_model(model), asdict(sampling)])
+        self._read_options = read_options
+        self._fingerprint = fingerprint_model(model)
         self.refused: set[int] = set()
+
+    def sampling_of(self, prompt: Prompt) -> Sampling:
+        """Return the options of a prompt's answer."""
+        if prompt.options and self._read_options is not None:
+            return self._read_options(prompt.options)
+        return replace(self._sampling, **prompt.options)
+
+    def batches(self) -> dict[Sampling, list[int]]:
+        """Return the places of the prompts whose tokens are drawn alike, by options."""
+        groups: dict[Sampling, list[int]] = {}
+        for place, prompt in enumerate(self._prompts):
+            shared = self._sampling
+            if prompt.options:
+                ending = {name: getattr(shared, name) for name in _ENDING}
+                shared = replace(self.sampling_of(prompt), **ending)
+            groups.setdefault(shared, []).append(place)
+        return groups
 
     def encode(self, prompt: Prompt) -> tuple[list[int], str]:
         """Return a prompt's ids and "", or no ids and the reason."""
         if prompt.problem:
             return [], prompt.problem
         try:
+            sampling = self.sampling_of(prompt)
+            check_bias(sampling.logit_bias, self._model.config.vocab_size)
             ids = self._encode(prompt.content)
-            check_length(ids, self._model, self._sampling)
+            check_length(ids, self._model, sampling)
         except OpenELMError as error:
             return [], str(error)
         return ids, ""
@@ -180,7 +210,7 @@ class _Job:
             },
             "peak_memory_bytes": answered.peak_memory_bytes,
         }
-        if self._sampling.logprobs:
+        if self.sampling_of(prompt).logprobs:
             tokens = answered.drawn[: len(answered.tokens)]  # without EOS
             described["logprobs"] = list(map(self._describe_token, tokens))
         return place, {**described, "key": self._key(prompt, answered.prompt.ids)}
@@ -219,7 +249,8 @@ class _Job:
         return ids
 
     def _key(self, prompt: Prompt, ids: Sequence[int]) -> str:
-        return hash_key(_name(prompt), list(ids), self._settings)
+        settings = [self._fingerprint, asdict(self.sampling_of(prompt))]
+        return hash_key(_name(prompt), list(ids), json.dumps(settings))
 
     def _describe_token(self, token: Token) -> JsonObject:
         """Return a token and its likeliest alternatives as a JSON object."""

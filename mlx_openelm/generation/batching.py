@@ -39,10 +39,16 @@ REACH = 32  # slots: the attended part of the cache is a multiple of this
 
 @dataclass(frozen=True, slots=True)
 class BatchPrompt:
-    """A prompt's ids, and its number, which selects its random numbers."""
+    """A prompt's ids, and its number, which selects its random numbers.
+
+    Attributes:
+        ending: `max_tokens`, `stop` and `stop_loops` of its answer, if they are not
+            those of the batch.
+    """
 
     number: int
     ids: Sequence[int]
+    ending: Sampling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +248,8 @@ class _Rows:
             self._prefill_new()
 
     def _admit(self, prompt: BatchPrompt) -> _Sequence:
-        return _Sequence(prompt, self._model, self._tokenizer, self._sampling)
+        ending = prompt.ending or self._sampling
+        return _Sequence(prompt, self._model, self._tokenizer, ending)
 
     def _draw(self, logits: mx.array) -> mx.array:
         """Return the next token of every row, (R,)."""

@@ -21,6 +21,7 @@ from mlx_openelm.generation.decoding import Context
 from mlx_openelm.generation.drafters import Drafter
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import Piece, stream
+from mlx_openelm.input_files import read_json
 from mlx_openelm.message_parts import describe_error
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.staging import replaced_file, staged_file
@@ -301,13 +302,13 @@ def read_saved(path: Path) -> SavedConversation:
             raise OpenELMError(f"{path} does not exist or is not a regular file.")
         if path.stat().st_size > _MOST_BYTES:
             raise OpenELMError(f"{path} is too large for a saved conversation.")
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             raise OpenELMError(f"{path} is not a conversation written by /save.")
         return _check_saved(fields)
     except OSError as error:
         raise OpenELMError(f"Cannot read {path}: {describe_error(error)}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise OpenELMError(
             f"{path} is damaged or not a saved conversation: {error}."
         ) from error

@@ -20,6 +20,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.cache import KVCache, ModelCache
 from mlx_openelm.generation.compact_caches import SlidingKVCache, describe_cache
 from mlx_openelm.generation.decoding import Context
+from mlx_openelm.input_files import parse_json
 from mlx_openelm.model.fingerprint import fingerprint_arrays, fingerprint_model
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.model_folder import FLOATS
@@ -188,7 +189,7 @@ def _read(
     """
     try:
         arrays, metadata = _load(path)
-        stored = json.loads(metadata[_KEY])
+        stored = parse_json(metadata[_KEY])
         content, format = stored["content"], stored["format"]
     except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
         raise _UnusableFile("is damaged") from error

@@ -3,19 +3,25 @@
 import io
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.options import Sampling
+from mlx_openelm.input_files import parse_json
 from mlx_openelm.message_parts import describe_error
 from mlx_openelm.text.messages import check_messages, describe_text_problem
 from mlx_openelm.text.record_files import (
-    JSON_SUFFIXES,
     READ_ERRORS,
+    Start,
+    decompress,
+    describe_line_problem,
     describe_type,
-    is_array,
+    is_record_file,
     open_records,
+    read_lines,
+    read_start,
     read_values,
     without_gz,
 )
@@ -23,9 +29,22 @@ from mlx_openelm.text.templates import Turn
 
 STDIN = "-"
 ARRAY = "a JSON array"
+OBJECTS = "JSON objects"
 JSONL = "JSON lines"
 LINES = "one prompt a line"
 LINES_SUFFIXES = (".txt",)
+
+_KEYS = ("prompt", "messages", "id")
+_SAMPLING = {field.name: field.name for field in fields(Sampling)}
+# Options of a record: names of OpenAI and Hugging Face for fields of Sampling
+_OPTIONS = {
+    **_SAMPLING,
+    "temperature": "temp",
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "no_repeat_ngram_size": "no_repeat_ngram",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +52,12 @@ class Prompt:
     """One record or line of a file.
 
     Attributes:
-        number: of the line, or of the element of an array; from 1.
-        place: its line, in an array with the column: "17" or "17:3".
+        number: of the line, or of the record where a record is not a line; from 1.
+        place: its line, and its column where a record is not a line: "17" or "17:3".
         content: a text, or the turns of a conversation that ends with the user's.
         id: the record's "id", or None.
         problem: why it is not a prompt; empty for a valid one.
+        options: fields of `Sampling` that the record sets for its own answer.
     """
 
     number: int
@@ -45,6 +65,7 @@ class Prompt:
     content: str | tuple[Turn, ...] = ""
     id: str | int | None = None
     problem: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +84,8 @@ def read_prompts(path: str | Path) -> Prompts:
     another suffix it is JSON if it begins with "{", with an array of objects or texts,
     or with a line that is a JSON string. A record is a string, or an object with
     "prompt" (a string) or "messages" (objects with role and content, ending with a
-    user's), and optionally "id" (a string or an integer). Blank lines are skipped. An
-    invalid record gets a `problem`.
+    user's), and optionally "id" (a string or an integer) and options of `Sampling` for
+    its answer. Blank lines are skipped. An invalid record gets a `problem`.
 
     Raises:
         OpenELMError: the file cannot be read, or holds no prompts.
@@ -74,66 +95,74 @@ def read_prompts(path: str | Path) -> Prompts:
     if from_stdin and sys.stdin is None:
         raise OpenELMError("stdin is closed; pass a file of prompts.")
     try:
-        data = sys.stdin.buffer.read() if from_stdin else _read_bytes(Path(path))
+        with _open_stdin() if from_stdin else open_records(Path(path)) as file:
+            start = read_start(file)
+            format = _find_format(name, start)
+            read = _read_lines if format == LINES else _read_json
+            prompts = tuple(read(file, start))
     except READ_ERRORS as error:
         raise OpenELMError(
             f"Cannot read the prompts of {name}: {describe_error(error)}."
         ) from error
-    format = _find_format(name, data)
-    read = _read_lines(data) if format == LINES else _read_json(data, format)
-    prompts = tuple(read)
     if not prompts:
         raise OpenELMError(f"{name} holds no prompts; it is empty.")
     return Prompts(name, format, prompts)
 
 
-def _read_bytes(path: Path) -> bytes:
-    with open_records(path) as file:
-        return file.read()
+def _open_stdin() -> IO[bytes]:
+    stdin: Any = sys.stdin.buffer
+    return decompress(io.BufferedReader(stdin))  # which can look ahead
 
 
-def _find_format(name: str, data: bytes) -> str:
-    suffix = without_gz(Path(name)).suffix.lower()
-    if suffix in LINES_SUFFIXES:
+def _find_format(name: str, start: Start) -> str:
+    if without_gz(Path(name)).suffix.lower() in LINES_SUFFIXES:
         return LINES
-    if is_array(data):
+    if start.is_array:
         return ARRAY
-    first = next(read_values(io.BytesIO(data)), None)
-    begins_object = data.removeprefix(_BOM).lstrip().startswith(b"{")
-    is_text = first is not None and isinstance(first.value, str)
-    return JSONL if suffix in JSON_SUFFIXES or begins_object or is_text else LINES
+    if start.is_open_object:
+        return OBJECTS
+    begins_object = start.data.lstrip().startswith(b"{")
+    is_json = is_record_file(name) or begins_object or _is_string(start.data)
+    return JSONL if is_json else LINES
 
 
-_BOM = b"\xef\xbb\xbf"
-
-
-def _read_lines(data: bytes) -> Iterator[Prompt]:
-    for number, line in enumerate(data.removeprefix(_BOM).split(b"\n"), 1):
-        if line.strip():
-            yield _read_line(number, line.removesuffix(b"\r"))
-
-
-def _read_line(number: int, line: bytes) -> Prompt:
+def _is_string(line: bytes) -> bool:
     try:
-        return Prompt(number, str(number), line.decode())
-    except UnicodeDecodeError as error:
-        at = f"the byte 0x{line[error.start]:02x}, number {error.start + 1}"
-        problem = f"This line is not valid UTF-8 ({at}); save the file as UTF-8."
-        return Prompt(number, str(number), problem=problem)
+        return isinstance(parse_json(line), str)
+    except ValueError:
+        return False
 
 
-def _read_json(data: bytes, format: str) -> Iterator[Prompt]:
-    for number, read in enumerate(read_values(io.BytesIO(data)), 1):
-        if format == ARRAY:
+def _read_lines(file: IO[bytes], start: Start) -> Iterator[Prompt]:
+    for number, read in read_lines(file, start):
+        line = read.removesuffix(b"\n").removesuffix(b"\r")
+        column, problem = describe_line_problem(line)
+        problem = start.problem or problem
+        if problem:
+            yield Prompt(
+                number, str(number), problem=_describe(number, column, problem)
+            )
+        else:
+            yield Prompt(number, str(number), line.decode())
+        if start.problem:
+            return
+
+
+def _read_json(file: IO[bytes], start: Start) -> Iterator[Prompt]:
+    for number, read in enumerate(read_values(file, start=start), 1):
+        if start.is_array or start.is_open_object:
             prompt = Prompt(number, read.place)
         else:
             prompt = Prompt(read.line, str(read.line))
         if read.problem:
-            column = "" if read.column is None else f", column {read.column}"
-            problem = f"Line {read.line}{column} {read.problem}."
+            problem = _describe(read.line, read.column, read.problem)
             yield replace(prompt, problem=problem)
         else:
             yield _read_record(prompt, read.value)
+
+
+def _describe(line: int, column: int | None, problem: str) -> str:
+    return f"Line {line}{'' if column is None else f', column {column}'} {problem}."
 
 
 def _read_record(prompt: Prompt, value: Any) -> Prompt:
@@ -147,7 +176,8 @@ def _read_record(prompt: Prompt, value: Any) -> Prompt:
                 f"The record is {describe_type(value)}; it must be an object or string."
             )
         own = _check_id(value.get("id"))
-        return replace(prompt, content=_read_object(value), id=own)
+        content, options = _read_object(value), _read_options(value)
+        return replace(prompt, content=content, id=own, options=options)
     except OpenELMError as error:
         return replace(prompt, id=own, problem=str(error))
 
@@ -176,6 +206,32 @@ def _read_object(value: Mapping[str, Any]) -> str | tuple[Turn, ...]:
     if problem:
         raise OpenELMError(f"The prompt {problem}.")
     return str(text)
+
+
+def _read_options(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `Sampling` in a record; no key is ignored."""
+    names = [key for key in value if key not in _KEYS]
+    unknown = [key for key in names if key not in _OPTIONS]
+    if unknown:
+        raise OpenELMError(
+            f"The record has {', '.join(map(repr, unknown[:10]))}, which "
+            f"{'is' if len(unknown) == 1 else 'are'} not used; remove it. Its keys are "
+            f"{', '.join(_KEYS)}, and for its own answer {', '.join(_SAMPLING)}."
+        )
+    options: dict[str, Any] = {}
+    for key in names:
+        name, given = _OPTIONS[key], value[key]
+        if name in options:
+            raise OpenELMError(f"The record gives {name} twice, one of them as {key}.")
+        if name == "stop":
+            given = (given,) if isinstance(given, str) else given
+            given = tuple(given) if isinstance(given, list) else given
+        if name == "logit_bias" and isinstance(given, dict):
+            given = tuple((int(i) if i.isdecimal() else i, b) for i, b in given.items())
+        if given is not None:
+            options[name] = given
+    Sampling(**options)  # checks the values
+    return options
 
 
 def _read_messages(messages: Any) -> tuple[Turn, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import parse_json
 from mlx_openelm.message_parts import count_of
 
 
@@ -74,8 +75,8 @@ def parse_line(line: bytes) -> Any:
     if not line.endswith(b"\n"):
         return None
     try:
-        return json.loads(line.decode())
-    except (ValueError, RecursionError):
+        return parse_json(line)
+    except ValueError:
         return None
 
 

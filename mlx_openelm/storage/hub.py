@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.paths import user_path
 from mlx_openelm.storage.hub_download import Wanted, fetch
 from mlx_openelm.storage.similar_names import suggest_similar
 from mlx_openelm.storage.weight_files import (
@@ -72,7 +73,7 @@ def find_model(
         OpenELMError: there is no such folder, or the download failed.
     """
     refuse_address(name)
-    path = Path(os.path.expanduser(name))  # Path.expanduser raises on "~nobody"
+    path = user_path(name)
     if revision is not None and (path.exists() or name == DEMO):
         raise OpenELMError(
             f"`revision` applies to a Hub id, but {name} is local; leave it out."

@@ -1,9 +1,10 @@
 """Names of models that are similar to a name that was not found, for its error."""
 
 import difflib
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from mlx_openelm.paths import user_path
 
 _CUTOFF = 0.8  # of difflib's ratio: one wrong letter in a short name
 
@@ -15,7 +16,7 @@ def suggest_similar(name: str, known: Sequence[str], config: str) -> str:
         known: names that are valid anywhere; the part after "/" also counts alone.
         config: the file that a folder must have to be proposed.
     """
-    folder = Path(os.path.expanduser(name)).parent
+    folder = user_path(name).parent
     try:
         local = [str(path.parent) for path in folder.glob(f"*/{config}")]
     except OSError:  # the folder cannot be read

@@ -84,13 +84,21 @@ def lock_target(target: Path) -> Iterator[None]:
     """Lock `target`, which need not exist, against other processes.
 
     Raises:
-        OpenELMError: another process has locked it.
+        OpenELMError: another process has locked it, or its folder is not writable.
     """
     lock = target.parent / f".{target.name}.held"
     message = (
         f"{target} is in use by another process; wait for it, or choose another path."
     )
-    with _parents(target), lock_file(lock, message):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_parents(target))
+            stack.enter_context(lock_file(lock, message))
+        except OSError as error:
+            raise OpenELMError(
+                f"Cannot write {target}: {error.strerror or error}; choose another "
+                "path."
+            ) from error
         yield
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from mlx_openelm.config import BOS_ID, EOS_ID, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import read_json
+from mlx_openelm.paths import user_path
 from mlx_openelm.storage.added_token_files import read_added_tokens
 from mlx_openelm.storage.file_checks import refuse_unreadable
 from mlx_openelm.storage.hub import (
@@ -250,7 +252,7 @@ def _describe(tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:
 def _locate(given: str, *, offline: bool) -> Path:
     """Return the path of a file, a folder, or a repository, which is downloaded."""
     refuse_address(given)
-    path = Path(given).expanduser()
+    path = user_path(given)
     if path.exists():
         return path
     is_repo = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given)
@@ -298,7 +300,7 @@ def read_tokenizer(
 def _read_json(file: Path, template: str | None, num_rows: int | None) -> Tokenizer:
     """Return the tokenizer of a tokenizer.json, verified to give the same ids."""
     try:
-        description = json.loads(file.read_bytes())
+        description = read_json(file)
         tokenizer = rebuild(description, template=template, num_rows=num_rows)
         with contextlib.suppress(ImportError):  # `rebuild` has compared the merges
             combined = {**describe(tokenizer), "model": description["model"]}

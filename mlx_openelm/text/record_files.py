@@ -1,13 +1,14 @@
-"""Files of JSON values: one per line or one array, plain or compressed with gzip.
+"""Files of JSON values: one per line, one array, or values with line breaks in them.
 
-Reads fine-tuning data, tasks, prompts and pre-training corpora. A file is read in
-chunks and is never in memory as a whole. Values and problems have a line and column;
-the caller can stop at the first problem or collect all of them.
+Reads fine-tuning data, tasks, prompts and pre-training corpora, plain or compressed
+with gzip. A file is read in chunks and is never in memory as a whole; a value has at
+most `MAX_RECORD_BYTES`. Values and problems have a line and column; the caller can stop
+at the first problem or collect all of them.
 """
 
 import codecs
 import gzip
-import itertools
+import io
 import json
 import re
 import zlib
@@ -16,17 +17,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from mlx_openelm.input_files import (
+    BOM,
+    MAX_DEPTH,
+    MAX_RECORD_BYTES,
+    TOO_DEEP,
+    check_depth,
+    parse_json,
+)
+
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+RECORD_SUFFIXES = (*JSON_SUFFIXES, *(f"{suffix}.gz" for suffix in JSON_SUFFIXES))
 
 # Raised if a file is missing, damaged or truncated, or its name contains a NUL
 READ_ERRORS = (OSError, EOFError, zlib.error, ValueError)
 
-_BOM = b"\xef\xbb\xbf"
+_GZIP = b"\x1f\x8b\x08"  # with deflate, its only method
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_UTF16 = "is not UTF-8 but UTF-16; save it as UTF-8"
 _CHUNK = 1 << 16  # bytes
 # An array of objects or strings; a line that starts with another array is one value.
 _ARRAY = re.compile(rb'\s*\[(\s*[{"\]]|[ \t\r]*\n|\s*$)')
+_OPEN_OBJECT = re.compile(rb"\s*\{(.*[{\[:,])?\s*\n")  # it continues on the next line
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")  # JSON's white space
 _DECODER = json.JSONDecoder()
+_TOO_LARGE = f"is larger than {MAX_RECORD_BYTES >> 20} MiB; split it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +66,57 @@ class JsonValue:
         return str(self.line) if self.column is None else f"{self.line}:{self.column}"
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The first line of a file that is not blank; of an array, up to a chunk of it.
+
+    Attributes:
+        line: its number, from 1.
+    """
+
+    line: int
+    data: bytes
+
+    @property
+    def is_array(self) -> bool:
+        """Whether the file is an array of records."""
+        return _ARRAY.match(self.data) is not None
+
+    @property
+    def is_open_object(self) -> bool:
+        """Whether the line is the start of an object with line breaks in it."""
+        if not _OPEN_OBJECT.fullmatch(self.data):
+            return False
+        text = self.data.decode(errors="replace").rstrip()
+        try:
+            parse_json(text)
+        except json.JSONDecodeError as error:
+            return error.pos == len(text)
+        except ValueError:
+            return False
+        return False
+
+    @property
+    def problem(self) -> str:
+        """Why no line of the file can be read, or ""."""
+        return _UTF16 if self.data.startswith(_UTF16_MARKS) else ""
+
+
 def open_records(path: Path) -> IO[bytes]:
-    """Open a file for reading, decompressed if its name ends in .gz."""
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path)  # type: ignore[return-value] # it reads bytes
-    return path.open("rb")
+    """Open a file for reading; see `decompress`."""
+    return decompress(path.open("rb"))
+
+
+def decompress(file: io.BufferedReader) -> IO[bytes]:
+    """Return a reader of the decompressed bytes of a file, if they are gzip's.
+
+    The name does not count: downloads are often unpacked without being renamed.
+    """
+    if not file.peek(3).startswith(_GZIP):
+        return file
+    unpacked = gzip.GzipFile(fileobj=file)
+    unpacked.myfileobj = file  # type: ignore[assignment] # it is closed with it
+    return io.BufferedReader(unpacked, _CHUNK)
 
 
 def without_gz(path: Path) -> Path:
@@ -63,64 +124,113 @@ def without_gz(path: Path) -> Path:
     return path.with_suffix("") if path.suffix.lower() == ".gz" else path
 
 
-def is_array(start: bytes) -> bool:
-    """Return whether a file that starts with `start` is an array of records."""
-    return _ARRAY.match(start.removeprefix(_BOM)) is not None
+def is_record_file(name: str) -> bool:
+    """Return whether a file name has a suffix of files of JSON values."""
+    return name.lower().endswith(RECORD_SUFFIXES)
 
 
-def read_values(file: IO[bytes], *, skip: int = 0) -> Iterator[JsonValue]:
+def read_start(file: IO[bytes]) -> Start:
+    """Read the start of a file; its data are empty if there is none."""
+    line, data = 1, file.readline(_CHUNK).removeprefix(BOM)
+    while data and not data.strip():
+        line, data = line + data.endswith(b"\n"), file.readline(_CHUNK)
+    start = Start(line, data)
+    if data.endswith(b"\n") or start.is_array:
+        return start
+    return Start(line, data + file.readline(MAX_RECORD_BYTES + 1 - len(data)))
+
+
+def read_values(
+    file: IO[bytes], *, skip: int = 0, start: Start | None = None
+) -> Iterator[JsonValue]:
     """Yield the values of a file; blank lines are skipped.
 
     Only newlines end a line: strings may contain U+2028 and similar characters. A line
-    that is not JSON yields a problem and reading continues; in an array a problem is
-    the last value.
+    that is not JSON yields a problem and reading continues. A problem is the last value
+    in an array, between values with line breaks, of a value that is too large, and of
+    a file that is not UTF-8 text at all.
 
     Args:
         skip: number of values to skip; skipped lines are not parsed.
+        start: what `read_start` has read of the file.
     """
-    first, start = 1, file.readline(_CHUNK).removeprefix(_BOM)
-    while start and not start.strip():
-        first, start = first + start.endswith(b"\n"), file.readline(_CHUNK)
-    if is_array(start):
-        for index, value in enumerate(_ArrayReader(file, start, first).read()):
+    start = start or read_start(file)
+    problem = start.problem or (_UTF16 if b"\0" in start.data[:4] else "")
+    if problem:
+        yield JsonValue(start.line, 1, problem=problem)
+    elif start.is_array or start.is_open_object:
+        values = _StreamReader(file, start).read()
+        for index, value in enumerate(values):
             if index >= skip or value.problem:
                 yield value
-        return
-    if not start.endswith(b"\n"):
-        start += file.readline()
-    for number, line in enumerate(itertools.chain([start], file), first):
-        if line.strip():
+    else:
+        for number, line in read_lines(file, start):
             if skip <= 0:
                 yield _parse_line(number, line)
             skip -= 1
 
 
-def _parse_line(number: int, line: bytes) -> JsonValue:
+def read_lines(file: IO[bytes], start: Start) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and the bytes of each line that is not blank.
+
+    A line that is too large is the last one; it has `MAX_RECORD_BYTES` + 1 bytes.
+    """
+    number, line = start.line, start.data
+    while line:
+        if not line.isspace():
+            yield number, line
+        if len(line) > MAX_RECORD_BYTES:
+            return
+        number, line = number + 1, file.readline(MAX_RECORD_BYTES + 1)
+
+
+def describe_line_problem(line: bytes) -> tuple[int | None, str]:
+    """Return the column and the reason why a line is not text; "" if it is."""
+    if len(line) > MAX_RECORD_BYTES:
+        return None, _TOO_LARGE
     try:
-        return JsonValue(number, value=json.loads(line.decode().rstrip()))
+        line.decode()
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode()) + 1
-        problem = _describe_bad_byte(line[error.start])
-        return JsonValue(number, column, problem=problem)
-    except json.JSONDecodeError as error:
-        return JsonValue(number, error.pos + 1, problem=f"is not JSON ({error.msg})")
-    except (ValueError, RecursionError) as error:  # a huge number, deep nesting
-        return JsonValue(number, problem=f"cannot be read as JSON ({error})")
+        return column, _describe_bad_byte(line[error.start])
+    return None, ""
 
 
-class _ArrayReader:
-    """Reads a JSON array value by value, with the line and column of its position."""
+def _parse_line(number: int, line: bytes) -> JsonValue:
+    if len(line) <= MAX_RECORD_BYTES:
+        try:
+            text = line.removeprefix(BOM).decode().rstrip()
+            return JsonValue(number, value=parse_json(text))
+        except UnicodeDecodeError:
+            pass
+        except json.JSONDecodeError as error:
+            column, problem = error.pos + 1, f"is not JSON ({error.msg})"
+            return JsonValue(number, column, problem=problem)
+        except ValueError as error:  # a huge number, deep nesting
+            return JsonValue(number, problem=f"cannot be read as JSON ({error})")
+    at, problem = describe_line_problem(line)
+    return JsonValue(number, at, problem=problem)
 
-    def __init__(self, file: IO[bytes], start: bytes, line: int) -> None:
-        """Start with bytes of line `line` that were already read from the file."""
-        self._file = file
+
+class _StreamReader:
+    """Reads an array, or values one after the other, with line and column of each."""
+
+    def __init__(self, file: IO[bytes], start: Start) -> None:
+        self._file, self._is_array = file, start.is_array
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._text = self._decoder.decode(start)
-        self._position, self._line, self._column = 0, line, 1
+        self._text = self._decoder.decode(start.data)
+        self._position, self._line, self._column = 0, start.line, 1
         self._failed = False
 
     def read(self) -> Iterator[JsonValue]:
-        """Yield the values; the last one is a problem if the array is damaged."""
+        """Yield the values; the last one is a problem if the file is damaged."""
+        if self._is_array:
+            yield from self._read_array()
+            return
+        while not self._failed and self._find_next():
+            yield self._read_value()
+
+    def _read_array(self) -> Iterator[JsonValue]:
         self._move(self._text.index("[") + 1)
         more = self._find_next() != "]"
         while more:
@@ -147,7 +257,7 @@ class _ArrayReader:
             position, problem = bad or (error.pos, f"is not JSON ({error.msg})")
             self._move(position)
             return self._describe(problem)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             self._failed = True
             return JsonValue(self._line, problem=f"cannot be read as JSON ({error})")
         bad = _find_bad_byte(self._text, self._position, end)
@@ -163,17 +273,24 @@ class _ArrayReader:
         """Return the value at the position and its end; reads chunks as needed.
 
         Raises:
-            ValueError, RecursionError: see json.JSONDecoder.
+            ValueError: it is not JSON, too large, or nested too deeply.
         """
         while True:
             size = max(_CHUNK, len(self._text) - self._position)
             try:
                 value, end = _DECODER.raw_decode(self._text, self._position)
             except json.JSONDecodeError:
+                if size > MAX_RECORD_BYTES:
+                    raise ValueError(f"it {_TOO_LARGE}") from None
                 if not self._read_chunk(size):
                     raise
+            except RecursionError:
+                raise ValueError(TOO_DEEP) from None
             else:  # a number cut after "1e+" parses as one that ends 2 characters early
                 if end < len(self._text) - 2 or not self._read_chunk(size):
+                    parts = self._text[self._position : end]
+                    if parts.count("[") + parts.count("{") > MAX_DEPTH:
+                        check_depth(value)
                     return value, end
 
     def _find_next(self) -> str:

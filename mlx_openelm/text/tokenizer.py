@@ -149,15 +149,10 @@ class Tokenizer:
         Raises:
             OpenELMError: a text contains an unpaired surrogate.
         """
-        split = [text.split(EOS_TEXT) if rendered else [text] for text in texts]
-        strings = [s for parts in split for s in parts]
-        try:
-            if self.added:
-                encoded = iter([self._encode_with_added(s) for s in strings])
-            else:
-                encoded = iter(self.processor.encode(strings))
-        except (RuntimeError, TypeError) as error:
-            raise OpenELMError(_NOT_UNICODE) from error
+        if not rendered or not any(EOS_TEXT in text for text in texts):
+            return self._encode_all(texts)
+        split = [text.split(EOS_TEXT) for text in texts]
+        encoded = iter(self._encode_all([s for parts in split for s in parts]))
         many = []
         for parts in split:
             ids: list[int] = next(encoded)
@@ -165,6 +160,15 @@ class Tokenizer:
                 ids += [self.eos_id, *next(encoded)]
             many.append(ids)
         return many
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        try:
+            if self.added:
+                return [self._encode_with_added(text) for text in texts]
+            encoded: list[list[int]] = self.processor.encode(list(texts))
+        except (RuntimeError, TypeError) as error:
+            raise OpenELMError(_NOT_UNICODE) from error
+        return encoded
 
     def _encode_with_added(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm.input_files import parse_json
 from mlx_openelm.storage.staging import replaced_file
 from mlx_openelm.training.distributed import World
 from mlx_openelm.training.state import TrainingProgress, TrainingState
@@ -74,7 +75,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             with contextlib.suppress(ValueError):
-                event = json.loads(line)
+                event = parse_json(line)
                 if isinstance(event, dict) and _is_event(event):
                     events.append(event)
     return events

@@ -22,6 +22,7 @@ from mlx.utils import tree_map_with_path, tree_unflatten
 
 from mlx_openelm import openblas
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import parse_json
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.adapter_folder import save_tensors
 from mlx_openelm.storage.staging import flush, replaced_file
@@ -199,7 +200,7 @@ def load_state(folder: Path) -> SavedState:
     )
     try:
         with safetensors.safe_open(path, framework="numpy") as opened:
-            metadata = json.loads(opened.metadata()["state"])
+            metadata = parse_json(opened.metadata()["state"])
         arrays = mx.load(str(path))
         assert isinstance(arrays, dict)
         mx.eval(arrays)

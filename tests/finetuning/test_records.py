@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from trainings import read_data
 
-from mlx_openelm.errors import OpenELMError
+from mlx_openelm.errors import MAX_LENGTH, OpenELMError
 from mlx_openelm.finetuning.records import hold_out
 from mlx_openelm.text.templates import Turn
 
@@ -236,10 +236,12 @@ def test_all_problems_are_in_one_message(file):
 
 
 def test_a_long_list_of_problems_ends_with_the_number_of_the_rest(file):
-    message = refused(file, "{\n" * 50)
+    message = refused(file, "nope\n" * 50)
     assert "50 problems" in message
-    assert message.count("is not JSON") == 20
-    assert message.endswith("; and 30 more.")
+    shown = message.count("is not JSON")
+    assert 10 <= shown <= 20
+    assert message.endswith(f"; and {50 - shown} more.")
+    assert len(message) <= MAX_LENGTH
 
 
 def test_problems_of_all_files_are_in_one_message(tmp_path):
@@ -287,7 +289,6 @@ def test_files_that_are_not_json_lines_are_refused(tmp_path):
         ("a.json", b'[{"text": "a"},\n {"text": "\xe9"}]', "a.json:2:12 is not UTF-8"),
         ("a.jsonl", "Once upon a time", "a.jsonl:1:1 is not JSON"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "a.jsonl:1:1 is not UTF-8"),
-        ("a.jsonl.gz", '{"text": "a"}', "a.jsonl.gz"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "truncated"),
         ("a.jsonl.gz", b"\x1f\x8b\x08\x00" + b"\xff" * 40, "a.jsonl.gz is damaged"),
     ):

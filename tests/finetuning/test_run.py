@@ -763,7 +763,7 @@ def test_a_folder_with_a_run_is_not_replaced(base, tmp_path, recipe):
         tmp_path,
         *("lora", "--data", recipe.data, "--model", base),
         *("--adapter-path", recipe.adapter_path),
-        message=["--resume", "--force"],
+        message=["complete run", "--force"],
     )
     expect_error(
         tmp_path,

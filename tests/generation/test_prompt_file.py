@@ -44,7 +44,7 @@ def read(data: bytes, name="prompts.jsonl", folder=None):
 
 def test_a_line_is_a_text_an_object_or_a_conversation(tmp_path):
     result = read(
-        b'\xef\xbb\xbf{"prompt": "a king", "id": "k1", "more": [1]}\r\n'
+        b'\xef\xbb\xbf{"prompt": "a king", "id": "k1"}\r\n'
         b"\n   \r\n"
         b'"a \\u00e9 queen"\n'
         b'{"id": 7, "messages": [{"role": "system", "content": ""}, '
@@ -176,6 +176,8 @@ def test_any_bytes_give_prompts_problems_or_one_error(tmp_path_factory, lines):
         result = read(b"\n".join(lines), folder=tmp_path_factory.getbasetemp())
     except OpenELMError:
         data = b"".join(lines).removeprefix(b"\xef\xbb\xbf")
+        if data.startswith(b"\x1f\x8b\x08"):  # compressed, and damaged
+            return
         assert not data.strip() or re.fullmatch(rb"\s*\[\s*\]\s*", data)
         return
     for prompt in result.prompts:

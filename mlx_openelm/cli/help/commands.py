@@ -1,10 +1,18 @@
 """Typer's classes of commands, with a plainer --help and clearer usage errors."""
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from mlx_openelm.paths import expand_home
+
+# Parameters that are texts; every other one can be a path.
+TEXTS = (
+    *("prompt", "prompt_option", "system", "stop", "sample_prompt", "keep"),
+    *("regex", "api_key"),
+)
 _ADVICE = {  # for a command that does not take the argument {}
     "lora": "give examples with --data {}",
     "pretrain": "give a recipe with --recipe {}",
@@ -17,7 +25,7 @@ _ADVICE = {  # for a command that does not take the argument {}
 
 
 class Command(TyperCommand):
-    """A command."""
+    """A command; "~" is expanded in the values of all parameters but texts."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse; report arguments that the command does not take, with what to do."""
@@ -25,6 +33,9 @@ class Command(TyperCommand):
         rest = super().parse_args(ctx, args)
         if rest and not ctx.resilient_parsing:
             ctx.fail(f"{_describe_extra(ctx, rest)}.")
+        ctx.params.update(
+            {n: _expand(v) for n, v in ctx.params.items() if n not in TEXTS}
+        )
         return rest
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -38,6 +49,12 @@ class CommandGroup(TyperGroup):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _simplify_help(self, ctx)
         super().format_help(ctx, formatter)
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_expand, value))
+    return type(value)(expand_home(value)) if isinstance(value, str | Path) else value
 
 
 def _simplify_help(command: Any, ctx: Any) -> None:

@@ -1,0 +1,83 @@
+"""Readers of text and JSON files: limits of size and depth, and no byte order mark."""
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+BOM = b"\xef\xbb\xbf"  # of UTF-8, as Windows writes it
+MAX_DEPTH = 100  # nested lists and objects of JSON
+MAX_BYTES = 1 << 27  # of a text, or of a JSON document such as tokenizer.json
+MAX_RECORD_BYTES = 1 << 25  # of a prompt, or one record of many
+TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
+_DECODER = json.JSONDecoder()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON or not UTF-8, has a number with too many digits, or
+            is nested more than `MAX_DEPTH` levels deep.
+    """
+    text = text if isinstance(text, str) else text.decode("utf-8-sig")
+    try:
+        value = _decode(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        check_depth(value)
+    return value
+
+
+def _decode(text: str) -> Any:
+    try:
+        value, end = _DECODER.raw_decode(text)  # half the time of json.loads
+    except json.JSONDecodeError:
+        end = -1  # it can start with a space
+    return value if end == len(text) else json.loads(text)
+
+
+def check_depth(value: Any) -> None:
+    """Raise ValueError if a value is nested more than `MAX_DEPTH` levels deep."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        # By identity: an alias in YAML can repeat a list, or contain itself.
+        inner = {
+            id(child): child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        }
+        if not inner:
+            return
+        level = list(inner.values())
+    raise ValueError(TOO_DEEP)
+
+
+def read_json(path: Path) -> Any:
+    """Return the value of a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: see `parse_json` and `read_text`.
+    """
+    return parse_json(read_text(path))
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file, with its line ends.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8, or larger than `MAX_BYTES`.
+    """
+    with path.open("rb") as opened:
+        return read_text_of(opened, MAX_BYTES)
+
+
+def read_text_of(file: IO[bytes], limit: int) -> str:
+    """Return the rest of an open file of at most `limit` bytes; see `read_text`."""
+    data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it is larger than {limit >> 20} MiB")
+    return data.decode("utf-8-sig")
