@@ -14,4 +14,7 @@ def test_a_temperature_of_zero_takes_no_penalty_from_the_model(tmp_path):
     first, second = (json.loads(line) for line in result.stdout.splitlines())
     alone = call("generate", prompt["prompt"], "--temp", "0", "-m", "12", "--no-stream")
     assert first["text"] == alone.stdout.removesuffix("\n")
-    assert (len(second["tokens"]), first["text"].startswith(second["text"])) == (6, True)
+    assert (len(second["tokens"]), first["text"].startswith(second["text"])) == (
+        6,
+        True,
+    )
