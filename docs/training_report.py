@@ -2,8 +2,8 @@
 
     python docs/training_report.py
 
-The demo model is trained for some minutes on the paragraphs of this documentation. Needs
-Chromium; the picture is of the top of `report.html`, 1,200 pixels wide.
+The demo model is trained for some minutes on the paragraphs of this documentation.
+Needs Chromium; the picture is of the top of `report.html`, 1,200 pixels wide.
 """
 
 import json
@@ -16,8 +16,9 @@ from run_examples import DOCS, Shell
 
 PICTURE = DOCS / "images" / "training-report.png"
 COMMAND = (
-    "mlx-openelm lora --data docs.jsonl --iters 240 --batch-size 4 --max-seq-length 128 "
-    "--learning-rate 1e-3 --steps-per-eval 20 --val-batches 8 --quiet"
+    "mlx-openelm lora --data docs.jsonl --iters 240 --batch-size 4 "
+    "--max-seq-length 128 --learning-rate 1e-3 --steps-per-eval 20 "
+    "--val-batches 8 --quiet"
 )
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
 HEIGHT = 840

@@ -12,8 +12,10 @@ def expand_home(path: str | Path) -> str:
     """
     text = str(path)
     user = text.partition("/")[0]
+    if not user.startswith("~") or "\0" in user:
+        return text
     has_home = user == "~" or os.path.isdir(os.path.expanduser(user))
-    return os.path.expanduser(text) if user.startswith("~") and has_home else text
+    return os.path.expanduser(text) if has_home else text
 
 
 def user_path(path: str | Path) -> Path:
