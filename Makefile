@@ -3,6 +3,7 @@
 # make test       the test suite, at most 5 minutes on two cores
 # make proof      the tests that take longer
 # make soak       the longest tests, after a change of what they cover (see CONTRIBUTING.md)
+# make clients    the clients that proof and soak ask the server with, in .venv-clients
 # make check      style, types and layers
 # make docs       the pages of docs/ as a site, in site/
 # make release    wheel and sdist in dist/, checked
@@ -28,10 +29,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed$(MLX:%=-%)
 DEVELOP := $(VENV)/.develop$(if $(TORCH),,-without-torch)
 DOCS := $(VENV)/.docs
+CLIENTS := .venv-clients
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
-.PHONY: demo install test proof soak check docs release clean which-python
+.PHONY: demo install test proof soak clients check docs release clean which-python
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -44,11 +46,13 @@ install: $(INSTALLED)
 test: $(DEVELOP)
 	$(PYTEST) -m "not proof and not soak"
 
-proof: $(DEVELOP)
+proof: $(DEVELOP) $(CLIENTS)/.installed
 	$(PYTEST) -m proof
 
-soak: $(DEVELOP)
+soak: $(DEVELOP) $(CLIENTS)/.installed
 	$(PYTEST) -m soak
+
+clients: $(CLIENTS)/.installed
 
 check: $(DEVELOP)
 	$(BIN)/ruff check .
@@ -68,7 +72,7 @@ release: $(DEVELOP)
 clean:
 	rm -rf build dist site .cache *.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name ".venv*" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installing ------------------------------------------------------------------------
 
@@ -88,6 +92,14 @@ $(DEVELOP): $(BIN)/python pyproject.toml
 	@$(PIP_INSTALL) --upgrade "pip>=25.1"
 	@$(PIP_INSTALL) $(if $(TORCH),"$(TORCH)" -e ".[torch]" --group with-torch,-e .) --group dev
 	@touch $(INSTALLED) $@
+
+# They depend on much that the package does not need.
+$(CLIENTS)/.installed: $(BIN)/python pyproject.toml
+	@echo "Installing clients of the server into $(CLIENTS)." >&2
+	@$(BIN)/python -m venv --clear $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install -qq --disable-pip-version-check --upgrade "pip>=25.1"
+	@$(CLIENTS)/bin/python -m pip install -qq --disable-pip-version-check --group clients
+	@touch $@
 
 $(DOCS): $(BIN)/python pyproject.toml
 	@$(PIP_INSTALL) --upgrade "pip>=25.1"

@@ -33,7 +33,10 @@ _LONGEST_SHOWN = 60
 _INT64 = 2**63 - 1
 Count = Annotated[int, Field(ge=0, le=_INT64)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Biases = Annotated[dict[str, float], Field(max_length=MOST_BIASES)]
+Biases = Annotated[
+    dict[str, float],
+    Field(json_schema_extra={"maxProperties": MOST_BIASES}),
+]
 Text = Annotated[str, Field(min_length=1)]
 # Checked by `prompts.read_prompts`, which names the place of what is wrong.
 Prompt = Annotated[
@@ -49,6 +52,37 @@ Prompt = Annotated[
                     "items": {"type": "array", "items": {"type": "integer"}},
                 },
             ]
+        }
+    ),
+]
+
+
+# Checked by `prompts.read_messages`, as the records of `lora` are.
+Message = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {
+                "role": {"enum": ["system", "developer", "user", "assistant"]},
+                "content": {
+                    "anyOf": [
+                        {"type": "string"},
+                        {
+                            "type": "array",
+                            "items": {
+                                "type": "object",
+                                "properties": {
+                                    "type": {"const": "text"},
+                                    "text": {"type": "string"},
+                                },
+                                "required": ["type", "text"],
+                            },
+                        },
+                    ]
+                },
+            },
+            "required": ["role", "content"],
         }
     ),
 ]
@@ -129,6 +163,18 @@ class GenerationRequest(_Strict):
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     xtc_probability: Annotated[float, Field(ge=0, le=0)] | None = None
 
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        # Before the values are checked: an error for each of many takes seconds.
+        if isinstance(value, dict) and len(value) > MOST_BIASES:
+            raise PydanticCustomError(
+                "bias",
+                "it has {count} entries; at most {most} are possible",
+                {"count": len(value), "most": MOST_BIASES},
+            )
+        return value
+
     @field_validator("logit_bias")
     @classmethod
     def _bounded(cls, value: Mapping[str, float] | None) -> Mapping[str, float] | None:
@@ -170,10 +216,8 @@ class CompletionRequest(GenerationRequest):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    # Checked by `prompts.read_messages`, as the records of `lora` are.
     messages: Annotated[
-        list[dict[str, Any]],
-        Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
+        list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     ]
     template: str | None = None
     logprobs: bool | None = None

@@ -84,7 +84,7 @@ def _post(summary: str, schema: str) -> dict[str, Any]:
     body = {"schema": {"$ref": f"#/components/schemas/{schema}"}}
     content = {
         "application/json": {"schema": {"type": "object"}},
-        "text/event-stream": {"schema": {"type": "string"}},
+        "text/event-stream": {"schema": {}},
     }
     described = {"200": {"description": "The answer.", "content": content}}
     return {

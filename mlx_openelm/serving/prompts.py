@@ -1,6 +1,6 @@
 """Prompts of requests as token ids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -51,7 +51,7 @@ def read_messages(
         RequestError: a message is wrong, or the template cannot hold it.
     """
     template = _choose_template(request.template, model)
-    turns, problems = check_messages([_as_plain(m) for m in request.messages])
+    turns, problems = check_messages(request.messages)
     if problems:
         raise RequestError(f"{problems[0][:300]}.", param="messages")
     if template == RAW and any(turn.role == "system" for turn in turns):
@@ -67,26 +67,6 @@ def read_messages(
         raise RequestError(str(error), param="messages") from None
     _check_count(ids, served, "messages")
     return RequestPrompt(ids, "", drops_space)
-
-
-def _as_plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message of OpenAI's API as one of a record of `lora`.
-
-    Content parts are joined, if all are texts, and a developer's message is a system's.
-    """
-    plain = dict(message)
-    if plain.get("role") == "developer":
-        plain["role"] = "system"
-    content = plain.get("content")
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content if _is_text_part(part)]
-        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
-            plain["content"] = "".join(texts)
-    return plain
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text"
 
 
 def check_length(text: str, served: Served, param: str) -> None:

@@ -43,13 +43,16 @@ PATH = "/v1/completions"
 
 @pytest.fixture
 def slow_steps(small, monkeypatch):
-    call = type(small[0].transformer).__call__
+    """The number of steps, in a list, each of which takes 20 ms or more."""
+    steps, call = [0], type(small[0].transformer).__call__
 
     def slow(*args, **options):
+        steps[0] += 1
         time.sleep(0.02)
         return call(*args, **options)
 
     monkeypatch.setattr(type(small[0].transformer), "__call__", slow)
+    return steps
 
 
 def ask_together(url, bodies):
@@ -87,13 +90,12 @@ def test_the_row_of_a_client_that_vanishes_is_freed(
         reset(connection)
     else:
         connection.close()
-    started = time.monotonic()
     wait_until_idle(server.url)
-    assert time.monotonic() - started < 4  # of the 8 s that 400 steps take
+    assert slow_steps[0] < 300
     name = f'requests_total{{path="{PATH}",status="%s"}}'
     after = measure(server.url)
     gone = [n for n in (name % 499, name % 200) if after.get(n, 0) > before.get(n, 0)]
-    assert gone == [name % (200 if stream else 499)] or how.startswith("half")
+    assert gone == [name % 499]
     healthy(server.url)
 
 
@@ -251,6 +253,7 @@ def test_a_late_answer_is_a_timeout(small, slow_steps):
         assert post(server.url, {"prompt": "a", "max_tokens": 2})[0] == 200
 
 
+@pytest.mark.proof
 def test_others_are_answered_while_a_large_request_is_checked(server):
     spellings = {f"{'0' * (n % 9)}5{chr(0x660)}{n}": 0 for n in range(300_000)}
     texts = dict.fromkeys(map(str, range(500_000)), "x")
@@ -271,7 +274,7 @@ def test_others_are_answered_while_a_large_request_is_checked(server):
             healthy(server.url)
             slowest = max(slowest, time.monotonic() - started)
         assert {answer.result()[0] for answer in large} <= {200, 400}
-    assert slowest < 3  # the first case took 5 s on one core
+    assert slowest < 5  # a defect takes more than this
 
 
 # The limit of open files ---------------------------------------------------------
@@ -332,9 +335,8 @@ def test_memory_does_not_grow_with_requests(small):
             return post(server.url, {"prompt": [5 + n % 200] * length, "max_tokens": 3})
 
         def used():
-            return (
-                int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-            )
+            pages = Path("/proc/self/statm").read_text().split()[1]
+            return int(pages) * resource.getpagesize()
 
         sizes = []
         for start, end in ((0, 200), (200, 1000)):

@@ -34,7 +34,7 @@ from mlx_openelm.storage.hub import demo_folder
 from mlx_openelm.storage.loading import load
 from mlx_openelm.storage.model_folder import open_folder
 
-ENDLESS = {"prompt": "a", "max_tokens": 500, "logit_bias": {"2": -99}}
+LONG = {"prompt": "a", "max_tokens": 500, "logit_bias": {"2": -99}}
 
 
 def serve(*args, environment=None, **options):
@@ -49,7 +49,7 @@ def serve(*args, environment=None, **options):
     )
 
 
-def start_endless(pool, url, count):
+def start_answers(pool, url, count, **options):
     """Send requests that take long; return the futures of their responses."""
 
     def ask(data):
@@ -60,12 +60,21 @@ def start_endless(pool, url, count):
             except ConnectionResetError:
                 return None
 
-    bodies = [ENDLESS | {"stream": n % 2 == 0} for n in range(count)]
+    bodies = [LONG | options | {"stream": n % 2 == 0} for n in range(count)]
     return [pool.submit(ask, request(url, "/v1/completions", b)) for b in bodies]
 
 
-@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_ends_the_server_and_clients_are_answered(tmp_path, number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "length"),
+    [
+        ("SIGINT", 130, 60),
+        ("SIGTERM", 143, 60),
+        pytest.param("SIGTERM", 143, 1000, marks=pytest.mark.proof),
+    ],
+)
+def test_a_signal_ends_the_server_and_clients_are_answered(
+    tmp_path, number, code, length
+):
     args, adapter = ["--quiet", "--temp", "0.7"], None
     if number == "SIGTERM":
         linears = ("layers.0.attn.qkv_proj", "layers.1.ffn.proj_2")
@@ -83,8 +92,8 @@ def test_a_signal_ends_the_server_and_clients_are_answered(tmp_path, number, cod
         expected = generate(*load("demo", adapter), "The king", sampling)
         assert (status, answer["choices"][0]["text"]) == (200, expected)
         with ThreadPoolExecutor(12) as pool:
-            answers = start_endless(pool, url, 12)
-            time.sleep(0.5)
+            answers = start_answers(pool, url, 12, max_tokens=length)
+            time.sleep(0.3)
             process.send_signal(getattr(signal, number))
             out, err = process.communicate(timeout=60)
     finally:
@@ -107,7 +116,7 @@ def test_a_second_signal_ends_the_server_at_once(count):
     try:
         url = process.stdout.readline().strip()
         with ThreadPoolExecutor(max(1, count)) as pool:
-            start_endless(pool, url, count)
+            start_answers(pool, url, count)
             time.sleep(0.5)
             process.send_signal(signal.SIGTERM)
             time.sleep(0.05)
@@ -129,7 +138,7 @@ def test_the_grace_period_ends_answers(small, monkeypatch):
 
     monkeypatch.setattr(type(small[0].transformer), "__call__", slow)
     with ThreadPoolExecutor(4) as pool, serving(*small) as server:
-        answers = start_endless(pool, server.url, 4)
+        answers = start_answers(pool, server.url, 4)
         time.sleep(0.4)
         server.stop()
         # New requests are refused while those in progress may end.

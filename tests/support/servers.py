@@ -73,7 +73,7 @@ def serving(
         thread.join()
 
 
-def connect(url: str, timeout: float = 20) -> socket.socket:
+def connect(url: str, timeout: float = 120) -> socket.socket:
     parts = urlsplit(url)
     return socket.create_connection((parts.hostname, parts.port), timeout)
 
