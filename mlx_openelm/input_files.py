@@ -8,6 +8,7 @@ BOM = b"\xef\xbb\xbf"  # of UTF-8, as Windows writes it
 MAX_DEPTH = 100  # nested lists and objects of JSON
 MAX_BYTES = 1 << 27  # of a text, or of a JSON document such as tokenizer.json
 MAX_RECORD_BYTES = 1 << 25  # of a prompt, or one record of many
+_PART_BYTES = 1 << 16
 TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
 _DECODER = json.JSONDecoder()
 
@@ -77,7 +78,10 @@ def read_text(path: Path) -> str:
 
 def read_text_of(file: IO[bytes], limit: int) -> str:
     """Return the rest of an open file of at most `limit` bytes; see `read_text`."""
-    data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"it is larger than {limit >> 20} MiB")
-    return data.decode("utf-8-sig")
+    parts, size = [], 0
+    while part := file.read(_PART_BYTES):  # read(n) reserves n bytes
+        parts.append(part)
+        size += len(part)
+        if size > limit:
+            raise ValueError(f"it is larger than {limit >> 20} MiB")
+    return b"".join(parts).decode("utf-8-sig")

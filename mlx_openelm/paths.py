@@ -8,9 +8,14 @@ from typing import Annotated
 def expand_home(path: str | Path) -> str:
     """Return a path or pattern with "~" expanded, which no shell does in "--option=~".
 
-    The "~" of an unknown user stays as it is.
+    "~user" stays as it is if this user has no home.
     """
-    return os.path.expanduser(str(path))
+    text = str(path)
+    user = text.partition("/")[0]
+    if not user.startswith("~") or "\0" in user:
+        return text
+    has_home = user == "~" or os.path.isdir(os.path.expanduser(user))
+    return os.path.expanduser(text) if has_home else text
 
 
 def user_path(path: str | Path) -> Path:

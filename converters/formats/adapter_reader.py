@@ -247,7 +247,10 @@ def open_adapter(path: Path) -> Adapter:
     """
     if not (path / CONFIG).is_file():
         if holds_model(path):
-            raise OpenELMError(f"{path} is a model, not an adapter; pass an adapter.")
+            raise OpenELMError(
+                f"{path} is not an adapter folder: it has no {CONFIG}; it is a model, "
+                "pass it as `model`."
+            )
         raise OpenELMError(
             f"{path} is not an adapter folder: it has no {CONFIG}. Expected one, and "
             f"{WEIGHTS} (mlx-lm) or {PEFT_ADAPTER.single} (PEFT)."

@@ -6,7 +6,6 @@ storage. In the pickle a tensor is a call, `_rebuild_tensor_v2(storage, offset, 
 strides, ...)`; it becomes a description, and its numbers are read on demand.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.message_parts import list_names
 from mlx_openelm.tensor_names import MODEL_KEYS, is_buffer
 
-AVERAGES = {"ema", "swa"}  # words in the keys of averaged weights
+AVERAGES = {"ema", "swa"}  # words in the keys and names of averaged weights
+AVERAGE_COUNT = "n_averaged"  # in the state of torch's AveragedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,39 +82,85 @@ def read_checkpoint(path: Path, weights: str | None = None) -> Checkpoint:
     return Checkpoint(tensors, notes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """One of the sets of weights in a file.
+
+    Attributes:
+        key: where they are, for messages; empty for the top level.
+        is_average: a moving average of the weights.
+    """
+
+    key: str
+    state: dict[object, object]
+    is_average: bool
+
+
 def _choose_weights(
-    root: Mapping[str, object], weights: str | None, path: Path
+    root: dict[object, object], weights: str | None, path: Path
 ) -> tuple[dict[object, object], tuple[str, ...]]:
     """Return a state dict of the file, and notes on the choice."""
-    states = {key: value for key, value in root.items() if isinstance(value, dict)}
-    models = [key for key in MODEL_KEYS if key in states]
-    averages = [
-        key
-        for key, value in states.items()
-        if AVERAGES & set(key.lower().split("_"))
-        and any(isinstance(entry, PtTensor) for entry in value.values())
-    ]
-    if not models and not averages:
-        states, models = {"": dict(root)}, [""]
-    chosen = averages if weights == "ema" or not (models or weights) else models
-    if not chosen:
+    found = _list_weights(root)
+    models = [one for one in found if not one.is_average]
+    averages = [one for one in found if one.is_average]
+    candidates = averages if weights == "ema" or not (models or weights) else models
+    if not candidates:
         kind = "EMA" if weights == "ema" else "model"
-        raise OpenELMError(
-            f"{path} has no {kind} weights, only {list_names(models or averages)}; "
-            "leave out `weights`."
-            if models != [""]
-            else f"{path} has no {kind} weights, only those of one model; leave out "
-            "`weights`."
-        )
+        only = list_names((one.key for one in found if one.key), quoted=False)
+        named = f", only {only}" if any(one.key for one in found) else ""
+        raise OpenELMError(f"{path} has no {kind} weights{named}; leave out `weights`.")
+    chosen, *_ = candidates
+    others = [one.key or "the others" for one in found if one is not chosen]
     notes: tuple[str, ...] = ()
-    others = [key for key in (*models, *averages) if key != chosen[0]]
-    if others or chosen is averages:
-        average = " (moving average, EMA)" if chosen is averages else ""
+    if others or chosen.is_average:
+        average = " (moving average, EMA)" if chosen.is_average else ""
         unused = f", not {list_names(others, quoted=False)}" if others else ""
-        notes = (f"Weights: {chosen[0]}{average} of {path.name}{unused}.",)
-        if chosen is models and averages and weights is None:
+        key = chosen.key or "all"
+        notes = (f"Weights: {key}{average} of {path.name}{unused}.",)
+        if averages and not chosen.is_average and weights is None:
             notes += ("`weights` ema uses the moving average (EMA) instead.",)
-    return states[chosen[0]], notes
+    return chosen.state, notes
+
+
+def _list_weights(root: dict[object, object]) -> list[_Weights]:
+    """Return the sets of weights, in the order of preference."""
+    keys = [key for key in MODEL_KEYS if isinstance(root.get(key), dict)]
+    keys += [str(k) for k in root if isinstance(root[k], dict) and _is_average(str(k))]
+    states = {key: _find_state(root[key], nested=_is_average(key)) for key in keys}
+    present = {key: state for key, state in states.items() if state is not None}
+    if not present:
+        present = {"": root}
+    found = []
+    for key, state in present.items():
+        parts: dict[str, dict[object, object]] = {}
+        for name, value in state.items():
+            path = str(name).split(".")[:-1]
+            prefix = next((part for part in path if _is_average(part)), "")
+            parts.setdefault(prefix, {})[name] = value
+        averaged = _is_average(key) or any(str(n) == AVERAGE_COUNT for n in state)
+        found += [
+            _Weights(
+                f"{key} {prefix}.*".strip() if prefix else key,
+                part,
+                averaged or bool(prefix),
+            )
+            for prefix, part in (parts or {"": state}).items()
+        ]
+    return found
+
+
+def _is_average(key: str) -> bool:
+    return bool(AVERAGES & set(key.lower().split("_")))
+
+
+def _find_state(value: object, *, nested: bool) -> dict[object, object] | None:
+    """Return a mapping with tensors: the value, or with `nested` one inside it."""
+    if not isinstance(value, dict):
+        return None
+    if not nested or any(isinstance(inner, PtTensor) for inner in value.values()):
+        return value
+    inside = (_find_state(inner, nested=True) for inner in value.values())
+    return next((state for state in inside if state is not None), None)
 
 
 def _overlaps(tensor: PtTensor) -> bool:

@@ -317,7 +317,10 @@ def _read_prompt(positional: str | None, option: str | None) -> str:
         raise typer.BadParameter("give a prompt, or pipe one in", param_hint="PROMPT")
     if prompt is None or prompt == "-":
         prompt = _read_stdin()
-    if not prompt.strip():
+        is_empty = not prompt.strip()
+    else:
+        is_empty = not prompt
+    if is_empty:
         raise OpenELMError(
             "The prompt is empty; give a text to continue, as in mlx-openelm generate "
             f"'{PROMPT}'. To generate from BOS alone, use Python: stream(model, "

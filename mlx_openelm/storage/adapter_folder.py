@@ -17,6 +17,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.paths import user_path
 from mlx_openelm.storage.base_check import BaseWeight, base_weights, check_base
 from mlx_openelm.storage.hub import HUB_ID, find_model, refuse_address
 from mlx_openelm.storage.model_folder import (
@@ -107,7 +108,7 @@ def find_adapter(name: str, *, offline: bool = False) -> Path:
     Raises:
         OpenELMError: there is no such folder, or the download failed.
     """
-    path = Path(os.path.expanduser(name))
+    path = user_path(name)
     if HUB_ID.fullmatch(name) and not path.parent.is_dir():
         return find_model(name, offline=offline)
     _refuse_non_folder(path)

@@ -54,7 +54,7 @@ class ModelChoice:
 
 
 def choose_model(
-    name: str | None, adapter_path: str | Path | None, *, offline: bool
+    name: str | Path | None, adapter_path: str | Path | None, *, offline: bool
 ) -> ModelChoice:
     """Open the named model, else the adapter's base, else the demo model.
 
@@ -68,13 +68,13 @@ def choose_model(
     if adapter is not None and name is None:
         path = adapter.find_base(offline=offline)
         return ModelChoice(adapter.base or "", open_folder(path), adapter, is_base=True)
-    name = name or DEMO
+    name = str(name or DEMO)
     folder = open_folder(find_model(name, offline=offline))
     return ModelChoice(name, folder, adapter, is_base=False)
 
 
 def load(
-    name: str | None = None,
+    name: str | Path | None = None,
     adapter_path: str | Path | None = None,
     *,
     offline: bool = False,

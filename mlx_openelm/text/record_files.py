@@ -114,9 +114,29 @@ def decompress(file: io.BufferedReader) -> IO[bytes]:
     """
     if not file.peek(3).startswith(_GZIP):
         return file
-    unpacked = gzip.GzipFile(fileobj=file)
-    unpacked.myfileobj = file  # type: ignore[assignment] # it is closed with it
-    return io.BufferedReader(unpacked, _CHUNK)
+    return io.BufferedReader(_Unpacked(file), _CHUNK)
+
+
+class _Unpacked(io.RawIOBase):
+    """The decompressed bytes of a gzip file, up to a damaged place if it has one.
+
+    `gzip.GzipFile` itself reads ahead, and fails before all whole lines are returned.
+    """
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file, self._unpacked = file, gzip.GzipFile(fileobj=file)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._unpacked.read1(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def without_gz(path: Path) -> Path:

@@ -8,7 +8,6 @@ from commands import call, expect_error
     ("arguments", "piped"),
     [
         (("",), None),
-        ((" \n",), None),
         (("-p", ""), None),
         ((), ""),
         ((), "\n\n"),

@@ -96,3 +96,8 @@ def test_python_and_the_command_line_read_the_same_file(home):
 def test_the_home_of_an_unknown_user_stays_as_it_is():
     assert user_path("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
     assert user_path("a~/~") == Path("a~/~")
+
+
+def test_the_home_of_a_user_without_a_folder_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda path: f"/nonexistent{path}")
+    assert user_path("~nobody/x") == Path("~nobody/x")

@@ -61,15 +61,49 @@ def test_an_average_without_raw_weights_is_named(tmp_path):
     torch.save({"ema_state_dict": state(0.5)}, path)
     assert read_norm(path) == 0.5
     assert "ema_state_dict (moving average, EMA)" in open_path(path).notes[0]
-    message = "has no model weights, only 'ema_state_dict'"
+    message = "has no model weights, only ema_state_dict"
     expect_error(tmp_path, "convert", path, "--weights", "model", message=message)
+
+
+@pytest.mark.parametrize(
+    ("saved", "key"),
+    [
+        (
+            lambda raw, mean: {"model": raw, "ema": {"decay": 0.9, "shadow": mean}},
+            "ema",
+        ),
+        (lambda raw, mean: {"model": raw, "ema": {"module": mean, "n": 3}}, "ema"),
+        (
+            lambda raw, mean: {
+                "state_dict": {f"model.{n}": t for n, t in raw.items()}
+                | {f"ema_model.{n}": t for n, t in mean.items()}
+            },
+            "state_dict ema_model.*",
+        ),
+    ],
+    ids=["shadow", "module", "prefix"],
+)
+def test_averages_are_found_where_trainers_put_them(tmp_path, saved, key):
+    path = tmp_path / "a.pt"
+    torch.save(saved(state(), state(0.5)), path)
+    assert read_norm(path) == 1.0
+    assert read_norm(path, "ema") == 0.5
+    assert f"not {key}." in open_path(path).notes[0]
+
+
+def test_torchs_averaged_model_is_named(tmp_path):
+    path = tmp_path / "a.pt"
+    saved = state(0.5, prefix="module.") | {"n_averaged": torch.tensor(4)}
+    torch.save(saved, path)
+    assert read_norm(path) == read_norm(path, "ema") == 0.5
+    assert "moving average, EMA" in open_path(path).notes[0]
 
 
 def test_settings_of_an_average_are_not_weights(tmp_path):
     path = tmp_path / "a.pt"
     torch.save({"model_state_dict": state(), "ema": {"decay": 0.999}}, path)
     assert read_checkpoint(path).notes == ()
-    message = ["has no EMA weights, only 'model_state_dict'", "leave out --weights"]
+    message = ["has no EMA weights, only model_state_dict", "leave out --weights"]
     expect_error(tmp_path, "convert", path, "--weights", "ema", message=message)
     torch.save(state(), path)
     message = ["has no EMA weights", "leave out --weights"]
