@@ -21,6 +21,7 @@ from mlx_openelm.text.tokenizer import SPACE, Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+_PROBED_TOKENS = 3  # when a grammar is compiled
 _LONGEST_REASON = 500  # characters of an error of the compiler
 # Some whitespace is fixed: a small model may otherwise fill its answer with it.
 _JSON_LAYOUT = {
@@ -73,6 +74,7 @@ class GrammarCompiler:
             vocab_size: rows of the embedding; rows without a piece are never allowed.
         """
         self._tokens = _build_tokens(tokenizer, vocab_size)
+        self._eos_id = tokenizer.eos_id
 
     def json_object(self) -> Constraint:
         """Return a constraint to any JSON object."""
@@ -118,9 +120,23 @@ class GrammarCompiler:
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
-        if matcher.is_error():
-            raise OpenELMError(f"The {kind} cannot be used: {_reason(matcher)}.")
+        probe = self._try_tokens(matcher)
+        if probe.is_error():
+            raise OpenELMError(f"The {kind} cannot be used: {_reason(probe)}.")
         return _MatcherConstraint(matcher, grammar)
+
+    def _try_tokens(self, matcher: "LLMatcher") -> "LLMatcher":
+        """Return a copy after some tokens; a grammar that is too large fails there."""
+        probe = matcher.deep_copy()
+        for _ in range(_PROBED_TOKENS):
+            if probe.is_error():
+                break
+            bits = np.frombuffer(probe.compute_bitmask(), np.uint8)
+            allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+            if not len(allowed) or allowed[0] == self._eos_id:
+                break
+            probe.consume_token(int(allowed[0]))
+        return probe
 
 
 class _MatcherConstraint:
@@ -152,7 +168,7 @@ class _MatcherConstraint:
 
 def _reason(matcher: "LLMatcher") -> str:
     """Return the compiler's message without its position and picture of the place."""
-    lines = matcher.get_error().strip().splitlines()
+    lines = matcher.get_error().partition("<state>")[0].strip().splitlines()
     kept = [line.strip() for line in lines if not re.match(r"\s*(\d+ \||\^)", line)]
     text = " ".join(kept).partition(": ")[2] or " ".join(kept)
     return text[:_LONGEST_REASON].rstrip(".")

@@ -229,6 +229,9 @@ class Service:
             return RequestError(
                 "The answer was not complete in time.", status=504, code="timeout"
             )
+        if isinstance(error, OpenELMError) and error.__cause__ is None:
+            # A grammar can exceed the parser's limits in the middle of an answer.
+            return RequestError(str(error)[:300], code="failed")
         if not isinstance(error, OpenELMError):
             log.error("A request has failed.", exc_info=error)
         return RequestError(

@@ -150,6 +150,30 @@ def test_a_grammar_that_cannot_be_used_is_refused_with_its_reason(
     healthy(server.url)
 
 
+def test_a_grammar_that_is_too_large_is_refused(server):
+    choices = [
+        {"type": "object", "properties": {f"k{n}": {"type": "string"}}}
+        for n in range(3000)
+    ]
+    body = {"prompt": "a", "max_tokens": 2} | by_schema({"anyOf": choices})
+    status, answer = post(server.url, body)
+    assert (status, answer["error"]["param"]) == (400, "response_format")
+    assert "JSON schema cannot be used" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_grammar_that_exceeds_the_limits_later_is_no_failure_of_ours(server, stream):
+    body = {"prompt": "a", "max_tokens": 400, "regex": "((a{1,100}){1,100}){1,100}"}
+    body |= {"logit_bias": {"2": -100}, "stream": stream}
+    status, _, answer = send(server.url, request(server.url, "/v1/completions", body))
+    error = (events(answer)[-1] if stream else json.loads(answer))["error"]
+    assert status == (200 if stream else 400)
+    assert error["type"] == "invalid_request_error"
+    assert "cannot be constrained further" in error["message"]
+    assert "<state>" not in error["message"]
+    healthy(server.url)
+
+
 def test_deeply_nested_schemas_do_not_end_the_server(server):
     for depth in (100, 1000, 100_000):
         body = b'{"prompt": "a", "max_tokens": 1, "response_format": {"type": '

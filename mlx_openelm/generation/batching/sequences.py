@@ -59,7 +59,7 @@ class Output:
         token: the drawn token, EOS included; None: the request has failed, or it only
             scores its prompt.
         finish_reason: None except in the last output; see `stopping.Answer`.
-        error: why the request has failed.
+        error: why the request has failed; with a cause where it is a defect.
         cached_tokens: prompt tokens that were not processed again.
         prompt_tokens: the prompt's tokens with their log-probabilities, in the first
             output, if the request asks for them.
@@ -149,7 +149,8 @@ class SequenceState:
         if not isinstance(error, OpenELMError):
             log.error("A request has failed.", exc_info=error)
             kind = type(error).__name__
-            error = OpenELMError(f"The request failed: {kind}: {str(error)[:500]}")
+            named = OpenELMError(f"The request failed: {kind}: {str(error)[:500]}")
+            named.__cause__, error = error, named
         self.error = error
         return Output(self.request, error=error, cached_tokens=self.cached)
 
