@@ -54,8 +54,8 @@ class ConversionOptions:
     )
     bits: int | str | None = option(
         None,
-        f"Bits of the linear layers: {_BITS}; auto:4.5 chooses them for each tensor, "
-        "4.5 bits a weight on average.",
+        f"Bits of the linear layers: {_BITS}; auto:X chooses them for each tensor, X "
+        "bits a weight on average (auto:4.5).",
         flags=("--q-bits",),
         panel=QUANTIZATION,
         shown_default="4, or those of {mode}",
