@@ -223,15 +223,19 @@ def _read_options(value: Mapping[str, Any]) -> dict[str, Any]:
         name, given = _OPTIONS[key], value[key]
         if name in options:
             raise OpenELMError(f"The record gives {name} twice, one of them as {key}.")
-        if name == "stop":
-            given = (given,) if isinstance(given, str) else given
-            given = tuple(given) if isinstance(given, list) else given
+        if name == "stop" and isinstance(given, str):
+            given = (given,)
         if name == "logit_bias" and isinstance(given, dict):
-            given = tuple((int(i) if i.isdecimal() else i, b) for i, b in given.items())
+            given = tuple((_read_token(i), bias) for i, bias in given.items())
         if given is not None:
             options[name] = given
-    Sampling(**options)  # checks the values
-    return options
+    sampling = Sampling(**options)  # checks the values
+    return {name: getattr(sampling, name) for name in options}
+
+
+def _read_token(key: str) -> int | str:
+    """Return a key as a token id; another text unchanged, which `Sampling` refuses."""
+    return int(key) if key.isdecimal() and len(key) < 20 else key
 
 
 def _read_messages(messages: Any) -> tuple[Turn, ...]:
