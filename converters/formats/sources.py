@@ -15,6 +15,7 @@ from converters.formats.tensor_readers import read_pt_tensor
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.message_parts import cannot_access
 from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
 from mlx_openelm.paths import user_path
@@ -131,10 +132,7 @@ def locate(name: str, *, offline: bool = False, revision: str | None = None) -> 
         if path.is_file() and revision is None:
             return path
     except (OSError, ValueError) as error:  # too long, or not a valid name
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise OpenELMError(
-            f"{name!a:.100} is not a file or folder: {reason}."
-        ) from error
+        raise OpenELMError(cannot_access(f"{name!a:.100}", error)) from error
     if path.suffix in CHECKPOINT_SUFFIXES and not path.exists():
         raise OpenELMError(f"{path} does not exist.")
     return find_model(name, offline=offline, revision=revision)

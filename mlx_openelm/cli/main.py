@@ -29,6 +29,7 @@ from mlx_openelm.cli.selfcheck import selfcheck_command
 from mlx_openelm.cli.serve import serve_command
 from mlx_openelm.cli.verify import verify_command
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import describe_failure
 from mlx_openelm.version import __version__
 
 
@@ -59,10 +60,7 @@ def _errors_in_one_line() -> Iterator[None]:
     except (OpenELMError, OSError) as error:  # OSError: for example a full disk
         if os.environ.get("MLX_OPENELM_DEBUG") == "1":
             raise
-        if isinstance(error, OpenELMError):
-            Console().error(show_flags(str(error)))
-        else:
-            Console().error(f"{error}.")
+        Console().error(show_flags(describe_failure(error)))
         raise typer.Exit(1) from error
     except KeyboardInterrupt as stopped:
         Console().note(" ".join(("\nInterrupted.", *_notes(stopped))))

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.message_parts import describe_error
+from mlx_openelm.message_parts import cannot_access
 from mlx_openelm.storage.file_checks import refuse_unreadable
 from mlx_openelm.storage.shards import DTYPES
 
@@ -65,9 +65,7 @@ class WeightFile:
                 stat = os.fstat(file.fileno())
                 content = np.fromfile(file, np.uint8, length, offset=start)
         except OSError as error:
-            raise OpenELMError(
-                f"Cannot read {self.path}: {describe_error(error)}."
-            ) from error
+            raise OpenELMError(cannot_access(self.path, error)) from error
         unchanged = (stat.st_size, stat.st_mtime_ns) == (self.size, self.modified)
         if not unchanged or content.size < length:
             raise OpenELMError(

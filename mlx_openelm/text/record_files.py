@@ -21,8 +21,11 @@ from mlx_openelm.input_files import (
     BOM,
     MAX_DEPTH,
     MAX_RECORD_BYTES,
+    NOT_TEXT,
     TOO_DEEP,
+    UTF16,
     check_depth,
+    describe_start,
     parse_json,
 )
 
@@ -33,8 +36,6 @@ RECORD_SUFFIXES = (*JSON_SUFFIXES, *(f"{suffix}.gz" for suffix in JSON_SUFFIXES)
 READ_ERRORS = (OSError, EOFError, zlib.error, ValueError)
 
 _GZIP = b"\x1f\x8b\x08"  # with deflate, its only method
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_UTF16 = "is not UTF-8 but UTF-16; save it as UTF-8"
 _CHUNK = 1 << 16  # bytes
 # An array of objects or strings; a line that starts with another array is one value.
 _ARRAY = re.compile(rb'\s*\[(\s*[{"\]]|[ \t\r]*\n|\s*$)')
@@ -99,7 +100,7 @@ class Start:
     @property
     def problem(self) -> str:
         """Why no line of the file can be read, or ""."""
-        return _UTF16 if self.data.startswith(_UTF16_MARKS) else ""
+        return describe_start(self.data, NOT_TEXT)
 
 
 def open_records(path: Path) -> IO[bytes]:
@@ -175,7 +176,7 @@ def read_values(
         start: what `read_start` has read of the file.
     """
     start = start or read_start(file)
-    problem = start.problem or (_UTF16 if b"\0" in start.data[:4] else "")
+    problem = start.problem or (UTF16 if b"\0" in start.data[:4] else "")
     if problem:
         yield JsonValue(start.line, 1, problem=problem)
     elif start.is_array or start.is_open_object:
