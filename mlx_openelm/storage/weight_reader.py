@@ -140,12 +140,6 @@ def check_stored(tensors: dict[str, StoredTensor]) -> None:
         )
 
 
-def parse_header(content: bytes) -> dict[str, Any]:
-    """Return the header of a safetensors file, which was checked before."""
-    header: dict[str, Any] = json.loads(content)
-    return header
-
-
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     file = WeightFile.open(path)
     try:
@@ -157,7 +151,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             "convert it again."
         ) from error
     length = int.from_bytes(file.read(0, 8).tobytes(), "little")
-    header = parse_header(file.read(8, length).tobytes())
+    header = json.loads(file.read(8, length).tobytes())
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
