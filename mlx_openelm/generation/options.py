@@ -173,9 +173,10 @@ class Sampling:
         check_options(self)
         if self.stop_loops == 1:
             raise OpenELMError("`stop_loops` is 1; it must be 0 (off) or at least 2.")
-        for name in ("logit_bias", "stop"):
-            object.__setattr__(self, name, _as_tuples(getattr(self, name)))
-        bias, stop = self.logit_bias, self.stop
+        bias, stop = _as_tuples(self.logit_bias), _as_tuples(self.stop)
+        stop = (stop,) if isinstance(stop, str) else stop
+        object.__setattr__(self, "logit_bias", bias)
+        object.__setattr__(self, "stop", stop)
         if not isinstance(bias, tuple) or not all(map(_is_bias, bias)):
             raise OpenELMError(
                 f"`logit_bias` is {self.logit_bias!r}; it must be pairs of a token id "

@@ -225,8 +225,6 @@ def _read_options(value: Mapping[str, Any]) -> dict[str, Any]:
         name, given = _OPTIONS[key], value[key]
         if name in options:
             raise OpenELMError(f"The record gives {name} twice, one of them as {key}.")
-        if name == "stop" and isinstance(given, str):
-            given = (given,)
         if name == "logit_bias" and isinstance(given, dict):
             given = tuple((_read_token(i), bias) for i, bias in given.items())
         if given is not None:

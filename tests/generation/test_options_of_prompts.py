@@ -44,6 +44,7 @@ def test_pairs_of_token_and_bias_can_be_a_list(tmp_path):
     assert prompt.options == read
     sampling = Sampling(**lists)
     assert hash(sampling) == hash(Sampling(**read))
+    assert Sampling(stop="END").stop == ("END",)
 
 
 def _read(folder, *records):
