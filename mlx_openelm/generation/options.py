@@ -189,7 +189,7 @@ class Sampling:
                 "`stop` is empty or not a string; pass a text that ends the answer."
             )
         for problem in filter(None, map(describe_text_problem, stop)):
-            raise OpenELMError(f"`stop` {problem}.")
+            raise OpenELMError(f"`stop` {problem}, so it is not UTF-8 text.")
 
     @classmethod
     def from_defaults(

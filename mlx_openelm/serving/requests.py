@@ -224,7 +224,9 @@ def _read_sampling(body: Mapping[str, Any], served: Served) -> Sampling:
         texts = [stop] if isinstance(stop, str) else stop
         if not isinstance(texts, list) or len(texts) > MOST_STOPS:
             raise _wrong("stop", f"must be a string, or a list of at most {MOST_STOPS}")
-        sampling = _replaced(sampling, "stop", "stop", texts)
+        if not all(isinstance(text, str) and text for text in texts):
+            raise _wrong("stop", "must be texts, and not empty ones")
+        sampling = _replaced(sampling, "stop", "stop", tuple(texts))
     if bias:
         sampling = _replaced(
             sampling, "logit_bias", "logit_bias", _read_bias(bias, served)
