@@ -77,6 +77,16 @@ def check_depth(value: Any) -> None:
     raise ValueError(TOO_DEEP)
 
 
+def find_unpaired_surrogate(text: str) -> str:
+    r"""Return the first unpaired surrogate, as "\ud83d"; empty if there is none."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return ascii(text[error.start])[1:-1]
+    return ""
+
+
 def read_json(path: Path) -> Any:
     """Return the value of a JSON file.
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import find_unpaired_surrogate
 from mlx_openelm.options import check_options, option
-from mlx_openelm.text.messages import describe_text_problem
 
 MODELS = "the model's, else {default}"  # of generation_config.json
 SAMPLING = "Sampling"  # headings in --help
@@ -188,8 +188,11 @@ class Sampling:
             raise OpenELMError(
                 "`stop` is empty or not a string; pass a text that ends the answer."
             )
-        for problem in filter(None, map(describe_text_problem, stop)):
-            raise OpenELMError(f"`stop` {problem}, so it is not UTF-8 text.")
+        for text in filter(find_unpaired_surrogate, stop):
+            raise OpenELMError(
+                f"`stop` is {text!a}, which is not UTF-8 text: it contains an unpaired "
+                "surrogate."
+            )
 
     @classmethod
     def from_defaults(
