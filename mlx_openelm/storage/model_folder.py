@@ -27,7 +27,13 @@ from mlx_openelm.storage.weight_files import (
     find_weight_files,
 )
 from mlx_openelm.storage.weight_reader import StoredTensor, check_stored, read_headers
-from mlx_openelm.tensor_names import HEAD, map_to_corenet, to_folder, to_module
+from mlx_openelm.tensor_names import (
+    HEAD,
+    map_to_corenet,
+    split_buffers,
+    to_folder,
+    to_module,
+)
 
 METADATA_KEY = "mlx_openelm"
 BEFORE = "before"  # in our metadata: the entry before another tool changed the weights
@@ -178,7 +184,8 @@ def _refuse_foreign(
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Raise OpenELMError for names and dtypes that `convert` changes to ours."""
-    names = {to_folder(name) for name in map_to_corenet(tensors)}
+    weights, _ = split_buffers(tensors)
+    names = {to_folder(name) for name in map_to_corenet(weights)}
     foreign = sorted(tensors.keys() - expected.keys())
     foreign += [name for name, tensor in tensors.items() if tensor.dtype == "F64"]
     if foreign and expected.keys() <= names <= expected.keys() | {HEAD}:
