@@ -1,4 +1,4 @@
-"""Raw and averaged weights, copied heads and counters in checkpoints, of all readers."""
+"""Raw and averaged weights, copied heads and counters in checkpoints."""
 
 import numpy as np
 import pytest
