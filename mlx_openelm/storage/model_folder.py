@@ -165,17 +165,19 @@ def read_metadata(
 def _is_ours(
     file: str, tensors: Mapping[str, StoredTensor], order: Iterable[str]
 ) -> bool:
-    """Whether the header of a file is the one that this program writes for it."""
+    """Whether a file has the tensors in the order and the size that we write.
+
+    Its metadata may be damaged; then the hash differs.
+    """
     stored = {n: tensors[n] for n in order if tensors[n].file.path.name == file}
     if any(tensor.dtype not in DTYPES for tensor in stored.values()) or not stored:
         return False
+    if sorted(stored, key=lambda name: stored[name].start) != list(stored):
+        return False
     layouts = {n: TensorLayout(t.array_dtype, t.shape) for n, t in stored.items()}
-    opened = next(iter(stored.values())).file
-    headers = (Shard(file, layouts).header(format) for format in ("mlx", "pt"))
-    return any(
-        len(header) <= opened.size and opened.read(0, len(header)).tobytes() == header
-        for header in headers
-    )
+    shard, opened = Shard(file, layouts), next(iter(stored.values())).file
+    headers = (len(shard.header(format)) for format in ("mlx", "pt"))
+    return opened.size - shard.num_bytes in headers
 
 
 def _refuse_foreign(
