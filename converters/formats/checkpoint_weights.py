@@ -23,7 +23,9 @@ _OPTIMIZERS = {"optim", "optimizer", "optimizers"}
 _LIGHTNING = "current_model_state"  # beside it, Lightning's state_dict is an average
 _PRECISIONS = ("bfloat16", "float16", "float32", "float64")
 
-EMA_OPTION = "`weights` ema uses the moving average (EMA) instead."
+_CHOICE = (
+    "`mlx-openelm convert` with `weights` ema uses the moving average (EMA) instead."
+)
 
 State = dict[Any, Any]
 Role = Literal["model", "average", "other"]
@@ -34,14 +36,11 @@ def choose_weights(
     path: Path,
     is_tensor: Callable[[object], bool],
     weights: str | None = None,
-    *,
-    advice: str = EMA_OPTION,
 ) -> tuple[State, tuple[str, ...]]:
     """Return a state dict of a checkpoint, and notes for the user on the choice.
 
     Args:
         weights: "model" or "ema"; default the model's, if the checkpoint has them.
-        advice: note on how to use the average of a checkpoint that has both.
 
     Raises:
         OpenELMError: it has no such weights.
@@ -73,7 +72,7 @@ def choose_weights(
         unused = f", not {list_names(keys, quoted=False)}" if keys else ""
         notes = (f"Weights: {chosen.key or 'all'}{average} of {path.name}{unused}.",)
         if named and chosen.role == "model" and weights is None:
-            notes += (advice,)
+            notes += (_CHOICE,)
     return chosen.state, notes
 
 

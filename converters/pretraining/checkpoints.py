@@ -14,7 +14,6 @@ import contextlib
 import json
 import math
 import pickle
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -315,11 +314,7 @@ def read_initial(path: Path) -> tuple[OpenELMConfig, Weights, tuple[str, ...]]:
         )
     config = OpenELMConfig.from_file(config_path)
     state, notes = choose_weights(
-        read_weights(path),
-        path,
-        lambda value: isinstance(value, Tensor),
-        advice=f"`mlx-openelm convert {shlex.quote(str(path))} --to corenet --weights "
-        "ema` writes a file of the moving average (EMA).",
+        read_weights(path), path, lambda value: isinstance(value, Tensor)
     )
     stored = {str(n): v for n, v in state.items() if isinstance(v, Tensor)}
     tensors, left_out = split_buffers(stored)
