@@ -316,7 +316,9 @@ def read_initial(path: Path) -> tuple[OpenELMConfig, Weights, tuple[str, ...]]:
     state, notes = choose_weights(
         read_weights(path), path, lambda value: isinstance(value, Tensor)
     )
-    stored = {str(n): v for n, v in state.items() if isinstance(v, Tensor)}
+    stored = {name: v for name, v in state.items() if isinstance(v, Tensor)}
+    if not stored or not all(isinstance(name, str) for name in stored):
+        raise OpenELMError(f"{path} holds no weights by name; use another init.")
     tensors, left_out = split_buffers(stored)
     integers = [k for k, v in tensors.items() if not v.is_floating_point()]
     if integers:
