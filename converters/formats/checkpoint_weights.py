@@ -61,9 +61,7 @@ def choose_weights(
         instead = "leave out `weights`" if weights else "save the model's state_dict()"
         raise OpenELMError(f"{path} has no {kind} weights{by_name}{only}; {instead}.")
     chosen, *_ = candidates
-    copies = [
-        one for one in found if one.role == "other" and one.shapes == chosen.shapes
-    ]
+    copies = [one for one in found if one.role == "other" and one.resembles(chosen)]
     others = [one for one in (*models, *averages, *copies) if one is not chosen]
     notes: tuple[str, ...] = ()
     if others or chosen.role == "average":

@@ -174,28 +174,25 @@ def _open_checkpoint(path: Path, weights: str | None) -> ModelSource:
     )
     tensors = {name: _from_pt(tensor, name) for name, tensor in stored.items()}
     about_tensors = [*left_out, *_note_float64(stored)]
-    head_is_copy = _is_copy(tensors)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     config_path = _find_config(path)
-    if config_path is None:
-        if head_is_copy:
-            del tensors[HEAD], shapes[HEAD]
+    config = None if config_path is None else OpenELMConfig.from_file(config_path)
+    if HEAD in tensors and (config is None or config.share_input_output_layers):
+        if _is_copy(tensors):
+            _drop_head(tensors)
             about_tensors.append(_LEFT_OUT.format(mapped[HEAD]))
+        elif config_path is not None:
+            raise _other_head(path, mapped[HEAD], config_path.name)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if config is None or config_path is None:
         config = OpenELMConfig.from_shapes(shapes)
         notes = [
             "No config next to the file: using OpenELM's context length 2048, RoPE "
             "base 10000 and eps 1e-6."
         ]
     else:
-        config = OpenELMConfig.from_file(config_path)
         rows, *_ = shapes.get(EMBEDDING) or (config.vocab_size,)
         config = replace(config, vocab_size=rows)  # often padded
         notes = [f"Sizes from {config_path.name}."]
-        if config.share_input_output_layers and HEAD in tensors:
-            if not head_is_copy:
-                raise _other_head(path, mapped[HEAD], config_path.name)
-            del tensors[HEAD], shapes[HEAD]
-            about_tensors.append(_LEFT_OUT.format(mapped[HEAD]))
     where = path.name + (f" with {config_path.name}" if config_path else "")
     check_shapes(config.tensor_shapes(), shapes, where=where)
     method = {"lora": "LoRA ", "dora": "DoRA "}[adapter.method] if adapter else ""
@@ -264,7 +261,8 @@ def _open_folder(path: Path, weights: str | None) -> ModelSource:
     if config.share_input_output_layers and HEAD in by_name:
         if not _is_copy(by_name):
             raise _other_head(path, mapped[HEAD], config_path.name)
-        del by_name[HEAD]
+        rows = _drop_head(by_name)
+        config = replace(config, vocab_size=rows)  # of one that is not padded
         notes.append(_LEFT_OUT.format(mapped[HEAD]))
     entry = raw.get("quantization") or raw.get("quantization_config") or {}
     packings = {
@@ -377,6 +375,17 @@ def _is_copy(tensors: Mapping[str, SourceTensor]) -> bool:
         and head.shape[1:] == table.shape[1:]
         and is_copied_head(head.read(), table.read(), mx.array.astype)
     )
+
+
+def _drop_head(tensors: dict[str, SourceTensor]) -> int:
+    """Remove a copied head, and the padding rows that it lacks; return the rows."""
+    head, table = tensors.pop(HEAD), tensors[EMBEDDING]
+    rows = min(head.shape[0], table.shape[0])
+    if rows < table.shape[0]:
+        tensors[EMBEDDING] = replace(
+            table, shape=(rows, *table.shape[1:]), read=lambda: table.read()[:rows]
+        )
+    return rows
 
 
 def _other_head(path: Path, stored_name: str, config: str) -> OpenELMError:

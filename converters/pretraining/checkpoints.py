@@ -329,7 +329,8 @@ def read_initial(path: Path) -> tuple[OpenELMConfig, Weights, tuple[str, ...]]:
     weights = {ours: tensors[name] for ours, name in map_to_corenet(tensors).items()}
     tied = config.share_input_output_layers and {HEAD, EMBEDDING} <= weights.keys()
     if tied and is_copied_head(weights[HEAD], weights[EMBEDDING], Tensor.to):
-        del weights[HEAD]
+        rows = len(weights.pop(HEAD))
+        weights[EMBEDDING] = weights[EMBEDDING][:rows]
     if EMBEDDING in weights:  # often with padding rows
         config = replace(config, vocab_size=len(weights[EMBEDDING]))
     expected = config.tensor_shapes()

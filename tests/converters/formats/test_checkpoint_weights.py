@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from commands import expect_error, make_source
+from commands import call, expect_error, make_source
 from models import UNEVEN, make_factors, weights_of, write_peft_folder
 from safetensors.numpy import load_file, save_file
 
@@ -171,7 +171,7 @@ def test_a_copy_in_another_dtype_or_with_padding_rows_is_left_out(
     tmp_path, table, head
 ):
     path = save(tmp_path, {**RAW, EMBEDDING: table, HEAD: head})
-    rows = table.shape[0]
+    rows = UNEVEN.vocab_size
     for with_config in (True, False):
         source = open_path(path)
         assert source.config.share_input_output_layers, with_config
@@ -191,12 +191,17 @@ def test_rows_that_are_not_padding_or_differ_are_not_a_copy(tmp_path):
         expect_error(tmp_path, "convert", path, message="differs from it")
 
 
-def test_a_folder_with_such_a_copy_leads_to_a_model(tmp_path):
-    head = np.concatenate([WEIGHTS[EMBEDDING], np.zeros((128, UNEVEN.model_dim), "f4")])
-    folder = make_source(tmp_path / "folder", {HEAD: head})
+@pytest.mark.parametrize("longer", [HEAD, EMBEDDING])
+def test_a_folder_with_such_a_copy_leads_to_a_model(tmp_path, longer):
+    table = WEIGHTS[EMBEDDING]
+    long = np.concatenate([table, np.zeros((128, UNEVEN.model_dim), "f4")])
+    folder = make_source(tmp_path / "folder", {HEAD: table, longer: long})
     message = "`mlx-openelm convert"
     expect_error(tmp_path, "generate", "Hi", "--model", folder, message=message)
-    assert open_path(folder).config.share_input_output_layers
+    made = tmp_path / "made"
+    result = call("convert", folder, "--mlx-path", made)
+    assert result.exit_code == 0, result.stderr
+    assert open_path(made).config == UNEVEN
 
 
 # Counters and masks --------------------------------------------------------------
