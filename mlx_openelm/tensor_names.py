@@ -98,7 +98,9 @@ def split_buffers(tensors: Mapping[str, T]) -> tuple[dict[str, T], tuple[str, ..
     if not buffers:
         return weights, ()
     listed = list_names(buffers, most=3, quoted=False)
-    return weights, (f"Left out {listed}: buffers, which carry no weights.",)
+    one = len(buffers) == 1
+    kind = "a buffer, which carries" if one else "buffers, which carry"
+    return weights, (f"Left out {listed}: {kind} no weights.",)
 
 
 def _is_left_out(name: str, tensor: Any) -> bool:

@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from converters.formats.pickle_machine import PtTensor
 from converters.formats.pt_reader import read_checkpoint
-from converters.formats.tensor_readers import read_pt_tensor
+from converters.formats.tensor_readers import note_float64, read_pt_tensor
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.message_parts import list_names
 from mlx_openelm.storage.model_folder import MOST_NAMED
@@ -257,9 +257,8 @@ def read_parts(path: Path) -> tuple[dict[str, StoredPart], tuple[str, ...]]:
         tensors, left_out = split_buffers(checkpoint.tensors)
         parts = {name: read_torch(one, name, path) for name, one in tensors.items()}
         notes = (*checkpoint.notes, *left_out)
-    if count := sum(part.is_float64 for part in parts.values()):
-        notes += (f"Read {count} tensors of float64 as float32.",)
-    return parts, notes
+    rounded = note_float64(sum(part.is_float64 for part in parts.values()))
+    return parts, (*notes, *rounded)
 
 
 def read_torch(tensor: PtTensor, name: str, path: Path) -> StoredPart:

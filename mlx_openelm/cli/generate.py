@@ -121,7 +121,6 @@ def generate_command(
     check_sampling(sampling)
     prompt_options = PromptOptions(**prompting)
     template, system = prompt_options.template, prompt_options.system
-    stop = sampling.get("stop", ())
     single = {
         "PROMPT": prompt if prompt is not None else prompt_option,
         "--lookup": drafting.get("lookup"),
@@ -135,7 +134,7 @@ def generate_command(
             raise typer.BadParameter(
                 "cannot be used with --prompts-file", param_hint=flag
             )
-        check_utf8(system, *stop)
+        check_utf8(system)
         prompts = _read_prompts_file(console, prompts_file, output)
         _answer_file(
             console,
@@ -156,7 +155,7 @@ def generate_command(
     if sampling.get("logprobs") and not as_json:
         raise typer.BadParameter("needs --json", param_hint="--logprobs")
     text = _read_prompt(prompt, prompt_option)
-    check_utf8(text, system, *stop)
+    check_utf8(text, system)
     from mlx_openelm.cli.views.generation import (
         generated_json,
         note_drafts,

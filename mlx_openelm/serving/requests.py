@@ -226,7 +226,7 @@ def _read_sampling(body: Mapping[str, Any], served: Served) -> Sampling:
             raise _wrong("stop", f"must be a string, or a list of at most {MOST_STOPS}")
         if not all(isinstance(text, str) and text for text in texts):
             raise _wrong("stop", "must be texts, and not empty ones")
-        sampling = replace(sampling, stop=tuple(texts))
+        sampling = _replaced(sampling, "stop", "stop", tuple(texts))
     if bias:
         sampling = _replaced(
             sampling, "logit_bias", "logit_bias", _read_bias(bias, served)
