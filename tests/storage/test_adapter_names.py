@@ -65,6 +65,9 @@ def test_an_adapter_beside_a_model_is_fused(base):
     error = call("generate", "Hi", "--adapter-path", base).stderr
     assert "is a PEFT adapter; `mlx-openelm fuse --adapter-path" in error
     assert "base-fused` merges it into its base" in error
+    error = call("convert", base, "--merge").stderr
+    assert "a model beside its adapter" in error
+    assert "`mlx-openelm fuse --adapter-path" in error
     fused = base.with_name("base-fused")
     options = ("--adapter-path", base, "--model", base, "--save-path", fused)
     result = call("fuse", *options)
