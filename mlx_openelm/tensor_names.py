@@ -5,7 +5,8 @@ Hugging Face and mlx-lm: CoreNet's with the prefix `transformer.`, except for an
 head.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.message_parts import list_names
@@ -14,7 +15,10 @@ PREFIX = "transformer."
 HEAD = "lm_head.weight"
 EMBEDDING = "token_embeddings.weight"
 
-MODEL_KEYS = ("model_state_dict", "state_dict", "model")  # of weights in a checkpoint
+MODEL_KEYS = (  # of weights in a checkpoint; DeepSpeed's is module
+    *("model_state_dict", "state_dict", "model"),
+    *("module", "params", "net"),
+)
 _ROOTS = {  # first parts of CoreNet's names, and how the head is named elsewhere
     "token_embeddings": "token_embeddings",
     "layers": "layers",
@@ -23,10 +27,20 @@ _ROOTS = {  # first parts of CoreNet's names, and how the head is named elsewher
     "classifier": "lm_head",
 }
 _BUFFERS = {  # last parts of the names of buffers, which are computed, not trained
-    *("inv_freq", "causal_mask", "cos_cached", "sin_cached", "_cached_cos"),
+    *(
+        "inv_freq",
+        "original_inv_freq",
+        "causal_mask",
+        "cos_cached",
+        "sin_cached",
+        "_cached_cos",
+    ),
     *("_cached_sin", "freqs_cis", "position_ids", "masked_bias"),
     *("n_averaged", "_extra_state"),  # of AveragedModel and of Transformer Engine
 }
+_PARTS = {"weight", "scales", "biases", "m"}  # last parts of the names of weights
+
+T = TypeVar("T")
 
 
 def to_folder(corenet_name: str) -> str:
@@ -67,20 +81,44 @@ def to_corenet(name: str) -> str:
 
 
 def is_buffer(name: str) -> bool:
-    """Return whether a stored tensor is a buffer, which carries no weights."""
+    """Return whether a name is that of a buffer, which carries no weights."""
     return name.rpartition(".")[2] in _BUFFERS
 
 
+def split_buffers(tensors: Mapping[str, T]) -> tuple[dict[str, T], tuple[str, ...]]:
+    """Return the weights, and a note for the user on what is left out.
+
+    Left out are buffers, by their names, and integers, masks and scalars that are not
+    named like weights or parts of them: trainers store counters and settings as such.
+    """
+    weights = {
+        name: one for name, one in tensors.items() if not _is_left_out(name, one)
+    }
+    buffers = [name for name in tensors if name not in weights]
+    if not buffers:
+        return weights, ()
+    listed = list_names(buffers, most=3, quoted=False)
+    one = len(buffers) == 1
+    kind = "a buffer, which carries" if one else "buffers, which carry"
+    return weights, (f"Left out {listed}: {kind} no weights.",)
+
+
+def _is_left_out(name: str, tensor: Any) -> bool:
+    """Whether a tensor, of any reader with `dtype` and `shape`, is no weight."""
+    spelled = str(tensor.dtype)  # "float32", "torch.float32" or "F32"
+    is_weight = "float" in spelled or "F" in spelled
+    named = name.rpartition(".")[2] in _PARTS or ".lora_" in name
+    return is_buffer(name) or not (named or (is_weight and len(tensor.shape)))
+
+
 def map_to_corenet(names: Iterable[str]) -> dict[str, str]:
-    """Return a mapping of CoreNet's names to the given names, without buffers.
+    """Return a mapping of CoreNet's names to the given names.
 
     Raises:
         OpenELMError: two names belong to the same tensor.
     """
     mapped: dict[str, str] = {}
     for name in names:
-        if is_buffer(name):
-            continue
         corenet_name = to_corenet(name)
         if corenet_name in mapped:
             raise OpenELMError(
@@ -89,14 +127,3 @@ def map_to_corenet(names: Iterable[str]) -> dict[str, str]:
             )
         mapped[corenet_name] = name
     return mapped
-
-
-def note_buffers(names: Iterable[str]) -> tuple[str, ...]:
-    """Return a note for the user on the buffers that `map_to_corenet` leaves out."""
-    buffers = [name for name in names if is_buffer(name)]
-    if not buffers:
-        return ()
-    listed = list_names(buffers, most=3, quoted=False)
-    one = len(buffers) == 1
-    kind = "a buffer, which carries" if one else "buffers, which carry"
-    return (f"Left out {listed}: {kind} no weights.",)

@@ -1,5 +1,6 @@
 """Combine sources into one model: average checkpoints, merge an adapter and a base."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.storage.adapter_folder import read_base_fingerprint
 from mlx_openelm.storage.base_check import BaseWeight, check_base
 from mlx_openelm.storage.model_folder import check_shapes
-from mlx_openelm.storage.weight_files import is_adapter
+from mlx_openelm.storage.weight_files import ADAPTER_CONFIG, is_adapter
 from mlx_openelm.tensor_names import EMBEDDING, HEAD, to_module
 
 _ROWS = 4096  # of a tensor, compared at a time
@@ -64,6 +65,12 @@ def open_sources(
     source = average(sources) if options.average else sources[0]
     if source.adapter is None:
         if options.merge or options.apart:
+            if (paths[0] / ADAPTER_CONFIG).is_file():
+                raise OpenELMError(
+                    f"{paths[0]} holds a model beside its adapter, of which convert "
+                    "reads the model; `mlx-openelm fuse --adapter-path "
+                    f"{shlex.quote(str(paths[0]))} --save-path DIR` merges both."
+                )
             option = "`merge`" if options.merge else "`adapter_out`"
             raise OpenELMError(f"{paths[0]} contains no adapter; leave out {option}.")
         return source, None

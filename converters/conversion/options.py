@@ -109,7 +109,7 @@ class ConversionOptions:
     )
     weights: str | None = option(
         None,
-        "Weights to read from a .pt file of a training run: model, or ema (their "
+        "Weights to read from a .pt or .bin of a training run: model, or ema (their "
         "moving average).",
         panel=MODEL_PANEL,
         shown_default="model, or what the file has",

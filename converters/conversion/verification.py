@@ -16,6 +16,7 @@ from converters.formats.sources import ModelSource, locate
 from mlx_openelm.config import pad_vocabulary
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.options import Sampling
+from mlx_openelm.storage.file_checks import refuse_unreadable
 from mlx_openelm.storage.loading import load_tokenizer, stored_dtype
 from mlx_openelm.storage.model_folder import (
     BEFORE,
@@ -33,14 +34,33 @@ from mlx_openelm.storage.tokenizer_finder import (
 from mlx_openelm.storage.weight_files import INDEX, SAFETENSORS, read_index
 from mlx_openelm.tensor_names import to_folder, to_module
 
+_AGAIN = "convert or download it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A problem of a model folder.
+
+    Attributes:
+        advice: what to do; empty if the text includes it.
+    """
+
+    text: str
+    advice: str = _AGAIN
+
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One check and its problems (none if it passed)."""
+    """One check and its problems (none if it passed).
+
+    Attributes:
+        advice: on the first problem; empty if that includes it.
+    """
 
     name: str
     passed: bool
     problems: tuple[str, ...]
+    advice: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +78,11 @@ class Verification:
     notes: tuple[str, ...] = ()
 
     def describe_problems(self) -> str:
-        """Return the first problem, and how many more there are."""
+        """Return the first problem, how many more there are, and what to do."""
         first, *others = [p for check in self.checks for p in check.problems]
-        return f"{first} (and {len(others)} more)" if others else first
+        advice = next(check.advice for check in self.checks if check.problems)
+        more = f" (and {len(others)} more)" if others else ""
+        return f"{first}{more}" + (f"; {advice}" if advice else "")
 
 
 def verify(
@@ -82,7 +104,7 @@ def verify(
     """
     folder = open_folder(path)
     Sampling.from_defaults(folder.generation_defaults)  # as `generate` does
-    problems = {
+    problems: dict[str, list[Problem] | None] = {
         "index and shapes": _check_index(folder),
         "weights are numbers": _check_numbers(folder, on_progress),
         "hashes": _check_hashes(folder),
@@ -91,7 +113,7 @@ def verify(
     if against:
         name = f"equal to {' '.join(against)}"
         problems[name] = _compare(folder, against, offline, on_progress)
-    checks = tuple(CheckResult(n, not p, tuple(p)) for n, p in problems.items())
+    checks = tuple(_summarize(n, p) for n, p in problems.items() if p is not None)
     passed = all(check.passed for check in checks)
     notes = list(folder.notes)
     if BEFORE in folder.metadata:
@@ -102,29 +124,46 @@ def verify(
     return Verification(path, folder.config.size_name, checks, passed, tuple(notes))
 
 
-def _check_index(folder: ModelFolder) -> list[str]:
+def _summarize(name: str, problems: Sequence[Problem]) -> CheckResult:
+    texts = tuple(problem.text for problem in problems)
+    return CheckResult(
+        name, not problems, texts, problems[0].advice if problems else ""
+    )
+
+
+def _from_error(error: OpenELMError) -> Problem:
+    return Problem(str(error).rstrip("."), advice="")
+
+
+def _check_index(folder: ModelFolder) -> list[Problem]:
     """Compare index and files; `open_folder` has checked that indexed files exist."""
+    index = folder.path / INDEX
+    has_index = index.is_file() and INDEX not in folder.unused
     problems = [
-        f"{name} is not {'in the index' if INDEX not in folder.unused else 'used'}, "
-        "but mlx-lm loads it: remove it"
+        Problem(
+            f"{name} is not {'in the index' if has_index else 'used'}, but mlx-lm "
+            "loads it: remove it",
+            advice="",
+        )
         for name in folder.unused
         if fnmatch.fnmatch(name, SAFETENSORS.pattern)
     ]
-    index = folder.path / INDEX
-    if not index.is_file() or INDEX in folder.unused:
+    if not has_index:
         return problems  # a single file needs none
     try:
         weight_map = read_index(index)
     except OpenELMError as error:
-        return [*problems, str(error).rstrip(".")]
+        return [*problems, _from_error(error)]
     for name, tensor in folder.tensors.items():
         if weight_map.get(name) != tensor.file.path.name:
             problems.append(
-                f"{name} is in {tensor.file.path.name}, but in the index under "
-                f"{weight_map.get(name)}"
+                Problem(
+                    f"{name} is in {tensor.file.path.name}, but in the index under "
+                    f"{weight_map.get(name)}"
+                )
             )
     problems += [
-        f"the index names {name}, which is in no file"
+        Problem(f"the index names {name}, which is in no file")
         for name in sorted(weight_map.keys() - folder.tensors.keys())
     ]
     return problems
@@ -132,7 +171,7 @@ def _check_index(folder: ModelFolder) -> list[str]:
 
 def _check_numbers(
     folder: ModelFolder, on_progress: Callable[[Progress], None]
-) -> list[str]:
+) -> list[Problem]:
     problems, dtype = [], stored_dtype(folder)
     names = folder.config.tensor_shapes()
     for done, name in enumerate(names, start=1):
@@ -142,7 +181,7 @@ def _check_numbers(
         else:
             finite = unpacks_to_finite(packing, parts, dtype)
         if not finite:
-            problems.append(f"{to_folder(name)} holds NaN or infinity")
+            problems.append(Problem(f"{to_folder(name)} holds NaN or infinity"))
         on_progress(Progress(done, len(names), "tensors"))
     return problems
 
@@ -156,34 +195,44 @@ def _read_parts(folder: ModelFolder, name: str) -> dict[str, mx.array]:
     return parts
 
 
-def _check_hashes(folder: ModelFolder) -> list[str]:
-    """Compare weights and tokenizer with the hashes that the converter stored."""
+def _check_hashes(folder: ModelFolder) -> list[Problem] | None:
+    """Compare weights and tokenizer with the hashes that the converter stored.
+
+    None: there are no hashes of these weights.
+    """
     hashes = folder.metadata.get("files")
-    if not isinstance(hashes, dict):
-        return []
+    if not isinstance(hashes, dict) or not hashes:
+        return None
     problems = []
     for name, digest in hashes.items():
         file = folder.path / str(name)
         if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif hash_file(file) != digest:
-            problems.append(f"{name} has changed since it was converted")
+            problems.append(Problem(f"{name} is missing"))
+            continue
+        try:
+            refuse_unreadable(file)
+        except OpenELMError as error:
+            problems.append(_from_error(error))
+            continue
+        if hash_file(file) != digest:
+            problems.append(Problem(f"{name} has changed since it was converted"))
     return problems
 
 
-def _check_tokenizer(folder: ModelFolder) -> list[str]:
+def _check_tokenizer(folder: ModelFolder) -> list[Problem] | None:
+    """Compare the tokenizer with the model; None: it has none, as it should."""
     files = [folder.path / name for name in (MODEL_FILE, JSON_FILE)]
     if _stored_options(folder).get("tokenizer") == "none" and not any(
         file.exists() for file in files
     ):
-        return []
+        return None
     try:
         tokenizer = load_tokenizer(folder)
         verify_tokenizer(tokenizer, folder.config.vocab_size)
         if files[1].is_file():  # what mlx-lm reads
             verify_file(files[1], tokenizer)
     except OpenELMError as error:
-        return [str(error).rstrip(".")]
+        return [_from_error(error)]
     return []
 
 
@@ -192,7 +241,7 @@ def _compare(
     against: Sequence[str],
     offline: bool,
     on_progress: Callable[[Progress], None],
-) -> list[str]:
+) -> list[Problem]:
     options = _options(folder)
     paths = [locate(name, offline=offline) for name in against]
     source, _ = open_sources(paths, options, offline=offline)
@@ -205,7 +254,7 @@ def _compare(
         actual = _read_parts(folder, name)
         for part_name, expected in plan.parts(name).items():
             if not mx.array_equal(actual[part_name.rpartition(".")[2]], expected):
-                problems.append(f"{part_name} differs")
+                problems.append(Problem(f"{part_name} differs"))
         on_progress(Progress(done, len(names), "tensors"))
     return problems
 
@@ -228,13 +277,13 @@ def _options(folder: ModelFolder) -> ConversionOptions:
     )
 
 
-def _compare_configs(source: ModelSource, folder: ModelFolder) -> list[str]:
+def _compare_configs(source: ModelSource, folder: ModelFolder) -> list[Problem]:
     expected, actual = asdict(source.config), asdict(folder.config)
     rows = actual["vocab_size"]
     if rows < expected["vocab_size"] <= pad_vocabulary(rows):
         expected["vocab_size"] = actual["vocab_size"]  # padding rows were cut
     return [
-        f"{key} is {actual[key]}, in the source {expected[key]}"
+        Problem(f"{key} is {actual[key]}, in the source {expected[key]}")
         for key in expected
         if actual[key] != expected[key]
     ]

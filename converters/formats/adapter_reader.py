@@ -24,7 +24,6 @@ from converters.formats.adapter_tensors import (
 )
 from converters.formats.peft_config import read_peft_config
 from converters.formats.pickle_machine import PtTensor
-from converters.formats.tensor_readers import note_float64
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
@@ -45,9 +44,7 @@ from mlx_openelm.storage.weight_files import (
     holds_model,
 )
 from mlx_openelm.tensor_names import (
-    is_buffer,
     map_to_corenet,
-    note_buffers,
     to_corenet,
     unwrap,
 )
@@ -269,7 +266,7 @@ def open_full(path: Path) -> Adapter | None:
     raw = read_mapping(path / CONFIG) if (path / CONFIG).is_file() else {}
     if raw.get("fine_tune_type") != "full" or "peft_type" in raw:
         return None
-    stored = read_parts(find_weights(path))
+    stored, notes = read_parts(find_weights(path))
     if not stored:
         raise OpenELMError(
             f"{path / WEIGHTS} holds no weights; copy it again from the training "
@@ -283,7 +280,7 @@ def open_full(path: Path) -> Adapter | None:
         dropout=0.0,
         base=read_base(raw, path),
         files=(path / CONFIG, path / WEIGHTS),
-        notes=_note_parts(stored),
+        notes=notes,
         metadata=metadata if isinstance(metadata, dict) else {},
         weights={ours: stored[name] for ours, name in map_to_corenet(stored).items()},
     )
@@ -306,10 +303,8 @@ def _open_mlx(path: Path, raw: dict[str, Any]) -> Adapter:
         )
     scale = read_scale(raw, path)
     parts = AdapterParts()
-    stored_parts = read_parts(find_weights(path))
+    stored_parts, notes = read_parts(find_weights(path))
     for name, stored in stored_parts.items():
-        if is_buffer(name):
-            continue
         if part_name := parse_mlx_name(unwrap(name)):
             parts.add(part_name, stored)
         else:
@@ -326,10 +321,7 @@ def _open_mlx(path: Path, raw: dict[str, Any]) -> Adapter:
         dropout=read_dropout(parameters, "dropout", path / CONFIG),
         base=read_base(raw, path),
         files=(path / CONFIG, path / WEIGHTS),
-        notes=(
-            *(_ALPHA if "alpha" in parameters else ()),
-            *_note_parts(stored_parts),
-        ),
+        notes=(*(_ALPHA if "alpha" in parameters else ()), *notes),
         metadata=metadata if isinstance(metadata, dict) else {},
         adapts_tied_head=True,
     )
@@ -340,11 +332,10 @@ def _open_peft(path: Path, raw: dict[str, Any]) -> Adapter:
     found = find_weight_files(path, (PEFT_ADAPTER, PEFT_BIN))
     (weights,) = found.files
     parts = AdapterParts()
-    stored_parts = read_parts(weights)
+    stored_parts, notes = read_parts(weights)
     parsed = {
         name: parse_torch_name(unwrap(name).removeprefix(PEFT_PREFIX))
         for name in stored_parts
-        if not is_buffer(name)
     }
     adapters = {part_name.adapter for part_name in parsed.values() if part_name}
     for name, part_name in parsed.items():
@@ -367,14 +358,8 @@ def _open_peft(path: Path, raw: dict[str, Any]) -> Adapter:
         dropout=config.dropout,
         base=config.base,
         files=(path / CONFIG, weights),
-        notes=(*found.notes, *_note_parts(stored_parts)),
+        notes=(*found.notes, *notes),
     )
-
-
-def _note_parts(stored: Mapping[str, StoredPart]) -> tuple[str, ...]:
-    """Return notes on buffers and on tensors that lose precision."""
-    rounded = note_float64(sum(part.is_float64 for part in stored.values()))
-    return (*note_buffers(stored), *rounded)
 
 
 def _compare_methods(

@@ -21,13 +21,13 @@ from typing import Literal
 import mlx.core as mx
 
 from converters.formats.pickle_machine import PtTensor
-from converters.formats.pt_reader import read_state_dict
-from converters.formats.tensor_readers import read_pt_tensor
+from converters.formats.pt_reader import read_checkpoint
+from converters.formats.tensor_readers import note_float64, read_pt_tensor
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.message_parts import list_names
 from mlx_openelm.storage.model_folder import MOST_NAMED
 from mlx_openelm.storage.weight_reader import read_headers
-from mlx_openelm.tensor_names import EMBEDDING, is_buffer, to_corenet
+from mlx_openelm.tensor_names import EMBEDDING, split_buffers, to_corenet
 
 Method = Literal["lora", "dora"]
 
@@ -236,29 +236,35 @@ def _reader(
 # Files ---------------------------------------------------------------------------
 
 
-def read_parts(path: Path) -> dict[str, StoredPart]:
-    """Return the tensors of a .safetensors or torch file by name, without reading them.
+def read_parts(path: Path) -> tuple[dict[str, StoredPart], tuple[str, ...]]:
+    """Return the tensors of a .safetensors or torch file, which are not read yet.
+
+    Returns:
+        The tensors by name, and notes for the user on which they are.
 
     Raises:
         OpenELMError: the file is damaged, or a tensor is not floating-point.
     """
-    if path.suffix != ".safetensors":
-        return {n: read_torch(t, n, path) for n, t in read_state_dict(path).items()}
-    headers = read_headers([path])
-    for name, header in headers.items():
-        if not is_buffer(name):
+    parts: dict[str, StoredPart] = {}
+    if path.suffix == ".safetensors":
+        headers, notes = split_buffers(read_headers([path]))
+        for name, header in headers.items():
             _check_dtype(header.dtype, ("F32", "F16", "BF16", "F64"), name, path)
-    return {
-        name: StoredPart(header.shape, header.read, header.dtype == "F64")
-        for name, header in headers.items()
-    }
+            is_float64 = header.dtype == "F64"
+            parts[name] = StoredPart(header.shape, header.read, is_float64)
+    else:
+        checkpoint = read_checkpoint(path)
+        tensors, left_out = split_buffers(checkpoint.tensors)
+        parts = {name: read_torch(one, name, path) for name, one in tensors.items()}
+        notes = (*checkpoint.notes, *left_out)
+    rounded = note_float64(sum(part.is_float64 for part in parts.values()))
+    return parts, (*notes, *rounded)
 
 
 def read_torch(tensor: PtTensor, name: str, path: Path) -> StoredPart:
     """Return a tensor of a torch file. Raises as `read_parts`."""
     allowed = ("float32", "float16", "bfloat16", "float64")
-    if not is_buffer(name):
-        _check_dtype(tensor.dtype, allowed, name, path)
+    _check_dtype(tensor.dtype, allowed, name, path)
     is_float64 = tensor.dtype == "float64"
     return StoredPart(tensor.shape, partial(read_pt_tensor, tensor), is_float64)
 

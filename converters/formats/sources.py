@@ -1,6 +1,6 @@
 """Detect and open a model source: its config, and its tensors, read one at a time."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,8 +9,9 @@ from typing import Any
 import mlx.core as mx
 
 from converters.formats.adapter_reader import Adapter, split_checkpoint
+from converters.formats.checkpoint_weights import is_copied_head
 from converters.formats.pickle_machine import PtTensor
-from converters.formats.pt_reader import read_checkpoint, read_state_dict
+from converters.formats.pt_reader import read_checkpoint
 from converters.formats.tensor_readers import note_float64, read_pt_tensor
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
@@ -36,6 +37,7 @@ from mlx_openelm.storage.weight_files import (
     APPLE_MLX,
     BIN,
     MODEL_LAYOUTS,
+    WeightFiles,
     WeightLayout,
     find_weight_files,
 )
@@ -44,7 +46,7 @@ from mlx_openelm.tensor_names import (
     EMBEDDING,
     HEAD,
     map_to_corenet,
-    note_buffers,
+    split_buffers,
     to_folder,
     to_module,
 )
@@ -152,12 +154,7 @@ def open_path(path: Path, weights: str | None = None) -> ModelSource:
         weights: "model" or "ema", of a checkpoint that has both.
     """
     if path.is_dir():
-        if weights is not None:
-            raise OpenELMError(
-                f"`weights` applies to a .pt file with EMA weights, but {path} is a "
-                "folder; leave it out."
-            )
-        return _open_folder(path)
+        return _open_folder(path, weights)
     if problem := describe_file(path):
         raise OpenELMError(problem)
     return _open_checkpoint(path, weights)
@@ -168,35 +165,32 @@ def open_path(path: Path, weights: str | None = None) -> ModelSource:
 
 def _open_checkpoint(path: Path, weights: str | None) -> ModelSource:
     checkpoint = read_checkpoint(path, weights)
-    read = checkpoint.tensors
+    read, left_out = split_buffers(checkpoint.tensors)
     mapped = map_to_corenet(read)
     stored, adapter = split_checkpoint(
         {ours: read[theirs] for ours, theirs in mapped.items()}, path
     )
     tensors = {name: _from_pt(tensor, name) for name, tensor in stored.items()}
-    about_tensors = [*note_buffers(read), *_note_precision(stored)]
-    head_is_copy = _is_copy(tensors)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    about_tensors = [*left_out, *_note_precision(stored)]
     config_path = _find_config(path)
-    if config_path is None:
-        if head_is_copy:
-            del tensors[HEAD], shapes[HEAD]
+    config = None if config_path is None else OpenELMConfig.from_file(config_path)
+    if HEAD in tensors and (config is None or config.share_input_output_layers):
+        if _is_copy(tensors):
+            _drop_head(tensors)
             about_tensors.append(_LEFT_OUT.format(mapped[HEAD]))
+        elif config_path is not None:
+            raise _other_head(path, mapped[HEAD], config_path.name)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if config is None or config_path is None:
         config = OpenELMConfig.from_shapes(shapes)
         notes = [
             "No config next to the file: using OpenELM's context length 2048, RoPE "
             "base 10000 and eps 1e-6."
         ]
     else:
-        config = OpenELMConfig.from_file(config_path)
         rows, *_ = shapes.get(EMBEDDING) or (config.vocab_size,)
         config = replace(config, vocab_size=rows)  # often padded
         notes = [f"Sizes from {config_path.name}."]
-        if config.share_input_output_layers and HEAD in tensors:
-            if not head_is_copy:
-                raise _other_head(path, mapped[HEAD], config_path.name)
-            del tensors[HEAD], shapes[HEAD]
-            about_tensors.append(_LEFT_OUT.format(mapped[HEAD]))
     where = path.name + (f" with {config_path.name}" if config_path else "")
     check_shapes(config.tensor_shapes(), shapes, where=where)
     method = {"lora": "LoRA ", "dora": "DoRA "}[adapter.method] if adapter else ""
@@ -246,7 +240,7 @@ def _from_pt(stored: PtTensor, name: str) -> SourceTensor:
 # Folders -------------------------------------------------------------------------
 
 
-def _open_folder(path: Path) -> ModelSource:
+def _open_folder(path: Path, weights: str | None) -> ModelSource:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise OpenELMError(
@@ -256,16 +250,17 @@ def _open_folder(path: Path) -> ModelSource:
     raw = read_mapping(config_path)
     config = OpenELMConfig.from_dict(raw)
     found = find_weight_files(path, MODEL_LAYOUTS)
-    stored = (_read_bins if found.layout == BIN else read_headers)(found.files)
+    read, choice = _read_files(found, weights)
+    stored, left_out = split_buffers(read)
     mapped = map_to_corenet(stored)
-    notes = [*found.notes, *note_buffers(stored)]
-    weights = {ours: stored[theirs] for ours, theirs in mapped.items()}
-    by_name = {name: _to_source(tensor, name) for name, tensor in weights.items()}
-    notes += _note_precision(weights)
+    renamed = {ours: stored[theirs] for ours, theirs in mapped.items()}
+    by_name = {name: _to_source(tensor, name) for name, tensor in renamed.items()}
+    notes = [*found.notes, *choice, *left_out, *_note_precision(renamed)]
     if config.share_input_output_layers and HEAD in by_name:
         if not _is_copy(by_name):
             raise _other_head(path, mapped[HEAD], config_path.name)
-        del by_name[HEAD]
+        rows = _drop_head(by_name)
+        config = replace(config, vocab_size=rows)  # of one that is not padded
         notes.append(_LEFT_OUT.format(mapped[HEAD]))
     entry = raw.get("quantization") or raw.get("quantization_config") or {}
     packings = {
@@ -317,17 +312,30 @@ def _name_kind(layout: WeightLayout, packed: bool, *, ours: bool) -> str:
     return f"{maker} folder" + (", quantized" if packed else "")
 
 
-def _read_bins(files: Iterable[Path]) -> dict[str, PtTensor]:
+def _read_files(
+    found: WeightFiles, weights: str | None
+) -> tuple[Mapping[str, StoredTensor | PtTensor], tuple[str, ...]]:
+    """Return the tensors of weight files, and notes on which weights they are."""
+    folder = found.files[0].parent
+    if found.layout != BIN:
+        if weights is not None:
+            raise OpenELMError(
+                f"`weights` applies to a .pt file with EMA weights, but {folder} is a "
+                "folder of safetensors files; leave it out."
+            )
+        return read_headers(found.files), ()
     tensors: dict[str, PtTensor] = {}
-    for file in files:
-        for name, stored in read_state_dict(file).items():
-            if name in tensors:
-                raise OpenELMError(
-                    f"{name} is in {file} and in another file of {file.parent}; remove "
-                    "one of them."
-                )
-            tensors[name] = stored
-    return tensors
+    notes: list[str] = []
+    for file in found.files:
+        checkpoint = read_checkpoint(file, weights)
+        if twice := tensors.keys() & checkpoint.tensors.keys():
+            raise OpenELMError(
+                f"{min(twice)} is in {file} and in another file of {folder}; remove "
+                "one of them."
+            )
+        tensors |= checkpoint.tensors
+        notes += checkpoint.notes
+    return tensors, tuple(dict.fromkeys(notes))
 
 
 def _to_source(stored: StoredTensor | PtTensor, name: str) -> SourceTensor:
@@ -357,14 +365,25 @@ def _packed(
 
 
 def _is_copy(tensors: Mapping[str, SourceTensor]) -> bool:
-    """Whether the output head equals the embedding."""
+    """Whether the output head is a copy of the embedding."""
     head, table = tensors.get(HEAD), tensors.get(EMBEDDING)
     return (
         head is not None
         and table is not None
-        and head.shape == table.shape
-        and bool(mx.array_equal(head.read(), table.read()))
+        and head.shape[1:] == table.shape[1:]
+        and is_copied_head(head.read(), table.read(), mx.array.astype)
     )
+
+
+def _drop_head(tensors: dict[str, SourceTensor]) -> int:
+    """Remove a copied head, and the padding rows that it lacks; return the rows."""
+    head, table = tensors.pop(HEAD), tensors[EMBEDDING]
+    rows = min(head.shape[0], table.shape[0])
+    if rows < table.shape[0]:
+        tensors[EMBEDDING] = replace(
+            table, shape=(rows, *table.shape[1:]), read=lambda: table.read()[:rows]
+        )
+    return rows
 
 
 def _other_head(path: Path, stored_name: str, config: str) -> OpenELMError:

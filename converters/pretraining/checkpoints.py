@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from converters.formats.checkpoint_weights import choose_weights, is_copied_head
 from converters.pretraining.recipe import PretrainRecipe
 from converters.reference import ReferenceOpenELM
 from mlx_openelm.config import OpenELMConfig
@@ -39,9 +40,8 @@ from mlx_openelm.storage.staging import lock_file, replaced_file
 from mlx_openelm.tensor_names import (
     EMBEDDING,
     HEAD,
-    MODEL_KEYS,
-    is_buffer,
     map_to_corenet,
+    split_buffers,
 )
 
 LAST = "training_checkpoint_last.pt"
@@ -296,8 +296,11 @@ def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
 # Weights -----------------------------------------------------------------------------
 
 
-def read_initial(path: Path) -> tuple[OpenELMConfig, Weights]:
+def read_initial(path: Path) -> tuple[OpenELMConfig, Weights, tuple[str, ...]]:
     """Read initial weights from a CoreNet .pt, and the config.json next to it.
+
+    Returns:
+        The config, the weights, and notes for the user on which weights they are.
 
     Raises:
         OpenELMError: one of them is missing or damaged, or they do not fit together.
@@ -310,13 +313,13 @@ def read_initial(path: Path) -> tuple[OpenELMConfig, Weights]:
             f"There is no config.json next to {path}; add it, as it has the sizes."
         )
     config = OpenELMConfig.from_file(config_path)
-    state = read_weights(path)
-    state = next((state[key] for key in MODEL_KEYS if key in state), state)
-    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+    state, notes = choose_weights(
+        read_weights(path), path, lambda value: isinstance(value, Tensor)
+    )
+    stored = {name: v for name, v in state.items() if isinstance(v, Tensor)}
+    if not stored or not all(isinstance(name, str) for name in stored):
         raise OpenELMError(f"{path} holds no weights by name; use another init.")
-    tensors = {
-        k: v for k, v in state.items() if isinstance(v, Tensor) and not is_buffer(k)
-    }
+    tensors, left_out = split_buffers(stored)
     integers = [k for k, v in tensors.items() if not v.is_floating_point()]
     if integers:
         raise OpenELMError(
@@ -325,8 +328,9 @@ def read_initial(path: Path) -> tuple[OpenELMConfig, Weights]:
         )
     weights = {ours: tensors[name] for ours, name in map_to_corenet(tensors).items()}
     tied = config.share_input_output_layers and {HEAD, EMBEDDING} <= weights.keys()
-    if tied and weights[HEAD].equal(weights[EMBEDDING]):
-        del weights[HEAD]  # a copy of the embedding
+    if tied and is_copied_head(weights[HEAD], weights[EMBEDDING], Tensor.to):
+        rows = len(weights.pop(HEAD))
+        weights[EMBEDDING] = weights[EMBEDDING][:rows]
     if EMBEDDING in weights:  # often with padding rows
         config = replace(config, vocab_size=len(weights[EMBEDDING]))
     expected = config.tensor_shapes()
@@ -338,7 +342,8 @@ def read_initial(path: Path) -> tuple[OpenELMConfig, Weights]:
             f"{shapes.get(wrong[0], 'none')}, expected "
             f"{expected.get(wrong[0], 'no such tensor')}."
         )
-    return config, {name: value.float() for name, value in weights.items()}
+    floats = {name: value.float() for name, value in weights.items()}
+    return config, floats, (*notes, *left_out)
 
 
 def load_weights(model: ReferenceOpenELM, weights: Weights) -> None:

@@ -41,6 +41,7 @@ from converters.pretraining.loader import join_states
 from converters.pretraining.log import (
     Event,
     Meter,
+    Noted,
     RunLog,
     Sampled,
     Saved,
@@ -145,6 +146,8 @@ class _Run:
         if setup.saved is not None:
             restore_training(self.output, self.model, self.optimizers, setup.saved)
             self.meter.restore(setup.progress.meter)
+        for note in setup.notes if processes.first else ():
+            on_event(Noted(note))
         self._log_event(
             Started(
                 num_parameters=self.config.num_parameters,

@@ -40,6 +40,7 @@ class Setup:
     Attributes:
         initial: initial weights; None: random ones.
         saved: the last checkpoint, which includes `progress`; None for a new run.
+        notes: notes for the user on the initial weights.
     """
 
     config: OpenELMConfig
@@ -49,6 +50,7 @@ class Setup:
     initial: Weights | None
     saved: dict[str, Any] | None
     progress: ResumePoint
+    notes: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
@@ -94,10 +96,11 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
     saved_before = resume and (output / LAST).exists()
     with processes.shared_errors():
         initial_config, initial = None, None
+        notes: tuple[str, ...] = ()
         if saved_before and recipe.init is not None:  # `init` may have been deleted
             initial_config = OpenELMConfig.from_file(output / "config.json")
         elif recipe.init is not None:
-            initial_config, initial = read_initial(Path(recipe.init))
+            initial_config, initial, notes = read_initial(Path(recipe.init))
         corpus = read_corpora(recipe.data) if recipe.data.packing else None
         if processes.first and not (output / RECIPE).exists():
             tokenizer = _choose_tokenizer(recipe, corpus)
@@ -127,7 +130,7 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
                 (RECIPE, as_json(recipe)),
             ):
                 write_json_atomically(output / name, value)
-    return Setup(config, tokenizer, loader, heldout, initial, saved, progress)
+    return Setup(config, tokenizer, loader, heldout, initial, saved, progress, notes)
 
 
 def _check(recipe: PretrainRecipe, processes: Processes) -> None:

@@ -39,6 +39,5 @@ def verify_command(
     console.answer_report(verification, show_verification, as_json=as_json)
     if not verification.passed:
         raise OpenELMError(
-            f"{model} failed verification: {verification.describe_problems()}; convert "
-            "or download it again."
+            f"{model} failed verification: {verification.describe_problems()}."
         )

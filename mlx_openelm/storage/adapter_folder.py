@@ -29,6 +29,7 @@ from mlx_openelm.storage.shards import write_json
 from mlx_openelm.storage.similar_names import suggest_similar
 from mlx_openelm.storage.weight_files import holds_model
 from mlx_openelm.storage.weight_reader import check_stored, read_headers
+from mlx_openelm.tensor_names import map_to_corenet, split_buffers, to_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 BEST = "best"  # in a training run's folder: the adapter with the lowest loss
@@ -88,10 +89,15 @@ def open_adapter_folder(path: Path) -> AdapterFolder:
         raise OpenELMError(f"{path} holds no {CONFIG}; {instead}.")
     raw = read_mapping(path / CONFIG)
     if "peft_type" in raw:
-        raise OpenELMError(
-            f"{path} is a PEFT adapter; `mlx-openelm convert "
-            f"{shlex.quote(str(path))}` converts it to a format that can be used here."
-        )
+        folder = shlex.quote(str(path))
+        command = f"convert {folder}` converts it to a format that can be used here"
+        if holds_model(path):  # convert would write the model
+            fused = shlex.quote(f"{path.resolve().name}-fused")
+            command = (
+                f"fuse --adapter-path {folder} --save-path {fused}` merges it into its "
+                "base"
+            )
+        raise OpenELMError(f"{path} is a PEFT adapter; `mlx-openelm {command}.")
     find_weights(path)
     method = raw.get("fine_tune_type", "lora")
     if method not in ("lora", "dora", "full"):
@@ -137,12 +143,13 @@ def find_weights(path: Path) -> Path:
     """
     if (path / WEIGHTS).is_file():
         return path / WEIGHTS
-    best = path / BEST
-    instead = f"use {best}" if (best / WEIGHTS).is_file() else "wait until it has"
-    raise OpenELMError(
-        f"{path} holds no {WEIGHTS}: its training has not saved yet, or "
-        f"the copy is incomplete; {instead}."
-    )
+    reason, instead = "the copy is incomplete", "copy it again"
+    if (path / RECIPE).is_file():
+        reason = f"its training has not saved yet, or {reason}"
+        instead = "wait until it has"
+    if (path / BEST / WEIGHTS).is_file():
+        instead = f"use {path / BEST}"
+    raise OpenELMError(f"{path} holds no {WEIGHTS}: {reason}; {instead}.")
 
 
 def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
@@ -156,7 +163,9 @@ def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
             tensors that do not match are named).
     """
     adapter = open_adapter_folder(path)
-    headers = read_headers([path / WEIGHTS])
+    read, left_out = split_buffers(read_headers([path / WEIGHTS]))
+    mapped = map_to_corenet(read).items()
+    headers = {to_folder(ours): read[theirs] for ours, theirs in mapped}
     check_stored(headers)
     arrays = {name: tensor.read() for name, tensor in headers.items()}
     if not headers:
@@ -170,7 +179,7 @@ def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
         notes = adapter.check_base(base_weights(model))
         cast = {n: array.astype(parameters[n].dtype) for n, array in arrays.items()}
         model.load_weights(list(cast.items()), strict=False)
-        return notes
+        return (*left_out, *notes)
     scale = read_scale(adapter.raw, path)
     modules = dict(model.named_modules())
     by_module: dict[str, dict[str, mx.array]] = {}
@@ -193,7 +202,7 @@ def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
         if isinstance(module, DoRALinear):
             module.fix_lengths()
     model.eval()
-    return notes
+    return (*left_out, *notes)
 
 
 def read_base(raw: Mapping[str, Any], path: Path) -> str | None:

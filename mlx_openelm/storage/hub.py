@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Collection
 from pathlib import Path
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.paths import user_path
@@ -37,7 +38,11 @@ SMALL_FILES = (CONFIG, "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILE
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-_VIEWS = ("tree", "blob", "resolve", "raw", "commit")  # /ORG/NAME/VIEW/REVISION
+_VIEWS = ("tree", "blob", "resolve", "raw", "commit", "commits", "revision")
+_OTHER_PAGES = {  # first parts of addresses that are not of models
+    *("datasets", "spaces", "models", "papers", "collections", "docs", "api", "blog"),
+    *("learn", "tasks", "posts", "organizations", "settings", "buckets", "kernels"),
+}
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _SNAPSHOT = re.compile(r"models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -105,25 +110,48 @@ def find_model(
 
 def refuse_address(name: str) -> None:
     """Raise OpenELMError for the address of a web page, with the id of a Hub's page."""
-    name = re.sub(r"^(\w+):/+", r"\1://", name)  # a Path has one slash
-    scheme, _, rest = name.rpartition("://")
-    host, *parts = re.split(r"[?#]", rest)[0].split("/")
-    if not scheme and host not in _HOSTS:
+    address = _parse_address(name)
+    if address is None:
         return
-    endpoint = os.environ.get("HF_ENDPOINT", "").rpartition("://")[2].rstrip("/")
-    parts = [part for part in ([host] if scheme == "hf" else []) + parts if part]
-    known = scheme == "hf" or host in (*_HOSTS, endpoint)
-    if not known or len(parts) < 2 or parts[0] in ("datasets", "spaces"):
+    parts = [part for part in map(unquote, address.path.split("/")) if part]
+    if address.scheme == "hf":
+        parts.insert(0, address.netloc)
+    if parts[:2] == ["api", "models"]:
+        parts = parts[2:]
+    elif address.scheme == "hf" and parts[:1] == ["models"]:
+        parts = parts[1:]
+    repo, _, revision = "/".join(parts[:2]).partition("@")
+    repo = repo.removesuffix(".git")
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname
+    known = address.scheme == "hf" or address.hostname in (*_HOSTS, endpoint)
+    if not known or not HUB_ID.fullmatch(repo) or parts[0] in _OTHER_PAGES:
         raise OpenELMError(
             f"{name} is a web address, but not the page of a model on the Hub; "
             "download the file or folder, and pass its path."
         )
-    revision = parts[3] if len(parts) > 3 and parts[2] in _VIEWS else "main"
-    other = "" if revision == "main" else f" with `revision` {revision}"
+    if len(parts) > 3 and parts[2] in _VIEWS:
+        revision = "/".join(parts[3:6] if parts[3] == "refs" else parts[3:4])
+    advice = ""
+    if revision not in ("", "main"):
+        command = f"mlx-openelm convert {repo} --revision {shlex.quote(revision)}"
+        advice = f", or use that revision with `{command}`"
     raise OpenELMError(
-        f"{name} is the address of a page; pass its Hub id, {parts[0]}/{parts[1]}"
-        f"{other}."
+        f"{name} is the address of a page; pass its Hub id, {repo}{advice}."
     )
+
+
+def _parse_address(name: str) -> SplitResult | None:
+    """Return the parts of a web address; None for other names."""
+    text = name.strip(" <>")
+    if ssh := re.fullmatch(r"git@([\w.-]+):(.+)", text):
+        text = f"ssh://{ssh[1]}/{ssh[2]}"
+    has_scheme = re.match(r"\w[\w.+-]*:/", text)
+    text = re.sub(r"^([\w.+-]+):/+", r"\1://", text)  # a Path has one slash
+    try:
+        address = urlsplit(text if has_scheme else f"//{text.removeprefix('//')}")
+    except ValueError:  # brackets that are not of an IPv6 address
+        return SplitResult("", "", "", "", "") if has_scheme else None
+    return address if has_scheme or address.hostname in _HOSTS else None
 
 
 def describe_file(path: Path) -> str | None:

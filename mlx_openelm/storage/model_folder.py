@@ -27,7 +27,13 @@ from mlx_openelm.storage.weight_files import (
     find_weight_files,
 )
 from mlx_openelm.storage.weight_reader import StoredTensor, check_stored, read_headers
-from mlx_openelm.tensor_names import HEAD, map_to_corenet, to_folder, to_module
+from mlx_openelm.tensor_names import (
+    HEAD,
+    map_to_corenet,
+    split_buffers,
+    to_folder,
+    to_module,
+)
 
 METADATA_KEY = "mlx_openelm"
 BEFORE = "before"  # in our metadata: the entry before another tool changed the weights
@@ -159,17 +165,19 @@ def read_metadata(
 def _is_ours(
     file: str, tensors: Mapping[str, StoredTensor], order: Iterable[str]
 ) -> bool:
-    """Whether the header of a file is the one that this program writes for it."""
+    """Whether a file has the tensors in the order and the size that we write.
+
+    Its metadata may be damaged; then the hash differs.
+    """
     stored = {n: tensors[n] for n in order if tensors[n].file.path.name == file}
     if any(tensor.dtype not in DTYPES for tensor in stored.values()) or not stored:
         return False
+    if sorted(stored, key=lambda name: stored[name].start) != list(stored):
+        return False
     layouts = {n: TensorLayout(t.array_dtype, t.shape) for n, t in stored.items()}
-    opened = next(iter(stored.values())).file
-    headers = (Shard(file, layouts).header(format) for format in ("mlx", "pt"))
-    return any(
-        len(header) <= opened.size and opened.read(0, len(header)).tobytes() == header
-        for header in headers
-    )
+    shard, opened = Shard(file, layouts), next(iter(stored.values())).file
+    headers = (len(shard.header(format)) for format in ("mlx", "pt"))
+    return opened.size - shard.num_bytes in headers
 
 
 def _refuse_foreign(
@@ -178,7 +186,8 @@ def _refuse_foreign(
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Raise OpenELMError for names and dtypes that `convert` changes to ours."""
-    names = {to_folder(name) for name in map_to_corenet(tensors)}
+    weights, _ = split_buffers(tensors)
+    names = {to_folder(name) for name in map_to_corenet(weights)}
     foreign = sorted(tensors.keys() - expected.keys())
     foreign += [name for name, tensor in tensors.items() if tensor.dtype == "F64"]
     if foreign and expected.keys() <= names <= expected.keys() | {HEAD}:

@@ -91,21 +91,32 @@ def test_a_file_that_no_command_reads(here):
 
 
 @pytest.mark.parametrize(
-    ("address", "advice"),
+    ("address", "revision"),
     [
         ("https://huggingface.co/apple/OpenELM-270M/tree/main", ""),
         ("https://huggingface.co/apple/OpenELM-270M", ""),
         ("huggingface.co/apple/OpenELM-270M/", ""),
         ("https://hf.co/apple/OpenELM-270M?library=mlx", ""),
         ("hf://apple/OpenELM-270M", ""),
-        ("https://huggingface.co/apple/OpenELM-270M/blob/v2/a.safetensors", " v2"),
+        ("https://huggingface.co/apple/OpenELM-270M.git", ""),
+        ("HTTPS://HuggingFace.co:443/apple/OpenELM-270M", ""),
+        ("HF.co/apple/OpenELM-270M", ""),
+        ("//huggingface.co/apple/OpenELM-270M", ""),
+        ("git@hf.co:apple/OpenELM-270M", ""),
+        ("hf://models/apple/OpenELM-270M@main", ""),
+        ("https://huggingface.co/api/models/apple/OpenELM-270M", ""),
+        ("https://huggingface.co/apple/OpenELM-270M/blob/v2/a.safetensors", "v2"),
+        ("https://huggingface.co/apple/OpenELM-270M/tree/refs/pr/1/a", "refs/pr/1"),
+        ("https://huggingface.co/apple/OpenELM-270M/raw/refs%2Fpr%2F1/a", "refs/pr/1"),
+        ("hf://apple/OpenELM-270M@v2", "v2"),
     ],
 )
-def test_the_address_of_a_page_on_the_hub(here, address, advice):
+def test_the_address_of_a_page_on_the_hub(here, address, revision):
     message = "is the address of a page; pass its Hub id, apple/OpenELM-270M"
     for command in (("convert",), ("verify",), GENERATE, ("inspect",)):
         error = expect_error(here, *command, address, message=message)
-        assert advice in error
+        advice = f"`mlx-openelm convert apple/OpenELM-270M --revision {revision}`"
+        assert (advice in error) == bool(revision), error
     expect_error(here, "convert", "source", "--tokenizer", address, message=message)
     adapter = ("--adapter-path", address)
     expect_error(here, "generate", "Hi", *adapter, message=message)
@@ -121,6 +132,14 @@ def test_the_address_of_a_page_on_the_hub(here, address, advice):
         "https://example.com/apple/OpenELM-270M/model.pt",
         "https://huggingface.co/datasets/a/b",
         "https://huggingface.co",
+        "https://huggingface.co/apple",
+        "https://huggingface.co/papers/2404.14619",
+        "https://huggingface.co/collections/apple/openelm-instruct-models-6619",
+        "https://huggingface.co/docs/transformers/openelm",
+        "https://huggingface.co/models?search=openelm",
+        "https://huggingface.co/api/datasets/a/b",
+        "hf://datasets/a/b",
+        "https://[huggingface.co/apple/OpenELM-270M",
         "file:///tmp/model",
     ],
 )

@@ -313,6 +313,7 @@ def test_errors_are_reported_and_nothing_is_written(work, args, message):
     mx.save_safetensors(str(work / "wide/adapters.safetensors"), tensors)
     write_hugging_face(work / "other", SCALED, weights_of(SCALED, seed=5))
     (work / "run").mkdir()
+    (work / "run/recipe.yaml").write_text("seed: 0\n")
     (work / "run/adapter_config.json").write_text('{"fine_tune_type": "full"}')
     if "--save-path" not in args:
         args = [*args, "--save-path", "out"]

@@ -22,7 +22,7 @@ from models import (
 import mlx_openelm
 from converters.conversion import growing
 from converters.conversion.growing import Growth, grow, grow_config, grow_tensor
-from converters.formats.pt_reader import read_state_dict
+from converters.formats.pt_reader import read_checkpoint
 from converters.formats.sources import open_source
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
@@ -291,7 +291,7 @@ def test_the_folder_has_the_layout_of_a_pre_training_run(here):
     assert config["mlx_openelm"]["growth"] == {
         **{"width": 2, "ffn": 2, "noise_db": 10.0, "seed": 4}
     }
-    written = read_state_dict(grown / "checkpoint.pt")
+    written = read_checkpoint(grown / "checkpoint.pt").tensors
     expected = grow_config(UNEVEN, Growth(2, 2)).tensor_shapes()
     assert {name: tensor.shape for name, tensor in written.items()} == expected
 

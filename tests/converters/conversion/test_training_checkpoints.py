@@ -47,7 +47,8 @@ def test_the_weights_of_a_training_can_be_chosen(tmp_path, key, model_key):
     source = open_path(path)
     assert source.notes[:2] == (
         f"Weights: {model_key} of a.pt, not {key}.",
-        "`weights` ema uses the moving average (EMA) instead.",
+        "`mlx-openelm convert` with `weights` ema uses the moving average (EMA) "
+        "instead.",
     )
     assert read_norm(path) == read_norm(path, "model") == 1.0
     assert read_norm(path, "ema") == 0.5

@@ -26,7 +26,7 @@ from converters.formats.adapter_writer import (
 )
 from converters.formats.pickle_machine import PtStorage, PtTensor
 from converters.formats.pt_archive import PtArchive
-from converters.formats.pt_reader import read_state_dict
+from converters.formats.pt_reader import read_checkpoint
 from converters.formats.pt_writer import TensorToWrite, write_pt
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
@@ -138,7 +138,7 @@ def write_corenet(path, factors, name="lora", changes=None):
 
 
 def read_corenet(path):
-    stored = read_state_dict(path)
+    stored = read_checkpoint(path).tensors
     mapped = map_to_corenet(stored)
     return split_checkpoint({ours: stored[n] for ours, n in mapped.items()}, path)
 

@@ -14,7 +14,7 @@ from models import UNEVEN, weights_of, write_pt
 from pickles import NUMBERS, mapping, tensor, zipped
 from safetensors.numpy import save_file
 
-from converters.formats.pt_reader import read_state_dict
+from converters.formats.pt_reader import read_checkpoint
 from converters.formats.sources import open_path
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.weight_reader import read_headers
@@ -33,7 +33,8 @@ def test_a_source_that_is_truncated_while_it_is_read_is_reported(tmp_path, kind)
                 {"data/0": bytes(2**22)},
             )
         )
-        read = "from converters.formats.pt_reader import read_state_dict as read"
+        read = "from converters.formats.pt_reader import read_checkpoint"
+        read += "; read = lambda path: read_checkpoint(path).tensors"
     else:
         path = tmp_path / "model.safetensors"
         save_file({"w": np.zeros(2**20, np.float32)}, path)
@@ -77,7 +78,7 @@ def test_every_flipped_bit_of_the_numbers_is_noticed(tmp_path):
     for at in range(NUMBERS.nbytes):
         content[start + at] ^= 1 << at % 8
         path.write_bytes(content)
-        tensors = read_state_dict(path)
+        tensors = read_checkpoint(path).tensors
         with pytest.raises(OpenELMError, match="'data/0' does not match its checksum"):
             tensors["w"].read()
         content[start + at] ^= 1 << at % 8
@@ -89,14 +90,14 @@ def test_a_flipped_bit_is_noticed_outside_of_the_first_view(tmp_path):
     content[bytes(content).index(NUMBERS.tobytes()) + 20] ^= 1
     (tmp_path / "model.pt").write_bytes(content)
     with pytest.raises(OpenELMError, match="does not match its checksum"):
-        read_state_dict(tmp_path / "model.pt")["w"].read()
+        read_checkpoint(tmp_path / "model.pt").tensors["w"].read()
 
 
 def test_a_flipped_bit_of_the_pickle_is_noticed(tmp_path):
     content = zipped(mapping(weight=tensor())).replace(b"weight", b"weighu")
     (tmp_path / "model.pt").write_bytes(content)
     with pytest.raises(OpenELMError, match=r"'data\.pkl' does not match its checksum"):
-        read_state_dict(tmp_path / "model.pt")
+        read_checkpoint(tmp_path / "model.pt")
 
 
 def test_files_that_torch_wrote_without_checksums_are_read(tmp_path):
@@ -107,7 +108,7 @@ def test_files_that_torch_wrote_without_checksums_are_read(tmp_path):
     for crc in crcs:
         content = content.replace(crc, bytes(4))
     (tmp_path / "model.pt").write_bytes(content)
-    read = read_state_dict(tmp_path / "model.pt")["w"].read()
+    read = read_checkpoint(tmp_path / "model.pt").tensors["w"].read()
     np.testing.assert_array_equal(read.ravel(), NUMBERS)
 
 
@@ -178,7 +179,7 @@ def test_an_unreadable_file_is_not_called_damaged(tmp_path, monkeypatch):
         return opened(self, *args, **options)
 
     monkeypatch.setattr(type(path), "open", deny)
-    for read in (lambda: read_headers([path]), lambda: read_state_dict(path)):
+    for read in (lambda: read_headers([path]), lambda: read_checkpoint(path)):
         with pytest.raises(OpenELMError, match="permission denied") as caught:
             read()
         assert "damaged" not in str(caught.value)

@@ -40,7 +40,7 @@ from pickles import (
 
 from converters.formats.pickle_machine import PtTensor, load_pickle
 from converters.formats.pt_archive import open_archive
-from converters.formats.pt_reader import read_state_dict
+from converters.formats.pt_reader import read_checkpoint
 from mlx_openelm.errors import OpenELMError
 
 
@@ -74,7 +74,7 @@ def refused(path: Path, *words: str) -> Iterator[None]:
 
 
 def test_a_handmade_file_is_read(file: Callable[..., Path]) -> None:
-    read = read_state_dict(file())
+    read = read_checkpoint(file()).tensors
     assert list(read) == ["w"]
     assert (read["w"].dtype, read["w"].shape) == ("float32", (2, 3))
     np.testing.assert_array_equal(read["w"].read(), NUMBERS.reshape(2, 3))
@@ -167,7 +167,7 @@ def test_a_modules_state_dict_equals_torchs_reading(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     assert_read_as_torch_reads(module.state_dict(), tmp_path / "x.pt")
-    names = list(read_state_dict(tmp_path / "x.pt"))
+    names = list(read_checkpoint(tmp_path / "x.pt").tensors)
     assert names == list(module.state_dict())
 
 
@@ -204,7 +204,7 @@ def test_a_training_state_is_read(tmp_path: Path) -> None:
             assert isinstance(theirs, type(ours))
 
     compare(ours, theirs)
-    assert list(read_state_dict(tmp_path / "x.pt")) == ["weight", "bias"]
+    assert list(read_checkpoint(tmp_path / "x.pt").tensors) == ["weight", "bias"]
 
 
 @pytest.mark.parametrize("protocol", [2, 3])
@@ -283,14 +283,14 @@ def test_zip64_is_read(
 )
 def test_a_wrapped_state_dict_is_read(file: Callable[..., Path], key: str) -> None:
     inner = mapping(**{"module.w": tensor()})[2:-1]
-    read = read_state_dict(file(mapping(**{key: inner, "loss": tensor()})))
+    read = read_checkpoint(file(mapping(**{key: inner, "loss": tensor()}))).tensors
     assert list(read) == ["module.w"]
 
 
 def test_the_model_takes_precedence_over_its_average(file: Callable[..., Path]) -> None:
     ema, model = (mapping(**{name: tensor()})[2:-1] for name in ("ema", "model"))
     path = file(mapping(ema_state_dict=ema, model_state_dict=model))
-    assert list(read_state_dict(path)) == ["model"]
+    assert list(read_checkpoint(path).tensors) == ["model"]
 
 
 def test_torchs_metadata_is_left_out(file: Callable[..., Path]) -> None:
@@ -298,7 +298,7 @@ def test_torchs_metadata_is_left_out(file: Callable[..., Path]) -> None:
     state += plain("w") + tensor() + SETITEM + plain({"_metadata": {"": 1}}) + BUILD
     assert list(read_pt(file(b"\x80\x02" + state + STOP))) == ["w"]
     path = file(mapping(w=tensor(), _metadata=plain({"": {"version": 1}})))
-    assert list(read_state_dict(path)) == ["w"]
+    assert list(read_checkpoint(path).tensors) == ["w"]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_a_state_dict_with_other_values_is_refused(
     path = file(data)
     read_pt(path)
     with refused(path, word, "state_dict()"):
-        read_state_dict(path)
+        read_checkpoint(path)
 
 
 # Pickles with code -------------------------------------------------------------------
@@ -382,7 +382,7 @@ def test_code_is_reported_and_not_run(
         "builtins.getattr",
         "builtins.dict",
         "copyreg._reconstructor",
-        "converters.formats.pt_reader.read_state_dict",
+        "converters.formats.pt_reader.read_checkpoint",
     ],
 )
 def test_globals_that_tensors_do_not_need_are_refused(
@@ -733,7 +733,7 @@ def test_tensors_that_exceed_their_storage_are_refused(
 def test_a_storage_without_a_tensor_is_refused(file: Callable[..., Path]) -> None:
     path = file(GOOD, {"data/0": NUMBERS.tobytes(), "data/1": NUMBERS.tobytes()})
     with refused(path, "'data/1' belongs to no tensor"):
-        read_state_dict(path)
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize("strides", [(0, 1), (1, 1), (3, 0), (2, 1), (1, 0)])
@@ -742,8 +742,9 @@ def test_tensors_with_overlapping_elements_are_refused(
 ) -> None:
     path = file(mapping(w=tensor(strides=strides)))
     with refused(path, "elements of 'w' overlap"):
-        read_state_dict(path)
-    transposed = read_state_dict(file(mapping(w=tensor(strides=(1, 2)))))["w"].read()
+        read_checkpoint(path)
+    transposed = read_checkpoint(file(mapping(w=tensor(strides=(1, 2)))))
+    transposed = transposed.tensors["w"].read()
     np.testing.assert_array_equal(transposed, NUMBERS.reshape(3, 2).T)
 
 
@@ -778,7 +779,7 @@ def test_tensors_with_overlapping_elements_are_refused(
 def test_invalid_pickles_are_refused(file: Callable[..., Path], data: bytes) -> None:
     path = file(data)
     with refused(path):
-        read_state_dict(path)
+        read_checkpoint(path)
 
 
 @pytest.fixture(name="folder", scope="module")
@@ -811,7 +812,7 @@ def test_a_truncated_file_is_refused(folder: Path, written: bytes) -> None:
 def read_or_refuse(path: Path) -> None:
     """Read all of a file, or catch an OpenELMError."""
     with suppress(OpenELMError):
-        for tensor in read_state_dict(path).values():
+        for tensor in read_checkpoint(path).tensors.values():
             tensor.read()
 
 

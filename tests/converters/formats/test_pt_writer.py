@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from converters.formats.pt_reader import read_state_dict
+from converters.formats.pt_reader import read_checkpoint
 from converters.formats.pt_writer import ALIGNMENT, TensorToWrite, to_numpy, write_pt
 
 NAMES = [
@@ -85,7 +85,7 @@ def test_torch_reads_every_dtype_shape_and_name_mapped_or_not(
 def test_pt_reader_reads_the_same_bits(
     arrays: dict[str, mx.array], written: Path
 ) -> None:
-    read = read_state_dict(written)
+    read = read_checkpoint(written).tensors
     assert list(read) == list(arrays)
     for name, array in arrays.items():
         assert f"mlx.core.{read[name].dtype}" == str(array.dtype)
@@ -96,7 +96,7 @@ def test_pt_reader_reads_the_same_bits(
 def test_the_zip_has_torchs_layout(written: Path) -> None:
     torch = pytest.importorskip("torch")
     saved = io.BytesIO()
-    count = len(read_state_dict(written))
+    count = len(read_checkpoint(written).tensors)
     torch.save({str(i): torch.zeros(1) for i in range(count)}, saved)
     with zipfile.ZipFile(saved) as theirs, zipfile.ZipFile(written) as ours:
         names = [n for n in theirs.namelist() if "serialization_id" not in n]
@@ -120,7 +120,7 @@ def test_strided_views_are_written_in_row_order(tmp_path: Path) -> None:
     views = {"t": base.T, "rows": base[2:4], "column": base[:, 3], "step": base[::2]}
     path = write(tmp_path / "views.pt", views)
     assert_torch_reads(path, views)
-    read = read_state_dict(path)
+    read = read_checkpoint(path).tensors
     np.testing.assert_array_equal(read["t"].read(), to_numpy(base).T)
 
 
@@ -167,7 +167,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
     assert events == [f"{action} {i}" for i in range(6) for action in ("read", "wrote")]
     assert mx.get_peak_memory() - before < 1.5 * 2**22
     assert peak < 2**20  # no copies
-    assert read_state_dict(tmp_path / "x.pt")["5"].read()[-1, -1] == 5
+    assert read_checkpoint(tmp_path / "x.pt").tensors["5"].read()[-1, -1] == 5
 
 
 def test_an_array_that_differs_from_its_declaration_is_refused(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_file_of_five_gigabytes_is_read_by_torch(tmp_path: Path) -> None:
     assert mx.get_peak_memory() < 1.5 * 2**30
     assert path.stat().st_size > 5 * 2**30
     read = torch.load(path, weights_only=True, mmap=True)
-    ours = read_state_dict(path)
+    ours = read_checkpoint(path).tensors
     for i in range(5):
         assert read[str(i)][-1, -1] == read[str(i)][0, 0] == i
         assert ours[str(i)].read()[-1, -1] == i

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from commands import call, expect_error, make_source
@@ -14,7 +15,7 @@ from converters.formats.adapter_reader import open_adapter
 from converters.formats.sources import open_path
 from converters.formats.tensor_readers import note_float64
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.tensor_names import map_to_corenet, note_buffers, to_corenet
+from mlx_openelm.tensor_names import map_to_corenet, split_buffers, to_corenet
 
 NAMES = list(UNEVEN.tensor_shapes())
 WRAPPERS = (
@@ -170,5 +171,7 @@ def test_generate_names_convert_for_names_of_other_tools(here):
 
 def test_a_note_on_one_tensor_is_in_the_singular():
     assert note_float64(1) == ("Read 1 tensor of float64 as float32.",)
-    (note,) = note_buffers(["layers.0.rotary.inv_freq", "layers.0.proj.weight"])
+    one = mx.zeros((2,))
+    names = ("layers.0.rotary.inv_freq", "layers.0.proj.weight")
+    _, (note,) = split_buffers(dict.fromkeys(names, one))
     assert note.endswith("inv_freq: a buffer, which carries no weights.")

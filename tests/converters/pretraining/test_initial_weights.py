@@ -21,7 +21,7 @@ def test_wrapped_weights_with_buffers_and_a_copied_head_are_read(tmp_path, key):
     state[f"_orig_mod.{HEAD}"] = torch.from_numpy(WEIGHTS[EMBEDDING])
     torch.save({key: state, "epoch": 1} if key else state, tmp_path / "a.pt")
     write_json(tmp_path / "config.json", UNEVEN.to_dict())
-    config, weights = read_initial(tmp_path / "a.pt")
+    config, weights, _ = read_initial(tmp_path / "a.pt")
     assert config == UNEVEN
     assert weights.keys() == WEIGHTS.keys()
     for name, weight in weights.items():
