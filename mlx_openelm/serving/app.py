@@ -21,13 +21,13 @@ from starlette.routing import Route
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.batching.sequences import has_passed
+from mlx_openelm.generation.constraints import GrammarCompiler
 from mlx_openelm.serving.access import Access
 from mlx_openelm.serving.answers import ResponseWriter, read_chunks
 from mlx_openelm.serving.api import ChatRequest, CompletionRequest, read_request
 from mlx_openelm.serving.completions import Choice, Completion, check_completion
 from mlx_openelm.serving.engine_thread import EngineThread, TooManyRequestsError
 from mlx_openelm.serving.errors import RequestError
-from mlx_openelm.serving.grammars import Grammars
 from mlx_openelm.serving.guard import (
     BodyReader,
     Guard,
@@ -54,7 +54,7 @@ class Service:
 
     def __init__(self, served: Served, engine: EngineThread, metrics: Metrics) -> None:
         self._served, self._engine, self._metrics = served, engine, metrics
-        self._grammars = Grammars(served)
+        self._compiler = GrammarCompiler(served.tokenizer, served.vocab_size)
         self._bodies = BodyReader()
         self._checking = asyncio.Lock()  # of slow requests
         self._started = int(time.time())
@@ -128,13 +128,13 @@ class Service:
 
         def check() -> Completion:
             return check_completion(
-                read_request(kind, body), self._served, self._grammars
+                read_request(kind, body), self._served, self._compiler
             )
 
         if len(body) <= _LARGE_BODY:
             parsed = read_request(kind, body)
             if not parsed.has_grammar:
-                return check_completion(parsed, self._served, self._grammars)
+                return check_completion(parsed, self._served, self._compiler)
         async with self._checking:
             return await run_in_threadpool(check)
 

@@ -12,6 +12,7 @@ from mlx_openelm.generation.batching.sequences import (
     hashed_keys,
     seeded_keys,
 )
+from mlx_openelm.generation.constraints import GrammarCompiler
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.serving.api import (
     MOST_CHOICES,
@@ -21,7 +22,7 @@ from mlx_openelm.serving.api import (
     show,
 )
 from mlx_openelm.serving.errors import RequestError
-from mlx_openelm.serving.grammars import Grammars
+from mlx_openelm.serving.grammars import compile_grammar
 from mlx_openelm.serving.prompts import read_messages, read_prompts
 from mlx_openelm.serving.served import Served, ServedModel
 from mlx_openelm.text.templates import RAW
@@ -77,7 +78,7 @@ class Completion:
 
 
 def check_completion(
-    request: CompletionRequest | ChatRequest, served: Served, grammars: Grammars
+    request: CompletionRequest | ChatRequest, served: Served, compiler: GrammarCompiler
 ) -> Completion:
     """Check a request against the models that are served.
 
@@ -86,7 +87,7 @@ def check_completion(
     """
     model = _find_model(request.model, served)
     sampling = _read_sampling(request, served)
-    constraint = grammars.compile(request)
+    constraint = compile_grammar(request, compiler)
     if isinstance(request, ChatRequest):
         prompts = [read_messages(request, served, model)]
         if (request.template or model.template) != RAW:
