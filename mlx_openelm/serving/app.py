@@ -140,9 +140,16 @@ class Service:
 
     @contextmanager
     def _reserve(self, count: int) -> Iterator[None]:
-        """Occupy places in the queue for so many answers."""
+        """Occupy slots of the engine for so many answers."""
         if not self._engine.is_healthy:
             raise _shutting_down()
+        most = self._engine.most_requests
+        if count > most:
+            raise RequestError(
+                f"The request is for {count} answers (prompts times n); this server "
+                f"accepts at most {most}.",
+                param="n",
+            )
         try:
             self._engine.reserve(count)
         except TooManyRequestsError:

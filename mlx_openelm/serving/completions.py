@@ -126,8 +126,7 @@ def check_completion(
                         deadline=deadline,
                         draws_as_alone=seed is not None and index == 0,
                         scores_prompt=scores and logprobs is not None,
-                        generates=0
-                        not in (request.max_tokens, request.max_completion_tokens),
+                        generates=request.most_tokens != 0,
                     ),
                     drops_space=prompt.drops_space,
                     echo=prompt.text if scores else "",
@@ -170,9 +169,8 @@ def _read_sampling(request: GenerationRequest, served: Served) -> Sampling:
         if value is not None:
             requested[attribute] = value
     context = served.context_length
-    match requested:
-        case {"repetition_penalty": 0}:
-            requested["repetition_penalty"] = 1.0  # mlx-lm's "off"
+    if requested.get("repetition_penalty") == 0:
+        requested["repetition_penalty"] = 1.0  # mlx-lm's "off"
     if requested.get("seed") == -1:
         del requested["seed"]
     if requested.get("top_k") == -1:
@@ -186,8 +184,7 @@ def _read_sampling(request: GenerationRequest, served: Served) -> Sampling:
                 param="repetition_context_size",
             )
         requested["repetition_context"] = min(size, context) if size > 0 else context
-    most = request.max_completion_tokens
-    most = request.max_tokens if most is None else most
+    most = request.most_tokens
     if most == 0 and not (isinstance(request, CompletionRequest) and request.echo):
         raise RequestError(
             "max_tokens is 0; it must be 1 or more, or -1 for no limit.",

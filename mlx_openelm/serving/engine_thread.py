@@ -36,6 +36,7 @@ class EngineThread:
     """Runs an engine in a thread of its own; its methods belong to the event loop.
 
     Attributes:
+        most_requests: accepted at the same time; more are refused.
         state: of the engine after its last step.
         failure: the error that has ended the thread.
     """
@@ -51,11 +52,11 @@ class EngineThread:
 
         Args:
             make_engine: called in the thread, as MLX's streams belong to threads.
-            most_requests: accepted at the same time; more are refused.
+            most_requests: see the attribute.
             on_failure: called in the event loop if the thread ends with an error.
         """
         self._make_engine, self._on_failure = make_engine, on_failure
-        self._most = most_requests
+        self.most_requests = most_requests
         self._reserved = 0
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[int, tuple[BatchRequest, asyncio.Queue[Output]]] = {}
@@ -73,12 +74,12 @@ class EngineThread:
         return self.failure is None and not self._refuses
 
     def reserve(self, count: int) -> None:
-        """Occupy places for so many requests, until `release`.
+        """Occupy slots for so many requests, until `release`.
 
         Raises:
             TooManyRequestsError: they are too many.
         """
-        if self._reserved + count > self._most:
+        if self._reserved + count > self.most_requests:
             raise TooManyRequestsError
         self._reserved += count
 

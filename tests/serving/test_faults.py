@@ -230,8 +230,10 @@ def test_the_queue_has_a_limit(small, slow_steps):
             if status == 503:
                 assert headers["retry-after"] == "1"
                 assert json.loads(content)["error"]["code"] == "overloaded"
-        # Each of n answers needs a place.
-        assert post(server.url, body | {"n": 6, "temperature": 1})[0] == 503
+        status, answer = post(server.url, body | {"n": 6, "temperature": 1})
+        assert (status, answer["error"]["param"]) == (400, "n")  # more than all slots
+        assert "6 answers" in answer["error"]["message"]
+        assert "at most 5" in answer["error"]["message"]
         assert post(server.url, body | {"n": 5, "temperature": 1})[0] == 200
 
 
