@@ -230,8 +230,9 @@ class _TokenBytes:
         for token in range(tokenizer.num_ids):
             piece = tokenizer.piece(token)
             is_piece = token < tokenizer.vocab_size
-            if is_piece and processor.IsByte(token):
-                self.tokens.append(bytes([int(piece[3:5], 16)]))
+            byte = tokenizer.byte_of(token)
+            if byte is not None:
+                self.tokens.append(byte)
             elif (
                 not is_piece or processor.IsControl(token) or processor.IsUnknown(token)
             ):

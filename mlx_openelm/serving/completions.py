@@ -95,7 +95,7 @@ def check_completion(
             sampling = replace(sampling, stop=(*sampling.stop, EOS_TEXT))
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
     else:
-        prompts = read_prompts(request.prompt, served)
+        prompts = read_prompts(request.prompt, served, has_text=bool(request.echo))
         logprobs = _read_logprobs(request)
     if logprobs is not None:
         sampling = replace(sampling, logprobs=max(1, logprobs))
