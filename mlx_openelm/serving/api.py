@@ -113,7 +113,7 @@ class ResponseFormat(_Strict):
         if has_text and getattr(self, self.type) is None:
             raise PydanticCustomError(
                 "grammar",
-                "it needs the field {kind} beside its type",
+                "it needs the field {kind} in addition to type",
                 {"kind": self.type},
             )
         return self

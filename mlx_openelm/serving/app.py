@@ -231,7 +231,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Return errors of the router, such as an unknown path, as JSON."""
     assert isinstance(error, HTTPException)
     path = request.scope["path"][:100]
-    message = f"{error.detail}."
+    message, code = f"{error.detail}.", "not_found"
     if error.status_code == 404:
         message = (
             f"There is nothing at {path!r}; POST to /v1/completions or "
@@ -240,7 +240,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
         )
     if error.status_code == 405:
         message = f"{request.method[:20]} is not possible at {path!r}."
-    refused = RequestError(message, status=error.status_code, code="not_found")
+        code = "method_not_allowed"
+    refused = RequestError(message, status=error.status_code, code=code)
     response = error_response(refused)
     response.headers.update(error.headers or {})
     return response

@@ -96,7 +96,7 @@ class Connection(H11Protocol):
             f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",
-            *(["Retry-After: 1"] if error.status == 503 else []),
+            *(f"{name}: {value}" for name, value in error.headers.items()),
             "Connection: close",
         )
         head = "".join(f"{line}\r\n" for line in (*lines, ""))

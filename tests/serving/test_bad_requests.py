@@ -241,8 +241,9 @@ def test_a_request_without_a_host_is_refused(server):
 
 
 def test_a_method_that_is_not_possible_names_those_that_are(server):
-    status, headers, _ = get(server.url, "/v1/completions")
+    status, headers, body = get(server.url, "/v1/completions")
     assert (status, headers["allow"]) == (405, "POST")
+    assert json.loads(body)["error"]["code"] == "method_not_allowed"
 
 
 @pytest.mark.parametrize(

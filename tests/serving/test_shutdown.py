@@ -1,5 +1,8 @@
 """How the command `serve` starts and ends."""
 
+import asyncio
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -11,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import pytest
+import uvicorn
 from models import make_factors, weights_of, write_mlx_lm_adapter
 from places import ROOT
 from servers import (
@@ -30,6 +34,7 @@ from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import generate
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.serving import server as server_module
+from mlx_openelm.serving.engine_thread import EngineThread
 from mlx_openelm.storage.hub import demo_folder
 from mlx_openelm.storage.loading import load
 from mlx_openelm.storage.model_folder import open_folder
@@ -158,6 +163,48 @@ def test_idle_connections_do_not_delay_the_end(small):
     assert time.monotonic() - started < server_module.SHUTDOWN_GRACE_S
     for one in idle:
         one.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_end_of_the_engine_is_awaited_outside_of_the_event_loop(
+    small, monkeypatch, fails
+):
+    loops, close = [], EngineThread.close
+
+    def record(self):
+        with contextlib.suppress(RuntimeError):
+            loops.append(asyncio.get_running_loop())
+        close(self)
+        loops.append("ended")
+
+    async def fail(self, sockets):
+        await uvicorn.Server.serve(self, sockets)
+        raise OSError("a late failure")
+
+    monkeypatch.setattr(EngineThread, "close", record)
+    if fails:
+        monkeypatch.setattr(server_module._Uvicorn, "serve", fail)
+    with serving(*small) as server:
+        pass
+    assert loops == ["ended"]
+    assert len(server.failed) == fails
+
+
+def test_errors_of_the_event_loop_are_logged_and_those_of_its_limit_seldom(caplog):
+    full = {"exception": OSError(errno.EMFILE, "full"), "socket": None}
+    own = {"message": "a task has failed", "exception": ValueError("x")}
+
+    async def report():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(server_module._make_error_handler())
+        for _ in range(3):
+            loop.call_exception_handler({"message": "cannot accept", **full})
+            loop.call_exception_handler(own)
+
+    asyncio.run(report())
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("cannot accept" in message for message in messages) == 1
+    assert sum("a task has failed" in message for message in messages) == 3
 
 
 def test_the_key_of_the_environment_is_used_and_not_shown():
