@@ -65,7 +65,7 @@ def test_sampled_completions_are_those_of_generate(client, small, sampling):
         "repetition_context_size": sampling.repetition_context,
         "no_repeat_ngram_size": sampling.no_repeat_ngram,
     }
-    for prompt in PROMPTS[:3]:
+    for prompt in PROMPTS[1:3]:
         answer = complete(
             client,
             prompt,

@@ -5,7 +5,7 @@ import socket
 from contextlib import nullcontext
 
 import pytest
-from servers import measure, post, request, serving, wait_until
+from servers import measure, post, request, serving, shrink_buffers, wait_until
 
 from mlx_openelm.serving import responses
 from mlx_openelm.serving.answers import ResponseWriter
@@ -22,17 +22,18 @@ async def connected():
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_slots_of_complete_answers_are_free_while_they_are_sent(small, stream):
-    body = {"prompt": [9] * 450, "echo": True, "logprobs": 20, "n": 24, "max_tokens": 2}
+    body = {"prompt": [9] * 200, "echo": True, "logprobs": 20, "n": 4, "max_tokens": 2}
     body |= {"logit_bias": {"2": -99}, "temperature": 1, "stream": stream}
-    with serving(*small, queue=0, engine={"answers": 24}) as server:
+    with serving(*small, queue=0, engine={"answers": 4}) as server:
+        shrink_buffers(server)
         stalled = socket.socket()
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         host, _, port = server.url.removeprefix("http://").partition(":")
         stalled.connect((host, int(port)))
         with stalled:
             stalled.sendall(request(server.url, PATH, body))
-            wait_until(lambda: measure(server.url)["generated_tokens_total"] >= 48)
-            short = {"prompt": "a", "n": 24, "max_tokens": 1}
+            wait_until(lambda: measure(server.url)["generated_tokens_total"] >= 8)
+            short = {"prompt": "a", "n": 4, "max_tokens": 1}
             assert post(server.url, short)[0] == 200
             done = f'requests_total{{path="{PATH}",status="200"}}'
             assert measure(server.url)[done] == 1  # the other is still being sent
