@@ -6,6 +6,7 @@ Importing this module imports uvicorn: do it inside a function.
 import asyncio
 import json
 import resource
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -101,7 +102,8 @@ class Connection(H11Protocol):
         )
         head = "".join(f"{line}\r\n" for line in (*lines, ""))
         self.transport.write(head.encode() + body)
-        self.transport.write_eof()
+        with suppress(OSError):  # the client has closed the connection
+            self.transport.write_eof()
         self._stop_expecting()
         self._deadline = self.loop.call_later(_DISCARD_S, self.transport.close)
 
