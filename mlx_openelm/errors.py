@@ -15,9 +15,9 @@ class OpenELMError(Exception):
         super().__init__(shorten(message))
 
 
-def shorten(text: str) -> str:
-    """Return a text of at most `MAX_LENGTH` characters, without its middle."""
-    if len(text) <= MAX_LENGTH:
+def shorten(text: str, most: int = MAX_LENGTH) -> str:
+    """Return a text of at most `most` characters, at least 1000, without its middle."""
+    if len(text) <= most:
         return text
-    start, end = text[: MAX_LENGTH - 500], text[-450:]
+    start, end = text[: most - 500], text[-450:]
     return f"{start} [... {len(text) - len(start) - len(end)} characters] {end}"

@@ -1,6 +1,7 @@
 """Readers of text and JSON files: limits of size and depth, and no byte order mark."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,6 +11,27 @@ MAX_BYTES = 1 << 27  # of a text, or of a JSON document such as tokenizer.json
 MAX_RECORD_BYTES = 1 << 25  # of a prompt, or one record of many
 _PART_BYTES = 1 << 16
 TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
+UTF16 = "is not UTF-8 but UTF-16; save it as UTF-8"
+_LFS_POINTER = (
+    "is a Git LFS pointer, not the file itself; run git lfs pull in its folder, or "
+    "download the file again"
+)
+_WEB_PAGE = (
+    "is a web page, not the file itself; download the file, not the page that "
+    "describes it"
+)
+# First bytes in lower case -> why a file is not what it should be
+PLACEHOLDERS = {
+    b"version https://git-lfs": _LFS_POINTER,
+    b"<!doctype html": _WEB_PAGE,
+    b"<html": _WEB_PAGE,
+}
+NOT_TEXT = {  # a web page is one
+    b"\xff\xfe": UTF16,
+    b"\xfe\xff": UTF16,
+    b"version https://git-lfs": _LFS_POINTER,
+}
+NOT_JSON = {**PLACEHOLDERS, **NOT_TEXT, b"{\0": UTF16, b"\0{": UTF16}
 _DECODER = json.JSONDecoder()
 
 
@@ -55,6 +77,16 @@ def check_depth(value: Any) -> None:
     raise ValueError(TOO_DEEP)
 
 
+def find_unpaired_surrogate(text: str) -> str:
+    r"""Return the first unpaired surrogate, as "\ud83d"; empty if there is none."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return ascii(text[error.start])[1:-1]
+    return ""
+
+
 def read_json(path: Path) -> Any:
     """Return the value of a JSON file.
 
@@ -62,17 +94,28 @@ def read_json(path: Path) -> Any:
         OSError: the file cannot be read.
         ValueError: see `parse_json` and `read_text`.
     """
-    return parse_json(read_text(path))
+    return parse_json(read_text(path, NOT_JSON))
 
 
-def read_text(path: Path) -> str:
+def describe_start(data: bytes, starts: Mapping[bytes, str]) -> str:
+    """Return the reason in `starts` for the first bytes of a file; "" if none."""
+    data = data[:64].lower()
+    return next((kind for start, kind in starts.items() if data.startswith(start)), "")
+
+
+def read_text(path: Path, refused: Mapping[bytes, str] = NOT_TEXT) -> str:
     """Return the text of a UTF-8 file, with its line ends.
+
+    Args:
+        refused: first bytes, and what a file is that starts with them.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not UTF-8, or larger than `MAX_BYTES`.
+        ValueError: it is not UTF-8, refused, or larger than `MAX_BYTES`.
     """
     with path.open("rb") as opened:
+        if problem := describe_start(opened.peek(64), refused):
+            raise ValueError(f"it {problem}")
         return read_text_of(opened, MAX_BYTES)
 
 

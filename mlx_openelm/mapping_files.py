@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.input_files import check_depth, parse_json, read_text
-from mlx_openelm.message_parts import describe_error
+from mlx_openelm.input_files import NOT_JSON, check_depth, parse_json, read_text
+from mlx_openelm.message_parts import cannot_access
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -15,9 +15,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         OpenELMError: the file is missing, not JSON or YAML, or not a mapping.
     """
     try:
-        text = read_text(path)
+        text = read_text(path, NOT_JSON)
     except (OSError, ValueError) as error:
-        raise OpenELMError(f"Cannot read {path}: {describe_error(error)}.") from error
+        raise OpenELMError(cannot_access(path, error)) from error
     try:
         if path.suffix == ".json":
             value = parse_json(text)

@@ -20,6 +20,19 @@ def describe_error(error: Exception) -> str:
     return f"{reason[:1].lower()}{reason[1:]}" if reason else str(error)
 
 
+def cannot_access(path: object, error: Exception, verb: str = "read") -> str:
+    """Return the sentence on a file that cannot be read, or written, and what to do."""
+    advice = "; change its permissions" if isinstance(error, PermissionError) else ""
+    return f"Cannot {verb} {path}: {describe_error(error)}{advice}."
+
+
+def describe_failure(error: Exception) -> str:
+    """Return the message of an error; of an `OSError` of a file, its sentence."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return cannot_access(error.filename, error, "access")
+    return f"{error}".rstrip(".") + "."
+
+
 def list_names(
     names: Iterable[object],
     *,

@@ -97,4 +97,6 @@ def note_buffers(names: Iterable[str]) -> tuple[str, ...]:
     if not buffers:
         return ()
     listed = list_names(buffers, most=3, quoted=False)
-    return (f"Left out {listed}: buffers, which carry no weights.",)
+    one = len(buffers) == 1
+    kind = "a buffer, which carries" if one else "buffers, which carry"
+    return (f"Left out {listed}: {kind} no weights.",)

@@ -109,8 +109,8 @@ class ConversionOptions:
     )
     weights: str | None = option(
         None,
-        "Weights to read from a .pt file of a training: model, or ema (their moving "
-        "average).",
+        "Weights to read from a .pt file of a training run: model, or ema (their "
+        "moving average).",
         panel=MODEL_PANEL,
         shown_default="model, or what the file has",
         choices=("model", "ema"),

@@ -15,6 +15,7 @@ from converters.conversion.provenance import hash_file
 from converters.formats.sources import ModelSource, locate
 from mlx_openelm.config import pad_vocabulary
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.generation.options import Sampling
 from mlx_openelm.storage.loading import load_tokenizer, stored_dtype
 from mlx_openelm.storage.model_folder import (
     BEFORE,
@@ -26,7 +27,7 @@ from mlx_openelm.storage.model_folder import (
 from mlx_openelm.storage.tokenizer_finder import (
     JSON_FILE,
     MODEL_FILE,
-    verify_same,
+    verify_file,
     verify_tokenizer,
 )
 from mlx_openelm.storage.weight_files import INDEX, SAFETENSORS, read_index
@@ -77,9 +78,10 @@ def verify(
 
     Raises:
         OpenELMError: the folder cannot be opened: no config, a damaged or missing file,
-            or tensors that do not match the config.
+            tensors that do not match the config, or invalid generation defaults.
     """
     folder = open_folder(path)
+    Sampling.from_defaults(folder.generation_defaults)  # as `generate` does
     problems = {
         "index and shapes": _check_index(folder),
         "weights are numbers": _check_numbers(folder, on_progress),
@@ -179,8 +181,8 @@ def _check_tokenizer(folder: ModelFolder) -> list[str]:
         tokenizer = load_tokenizer(folder)
         verify_tokenizer(tokenizer, folder.config.vocab_size)
         if files[1].is_file():  # what mlx-lm reads
-            verify_same(files[1].read_text(encoding="utf-8"), tokenizer)
-    except (OpenELMError, OSError, UnicodeDecodeError) as error:
+            verify_file(files[1], tokenizer)
+    except OpenELMError as error:
         return [str(error).rstrip(".")]
     return []
 

@@ -24,6 +24,7 @@ from converters.formats.adapter_tensors import (
 )
 from converters.formats.peft_config import read_peft_config
 from converters.formats.pickle_machine import PtTensor
+from converters.formats.tensor_readers import note_float64
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
@@ -372,8 +373,7 @@ def _open_peft(path: Path, raw: dict[str, Any]) -> Adapter:
 
 def _note_parts(stored: Mapping[str, StoredPart]) -> tuple[str, ...]:
     """Return notes on buffers and on tensors that lose precision."""
-    count = sum(part.is_float64 for part in stored.values())
-    rounded = (f"Read {count} tensors of float64 as float32.",) if count else ()
+    rounded = note_float64(sum(part.is_float64 for part in stored.values()))
     return (*note_buffers(stored), *rounded)
 
 

@@ -216,8 +216,8 @@ def _check(adapter: Adapter, config: OpenELMConfig | None, what: str) -> None:
     plain = [n for n, module in adapter.modules.items() if module.method == "lora"]
     if adapter.method == "dora" and plain:
         raise OpenELMError(
-            f"{adapter.name} is LoRA on {', '.join(plain)} and DoRA elsewhere, which "
-            f"{what} cannot be; merge it into its base with `merge`."
+            f"{adapter.name} has LoRA on {', '.join(plain)} and DoRA on the rest; "
+            f"{what} cannot be both; merge it into its base with `merge`."
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.message_parts import describe_error, list_names
+from mlx_openelm.message_parts import cannot_access, list_names
 from mlx_openelm.storage.weight_reader import Bytes, WeightFile
 
 _BLOCK = 2**24  # bytes of a record that are checked at a time
@@ -95,7 +95,7 @@ def open_archive(path: Path) -> PtArchive:
                 entries = zipped.infolist()
             _add_records(archive, file, entries)
     except OSError as error:
-        raise OpenELMError(f"Cannot read {path}: {describe_error(error)}.") from error
+        raise OpenELMError(cannot_access(path, error)) from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         begins = f"begins with {head[:12]!r}" if head else "is empty"
         unknown = f"is not a file of torch.save: it {begins}; pass a .pt or .bin file"

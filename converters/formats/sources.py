@@ -11,10 +11,11 @@ import mlx.core as mx
 from converters.formats.adapter_reader import Adapter, split_checkpoint
 from converters.formats.pickle_machine import PtTensor
 from converters.formats.pt_reader import read_checkpoint, read_state_dict
-from converters.formats.tensor_readers import read_pt_tensor
+from converters.formats.tensor_readers import note_float64, read_pt_tensor
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.message_parts import cannot_access
 from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
 from mlx_openelm.paths import user_path
@@ -131,10 +132,7 @@ def locate(name: str, *, offline: bool = False, revision: str | None = None) -> 
         if path.is_file() and revision is None:
             return path
     except (OSError, ValueError) as error:  # too long, or not a valid name
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise OpenELMError(
-            f"{name!a:.100} is not a file or folder: {reason}."
-        ) from error
+        raise OpenELMError(cannot_access(f"{name!a:.100}", error)) from error
     if path.suffix in CHECKPOINT_SUFFIXES and not path.exists():
         raise OpenELMError(f"{path} does not exist.")
     return find_model(name, offline=offline, revision=revision)
@@ -176,7 +174,7 @@ def _open_checkpoint(path: Path, weights: str | None) -> ModelSource:
         {ours: read[theirs] for ours, theirs in mapped.items()}, path
     )
     tensors = {name: _from_pt(tensor, name) for name, tensor in stored.items()}
-    about_tensors = [*note_buffers(read), *_note_float64(stored)]
+    about_tensors = [*note_buffers(read), *_note_precision(stored)]
     head_is_copy = _is_copy(tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     config_path = _find_config(path)
@@ -263,7 +261,7 @@ def _open_folder(path: Path) -> ModelSource:
     notes = [*found.notes, *note_buffers(stored)]
     weights = {ours: stored[theirs] for ours, theirs in mapped.items()}
     by_name = {name: _to_source(tensor, name) for name, tensor in weights.items()}
-    notes += _note_float64(weights)
+    notes += _note_precision(weights)
     if config.share_input_output_layers and HEAD in by_name:
         if not _is_copy(by_name):
             raise _other_head(path, mapped[HEAD], config_path.name)
@@ -376,6 +374,5 @@ def _other_head(path: Path, stored_name: str, config: str) -> OpenELMError:
     )
 
 
-def _note_float64(stored: Mapping[str, StoredTensor | PtTensor]) -> tuple[str, ...]:
-    count = sum(tensor.dtype in ("float64", "F64") for tensor in stored.values())
-    return (f"Read {count} tensors of float64 as float32.",) if count else ()
+def _note_precision(stored: Mapping[str, StoredTensor | PtTensor]) -> tuple[str, ...]:
+    return note_float64(sum(t.dtype in ("float64", "F64") for t in stored.values()))

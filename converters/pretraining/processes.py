@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import describe_failure
 
 
 class SharedError(OpenELMError):
@@ -73,7 +74,7 @@ class Processes:
         """Raise the error of any process in all; None: this one has none."""
         if failed is not None and self.count == 1:
             raise failed
-        own = None if failed is None else f"{failed}".rstrip(".") + "."
+        own = None if failed is None else describe_failure(failed)
         for message in self.gather(own):
             if message is not None:
                 raise SharedError(message) from failed

@@ -32,6 +32,7 @@ from converters.pretraining.cleaning import (
 from converters.pretraining.corpus_files import DamagedFileError, read_documents
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.input_files import parse_json
+from mlx_openelm.message_parts import cannot_access
 from mlx_openelm.storage.staging import replaced_file
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -181,7 +182,7 @@ def _hash_source(source: CorpusFile) -> str:
     try:
         stat = os.stat(source.path)
     except OSError as error:
-        raise DamagedFileError(f"Cannot read {source.path}: {error}.") from error
+        raise DamagedFileError(cannot_access(source.path, error)) from error
     rules = source.rules
     parts = [
         *(_VERSION, ftfy.__version__),

@@ -43,7 +43,7 @@ def chat_command(
     console = Console(quiet=quiet)
     prompt_options = PromptOptions(**prompting)
     check_sampling(sampling)
-    check_utf8(prompt_options.system, *sampling.get("stop", ()))
+    check_utf8(prompt_options.system)
     from mlx_openelm.cli.chat_session import run_chat
     from mlx_openelm.generation.compact_caches import cache_maker
 

@@ -125,7 +125,6 @@ def generate_command(
     prompt_options = PromptOptions(**prompting)
     template, system = prompt_options.template, prompt_options.system
     constraints = ConstraintOptions(**constraining)
-    stop = sampling.get("stop", ())
     single = {
         "PROMPT": prompt if prompt is not None else prompt_option,
         "--lookup": drafting.get("lookup"),
@@ -139,7 +138,7 @@ def generate_command(
             raise typer.BadParameter(
                 "cannot be used with --prompts-file", param_hint=flag
             )
-        check_utf8(system, *stop)
+        check_utf8(system)
         prompts = _read_prompts_file(console, prompts_file, output)
         _answer_file(
             console,
@@ -166,7 +165,7 @@ def generate_command(
                 "cannot be used with --json-schema or --regex", param_hint=flag
             )
     text = _read_prompt(prompt, prompt_option)
-    check_utf8(text, system, *stop)
+    check_utf8(text, system)
     from mlx_openelm.cli.views.generation import (
         generated_json,
         note_drafts,

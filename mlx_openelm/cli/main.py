@@ -28,8 +28,12 @@ from mlx_openelm.cli.recipes import recipes_app
 from mlx_openelm.cli.selfcheck import selfcheck_command
 from mlx_openelm.cli.serve import serve_command
 from mlx_openelm.cli.verify import verify_command
-from mlx_openelm.errors import OpenELMError
+from mlx_openelm.errors import OpenELMError, shorten
+from mlx_openelm.message_parts import describe_failure
 from mlx_openelm.version import __version__
+
+_UsageError: Any = typer.BadParameter.__base__  # Typer exports only its subclasses
+_USAGE_LENGTH = 1000  # characters of such an error, which quotes arguments in a box
 
 
 class _Program(CommandGroup):
@@ -56,13 +60,13 @@ def _errors_in_one_line() -> Iterator[None]:
     except BrokenPipeError:
         close_broken_pipe()
         raise typer.Exit(0) from None
+    except _UsageError as error:
+        error.message = shorten(error.message, _USAGE_LENGTH)
+        raise
     except (OpenELMError, OSError) as error:  # OSError: for example a full disk
         if os.environ.get("MLX_OPENELM_DEBUG") == "1":
             raise
-        if isinstance(error, OpenELMError):
-            Console().error(show_flags(str(error)))
-        else:
-            Console().error(f"{error}.")
+        Console().error(show_flags(describe_failure(error)))
         raise typer.Exit(1) from error
     except KeyboardInterrupt as stopped:
         Console().note(" ".join(("\nInterrupted.", *_notes(stopped))))

@@ -10,6 +10,7 @@ from mlx_openelm.cli.help.commands import Command, CommandGroup
 from mlx_openelm.cli.help.examples import show_examples
 from mlx_openelm.cli.options import Json
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import cannot_access
 
 recipes_app = typer.Typer(
     cls=CommandGroup,
@@ -76,5 +77,5 @@ def copy_command(
     except FileExistsError as error:
         raise OpenELMError(f"{target} exists already; give another path.") from error
     except OSError as error:
-        raise OpenELMError(f"Cannot write {target}: {error}.") from error
+        raise OpenELMError(cannot_access(target, error, "write")) from error
     Console().answer(str(target))

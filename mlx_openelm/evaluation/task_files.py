@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import find_unpaired_surrogate
 from mlx_openelm.message_parts import describe_error
-from mlx_openelm.text.messages import find_unpaired_surrogate
 from mlx_openelm.text.record_files import (
     READ_ERRORS,
     describe_type,

@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.record_formats import RecordChecks, RecordFormats
-from mlx_openelm.message_parts import describe_error
+from mlx_openelm.message_parts import cannot_access
 from mlx_openelm.text.record_files import (
     RECORD_SUFFIXES,
     JsonValue,
@@ -249,7 +249,7 @@ def _read_file(
             f"{path} is damaged or truncated: {error}; replace it by a complete file."
         ) from error
     except OSError as error:
-        raise OpenELMError(f"Cannot read {path}: {describe_error(error)}.") from error
+        raise OpenELMError(cannot_access(path, error)) from error
     return records.finish(digest)
 
 

@@ -22,7 +22,7 @@ from mlx_openelm.generation.drafters import Drafter
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import Piece, stream
 from mlx_openelm.input_files import read_json
-from mlx_openelm.message_parts import describe_error
+from mlx_openelm.message_parts import cannot_access
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.staging import replaced_file, staged_file
 from mlx_openelm.text.messages import check_messages
@@ -232,7 +232,7 @@ class Conversation:
                 part.write_text(self._to_json(), encoding="utf-8")
             self.file = path.resolve()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise OpenELMError(f"Cannot write {path}: {error}.") from error
+            raise OpenELMError(cannot_access(path, error, "write")) from error
 
     def load(self, path: Path) -> list[str]:
         """Resume a saved conversation; return notes on differences of the settings.
@@ -307,7 +307,7 @@ def read_saved(path: Path) -> SavedConversation:
             raise OpenELMError(f"{path} is not a conversation written by /save.")
         return _check_saved(fields)
     except OSError as error:
-        raise OpenELMError(f"Cannot read {path}: {describe_error(error)}.") from error
+        raise OpenELMError(cannot_access(path, error)) from error
     except ValueError as error:
         raise OpenELMError(
             f"{path} is damaged or not a saved conversation: {error}."

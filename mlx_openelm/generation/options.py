@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import find_unpaired_surrogate
 from mlx_openelm.options import check_options, option
 
 MODELS = "the model's, else {default}"  # of generation_config.json
@@ -34,6 +35,11 @@ def _read_biases(texts: Sequence[str]) -> tuple[tuple[int, float], ...]:
                 f"`logit_bias` is {text!r}; it must be ID=BIAS, 42=-5 for example."
             ) from error
     return tuple(pairs)
+
+
+def _as_tuples(value: Any) -> Any:
+    """Return a list, and the lists in it, as tuples; another value unchanged."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _is_bias(pair: Any) -> bool:
@@ -183,14 +189,25 @@ class Sampling:
         check_options(self)
         if self.stop_loops == 1:
             raise OpenELMError("`stop_loops` is 1; it must be 0 (off) or at least 2.")
-        if not all(map(_is_bias, self.logit_bias)):
+        bias, stop = _as_tuples(self.logit_bias), _as_tuples(self.stop)
+        stop = (stop,) if isinstance(stop, str) else stop
+        object.__setattr__(self, "logit_bias", bias)
+        object.__setattr__(self, "stop", stop)
+        if not isinstance(bias, tuple) or not all(map(_is_bias, bias)):
             raise OpenELMError(
                 f"`logit_bias` is {self.logit_bias!r}; it must be pairs of a token id "
                 "and a number from -1e6 to 1e6."
             )
-        if not all(isinstance(text, str) and text for text in self.stop):
+        if not isinstance(stop, tuple) or not all(
+            isinstance(text, str) and text for text in stop
+        ):
             raise OpenELMError(
                 "`stop` is empty or not a string; pass a text that ends the answer."
+            )
+        for text in filter(find_unpaired_surrogate, stop):
+            raise OpenELMError(
+                f"`stop` is {text!a}, which is not UTF-8 text: it contains an unpaired "
+                "surrogate."
             )
 
     @classmethod

@@ -80,12 +80,14 @@ class Prompts:
 def read_prompts(path: str | Path) -> Prompts:
     """Read a file, or "-" for stdin: JSON lines, a JSON array, or one prompt a line.
 
-    The suffix gives the format (.jsonl, .json, .ndjson; .txt; each also with .gz). With
-    another suffix it is JSON if it begins with "{", with an array of objects or texts,
-    or with a line that is a JSON string. A record is a string, or an object with
-    "prompt" (a string) or "messages" (objects with role and content, ending with a
-    user's), and optionally "id" (a string or an integer) and options of `Sampling` for
-    its answer. Blank lines are skipped. An invalid record gets a `problem`.
+    The suffix gives the format (.jsonl, .json, .ndjson; .txt; each also with .gz), but
+    an array of objects or texts is always read as one. With another suffix it is JSON
+    if it begins with "{" or with a line that is a JSON string.
+
+    A record is a string, or an object with "prompt" (a string) or "messages" (objects
+    with role and content, ending with a user's), and optionally "id" (a string or an
+    integer) and options of `Sampling` for its answer. Blank lines are skipped. An
+    invalid record gets a `problem`.
 
     Raises:
         OpenELMError: the file cannot be read, or holds no prompts.
@@ -115,10 +117,10 @@ def _open_stdin() -> IO[bytes]:
 
 
 def _find_format(name: str, start: Start) -> str:
+    if start.is_array and (is_record_file(name) or start.is_array_of_records):
+        return ARRAY
     if without_gz(Path(name)).suffix.lower() in LINES_SUFFIXES:
         return LINES
-    if start.is_array:
-        return ARRAY
     if start.is_open_object:
         return OBJECTS
     begins_object = start.data.lstrip().startswith(b"{")
@@ -223,15 +225,17 @@ def _read_options(value: Mapping[str, Any]) -> dict[str, Any]:
         name, given = _OPTIONS[key], value[key]
         if name in options:
             raise OpenELMError(f"The record gives {name} twice, one of them as {key}.")
-        if name == "stop":
-            given = (given,) if isinstance(given, str) else given
-            given = tuple(given) if isinstance(given, list) else given
         if name == "logit_bias" and isinstance(given, dict):
-            given = tuple((int(i) if i.isdecimal() else i, b) for i, b in given.items())
+            given = tuple((_read_token(i), bias) for i, bias in given.items())
         if given is not None:
             options[name] = given
-    Sampling(**options)  # checks the values
-    return options
+    sampling = Sampling(**options)  # checks the values
+    return {name: getattr(sampling, name) for name in options}
+
+
+def _read_token(key: str) -> int | str:
+    """Return a key as a token id; another text unchanged, which `Sampling` refuses."""
+    return int(key) if key.isdecimal() and len(key) < 20 else key
 
 
 def _read_messages(messages: Any) -> tuple[Turn, ...]:

@@ -107,7 +107,7 @@ def check_base(
     if not distance <= OTHER:  # NaN counts as another model
         raise OpenELMError(
             f"The adapter {adapter} was trained on another base than this one (their "
-            f"weights differ by {distance:.0%}); give its own base{named}."
+            f"weights differ by {distance:.0%}); pass its own base{named}."
         )
     if distance <= SAME:
         return ()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.paths import user_path
-from mlx_openelm.storage.hub_download import Wanted, fetch
+from mlx_openelm.storage.hub_download import RequestedFiles, fetch
 from mlx_openelm.storage.similar_names import suggest_similar
 from mlx_openelm.storage.weight_files import (
     ADAPTER_CONFIG,
@@ -170,7 +170,11 @@ def _suggest(name: str) -> str:
 
 
 def download(
-    repo: str, wanted: Wanted, *, offline: bool = False, revision: str | None = None
+    repo: str,
+    requested: RequestedFiles,
+    *,
+    offline: bool = False,
+    revision: str | None = None,
 ) -> Path:
     """Return the cached snapshot of a Hub repository; missing files are downloaded.
 
@@ -180,21 +184,21 @@ def download(
     from huggingface_hub import constants
 
     folder = _cached(repo, revision)
-    missing = None if folder is None else _missing(folder, wanted)
+    missing = None if folder is None else _missing(folder, requested)
     if folder is not None and not missing:
         return folder
     if missing:
         state = f"the local cache has {repo} without {', '.join(missing)}"
     else:
         key = "name and revision" if revision else "name"
-        state = f"the local cache has no {wanted.noun} of that {key}"
+        state = f"the local cache has no {requested.noun} of that {key}"
     if offline or constants.HF_HUB_OFFLINE:
         raise OpenELMError(
             f"{repo} is not a local folder, and {state}; check the name, or download "
             "it by leaving out `offline` and HF_HUB_OFFLINE."
         )
-    folder = fetch(repo, wanted, revision=revision, state=state)
-    if missing := _missing(folder, wanted):
+    folder = fetch(repo, requested, revision=revision, state=state)
+    if missing := _missing(folder, requested):
         raise OpenELMError(
             f"{repo} is incomplete on the Hub: its index names {missing[0]}, which is "
             "missing."
@@ -221,8 +225,8 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     return Path(snapshot)
 
 
-def _missing(folder: Path, wanted: Wanted) -> list[str]:
-    """Return the wanted files that are missing from a snapshot.
+def _missing(folder: Path, requested: RequestedFiles) -> list[str]:
+    """Return the requested files that are missing from a snapshot.
 
     The complete list comes from the repository's listing, if the client has cached it,
     and from the index of the weights.
@@ -242,7 +246,7 @@ def _missing(folder: Path, wanted: Wanted) -> list[str]:
     for index in {layout.index for layout in LAYOUTS} & present:
         with contextlib.suppress(OpenELMError):  # reported when the folder is opened
             listed = listed | set(read_index(folder / index).values())
-    return [name for name in wanted.choose(listed) if name not in present]
+    return [name for name in requested.choose(listed) if name not in present]
 
 
 # The files that are needed -------------------------------------------------------
@@ -271,8 +275,8 @@ def choose_tokenizer_files(names: Collection[str]) -> list[str]:
     return present if complete else [TOKENIZER_FILES[0], *present]
 
 
-MODEL = Wanted("model", choose_model_files)
-TOKENIZER = Wanted("tokenizer", choose_tokenizer_files)
+MODEL = RequestedFiles("model", choose_model_files)
+TOKENIZER = RequestedFiles("tokenizer", choose_tokenizer_files)
 
 
 # The cache -----------------------------------------------------------------------

@@ -28,8 +28,8 @@ WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """The files that are wanted from a repository.
+class RequestedFiles:
+    """The files to download from a repository.
 
     Attributes:
         noun: what they are, for messages.
@@ -42,9 +42,9 @@ class Wanted:
 
 
 def fetch(
-    repo: str, wanted: Wanted, *, revision: str | None = None, state: str
+    repo: str, requested: RequestedFiles, *, revision: str | None = None, state: str
 ) -> Path:
-    """Download the wanted files into the Hub cache; return the snapshot folder.
+    """Download the requested files into the Hub cache; return the snapshot folder.
 
     Small files are downloaded first, so a snapshot with weights is complete.
 
@@ -53,7 +53,7 @@ def fetch(
 
     Raises:
         OpenELMError: the Hub is unreachable or denies access, the repository is not
-            what is wanted, the disk is full, or the download was interrupted.
+            what was requested, the disk is full, or the download was interrupted.
     """
     from huggingface_hub import HfApi, constants
 
@@ -67,8 +67,8 @@ def fetch(
             )
             started = True
             files = {file.rfilename: file for file in info.siblings or ()}
-            names = wanted.choose(files)
-            _check_files(repo, wanted.noun, names, files)
+            names = requested.choose(files)
+            _check_files(repo, requested.noun, names, files)
             weights = [n for n in names if n.endswith(WEIGHTS)]
             _check_free_disk(repo, [files[name] for name in weights])
             small = [name for name in names if name not in weights]

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from mlx_openelm.config import BOS_ID, EOS_ID, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.input_files import read_json
+from mlx_openelm.input_files import read_json, read_text
+from mlx_openelm.message_parts import cannot_access, describe_error, describe_failure
 from mlx_openelm.paths import user_path
 from mlx_openelm.storage.added_token_files import read_added_tokens
 from mlx_openelm.storage.file_checks import refuse_unreadable
@@ -232,7 +233,7 @@ def _try(
         if num_rows not in (tokenizer.num_ids, pad_vocabulary(tokenizer.num_ids)):
             raise OpenELMError(f"{file} has no text for some of the {num_rows} rows.")
     except (OpenELMError, OSError) as error:
-        reason, *_ = str(error).split(". ")  # without the advice
+        reason, *_ = describe_failure(error).split(". ")  # without the advice
         notes.append(f"Skipped {reason.rstrip('.')}.")
         return None
     check = (
@@ -306,7 +307,9 @@ def _read_json(file: Path, template: str | None, num_rows: int | None) -> Tokeni
             combined = {**describe(tokenizer), "model": description["model"]}
             verify_same(json.dumps(combined), tokenizer)
     except (OSError, ValueError) as error:
-        raise OpenELMError(f"Cannot read the tokenizer {file}: {error}.") from error
+        raise OpenELMError(
+            f"Cannot read the tokenizer {file}: {describe_error(error)}."
+        ) from error
     except (LookupError, TypeError, AttributeError) as error:
         raise OpenELMError(
             f"{file} does not have the structure of {JSON_FILE} ({error!r}). "
@@ -387,11 +390,21 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         (folder / MODEL_FILE).write_bytes(tokenizer.model_proto)
         (folder / JSON_FILE).write_bytes(described.encode())
         (folder / CONFIG_FILE).write_bytes(json.dumps(config, indent=2).encode())
-        verify_same((folder / JSON_FILE).read_text(encoding="utf-8"), tokenizer)
+        verify_file(folder / JSON_FILE, tokenizer)
     except (OSError, ImportError) as error:
         raise OpenELMError(
-            f"Cannot write the tokenizer into {folder}: {error}."
+            f"Cannot write the tokenizer into {folder}: {describe_error(error)}."
         ) from error
+
+
+def verify_file(path: Path, tokenizer: Tokenizer) -> None:
+    """Raise OpenELMError unless the file of a tokenizer.json is as in `verify_same`."""
+    refuse_unreadable(path)
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise OpenELMError(cannot_access(path, error)) from error
+    verify_same(text, tokenizer)
 
 
 def verify_same(json_text: str, tokenizer: Tokenizer) -> None:

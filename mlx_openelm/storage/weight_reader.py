@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.message_parts import describe_error
+from mlx_openelm.message_parts import cannot_access
 from mlx_openelm.storage.file_checks import refuse_unreadable
 from mlx_openelm.storage.shards import DTYPES
 
@@ -65,9 +65,7 @@ class WeightFile:
                 stat = os.fstat(file.fileno())
                 content = np.fromfile(file, np.uint8, length, offset=start)
         except OSError as error:
-            raise OpenELMError(
-                f"Cannot read {self.path}: {describe_error(error)}."
-            ) from error
+            raise OpenELMError(cannot_access(self.path, error)) from error
         unchanged = (stat.st_size, stat.st_mtime_ns) == (self.size, self.modified)
         if not unchanged or content.size < length:
             raise OpenELMError(
@@ -142,12 +140,6 @@ def check_stored(tensors: dict[str, StoredTensor]) -> None:
         )
 
 
-def parse_header(content: bytes) -> dict[str, Any]:
-    """Return the header of a safetensors file, which was checked before."""
-    header: dict[str, Any] = json.loads(content)
-    return header
-
-
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     file = WeightFile.open(path)
     try:
@@ -159,7 +151,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             "convert it again."
         ) from error
     length = int.from_bytes(file.read(0, 8).tobytes(), "little")
-    header = parse_header(file.read(8, length).tobytes())
+    header = json.loads(file.read(8, length).tobytes())
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():

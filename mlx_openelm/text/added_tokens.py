@@ -67,7 +67,7 @@ class AddedTokens:
         spaces_each: bool = True,
     ) -> None:
         ordered = sorted(tokens, key=lambda token: token.id)
-        if not spaces_each:  # there is no dummy space to wait for
+        if not spaces_each:  # without dummy spaces, they match in the text itself
             ordered = [replace(token, normalized=False) for token in ordered]
         self.by_id = {token.id: token for token in ordered}
         self.roles, self.spaces_each = dict(roles or {}), spaces_each

@@ -7,6 +7,7 @@ and the role "developer" is another name of "system".
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_openelm.input_files import find_unpaired_surrogate
 from mlx_openelm.text.record_files import describe_type
 from mlx_openelm.text.templates import Turn
 
@@ -82,13 +83,3 @@ def describe_text_problem(value: Any) -> str:
         return f"is {describe_type(value)}, not a string"
     surrogate = find_unpaired_surrogate(value)
     return f"contains the unpaired surrogate {surrogate}" if surrogate else ""
-
-
-def find_unpaired_surrogate(text: str) -> str:
-    r"""Return the first unpaired surrogate, as "\ud83d"; empty if there is none."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            return ascii(text[error.start])[1:-1]
-    return ""

@@ -15,14 +15,17 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from mlx_openelm.input_files import (
     BOM,
     MAX_DEPTH,
     MAX_RECORD_BYTES,
+    NOT_TEXT,
     TOO_DEEP,
+    UTF16,
     check_depth,
+    describe_start,
     parse_json,
 )
 
@@ -33,11 +36,9 @@ RECORD_SUFFIXES = (*JSON_SUFFIXES, *(f"{suffix}.gz" for suffix in JSON_SUFFIXES)
 READ_ERRORS = (OSError, EOFError, zlib.error, ValueError)
 
 _GZIP = b"\x1f\x8b\x08"  # with deflate, its only method
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_UTF16 = "is not UTF-8 but UTF-16; save it as UTF-8"
 _CHUNK = 1 << 16  # bytes
-# An array of objects or strings; a line that starts with another array is one value.
-_ARRAY = re.compile(rb'\s*\[(\s*[{"\]]|[ \t\r]*\n|\s*$)')
+_RECORDS = re.compile(rb'\s*\[\s*[{"\]]')  # an array of objects or strings
+_OBJECTS = re.compile(rb"\s*\[\s*\{")
 _OPEN_OBJECT = re.compile(rb"\s*\{(.*[{\[:,])?\s*\n")  # it continues on the next line
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")  # JSON's white space
 _DECODER = json.JSONDecoder()
@@ -72,34 +73,28 @@ class Start:
 
     Attributes:
         line: its number, from 1.
+        following: the next lines, up to one that is not blank; only read after "[" and
+            after a whole array.
+        is_array: the file is an array, also with elements that are not records.
+        is_open_object: the line is the start of an object with line breaks in it.
     """
 
     line: int
     data: bytes
+    following: bytes = b""
+    is_array: bool = False
+    is_open_object: bool = False
 
     @property
-    def is_array(self) -> bool:
-        """Whether the file is an array of records."""
-        return _ARRAY.match(self.data) is not None
-
-    @property
-    def is_open_object(self) -> bool:
-        """Whether the line is the start of an object with line breaks in it."""
-        if not _OPEN_OBJECT.fullmatch(self.data):
-            return False
-        text = self.data.decode(errors="replace").rstrip()
-        try:
-            parse_json(text)
-        except json.JSONDecodeError as error:
-            return error.pos == len(text)
-        except ValueError:
-            return False
-        return False
+    def is_array_of_records(self) -> bool:
+        """Whether the file is an array that starts with an object or a string."""
+        start = self.data + self.following
+        return self.is_array and _RECORDS.match(start) is not None
 
     @property
     def problem(self) -> str:
         """Why no line of the file can be read, or ""."""
-        return _UTF16 if self.data.startswith(_UTF16_MARKS) else ""
+        return describe_start(self.data, NOT_TEXT)
 
 
 def open_records(path: Path) -> IO[bytes]:
@@ -154,10 +149,50 @@ def read_start(file: IO[bytes]) -> Start:
     line, data = 1, file.readline(_CHUNK).removeprefix(BOM)
     while data and not data.strip():
         line, data = line + data.endswith(b"\n"), file.readline(_CHUNK)
-    start = Start(line, data)
-    if data.endswith(b"\n") or start.is_array:
-        return start
-    return Start(line, data + file.readline(MAX_RECORD_BYTES + 1 - len(data)))
+    begins_array = data.lstrip().startswith(b"[")
+    if not data.endswith(b"\n") and len(data) >= _CHUNK - len(BOM):
+        if begins_array:
+            return Start(line, data, is_array=True)
+        data += file.readline(MAX_RECORD_BYTES + 1 - len(data))
+    if not begins_array:
+        is_object = _OPEN_OBJECT.fullmatch(data) is not None and _parse(data) == "open"
+        return Start(line, data, is_open_object=is_object)
+    kind, following = _parse(data), b""
+    if kind == "whole" or data.strip() == b"[":
+        following = _read_following(file)
+    next_character = following.lstrip()[:1]
+    match kind:
+        case "whole":  # lines that each hold a list are values
+            after_records = next_character != b"[" and _RECORDS.match(data) is not None
+            is_array = not next_character or after_records
+        case "broken":
+            is_array = _OBJECTS.match(data) is not None
+        case _:
+            is_array = True
+    return Start(line, data, following, is_array)
+
+
+def _read_following(file: IO[bytes]) -> bytes:
+    """Return lines up to one that is not blank."""
+    lines = b""
+    while not lines.strip() and len(lines) < _CHUNK:
+        line = file.readline(MAX_RECORD_BYTES + 1)
+        if not line:
+            break
+        lines += line
+    return lines
+
+
+def _parse(line: bytes) -> Literal["whole", "open", "broken"]:
+    """Return whether a line is a whole JSON value, the start of one, or neither."""
+    text = line.decode(errors="replace").rstrip()
+    try:
+        parse_json(text)
+    except json.JSONDecodeError as error:
+        return "open" if error.pos == len(text) else "broken"
+    except ValueError:  # a huge number, deep nesting
+        return "broken"
+    return "whole"
 
 
 def read_values(
@@ -175,7 +210,7 @@ def read_values(
         start: what `read_start` has read of the file.
     """
     start = start or read_start(file)
-    problem = start.problem or (_UTF16 if b"\0" in start.data[:4] else "")
+    problem = start.problem or (UTF16 if b"\0" in start.data[:4] else "")
     if problem:
         yield JsonValue(start.line, 1, problem=problem)
     elif start.is_array or start.is_open_object:
@@ -195,13 +230,14 @@ def read_lines(file: IO[bytes], start: Start) -> Iterator[tuple[int, bytes]]:
 
     A line that is too large is the last one; it has `MAX_RECORD_BYTES` + 1 bytes.
     """
-    number, line = start.line, start.data
+    number, line, following = start.line, start.data, io.BytesIO(start.following)
     while line:
         if not line.isspace():
             yield number, line
         if len(line) > MAX_RECORD_BYTES:
             return
-        number, line = number + 1, file.readline(MAX_RECORD_BYTES + 1)
+        line = following.readline() or file.readline(MAX_RECORD_BYTES + 1)
+        number += 1
 
 
 def describe_line_problem(line: bytes) -> tuple[int | None, str]:
@@ -238,7 +274,7 @@ class _StreamReader:
     def __init__(self, file: IO[bytes], start: Start) -> None:
         self._file, self._is_array = file, start.is_array
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._text = self._decoder.decode(start.data)
+        self._text = self._decoder.decode(start.data + start.following)
         self._position, self._line, self._column = 0, start.line, 1
         self._failed = False
 

@@ -341,3 +341,29 @@ def test_a_wrong_prompt_is_refused_when_it_is_added():
         with pytest.raises(OpenELMError):
             engine.add(ask(ids))
     assert engine.is_idle
+
+
+def test_a_prompt_whose_prefix_is_kept_counts_as_short():
+    kept = make_ids(400)
+    answers = Answers(make_engine(prompts=2))
+    answers.add(ask(kept))
+    answers.run()
+    others = [ask(make_ids(450, seed=n), LONG) for n in range(1, 4)]
+    answers.add(*others)
+    answers.step()
+    again = answers.add(ask([*kept, 7, 8, 9]))
+    answers.run_until(again, most_steps=12)
+    assert answers.outputs[again][-1].cached_tokens >= 399
+    assert not any(answers.outputs[other] for other in others[2:])
+
+
+def test_a_prompt_that_cannot_be_kept_is_answered(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    answers = Answers(make_engine())
+    request = answers.add(ask(make_ids(3)))
+    answers.step()
+    monkeypatch.setattr(answers.engine._tree, "insert", fail)
+    answers.run()
+    assert answers.outputs[request][-1].finish_reason == "length"

@@ -145,4 +145,4 @@ def test_memory_of_what_goes_is_freed():
     for n in range(30):
         keep(tree, [*start, *make(400, seed=n)])
     used = mx.get_active_memory() - before
-    assert tree.nbytes <= used <= 1.1 * tree.nbytes
+    assert tree.nbytes <= used <= 1.5 * tree.nbytes  # of 15 times, if all were kept

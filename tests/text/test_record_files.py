@@ -103,6 +103,9 @@ def test_a_damaged_array_is_read_up_to_the_damage(chunk, first, rest, data, size
         (b"[{} {}]", ["1:2", "1:5 is not JSON (Expecting ',' delimiter)"]),
         (b"[{},]", ["1:2", "1:5 is not JSON (Expecting value)"]),
         (b"[\n]\n\n x", ["4:2 is after the end of the array"]),
+        (b'[["a"], 2]', ["1:2", "1:9"]),
+        (b"[null,\n{}]\n\n", ["1:2", "2:1"]),
+        (b"[1]\n\n[2]\n", ["1", "3"]),
         (b"[{}, 12345678901234567890]", ["1:2", "1:6"]),
         (b"[" * 100_000, ["1 cannot be read as JSON"]),
         (b"[{}," + b"[" * 100_000, ["1:2", "1 cannot be read as JSON"]),
@@ -135,3 +138,12 @@ def test_files_ending_in_gz_are_decompressed(tmp_path):
         path.write_bytes(gzip.compress(b"{}\n") if packed else b"{}\n")
         with open_records(path) as file:
             assert list(read_values(file)) == [JsonValue(1, value={})]
+
+
+def test_lines_that_each_hold_a_list_are_values():
+    lists = [[{"role": "user", "content": text}] for text in "ab"]
+    data = "".join(f"{json.dumps(value)}\n\n" for value in lists)
+    assert read(data.encode()) == [
+        JsonValue(1, None, lists[0]),
+        JsonValue(3, None, lists[1]),
+    ]

@@ -58,7 +58,7 @@ def _expand(value: Any) -> Any:
 
 
 def _simplify_help(command: Any, ctx: Any) -> None:
-    """Fill paragraphs, hide "<bool>" of switches, and show every default alike.
+    """Fill paragraphs, hide "<bool>" of switches, and use one format for defaults.
 
     Typer keeps the line breaks of a docstring, and sets defaults in words in brackets:
     "[default: (none)]".
@@ -83,4 +83,5 @@ def _describe_extra(ctx: Any, extra: list[str]) -> str:
         prompt = " ".join(word for word in words if word)
         return f"A prompt of more than one word needs quotes: {shlex.quote(prompt)}"
     advice = _ADVICE.get(ctx.info_name, "quote a value that contains spaces")
-    return f"Unexpected: {shlex.join(extra)}; {advice.replace('{}', extra[0])}"
+    value = extra[0] if len(extra[0]) <= 200 else "VALUE"
+    return f"Unexpected: {shlex.join(extra)}; {advice.replace('{}', value)}"

@@ -68,7 +68,9 @@ class Engine:
         """
         self._models, self._tokenizer, self._limits = dict(models), tokenizer, limits
         self._tree = PrefixTree(limits.kept)
-        self._queue = PromptQueue(self._models, self._tree, most_started=limits.prompts)
+        self._queue = PromptQueue(
+            self._models, tokenizer, self._tree, most_started=limits.prompts
+        )
         self._rows = {
             name: DecodeRows(model, tokenizer) for name, model in models.items()
         }
@@ -125,7 +127,7 @@ class Engine:
         """Process a chunk of prompts and decode a token for each answer in progress.
 
         Returns:
-            What it added to the answers, in no order.
+            What it added to the answers, in no particular order.
         """
         outputs = self._fail_late()
         for rows in self._rows.values():
@@ -167,9 +169,10 @@ class Engine:
         """Free the rows of ended sequences; keep their keys and values for others."""
         self._queue.remove_ended()
         for rows in self._rows.values():
-            for sequence, parts in rows.ended():
-                ids = np.array([*sequence.request.ids, *sequence.answer.tokens][:-1])
-                self._tree.insert(sequence.request.model, ids, parts)
+            with suppress(Exception):  # keeping is optional; a bad step fails later
+                for sequence, parts in rows.ended():
+                    ids = [*sequence.request.ids, *sequence.answer.tokens][:-1]
+                    self._tree.insert(sequence.request.model, np.array(ids), parts)
             rows.remove_ended()
 
     def _read_prompts(self) -> list[Output]:
@@ -230,7 +233,7 @@ class Engine:
         """Process a sequence's prompt and its next step; return what fails."""
         sequence.restart()
         nothing_kept = PrefixTree(PrefixLimits(prompts=0, bytes=0))
-        queue = PromptQueue(self._models, nothing_kept, most_started=1)
+        queue = PromptQueue(self._models, self._tokenizer, nothing_kept, most_started=1)
         rows = DecodeRows(self._models[sequence.request.model], self._tokenizer)
         queue.add(sequence)
         try:

@@ -52,13 +52,14 @@ class PrefixTree:
 
     Attributes:
         nbytes: size of all keys and values.
+        version: changes with the content.
     """
 
     def __init__(self, limits: PrefixLimits) -> None:
         self._limits = limits
         self._roots: dict[str, _Node] = {}
         self._clock = 0
-        self.nbytes = 0
+        self.nbytes = self.version = 0
 
     def match(self, model: str, ids: np.ndarray) -> int:
         """Return how many of the first tokens the tree holds; 0 below `SHORTEST`."""
@@ -101,6 +102,7 @@ class PrefixTree:
             leaf = _Node(ids[length:], own, node, self._clock)
             node.children[int(ids[length])] = leaf
             self.nbytes += leaf.nbytes
+            self.version += 1
         self._evict()
 
     def _walk(self, model: str, ids: np.ndarray) -> Iterator[tuple[_Node, int]]:
@@ -139,6 +141,7 @@ class PrefixTree:
             assert leaf.parent is not None
             del leaf.parent.children[int(leaf.ids[0])]
             self.nbytes -= leaf.nbytes
+            self.version += 1
 
     def _leaves(self) -> Iterator[_Node]:
         waiting = [*self._roots.values()]

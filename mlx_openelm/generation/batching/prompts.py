@@ -1,9 +1,9 @@
 """Process the prompts of new sequences in chunks, in a fair order.
 
 Between two decode steps at most one chunk is processed, so that long prompts do not
-hold up the answers in progress. Chunks go in turn to the prompt with the fewest tokens
-left, so that a short one is not held up by long ones, and to the one that has waited
-longest, so that every prompt is processed at last.
+delay the answers in progress. Chunks go in turn to the prompt with the fewest tokens
+left, so that a short one is not delayed by long ones, and to the one that has waited
+longest, so that every prompt is processed eventually.
 """
 
 import itertools
@@ -21,9 +21,14 @@ from mlx_openelm.generation.batching.prefix_tree import (
 from mlx_openelm.generation.batching.sequences import SequenceState
 from mlx_openelm.generation.cache import KVCache
 from mlx_openelm.generation.decoding import PREFILL_CHUNK, DrawnTokens, Token
-from mlx_openelm.generation.sampling import top_logprobs
+from mlx_openelm.generation.sampling import (
+    find_padding,
+    mask_padding,
+    top_logprobs,
+)
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.model.token_layout import Sequences
+from mlx_openelm.text.tokenizer import Tokenizer
 
 
 @dataclass(eq=False, slots=True)
@@ -52,7 +57,12 @@ class PromptQueue:
     """
 
     def __init__(
-        self, models: dict[str, OpenELM], tree: PrefixTree, *, most_started: int
+        self,
+        models: dict[str, OpenELM],
+        tokenizer: Tokenizer,
+        tree: PrefixTree,
+        *,
+        most_started: int,
     ) -> None:
         """Start empty.
 
@@ -60,6 +70,7 @@ class PromptQueue:
             most_started: prompts longer than a chunk that are processed in turn.
         """
         self._models, self.tree, self._most_started = models, tree, most_started
+        self._tokenizer = tokenizer
         self._waiting: list[SequenceState] = []
         self._started: list[_Started] = []
         self._chunks = 0
@@ -126,7 +137,7 @@ class PromptQueue:
         """Return how many tokens are still to be processed."""
         if isinstance(candidate, _Started):
             return candidate.left
-        return len(candidate.ids) - 1 - candidate.cached
+        return len(candidate.ids) - 1 - self._cached(candidate)
 
     def _waits_for(self, sequence: SequenceState) -> bool:
         """Whether a started prompt has a longer prefix of this one than the tree."""
@@ -142,9 +153,11 @@ class PromptQueue:
 
     def _cached(self, sequence: SequenceState) -> int:
         """Return how many of its tokens the tree holds now."""
-        if not sequence.request.scores_prompt:
+        is_known = sequence.matched_version == self.tree.version
+        if not (is_known or sequence.request.scores_prompt):
             model = sequence.request.model
             sequence.cached = self.tree.match(model, sequence.array[:-1])
+            sequence.matched_version = self.tree.version
         return sequence.cached
 
     def _group(self, chosen: SequenceState, free_rows: int) -> list[SequenceState]:
@@ -191,7 +204,10 @@ class PromptQueue:
             hidden = model.transformer(mx.array([ids]), started.cache)
             if sequence.request.scores_prompt:
                 following = sequence.ids[started.done + 1 :][: len(ids)]
-                started.scored += _score(model, hidden[0], following, sequence)
+                padding = find_padding(self._tokenizer, model.config.vocab_size)
+                logits = mask_padding(model.head(hidden[0]), padding)
+                count = max(1, sequence.request.sampling.logprobs)
+                started.scored += _score(logits, following, count)
             mx.eval([layer.state for layer in started.cache])
             started.done += len(ids)
         if started.left:
@@ -238,14 +254,7 @@ def _pairs(parts: Sequence[mx.array]) -> Iterator[tuple[mx.array, mx.array]]:
     return zip(parts[::2], parts[1::2], strict=True)
 
 
-def _score(
-    model: OpenELM,
-    hidden: mx.array,
-    following: Sequence[int],
-    sequence: SequenceState,
-) -> list[Token]:
-    """Return the prompt's next tokens, with log-probabilities, by hidden (T, D)."""
-    count = max(1, sequence.request.sampling.logprobs)
+def _score(logits: mx.array, following: Sequence[int], count: int) -> list[Token]:
+    """Return tokens with log-probabilities and alternatives, by logits (T, V)."""
     tokens = mx.array(list(following))
-    logprobs = top_logprobs(model.head(hidden), tokens, count)
-    return DrawnTokens(tokens, logprobs).read()
+    return DrawnTokens(tokens, top_logprobs(logits, tokens, count)).read()

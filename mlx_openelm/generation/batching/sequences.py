@@ -90,7 +90,8 @@ class SequenceState:
         arrival: its place in the order of arrival.
         ids: the prompt; after a failed step also the tokens drawn so far.
         array: `ids` as a numpy array.
-        cached: prompt tokens that were not processed again.
+        cached: first tokens whose keys and values were kept from earlier prompts.
+        matched_version: version of the prefix tree in which they were looked up.
         parts: keys and values of all ids but the last, two arrays (1, K, T, H) per
             layer, while the sequence waits for its row; empty for a single id.
         offset: tokens in its row, including those of queued steps.
@@ -108,6 +109,7 @@ class SequenceState:
     ids: list[int]
     array: np.ndarray = field(init=False)
     cached: int = 0
+    matched_version: int = -1
     parts: list[mx.array] = field(default_factory=list)
     offset: int = 0
     written: int = 0
@@ -123,10 +125,15 @@ class SequenceState:
     def has_ended(self) -> bool:
         return self.answer.finish_reason is not None or self.error is not None
 
+    @property
+    def cached_tokens(self) -> int:
+        """Number of prompt tokens that were not processed again."""
+        return min(self.cached, len(self.request.ids))
+
     def restart(self) -> None:
         """Return to the state before its prompt was processed, keeping its answer."""
         self.ids = [*self.request.ids, *self.answer.tokens]
-        self.cached = 0
+        self.cached, self.matched_version = 0, -1
         self.array = np.array(self.ids, np.int64)
         self.written = len(self.answer.tokens)
         self.parts, self.history = [], None
@@ -148,7 +155,7 @@ class SequenceState:
             text,
             token=token,
             finish_reason=reason,
-            cached_tokens=self.cached,
+            cached_tokens=self.cached_tokens,
             prompt_tokens=prompt_tokens,
         )
 
@@ -167,7 +174,7 @@ class SequenceState:
             named = OpenELMError(f"The request failed: {kind}: {str(error)[:500]}")
             named.__cause__, error = error, named
         self.error = error
-        return Output(self.request, error=error, cached_tokens=self.cached)
+        return Output(self.request, error=error, cached_tokens=self.cached_tokens)
 
 
 def hashed_keys(seed: int, number: int) -> TokenKeys:

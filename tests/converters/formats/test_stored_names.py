@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from converters.formats.adapter_reader import open_adapter
 from converters.formats.sources import open_path
+from converters.formats.tensor_readers import note_float64
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.tensor_names import map_to_corenet, to_corenet
+from mlx_openelm.tensor_names import map_to_corenet, note_buffers, to_corenet
 
 NAMES = list(UNEVEN.tensor_shapes())
 WRAPPERS = (
@@ -165,3 +166,9 @@ def test_generate_names_convert_for_names_of_other_tools(here):
     assert call("convert", "source", "--mlx-path", "ours").exit_code == 0
     result = call("generate", "Hi", "--model", "ours", "-m", "2")
     assert result.exit_code == 0, result.stderr
+
+
+def test_a_note_on_one_tensor_is_in_the_singular():
+    assert note_float64(1) == ("Read 1 tensor of float64 as float32.",)
+    (note,) = note_buffers(["layers.0.rotary.inv_freq", "layers.0.proj.weight"])
+    assert note.endswith("inv_freq: a buffer, which carries no weights.")
