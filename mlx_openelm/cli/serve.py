@@ -164,10 +164,10 @@ def serve_command(
     if log_level.upper() not in levels:
         raise OpenELMError(f"--log-level is {log_level}; choose {', '.join(levels)}.")
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(message)s")
-    from mlx_openelm.serving.access import Access
+    from mlx_openelm.serving.access import Access, read_origins
     from mlx_openelm.serving.listener import Listener
 
-    origins = tuple(o.strip().rstrip("/") for o in allowed_origins.split(",") if o)
+    origins = read_origins(allowed_origins)
     adapters = _read_adapters(adapter or [])
     if adapters and adapter_path is not None:
         raise OpenELMError(

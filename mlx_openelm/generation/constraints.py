@@ -1,12 +1,13 @@
 """Constrained output: answers that follow a JSON schema, a pattern or a grammar.
 
-A parser tells before each token which tokens may follow; all others are masked
+Before each token a parser computes which tokens may follow; all others are masked
 (Willard and Louf, 2307.09702; the parser is llguidance's). Importing llguidance takes
 0.1 s, so it is imported inside the functions.
 """
 
 import json
 import re
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _PROBED_TOKENS = 3  # when a grammar is compiled
+# Limits of the parser: they bound the memory of a grammar to about 20 MB, and the time
+# of a step. Its lexer creates states as they are needed, and copies share them.
+_MOST_LEXER_STATES = 50_000
+_MOST_STEP_FUEL = 20_000  # expressions that a step may create
 _LONGEST_REASON = 500  # characters of an error of the compiler
 # Some whitespace is fixed: a small model may otherwise fill its answer with it.
 _JSON_LAYOUT = {
@@ -45,7 +50,13 @@ class Constraint(Protocol):
         """Advance by a token."""
 
     def copy(self) -> "Constraint":
-        """Return the constraint in its present state, to be advanced separately."""
+        """Return the constraint in its present state, to be advanced separately.
+
+        Copies share the limits of the parser: use them for the answers of one request.
+        """
+
+    def restarted(self) -> "Constraint":
+        """Return the constraint at the start of an answer, with limits of its own."""
 
 
 def read_constraint(
@@ -68,13 +79,16 @@ class GrammarCompiler:
     """Compiles grammars for the tokens of a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """Prepare the tokens.
+        """Prepare to compile; the first grammar also prepares the tokens.
 
         Args:
             vocab_size: rows of the embedding; rows without a piece are never allowed.
         """
-        self._tokens = _build_tokens(tokenizer, vocab_size)
-        self._eos_id = tokenizer.eos_id
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+
+    @cached_property
+    def _tokens(self) -> "LLTokenizer":
+        return _build_tokens(self._tokenizer, self._vocab_size)
 
     def json_object(self) -> Constraint:
         """Return a constraint to any JSON object."""
@@ -89,6 +103,8 @@ class GrammarCompiler:
         if not isinstance(schema, dict):
             raise OpenELMError("The JSON schema is not an object.")
         options = schema.get("x-guidance", {})
+        if not isinstance(options, dict):
+            raise OpenELMError("The JSON schema's x-guidance is not an object.")
         laid_out = {**schema, "x-guidance": {**_JSON_LAYOUT, **options}}
         # A model may begin its answer with a space, which JSON allows.
         grammar = f'start: " "? value\nvalue: %json {json.dumps(laid_out)}\n'
@@ -117,35 +133,38 @@ class GrammarCompiler:
         return self._compile(LLMatcher.grammar_from_lark(text), "grammar")
 
     def _compile(self, grammar: str, kind: str) -> Constraint:
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        matcher = _make_matcher(self._tokens, grammar)
         probe = self._try_tokens(matcher)
         if probe.is_error():
             raise OpenELMError(f"The {kind} cannot be used: {_reason(probe)}.")
-        return _MatcherConstraint(matcher, grammar)
+        return _MatcherConstraint(self._tokens, grammar, matcher)
 
     def _try_tokens(self, matcher: "LLMatcher") -> "LLMatcher":
-        """Return a copy after some tokens; a grammar that is too large fails there."""
+        """Return a copy after some tokens; a grammar that is too large fails there.
+
+        The first mask of a large grammar takes a second; the lexer keeps what it needs.
+        """
         probe = matcher.deep_copy()
         for _ in range(_PROBED_TOKENS):
             if probe.is_error():
                 break
             bits = np.frombuffer(probe.compute_bitmask(), np.uint8)
             allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
-            if not len(allowed) or allowed[0] == self._eos_id:
+            if not len(allowed) or allowed[0] == self._tokenizer.eos_id:
                 break
             probe.consume_token(int(allowed[0]))
         return probe
 
 
 class _MatcherConstraint:
-    def __init__(self, matcher: "LLMatcher", description: str) -> None:
-        self._matcher, self._description = matcher, description
+    def __init__(
+        self, tokens: "LLTokenizer", grammar: str, matcher: "LLMatcher"
+    ) -> None:
+        self._tokens, self._grammar, self._matcher = tokens, grammar, matcher
 
     @property
     def description(self) -> str:
-        return self._description
+        return self._grammar
 
     def allowed(self, vocab_size: int) -> np.ndarray:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
@@ -157,7 +176,12 @@ class _MatcherConstraint:
         self._check()
 
     def copy(self) -> Constraint:
-        return _MatcherConstraint(self._matcher.deep_copy(), self._description)
+        matcher = self._matcher.deep_copy()
+        return _MatcherConstraint(self._tokens, self._grammar, matcher)
+
+    def restarted(self) -> Constraint:
+        matcher = _make_matcher(self._tokens, self._grammar)
+        return _MatcherConstraint(self._tokens, self._grammar, matcher)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -166,11 +190,22 @@ class _MatcherConstraint:
             )
 
 
+def _make_matcher(tokens: "LLTokenizer", grammar: str) -> "LLMatcher":
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(
+        max_lexer_states=_MOST_LEXER_STATES, step_lexer_fuel=_MOST_STEP_FUEL
+    )
+    return LLMatcher(tokens, grammar, log_level=0, limits=limits)
+
+
 def _reason(matcher: "LLMatcher") -> str:
     """Return the compiler's message without its position and picture of the place."""
     lines = matcher.get_error().partition("<state>")[0].strip().splitlines()
     kept = [line.strip() for line in lines if not re.match(r"\s*(\d+ \||\^)", line)]
     text = " ".join(kept).partition(": ")[2] or " ".join(kept)
+    if text == "NoExtensionBias":
+        return "no text matches it"
     return text[:_LONGEST_REASON].rstrip(".")
 
 
@@ -195,8 +230,9 @@ class _TokenBytes:
         for token in range(tokenizer.num_ids):
             piece = tokenizer.piece(token)
             is_piece = token < tokenizer.vocab_size
-            if is_piece and processor.IsByte(token):
-                self.tokens.append(bytes([int(piece[3:5], 16)]))
+            byte = tokenizer.byte_of(token)
+            if byte is not None:
+                self.tokens.append(byte)
             elif (
                 not is_piece or processor.IsControl(token) or processor.IsUnknown(token)
             ):

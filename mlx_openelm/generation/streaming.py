@@ -88,7 +88,7 @@ def stream(
         mx.random.seed(sampling.seed)
     mx.reset_peak_memory()
     assert drafter is None or constraint is None
-    constraint = constraint and constraint.copy()
+    constraint = constraint and constraint.restarted()
     keeps = constraint is not None
     answer = Answer(tokenizer, ids, sampling, budget, keeps_first_space=keeps)
     started = time.perf_counter()

@@ -28,6 +28,7 @@ MOST_BIASES = 1024
 MOST_CHOICES = 128  # prompts times n
 MOST_MESSAGES = 4096
 MOST_GRAMMAR_CHARACTERS = 2**18
+MOST_NGRAM = 64  # its blocks are compared at each token
 _LONGEST_SHOWN = 60
 
 _INT64 = 2**63 - 1
@@ -112,7 +113,7 @@ class ResponseFormat(_Strict):
         if has_text and getattr(self, self.type) is None:
             raise PydanticCustomError(
                 "grammar",
-                "it needs the field {kind} beside its type",
+                "it needs the field {kind} in addition to type",
                 {"kind": self.type},
             )
         return self
@@ -139,7 +140,7 @@ class GenerationRequest(_Strict):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0, le=1e6)
     repetition_context_size: int | None = Field(None, ge=-1)
-    no_repeat_ngram_size: Count | None = None
+    no_repeat_ngram_size: int | None = Field(None, ge=0, le=MOST_NGRAM)
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Biases | None = None
@@ -184,6 +185,12 @@ class GenerationRequest(_Strict):
             if abs(bias) > 1e6:
                 raise PydanticCustomError("bias", "its values must be -1e6 to 1e6")
         return value
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The tokens of an answer: -1 is any number; None: it is not given."""
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
 
     @property
     def stops(self) -> tuple[str, ...]:

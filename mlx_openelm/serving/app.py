@@ -1,13 +1,11 @@
 """The application: the paths of the API and what answers them."""
 
 import asyncio
+import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import (
-    aclosing,
-    contextmanager,
-)
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -20,21 +18,25 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation.batching.sequences import has_passed
+from mlx_openelm.generation.batching.sequences import BatchRequest, DeadlineError
+from mlx_openelm.generation.constraints import GrammarCompiler
 from mlx_openelm.serving.access import Access
-from mlx_openelm.serving.answers import ResponseWriter, read_chunks
+from mlx_openelm.serving.answers import AnswerChunk, ResponseWriter
 from mlx_openelm.serving.api import ChatRequest, CompletionRequest, read_request
-from mlx_openelm.serving.completions import Choice, Completion, check_completion
-from mlx_openelm.serving.engine_thread import EngineThread, TooManyRequestsError
+from mlx_openelm.serving.completions import Completion, check_completion
+from mlx_openelm.serving.engine_thread import (
+    Answers,
+    EngineThread,
+    TooManyRequestsError,
+)
 from mlx_openelm.serving.errors import RequestError
-from mlx_openelm.serving.grammars import Grammars
 from mlx_openelm.serving.guard import (
     BodyReader,
     Guard,
     error_response,
     json_response,
 )
-from mlx_openelm.serving.logprobs import AnswerChunk
+from mlx_openelm.serving.logprobs import make_speller
 from mlx_openelm.serving.metrics import Metrics
 from mlx_openelm.serving.openapi import describe_api
 from mlx_openelm.serving.page import page_headers, read_page
@@ -43,10 +45,9 @@ from mlx_openelm.serving.served import Served, ServedModel
 from mlx_openelm.text.templates import TEMPLATE_NAMES
 
 _LARGE_BODY = 2**16  # bytes; checked outside the event loop
+_LARGE_CHUNK = 64  # tokens; written outside the event loop
 
 log = logging.getLogger(__name__)
-
-Chunks = AsyncGenerator[tuple[Choice, AnswerChunk], None]
 
 
 class Service:
@@ -54,7 +55,8 @@ class Service:
 
     def __init__(self, served: Served, engine: EngineThread, metrics: Metrics) -> None:
         self._served, self._engine, self._metrics = served, engine, metrics
-        self._grammars = Grammars(served)
+        self._compiler = GrammarCompiler(served.tokenizer, served.vocab_size)
+        self._spell = make_speller(served.tokenizer)
         self._bodies = BodyReader()
         self._checking = asyncio.Lock()  # of slow requests
         self._started = int(time.time())
@@ -115,11 +117,11 @@ class Service:
     ) -> Response:
         async with self._bodies.read(request) as body:
             completion = await self._check(kind, body)
-        writer = ResponseWriter(completion, self._served.tokenizer)
-        places = self._reserve(len(completion.choices))
+        writer = ResponseWriter(completion, self._served.tokenizer, self._spell)
+        answers = self._start([choice.request for choice in completion.choices])
         if completion.stream:
-            return StreamedResponse(self._events(completion, writer), places)
-        return WholeResponse(self._collect(completion, writer), places)
+            return StreamedResponse(self._events(completion, writer, answers), answers)
+        return WholeResponse(self._collect(completion, writer, answers), answers)
 
     async def _check(
         self, kind: type[CompletionRequest | ChatRequest], body: bytes
@@ -128,104 +130,82 @@ class Service:
 
         def check() -> Completion:
             return check_completion(
-                read_request(kind, body), self._served, self._grammars
+                read_request(kind, body), self._served, self._compiler
             )
 
         if len(body) <= _LARGE_BODY:
             parsed = read_request(kind, body)
             if not parsed.has_grammar:
-                return check_completion(parsed, self._served, self._grammars)
+                return check_completion(parsed, self._served, self._compiler)
         async with self._checking:
             return await run_in_threadpool(check)
 
-    @contextmanager
-    def _reserve(self, count: int) -> Iterator[None]:
-        """Occupy places in the queue for so many answers."""
+    def _start(self, requests: Sequence[BatchRequest]) -> Answers:
+        """Send the requests of a completion to the engine.
+
+        Raises:
+            RequestError: they are too many, at this time or at any.
+        """
         if not self._engine.is_healthy:
             raise _shutting_down()
+        most = self._engine.most_requests
+        if len(requests) > most:
+            raise RequestError(
+                f"The request is for {len(requests)} answers (prompts times n); this "
+                f"server accepts at most {most}.",
+                param="n",
+            )
         try:
-            self._engine.reserve(count)
+            return self._engine.start(requests, self._metrics.watch(requests))
         except TooManyRequestsError:
             raise RequestError(
                 "The queue is full; try again later.", status=503, code="overloaded"
             ) from None
-        try:
-            yield
-        finally:
-            self._engine.release(count)
 
     async def _collect(
-        self, completion: Completion, writer: ResponseWriter
-    ) -> dict[str, Any]:
-        chunks: dict[int, list[AnswerChunk]] = {}
-        async with aclosing(self._chunks(completion)) as parts:
-            async for choice, chunk in parts:
-                chunks.setdefault(choice.index, []).append(chunk)
-        return writer.whole(chunks)
+        self, completion: Completion, writer: ResponseWriter, answers: Answers
+    ) -> str:
+        """Return a whole response as JSON."""
+        chunks: list[AnswerChunk] = []
+        with self._public_errors():
+            async for output in answers:
+                chunks += writer.read(output)
+            if completion.logprobs is None:
+                return writer.whole(chunks)
+            return await run_in_threadpool(writer.whole, chunks)
 
     async def _events(
-        self, completion: Completion, writer: ResponseWriter
-    ) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the documents of a stream."""
-        for choice in completion.choices:
-            first = writer.start_event(choice)
-            if first is not None:
-                yield first
-        last: dict[int, AnswerChunk] = {}
-        async with aclosing(self._chunks(completion)) as parts:
-            async for choice, chunk in parts:
-                last[choice.index] = chunk
-                yield writer.event(choice, chunk)
-        if completion.includes_usage:
-            yield writer.usage_event(last)
+        self, completion: Completion, writer: ResponseWriter, answers: Answers
+    ) -> AsyncGenerator[str, None]:
+        """Yield the documents of a stream as JSON."""
 
-    async def _chunks(self, completion: Completion) -> Chunks:
-        """Yield the chunks of all choices as they come.
+        def write(chunk: AnswerChunk) -> str:
+            return json.dumps(writer.event(chunk))
 
-        Raises:
-            RequestError: a choice has failed.
-        """
-        queue: asyncio.Queue[tuple[Choice, AnswerChunk | Exception]] = asyncio.Queue()
+        with self._public_errors():
+            for event in writer.start_events():
+                yield json.dumps(event)
+            async for output in answers:
+                for chunk in writer.read(output):
+                    if len(chunk.tokens) > _LARGE_CHUNK:
+                        yield await run_in_threadpool(write, chunk)
+                    else:
+                        yield write(chunk)
+            if completion.includes_usage:
+                yield json.dumps(writer.usage_event())
 
-        async def read(choice: Choice) -> None:
-            try:
-                async for chunk in self._choice_chunks(choice):
-                    queue.put_nowait((choice, chunk))
-            except Exception as error:
-                queue.put_nowait((choice, error))
-
-        tasks = [asyncio.create_task(read(choice)) for choice in completion.choices]
-        left = len(tasks)
+    @contextmanager
+    def _public_errors(self) -> Iterator[None]:
+        """Raise RequestError, whatever is raised in the block."""
         try:
-            while left:
-                choice, chunk = await queue.get()
-                if isinstance(chunk, Exception):
-                    raise self._public_error(choice, chunk) from chunk
-                left -= chunk.finish_reason is not None
-                yield choice, chunk
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            yield
+        except Exception as error:
+            raise self._public_error(error) from error
 
-    async def _choice_chunks(self, choice: Choice) -> AsyncGenerator[AnswerChunk, None]:
-        timer = self._metrics.watch_answer()
-        async with aclosing(self._engine.answer(choice.request)) as outputs:
-            chunk = None
-            async for chunk in read_chunks(outputs, choice, self._served.tokenizer):
-                timer.update(chunk.count)
-                yield chunk
-        if chunk is not None:
-            timer.conclude(
-                prompt=len(choice.request.ids),
-                cached=chunk.cached,
-                generated=chunk.count,
-            )
-
-    def _public_error(self, choice: Choice, error: Exception) -> RequestError:
+    def _public_error(self, error: Exception) -> RequestError:
         if not self._engine.is_healthy:
             return _shutting_down()
-        if has_passed(choice.request.deadline):
+        if isinstance(error, DeadlineError):
             return RequestError(
                 "The answer was not complete in time.", status=504, code="timeout"
             )
@@ -251,7 +231,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Return errors of the router, such as an unknown path, as JSON."""
     assert isinstance(error, HTTPException)
     path = request.scope["path"][:100]
-    message = f"{error.detail}."
+    message, code = f"{error.detail}.", "not_found"
     if error.status_code == 404:
         message = (
             f"There is nothing at {path!r}; POST to /v1/completions or "
@@ -260,7 +240,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
         )
     if error.status_code == 405:
         message = f"{request.method[:20]} is not possible at {path!r}."
-    refused = RequestError(message, status=error.status_code, code="not_found")
+        code = "method_not_allowed"
+    refused = RequestError(message, status=error.status_code, code=code)
     response = error_response(refused)
     response.headers.update(error.headers or {})
     return response

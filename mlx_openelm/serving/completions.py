@@ -12,6 +12,7 @@ from mlx_openelm.generation.batching.sequences import (
     hashed_keys,
     seeded_keys,
 )
+from mlx_openelm.generation.constraints import GrammarCompiler
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.serving.api import (
     MOST_CHOICES,
@@ -21,7 +22,7 @@ from mlx_openelm.serving.api import (
     show,
 )
 from mlx_openelm.serving.errors import RequestError
-from mlx_openelm.serving.grammars import Grammars
+from mlx_openelm.serving.grammars import compile_grammar
 from mlx_openelm.serving.prompts import read_messages, read_prompts
 from mlx_openelm.serving.served import Served, ServedModel
 from mlx_openelm.text.templates import RAW
@@ -77,7 +78,7 @@ class Completion:
 
 
 def check_completion(
-    request: CompletionRequest | ChatRequest, served: Served, grammars: Grammars
+    request: CompletionRequest | ChatRequest, served: Served, compiler: GrammarCompiler
 ) -> Completion:
     """Check a request against the models that are served.
 
@@ -86,7 +87,7 @@ def check_completion(
     """
     model = _find_model(request.model, served)
     sampling = _read_sampling(request, served)
-    constraint = grammars.compile(request)
+    constraint = compile_grammar(request, compiler)
     if isinstance(request, ChatRequest):
         prompts = [read_messages(request, served, model)]
         if (request.template or model.template) != RAW:
@@ -94,7 +95,7 @@ def check_completion(
             sampling = replace(sampling, stop=(*sampling.stop, EOS_TEXT))
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
     else:
-        prompts = read_prompts(request.prompt, served)
+        prompts = read_prompts(request.prompt, served, has_text=bool(request.echo))
         logprobs = _read_logprobs(request)
     if logprobs is not None:
         sampling = replace(sampling, logprobs=max(1, logprobs))
@@ -125,8 +126,7 @@ def check_completion(
                         deadline=deadline,
                         draws_as_alone=seed is not None and index == 0,
                         scores_prompt=scores and logprobs is not None,
-                        generates=0
-                        not in (request.max_tokens, request.max_completion_tokens),
+                        generates=request.most_tokens != 0,
                     ),
                     drops_space=prompt.drops_space,
                     echo=prompt.text if scores else "",
@@ -169,9 +169,8 @@ def _read_sampling(request: GenerationRequest, served: Served) -> Sampling:
         if value is not None:
             requested[attribute] = value
     context = served.context_length
-    match requested:
-        case {"repetition_penalty": 0}:
-            requested["repetition_penalty"] = 1.0  # mlx-lm's "off"
+    if requested.get("repetition_penalty") == 0:
+        requested["repetition_penalty"] = 1.0  # mlx-lm's "off"
     if requested.get("seed") == -1:
         del requested["seed"]
     if requested.get("top_k") == -1:
@@ -185,8 +184,7 @@ def _read_sampling(request: GenerationRequest, served: Served) -> Sampling:
                 param="repetition_context_size",
             )
         requested["repetition_context"] = min(size, context) if size > 0 else context
-    most = request.max_completion_tokens
-    most = request.max_tokens if most is None else most
+    most = request.most_tokens
     if most == 0 and not (isinstance(request, CompletionRequest) and request.echo):
         raise RequestError(
             "max_tokens is 0; it must be 1 or more, or -1 for no limit.",

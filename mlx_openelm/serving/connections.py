@@ -6,6 +6,7 @@ Importing this module imports uvicorn: do it inside a function.
 import asyncio
 import json
 import resource
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -96,12 +97,13 @@ class Connection(H11Protocol):
             f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",
-            *(["Retry-After: 1"] if error.status == 503 else []),
+            *(f"{name}: {value}" for name, value in error.headers.items()),
             "Connection: close",
         )
         head = "".join(f"{line}\r\n" for line in (*lines, ""))
         self.transport.write(head.encode() + body)
-        self.transport.write_eof()
+        with suppress(OSError):  # the client has closed the connection
+            self.transport.write_eof()
         self._stop_expecting()
         self._deadline = self.loop.call_later(_DISCARD_S, self.transport.close)
 

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 
 import mlx.core as mx
 
@@ -36,6 +37,7 @@ class EngineThread:
     """Runs an engine in a thread of its own; its methods belong to the event loop.
 
     Attributes:
+        most_requests: accepted at the same time; more are refused.
         state: of the engine after its last step.
         failure: the error that has ended the thread.
     """
@@ -51,14 +53,13 @@ class EngineThread:
 
         Args:
             make_engine: called in the thread, as MLX's streams belong to threads.
-            most_requests: accepted at the same time; more are refused.
+            most_requests: see the attribute.
             on_failure: called in the event loop if the thread ends with an error.
         """
         self._make_engine, self._on_failure = make_engine, on_failure
-        self._most = most_requests
-        self._reserved = 0
+        self.most_requests = most_requests
         self._loop = asyncio.get_running_loop()
-        self._listeners: dict[int, tuple[BatchRequest, asyncio.Queue[Output]]] = {}
+        self._listeners: dict[BatchRequest, Callable[[Output], None]] = {}
         self._changed = threading.Condition()
         self._added: list[BatchRequest] = []
         self._cancelled: list[BatchRequest] = []
@@ -72,34 +73,34 @@ class EngineThread:
     def is_healthy(self) -> bool:
         return self.failure is None and not self._refuses
 
-    def reserve(self, count: int) -> None:
-        """Occupy places for so many requests, until `release`.
+    def start(
+        self, requests: Sequence[BatchRequest], on_output: Callable[[Output], None]
+    ) -> "Answers":
+        """Send requests to the engine; each occupies a slot until its answer ends.
+
+        Args:
+            on_output: called with each output when it comes from the engine.
 
         Raises:
-            TooManyRequestsError: they are too many.
+            TooManyRequestsError: fewer slots are free.
         """
-        if self._reserved + count > self._most:
+        if len(self._listeners) + len(requests) > self.most_requests:
             raise TooManyRequestsError
-        self._reserved += count
+        answers = Answers(self, requests)
 
-    def release(self, count: int) -> None:
-        self._reserved -= count
+        def listen(output: Output) -> None:
+            on_output(output)
+            answers.outputs.put_nowait(output)
 
-    async def answer(self, request: BatchRequest) -> AsyncGenerator[Output, None]:
-        """Yield what is added to a request's answer; leaving cancels it."""
-        outputs: asyncio.Queue[Output] = asyncio.Queue()
-        self._listeners[id(request)] = request, outputs
-        self._send(request)
-        ended = False
-        try:
-            while not ended:
-                output = await outputs.get()
-                ended = bool(output.finish_reason or output.error)
-                yield output
-        finally:
-            self._listeners.pop(id(request), None)
-            if not ended:
-                self._send(request, cancels=True)
+        self._listeners |= dict.fromkeys(requests, listen)
+        self._send(self._added, requests)
+        return answers
+
+    def cancel(self, requests: Iterable[BatchRequest]) -> None:
+        """End the requests that have not ended, without further outputs."""
+        ended = [r for r in requests if self._listeners.pop(r, None) is not None]
+        if ended:
+            self._send(self._cancelled, ended)
 
     def refuse_new(self) -> None:
         """Accept no more requests; those in progress continue."""
@@ -107,8 +108,8 @@ class EngineThread:
 
     def fail_all(self, error: OpenELMError) -> None:
         """End all requests with an error."""
-        for request, outputs in self._listeners.values():
-            outputs.put_nowait(Output(request, error=error))
+        for request, listen in self._listeners.items():
+            listen(Output(request, error=error))
 
     def close(self) -> None:
         """End the thread and wait for it."""
@@ -117,9 +118,9 @@ class EngineThread:
             self._changed.notify()
         self._thread.join()
 
-    def _send(self, request: BatchRequest, *, cancels: bool = False) -> None:
+    def _send(self, to: list[BatchRequest], requests: Iterable[BatchRequest]) -> None:
         with self._changed:
-            (self._cancelled if cancels else self._added).append(request)
+            to.extend(requests)
             self._changed.notify()
 
     # In the thread ---------------------------------------------------------------
@@ -148,8 +149,9 @@ class EngineThread:
                 self._added or self._cancelled or self._is_closing
             ):
                 self._changed.wait()
-            added, cancelled = self._added, self._cancelled
-            self._added, self._cancelled = [], []
+            added, cancelled = self._added.copy(), self._cancelled.copy()
+            self._added.clear()
+            self._cancelled.clear()
         failed = []
         for request in added:
             try:
@@ -171,11 +173,42 @@ class EngineThread:
     def _deliver(self, outputs: list[Output], state: EngineState) -> None:
         self.state = state
         for output in outputs:
-            listener = self._listeners.get(id(output.request))
-            if listener is not None:
-                listener[1].put_nowait(output)
+            request = output.request
+            remove = self._listeners.pop if output.is_last else self._listeners.get
+            listen = remove(request, None)
+            if listen is not None:
+                listen(output)
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error
         self.fail_all(OpenELMError("The engine has failed."))
         self._on_failure()
+
+
+class Answers:
+    """What the engine adds to the answers to some requests.
+
+    Leaving its block cancels the requests that have not ended.
+    """
+
+    def __init__(self, engine: EngineThread, requests: Sequence[BatchRequest]) -> None:
+        self._engine, self._requests = engine, requests
+        self.outputs: asyncio.Queue[Output] = asyncio.Queue()
+
+    async def __aiter__(self) -> AsyncIterator[Output]:
+        left = len(self._requests)
+        while left:
+            output = await self.outputs.get()
+            left -= output.is_last
+            yield output
+
+    def __enter__(self) -> "Answers":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._engine.cancel(self._requests)

@@ -18,6 +18,12 @@ class RequestError(Exception):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of the response that belong to the status."""
+        known = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
+        return known.get(self.status, {})
+
     def as_json(self) -> dict[str, Any]:
         """Return the body of the response."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"

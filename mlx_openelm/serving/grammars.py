@@ -1,73 +1,53 @@
-"""Grammars of requests, compiled once and kept for later requests."""
+"""The grammars of requests."""
 
 import json
-from collections import OrderedDict
 from collections.abc import Callable
-from functools import cached_property
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.constraints import Constraint, GrammarCompiler
 from mlx_openelm.serving.api import MOST_GRAMMAR_CHARACTERS, GenerationRequest
 from mlx_openelm.serving.errors import RequestError
-from mlx_openelm.serving.served import Served
-
-_MOST_KEPT = 64
 
 
-class Grammars:
-    """Compiles the grammars of requests; those used last are kept."""
+def compile_grammar(
+    request: GenerationRequest, compiler: GrammarCompiler
+) -> Constraint | None:
+    """Return the constraint of a request's answers, if it has one.
 
-    def __init__(self, served: Served) -> None:
-        self._served = served
-        self._kept: OrderedDict[tuple[str, str], Constraint] = OrderedDict()
+    It may take seconds. Constraints are not kept for later requests: the answers that
+    use one share its limits.
 
-    @cached_property
-    def _compiler(self) -> GrammarCompiler:
-        return GrammarCompiler(self._served.tokenizer, self._served.vocab_size)
+    Raises:
+        RequestError: there are two, or one that cannot be compiled.
+    """
+    wanted = _find_grammars(request)
+    if len(wanted) > 1:
+        raise RequestError(
+            f"The request has {' and '.join(wanted)}; an answer follows one grammar.",
+            param="response_format",
+        )
+    for kind, text in wanted.items():
+        return _compile(kind, text, compiler)
+    return None
 
-    def compile(self, request: GenerationRequest) -> Constraint | None:
-        """Return the constraint of a request's answers, if it has one.
 
-        Raises:
-            RequestError: there are two, or one that cannot be compiled.
-        """
-        wanted = _find_grammars(request)
-        if len(wanted) > 1:
-            raise RequestError(
-                f"The request has {' and '.join(wanted)}; an answer follows one "
-                "grammar.",
-                param="response_format",
-            )
-        for kind, text in wanted.items():
-            return self._compile(kind, text)
-        return None
-
-    def _compile(self, kind: str, text: str) -> Constraint:
-        key = kind, text
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        compiler = self._compiler
-        compilers: dict[str, Callable[[], Constraint]] = {
-            "json_object": compiler.json_object,
-            "json_schema": lambda: compiler.json_schema(json.loads(text)),
-            "regex": lambda: compiler.regex(text),
-            "grammar": lambda: compiler.grammar(text),
-        }
-        if len(text) > MOST_GRAMMAR_CHARACTERS:
-            raise RequestError(
-                f"{kind} has {len(text)} characters; at most "
-                f"{MOST_GRAMMAR_CHARACTERS} are compiled.",
-                param="response_format",
-            )
-        try:
-            constraint = compilers[kind]()
-        except OpenELMError as error:
-            raise RequestError(str(error), param="response_format") from None
-        self._kept[key] = constraint
-        if len(self._kept) > _MOST_KEPT:
-            self._kept.popitem(last=False)
-        return constraint
+def _compile(kind: str, text: str, compiler: GrammarCompiler) -> Constraint:
+    compilers: dict[str, Callable[[], Constraint]] = {
+        "json_object": compiler.json_object,
+        "json_schema": lambda: compiler.json_schema(json.loads(text)),
+        "regex": lambda: compiler.regex(text),
+        "grammar": lambda: compiler.grammar(text),
+    }
+    if len(text) > MOST_GRAMMAR_CHARACTERS:
+        raise RequestError(
+            f"{kind} has {len(text)} characters; at most "
+            f"{MOST_GRAMMAR_CHARACTERS} are compiled.",
+            param="response_format",
+        )
+    try:
+        return compilers[kind]()
+    except OpenELMError as error:
+        raise RequestError(str(error), param="response_format") from None
 
 
 def _find_grammars(request: GenerationRequest) -> dict[str, str]:

@@ -161,13 +161,14 @@ class Guard:
         version = request.scope["http_version"]
         if version not in ("1.0", "1.1"):
             raise RequestError(f"HTTP {version} is not supported; use 1.1.", status=505)
-        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        host = _host(request)
         if self._is_loopback and not self._access.trusts_host(host):
             raise RequestError(
                 f"This server is not {host[:100]!r}; use the address that it printed.",
                 status=403,
                 code="wrong_host",
             )
+        origin = request.headers.get("origin")
         if origin is not None and not self._access.allows_origin(origin, host):
             raise RequestError(
                 f"Pages of {origin[:100]!r} may not use this server; start it with "
@@ -182,8 +183,7 @@ class Guard:
         origin = request.headers.get("origin")
         # One request per connection: simple clients read until it is closed.
         headers = [(b"connection", b"close"), (b"vary", b"Origin")]
-        host = request.headers.get("host")
-        if origin is not None and self._access.allows_origin(origin, host):
+        if origin is not None and self._access.allows_origin(origin, _host(request)):
             wanted = request.headers.get("access-control-request-headers")
             named = wanted or "Authorization, Content-Type"
             headers += [
@@ -192,6 +192,10 @@ class Guard:
                 (b"access-control-allow-headers", named.encode("latin-1")),
             ]
         message["headers"] = [*message.get("headers", ()), *headers]
+
+
+def _host(request: Request) -> str:
+    return request.headers.get("host", "")  # HTTP/1.0 does not require it
 
 
 async def _discard(receive: Receive) -> None:
@@ -230,10 +234,9 @@ def json_response(
 
 def error_response(error: RequestError) -> Response:
     """Return an error as a response."""
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-    return json_response(error.as_json(), error.status, headers.get(error.status))
+    return json_response(error.as_json(), error.status, error.headers)
 
 
 def _printable(text: str) -> str:
-    """Return a client's text without what a terminal would obey."""
+    """Return a client's text with control characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)[:500]

@@ -1,7 +1,7 @@
 """Measurements of the server for Prometheus, at /metrics."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
 from prometheus_client import (
@@ -12,6 +12,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from mlx_openelm.generation.batching.sequences import BatchRequest, Output
 from mlx_openelm.serving.engine_thread import EngineState
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -76,29 +77,34 @@ class Metrics:
         """Return all values in Prometheus's text format."""
         return generate_latest(self._registry)
 
-    def watch_answer(self) -> "AnswerTimer":
-        return AnswerTimer(self)
+    def watch(self, requests: Iterable[BatchRequest]) -> Callable[[Output], None]:
+        """Return a function that measures answers by their outputs."""
+        timers = {request: _AnswerTimer(self) for request in requests}
+        return lambda output: timers[output.request].add(output)
 
 
-class AnswerTimer:
+class _AnswerTimer:
     """Measures one answer."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._started = time.perf_counter()
-        self._first: float | None = None
+        self._started = self._first = time.perf_counter()
+        self._count = 0
 
-    def update(self, count: int) -> None:
-        """Note that an answer has so many tokens."""
-        if count and self._first is None:
-            self._first = time.perf_counter()
-            self._metrics.time_to_first_token.observe(self._first - self._started)
-
-    def conclude(self, *, prompt: int, cached: int, generated: int) -> None:
-        """Count the tokens of a complete answer."""
-        self._metrics.prompt_tokens.inc(prompt)
-        self._metrics.cached_tokens.inc(cached)
-        self._metrics.generated_tokens.inc(generated)
-        if self._first is not None and generated > 1:
+    def add(self, output: Output) -> None:
+        """Note an output; the last one of a complete answer counts its tokens."""
+        if output.token is not None:
+            self._count += 1
+            if self._count == 1:
+                self._first = time.perf_counter()
+                self._metrics.time_to_first_token.observe(self._first - self._started)
+        if output.finish_reason is None:
+            return
+        self._metrics.prompt_tokens.inc(len(output.request.ids))
+        self._metrics.cached_tokens.inc(output.cached_tokens)
+        self._metrics.generated_tokens.inc(self._count)
+        if self._count > 1:
             since = time.perf_counter() - self._first
-            self._metrics.tokens_per_second.observe((generated - 1) / max(since, 1e-6))
+            self._metrics.tokens_per_second.observe(
+                (self._count - 1) / max(since, 1e-6)
+            )

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
@@ -11,7 +10,7 @@ from mlx_openelm.serving.errors import RequestError
 from mlx_openelm.serving.served import Served, ServedModel
 from mlx_openelm.text.messages import check_messages
 from mlx_openelm.text.templates import RAW, TEMPLATE_NAMES, encode_turns
-from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.text.tokenizer import LONGEST_PIECE
 
 _EXPECTED = "must be a text, a list of token ids, or a list of such"
 
@@ -21,7 +20,7 @@ class RequestPrompt:
     """A prompt.
 
     Attributes:
-        text: the text it was made of; of ids, their text.
+        text: the text it was made of; of ids, their text, if it is needed.
         drops_space: whether the first space of the answer belongs to the template.
     """
 
@@ -30,8 +29,13 @@ class RequestPrompt:
     drops_space: bool = False
 
 
-def read_prompts(prompt: Any, served: Served) -> list[RequestPrompt]:
+def read_prompts(
+    prompt: Any, served: Served, *, has_text: bool = False
+) -> list[RequestPrompt]:
     """Return the prompts of a completion: a text, ids, or a list of either.
+
+    Args:
+        has_text: also return the text of ids.
 
     Raises:
         RequestError: none of these, too many, or too long.
@@ -39,7 +43,7 @@ def read_prompts(prompt: Any, served: Served) -> list[RequestPrompt]:
     many = prompt if _is_list_of_prompts(prompt) else [prompt]
     if len(many) > MOST_CHOICES:
         raise _wrong("prompt", f"holds {len(many)} prompts; at most {MOST_CHOICES}")
-    return [_read_prompt(one, served) for one in many]
+    return [_read_prompt(one, served, has_text) for one in many]
 
 
 def read_messages(
@@ -75,7 +79,7 @@ def check_length(text: str, served: Served, param: str) -> None:
     Raises:
         RequestError: it is too long.
     """
-    if len(text) > served.context_length * _longest_piece(served.tokenizer):
+    if len(text) > served.context_length * LONGEST_PIECE:
         raise RequestError(
             f"The text has {len(text)} characters, and the model's context is "
             f"{served.context_length} tokens; shorten it.",
@@ -88,7 +92,7 @@ def _is_list_of_prompts(prompt: Any) -> bool:
     return isinstance(prompt, list) and len(prompt) > 0 and not _is_id(prompt[0])
 
 
-def _read_prompt(prompt: Any, served: Served) -> RequestPrompt:
+def _read_prompt(prompt: Any, served: Served, has_text: bool) -> RequestPrompt:
     if isinstance(prompt, str):
         check_length(prompt, served, "prompt")
         try:
@@ -105,6 +109,8 @@ def _read_prompt(prompt: Any, served: Served) -> RequestPrompt:
     if not 0 <= min(prompt) <= max(prompt) < served.vocab_size:
         most = served.vocab_size - 1
         raise _wrong("prompt", f"holds ids that are not in 0 to {most}")
+    if not has_text:
+        return RequestPrompt(prompt)
     decoder = served.tokenizer.stream_decoder()
     text = "".join(map(decoder.add, prompt)) + decoder.finish()
     return RequestPrompt(prompt, text)
@@ -126,11 +132,6 @@ def _check_count(ids: Sequence[Any], served: Served, param: str) -> None:
             code="context_length_exceeded",
             param=param,
         )
-
-
-@cache
-def _longest_piece(tokenizer: Tokenizer) -> int:
-    return max(len(tokenizer.piece(i)) for i in range(tokenizer.vocab_size))
 
 
 def _is_id(value: Any) -> bool:

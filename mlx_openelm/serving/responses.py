@@ -3,32 +3,32 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import AbstractContextManager, aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from mlx_openelm.serving.engine_thread import Answers
 from mlx_openelm.serving.errors import RequestError
 from mlx_openelm.serving.guard import ClientGoneError
 
 _KEEP_ALIVE_S = 5.0  # between two parts of a stream
 _PROBE_S = 0.5  # between two bytes to a client that has closed its sending side
 
-Places = AbstractContextManager[None]  # in the queue of the engine
+_PART_BYTES = 2**16  # of a document; the client has a time limit for each part
 
 
 class StreamedResponse(Response):
     """Server-sent events."""
 
-    def __init__(
-        self, events: AsyncGenerator[dict[str, Any], None], places: Places
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], answers: Answers) -> None:
+        """Prepare to send events, JSON documents made of the answers."""
         super().__init__()
-        self._events, self._places = events, places
+        self._events, self._answers = events, answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._places:
+        with self._answers:
             await self._send_all(receive, send)
 
     async def _send_all(self, receive: Receive, send: Send) -> None:
@@ -52,7 +52,7 @@ class StreamedResponse(Response):
         try:
             async with aclosing(self._events) as events:
                 async for event in events:
-                    yield f"data: {json.dumps(event)}\n\n"
+                    yield f"data: {event}\n\n"
         except RequestError as error:
             yield f"data: {json.dumps(error.as_json())}\n\n"
         else:
@@ -62,15 +62,14 @@ class StreamedResponse(Response):
 class WholeResponse(Response):
     """One JSON document, when it is complete."""
 
-    def __init__(
-        self, document: Coroutine[Any, Any, dict[str, Any]], places: Places
-    ) -> None:
+    def __init__(self, document: Coroutine[Any, Any, str], answers: Answers) -> None:
+        """Prepare to send a JSON document made of the answers."""
         super().__init__()
-        self._document, self._places = document, places
+        self._document, self._answers = document, answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self._places:
+            with self._answers:
                 await self._send_all(scope, receive, send)
         finally:
             self._document.close()  # if it was not awaited
@@ -92,11 +91,13 @@ class WholeResponse(Response):
                 try:
                     status, body = 200, await task
                 except RequestError as error:
-                    status, body = error.status, error.as_json()
-                data = json.dumps(body).encode()
+                    status, body = error.status, json.dumps(error.as_json())
+                data = body.encode()
                 if not started:
                     await send(_start_json(status, len(data)))
-                await send({"type": "http.response.body", "body": data})
+                for start in range(0, len(data), _PART_BYTES):
+                    await send(_part(data[start : start + _PART_BYTES]))
+                await send({"type": "http.response.body", "body": b""})
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -142,7 +143,7 @@ async def _until_disconnected(receive: Receive) -> AsyncIterator[None]:
 async def _with_keep_alive(
     lines: AsyncGenerator[str, None],
 ) -> AsyncGenerator[str, None]:
-    """Yield lines, and a comment where there is none for a while."""
+    """Yield lines, and a comment where there is none for a while; close them."""
     following = asyncio.ensure_future(anext(lines))
     try:
         while True:
@@ -159,3 +160,4 @@ async def _with_keep_alive(
     finally:
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
+        await lines.aclose()

@@ -5,7 +5,9 @@ function.
 """
 
 import asyncio
+import errno
 import logging
+import math
 import os
 import resource
 import signal
@@ -30,9 +32,9 @@ from mlx_openelm.version import __version__
 
 SHUTDOWN_GRACE_S = 5.0  # for the requests in progress
 _OPEN_FILES = 8192  # one each connection
+_NO_MORE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_REPORT_INTERVAL_S = 60.0  # of connections that cannot be accepted
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class ServerLimits:
 
     Attributes:
         engine: limits of the engine.
-        queue: requests that wait for a place in the engine; more are refused.
+        queue: requests that wait for a row of the engine; more are refused.
     """
 
     engine: EngineLimits = field(default_factory=EngineLimits)
@@ -55,7 +57,6 @@ class Server:
         self, listener: Listener, served: Served, limits: ServerLimits
     ) -> None:
         self._listener, self._served, self._limits = listener, served, limits
-        self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._uvicorn: _Uvicorn | None = None
         self._signal: int | None = None
@@ -88,7 +89,7 @@ class Server:
 
     async def _serve(self, on_ready: Callable[[str], None]) -> BaseException | None:
         self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(_log_once())
+        self._loop.set_exception_handler(_make_error_handler())
         _allow_open_files()
         models = {name: m.model for name, m in self._served.models.items()}
         engine_limits = self._limits.engine
@@ -125,8 +126,10 @@ class Server:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._uvicorn = _Uvicorn(config, lambda: on_ready(self._listener.url))
         with self._signals():
-            await self._uvicorn.serve(sockets=[self._listener.socket])
-        engine.close()
+            try:
+                await self._uvicorn.serve(sockets=[self._listener.socket])
+            finally:  # a second signal must be handled while a step ends
+                await asyncio.to_thread(engine.close)
         return engine.failure
 
     def _begin_shutdown(self) -> None:
@@ -141,7 +144,7 @@ class Server:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Handle signals: the first one ends the server gently, the second at once."""
+        """Handle signals: the first starts a graceful shutdown, the second exits."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -163,7 +166,7 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn's server, with our signal handlers, that tells when it is ready."""
+    """uvicorn's server, with our signal handlers, that reports when it is ready."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -186,17 +189,24 @@ def _allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _log_once() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
-    """Return an exception handler that logs each message of the event loop once.
+def _make_error_handler() -> Callable[
+    [asyncio.AbstractEventLoop, dict[str, Any]], None
+]:
+    """Return the event loop's handler of errors: asyncio's, with one limit.
 
-    At the limit of open files asyncio repeats its message a thousand times a second.
+    At the limit of open files asyncio reports each connection that it cannot accept, a
+    thousand times a second; that is logged once a minute.
     """
-    logged: set[str] = set()
+    next_time = -math.inf
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        message = str(context["message"])
-        if message not in logged:
-            logged.add(message)
-            log.error("%s", message, exc_info=context.get("exception"))
+        nonlocal next_time
+        error = context.get("exception")
+        is_limit = isinstance(error, OSError) and error.errno in _NO_MORE_FILES
+        if is_limit and "socket" in context:
+            if loop.time() < next_time:
+                return
+            next_time = loop.time() + _REPORT_INTERVAL_S
+        loop.default_exception_handler(context)
 
     return handle

@@ -201,6 +201,12 @@ class Tokenizer:
             return self.added.spell(token)
         return self.processor.IdToPiece(token) if self.has(token) else ""
 
+    def byte_of(self, token: int) -> bytes | None:
+        """Return the byte that a piece such as `<0x0A>` stands for; else None."""
+        if token >= self.vocab_size or not self.processor.IsByte(token):
+            return None
+        return bytes([int(self.processor.IdToPiece(token)[3:5], 16)])
+
     def is_silent(self, token: int) -> bool:
         """Return whether an id has no text: special tokens and rows without a piece."""
         if added := self.added.by_id.get(token):
@@ -241,22 +247,27 @@ class StreamDecoder:
 
     def add(self, token: int) -> str:
         """Return the text that `token` completes; often one piece."""
-        processor = self._processor
-        is_piece = token < processor.vocab_size()
-        if is_piece and processor.IsByte(token):
-            self._pending += bytes([int(processor.IdToPiece(token)[3:5], 16)])
+        byte = self._tokenizer.byte_of(token)
+        if byte is not None:
+            self._pending += byte
             text, self._pending = _decode_bytes(self._pending)
             self._at_start = self._at_start and not text
             return text
         text = self.finish()
         if self._tokenizer.is_silent(token):
             return text
-        unknown = is_piece and processor.IsUnknown(token)
+        processor = self._processor
+        unknown = token < processor.vocab_size() and processor.IsUnknown(token)
         piece = " \u2047 " if unknown else self._tokenizer.piece(token)
         if self._at_start and piece.startswith(SPACE):
             piece = piece[1:]
         self._at_start = False
         return text + piece.replace(SPACE, " ")
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether bytes of an incomplete character are buffered."""
+        return bool(self._pending)
 
     def finish(self) -> str:
         """Return a replacement character for each buffered byte."""

@@ -145,13 +145,16 @@ class Failing:
         if self.place == "accept" and self.count == self.step:
             raise self.error
 
-    def copy(self):
-        return self
 
-
-@pytest.mark.parametrize("error", [OpenELMError("stuck"), ValueError("stuck")])
-@pytest.mark.parametrize("place", ["allowed", "accept"])
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize(
+    ("place", "step", "error"),
+    [
+        ("allowed", 1, ValueError("stuck")),
+        ("allowed", 4, OpenELMError("stuck")),
+        ("accept", 1, OpenELMError("stuck")),
+        ("accept", 4, ValueError("stuck")),
+    ],
+)
 def test_a_failing_constraint_ends_its_own_request(place, error, step):
     failing = ask(make_ids(9), MEDIUM, constraint=Failing(place, step, error))
     kept = ask(make_ids(9, seed=8), MEDIUM, constraint=Failing("never", 0, error))

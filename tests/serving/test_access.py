@@ -6,6 +6,9 @@ import pytest
 from commands import expect_error
 from servers import client_of, complete, get, healthy, post, request, send, serving
 
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.serving.access import Access, read_origins
+
 
 def test_the_models_are_listed(openai, client):
     (model,) = client.models.list().data
@@ -114,9 +117,49 @@ def test_all_origins_may_be_allowed(small):
         assert get(server.url, "/v1/models", Host="any.example")[0] == 200
 
 
+def test_the_key_is_not_part_of_the_text_of_a_value():
+    access = Access(api_key="secret")
+    assert "secret" not in f"{access} {access!r}"
+
+
+@pytest.mark.parametrize(
+    ("text", "origins"),
+    [
+        ("", ()),
+        (" , ", ()),
+        ("*", ("*",)),
+        ("https://a.example, ", ("https://a.example",)),
+        (
+            "https://A.example/, http://[::1]:80",
+            ("https://a.example", "http://[::1]:80"),
+        ),
+        ("app://obsidian.md", ("app://obsidian.md",)),
+    ],
+)
+def test_origins_are_read(text, origins):
+    assert read_origins(text) == origins
+    access = Access(allowed_origins=origins)
+    for origin in ("", "x", "null"):
+        assert access.allows_origin(origin, "") == ("*" in origins)
+        assert access.allows_origin(origin, "localhost") == ("*" in origins)
+    for host in (":80", "[", "]", "evil.example"):
+        assert access.trusts_host(host) == ("*" in origins)
+    assert access.trusts_host("localhost:80")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a.example", "https://", "https://:80", "http://u@a", "http://[", "null"],
+)
+def test_an_origin_without_scheme_or_host_is_refused(text):
+    with pytest.raises(OpenELMError, match="`allowed_origins` has"):
+        read_origins(f"https://a.example,{text}")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (("--allowed-origins", "a.example"), "--allowed-origins has 'a.example'"),
         (("--host", "0.0.0.0"), "--api-key"),
         (("--host", "::"), "--api-key"),
         (("--host", "0.0.0.0", "--api-key", " "), "--api-key is empty"),

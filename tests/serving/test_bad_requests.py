@@ -43,7 +43,9 @@ CHATS = "/v1/chat/completions"
         ({"prompt": "x " * 1_000_000}, "and the model's context is 512"),
         ({"prompt": [5] * 1_000_000}, "has 1000000 tokens"),
         ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": 5, "max_completion_tokens": 0}, "max_tokens is 0"),
         ({"max_tokens": -2}, "max_tokens is -2"),
+        ({"no_repeat_ngram_size": 65}, "no_repeat_ngram_size is 65"),
         ({"max_tokens": "9"}, "max_tokens is '9'"),
         ({"max_tokens": True}, "max_tokens is True"),
         ({"max_tokens": 2.5}, "max_tokens is 2.5"),
@@ -239,8 +241,9 @@ def test_a_request_without_a_host_is_refused(server):
 
 
 def test_a_method_that_is_not_possible_names_those_that_are(server):
-    status, headers, _ = get(server.url, "/v1/completions")
+    status, headers, body = get(server.url, "/v1/completions")
     assert (status, headers["allow"]) == (405, "POST")
+    assert json.loads(body)["error"]["code"] == "method_not_allowed"
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from servers import (
     space_of,
 )
 
+from mlx_openelm.generation.constraints import GrammarCompiler
 from mlx_openelm.generation.conversation import Conversation
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import generate
 from mlx_openelm.serving.api import ChatRequest, CompletionRequest, read_request
 from mlx_openelm.serving.completions import check_completion
-from mlx_openelm.serving.grammars import Grammars
 from mlx_openelm.serving.served import Served, ServedModel
 
 PATH = "/v1/chat/completions"
@@ -86,9 +86,11 @@ def test_a_space_that_the_template_ends_in_is_not_part_of_the_answer(openai, sma
 def test_an_answer_that_spells_eos_ends_there(small):
     served = Served({"t": ServedModel("t", small[0], "instruct")}, small[1], {}, {})
 
+    compiler = GrammarCompiler(served.tokenizer, served.vocab_size)
+
     def stops(kind, body):
         request = read_request(kind, json.dumps(body).encode())
-        completion = check_completion(request, served, Grammars(served))
+        completion = check_completion(request, served, compiler)
         return completion.choices[0].request.sampling.stop
 
     chat = {"messages": [USER], "stop": "x"}

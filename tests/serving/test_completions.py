@@ -65,7 +65,7 @@ def test_sampled_completions_are_those_of_generate(client, small, sampling):
         "repetition_context_size": sampling.repetition_context,
         "no_repeat_ngram_size": sampling.no_repeat_ngram,
     }
-    for prompt in PROMPTS[:3]:
+    for prompt in PROMPTS[1:3]:
         answer = complete(
             client,
             prompt,
@@ -178,10 +178,16 @@ def test_no_limit_ends_at_the_context(client):
         assert answer.choices[0].finish_reason == "length"
 
 
-def test_max_completion_tokens_has_precedence(client):
-    extra = {"max_completion_tokens": 2}
-    answer = complete(client, "a", max_tokens=9, extra_body=extra)
-    assert answer.usage.completion_tokens == 2
+@pytest.mark.parametrize("older", [None, 0, 1, 9])
+@pytest.mark.parametrize("newer", [1, 3])
+def test_max_completion_tokens_replaces_max_tokens(server, older, newer):
+    body = {"prompt": "a", "max_tokens": older, "max_completion_tokens": newer}
+    body |= {"logit_bias": {"2": -99}}
+    status, answer = post(server.url, body)
+    assert (status, answer["usage"]["completion_tokens"]) == (200, newer)
+    body |= {"echo": True, "max_completion_tokens": 0}
+    status, answer = post(server.url, body)
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 0)
 
 
 def test_a_prompt_may_be_ids(client, small):

@@ -85,6 +85,45 @@ def test_logprobs_do_not_depend_on_bias_and_penalties(client, small):
     assert found == pytest.approx(own[: len(found)], abs=1e-4)
 
 
+def check_offsets(choice, tokenizer):
+    """Check that each token is in the text where its offset is."""
+    text, found = choice["text"], choice["logprobs"]
+    offsets = found["text_offset"]
+    assert offsets == sorted(offsets)
+    for number, (token, offset) in enumerate(
+        zip(found["tokens"], offsets, strict=True)
+    ):
+        assert 0 <= offset <= len(text)
+        if token.startswith("bytes:"):
+            first = int(token[-2:], 16)
+            continues = 0x80 <= first < 0xC0
+            if continues and text[offset] != "\ufffd":
+                assert offset == offsets[number - 1]  # with the character's first
+        elif token not in ("<s>", "</s>"):
+            begins = offset == 0 and not text.startswith(token)
+            token = token.removeprefix(" ") if begins else token
+            assert text[offset : offset + len(token)] == token
+
+
+@pytest.mark.parametrize("echo", [True, False])
+@pytest.mark.parametrize("prompt", ["The king said: 日本語, naïve", [5, 260, 9, 31]])
+def test_offsets_are_the_places_of_the_tokens(server, small, echo, prompt):
+    body = {"prompt": prompt, "echo": echo, "logprobs": 1, "max_tokens": 60}
+    for temperature in (0, 1, 2):
+        options = {"temperature": temperature, "seed": 3, "logit_bias": {"2": -99}}
+        _, answer = post(server.url, body | options)
+        check_offsets(answer["choices"][0], small[1])
+
+
+def test_tokens_of_a_stop_text_have_no_log_probabilities(server, small):
+    body = {"prompt": "a", "regex": "日本(ab){3}c", "max_tokens": 60, "logprobs": 1}
+    _, answer = post(server.url, body | {"stop": "bab"})
+    (choice,) = answer["choices"]
+    assert choice["text"] == "日本a"
+    check_offsets(choice, small[1])
+    assert choice["logprobs"]["text_offset"][-1] == 2
+
+
 # Echo ----------------------------------------------------------------------------
 
 

@@ -1,5 +1,8 @@
 """How the command `serve` starts and ends."""
 
+import asyncio
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -8,9 +11,11 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import mlx.core as mx
 import pytest
+import uvicorn
 from models import make_factors, weights_of, write_mlx_lm_adapter
 from places import ROOT
 from servers import (
@@ -30,6 +35,7 @@ from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import generate
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.serving import server as server_module
+from mlx_openelm.serving.engine_thread import EngineThread
 from mlx_openelm.storage.hub import demo_folder
 from mlx_openelm.storage.loading import load
 from mlx_openelm.storage.model_folder import open_folder
@@ -67,7 +73,7 @@ def start_answers(pool, url, count, **options):
 @pytest.mark.parametrize(
     ("number", "code", "length"),
     [
-        ("SIGINT", 130, 60),
+        pytest.param("SIGINT", 130, 60, marks=pytest.mark.proof),
         ("SIGTERM", 143, 60),
         pytest.param("SIGTERM", 143, 1000, marks=pytest.mark.proof),
     ],
@@ -110,22 +116,45 @@ def test_a_signal_ends_the_server_and_clients_are_answered(
         assert whole or last["error"]["code"] == "shutting_down"
 
 
-@pytest.mark.parametrize("count", [0, 12])
-def test_a_second_signal_ends_the_server_at_once(count):
+def test_a_second_signal_ends_the_server_at_once():
     process = serve("--quiet")
     try:
         url = process.stdout.readline().strip()
-        with ThreadPoolExecutor(max(1, count)) as pool:
-            start_answers(pool, url, count)
-            time.sleep(0.5)
+        with ExitStack() as stack:
+            clients = [stack.enter_context(connect(url)) for _ in range(12)]
+            for client in clients:
+                client.sendall(request(url, "/v1/completions", LONG | {"stream": True}))
+            for client in clients:
+                client.recv(1)
             process.send_signal(signal.SIGTERM)
-            time.sleep(0.05)
+            wait_until(lambda: refuses(url))
             process.send_signal(signal.SIGTERM)
-            _, err = process.communicate(timeout=3)
+            _, err = process.communicate(timeout=60)
+            # The answers do not end, neither by themselves nor with an error.
+            assert not all(
+                b"[DONE]" in data or b"shutting_down" in data
+                for data in map(read_to_the_end, clients)
+            )
     finally:
         process.kill()
         process.wait()
     assert (process.returncode, err) == (143, "")
+
+
+def refuses(url):
+    try:
+        connect(url).close()
+    except OSError:
+        return True
+    return False
+
+
+def read_to_the_end(connection):
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            data += part
+    return data
 
 
 def test_the_grace_period_ends_answers(small, monkeypatch):
@@ -149,15 +178,63 @@ def test_the_grace_period_ends_answers(small, monkeypatch):
         assert status == (503 if n % 2 else 200)
 
 
-def test_idle_connections_do_not_delay_the_end(small):
+def test_idle_connections_do_not_delay_the_end(small, monkeypatch):
+    events, fail_all = [], EngineThread.fail_all
+
+    def record(self, error):
+        events.append("the grace period ends")
+        fail_all(self, error)
+
+    monkeypatch.setattr(EngineThread, "fail_all", record)
     with serving(*small) as server:
         idle = [connect(server.url) for _ in range(3)]
         idle[0].sendall(b"GET /health HTTP/1.1\r\nHo")
         healthy(server.url)
-        started = time.monotonic()
-    assert time.monotonic() - started < server_module.SHUTDOWN_GRACE_S
+    assert events == []
     for one in idle:
         one.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_end_of_the_engine_is_awaited_outside_of_the_event_loop(
+    small, monkeypatch, fails
+):
+    loops, close = [], EngineThread.close
+
+    def record(self):
+        with contextlib.suppress(RuntimeError):
+            loops.append(asyncio.get_running_loop())
+        close(self)
+        loops.append("ended")
+
+    async def fail(self, sockets):
+        await uvicorn.Server.serve(self, sockets)
+        raise OSError("a late failure")
+
+    monkeypatch.setattr(EngineThread, "close", record)
+    if fails:
+        monkeypatch.setattr(server_module._Uvicorn, "serve", fail)
+    with serving(*small) as server:
+        pass
+    assert loops == ["ended"]
+    assert len(server.failed) == fails
+
+
+def test_errors_of_the_event_loop_are_logged_and_those_of_its_limit_seldom(caplog):
+    full = {"exception": OSError(errno.EMFILE, "full"), "socket": None}
+    own = {"message": "a task has failed", "exception": ValueError("x")}
+
+    async def report():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(server_module._make_error_handler())
+        for _ in range(3):
+            loop.call_exception_handler({"message": "cannot accept", **full})
+            loop.call_exception_handler(own)
+
+    asyncio.run(report())
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("cannot accept" in message for message in messages) == 1
+    assert sum("a task has failed" in message for message in messages) == 3
 
 
 def test_the_key_of_the_environment_is_used_and_not_shown():

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from servers import USER, events, healthy, post, request, send
 
+from mlx_openelm.generation import constraints
+
 CHATS = "/v1/chat/completions"
 SCHEMA = {
     "type": "object",
@@ -127,6 +129,8 @@ def test_stop_texts_end_a_constrained_answer(server):
         ({"response_format": {"type": "json_schema"}}, "json_schema"),
         ({"response_format": {"type": "regex"}}, "regex"),
         ({"response_format": "json"}, "response_format is 'json'"),
+        (by_schema({"x-guidance": 5}), "x-guidance is not an object"),
+        ({"grammar": "start: start"}, "no text matches it"),
         ({"regex": "(" * 9}, "regular expression cannot be used"),
         ({"regex": "(?=a)b"}, "regular expression cannot be used"),
         ({"regex": "a" * (2**18 + 1)}, "regex"),
@@ -153,7 +157,7 @@ def test_a_grammar_that_cannot_be_used_is_refused_with_its_reason(
 def test_a_grammar_that_is_too_large_is_refused(server):
     choices = [
         {"type": "object", "properties": {f"k{n}": {"type": "string"}}}
-        for n in range(3000)
+        for n in range(2100)
     ]
     body = {"prompt": "a", "max_tokens": 2} | by_schema({"anyOf": choices})
     status, answer = post(server.url, body)
@@ -172,6 +176,14 @@ def test_a_grammar_that_exceeds_the_limits_later_is_no_failure_of_ours(server, s
     assert "cannot be constrained further" in error["message"]
     assert "<state>" not in error["message"]
     healthy(server.url)
+
+
+def test_a_grammar_is_not_used_up_by_earlier_requests(server, monkeypatch):
+    monkeypatch.setattr(constraints, "_MOST_LEXER_STATES", 120)
+    body = {"prompt": "a", "regex": "([a-z ]{1,40}e){1,30}", "max_tokens": 12}
+    body |= {"temperature": 2, "n": 2}
+    for seed in range(12):
+        assert post(server.url, body | {"seed": seed})[0] == 200
 
 
 def test_deeply_nested_schemas_do_not_end_the_server(server):

@@ -161,6 +161,14 @@ def wait_until_idle(url: str) -> None:
     wait_until(is_idle)
 
 
+def shrink_buffers(server: Any) -> None:
+    """Let connections hold little: a client that does not read then stops the server.
+
+    It applies to the connections that the server accepts from now on.
+    """
+    server._listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+
 def reset(connection: socket.socket) -> None:
     """Close a connection with a reset, not an end of file."""
     linger = b"\x01\0\0\0\0\0\0\0"

@@ -101,7 +101,7 @@ def answer_together(
             # Some wait in the engine, so that a row is given to the next at once.
             for prompt in islice(waiting, 2 * batch_size - len(answers)):
                 keys = hashed_keys(seed, prompt.number)
-                own = constraint and constraint.copy()
+                own = constraint and constraint.restarted()
                 options = prompt.sampling or sampling
                 request = BatchRequest(prompt.ids, options, keys, constraint=own)
                 engine.add(request)

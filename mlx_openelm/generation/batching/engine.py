@@ -20,6 +20,7 @@ from mlx_openelm.generation.batching.prompts import PromptQueue
 from mlx_openelm.generation.batching.rows import DecodeRows
 from mlx_openelm.generation.batching.sequences import (
     BatchRequest,
+    DeadlineError,
     Output,
     SequenceState,
     has_passed,
@@ -144,7 +145,9 @@ class Engine:
         """Fail the requests whose deadline has passed."""
         late = [s for s in self._sequences() if has_passed(s.request.deadline)]
         return [
-            sequence.fail(OpenELMError("The request was not complete at its deadline."))
+            sequence.fail(
+                DeadlineError("The request was not complete at its deadline.")
+            )
             for sequence in late
         ]
 

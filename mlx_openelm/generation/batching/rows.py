@@ -67,10 +67,10 @@ class DecodeRows:
         else:
             following = self._draw(logits)
         yield from self.read_queued()
-        going_on = [s for s in self.sequences if not s.has_ended]
+        continuing = [s for s in self.sequences if not s.has_ended]
         self._queued = following or self._draw(logits)
         # Constraints fail while a token is drawn.
-        yield from (s.fail(s.error) for s in going_on if s.error is not None)
+        yield from (s.fail(s.error) for s in continuing if s.error is not None)
 
     def read_queued(self) -> Iterator[Output]:
         """Wait for the tokens of the queued step; yield them, added to the answers."""

@@ -24,6 +24,10 @@ _KEYS_AT_ONCE = 64
 log = logging.getLogger(__name__)
 
 
+class DeadlineError(OpenELMError):
+    """A request was not complete at its deadline."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class BatchRequest:
     """A prompt, and how to continue it.
@@ -72,6 +76,10 @@ class Output:
     error: OpenELMError | None = None
     cached_tokens: int = 0
     prompt_tokens: tuple[Token, ...] = ()
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
 
 
 @dataclass(eq=False, slots=True)
@@ -143,13 +151,20 @@ class SequenceState:
                 return self.fail(error)
         prompt_tokens, self.prompt_tokens = self.prompt_tokens, ()
         return Output(
-            self.request, text, token, reason, None, self.cached_tokens, prompt_tokens
+            self.request,
+            text,
+            token=token,
+            finish_reason=reason,
+            cached_tokens=self.cached_tokens,
+            prompt_tokens=prompt_tokens,
         )
 
     def end_after_prompt(self) -> Output:
         """End a sequence that only scores its prompt."""
         self.answer.finish_reason = "length"
-        return Output(self.request, "", None, "length", None, 0, self.prompt_tokens)
+        return Output(
+            self.request, finish_reason="length", prompt_tokens=self.prompt_tokens
+        )
 
     def fail(self, error: Exception) -> Output:
         """End the sequence with an error."""
