@@ -79,6 +79,7 @@ def serve_command(
             help="Adapter that requests can choose as their model, as NAME=DIR; "
             "repeatable.",
             show_default=False,
+            rich_help_panel=SERVER,
         ),
     ] = None,
     decode_concurrency: Annotated[

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.constraints import Constraint, GrammarCompiler
@@ -26,18 +27,19 @@ def compile_grammar(
             f"The request has {' and '.join(wanted)}; an answer follows one grammar.",
             param="response_format",
         )
-    for kind, text in wanted.items():
-        return _compile(kind, text, compiler)
+    for kind, grammar in wanted.items():
+        return _compile(kind, grammar, compiler)
     return None
 
 
-def _compile(kind: str, text: str, compiler: GrammarCompiler) -> Constraint:
-    compilers: dict[str, Callable[[], Constraint]] = {
-        "json_object": compiler.json_object,
-        "json_schema": lambda: compiler.json_schema(json.loads(text)),
-        "regex": lambda: compiler.regex(text),
-        "grammar": lambda: compiler.grammar(text),
+def _compile(kind: str, grammar: Any, compiler: GrammarCompiler) -> Constraint:
+    compilers: dict[str, Callable[[Any], Constraint]] = {
+        "json_object": lambda _: compiler.json_object(),
+        "json_schema": compiler.json_schema,
+        "regex": compiler.regex,
+        "grammar": compiler.grammar,
     }
+    text = grammar if isinstance(grammar, str) else json.dumps(grammar)
     if len(text) > MOST_GRAMMAR_CHARACTERS:
         raise RequestError(
             f"{kind} has {len(text)} characters; at most "
@@ -45,14 +47,14 @@ def _compile(kind: str, text: str, compiler: GrammarCompiler) -> Constraint:
             param="response_format",
         )
     try:
-        return compilers[kind]()
+        return compilers[kind](grammar)
     except OpenELMError as error:
         raise RequestError(str(error), param="response_format") from None
 
 
-def _find_grammars(request: GenerationRequest) -> dict[str, str]:
-    """Return the kinds of grammars in a request with their texts."""
-    wanted = {}
+def _find_grammars(request: GenerationRequest) -> dict[str, Any]:
+    """Return the grammars in a request by kind: schemas, patterns and texts."""
+    wanted: dict[str, Any] = {}
     form = request.response_format
     match form.type if form else "text":
         case "json_object":
@@ -60,7 +62,7 @@ def _find_grammars(request: GenerationRequest) -> dict[str, str]:
         case "json_schema":
             assert form is not None
             assert form.json_schema is not None
-            wanted["json_schema"] = json.dumps(form.json_schema.schema_)
+            wanted["json_schema"] = form.json_schema.schema_
         case "regex" | "grammar" as kind:
             wanted[kind] = getattr(form, kind)
     for kind in ("regex", "grammar"):

@@ -10,15 +10,18 @@ FLAGS = {
     "": "--version --install-completion --show-completion",
     "generate": (
         "-p --prompt --model --adapter-path -m --max-tokens --min-tokens --temp "
-        "--top-p --top-k --min-p --repetition-penalty --repetition-context "
+        "--top-p --top-k --min-p --repetition-penalty --presence-penalty "
+        "--frequency-penalty --repetition-context "
         "--no-repeat-ngram --logit-bias --stop --stop-loops --logprobs --template "
         "--system --lookup --draft-model --prompt-cache --kv-bits --kv-group-size "
         "--max-kv-size --prompts-file --output --batch-size --force --no-stream "
+        "--json-schema --regex "
         "--seed --json --quiet --offline"
     ),
     "chat": (
         "--model --adapter-path -m --max-tokens --min-tokens --temp --top-p "
-        "--top-k --min-p --repetition-penalty --repetition-context "
+        "--top-k --min-p --repetition-penalty --presence-penalty "
+        "--frequency-penalty --repetition-context "
         "--no-repeat-ngram --logit-bias --stop --stop-loops --template --system "
         "--lookup --draft-model --kv-bits --kv-group-size --seed --json --quiet "
         "--offline"
@@ -70,7 +73,8 @@ FLAGS = {
         "--model --adapter-path --host --port --api-key --allowed-origins "
         "--template -m --max-tokens --temp --top-p --top-k --min-p "
         "--repetition-penalty --seed --decode-concurrency --prompt-concurrency "
-        "--prompt-cache-size --log-level --quiet --offline"
+        "--prompt-cache-size --log-level --quiet --offline --adapter "
+        "--prompt-cache-bytes --max-queue --request-timeout"
     ),
     "recipes": "",
     "recipes list": "--json",

@@ -8,7 +8,6 @@ from models import EVEN, small_tokenizer, weights_of, write_pt
 
 from converters.conversion.run import convert
 from mlx_openelm.generation.options import Sampling
-from mlx_openelm.serving.requests import read_completion
 from mlx_openelm.serving.server import Server
 
 PENALTIES = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
@@ -36,14 +35,11 @@ def test_given_penalties_are_kept():
 
 def test_a_request_with_temperature_zero_takes_no_penalty(monkeypatch):
     served = []
-    monkeypatch.setattr(Server, "run", lambda self, one, *_, **__: served.append(one))
+    monkeypatch.setattr(Server, "run", lambda self, **_: served.append(self._served))
     for options in ((), ("--repetition-penalty", 1.25)):
         assert call("serve", "--port", 0, "--quiet", *options).exit_code == 0
     penalties = [
-        [
-            read_completion({"prompt": "a", **body}, one, chat=False).sampling
-            for body in ({}, {"temperature": 0}, {"temperature": 0.4})
-        ]
+        [one.sampling(requested) for requested in ({}, {"temp": 0}, {"temp": 0.4})]
         for one in served
     ]
     assert [[s.repetition_penalty for s in row] for row in penalties] == [

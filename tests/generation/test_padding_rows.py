@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from models import UNEVEN, build, small_tokenizer
 
-from mlx_openelm.generation.batching import BatchPrompt, answer_together
+from mlx_openelm.generation.batching.answering import BatchPrompt, answer_together
 from mlx_openelm.generation.conversation import Conversation
 from mlx_openelm.generation.drafters import LookupDrafter, ModelDrafter, check_draft
 from mlx_openelm.generation.options import Sampling
