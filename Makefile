@@ -47,7 +47,7 @@ test: $(DEVELOP)
 	$(PYTEST) -m "not proof and not soak"
 
 proof: $(DEVELOP) $(CLIENTS)/.installed
-	$(PYTEST) -m proof
+	$(PYTEST) -m "proof and not soak"
 
 soak: $(DEVELOP) $(CLIENTS)/.installed
 	$(PYTEST) -m soak
