@@ -140,7 +140,7 @@ def test_the_address_of_a_page_on_the_hub(here, address, revision):
         "https://huggingface.co/api/datasets/a/b",
         "hf://datasets/a/b",
         "https://[huggingface.co/apple/OpenELM-270M",
-        "file:///tmp/model",
+        "file:///folder/model",
     ],
 )
 def test_another_web_address(here, address):

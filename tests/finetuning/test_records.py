@@ -197,7 +197,7 @@ def test_a_bad_line_among_thousands_is_reported_with_its_column(file):
 
 
 def test_all_problems_are_in_one_message(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # long paths would not leave room for 13 problems
+    monkeypatch.chdir(tmp_path)  # 13 problems with long paths exceed the limit
     file = Path("train.jsonl")
     message = refused(
         file,

@@ -286,7 +286,7 @@ def test_bodies_together_are_bounded(small, monkeypatch):
             assert json.loads(body)["error"]["code"] == "overloaded"
             first.sendall(data[-1:])
             assert parse(read_all(first))[0] == 400
-        assert send(server.url, data)[0] == 400  # there is room again
+        assert send(server.url, data)[0] == 400  # the limit has space again
 
 
 def test_an_incomplete_body_is_refused_after_a_while(server, monkeypatch):

@@ -95,8 +95,8 @@ for base in (url, url + "/", url + "/v1", url + "/v1/"):
 async def ask():
     client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="x", max_retries=0)
     create = client.chat.completions.create
-    asked = [create(messages=messages, **options) for _ in range(9)]
-    answers = await asyncio.gather(*asked)
+    requests = [create(messages=messages, **options) for _ in range(9)]
+    answers = await asyncio.gather(*requests)
     return [answer.choices[0].message.content for answer in answers]
 
 print(json.dumps(texts + asyncio.run(ask())))
@@ -162,14 +162,16 @@ def test_llm(server, run, tmp_path):
     options = ("-m", "tiny", "--key", "x", "-o", "temperature", 0, "-o", "max_tokens")
     expected = chat(server, USER)
     for more in ((), ("--no-stream",)):
-        said = run(llm, *options, 20, *more, "Hi", stdin=subprocess.DEVNULL)
-        assert said == f"{expected}\n"
-    said = run(llm, "-c", *options, 20, "A", stdin=subprocess.DEVNULL)
+        printed = run(llm, *options, 20, *more, "Hi", stdin=subprocess.DEVNULL)
+        assert printed == f"{expected}\n"
+    printed = run(llm, "-c", *options, 20, "A", stdin=subprocess.DEVNULL)
     answer = {"role": "assistant", "content": expected}
-    assert said == f"{chat(server, USER, answer, {'role': 'user', 'content': 'A'})}\n"
+    assert (
+        printed == f"{chat(server, USER, answer, {'role': 'user', 'content': 'A'})}\n"
+    )
     schema = ("--schema", json.dumps(SCHEMA))
-    said = run(llm, *options, 200, *schema, "Hi", stdin=subprocess.DEVNULL)
-    assert set(json.loads(said)) == {"name", "age"}
+    printed = run(llm, *options, 200, *schema, "Hi", stdin=subprocess.DEVNULL)
+    assert set(json.loads(printed)) == {"name", "age"}
 
 
 def test_curl(server, run):

@@ -50,10 +50,10 @@ class BatchSampler:
     def __init__(self, context_length: int, eos_id: int) -> None:
         self._context_length, self._eos_id = context_length, eos_id
         self._groups: list[_Group] = []
-        self._places: mx.array | None = None  # of the rows in the groups' order
+        self._row_order: mx.array | None = None  # from the groups' order to the rows'
 
     def regroup(self, sequences: Sequence[SequenceState]) -> None:
-        """Form the groups of the batch's rows anew, keeping each row's history."""
+        """Group the batch's rows again, keeping each row's history."""
         for group in self._groups:
             group.store_histories()
         by_sampling: dict[tuple[Sampling, bool], list[int]] = {}
@@ -63,14 +63,14 @@ class BatchSampler:
             _Group(sampling, [sequences[row] for row in rows], rows, self, as_alone)
             for (sampling, as_alone), rows in by_sampling.items()
         ]
-        self._places = None
+        self._row_order = None
         if len(self._groups) > 1:
             order = [row for group in self._groups for row in group.rows]
-            self._places = mx.array(np.argsort(order))
+            self._row_order = mx.array(np.argsort(order))
 
     def draw(self, logits: mx.array) -> tuple[mx.array, DrawnBatch]:
         """Draw a token for each row of logits (R, V); return them, (R,), and all."""
-        whole = self._places is None
+        whole = self._row_order is None
         drawn = [group.draw(logits, whole=whole) for group in self._groups]
         batch = DrawnBatch(
             tuple(
@@ -78,10 +78,10 @@ class BatchSampler:
                 for group, tokens in zip(self._groups, drawn, strict=True)
             )
         )
-        if self._places is None:
+        if self._row_order is None:
             return drawn[0].tokens, batch
         joined = mx.concatenate([tokens.tokens for tokens in drawn])
-        return joined[self._places], batch
+        return joined[self._row_order], batch
 
     def history_length(self, sampling: Sampling) -> int:
         return history_length(sampling, self._context_length)

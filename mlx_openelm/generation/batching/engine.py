@@ -112,14 +112,14 @@ class Engine:
         )
         self._arrivals += 1
         self._queue.add(
-            SequenceState(request, answer, budget, self._arrivals, list(request.ids))
+            SequenceState(request, answer, self._arrivals, list(request.ids))
         )
 
     def cancel(self, requests: Iterable[BatchRequest]) -> None:
         """Remove requests, if they have not ended; their rows are free at once."""
-        gone = set(map(id, requests))
+        gone = set(requests)
         for sequence in self._sequences():
-            if id(sequence.request) in gone:
+            if sequence.request in gone:
                 sequence.error = OpenELMError("The request was cancelled.")
         self._remove_ended()
 

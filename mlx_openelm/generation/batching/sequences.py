@@ -104,7 +104,6 @@ class SequenceState:
 
     request: BatchRequest
     answer: Answer
-    budget: int
     arrival: int
     ids: list[int]
     array: np.ndarray = field(init=False)
