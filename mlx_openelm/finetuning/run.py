@@ -133,19 +133,20 @@ def finetune(
 
 
 def _load_teacher(prepared: Prepared, world: World, on_progress: OnProgress) -> None:
-    """Load the teacher of a distillation; each process waits for those before it.
+    """Load the teacher of a distillation, on rank 0 first.
 
-    So that processes that share the cache's disk compute it once.
+    So that the other ranks find a cache that it has computed, on a shared disk.
     """
     objective, teacher = prepared.objective, prepared.teacher
     if not isinstance(objective, Distillation) or teacher is None:
         return
     test = prepared.test if prepared.recipe.test else ()
-    for rank in range(world.size):
-        if rank == world.rank:
-            splits = (prepared.train, prepared.valid, test)
-            objective.load_teacher(teacher, splits, on_progress)
-        world.broadcast_text("loaded")
+    splits = (prepared.train, prepared.valid, test)
+    run_on_first_rank(
+        world, lambda: objective.load_teacher(teacher, splits, on_progress)
+    )
+    if world.rank > 0:
+        objective.load_teacher(teacher, splits, on_progress)
 
 
 def _load_run(

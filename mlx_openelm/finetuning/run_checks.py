@@ -26,7 +26,13 @@ from mlx_openelm.training.state import RUNNING, STATE, load_state
 def refuse_other_settings(prepared: Prepared, world: World) -> None:
     """Raise if this process has other data, options or model than rank 0."""
     recipe = dataclasses.replace(
-        prepared.recipe, data="any", model="any", adapter_path=None, memory_limit=None
+        prepared.recipe,
+        data="any",
+        model="any",
+        adapter_path=None,
+        memory_limit=None,
+        teacher=prepared.recipe.teacher and "any",
+        teacher_cache=prepared.recipe.teacher_cache and "any",
     )
     for what, ours in (
         ("data", prepared.table.digest),

@@ -88,18 +88,10 @@ class TeacherCache:
         compute = _PartComputation(
             folder, teacher, samples, temperature, top_k, batch_size, on_progress
         )
-        with lock_target(folder):
-            _check(folder, description)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with replaced_file(folder / DESCRIPTION) as path:
-                    write_json(path, description)
-                compute.run()
-            except OSError as error:
-                raise OpenELMError(
-                    f"Cannot write the teacher's cache {folder}: "
-                    f"{error.strerror or error}; choose another `teacher_cache`."
-                ) from error
+        _check(folder, description)
+        if compute.missing():
+            with lock_target(folder):
+                compute.run(description)
         return cls(folder, samples)
 
     def targets(self, batch: Batch, samples: Sequence[Sample]) -> TopTargets:
@@ -157,17 +149,32 @@ class _PartComputation:
     batch_size: int
     on_progress: Callable[[int, int, str], None]
 
-    def run(self) -> None:
-        """Compute the parts that are not there."""
-        parts = list(enumerate(_parts(self.samples)))
-        missing = [p for p in parts if not _part_path(self.folder, p[0]).is_file()]
-        if not missing:
-            return
-        model = TeacherModel(self.teacher, self.temperature)
-        done = len(self.samples) - sum(len(samples) for _, samples in missing)
-        for part, samples in missing:
-            self._compute(model, part, samples, done)
-            done += len(samples)
+    def missing(self) -> list[tuple[int, Sequence[Sample]]]:
+        """Return the parts that are not there: their numbers and samples."""
+        parts = enumerate(_parts(self.samples))
+        return [p for p in parts if not _part_path(self.folder, p[0]).is_file()]
+
+    def run(self, description: dict[str, Any]) -> None:
+        """Compute what is missing.
+
+        Raises:
+            OpenELMError: the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replaced_file(self.folder / DESCRIPTION) as path:
+                write_json(path, description)
+            missing = self.missing()
+            model = TeacherModel(self.teacher, self.temperature)
+            done = len(self.samples) - sum(len(samples) for _, samples in missing)
+            for part, samples in missing:
+                self._compute(model, part, samples, done)
+                done += len(samples)
+        except OSError as error:
+            raise OpenELMError(
+                f"Cannot write the teacher's cache {self.folder}: "
+                f"{error.strerror or error}; choose another `teacher_cache`."
+            ) from error
         del model
         mx.clear_cache()
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -280,6 +282,31 @@ def test_a_stopped_run_resumes_with_the_same_bytes(
 def stop_never(progress, seen):
     if progress.units.startswith("steps"):
         seen.append(progress.done)
+
+
+def test_a_killed_run_resumes_with_the_same_bytes(source, tmp_path):
+    quantize(source, tmp_path / "whole")
+    script = f"""
+import os
+from pathlib import Path
+import mlx_openelm
+import converters.quantization.learning as learning
+from converters.conversion.run import convert
+learning.SAVE_SECONDS = 0.0
+def kill(progress):
+    if progress.units.startswith("steps") and progress.done == 7:
+        os._exit(9)
+convert({str(source)!r}, {str(tmp_path / "killed")!r}, learn="12steps", bits=3,
+        group_size=32, calibration=Path({str(source / "text.txt")!r}), on_progress=kill)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], check=False)
+    assert killed.returncode == 9
+    assert not (tmp_path / "killed").exists()
+    seen = []
+    quantize(source, tmp_path / "killed", on_progress=lambda p: stop_never(p, seen))
+    assert seen[0] == 7  # step 6 was the last save
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
 def test_minutes_become_steps_once(source, tmp_path, monkeypatch):
