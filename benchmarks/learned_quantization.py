@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-TOKENS = 16384  # of the held-out text
+TOKENS = 8192  # of the held-out text
 GAIN_STEPS, WINDOW = 150, 256  # of the adapters
 
 
