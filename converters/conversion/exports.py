@@ -13,6 +13,7 @@ from converters.formats.pt_writer import TensorToWrite
 from mlx_openelm.config import OpenELMConfig, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
+from mlx_openelm.text.chat_templates import chat_template
 from mlx_openelm.text.tokenizer import Tokenizer
 
 CLASSIFIER = "classifier.weight"  # CoreNet's name of an untied head
@@ -57,6 +58,7 @@ def write_gguf_file(
     plan: ConversionPlan,
     tokenizer: Tokenizer,
     *,
+    template: str | None,
     bits: float | None,
     on_written: Callable[[str], None],
 ) -> None:
@@ -80,6 +82,7 @@ def write_gguf_file(
         },
         file_type="Q8_0" if bits else GGUF_TYPES[plan.dtype],
         tokenizer=tokenizer,
+        chat_template=chat_template(template),
         on_written=on_written,
     )
 

@@ -18,7 +18,12 @@ from converters.conversion.exports import (
     write_gguf_file,
 )
 from converters.conversion.merging import open_sources
-from converters.conversion.model_folder import Job, refuse_small_disk, write_folder
+from converters.conversion.model_folder import (
+    Job,
+    find_template,
+    refuse_small_disk,
+    write_folder,
+)
 from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import write_pt
@@ -194,11 +199,16 @@ def convert_model(job: Job) -> ConversionReport:
             "again."
         )
     receipt = None
+    template = None
+    if options.to != "corenet":
+        template, about_template = find_template(source)
+        notes += about_template
     if options.to in ("corenet", "gguf"):
-        notes += _write_file(job, plan, found_tokenizer)
+        notes += _write_file(job, plan, found_tokenizer, template)
         num_bytes = target.stat().st_size
     else:
-        plan, receipt = write_folder(job, plan, found_tokenizer)
+        plan, receipt, new = write_folder(job, plan, found_tokenizer, template)
+        notes += new
         num_bytes = plan.num_bytes
         if found_tokenizer is None:
             notes.append("No tokenizer was written; generate needs one in the folder.")
@@ -318,7 +328,10 @@ def _default_name(source: ModelSource, options: ConversionOptions) -> str:
 
 
 def _write_file(
-    job: Job, plan: ConversionPlan, found_tokenizer: FoundTokenizer | None
+    job: Job,
+    plan: ConversionPlan,
+    found_tokenizer: FoundTokenizer | None,
+    template: str | None,
 ) -> tuple[str, ...]:
     """Write a .pt or GGUF file; return notes for the user."""
     count = count_tensors(job.on_progress, len(plan.config.tensor_shapes()))
@@ -331,6 +344,11 @@ def _write_file(
         assert found_tokenizer is not None
         bits = job.options.requested_bits
         write_gguf_file(
-            staging, plan, found_tokenizer.tokenizer, bits=bits, on_written=count
+            staging,
+            plan,
+            found_tokenizer.tokenizer,
+            template=template,
+            bits=bits,
+            on_written=count,
         )
         return ()

@@ -42,6 +42,7 @@ def write_gguf(
     tensors: Mapping[str, TensorToWrite],
     file_type: str,
     tokenizer: Tokenizer,
+    chat_template: str | None = None,
     on_written: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write a model and its tokenizer for llama.cpp.
@@ -50,6 +51,7 @@ def write_gguf(
         name: display name of the model.
         tensors: by CoreNet name, exactly those of `config.tensor_shapes()`, finite.
         file_type: F32, F16, BF16 or Q8_0, for the tensors of two dimensions.
+        chat_template: Jinja text.
         on_written: called with each tensor's CoreNet name once it is in the file.
 
     Raises:
@@ -72,6 +74,8 @@ def write_gguf(
         writer.add_name(_as_utf8(name))
         _add_sizes(writer, config)
         _add_tokenizer(writer, tokenizer)
+        if chat_template is not None:
+            writer.add_chat_template(chat_template)
         kind = "ALL_F32" if file_type == "F32" else f"MOSTLY_{file_type}"
         writer.add_file_type(gguf.LlamaFileType[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
