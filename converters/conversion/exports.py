@@ -18,6 +18,17 @@ from mlx_openelm.text.tokenizer import Tokenizer
 
 CLASSIFIER = "classifier.weight"  # CoreNet's name of an untied head
 GGUF_TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+FILE_SUFFIXES = {"corenet": ".pt", "gguf": ".gguf"}  # of formats that are one file
+
+
+def refuse_other_suffix(target: Path, to: str) -> None:
+    """Raise OpenELMError if a file of this format does not end in its suffix."""
+    suffix = FILE_SUFFIXES.get(to)
+    if suffix and target.suffix != suffix:
+        raise OpenELMError(
+            f"`to` {to} writes a {suffix} file, but {target} does not end in that; "
+            "choose another `mlx_path`."
+        )
 
 
 def corenet_tensors(

@@ -13,8 +13,10 @@ from converters.conversion.adapters import (
     convert_adapter,
 )
 from converters.conversion.exports import (
+    FILE_SUFFIXES,
     corenet_tensors,
     count_tensors,
+    refuse_other_suffix,
     write_gguf_file,
 )
 from converters.conversion.merging import open_sources
@@ -203,7 +205,7 @@ def convert_model(job: Job) -> ConversionReport:
     if options.to != "corenet":
         template, about_template = find_template(source)
         notes += about_template
-    if options.to in ("corenet", "gguf"):
+    if options.to in FILE_SUFFIXES:
         notes += _write_file(job, plan, found_tokenizer, template)
         num_bytes = target.stat().st_size
     else:
@@ -237,16 +239,11 @@ def convert_model(job: Job) -> ConversionReport:
 
 
 def _check_targets(job: Job) -> None:
-    if job.options.to in ("mlx", "hf"):
-        refuse_existing(job.target, force=job.force)
-    else:
-        suffix = {"corenet": ".pt", "gguf": ".gguf"}[job.options.to]
-        if job.target.suffix != suffix:
-            raise OpenELMError(
-                f"`to` {job.options.to} writes a {suffix} file, but {job.target} does "
-                "not end in that; choose another `mlx_path`."
-            )
+    refuse_other_suffix(job.target, job.options.to)
+    if job.options.to in FILE_SUFFIXES:
         refuse_existing_file(job.target, force=job.force)
+    else:
+        refuse_existing(job.target, force=job.force)
     refuse_replacing(job.target, job.source.files)
     if job.adapter_out is not None:
         refuse_existing(job.adapter_out, force=job.force)
