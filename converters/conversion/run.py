@@ -13,12 +13,19 @@ from converters.conversion.adapters import (
     convert_adapter,
 )
 from converters.conversion.exports import (
+    FILE_SUFFIXES,
     corenet_tensors,
     count_tensors,
+    refuse_other_suffix,
     write_gguf_file,
 )
 from converters.conversion.merging import open_sources
-from converters.conversion.model_folder import Job, refuse_small_disk, write_folder
+from converters.conversion.model_folder import (
+    Job,
+    find_template,
+    refuse_small_disk,
+    write_folder,
+)
 from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import write_pt
@@ -194,11 +201,16 @@ def convert_model(job: Job) -> ConversionReport:
             "again."
         )
     receipt = None
-    if options.to in ("corenet", "gguf"):
-        notes += _write_file(job, plan, found_tokenizer)
+    template = None
+    if options.to != "corenet":
+        template, about_template = find_template(source)
+        notes += about_template
+    if options.to in FILE_SUFFIXES:
+        notes += _write_file(job, plan, found_tokenizer, template)
         num_bytes = target.stat().st_size
     else:
-        plan, receipt = write_folder(job, plan, found_tokenizer)
+        plan, receipt, new = write_folder(job, plan, found_tokenizer, template)
+        notes += new
         num_bytes = plan.num_bytes
         if found_tokenizer is None:
             notes.append("No tokenizer was written; generate needs one in the folder.")
@@ -227,16 +239,11 @@ def convert_model(job: Job) -> ConversionReport:
 
 
 def _check_targets(job: Job) -> None:
-    if job.options.to in ("mlx", "hf"):
-        refuse_existing(job.target, force=job.force)
-    else:
-        suffix = {"corenet": ".pt", "gguf": ".gguf"}[job.options.to]
-        if job.target.suffix != suffix:
-            raise OpenELMError(
-                f"`to` {job.options.to} writes a {suffix} file, but {job.target} does "
-                "not end in that; choose another `mlx_path`."
-            )
+    refuse_other_suffix(job.target, job.options.to)
+    if job.options.to in FILE_SUFFIXES:
         refuse_existing_file(job.target, force=job.force)
+    else:
+        refuse_existing(job.target, force=job.force)
     refuse_replacing(job.target, job.source.files)
     if job.adapter_out is not None:
         refuse_existing(job.adapter_out, force=job.force)
@@ -318,7 +325,10 @@ def _default_name(source: ModelSource, options: ConversionOptions) -> str:
 
 
 def _write_file(
-    job: Job, plan: ConversionPlan, found_tokenizer: FoundTokenizer | None
+    job: Job,
+    plan: ConversionPlan,
+    found_tokenizer: FoundTokenizer | None,
+    template: str | None,
 ) -> tuple[str, ...]:
     """Write a .pt or GGUF file; return notes for the user."""
     count = count_tensors(job.on_progress, len(plan.config.tensor_shapes()))
@@ -331,6 +341,11 @@ def _write_file(
         assert found_tokenizer is not None
         bits = job.options.requested_bits
         write_gguf_file(
-            staging, plan, found_tokenizer.tokenizer, bits=bits, on_written=count
+            staging,
+            plan,
+            found_tokenizer.tokenizer,
+            template=template,
+            bits=bits,
+            on_written=count,
         )
         return ()
