@@ -284,7 +284,12 @@ def make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
         unfreeze(model, num_layers=recipe.num_layers)
         return
     method: Method = "dora" if recipe.fine_tune_type == "dora" else "lora"
-    modules = choose_modules(model, num_layers=recipe.num_layers, keys=recipe.keys)
+    modules = choose_modules(
+        model,
+        num_layers=recipe.num_layers,
+        keys=recipe.keys,
+        embedding=recipe.adapt_embedding,
+    )
     ranks = choose_ranks(modules, recipe.mean_rank, by_width=recipe.rank_by_width)
     adapt(
         model,
@@ -293,6 +298,7 @@ def make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
         scale=recipe.scale,
         dropout=recipe.dropout,
         seed=recipe.seed,
+        inputs_only=recipe.adapt_embedding,
     )
 
 

@@ -90,6 +90,12 @@ class FinetuneRecipe:
         panel=MODEL_PANEL,
         shown_default="all linear layers",
     )
+    adapt_embedding: bool = option(
+        False,
+        "Also adapt the token embedding, for inputs only, as CoreNet and PEFT do: the "
+        "tied output head does not change. Stock mlx-lm refuses such an adapter.",
+        panel=MODEL_PANEL,
+    )
     prompt_key: str | None = option(
         None, "Key of the prompt in each record of {data}.", panel=_DATA
     )
