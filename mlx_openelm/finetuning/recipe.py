@@ -36,7 +36,8 @@ class FinetuneRecipe:
     """
 
     data: PathText = option(
-        help="Examples: a .jsonl or .json file, or a folder with train.jsonl.",
+        help="Examples: a .jsonl, .json or .parquet file, or a folder with "
+        "train.jsonl.",
         panel=_DATA,
     )
     model: PathText = option("demo", "Model to train: demo, a folder, or a Hub id.")
@@ -114,6 +115,12 @@ class FinetuneRecipe:
         panel=_DATA,
         flags=("--mask-prompt/--no-mask-prompt",),
         shown_default="on if records have prompts",
+    )
+    repair_text: bool = option(
+        False,
+        "Repair texts with ftfy before they are tokenized, as CoreNet does: wrongly "
+        "decoded characters, curly quotes, ligatures.",
+        panel=_DATA,
     )
     turns: str = option(
         "all",
