@@ -331,21 +331,23 @@ def _write_file(
     template: str | None,
 ) -> tuple[str, ...]:
     """Write a .pt or GGUF file; return notes for the user."""
-    count = count_tensors(job.on_progress, len(plan.config.tensor_shapes()))
     with staged_file(job.target, force=job.force) as staging:
         refuse_small_disk(job.target, plan.num_bytes)
         if job.options.to == "corenet":
-            tensors, notes = corenet_tensors(plan)
-            write_pt(staging, tensors, on_written=count)
+            tensors, notes = corenet_tensors(plan, plan.source.adapter)
+            write_pt(
+                staging,
+                tensors,
+                on_written=count_tensors(job.on_progress, len(tensors)),
+            )
             return notes
         assert found_tokenizer is not None
-        bits = job.options.requested_bits
         write_gguf_file(
             staging,
             plan,
             found_tokenizer.tokenizer,
             template=template,
-            bits=bits,
-            on_written=count,
+            bits=job.options.requested_bits,
+            on_written=count_tensors(job.on_progress, len(plan.config.tensor_shapes())),
         )
         return ()
