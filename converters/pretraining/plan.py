@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from converters.formats.checkpoint_weights import find_config
 from converters.pretraining.corpus_files import find_files
 from converters.pretraining.recipe import PretrainRecipe
 from mlx_openelm.config import LLAMA_PIECES, OpenELMConfig
@@ -235,9 +236,14 @@ def count_layer_bytes(config: OpenELMConfig, layer: int, *, bf16: bool) -> int:
 def _find_config(recipe: PretrainRecipe, missing: list[str]) -> OpenELMConfig:
     if recipe.init is not None:
         init = Path(recipe.init)
+        config_path = None if init.is_dir() else find_config(init)
+        if config_path is None:  # the sizes of its tensors
+            from converters.formats.sources import locate, open_path  # imports mlx
+
+            return open_path(locate(recipe.init)).config
         if not init.is_file():
             missing.append(f"The recipe's init, {init}, is not a file.")
-        return OpenELMConfig.from_file(init.parent / "config.json")
+        return OpenELMConfig.from_file(config_path)
     path = recipe.tokenizer.path
     if path is None:
         return recipe.model.build(recipe.tokenizer.vocab_size)

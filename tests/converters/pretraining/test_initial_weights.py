@@ -9,7 +9,7 @@ from mlx_openelm.tensor_names import EMBEDDING, HEAD
 
 torch = pytest.importorskip("torch", reason="pre-training runs in PyTorch")
 
-from converters.pretraining.checkpoints import read_initial  # noqa: E402 - needs torch
+from converters.pretraining.initial_weights import read_initial  # noqa: E402 - needs torch
 
 WEIGHTS = weights_of(UNEVEN)
 
@@ -21,8 +21,8 @@ def test_wrapped_weights_with_buffers_and_a_copied_head_are_read(tmp_path, key):
     state[f"_orig_mod.{HEAD}"] = torch.from_numpy(WEIGHTS[EMBEDDING])
     torch.save({key: state, "epoch": 1} if key else state, tmp_path / "a.pt")
     write_json(tmp_path / "config.json", UNEVEN.to_dict())
-    config, weights, _ = read_initial(tmp_path / "a.pt")
-    assert config == UNEVEN
-    assert weights.keys() == WEIGHTS.keys()
-    for name, weight in weights.items():
+    initial = read_initial(str(tmp_path / "a.pt"))
+    assert initial.config == UNEVEN
+    assert initial.weights.keys() == WEIGHTS.keys()
+    for name, weight in initial.weights.items():
         np.testing.assert_array_equal(weight, WEIGHTS[name])
