@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from converters.formats.adapter_reader import Adapter, split_checkpoint
 from converters.formats.checkpoint_weights import find_config, is_copied_head
@@ -112,6 +113,11 @@ class ModelSource:
         """The dtype of the unpacked tensors."""
         table = self.tensors[EMBEDDING]
         return self.tensors[NORM].dtype if table.packing else table.dtype
+
+
+def read_float32(tensor: SourceTensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Read a tensor as float32."""
+    return np.array(tensor.read().astype(mx.float32))
 
 
 def open_source(

@@ -14,6 +14,7 @@ from converters.formats.checkpoint_weights import (
     find_config,
     is_copied_head,
 )
+from converters.pretraining.model_sources import open_model
 from converters.pretraining.training_states import Weights, read_file
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
@@ -50,26 +51,9 @@ def read_initial(name: str) -> InitialWeights:
         return _read_pt(path)
     if path.suffix in (".pt", ".bin"):
         raise OpenELMError(f"The recipe's init, {path}, is not a file.")
-    return _read_folder(name)
-
-
-def _read_folder(name: str) -> InitialWeights:
-    try:
-        import mlx.core as mx
-        import numpy as np
-
-        from converters.formats.sources import locate, open_path
-    except ImportError as error:
-        raise OpenELMError(
-            f"The recipe's init, {name}, is not a file; reading a model folder or a "
-            "Hub id needs MLX: pip install mlx."
-        ) from error
-    source = open_path(locate(name))
-    weights = {
-        name: torch.from_numpy(np.array(tensor.read().astype(mx.float32)))
-        for name, tensor in source.tensors.items()
-    }
-    return InitialWeights(source.config, weights, source.folder, source.notes)
+    opened = open_model(name)
+    weights = {n: torch.from_numpy(numbers) for n, numbers in opened.weights}
+    return InitialWeights(opened.config, weights, opened.folder, opened.notes)
 
 
 def _read_pt(path: Path) -> InitialWeights:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from converters.formats.checkpoint_weights import find_config
 from converters.pretraining.corpus_files import find_files
+from converters.pretraining.model_sources import open_model
 from converters.pretraining.recipe import PretrainRecipe
 from mlx_openelm.config import LLAMA_PIECES, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
@@ -238,9 +239,7 @@ def _find_config(recipe: PretrainRecipe, missing: list[str]) -> OpenELMConfig:
         init = Path(recipe.init)
         config_path = None if init.is_dir() else find_config(init)
         if config_path is None:  # the sizes of its tensors
-            from converters.formats.sources import locate, open_path  # imports mlx
-
-            return open_path(locate(recipe.init)).config
+            return open_model(recipe.init).config
         if not init.is_file():
             missing.append(f"The recipe's init, {init}, is not a file.")
         return OpenELMConfig.from_file(config_path)

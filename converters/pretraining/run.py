@@ -57,6 +57,7 @@ from converters.pretraining.plan import (
 )
 from converters.pretraining.processes import Processes, join_processes, stop_signals
 from converters.pretraining.recipe import PretrainRecipe
+from converters.pretraining.report import RunReport
 from converters.pretraining.setup import claim_folder, set_up
 from converters.pretraining.training_states import (
     ResumePoint,
@@ -105,6 +106,7 @@ def _train(
         with (
             claim_folder(recipe, processes, resume),
             contextlib.closing(_Run(recipe, processes, resume, on_event)) as run,
+            run.report or contextlib.nullcontext(),
         ):
             return run.train(stop)
     except torch.OutOfMemoryError as error:
@@ -130,9 +132,13 @@ class _Run:
         self.config, self.tokenizer = setup.config, setup.tokenizer
         self.loader, self.heldout = setup.loader, setup.heldout
         self.step, self.origin = setup.progress.step, setup.progress.origin
-        self.log = None
+        self.log: RunLog | None = None
+        self.report: RunReport | None = None
         with processes.shared_errors():
             if processes.first:
+                self.report = RunReport(
+                    recipe, self.config, lambda text: on_event(Noted(text))
+                )
                 self.log = RunLog(
                     self.output,
                     on_event,
@@ -271,6 +277,8 @@ class _Run:
     def _log_event(self, event: Event) -> None:
         if self.log is not None:
             self.log.write(event)
+        if self.report is not None:
+            self.report(event)
 
     # Disk ------------------------------------------------------------------------
 

@@ -178,7 +178,9 @@ def _check_moments(
             name = names[id(parameter)]
             found = moments.get(name, {})
             if lacking := keys - found.keys():
-                raise ValueError(f"{name} has no {list_names(sorted(lacking), quoted=False)}")
+                raise ValueError(
+                    f"{name} has no {list_names(sorted(lacking), quoted=False)}"
+                )
             for key in keys - {"step"}:
                 if tuple(found[key].shape) != tuple(parameter.shape):
                     raise ValueError(
