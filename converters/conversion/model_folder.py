@@ -38,10 +38,16 @@ from mlx_openelm.config import BOS_ID, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.quantization import Packing, describe_packings
+from mlx_openelm.storage.chat_template_file import (
+    read_chat_template,
+    write_chat_template,
+)
+from mlx_openelm.storage.hub import CHAT_TEMPLATE_FILE
 from mlx_openelm.storage.model_folder import METADATA_KEY, open_folder, spell_dtype
 from mlx_openelm.storage.shards import ShardWriter, write_json
 from mlx_openelm.storage.staging import SAVED_STATE, staged_folder
 from mlx_openelm.storage.tokenizer_finder import FoundTokenizer, write_tokenizer
+from mlx_openelm.text.chat_templates import chat_template, recognize
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.version import __version__
 
@@ -81,17 +87,29 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The written folder: its plan with the bits chosen, and what was measured."""
+    """The written folder: its plan with the bits chosen, and what was measured.
+
+    Attributes:
+        notes: for the user.
+    """
 
     plan: ConversionPlan
     receipt: Receipt | None
     learned: LearningRecord | None
+    notes: tuple[str, ...]
 
 
 def write_folder(
-    job: Job, plan: ConversionPlan, found_tokenizer: FoundTokenizer | None
+    job: Job,
+    plan: ConversionPlan,
+    found_tokenizer: FoundTokenizer | None,
+    template: str | None,
 ) -> "Written":
-    """Write a model folder."""
+    """Write a model folder.
+
+    Args:
+        template: its prompt template.
+    """
     source, options = plan.source, job.options
     calibration = _Calibration.read(job, plan, found_tokenizer)
     windows, learning, record = None, None, None
@@ -138,18 +156,21 @@ def write_folder(
         if not copy_generation_config(source.folder, staging):
             ids = {"bos_token_id": BOS_ID, "eos_token_id": raw["eos_token_id"]}
             write_json(staging / GENERATION_CONFIG, ids)
-        if found_tokenizer is not None:
-            write_tokenizer(found_tokenizer.tokenizer, staging)
+        tokenizer = found_tokenizer.tokenizer if found_tokenizer else None
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, staging)
+        notes = write_chat_template(staging, template, tokenizer)
         proved = job.prove(staging) if job.prove else {}
         library = "transformers" if options.to == "hf" else "mlx"
         facts = _summarize(plan, receipt, record)
         write_card(staging, source.name, source.kind, facts, library=library)
-        metadata = _build_metadata(job, receipt, source_hashes()) | dict(proved)
+        metadata = _build_metadata(job, receipt, source_hashes(), template)
+        metadata |= proved
         if record is not None:
             metadata["learned"] = asdict(record)
-        tokenizer_files = staging.glob("tokenizer*")
+        text_files = [*staging.glob("tokenizer*"), *staging.glob(CHAT_TEMPLATE_FILE)]
         metadata["files"] = written.hashes | {
-            file.name: hash_file(file) for file in tokenizer_files
+            file.name: hash_file(file) for file in text_files
         }
         write_json(staging / "config.json", raw | {METADATA_KEY: metadata})
         if job.adapter is not None and job.adapter_out is not None:
@@ -160,11 +181,14 @@ def write_folder(
                 plan.config,
                 force=job.force,
             )
-    return Written(plan, receipt, record)
+    return Written(plan, receipt, record, notes)
 
 
 def _build_metadata(
-    job: Job, receipt: Receipt | None, source_hashes: dict[str, str]
+    job: Job,
+    receipt: Receipt | None,
+    source_hashes: dict[str, str],
+    template: str | None,
 ) -> dict[str, Any]:
     """Return the mlx-openelm entry of config.json."""
     source = job.source
@@ -176,7 +200,7 @@ def _build_metadata(
         "source": described,
         "options": job.options.changed(),
     }
-    if template := _find_template(source):
+    if template:
         metadata["template"] = template
     if receipt is not None:
         metadata["receipt"] = asdict(receipt)
@@ -323,11 +347,24 @@ def _progress(job: Job, units: str) -> Callable[[int, int], None]:
     return lambda done, total: job.on_progress(Progress(done, total, units))
 
 
-def _find_template(source: ModelSource) -> str | None:
+def find_template(source: ModelSource) -> tuple[str | None, tuple[str, ...]]:
+    """Return the prompt template of a source, and notes for the user.
+
+    Raises:
+        OpenELMError: other tools cannot render it.
+    """
     template = source.metadata.get("template")
     if isinstance(template, str):
-        return template
-    return "instruct" if "instruct" in source.name.lower() else None
+        chat_template(template)
+        return template, ()
+    if text := read_chat_template(source.folder):
+        if template := recognize(text):
+            return template, ()
+        return None, (
+            "Left out the chat template of the source, which is none of those of "
+            "mlx-openelm.",
+        )
+    return "instruct" if "instruct" in source.name.lower() else None, ()
 
 
 def _summarize(

@@ -43,7 +43,7 @@ class ConversionOptions:
     to: str = option(
         "mlx",
         "Format to write: a model folder (mlx, hf) or one file (corenet, gguf); of an "
-        "adapter: mlx, peft or corenet.",
+        "adapter: mlx, peft, corenet or gguf.",
         choices=("mlx", "hf", "corenet", "peft", "gguf"),
     )
     dtype: str | None = option(

@@ -13,12 +13,19 @@ from converters.conversion.adapters import (
     convert_adapter,
 )
 from converters.conversion.exports import (
+    FILE_SUFFIXES,
     corenet_tensors,
     count_tensors,
+    refuse_other_suffix,
     write_gguf_file,
 )
 from converters.conversion.merging import open_sources
-from converters.conversion.model_folder import Job, refuse_small_disk, write_folder
+from converters.conversion.model_folder import (
+    Job,
+    find_template,
+    refuse_small_disk,
+    write_folder,
+)
 from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import write_pt
@@ -199,13 +206,17 @@ def convert_model(job: Job) -> ConversionReport:
             f"Dequantized {count_of(len(unpacked), 'tensor')}; use `bits` to quantize "
             "again."
         )
-    receipt, learned = None, None
-    if options.to in ("corenet", "gguf"):
-        notes += _write_file(job, plan, found_tokenizer)
+    receipt, learned, template = None, None, None
+    if options.to != "corenet":
+        template, about_template = find_template(source)
+        notes += about_template
+    if options.to in FILE_SUFFIXES:
+        notes += _write_file(job, plan, found_tokenizer, template)
         num_bytes = target.stat().st_size
     else:
-        written = write_folder(job, plan, found_tokenizer)
+        written = write_folder(job, plan, found_tokenizer, template)
         plan, receipt, learned = written.plan, written.receipt, written.learned
+        notes += written.notes
         num_bytes = plan.num_bytes
         notes += _describe_learning(options, learned)
         if found_tokenizer is None:
@@ -236,16 +247,11 @@ def convert_model(job: Job) -> ConversionReport:
 
 
 def _check_targets(job: Job) -> None:
-    if job.options.to in ("mlx", "hf"):
-        refuse_existing(job.target, force=job.force)
-    else:
-        suffix = {"corenet": ".pt", "gguf": ".gguf"}[job.options.to]
-        if job.target.suffix != suffix:
-            raise OpenELMError(
-                f"`to` {job.options.to} writes a {suffix} file, but {job.target} does "
-                "not end in that; choose another `mlx_path`."
-            )
+    refuse_other_suffix(job.target, job.options.to)
+    if job.options.to in FILE_SUFFIXES:
         refuse_existing_file(job.target, force=job.force)
+    else:
+        refuse_existing(job.target, force=job.force)
     refuse_replacing(job.target, job.source.files)
     if job.adapter_out is not None:
         refuse_existing(job.adapter_out, force=job.force)
@@ -348,19 +354,29 @@ def _describe_learning(
 
 
 def _write_file(
-    job: Job, plan: ConversionPlan, found_tokenizer: FoundTokenizer | None
+    job: Job,
+    plan: ConversionPlan,
+    found_tokenizer: FoundTokenizer | None,
+    template: str | None,
 ) -> tuple[str, ...]:
     """Write a .pt or GGUF file; return notes for the user."""
-    count = count_tensors(job.on_progress, len(plan.config.tensor_shapes()))
     with staged_file(job.target, force=job.force) as staging:
         refuse_small_disk(job.target, plan.num_bytes)
         if job.options.to == "corenet":
-            tensors, notes = corenet_tensors(plan)
-            write_pt(staging, tensors, on_written=count)
+            tensors, notes = corenet_tensors(plan, plan.source.adapter)
+            write_pt(
+                staging,
+                tensors,
+                on_written=count_tensors(job.on_progress, len(tensors)),
+            )
             return notes
         assert found_tokenizer is not None
-        bits = job.options.requested_bits
         write_gguf_file(
-            staging, plan, found_tokenizer.tokenizer, bits=bits, on_written=count
+            staging,
+            plan,
+            found_tokenizer.tokenizer,
+            template=template,
+            bits=job.options.requested_bits,
+            on_written=count_tensors(job.on_progress, len(plan.config.tensor_shapes())),
         )
         return ()

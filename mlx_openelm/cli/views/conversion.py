@@ -62,6 +62,9 @@ def show_adapter(console: Console, report: "AdapterReport") -> None:
         console.note_next("fuse", "--adapter-path", report.path, "--save-path", fused)
     elif report.to == "corenet":
         console.note_next("convert", report.path, "--merge")
+    elif report.to == "gguf":
+        args = ("-m", "BASE.gguf", "--lora", report.path, "-p", PROMPT)
+        console.note_next(*args, program="llama-cli")
 
 
 def show_fused(console: Console, report: "FusionReport") -> None:
