@@ -31,6 +31,7 @@ from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import write_pt
 from converters.formats.sources import ModelSource, locate
 from converters.quantization.receipt import Receipt
+from mlx_openelm.compatibility import describe_closed
 from mlx_openelm.config import (
     CORENET_ROWS,
     LLAMA_PIECES,
@@ -200,6 +201,8 @@ def convert_model(job: Job) -> ConversionReport:
             f"Dequantized {count_of(len(unpacked), 'tensor')}; use `bits` to quantize "
             "again."
         )
+    if options.to in ("mlx", "hf"):
+        notes += filter(None, [describe_closed(config)])
     receipt = None
     template = None
     if options.to != "corenet":
