@@ -14,6 +14,7 @@ from llama_cpp import PYTHON, Post, greedy, serving_gguf
 from models import made_weight, read_golden
 from safetensors.numpy import save_file
 from sentencepieces import LLAMA
+from tool_matrix import BITS, make_demo
 
 import mlx_openelm
 from converters.conversion.run import convert
@@ -113,6 +114,24 @@ def check_answers(
 
 def test_the_demo_has_our_log_probabilities(post: Post, demo: Path) -> None:
     check_answers(post, demo)
+
+
+@pytest.mark.parametrize("bits", ["4 bits", "mixed bits"])
+def test_a_quantized_folder_is_unpacked(tmp_path: Path, bits: str) -> None:
+    folder = make_demo(tmp_path, "base", **BITS[bits])
+    gguf = convert(folder, tmp_path / "demo.gguf", to="gguf", dtype="float32").path
+    with serving_gguf(Path(gguf)) as post:
+        check_answers(post, folder)
+
+
+def test_8_bits_of_llama_cpp_are_close(here: Path, demo: Path) -> None:
+    path = convert(demo, here / "8.gguf", to="gguf", bits=8).path
+    model, tokenizer = mlx_openelm.load(str(demo))
+    ids = tokenizer.encode(PROMPTS[0])
+    expected = np.array(nn.log_softmax(model(mx.array([ids]))[0, -1]))
+    with serving_gguf(Path(path)) as post:
+        _, (step,) = greedy(post, ids, 1, num_probs=50)
+    np.testing.assert_allclose(list(step.values()), expected[list(step)], atol=0.1)
 
 
 def test_texts_have_our_ids(post: Post) -> None:
@@ -239,7 +258,7 @@ def test_apples_logits_of_the_270m(here: Path) -> None:
         tokenizer=tokenizer,
     )
     with serving_gguf(path) as post:
-        check_ids(post, tokenizer)
+        check_ids(post, tokenizer)  # of 32,000 pieces
         for row, expected in zip(tokens.tolist(), logits, strict=True):
             for position, theirs in zip(positions, expected, strict=True):
                 prompt = row[: position + 1]
@@ -250,3 +269,29 @@ def test_apples_logits_of_the_270m(here: Path) -> None:
                 )
                 assert int(wanted.argmax()) == max(step, key=lambda i: step[i])
     path.unlink()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["450M", "1.1B", "3B"])
+def test_the_other_released_shapes_open(tmp_path: Path, name: str) -> None:
+    """With weights of zeros, so that all tokens are equally likely."""
+    tokenizer = read_tokenizer(demo_folder())
+    config = OpenELMConfig.preset(name, vocab_size=tokenizer.num_ids)
+    tensors = {
+        name: TensorToWrite(shape, mx.float16, partial(mx.zeros, shape, mx.float16))
+        for name, shape in config.tensor_shapes().items()
+    }
+    path = tmp_path / "zeros.gguf"
+    write_gguf(
+        path,
+        name=name,
+        config=config,
+        tensors=tensors,
+        file_type="F16",
+        tokenizer=tokenizer,
+    )
+    with serving_gguf(path) as post:
+        _, (step,) = greedy(post, [1, 5, 9], 1, num_probs=10)
+    path.unlink()
+    expected = [-np.log(config.vocab_size)] * 10
+    np.testing.assert_allclose(list(step.values()), expected, atol=1e-4)
