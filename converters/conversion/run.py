@@ -149,8 +149,11 @@ def convert(
         offline=offline,
         on_progress=on_progress,
     )
+    report = convert_model(job)
+    closed = "" if chosen.to in FILE_SUFFIXES else describe_closed(opened.config)
     return replace(
-        convert_model(job),
+        report,
+        notes=(*report.notes, *filter(None, [closed])),
         source=" ".join(map(str, names)),
         seconds=time.perf_counter() - started,
     )
@@ -201,8 +204,6 @@ def convert_model(job: Job) -> ConversionReport:
             f"Dequantized {count_of(len(unpacked), 'tensor')}; use `bits` to quantize "
             "again."
         )
-    if options.to in ("mlx", "hf"):
-        notes += filter(None, [describe_closed(config)])
     receipt = None
     template = None
     if options.to != "corenet":

@@ -14,7 +14,7 @@ from llama_cpp import PYTHON, Post, greedy, serving_gguf
 from models import made_weight, read_golden
 from safetensors.numpy import save_file
 from sentencepieces import LLAMA
-from tool_matrix import BITS, make_demo
+from tool_matrix import BITS, make_adapter, make_demo
 
 import mlx_openelm
 from converters.conversion.run import convert
@@ -31,6 +31,7 @@ from mlx_openelm.storage.tokenizer_finder import (
     PROBES,
     read_tokenizer,
 )
+from mlx_openelm.text.chat_templates import chat_template
 from mlx_openelm.text.templates import Turn, encode_turns
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -272,16 +273,16 @@ def test_apples_logits_of_the_270m(here: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["450M", "1.1B", "3B"])
-def test_the_other_released_shapes_open(tmp_path: Path, name: str) -> None:
-    """With weights of zeros, so that all tokens are equally likely."""
+@pytest.mark.parametrize("name", ["270M", "450M", "1.1B", "3B"])
+def test_the_released_shapes_open(tmp_path: Path, name: str) -> None:
+    """With a template, an adapter, and weights of zeros: all tokens equally likely."""
     tokenizer = read_tokenizer(demo_folder())
     config = OpenELMConfig.preset(name, vocab_size=tokenizer.num_ids)
     tensors = {
         name: TensorToWrite(shape, mx.float16, partial(mx.zeros, shape, mx.float16))
         for name, shape in config.tensor_shapes().items()
     }
-    path = tmp_path / "zeros.gguf"
+    path, lora = tmp_path / "zeros.gguf", tmp_path / "lora.gguf"
     write_gguf(
         path,
         name=name,
@@ -289,9 +290,15 @@ def test_the_other_released_shapes_open(tmp_path: Path, name: str) -> None:
         tensors=tensors,
         file_type="F16",
         tokenizer=tokenizer,
+        chat_template=chat_template("instruct"),
     )
-    with serving_gguf(path) as post:
+    convert(make_adapter(tmp_path / "lora", config, tmp_path), lora, to="gguf")
+    with serving_gguf(path, lora) as post:
         _, (step,) = greedy(post, [1, 5, 9], 1, num_probs=10)
+        messages = [{"role": "user", "content": "Hi"}]
+        reply = post("/v1/chat/completions", {"messages": messages, "max_tokens": 1})
     path.unlink()
     expected = [-np.log(config.vocab_size)] * 10
     np.testing.assert_allclose(list(step.values()), expected, atol=1e-4)
+    ids, _ = encode_turns(tokenizer, [Turn("user", "Hi")], "instruct")
+    assert reply["usage"]["prompt_tokens"] == len(ids)
