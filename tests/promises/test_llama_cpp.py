@@ -32,7 +32,7 @@ from mlx_openelm.storage.tokenizer_finder import (
     read_tokenizer,
 )
 from mlx_openelm.text.chat_templates import chat_template
-from mlx_openelm.text.templates import Turn, encode_turns
+from mlx_openelm.text.templates import LAYOUTS, Turn, encode_turns
 from mlx_openelm.text.tokenizer import Tokenizer
 
 pytestmark = [
@@ -155,21 +155,38 @@ TURNS = (
 )
 
 
-def test_chats_are_rendered_as_trained(post: Post) -> None:
-    tokenizer = read_tokenizer(demo_folder())
+def random_chats() -> list[list[Turn]]:
     rng = random.Random(3)
-    chats = [TURNS, TURNS[1:2], TURNS[:2], TURNS[1:]]
-    chats += [
-        [Turn(("user", "assistant")[i % 2], rng.choice(random_texts(99))) for i in r]
-        for r in (range(1 + 2 * rng.randint(0, 2)) for _ in range(40))
+    texts = [text for text in random_texts(99) if "<s>" not in text]  # special there
+    return [
+        [Turn(("user", "assistant")[i % 2], rng.choice(texts)) for i in range(length)]
+        for length in [rng.choice((1, 3, 5)) for _ in range(40)]
     ]
-    for turns in chats:
+
+
+@pytest.mark.parametrize("template", LAYOUTS)
+def test_alpaca_chats_are_rendered_as_trained(
+    tmp_path: Path, demo: Path, template: str
+) -> None:
+    raw = read_mapping(demo / "config.json")
+    folder = shutil.copytree(demo, tmp_path / "demo")
+    write_json(folder / "config.json", raw | {"mlx_openelm": {"template": template}})
+    path = convert(folder, tmp_path / "demo.gguf", to="gguf").path
+    with serving_gguf(Path(path)) as post:
+        check_chats(post, template)
+
+
+def test_instruct_chats_are_rendered_as_trained(post: Post) -> None:
+    check_chats(post, "instruct")
+
+
+def check_chats(post: Post, template: str) -> None:
+    tokenizer = read_tokenizer(demo_folder())
+    for turns in [TURNS, TURNS[1:2], TURNS[:2], TURNS[1:], *random_chats()]:
         messages = [{"role": t.role, "content": t.text} for t in turns]
-        if any("<s>" in t.text for t in turns):
-            continue  # a special token elsewhere
         text = post("/apply-template", {"messages": messages})["prompt"]
         body = {"content": text, "add_special": True, "parse_special": True}
-        ids, _ = encode_turns(tokenizer, turns, "instruct")
+        ids, _ = encode_turns(tokenizer, turns, template)
         assert post("/tokenize", body)["tokens"] == ids, turns
 
 
