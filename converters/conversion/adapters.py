@@ -24,7 +24,6 @@ from converters.formats.adapter_reader import (
     with_rows,
 )
 from converters.formats.adapter_writer import (
-    corenet_adapter_tensors,
     write_mlx_adapter,
     write_peft_adapter,
 )
@@ -144,7 +143,8 @@ def stage_adapter(
     adapter: Adapter, target: Path, base: Path, config: OpenELMConfig, *, force: bool
 ) -> None:
     """Write an adapter that was separated from its base."""
-    _write_folder(adapter, target, "mlx", config, str(base), force)
+    fitted = with_rows(adapter, config.vocab_size)
+    _write_folder(fitted, target, "mlx", config, str(base), force)
 
 
 def _write_folder(
@@ -183,13 +183,8 @@ def _write_corenet(
     """Write base and adapter unmerged into one .pt, as CoreNet stores them."""
     refuse_existing_file(target, force=force)
     dtype = getattr(mx, options.dtype) if options.dtype else base.dtype
-    tensors, notes = corenet_tensors(ConversionPlan(base, base.config, dtype, {}))
-    rows = tensors["token_embeddings.weight"].shape[0]
-    checkpoint, adapter_notes = corenet_adapter_tensors(
-        with_rows(adapter, rows), tensors
-    )
+    plan = ConversionPlan(base, base.config, dtype, {})
+    tensors, notes = corenet_tensors(plan, adapter)
     with staged_file(target, force=force) as staging:
-        write_pt(
-            staging, checkpoint, on_written=count_tensors(on_progress, len(checkpoint))
-        )
-    return (*notes, *adapter_notes)
+        write_pt(staging, tensors, on_written=count_tensors(on_progress, len(tensors)))
+    return notes

@@ -8,6 +8,8 @@ import mlx.core as mx
 
 from converters.conversion.options import Progress
 from converters.conversion.plan import ConversionPlan
+from converters.formats.adapter_reader import Adapter, with_rows
+from converters.formats.adapter_writer import corenet_adapter_tensors
 from converters.formats.gguf_writer import write_gguf
 from converters.formats.pt_writer import TensorToWrite
 from mlx_openelm.config import OpenELMConfig, pad_vocabulary
@@ -32,12 +34,15 @@ def refuse_other_suffix(target: Path, to: str) -> None:
 
 
 def corenet_tensors(
-    plan: ConversionPlan,
+    plan: ConversionPlan, adapter: Adapter | None = None
 ) -> tuple[dict[str, TensorToWrite], tuple[str, ...]]:
-    """Return a model's tensors under CoreNet's names, and notes for the user.
+    """Return the tensors of a CoreNet checkpoint, and notes for the user.
 
     CoreNet adds a padding row to the vocabulary and rounds it up to a multiple of 128;
     rows that the source lacks are zeros.
+
+    Args:
+        adapter: fits the plan's model, except for padding; it is not merged.
     """
     rows = plan.config.vocab_size
     padded = rows if plan.source.padded else pad_vocabulary(rows)
@@ -61,6 +66,10 @@ def corenet_tensors(
             "A .pt holds only tensors: keep the source's config.json beside it for the "
             "context length, RoPE base and eps."
         )
+    if adapter is not None:
+        fitted = with_rows(adapter, padded)
+        tensors, adapter_notes = corenet_adapter_tensors(fitted, tensors)
+        notes += adapter_notes
     return tensors, tuple(notes)
 
 

@@ -21,6 +21,7 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.adapter_folder import (
     CONFIG,
+    FACTORS,
     AdapterConfig,
     save_tensors,
     write_adapter,
@@ -42,6 +43,9 @@ def write_mlx_adapter(
 ) -> tuple[str, ...]:
     """Write an adapter as a folder for mlx-lm, with the same effect.
 
+    mlx-lm has no adapter of a tied embedding's inputs, and no LoRA of an embedding
+    beside DoRA: then the embedding's factors have names that mlx-lm refuses.
+
     Args:
         folder: exists and is empty.
         config: of the base; None if unknown: it is then assumed to be tied.
@@ -52,24 +56,23 @@ def write_mlx_adapter(
         Notes for the user.
 
     Raises:
-        OpenELMError: the adapter does not fit the base, or mlx-lm does not support it.
+        OpenELMError: the adapter does not fit the base, or no folder can hold it.
         OSError: writing failed.
     """
-    _check(adapter, config, "an mlx-lm adapter")
-    if TABLE in adapter.modules and not adapter.adapts_tied_head and _is_tied(config):
-        raise OpenELMError(
-            f"{adapter.name} adapts only the input embedding, but an mlx-lm adapter of "
-            "a tied base would also change the logits; merge it into its base with "
-            "`merge`."
-        )
+    _check(adapter, config)
+    inputs_only = not adapter.adapts_tied_head and (
+        _is_tied(config) or adapter.method == "dora"
+    )
+    if not inputs_only:
+        _refuse_mixed(adapter, "an mlx-lm adapter")
     modules = adapter.modules.values()
     rank, scale = shared = _share_settings(modules)
     tensors: dict[str, mx.array] = {}
     for name, module in adapter.modules.items():
-        path = to_module(f"{name}.weight")
-        for part, array in _with_settings(module, shared).items():
-            leaf = part if part == "m" else f"lora_{part}"
-            tensors[f"{path}.{leaf}"] = array
+        path, parts = to_module(f"{name}.weight"), _with_settings(module, shared)
+        name_a, name_b = FACTORS[inputs_only and module.is_embedding]
+        leaves = {"a": name_a, "b": name_b, "m": "m"}
+        tensors |= {f"{path}.{leaves[part]}": array for part, array in parts.items()}
     keys, num_layers = _name_keys(adapter, config)
     described = AdapterConfig(
         adapter.method,
@@ -83,6 +86,11 @@ def write_mlx_adapter(
     )
     write_adapter(folder, described, tensors)
     notes = []
+    if inputs_only and TABLE in adapter.modules:
+        notes.append(
+            "The adapter changes the embedding for inputs only, and stock mlx-lm "
+            "refuses it; `fuse` writes a model that mlx-lm opens."
+        )
     if any(module.rank != rank for module in modules):
         notes.append(
             f"Padded all factors with zeros to rank {rank}: mlx-lm has one rank."
@@ -109,7 +117,8 @@ def write_peft_adapter(
     Arguments, result and errors are those of `write_mlx_adapter`, but without metadata:
     PEFT would warn about an entry that it does not support.
     """
-    _check(adapter, config, "a PEFT adapter")
+    _check(adapter, config)
+    _refuse_mixed(adapter, "a PEFT adapter")
     _refuse_tied_head(adapter, _is_tied(config), "PEFT adapter")
     modules = {to_module(f"{n}.weight"): m for n, m in adapter.modules.items()}
     own = {path: _Settings(m.rank, m.scale) for path, m in modules.items()}
@@ -220,15 +229,13 @@ def _torch_name(path: str, module: AdapterModule, part: str, adapter: str = "") 
 # Checks --------------------------------------------------------------------------
 
 
-def _check(adapter: Adapter, config: OpenELMConfig | None, what: str) -> None:
-    """Raise OpenELMError if the adapter does not fit the base or one folder."""
-    if not adapter.modules:
-        raise OpenELMError(
-            f"{adapter.name} adapts only the embedding, which is merged into the base; "
-            "use `merge` instead."
-        )
+def _check(adapter: Adapter, config: OpenELMConfig | None) -> None:
+    """Raise OpenELMError if the adapter does not fit the base."""
     if config is not None:
         check_fits(adapter, config)
+
+
+def _refuse_mixed(adapter: Adapter, what: str) -> None:
     plain = [n for n, module in adapter.modules.items() if module.method == "lora"]
     if adapter.method == "dora" and plain:
         raise OpenELMError(
