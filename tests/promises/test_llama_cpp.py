@@ -25,6 +25,7 @@ from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import stream
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.storage.hub import demo_folder
+from mlx_openelm.storage.model_folder import open_folder
 from mlx_openelm.storage.shards import write_json
 from mlx_openelm.storage.tokenizer_finder import (
     LLAMA_VECTORS,
@@ -125,13 +126,22 @@ def test_a_quantized_folder_is_unpacked(tmp_path: Path, bits: str) -> None:
         check_answers(post, folder)
 
 
-def test_8_bits_of_llama_cpp_are_close(here: Path, demo: Path) -> None:
-    path = convert(demo, here / "8.gguf", to="gguf", bits=8).path
-    model, tokenizer = mlx_openelm.load(str(demo))
+@pytest.mark.parametrize("adapted", [False, True])
+def test_8_bits_of_llama_cpp_are_close(
+    tmp_path: Path, demo: Path, adapted: bool
+) -> None:
+    path = convert(demo, tmp_path / "8.gguf", to="gguf", bits=8).path
+    lora, adapter = None, None
+    if adapted:
+        config = open_folder(demo).config
+        lora = make_adapter(tmp_path / "lora", config, demo)
+        adapter = Path(convert(lora, tmp_path / "lora.gguf", to="gguf").path)
+    model, tokenizer = mlx_openelm.load(str(demo), lora and str(lora))
     ids = tokenizer.encode(PROMPTS[0])
     expected = np.array(nn.log_softmax(model(mx.array([ids]))[0, -1]))
-    with serving_gguf(Path(path)) as post:
+    with serving_gguf(Path(path), adapter) as post:
         _, (step,) = greedy(post, ids, 1, num_probs=50)
+        check_chats(post, "instruct")
     np.testing.assert_allclose(list(step.values()), expected[list(step)], atol=0.1)
 
 
