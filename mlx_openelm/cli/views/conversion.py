@@ -171,6 +171,10 @@ def show_inspection(console: Console, model: "Inspection") -> None:
         *((n, str(model.source[n])) for n in ("repo", "revision") if n in model.source),
         ("options", ", ".join(f"{k} {v}" for k, v in model.options.items()) or "none"),
         ("receipt", describe_receipt(model.receipt) if model.receipt else "none"),
+        (
+            "opens in",
+            "\n".join(f"{tool}: {how}" for tool, how in model.opens_in.items()),
+        ),
     )
     layers = Table("layer", "query heads", "key-value heads", "FFN", box=None)
     for i, layer in enumerate(model.layers):
