@@ -238,7 +238,7 @@ def run_resumable_task(
         OpenELMError: the folder has such a result, another process writes it, it cannot
             be written, or the model or the task fails.
     """
-    run = _describe_run(task, scorer.key)
+    run = describe_run(task, scorer.key)
     path = folder / f"{task.name.replace(os.sep, '_')}.json"
     try:
         with lock_target(path):
@@ -256,7 +256,7 @@ def run_resumable_task(
     return results
 
 
-def _describe_run(task: HarnessTask, model: str) -> dict[str, Any]:
+def describe_run(task: HarnessTask, model: str) -> dict[str, Any]:
     """Return everything that determines a task's answers; `model` is a fingerprint."""
     return {
         "task": task.name,

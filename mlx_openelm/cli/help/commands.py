@@ -13,6 +13,7 @@ TEXTS = (
     *("prompt", "prompt_option", "system", "stop", "sample_prompt", "keep"),
     *("regex", "api_key"),
 )
+SEVERAL = ("--checkpoints",)  # options that take more than one value
 _ADVICE = {  # for a command that does not take the argument {}
     "lora": "give examples with --data {}",
     "pretrain": "give a recipe with --recipe {}",
@@ -30,7 +31,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse; report arguments that the command does not take, with what to do."""
         ctx.allow_extra_args = True
-        rest = super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, _repeat_options(args))
         if rest and not ctx.resilient_parsing:
             ctx.fail(f"{_describe_extra(ctx, rest)}.")
         ctx.params.update(
@@ -49,6 +50,19 @@ class CommandGroup(TyperGroup):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _simplify_help(self, ctx)
         super().format_help(ctx, formatter)
+
+
+def _repeat_options(args: list[str]) -> list[str]:
+    """Repeat an option of `SEVERAL` before each value, as the parser needs it."""
+    repeated: list[str] = []
+    option = ""
+    for arg in args:
+        if arg.startswith("-"):
+            option = arg if arg in SEVERAL else ""
+        elif option and repeated[-1] != option:
+            repeated.append(option)
+        repeated.append(arg)
+    return repeated
 
 
 def _expand(value: Any) -> Any:
