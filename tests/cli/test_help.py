@@ -46,8 +46,8 @@ FLAGS = {
         "--tasks-dir --output --csv --picture --force --json --quiet --offline"
     ),
     "bench": (
-        "--model --size --bits --batch --context --prompt-tokens -m --max-tokens "
-        "--rounds --adapter-path --chart --json --quiet --offline"
+        "--model --size --bits --protocol --batch --context --prompt-tokens -m "
+        "--max-tokens --rounds --adapter-path --chart --json --quiet --offline"
     ),
     "lora": (
         "--data --model --adapter-path -c --recipe --fine-tune-type --objective "
