@@ -15,10 +15,22 @@ from converters.formats.pt_writer import TensorToWrite
 from mlx_openelm.config import OpenELMConfig, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
+from mlx_openelm.text.chat_templates import chat_template
 from mlx_openelm.text.tokenizer import Tokenizer
 
 CLASSIFIER = "classifier.weight"  # CoreNet's name of an untied head
 GGUF_TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+FILE_SUFFIXES = {"corenet": ".pt", "gguf": ".gguf"}  # of formats that are one file
+
+
+def refuse_other_suffix(target: Path, to: str) -> None:
+    """Raise OpenELMError if a file of this format does not end in its suffix."""
+    suffix = FILE_SUFFIXES.get(to)
+    if suffix and target.suffix != suffix:
+        raise OpenELMError(
+            f"`to` {to} writes a {suffix} file, but {target} does not end in that; "
+            "choose another `mlx_path`."
+        )
 
 
 def corenet_tensors(
@@ -66,6 +78,7 @@ def write_gguf_file(
     plan: ConversionPlan,
     tokenizer: Tokenizer,
     *,
+    template: str | None,
     bits: float | None,
     on_written: Callable[[str], None],
 ) -> None:
@@ -89,6 +102,7 @@ def write_gguf_file(
         },
         file_type="Q8_0" if bits else GGUF_TYPES[plan.dtype],
         tokenizer=tokenizer,
+        chat_template=chat_template(template),
         on_written=on_written,
     )
 

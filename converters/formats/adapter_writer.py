@@ -66,7 +66,7 @@ def write_mlx_adapter(
         _refuse_mixed(adapter, "an mlx-lm adapter")
     modules = adapter.modules.values()
     rank = max(module.rank for module in modules)
-    scale = _most_common([module.scale for module in modules if module.scale] or [0.0])
+    scale = most_common([module.scale for module in modules if module.scale] or [0.0])
     tensors: dict[str, mx.array] = {}
     for name, module in adapter.modules.items():
         parts, path = module.read(), to_module(f"{name}.weight")
@@ -123,8 +123,8 @@ def write_peft_adapter(
     _refuse_mixed(adapter, "a PEFT adapter")
     _refuse_tied_head(adapter, _is_tied(config), "PEFT adapter")
     modules = {to_module(f"{n}.weight"): m for n, m in adapter.modules.items()}
-    rank = _most_common(module.rank for module in modules.values())
-    alpha = _most_common(_alpha(module) for module in modules.values())
+    rank = most_common(module.rank for module in modules.values())
+    alpha = most_common(_alpha(module) for module in modules.values())
     keys, num_layers = _name_keys(adapter, config)
     if config and num_layers < config.num_transformer_layers:
         keys = tuple(modules)  # PEFT applies relative keys to all blocks
@@ -271,7 +271,8 @@ def _module(corenet_name: str) -> str:
     return to_corenet(corenet_name).removesuffix(".weight")
 
 
-def _most_common(values: Iterable[_Number]) -> _Number:
+def most_common(values: Iterable[_Number]) -> _Number:
+    """Return the value that occurs most often, on ties the first."""
     return Counter(values).most_common(1)[0][0]
 
 

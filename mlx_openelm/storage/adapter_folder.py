@@ -116,8 +116,13 @@ def open_adapter_folder(path: Path) -> AdapterFolder:
     return AdapterFolder(path, raw, method)
 
 
-def find_adapter(name: str, *, offline: bool = False) -> Path:
+def find_adapter(
+    name: str, *, offline: bool = False, parameter: str = "adapter_path"
+) -> Path:
     """Return the local path of an adapter folder; a Hub id is downloaded if necessary.
+
+    Args:
+        parameter: what the caller calls `name`, for errors.
 
     Raises:
         OpenELMError: there is no such folder, or the download failed.
@@ -125,11 +130,11 @@ def find_adapter(name: str, *, offline: bool = False) -> Path:
     path = user_path(name)
     if HUB_ID.fullmatch(name) and not path.parent.is_dir():
         return find_model(name, offline=offline)
-    _refuse_non_folder(path)
+    _refuse_non_folder(path, parameter)
     return path
 
 
-def _refuse_non_folder(path: Path) -> None:
+def _refuse_non_folder(path: Path, parameter: str = "adapter_path") -> None:
     if path.is_dir():
         return
     refuse_address(str(path))
@@ -139,7 +144,7 @@ def _refuse_non_folder(path: Path) -> None:
         )
     similar = suggest_similar(str(path), (), CONFIG)
     raise OpenELMError(
-        f"There is no adapter folder {path}; check `adapter_path`.{similar}"
+        f"There is no adapter folder {path}; check `{parameter}`.{similar}"
     )
 
 

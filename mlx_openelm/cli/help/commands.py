@@ -1,6 +1,7 @@
 """Typer's classes of commands, with a plainer --help and clearer usage errors."""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ TEXTS = (
     *("prompt", "prompt_option", "system", "stop", "sample_prompt", "keep"),
     *("regex", "api_key"),
 )
-SEVERAL = ("--checkpoints",)  # options that take more than one value
 _ADVICE = {  # for a command that does not take the argument {}
     "lora": "give examples with --data {}",
     "pretrain": "give a recipe with --recipe {}",
@@ -31,7 +31,9 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse; report arguments that the command does not take, with what to do."""
         ctx.allow_extra_args = True
-        rest = super().parse_args(ctx, _repeat_options(args))
+        parameters = self.get_params(ctx)
+        args = _add_empty_values(parameters, _repeat_options(parameters, args))
+        rest = super().parse_args(ctx, args)
         if rest and not ctx.resilient_parsing:
             ctx.fail(f"{_describe_extra(ctx, rest)}.")
         ctx.params.update(
@@ -52,17 +54,46 @@ class CommandGroup(TyperGroup):
         super().format_help(ctx, formatter)
 
 
-def _repeat_options(args: list[str]) -> list[str]:
-    """Repeat an option of `SEVERAL` before each value, as the parser needs it."""
+def _repeat_options(parameters: list[Any], args: list[str]) -> list[str]:
+    """Repeat an option before each of its values, as the parser needs it.
+
+    These are options with a metavar that ends in "...".
+    """
+    several = _flags_of(parameters, lambda metavar: metavar.endswith("..."))
     repeated: list[str] = []
     option = ""
     for arg in args:
         if arg.startswith("-"):
-            option = arg if arg in SEVERAL else ""
+            option = arg if arg in several else ""
         elif option and repeated[-1] != option:
             repeated.append(option)
         repeated.append(arg)
     return repeated
+
+
+def _add_empty_values(parameters: list[Any], args: list[str]) -> list[str]:
+    """Insert an empty value after options whose value was left out.
+
+    These are options with a metavar in brackets, before another option or at the end.
+    """
+    optional = _flags_of(parameters, lambda metavar: metavar.startswith("["))
+    filled = []
+    for arg, following in zip(args, [*args[1:], "-"], strict=True):
+        filled.append(arg)
+        if arg in optional and following.startswith("-"):
+            filled.append("")
+    return filled
+
+
+def _flags_of(parameters: list[Any], fits: Callable[[str], bool]) -> set[str]:
+    """Return the flags of the options whose metavar fits."""
+    return {
+        flag
+        for parameter in parameters
+        if fits(parameter.metavar or "")
+        for flag in parameter.opts
+        if flag.startswith("-")
+    }
 
 
 def _expand(value: Any) -> Any:
