@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def _add_empty_values(parameters: list[Any], args: list[str]) -> list[str]:
     """
     optional = _flags_of(parameters, lambda metavar: metavar.startswith("["))
     filled = []
-    for arg, following in zip(args, [*args[1:], "-"], strict=True):
+    for arg, following in pairwise([*args, "-"]):
         filled.append(arg)
         if arg in optional and following.startswith("-"):
             filled.append("")
