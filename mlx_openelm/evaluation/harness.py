@@ -73,7 +73,7 @@ def open_tasks(
             "with YAML task files."
         )
     names = [name for name, _ in requested]
-    with quiet(), _network(allowed=not offline):
+    with quiet(), network(allowed=not offline):
         manager = _open_manager(names, include_path)
         for name in names:
             if name not in manager.task_index:
@@ -343,8 +343,8 @@ def _silent() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _network(*, allowed: bool) -> Iterator[None]:
-    """Set whether `datasets` may use the network, as HF_HUB_OFFLINE does."""
+def network(*, allowed: bool) -> Iterator[None]:
+    """Set whether the Hub may be asked, as HF_HUB_OFFLINE does."""
     if allowed:
         yield
         return

@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 
 from mlx_openelm.device import runs_on_linux_cpu
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.evaluation.harness import network
 from mlx_openelm.evaluation.harness_model import quiet, require_harness
 from mlx_openelm.evaluation.loglikelihood import rolling_requests
 from mlx_openelm.evaluation.prefix_tree import count_common
@@ -82,7 +83,7 @@ def open_scorer(name: str, *, offline: bool = False) -> Scorer:
         OpenELMError: it cannot be loaded; the reason is named.
     """
     if name.startswith(HF):
-        return _HarnessScorer(name)
+        return _HarnessScorer(name, offline=offline)
     return _MLXScorer(name, find_model(name, offline=offline))
 
 
@@ -248,11 +249,11 @@ class _HarnessScorer:
     Texts have the special tokens that the model's tokenizer adds, as ours have BOS.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, offline: bool) -> None:
         pretrained = name.removeprefix(HF)
         path = user_path(pretrained)
         self._pretrained = str(path) if path.is_dir() else pretrained
-        with _explained(name), quiet():
+        with _explained(name), quiet(), network(allowed=not offline):
             from lm_eval.models.huggingface import (  # type: ignore[import-untyped] # it has no stubs
                 HFLM,
             )

@@ -51,11 +51,10 @@ def score_json(*args):
     return json.loads(run(*args, "--json").stdout)["checkpoints"]
 
 
-def alone(name, folder, **options):
-    """The scores of one checkpoint that the user has converted."""
+def load_alone(name, folder):
+    """Convert one checkpoint as a user does, and load it."""
     mlx_openelm.convert(name, folder, dtype="float32", receipt=False)
-    model, tokenizer = mlx_openelm.load(folder)
-    return mlx_openelm.evaluate(model, tokenizer, **options)
+    return mlx_openelm.load(folder)
 
 
 def test_each_checkpoint_has_its_own_scores_in_order(work):
@@ -64,10 +63,10 @@ def test_each_checkpoint_has_its_own_scores_in_order(work):
     assert [one["iteration"] for one in scores] == list(STEPS)
     assert [one["checkpoint"] for one in scores] == NAMES
     for name, one in zip(NAMES, scores, strict=True):
-        folder = f"{name}-mlx"
-        expected = alone(name, folder, text="text.txt")
+        loaded = load_alone(name, f"{name}-mlx")
+        expected = mlx_openelm.evaluate(*loaded, text="text.txt")
         assert one["bits_per_byte"] == pytest.approx(expected.bits_per_byte)
-        expected = alone(name, f"{folder}-2", tasks="tales.json").tasks["tales"]
+        expected = mlx_openelm.evaluate(*loaded, tasks="tales.json").tasks["tales"]
         assert one["tasks"]["tales"]["acc"] == expected.acc
         assert one["tasks"]["tales"]["stderr"] == pytest.approx(expected.stderr)
     assert len({one["bits_per_byte"] for one in scores}) == 3
