@@ -101,7 +101,7 @@ def bench_command(
     """Measure speed and memory on this machine.
 
     Reports prompt and generated tokens per second, the time to the first token, peak
-    memory, and the share of this machine's memory bandwidth. `--protocol apple` repeats
+    memory, and the share of this machine's memory bandwidth. --protocol apple repeats
     the benchmark whose results Apple has published.
     """
     console = Console(quiet=quiet)
