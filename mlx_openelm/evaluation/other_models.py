@@ -6,6 +6,7 @@ harness are imported when such a model is loaded.
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import sys
@@ -100,7 +101,8 @@ class _MLXScorer:
     def __init__(self, name: str, path: Path) -> None:
         raw = read_mapping(path / "config.json")
         try:
-            with quiet():
+            # mlx-lm's OLMo prints which package it needs, before it exits.
+            with contextlib.redirect_stdout(io.StringIO()):
                 from mlx_lm import load, stream_generate
                 from mlx_lm.models import cache as caches
                 from mlx_lm.sample_utils import make_sampler
@@ -235,8 +237,8 @@ class _MLXScorer:
 
 def _describe_failure(name: str, reason: str) -> str:
     return (
-        f"mlx-lm cannot load {name}: {reason}; `compare` {HF}{name} loads it with "
-        "PyTorch and transformers instead."
+        f"mlx-lm cannot load {name}: {reason}; {HF}{name} loads it with PyTorch and "
+        "transformers instead."
     )
 
 
@@ -253,7 +255,12 @@ class _HarnessScorer:
         pretrained = name.removeprefix(HF)
         path = user_path(pretrained)
         self._pretrained = str(path) if path.is_dir() else pretrained
-        with _explained(name), quiet(), network(allowed=not offline):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_explained(name))
+            stack.enter_context(quiet())
+            stack.enter_context(network(allowed=not offline))
+            if path.is_dir():  # a download shows its progress
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             from lm_eval.models.huggingface import (  # type: ignore[import-untyped] # it has no stubs
                 HFLM,
             )
