@@ -10,15 +10,28 @@ import mlx.core as mx
 
 from mlx_openelm import openblas
 
+FORCED_PATH = "MLX_OPENELM_GPU_PATH"  # environment variable; its value has no meaning
+
 
 def runs_on_gpu() -> bool:
     """Return whether MLX computes on a GPU (Metal or CUDA)."""
     return mx.default_device().type == mx.DeviceType.gpu
 
 
+def takes_gpu_path() -> bool:
+    """Return whether operations and shapes are those for a GPU.
+
+    The tests force them on the CPU, by an environment variable, to check their results.
+    """
+    return runs_on_gpu() or FORCED_PATH in os.environ
+
+
 def runs_on_linux_cpu() -> bool:
-    """Return whether MLX uses its Linux CPU back end, which is fast only in float32."""
-    return sys.platform == "linux" and not runs_on_gpu()
+    """Return whether operations are those for MLX's Linux CPU back end.
+
+    It is fast only in float32.
+    """
+    return sys.platform == "linux" and not takes_gpu_path()
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:

@@ -16,7 +16,7 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.device import runs_on_gpu, runs_on_linux_cpu
+from mlx_openelm.device import runs_on_linux_cpu, takes_gpu_path
 
 if sys.platform == "linux":
     from mlx_openelm.model import cpu_kernels as cpu
@@ -82,7 +82,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """Return silu(gate) * up, all of shape (B, T, F)."""
     if runs_on_linux_cpu():
         return cpu.swiglu(gate, up)
-    return _compiled_swiglu(gate, up) if runs_on_gpu() else _swiglu(gate, up)
+    return _compiled_swiglu(gate, up) if takes_gpu_path() else _swiglu(gate, up)
 
 
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
