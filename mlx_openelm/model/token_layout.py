@@ -164,14 +164,10 @@ class PaddedSequences(TokenLayout):
         at_once = max(1, SCORES_AT_ONCE // (Q * S * S))
         if at_once >= R:
             attended = _attend_in_segments(queries, keys, values, self.segments)
-        else:  # the backward pass computes the scores again, a part at a time
-            parts = [
-                mx.checkpoint(_attend_in_segments)(
-                    queries[rows], keys[rows], values[rows], self.segments[rows]
-                )
-                for rows in (slice(i, i + at_once) for i in range(0, R, at_once))
-            ]
-            attended = mx.concatenate(parts)
+        else:
+            attended = _attend_in_parts(
+                queries, keys, values, self.segments, at_once=at_once
+            )
         flat = attended.swapaxes(0, 1).reshape(Q, R * S, H)
         return _move(flat, self.slots, self.sources.reshape(-1))[None]
 
@@ -184,6 +180,53 @@ def _attend_in_segments(
     causal = mx.arange(S)[:, None] >= mx.arange(S)
     mask = (segments[:, :, None] == segments[:, None]) & causal  # (R, S, S)
     return attend(queries, keys, values, mask[:, None])
+
+
+def _attend_in_parts(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    segments: mx.array,
+    *,
+    at_once: int,
+) -> mx.array:
+    """Return `_attend_in_segments`, of which only the scores of a few rows exist.
+
+    The gradient computes the scores again, the same rows at a time.
+    """
+    rows = [slice(i, i + at_once) for i in range(0, segments.shape[0], at_once)]
+
+    @mx.custom_function
+    def attend_all(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        parts: list[mx.array] = []
+        for part in rows:
+            own = mx.depends(queries[part], parts[-1]) if parts else queries[part]
+            parts.append(
+                _attend_in_segments(own, keys[part], values[part], segments[part])
+            )
+        return mx.concatenate(parts)
+
+    @attend_all.vjp
+    def attend_all_vjp(
+        primals: tuple[mx.array, mx.array, mx.array],
+        cotangent: mx.array,
+        output: mx.array,
+    ) -> tuple[mx.array, ...]:
+        gradients: list[list[mx.array]] = []
+        for part in rows:
+            own = [x[part] for x in primals]
+            if gradients:
+                own[0] = mx.depends(own[0], gradients[-1])
+            _, gradient = mx.vjp(
+                lambda *x, part=part: _attend_in_segments(*x, segments[part]),
+                own,
+                [cotangent[part]],
+            )
+            gradients.append(gradient)
+        return tuple(mx.concatenate(list(x)) for x in zip(*gradients, strict=True))
+
+    attended: mx.array = attend_all(queries, keys, values)  # type: ignore[assignment] # untyped
+    return attended
 
 
 def _move(x: mx.array, sources: mx.array, targets: mx.array) -> mx.array:
