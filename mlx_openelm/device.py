@@ -3,6 +3,8 @@
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -56,6 +58,26 @@ def describe_slowness(stored: mx.Dtype, *, quantized: bool) -> list[str]:
             "OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread)"
         )
     return notes
+
+
+@contextmanager
+def wired_memory(wired: bool = True) -> Iterator[None]:
+    """Wire as much memory as the GPU is recommended to use (Metal only)."""
+    before = wire_memory() if wired else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            mx.set_wired_limit(before)
+
+
+def wire_memory() -> int | None:
+    """Do as `wired_memory` until the end; return the limit before, on Metal."""
+    limit = mx.device_info().get("max_recommended_working_set_size", 0)
+    if not (runs_on_gpu() and limit):
+        return None
+    before: int = mx.set_wired_limit(int(limit))
+    return before
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,12 @@ from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 
+Environment = Mapping[str, str]
 AHEAD, STAGED, ONE_BY_ONE = "ahead", "staged", "one by one"
 QUEUES = (AHEAD, STAGED, ONE_BY_ONE)
 VARIABLES = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
+ENVIRONMENT = "environment"  # key of a run's saved state
+FILE_VARIABLE = "MLX_OPENELM_TUNING"  # environment variable: another file
 _FORMAT = 1
 
 
@@ -51,6 +54,8 @@ DEFAULT = Tuning()
 
 def tuning_file() -> Path:
     """Return the file of this user's settings."""
+    if named := os.environ.get(FILE_VARIABLE):
+        return Path(named)
     parent = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(parent) / "mlx-openelm" / "tuning.json"
 
@@ -85,6 +90,19 @@ def read_tuning(path: Path | None = None) -> Tuning | None:
         ) from error
 
 
+def environment_of_run(state: Path) -> dict[str, str]:
+    """Return the variables that a saved training run was started with."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(state, framework="numpy") as opened:
+            run = json.loads(opened.metadata()["state"])["run"]
+        stored = run.get(ENVIRONMENT, {})
+        return {name: str(stored[name]) for name in VARIABLES if name in stored}
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        return {}  # whoever reads the state reports what is wrong
+
+
 def _checked(settings: Mapping[str, Any]) -> Tuning:
     tuning = Tuning(**settings)
     chunk, environment = tuning.prefill_chunk, tuning.environment
@@ -101,22 +119,32 @@ def _checked(settings: Mapping[str, Any]) -> Tuning:
     return tuning
 
 
-def as_json(tuning: Tuning) -> str:
+def as_stored(tuning: Tuning) -> dict[str, Any]:
     """Return the content of the file for these settings on this machine."""
-    stored = {
+    return {
         "format": _FORMAT,
         "host": describe_host(),
         "settings": dataclasses.asdict(tuning),
     }
-    return json.dumps(stored, indent=2) + "\n"
 
 
-def start_tuned(*, ignored: bool = False) -> Tuning:
+def start_tuned(
+    *, ignored: bool = False, variables: Environment | None = None
+) -> Tuning:
     """Return the settings for this process, and set its environment variables.
 
     A variable that is set already is kept. Call it before mlx is imported.
+
+    Args:
+        variables: the environment of a run to resume, instead of this machine's.
     """
-    tuning = None if ignored else read_tuning()
-    for name, value in (tuning.environment if tuning else {}).items():
+    tuning = (None if ignored else read_tuning()) or DEFAULT
+    environment = tuning.environment if variables is None else variables
+    for name, value in environment.items():
         os.environ.setdefault(name, value)
-    return tuning or DEFAULT
+    return tuning
+
+
+def current_environment() -> dict[str, str]:
+    """Return the variables of this process that MLX reads."""
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}

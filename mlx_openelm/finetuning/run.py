@@ -52,7 +52,7 @@ from mlx_openelm.training.events import (
 )
 from mlx_openelm.training.optimizer import make_optimizer
 from mlx_openelm.training.state import TrainingState, running
-from mlx_openelm.tuning import DEFAULT, Tuning
+from mlx_openelm.tuning import DEFAULT, ENVIRONMENT, Tuning, current_environment
 
 
 def finetune(
@@ -116,7 +116,8 @@ def finetune(
             prepared.recipe, tuning, world, path if resume else None
         )
         run = _load_run(prepared, world, compiled, _hand_to(observers))
-        saver = RunSaver(run, {**prepared.identity, COMPILED: compiled})
+        path_of_run = {COMPILED: compiled, ENVIRONMENT: current_environment()}
+        saver = RunSaver(run, {**prepared.identity, **path_of_run})
         validator = Validator(
             run, prepared.valid, saver, _make_generator(prepared, run.model)
         )

@@ -218,7 +218,7 @@ def _attend_in_parts(
             if gradients:
                 own[0] = mx.depends(own[0], gradients[-1])
             _, gradient = mx.vjp(
-                lambda *x, part=part: _attend_in_segments(*x, segments[part]),
+                lambda q, k, v, part=part: _attend_in_segments(q, k, v, segments[part]),
                 own,
                 [cotangent[part]],
             )

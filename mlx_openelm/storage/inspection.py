@@ -17,6 +17,7 @@ from mlx_openelm.storage.model_folder import (
 )
 from mlx_openelm.storage.tokenizer_finder import MODEL_FILE, read_tokenizer
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
+from mlx_openelm.tuning import Tuning, read_tuning
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Inspection:
         rewritten: another tool has written other weights since, which options and
             receipt do not describe.
         notes: notes for the user on the files.
+        tuning: the settings that `selfcheck --tune` stored for this machine.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class Inspection:
     receipt: Mapping[str, Any] | None
     rewritten: bool = False
     notes: tuple[str, ...] = ()
+    tuning: Tuning | None = None
 
 
 def inspect(path: Path, *, context: int | None = None) -> Inspection:
@@ -118,6 +121,7 @@ def inspect(path: Path, *, context: int | None = None) -> Inspection:
         receipt=_read_mapping(metadata, "receipt"),
         rewritten=before is not None,
         notes=folder.notes,
+        tuning=read_tuning(),
     )
 
 
