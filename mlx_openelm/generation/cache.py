@@ -110,9 +110,11 @@ class SlotCache:
     Every sequence has a row of slots. A step adds a token to each of the first R rows.
     Rows and slots grow with what they hold.
 
+    The caller sets the attributes before each step, in all layers.
+
     Attributes:
-        offset: number of tokens in each of these rows, (R,). The caller sets it before
-            each step, in all layers.
+        rows: numbers of these rows, (R,).
+        offset: number of tokens in each of them, (R,).
         reach: number of slots that a step attends to; more than any row holds.
         newest: the keys and values of the last step.
     """
@@ -120,7 +122,8 @@ class SlotCache:
     step = 256  # slots by which the rows grow
 
     def __init__(self) -> None:
-        self.offset, self.reach = mx.zeros((0,), mx.int32), 1
+        self.rows = self.offset = mx.zeros((0,), mx.int32)
+        self.reach = 1
         self.newest: tuple[mx.array, ...] = ()
         self._parts: list[mx.array] = []
 
@@ -136,7 +139,7 @@ class SlotCache:
         self.newest = keys, values
         self._reserve((keys, values), rows, self.reach)
         for slots, new in zip(self._parts, (keys, values), strict=True):
-            slots[mx.arange(rows), :, self.offset] = new.squeeze(2)
+            slots[self.rows, :, self.offset] = new.squeeze(2)
         all_keys, all_values = self._parts
         return all_keys[:rows, :, : self.reach], all_values[:rows, :, : self.reach]
 

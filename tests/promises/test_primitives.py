@@ -79,7 +79,7 @@ def decoded_in_batch(model, make_step=plain_batch_step):
         heads = mx.zeros((1, 2, 5, 32), mx.bfloat16)
         layer.put(0, heads, heads)
         layer.put(1, heads, heads)
-        layer.offset, layer.reach = mx.array([5, 5]), 32
+        layer.rows, layer.offset, layer.reach = mx.arange(2), mx.array([5, 5]), 32
     mx.eval([layer.state for layer in cache])
     make_step(model)(mx.array([4, 9]), cache)
     mx.eval([layer.state for layer in cache])

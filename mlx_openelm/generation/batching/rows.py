@@ -135,10 +135,11 @@ class DecodeRows:
 
     def _build_forward(self) -> mx.array:
         """Process the newest token of every row; return the logits (R, V)."""
-        offsets = mx.array([sequence.offset for sequence in self.sequences])
-        longest = max(sequence.offset for sequence in self.sequences) + 1
+        offsets = [sequence.offset for sequence in self.sequences]
+        rows, offset = mx.arange(len(offsets)), mx.array(offsets)
+        reach = -(-(max(offsets) + 1) // REACH) * REACH
         for layer in self._cache:
-            layer.offset, layer.reach = offsets, -(-longest // REACH) * REACH
+            layer.rows, layer.offset, layer.reach = rows, offset, reach
         logits = self._step(self._tokens, self._cache)
         for sequence in self.sequences:
             sequence.offset += 1
