@@ -28,6 +28,7 @@ from mlx_openelm.bench.models import (
 )
 from mlx_openelm.bench.plan import make_subject, open_subject
 from mlx_openelm.bench.report import Figure
+from mlx_openelm.bench.training import make_update
 from mlx_openelm.device import (
     Machine,
     compute_dtype,
@@ -36,19 +37,12 @@ from mlx_openelm.device import (
     takes_gpu_path,
     wired_memory,
 )
-from mlx_openelm.finetuning.compiled.objectives import padded_objective
-from mlx_openelm.finetuning.objectives import make_objective
-from mlx_openelm.finetuning.preparation import make_trainable
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.samples import Sample
 from mlx_openelm.generation.decoding import PREFILL_CHUNK, Context, draw_tokens
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.training.arrays import digest_arrays, trained_tensors
-from mlx_openelm.training.compiled_step import CompiledStep
-from mlx_openelm.training.distributed import World
-from mlx_openelm.training.optimizer import make_optimizer
-from mlx_openelm.training.step import Part, Step
 from mlx_openelm.tuning import DEFAULT, QUEUES, VARIABLES, Tuning
 from mlx_openelm.version import __version__
 
@@ -359,23 +353,14 @@ def _training_run(
     parts = [samples[i : i + 4] for i in range(0, len(samples), 4)]
 
     def run() -> tuple[float, str]:
-        trained = OpenELM(model.config)
-        trained.update(model.parameters())
-        make_trainable(trained, recipe)
-        optimizer = make_optimizer(trained, "adamw", (0.9, 0.95), 1e-8, 0.0)
-        objective = make_objective(recipe)
-        step: Step | CompiledStep
-        if compiled:
-            padded = padded_objective(objective, recipe, parts, 64)
-            step = CompiledStep(trained, padded, optimizer, clip_norm=1.0)
-        else:
-            step = Step(trained, objective, optimizer, World(0, 1), clip_norm=1.0)
+        copied = OpenELM(model.config)
+        copied.update(model.parameters())
+        update, trained = make_update(copied, recipe, parts, compiled=compiled)
         count, started = 0, time.perf_counter()
         for number, part in enumerate(parts):
             if number == len(parts) // 4:  # most shapes are compiled
                 count, started = 0, time.perf_counter()
-            result = step.update([Part(0, (0,), part)], learning_rate=1e-3)
-            count += result.totals.count
+            count += update(part, 1e-3)
         seconds = time.perf_counter() - started
         return count / seconds, digest_arrays(trained_tensors(trained))
 
