@@ -22,6 +22,7 @@ from mlx_openelm.storage.tokenizer_finder import (
     read_tokenizer,
 )
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
+from mlx_openelm.tuning import Tuning, read_tuning
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Inspection:
         rewritten: another tool has written other weights since, which options and
             receipt do not describe.
         notes: notes for the user on the files.
+        tuning: the settings that `selfcheck --tune` stored for this machine.
     """
 
     path: Path
@@ -75,6 +77,7 @@ class Inspection:
     opens_in: Mapping[str, Opening]
     rewritten: bool = False
     notes: tuple[str, ...] = ()
+    tuning: Tuning | None = None
 
 
 def inspect(path: Path, *, context: int | None = None) -> Inspection:
@@ -130,6 +133,7 @@ def inspect(path: Path, *, context: int | None = None) -> Inspection:
         ),
         rewritten=before is not None,
         notes=folder.notes,
+        tuning=read_tuning(),
     )
 
 
