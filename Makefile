@@ -4,6 +4,7 @@
 # make proof      the tests that take longer
 # make soak       the longest tests, after a change of what they cover (see CONTRIBUTING.md)
 # make clients    the clients that proof and soak ask the server with, in .venv-clients
+# make llama-cpp  the llama.cpp that proof and soak run GGUF files with, in .venv-llama-cpp
 # make check      style, types and layers
 # make docs       the pages of docs/ as a site, in site/
 # make release    wheel and sdist in dist/, checked
@@ -30,10 +31,11 @@ INSTALLED := $(VENV)/.installed$(MLX:%=-%)
 DEVELOP := $(VENV)/.develop$(if $(TORCH),,-without-torch)
 DOCS := $(VENV)/.docs
 CLIENTS := .venv-clients
+LLAMA_CPP := .venv-llama-cpp
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
-.PHONY: demo install test proof soak clients check docs release clean which-python
+.PHONY: demo install test proof soak clients llama-cpp check docs release clean which-python
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -46,13 +48,15 @@ install: $(INSTALLED)
 test: $(DEVELOP)
 	$(PYTEST) -m "not proof and not soak"
 
-proof: $(DEVELOP) $(CLIENTS)/.installed
+proof: $(DEVELOP) $(CLIENTS)/.installed $(LLAMA_CPP)/.installed
 	$(PYTEST) -m "proof and not soak"
 
-soak: $(DEVELOP) $(CLIENTS)/.installed
+soak: $(DEVELOP) $(CLIENTS)/.installed $(LLAMA_CPP)/.installed
 	$(PYTEST) -m soak
 
 clients: $(CLIENTS)/.installed
+
+llama-cpp: $(LLAMA_CPP)/.installed
 
 check: $(DEVELOP)
 	$(BIN)/ruff check .
@@ -93,12 +97,13 @@ $(DEVELOP): $(BIN)/python pyproject.toml
 	@$(PIP_INSTALL) $(if $(TORCH),"$(TORCH)" -e ".[torch]" --group with-torch,-e .) --group dev
 	@touch $(INSTALLED) $@
 
-# They depend on much that the package does not need.
-$(CLIENTS)/.installed: $(BIN)/python pyproject.toml
-	@echo "Installing clients of the server into $(CLIENTS)." >&2
-	@$(BIN)/python -m venv --clear $(CLIENTS)
-	@$(CLIENTS)/bin/python -m pip install -qq --disable-pip-version-check --upgrade "pip>=25.1"
-	@$(CLIENTS)/bin/python -m pip install -qq --disable-pip-version-check --group clients
+# Programs of others, with dependencies that the package does not need: the environment
+# .venv-NAME has the dependency group NAME.
+$(CLIENTS)/.installed $(LLAMA_CPP)/.installed: .venv-%/.installed: $(BIN)/python pyproject.toml
+	@echo "Installing $* into .venv-$*." >&2
+	@$(BIN)/python -m venv --clear .venv-$*
+	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check --upgrade "pip>=25.1"
+	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check --group $*
 	@touch $@
 
 $(DOCS): $(BIN)/python pyproject.toml

@@ -94,7 +94,8 @@ def interpolate_multipliers(
 ) -> list[float]:
     """Return one multiplier per layer, from a scalar, a (first, last) pair or a list.
 
-    A pair is interpolated linearly over the layers and rounded to two decimals.
+    A pair is interpolated linearly over the layers and rounded to two decimals, as
+    numpy rounds: a multiple of 0.01 by ties to even of the hundredfold value.
     """
     if isinstance(multipliers, int | float):
         return [float(multipliers)] * num_layers
@@ -107,7 +108,10 @@ def interpolate_multipliers(
         )
     first, last = multipliers
     step = (last - first) / max(num_layers - 1, 1)
-    return [round(first + i * step, 2) for i in range(num_layers)]
+    exact = [first + i * step for i in range(num_layers)]
+    if num_layers > 1:
+        exact[-1] = last
+    return [round(m * 100) / 100 for m in exact]
 
 
 def is_size(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Convert an adapter folder to the format of mlx-lm, PEFT or CoreNet."""
+"""Convert an adapter folder to the format of mlx-lm, PEFT, CoreNet or llama.cpp."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from converters.conversion.exports import corenet_tensors, count_tensors
+from converters.conversion.exports import (
+    corenet_tensors,
+    count_tensors,
+    refuse_other_suffix,
+)
 from converters.conversion.merging import fit_rows, open_base
 from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import ConversionPlan
@@ -20,10 +24,10 @@ from converters.formats.adapter_reader import (
     with_rows,
 )
 from converters.formats.adapter_writer import (
-    corenet_adapter_tensors,
     write_mlx_adapter,
     write_peft_adapter,
 )
+from converters.formats.gguf_adapter import write_gguf_adapter
 from converters.formats.pt_writer import write_pt
 from converters.formats.sources import ModelSource, name_folder
 from mlx_openelm.config import OpenELMConfig
@@ -37,13 +41,20 @@ from mlx_openelm.storage.staging import (
 )
 from mlx_openelm.version import __version__
 
+_SUFFIXES = {  # of the default output, by format
+    "mlx": "-mlx",
+    "peft": "-peft",
+    "corenet": "-corenet.pt",
+    "gguf": ".gguf",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterReport:
     """Summary of a converted adapter.
 
     Attributes:
-        to: mlx, peft or corenet.
+        to: mlx, peft, corenet or gguf.
         base: the base from the option `model`, else from the adapter's files.
     """
 
@@ -80,10 +91,10 @@ def convert_adapter(
     needs_model = (
         options.quantizes or options.dequantize or options.apart or options.weights
     )
-    if options.to not in ("mlx", "peft", "corenet") or needs_model:
+    if options.to not in _SUFFIXES or needs_model:
         raise OpenELMError(
             f"{path} is an adapter; use `merge` to write it and its base as one model, "
-            "or convert it with `to` mlx, peft or corenet and without `bits`, "
+            "or convert it with `to` mlx, peft, corenet or gguf and without `bits`, "
             "`dequantize`, `adapter_out` and `weights`."
         )
     base = None
@@ -91,14 +102,18 @@ def convert_adapter(
         base = open_base(adapter, options.base, offline=offline)
         adapter = fit_rows(adapter, base.config)
         check_fits(adapter, base.config)
-    ending = "-corenet.pt" if options.to == "corenet" else f"-{options.to}"
-    target = target or Path(f"{adapter.name}{ending}")
+    target = target or Path(f"{adapter.name}{_SUFFIXES[options.to]}")
+    refuse_other_suffix(target, options.to)
     refuse_replacing(target, (*adapter.files, *(base.files if base else ())))
     name = options.base or adapter.base
     config = base.config if base else None
     if options.to == "corenet":
         assert base is not None
         notes = _write_corenet(adapter, base, target, options, force, on_progress)
+    elif options.to == "gguf":
+        refuse_existing_file(target, force=force)
+        with staged_file(target, force=force) as staging:
+            notes = write_gguf_adapter(staging, adapter)
     else:
         notes = _write_folder(adapter, target, options.to, config, name, force)
     ranks = {module.rank for module in adapter.modules.values()}
@@ -128,7 +143,8 @@ def stage_adapter(
     adapter: Adapter, target: Path, base: Path, config: OpenELMConfig, *, force: bool
 ) -> None:
     """Write an adapter that was separated from its base."""
-    _write_folder(adapter, target, "mlx", config, str(base), force)
+    fitted = with_rows(adapter, config.vocab_size)
+    _write_folder(fitted, target, "mlx", config, str(base), force)
 
 
 def _write_folder(
@@ -167,13 +183,8 @@ def _write_corenet(
     """Write base and adapter unmerged into one .pt, as CoreNet stores them."""
     refuse_existing_file(target, force=force)
     dtype = getattr(mx, options.dtype) if options.dtype else base.dtype
-    tensors, notes = corenet_tensors(ConversionPlan(base, base.config, dtype, {}))
-    rows = tensors["token_embeddings.weight"].shape[0]
-    checkpoint, adapter_notes = corenet_adapter_tensors(
-        with_rows(adapter, rows), tensors
-    )
+    plan = ConversionPlan(base, base.config, dtype, {})
+    tensors, notes = corenet_tensors(plan, adapter)
     with staged_file(target, force=force) as staging:
-        write_pt(
-            staging, checkpoint, on_written=count_tensors(on_progress, len(checkpoint))
-        )
-    return (*notes, *adapter_notes)
+        write_pt(staging, tensors, on_written=count_tensors(on_progress, len(tensors)))
+    return notes

@@ -8,24 +8,41 @@ import mlx.core as mx
 
 from converters.conversion.options import Progress
 from converters.conversion.plan import ConversionPlan
+from converters.formats.adapter_reader import Adapter, with_rows
+from converters.formats.adapter_writer import corenet_adapter_tensors
 from converters.formats.gguf_writer import write_gguf
 from converters.formats.pt_writer import TensorToWrite
 from mlx_openelm.config import OpenELMConfig, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
+from mlx_openelm.text.chat_templates import chat_template
 from mlx_openelm.text.tokenizer import Tokenizer
 
 CLASSIFIER = "classifier.weight"  # CoreNet's name of an untied head
 GGUF_TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+FILE_SUFFIXES = {"corenet": ".pt", "gguf": ".gguf"}  # of formats that are one file
+
+
+def refuse_other_suffix(target: Path, to: str) -> None:
+    """Raise OpenELMError if a file of this format does not end in its suffix."""
+    suffix = FILE_SUFFIXES.get(to)
+    if suffix and target.suffix != suffix:
+        raise OpenELMError(
+            f"`to` {to} writes a {suffix} file, but {target} does not end in that; "
+            "choose another `mlx_path`."
+        )
 
 
 def corenet_tensors(
-    plan: ConversionPlan,
+    plan: ConversionPlan, adapter: Adapter | None = None
 ) -> tuple[dict[str, TensorToWrite], tuple[str, ...]]:
-    """Return a model's tensors under CoreNet's names, and notes for the user.
+    """Return the tensors of a CoreNet checkpoint, and notes for the user.
 
     CoreNet adds a padding row to the vocabulary and rounds it up to a multiple of 128;
     rows that the source lacks are zeros.
+
+    Args:
+        adapter: fits the plan's model, except for padding; it is not merged.
     """
     rows = plan.config.vocab_size
     padded = rows if plan.source.padded else pad_vocabulary(rows)
@@ -49,6 +66,10 @@ def corenet_tensors(
             "A .pt holds only tensors: keep the source's config.json beside it for the "
             "context length, RoPE base and eps."
         )
+    if adapter is not None:
+        fitted = with_rows(adapter, padded)
+        tensors, adapter_notes = corenet_adapter_tensors(fitted, tensors)
+        notes += adapter_notes
     return tensors, tuple(notes)
 
 
@@ -57,6 +78,7 @@ def write_gguf_file(
     plan: ConversionPlan,
     tokenizer: Tokenizer,
     *,
+    template: str | None,
     bits: float | None,
     on_written: Callable[[str], None],
 ) -> None:
@@ -80,6 +102,7 @@ def write_gguf_file(
         },
         file_type="Q8_0" if bits else GGUF_TYPES[plan.dtype],
         tokenizer=tokenizer,
+        chat_template=chat_template(template),
         on_written=on_written,
     )
 

@@ -31,6 +31,7 @@ from converters.formats.adapter_reader import Adapter, with_rows
 from converters.formats.adapter_tensors import TABLE, AdapterModule
 from converters.formats.sources import SourceTensor, open_path
 from converters.quantization.calibration import calibration_windows, read_calibration
+from converters.quantization.learning import LearningRecord
 from converters.quantization.receipt import (
     CHUNK,
     LayerwiseModel,
@@ -85,6 +86,7 @@ class FusionReport:
         method: lora, dora or full.
         bits: of the linear layers; None if nothing is quantized.
         template: the prompt template of the written folder.
+        learned: what training scales and biases did, or None.
     """
 
     path: Path
@@ -99,6 +101,7 @@ class FusionReport:
     num_bytes: int
     template: str | None
     proof: FusionProof
+    learned: LearningRecord | None
     notes: tuple[str, ...]
     seconds: float
 
@@ -111,6 +114,7 @@ def fuse(
     dequantize: bool = False,
     bits: int | None = None,
     group_size: int | None = None,
+    learn: str | None = None,
     force: bool = False,
     offline: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -124,6 +128,8 @@ def fuse(
         base: default: the base that the adapter's files name.
         dequantize: write all weights in 16 bits.
         bits: quantize the linear layers to this number, in groups of `group_size`.
+        learn: then train scales and biases to match the base with its adapter, so many
+            minutes ("10") or steps ("200steps").
         force: replace an existing model.
 
     Raises:
@@ -140,6 +146,7 @@ def fuse(
     options = ConversionOptions(
         bits=None if bits is None else str(bits),
         group_size=group_size,
+        learn=learn,
         dequantize=dequantize,
         receipt=False,  # the proof replaces it
         merge=True,
@@ -186,6 +193,7 @@ def fuse(
         num_bytes=written.num_bytes,
         template=open_folder(target).template,
         proof=proof,
+        learned=written.learned,
         notes=(*adapter.notes, *written.notes),
         seconds=time.perf_counter() - started,
     )

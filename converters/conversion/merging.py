@@ -18,7 +18,6 @@ from converters.formats.adapter_reader import (
     open_adapter,
     open_full,
     with_rows,
-    without_embedding,
 )
 from converters.formats.adapter_tensors import TABLE
 from converters.formats.sources import (
@@ -77,7 +76,9 @@ def open_sources(
     if options.merge:
         return merge_adapter(source, source.adapter), None
     if options.apart:
-        return separate_adapter(source)
+        return replace(source, adapter=None), source.adapter
+    if options.to == "corenet":  # holds both
+        return source, None
     raise OpenELMError(
         f"{paths[0]} contains an adapter ({source.adapter.method}); use `merge` to "
         "merge it into the weights, or `adapter_out` DIR to write it to its own folder."
@@ -245,25 +246,6 @@ def fit_rows(adapter: Adapter, base: OpenELMConfig) -> Adapter:
         return adapter
     fewer, more = sorted((table.shape[0], rows))
     return with_rows(adapter, rows) if pad_vocabulary(fewer) == more else adapter
-
-
-def separate_adapter(source: ModelSource) -> tuple[ModelSource, Adapter]:
-    """Return the base and the adapter of a checkpoint that contains both.
-
-    mlx-lm would also apply an embedding's adapter to tied logits, unlike CoreNet; so it
-    is merged into the input embedding, which unties the base.
-    """
-    adapter = source.adapter
-    assert adapter is not None
-    if TABLE not in adapter.modules:
-        return replace(source, adapter=None), adapter
-    only_table = replace(adapter, modules={TABLE: adapter.modules[TABLE]})
-    base = replace(merge_adapter(source, only_table), kind=f"base of {source.kind}")
-    note = (
-        "The embedding's adapter changes only the inputs, so it was merged into the "
-        "base, which is untied now; the adapter folder holds the other modules."
-    )
-    return replace(base, notes=(*base.notes, note)), without_embedding(adapter)
 
 
 def _merged(tensor: SourceTensor, part: AdapterModule) -> SourceTensor:

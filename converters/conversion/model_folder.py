@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from converters.conversion.adapters import stage_adapter
+from converters.conversion.learning import learn_scales
 from converters.conversion.merging import refuse_lost_adapter
 from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import ConversionPlan
@@ -22,17 +23,31 @@ from converters.conversion.provenance import (
 from converters.formats.adapter_reader import Adapter
 from converters.formats.sources import ModelSource, open_path
 from converters.quantization.allocation import allocate, count_tokens, list_choices
-from converters.quantization.calibration import calibration_windows, read_calibration
+from converters.quantization.calibration import (
+    LEARNING_CHARACTERS,
+    MAX_CHARACTERS,
+    LearningWindows,
+    calibration_windows,
+    learning_windows,
+    read_calibration,
+)
+from converters.quantization.learning import LearningRecord
 from converters.quantization.receipt import NUM_TOKENS as RECEIPT_TOKENS
 from converters.quantization.receipt import Receipt, measure_quantization
 from mlx_openelm.config import BOS_ID, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.quantization import Packing, describe_packings
+from mlx_openelm.storage.chat_template_file import (
+    read_chat_template,
+    write_chat_template,
+)
+from mlx_openelm.storage.hub import CHAT_TEMPLATE_FILE
 from mlx_openelm.storage.model_folder import METADATA_KEY, open_folder, spell_dtype
 from mlx_openelm.storage.shards import ShardWriter, write_json
-from mlx_openelm.storage.staging import staged_folder
+from mlx_openelm.storage.staging import SAVED_STATE, staged_folder
 from mlx_openelm.storage.tokenizer_finder import FoundTokenizer, write_tokenizer
+from mlx_openelm.text.chat_templates import chat_template, recognize
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.version import __version__
 
@@ -65,19 +80,43 @@ class Job:
         texts = [path for path in texts if path.is_file()]  # else reported later
         return {
             "version": __version__,
-            "options": asdict(self.options),
+            "options": dict(self.options.changed()),
             "files": identify([*self.source.files, *texts]),
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The written folder: its plan with the bits chosen, and what was measured.
+
+    Attributes:
+        notes: for the user.
+    """
+
+    plan: ConversionPlan
+    receipt: Receipt | None
+    learned: LearningRecord | None
+    notes: tuple[str, ...]
+
+
 def write_folder(
-    job: Job, plan: ConversionPlan, found_tokenizer: FoundTokenizer | None
-) -> tuple[ConversionPlan, Receipt | None]:
-    """Write a model folder; return the plan with the bits chosen, and the receipt."""
+    job: Job,
+    plan: ConversionPlan,
+    found_tokenizer: FoundTokenizer | None,
+    template: str | None,
+) -> "Written":
+    """Write a model folder.
+
+    Args:
+        template: its prompt template.
+    """
     source, options = plan.source, job.options
     calibration = _Calibration.read(job, plan, found_tokenizer)
-    windows = None
-    if calibration and options.receipt:  # reports a short text before the work
+    windows, learning, record = None, None, None
+    if calibration and options.learn:
+        learning = calibration.learning_windows()
+        windows = learning.report if options.receipt else None
+    elif calibration and options.receipt:  # reports a short text before the work
         windows = calibration.windows(RECEIPT_TOKENS)
     if options.auto_bits and calibration:
         refuse_small_disk(job.target, plan.estimate_bytes(options.auto_bits))
@@ -90,6 +129,8 @@ def write_folder(
     ):
         written_before = sum(file.stat().st_size for file in staging.iterdir())
         refuse_small_disk(job.target, plan.num_bytes - written_before)
+        if learning and calibration:
+            plan, record = _learn(job, plan, learning, calibration.name, staging)
         written = ShardWriter(
             staging, plan.layout(), format="pt" if options.to == "hf" else "mlx"
         )
@@ -106,19 +147,30 @@ def write_folder(
         receipt = None
         if calibration and windows is not None:
             receipt = _measure(job, plan, staging, windows, calibration.name)
+            if record is not None:
+                receipt = replace(
+                    receipt,
+                    mean_kl_rounded=record.mean_kl_before,
+                    top1_agreement_rounded=record.top1_before,
+                )
         if not copy_generation_config(source.folder, staging):
             ids = {"bos_token_id": BOS_ID, "eos_token_id": raw["eos_token_id"]}
             write_json(staging / GENERATION_CONFIG, ids)
-        if found_tokenizer is not None:
-            write_tokenizer(found_tokenizer.tokenizer, staging)
+        tokenizer = found_tokenizer.tokenizer if found_tokenizer else None
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, staging)
+        notes = write_chat_template(staging, template, tokenizer)
         proved = job.prove(staging) if job.prove else {}
         library = "transformers" if options.to == "hf" else "mlx"
         facts = _summarize(plan, receipt)
         write_card(staging, source.name, source.kind, facts, library=library)
-        metadata = _build_metadata(job, receipt, source_hashes()) | dict(proved)
-        tokenizer_files = staging.glob("tokenizer*")
+        metadata = _build_metadata(job, receipt, source_hashes(), template)
+        metadata |= proved
+        if record is not None:
+            metadata["learned"] = asdict(record)
+        text_files = [*staging.glob("tokenizer*"), *staging.glob(CHAT_TEMPLATE_FILE)]
         metadata["files"] = written.hashes | {
-            file.name: hash_file(file) for file in tokenizer_files
+            file.name: hash_file(file) for file in text_files
         }
         write_json(staging / "config.json", raw | {METADATA_KEY: metadata})
         if job.adapter is not None and job.adapter_out is not None:
@@ -129,11 +181,14 @@ def write_folder(
                 plan.config,
                 force=job.force,
             )
-    return plan, receipt
+    return Written(plan, receipt, record, notes)
 
 
 def _build_metadata(
-    job: Job, receipt: Receipt | None, source_hashes: dict[str, str]
+    job: Job,
+    receipt: Receipt | None,
+    source_hashes: dict[str, str],
+    template: str | None,
 ) -> dict[str, Any]:
     """Return the mlx-openelm entry of config.json."""
     source = job.source
@@ -145,7 +200,7 @@ def _build_metadata(
         "source": described,
         "options": job.options.changed(),
     }
-    if template := _find_template(source):
+    if template:
         metadata["template"] = template
     if receipt is not None:
         metadata["receipt"] = asdict(receipt)
@@ -196,17 +251,22 @@ class _Calibration:
         options, tensors = job.options, plan.source.tensors
         rounded = any(tensors[n].packing != p for n, p in plan.packings.items())
         if found_tokenizer is None or not (
-            options.auto_bits or (options.receipt and rounded)
+            options.auto_bits or ((options.receipt or options.learn) and rounded)
         ):
             return None
         path = Path(options.calibration) if options.calibration else None
-        return cls(*read_calibration(path), found_tokenizer.tokenizer, plan.config)
+        longest = LEARNING_CHARACTERS if options.learn else MAX_CHARACTERS
+        read = read_calibration(path, longest)
+        return cls(*read, found_tokenizer.tokenizer, plan.config)
 
     def windows(self, num_tokens: int) -> mx.array:
         """Return token ids (N, 1 + T)."""
         return calibration_windows(
             self.tokenizer, self.text, self.config, num_tokens=num_tokens
         )
+
+    def learning_windows(self) -> LearningWindows:
+        return learning_windows(self.tokenizer, self.text, self.config)
 
 
 def _write_weights(
@@ -245,6 +305,29 @@ def _allocate_bits(
     )
 
 
+def _learn(
+    job: Job,
+    plan: ConversionPlan,
+    windows: LearningWindows,
+    text: str,
+    staging: Path,
+) -> tuple[ConversionPlan, LearningRecord]:
+    options, amount = job.options, job.options.learning_amount
+    assert amount is not None
+    return learn_scales(
+        plan,
+        windows,
+        amount,
+        text=text,
+        folder=staging / SAVED_STATE,
+        seed=options.seed,
+        teacher_bits=options.teacher_bits,
+        on_step=lambda done, total, kl: job.on_progress(
+            Progress(done, total, f"steps, KL {kl:.4f}")
+        ),
+    )
+
+
 def _measure(
     job: Job, plan: ConversionPlan, staging: Path, windows: mx.array, text: str
 ) -> Receipt:
@@ -264,11 +347,24 @@ def _progress(job: Job, units: str) -> Callable[[int, int], None]:
     return lambda done, total: job.on_progress(Progress(done, total, units))
 
 
-def _find_template(source: ModelSource) -> str | None:
+def find_template(source: ModelSource) -> tuple[str | None, tuple[str, ...]]:
+    """Return the prompt template of a source, and notes for the user.
+
+    Raises:
+        OpenELMError: other tools cannot render it.
+    """
     template = source.metadata.get("template")
     if isinstance(template, str):
-        return template
-    return "instruct" if "instruct" in source.name.lower() else None
+        chat_template(template)
+        return template, ()
+    if text := read_chat_template(source.folder):
+        if template := recognize(text):
+            return template, ()
+        return None, (
+            "Left out the chat template of the source, which is none of those of "
+            "mlx-openelm.",
+        )
+    return "instruct" if "instruct" in source.name.lower() else None, ()
 
 
 def _summarize(plan: ConversionPlan, receipt: Receipt | None) -> list[str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from converters.quantization.learning_amount import LearningAmount
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.quantization import AFFINE_BITS, EMBED_BITS, MODES, Quantization
@@ -13,6 +14,11 @@ from mlx_openelm.options import MODEL_PANEL, check_options, option
 AUTO = "auto:"
 _BITS = f"{', '.join(map(str, AFFINE_BITS[:-1]))} or {AFFINE_BITS[-1]}"
 QUANTIZATION = "Quantization"  # a heading in --help
+UNLEARNABLE = {  # modes whose scales are not real numbers
+    "mxfp4": "they are powers of two",
+    "mxfp8": "they are powers of two",
+    "nvfp4": "they are numbers of 8 bits",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,7 @@ class ConversionOptions:
     to: str = option(
         "mlx",
         "Format to write: a model folder (mlx, hf) or one file (corenet, gguf); of an "
-        "adapter: mlx, peft or corenet.",
+        "adapter: mlx, peft, corenet or gguf.",
         choices=("mlx", "hf", "corenet", "peft", "gguf"),
     )
     dtype: str | None = option(
@@ -91,9 +97,25 @@ class ConversionOptions:
     dequantize: bool = option(
         False, "Unpack quantized weights to 16 bits.", panel=QUANTIZATION
     )
+    learn: str | None = option(
+        None,
+        "Train scales and biases after rounding: minutes (10), or steps (200steps).",
+        panel=QUANTIZATION,
+    )
+    teacher_bits: int | None = option(
+        None,
+        "Keep the model that {learn} learns from in memory with so many bits per "
+        "weight: less memory.",
+        panel=QUANTIZATION,
+        shown_default="16",
+    )
+    seed: int = option(
+        0, "Seed of {learn}.", panel=QUANTIZATION, least=0, most=2**31 - 1
+    )
     calibration: str | Path | None = option(
         None,
-        "Text file on which the quantization error is measured.",
+        "Text file on which the quantization error is measured; {learn} learns from "
+        "another part of it.",
         panel=QUANTIZATION,
         shown_default="a built-in sample",
     )
@@ -143,6 +165,7 @@ class ConversionOptions:
             raise OpenELMError("`bits` auto requires `to` mlx; give a number of bits.")
         if self.auto_bits is not None and self.mode != "affine":
             raise OpenELMError("`bits` auto requires `mode` affine; leave out `mode`.")
+        self._check_learning()
         if self.merge and self.apart:
             raise OpenELMError("Use either `merge` or `adapter_out`, not both.")
         if self.merge and self.to == "peft":
@@ -152,6 +175,32 @@ class ConversionOptions:
             )
         if self.apart and self.to not in ("mlx", "hf"):
             raise OpenELMError(f"`adapter_out` requires `to` mlx or hf, not {self.to}.")
+
+    def _check_learning(self) -> None:
+        if self.learn is None:
+            if self.teacher_bits is not None:
+                raise OpenELMError("`teacher_bits` requires `learn`.")
+            return
+        _ = self.learning_amount
+        if reason := UNLEARNABLE.get(self.mode):
+            raise OpenELMError(
+                f"`learn` cannot train the scales of `mode` {self.mode}: {reason}; "
+                "leave out `mode`."
+            )
+        if not (self.quantizes or self.repack):
+            raise OpenELMError("`learn` trains a quantization; add `bits`.")
+        if self.to != "mlx":
+            raise OpenELMError(f"`learn` requires `to` mlx, not {self.to}.")
+        if self.teacher_bits not in (None, *AFFINE_BITS):
+            raise OpenELMError(
+                f"`teacher_bits` is {self.teacher_bits}; MLX has "
+                f"{', '.join(map(str, AFFINE_BITS))}."
+            )
+
+    @property
+    def learning_amount(self) -> LearningAmount | None:
+        """How long scales are trained; None: not at all."""
+        return None if self.learn is None else LearningAmount.parse(str(self.learn))
 
     @property
     def auto_bits(self) -> float | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -34,12 +34,15 @@ class ConversionPlan:
         config: of the result; its vocabulary may be smaller than the source's.
         dtype: of tensors that are not packed.
         packings: of the packed tensors, by CoreNet name.
+        learned: scales and biases that replace those of rounding, by suffix, of packed
+            tensors by CoreNet name.
     """
 
     source: ModelSource
     config: OpenELMConfig
     dtype: mx.Dtype
     packings: Mapping[str, Packing]
+    learned: Mapping[str, Mapping[str, mx.array]] = field(default_factory=dict)
 
     def layout(self) -> dict[str, TensorLayout]:
         """Return every tensor of the result by its name in a folder, in order."""
@@ -75,10 +78,15 @@ class ConversionPlan:
             OpenELMError: it holds NaN or infinity, or values beyond the range of its
                 dtype or packing.
         """
-        module, packing = to_module(name), self.packings.get(name)
-        if packing is None:
+        module = to_module(name)
+        if name not in self.packings:
             return {f"{module}.weight": self.read(name)}
-        tensor = self.source.tensors[name]
+        parts = self.packed_parts(name)
+        return {f"{module}.{suffix}": part for suffix, part in parts.items()}
+
+    def packed_parts(self, name: str) -> dict[str, mx.array]:
+        """Return the parts of a packed tensor, by suffix. Raises as `parts`."""
+        packing, tensor = self.packings[name], self.source.tensors[name]
         if tensor.packing == packing and tensor.read_parts is not None:
             rows = self.config.tensor_shapes()[name][0]
             parts = {
@@ -92,10 +100,11 @@ class ConversionPlan:
                 "has values too far apart to share a scale; leave out `bits`, or "
                 "exclude it with `keep`"
             )
+        parts |= self.learned.get(name, {})
         mx.eval(parts)
         if not unpacks_to_finite(packing, parts, self.dtype):
             raise OpenELMError(f"{name} {problem}.")
-        return {f"{module}.{suffix}": part for suffix, part in parts.items()}
+        return parts
 
     def read(self, name: str) -> mx.array:
         """Return a tensor (CoreNet name) unpacked in `dtype`. Raises as `parts`."""

@@ -13,16 +13,24 @@ from converters.conversion.adapters import (
     convert_adapter,
 )
 from converters.conversion.exports import (
+    FILE_SUFFIXES,
     corenet_tensors,
     count_tensors,
+    refuse_other_suffix,
     write_gguf_file,
 )
 from converters.conversion.merging import open_sources
-from converters.conversion.model_folder import Job, refuse_small_disk, write_folder
+from converters.conversion.model_folder import (
+    Job,
+    find_template,
+    refuse_small_disk,
+    write_folder,
+)
 from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import write_pt
 from converters.formats.sources import ModelSource, locate
+from converters.quantization.learning import LearningRecord
 from converters.quantization.receipt import Receipt
 from mlx_openelm.config import (
     CORENET_ROWS,
@@ -54,6 +62,7 @@ class ConversionReport:
         tokenizer: path of the tokenizer's source, or None.
         adapter_path: the folder of a separated adapter, or None.
         receipt: the measured quantization error, or None.
+        learned: what training scales and biases did, or None.
     """
 
     path: Path
@@ -69,6 +78,7 @@ class ConversionReport:
     tokenizer: str | None
     adapter_path: Path | None
     receipt: Receipt | None
+    learned: LearningRecord | None
     notes: tuple[str, ...]
     seconds: float
 
@@ -164,10 +174,13 @@ def convert_model(job: Job) -> ConversionReport:
             source.config.vocab_size,
             offline=job.offline,
         )
-    if found_tokenizer is None and (options.to == "gguf" or options.auto_bits):
+    needs = "`to` gguf" if options.to == "gguf" else "`bits` auto"
+    needs = "`learn`" if options.learn else needs
+    if found_tokenizer is None and (
+        options.to == "gguf" or options.auto_bits or options.learn
+    ):
         raise OpenELMError(
-            f"{'`to` gguf' if options.to == 'gguf' else '`bits` auto'} needs a "
-            "tokenizer; pass `tokenizer` with a path or a Hub id."
+            f"{needs} needs a tokenizer; pass `tokenizer` with a path or a Hub id."
         )
     config = source.config
     if options.to != "corenet":
@@ -193,13 +206,19 @@ def convert_model(job: Job) -> ConversionReport:
             f"Dequantized {count_of(len(unpacked), 'tensor')}; use `bits` to quantize "
             "again."
         )
-    receipt = None
-    if options.to in ("corenet", "gguf"):
-        notes += _write_file(job, plan, found_tokenizer)
+    receipt, learned, template = None, None, None
+    if options.to != "corenet":
+        template, about_template = find_template(source)
+        notes += about_template
+    if options.to in FILE_SUFFIXES:
+        notes += _write_file(job, plan, found_tokenizer, template)
         num_bytes = target.stat().st_size
     else:
-        plan, receipt = write_folder(job, plan, found_tokenizer)
+        written = write_folder(job, plan, found_tokenizer, template)
+        plan, receipt, learned = written.plan, written.receipt, written.learned
+        notes += written.notes
         num_bytes = plan.num_bytes
+        notes += _describe_learning(options, learned)
         if found_tokenizer is None:
             notes.append("No tokenizer was written; generate needs one in the folder.")
             if options.quantization is not None and options.receipt:
@@ -218,6 +237,7 @@ def convert_model(job: Job) -> ConversionReport:
         tokenizer=None if found_tokenizer is None else str(found_tokenizer.path),
         adapter_path=job.adapter_out,
         receipt=receipt,
+        learned=learned,
         notes=tuple(notes),
         seconds=0.0,
     )
@@ -227,16 +247,11 @@ def convert_model(job: Job) -> ConversionReport:
 
 
 def _check_targets(job: Job) -> None:
-    if job.options.to in ("mlx", "hf"):
-        refuse_existing(job.target, force=job.force)
-    else:
-        suffix = {"corenet": ".pt", "gguf": ".gguf"}[job.options.to]
-        if job.target.suffix != suffix:
-            raise OpenELMError(
-                f"`to` {job.options.to} writes a {suffix} file, but {job.target} does "
-                "not end in that; choose another `mlx_path`."
-            )
+    refuse_other_suffix(job.target, job.options.to)
+    if job.options.to in FILE_SUFFIXES:
         refuse_existing_file(job.target, force=job.force)
+    else:
+        refuse_existing(job.target, force=job.force)
     refuse_replacing(job.target, job.source.files)
     if job.adapter_out is not None:
         refuse_existing(job.adapter_out, force=job.force)
@@ -314,23 +329,54 @@ def _default_name(source: ModelSource, options: ConversionOptions) -> str:
     return f"{source.name}-{options.to}{options.suffix}"
 
 
+def _describe_learning(
+    options: ConversionOptions, learned: LearningRecord | None
+) -> list[str]:
+    """Return notes on what `learn` did not do."""
+    if options.learn and learned is None:
+        return ["Nothing was learned: the source already has these packed weights."]
+    notes = []
+    if learned is not None and not learned.best_step:
+        notes.append(
+            "Learning did not lower the error on held-out text, so the scales of "
+            "plain rounding were kept; a longer `calibration` text may help."
+        )
+    if learned is not None and learned.skipped:
+        numbers = ", ".join(str(i + 1) for i in learned.skipped)
+        notes.append(
+            "Skipped batches whose loss or gradient was not finite, with windows "
+            f"{numbers} of {learned.text}."
+        )
+    return notes
+
+
 # Writing -------------------------------------------------------------------------
 
 
 def _write_file(
-    job: Job, plan: ConversionPlan, found_tokenizer: FoundTokenizer | None
+    job: Job,
+    plan: ConversionPlan,
+    found_tokenizer: FoundTokenizer | None,
+    template: str | None,
 ) -> tuple[str, ...]:
     """Write a .pt or GGUF file; return notes for the user."""
-    count = count_tensors(job.on_progress, len(plan.config.tensor_shapes()))
     with staged_file(job.target, force=job.force) as staging:
         refuse_small_disk(job.target, plan.num_bytes)
         if job.options.to == "corenet":
-            tensors, notes = corenet_tensors(plan)
-            write_pt(staging, tensors, on_written=count)
+            tensors, notes = corenet_tensors(plan, plan.source.adapter)
+            write_pt(
+                staging,
+                tensors,
+                on_written=count_tensors(job.on_progress, len(tensors)),
+            )
             return notes
         assert found_tokenizer is not None
-        bits = job.options.requested_bits
         write_gguf_file(
-            staging, plan, found_tokenizer.tokenizer, bits=bits, on_written=count
+            staging,
+            plan,
+            found_tokenizer.tokenizer,
+            template=template,
+            bits=job.options.requested_bits,
+            on_written=count_tensors(job.on_progress, len(plan.config.tensor_shapes())),
         )
         return ()

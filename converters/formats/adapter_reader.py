@@ -130,10 +130,9 @@ def check_fits(adapter: Adapter, config: OpenELMConfig) -> None:
         )
 
 
-def without_embedding(adapter: Adapter) -> Adapter:
-    """Return the adapter without its embedding module."""
-    kept = {name: part for name, part in adapter.modules.items() if name != TABLE}
-    return replace(adapter, modules=kept)
+def without_table(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
+    """Return the modules without the embedding, which DoRA adapts by LoRA."""
+    return {name: module for name, module in modules.items() if name != TABLE}
 
 
 def with_rows(adapter: Adapter, rows: int) -> Adapter:
@@ -304,13 +303,16 @@ def _open_mlx(path: Path, raw: dict[str, Any]) -> Adapter:
     scale = read_scale(raw, path)
     parts = AdapterParts()
     stored_parts, notes = read_parts(find_weights(path))
+    adapts_tied_head = False
     for name, stored in stored_parts.items():
         if part_name := parse_mlx_name(unwrap(name)):
             parts.add(part_name, stored)
+            adapts_tied_head |= part_name.with_tied_head
         else:
             parts.problems.append(f"{name!a} is unknown")
     modules = parts.assemble(scale)
-    _compare_methods(parts, modules, method)
+    linears = modules if adapts_tied_head else without_table(modules)
+    _compare_methods(parts, linears, method)
     parts.refuse_problems(path / WEIGHTS)
     parameters = raw["lora_parameters"]
     metadata = raw.get(METADATA_KEY)
@@ -323,7 +325,7 @@ def _open_mlx(path: Path, raw: dict[str, Any]) -> Adapter:
         files=(path / CONFIG, path / WEIGHTS),
         notes=(*(_ALPHA if "alpha" in parameters else ()), *notes),
         metadata=metadata if isinstance(metadata, dict) else {},
-        adapts_tied_head=True,
+        adapts_tied_head=adapts_tied_head,
     )
 
 

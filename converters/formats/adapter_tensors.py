@@ -80,6 +80,7 @@ class PartName:
         target: the module's path in the file.
         part: "a", "b" or "m".
         adapter: the adapter's name, which only CoreNet's files contain.
+        with_tied_head: of an embedding: a tied head changes too, as in mlx-lm.
     """
 
     target: str
@@ -87,6 +88,7 @@ class PartName:
     is_embedding: bool
     is_transposed: bool
     adapter: str | None = None
+    with_tied_head: bool = False
 
     @property
     def module(self) -> str:
@@ -100,7 +102,9 @@ _TORCH_NAME = re.compile(
     r"lora_(?:embedding_(?P<embedding>[AB])|magnitude_vector)"
     r"(?:\.(?P<other_name>(?!weight$)\w+))?(?:\.weight)?)"
 )
-_MLX_NAME = re.compile(r"(?P<target>[\w.]+)\.(?:lora_(?P<factor>[ab])|m)")
+_MLX_NAME = re.compile(
+    r"(?P<target>[\w.]+)\.(?:lora_(?P<inputs>embedding_)?(?P<factor>[ab])|m)"
+)
 
 
 def parse_torch_name(name: str) -> PartName | None:
@@ -119,13 +123,22 @@ def parse_torch_name(name: str) -> PartName | None:
 
 
 def parse_mlx_name(name: str) -> PartName | None:
-    """Parse a name in mlx-lm's style; None if it is not an adapter's."""
+    """Parse a name in mlx-lm's style; None if it is not an adapter's.
+
+    Our `lora_embedding_a` and `lora_embedding_b` are those of inputs alone.
+    """
     match = _MLX_NAME.fullmatch(name)
     if match is None:
         return None
     target, factor = match["target"], match["factor"]
-    is_embedding = bool(factor) and target.endswith(TABLE)
-    return PartName(target, factor or "m", is_embedding, is_transposed=False)
+    is_embedding = bool(match["inputs"] or (factor and target.endswith(TABLE)))
+    return PartName(
+        target,
+        factor or "m",
+        is_embedding,
+        is_transposed=False,
+        with_tied_head=is_embedding and not match["inputs"],
+    )
 
 
 @dataclass(slots=True)

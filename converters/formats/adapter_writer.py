@@ -20,6 +20,7 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.adapter_folder import (
     CONFIG,
+    FACTORS,
     AdapterConfig,
     save_tensors,
     write_adapter,
@@ -41,6 +42,9 @@ def write_mlx_adapter(
 ) -> tuple[str, ...]:
     """Write an adapter as a folder for mlx-lm, with the same effect.
 
+    mlx-lm has no adapter of a tied embedding's inputs, and no LoRA of an embedding
+    beside DoRA: then the embedding's factors have names that mlx-lm refuses.
+
     Args:
         folder: exists and is empty.
         config: of the base; None if unknown: it is then assumed to be tied.
@@ -51,27 +55,27 @@ def write_mlx_adapter(
         Notes for the user.
 
     Raises:
-        OpenELMError: the adapter does not fit the base, or mlx-lm does not support it.
+        OpenELMError: the adapter does not fit the base, or no folder can hold it.
         OSError: writing failed.
     """
-    _check(adapter, config, "an mlx-lm adapter")
-    if TABLE in adapter.modules and not adapter.adapts_tied_head and _is_tied(config):
-        raise OpenELMError(
-            f"{adapter.name} adapts only the input embedding, but an mlx-lm adapter of "
-            "a tied base would also change the logits; merge it into its base with "
-            "`merge`."
-        )
+    _check(adapter, config)
+    inputs_only = not adapter.adapts_tied_head and (
+        _is_tied(config) or adapter.method == "dora"
+    )
+    if not inputs_only:
+        _refuse_mixed(adapter, "an mlx-lm adapter")
     modules = adapter.modules.values()
     rank = max(module.rank for module in modules)
-    scale = _most_common([module.scale for module in modules if module.scale] or [0.0])
+    scale = most_common([module.scale for module in modules if module.scale] or [0.0])
     tensors: dict[str, mx.array] = {}
     for name, module in adapter.modules.items():
         parts, path = module.read(), to_module(f"{name}.weight")
         a, b, spare = parts["a"], parts["b"], rank - module.rank
         if module.scale != scale:
             b = b * (module.scale / scale)
-        tensors[f"{path}.lora_a"] = mx.pad(a, [(0, 0), (0, spare)])
-        tensors[f"{path}.lora_b"] = mx.pad(b, [(0, spare), (0, 0)])
+        name_a, name_b = FACTORS[inputs_only and module.is_embedding]
+        tensors[f"{path}.{name_a}"] = mx.pad(a, [(0, 0), (0, spare)])
+        tensors[f"{path}.{name_b}"] = mx.pad(b, [(0, spare), (0, 0)])
         if "m" in parts:
             tensors[f"{path}.m"] = parts["m"]
     keys, num_layers = _name_keys(adapter, config)
@@ -87,6 +91,11 @@ def write_mlx_adapter(
     )
     write_adapter(folder, described, tensors)
     notes = []
+    if inputs_only and TABLE in adapter.modules:
+        notes.append(
+            "The adapter changes the embedding for inputs only, and stock mlx-lm "
+            "refuses it; `fuse` writes a model that mlx-lm opens."
+        )
     if any(module.rank != rank for module in modules):
         notes.append(
             f"Padded all factors with zeros to rank {rank}: mlx-lm has one rank."
@@ -110,11 +119,12 @@ def write_peft_adapter(
     Arguments, result and errors are those of `write_mlx_adapter`, but without metadata:
     PEFT would warn about an entry that it does not support.
     """
-    _check(adapter, config, "a PEFT adapter")
+    _check(adapter, config)
+    _refuse_mixed(adapter, "a PEFT adapter")
     _refuse_tied_head(adapter, _is_tied(config), "PEFT adapter")
     modules = {to_module(f"{n}.weight"): m for n, m in adapter.modules.items()}
-    rank = _most_common(module.rank for module in modules.values())
-    alpha = _most_common(_alpha(module) for module in modules.values())
+    rank = most_common(module.rank for module in modules.values())
+    alpha = most_common(_alpha(module) for module in modules.values())
     keys, num_layers = _name_keys(adapter, config)
     if config and num_layers < config.num_transformer_layers:
         keys = tuple(modules)  # PEFT applies relative keys to all blocks
@@ -204,15 +214,13 @@ def _torch_name(path: str, module: AdapterModule, part: str, adapter: str = "") 
 # Checks --------------------------------------------------------------------------
 
 
-def _check(adapter: Adapter, config: OpenELMConfig | None, what: str) -> None:
-    """Raise OpenELMError if the adapter does not fit the base or one folder."""
-    if not adapter.modules:
-        raise OpenELMError(
-            f"{adapter.name} adapts only the embedding, which is merged into the base; "
-            "use `merge` instead."
-        )
+def _check(adapter: Adapter, config: OpenELMConfig | None) -> None:
+    """Raise OpenELMError if the adapter does not fit the base."""
     if config is not None:
         check_fits(adapter, config)
+
+
+def _refuse_mixed(adapter: Adapter, what: str) -> None:
     plain = [n for n, module in adapter.modules.items() if module.method == "lora"]
     if adapter.method == "dora" and plain:
         raise OpenELMError(
@@ -263,7 +271,8 @@ def _module(corenet_name: str) -> str:
     return to_corenet(corenet_name).removesuffix(".weight")
 
 
-def _most_common(values: Iterable[_Number]) -> _Number:
+def most_common(values: Iterable[_Number]) -> _Number:
+    """Return the value that occurs most often, on ties the first."""
     return Counter(values).most_common(1)[0][0]
 
 

@@ -7,12 +7,13 @@ names. The readers of `convert` and of `pretrain` both use these functions.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.message_parts import list_names
 from mlx_openelm.tensor_names import MODEL_KEYS, is_buffer
 
@@ -72,6 +73,21 @@ def choose_weights(
         if named and chosen.role == "model" and weights is None:
             notes += (_CHOICE,)
     return chosen.state, notes
+
+
+def find_config(path: Path) -> Path | None:
+    """Find CoreNet's YAML or the config.json of `pretrain` next to a .pt file."""
+    names = (f"{path.stem}.yaml", "config.yaml", "config.json")
+    for candidate in (path.with_name(name) for name in names):
+        if candidate.is_file() and _is_openelm(read_mapping(candidate)):
+            return candidate
+    return None
+
+
+def _is_openelm(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "openelm" or any(
+        str(key).split(".")[0] == "model" for key in config
+    )
 
 
 def is_copied_head(head: Any, table: Any, cast: Callable[[Any, Any], Any]) -> bool:

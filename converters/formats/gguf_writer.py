@@ -8,9 +8,9 @@ one-dimensional tensors are always float32 and nothing is permuted.
 import contextlib
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -25,6 +25,7 @@ from mlx_openelm.text.tokenizer_json import describe
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+ARCHITECTURE = "openelm"
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 _LARGEST = {  # largest absolute value that fits
     "F32": 3.4028235e38,
@@ -42,6 +43,7 @@ def write_gguf(
     tensors: Mapping[str, TensorToWrite],
     file_type: str,
     tokenizer: Tokenizer,
+    chat_template: str | None = None,
     on_written: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write a model and its tokenizer for llama.cpp.
@@ -50,6 +52,7 @@ def write_gguf(
         name: display name of the model.
         tensors: by CoreNet name, exactly those of `config.tensor_shapes()`, finite.
         file_type: F32, F16, BF16 or Q8_0, for the tensors of two dimensions.
+        chat_template: Jinja text.
         on_written: called with each tensor's CoreNet name once it is in the file.
 
     Raises:
@@ -57,51 +60,76 @@ def write_gguf(
             range, or the package gguf is not installed.
         OSError: the file cannot be written.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise OpenELMError(
-            "Writing GGUF requires the package gguf: pip install 'mlx-openelm[gguf]'."
-        ) from error
+    gguf = import_gguf()
     shapes = config.tensor_shapes()
     _check_shapes(config, file_type)
     _check_tokenizer(tokenizer, config)
-    parts = _names_in_gguf(config)
-    with contextlib.closing(gguf.GGUFWriter(path, "openelm")) as writer:
+    parts = names_in_gguf(shapes, config.num_transformer_layers)
+    with contextlib.closing(gguf.GGUFWriter(path, ARCHITECTURE)) as writer:
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(_as_utf8(name))
+        writer.add_name(as_utf8(name))
         _add_sizes(writer, config)
         _add_tokenizer(writer, tokenizer)
+        if chat_template is not None:
+            writer.add_chat_template(chat_template)
         kind = "ALL_F32" if file_type == "F32" else f"MOSTLY_{file_type}"
         writer.add_file_type(gguf.LlamaFileType[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for ours, shape in shapes.items():
             _add_header(writer, parts[ours], shape, _packing(shape, file_type))
         writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
-        writer.write_header_to_file()
         try:
-            writer.write_kv_data_to_file()
+            file = begin_data(writer)
         except (struct.error, OverflowError) as error:
             raise OpenELMError(
                 f"A number of the model's config is too large for GGUF ({error}); "
                 "correct its config.json."
             ) from error
-        writer.write_ti_data_to_file()
-        assert writer.fout is not None
-        (file,) = writer.fout
-        writer.write_padding(file, file.tell())
         for ours, shape in shapes.items():
             array = read_checked(ours, tensors[ours])
             packing = _packing(shape, file_type)
             _check_range(array, ours, packing)
             for part in mx.split(array, len(parts[ours])):
-                # Not write_tensor_data: its tofile may silently drop the last bytes
-                # on a full disk.
-                packed = _pack(part, packing)
-                file.write(packed.data)
-                writer.write_padding(file, packed.nbytes)
-            del array, part, packed  # before the next one is read
+                append_tensor(writer, file, _pack(part, packing))
+            del array, part  # before the next one is read
             on_written(ours)
+
+
+def import_gguf() -> Any:
+    """Return the module gguf.
+
+    Raises:
+        OpenELMError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise OpenELMError(
+            "Writing GGUF requires the package gguf: pip install 'mlx-openelm[gguf]'."
+        ) from error
+    return gguf
+
+
+def begin_data(writer: "GGUFWriter") -> IO[bytes]:
+    """Write everything before the tensors' data; return the open file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    (file,) = writer.fout
+    writer.write_padding(file, file.tell())
+    return file
+
+
+def append_tensor(
+    writer: "GGUFWriter", file: IO[bytes], array: np.ndarray[Any, np.dtype[Any]]
+) -> None:
+    """Write the data of the next tensor.
+
+    Not write_tensor_data: its tofile may silently drop the last bytes on a full disk.
+    """
+    file.write(array.data)
+    writer.write_padding(file, array.nbytes)
 
 
 # Limits of llama.cpp -----------------------------------------------------------------
@@ -197,19 +225,19 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer) -> None:
     writer.add_add_space_prefix(True)
 
 
-def _as_utf8(text: str) -> str:
-    return text.encode(errors="replace").decode()  # a file name may not be UTF-8
+def as_utf8(text: str) -> str:
+    """Return a text that can be encoded; a file name may not be UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 # Tensors -----------------------------------------------------------------------------
 
 
-def _names_in_gguf(config: OpenELMConfig) -> dict[str, list[str]]:
+def names_in_gguf(names: Iterable[str], num_layers: int) -> dict[str, list[str]]:
     """Return the GGUF names of each tensor's parts, by CoreNet name."""
     import gguf
 
-    arch, num_layers = gguf.MODEL_ARCH.OPENELM, config.num_transformer_layers
-    name_map = gguf.get_tensor_name_map(arch, num_layers)
+    name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.OPENELM, num_layers)
     split = {
         f"layers.{i}.ffn.proj_1.weight": [f"blk.{i}.ffn_gate", f"blk.{i}.ffn_up"]
         for i in range(num_layers)
@@ -218,7 +246,7 @@ def _names_in_gguf(config: OpenELMConfig) -> dict[str, list[str]]:
         name: [
             f"{part}.weight" for part in split.get(name) or [name_map[to_module(name)]]
         ]
-        for name in config.tensor_shapes()
+        for name in names
     }
 
 

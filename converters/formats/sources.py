@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from converters.formats.adapter_reader import Adapter, split_checkpoint
-from converters.formats.checkpoint_weights import is_copied_head
+from converters.formats.checkpoint_weights import find_config, is_copied_head
 from converters.formats.pickle_machine import PtTensor
 from converters.formats.pt_reader import read_checkpoint
 from converters.formats.tensor_readers import note_float64, read_pt_tensor
@@ -114,6 +115,11 @@ class ModelSource:
         return self.tensors[NORM].dtype if table.packing else table.dtype
 
 
+def read_float32(tensor: SourceTensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Read a tensor as float32."""
+    return np.array(tensor.read().astype(mx.float32))
+
+
 def open_source(
     name: str, *, offline: bool = False, revision: str | None = None
 ) -> ModelSource:
@@ -172,7 +178,7 @@ def _open_checkpoint(path: Path, weights: str | None) -> ModelSource:
     )
     tensors = {name: _from_pt(tensor, name) for name, tensor in stored.items()}
     about_tensors = [*left_out, *_note_precision(stored)]
-    config_path = _find_config(path)
+    config_path = find_config(path)
     config = None if config_path is None else OpenELMConfig.from_file(config_path)
     if HEAD in tensors and (config is None or config.share_input_output_layers):
         if _is_copy(tensors):
@@ -209,21 +215,6 @@ def _open_checkpoint(path: Path, weights: str | None) -> ModelSource:
             *(adapter.notes if adapter else ()),
         ),
         adapter=adapter,
-    )
-
-
-def _find_config(path: Path) -> Path | None:
-    """Find CoreNet's YAML or the config.json of `pretrain` next to a .pt file."""
-    names = (f"{path.stem}.yaml", "config.yaml", "config.json")
-    for candidate in (path.with_name(name) for name in names):
-        if candidate.is_file() and _is_openelm(read_mapping(candidate)):
-            return candidate
-    return None
-
-
-def _is_openelm(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "openelm" or any(
-        str(key).split(".")[0] == "model" for key in config
     )
 
 

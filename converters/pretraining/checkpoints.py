@@ -1,10 +1,11 @@
-"""Checkpoints of pre-training, in CoreNet's layout.
+"""The files of a run, in CoreNet's layout, and which of them a run resumes from.
 
-    checkpoint_epoch_0_iter_N.pt   weights after N steps, a flat state dict
-    training_checkpoint_last.pt    weights, optimizer state and position in the data
-    checkpoint_average.pt          the mean of the last weights: the result
-    recipe.json                    the recipe; written before the first step
-    config.json, tokenizer.model   next to the weights, where `convert` looks for them
+    checkpoint_epoch_0_iter_N.pt            weights after N steps, a flat state dict
+    training_checkpoint_epoch_0_iter_N.pt   weights, optimizer state and position
+    training_checkpoint_last.pt             the newest of these, or an interruption's
+    checkpoint_average.pt                   the mean of the last weights: the result
+    recipe.json                             the recipe; written before the first step
+    config.json, tokenizer.model            next to the weights, where `convert` looks
 
 Files are replaced atomically, so a run may be killed at any moment. A sharded model is
 gathered first, so that a checkpoint fits any number of processes.
@@ -12,68 +13,53 @@ gathered first, so that a checkpoint fits any number of processes.
 
 import contextlib
 import json
-import math
-import pickle
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
-from converters.formats.checkpoint_weights import choose_weights, is_copied_head
 from converters.pretraining.recipe import PretrainRecipe
+from converters.pretraining.training_states import (
+    Optimizers,
+    ResumePoint,
+    TrainingState,
+    Weights,
+    as_corenet,
+    check_file,
+    collect_state,
+    describe_state,
+    explained_errors,
+    link_checked,
+    read_file,
+    read_state,
+    remove_checked,
+    write_checked,
+)
 from converters.reference import ReferenceOpenELM
-from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.input_files import parse_json
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.storage.staging import lock_file, replaced_file
-from mlx_openelm.tensor_names import (
-    EMBEDDING,
-    HEAD,
-    map_to_corenet,
-    split_buffers,
-)
 
+WEIGHTS, STATE = "checkpoint_epoch_0_iter_", "training_checkpoint_epoch_0_iter_"
 LAST = "training_checkpoint_last.pt"
 AVERAGE = "checkpoint_average.pt"
 RECIPE = "recipe.json"
 LOCK = ".lock"
 
-Weights = dict[str, Tensor]
+Resume = bool | str  # True: from the last state; "auto": if there is one; or a path
+AUTO = "auto"
 
 
-@dataclass(frozen=True, slots=True)
-class ResumePoint:
-    """Position of a run.
-
-    Attributes:
-        loader: position in the data, of all processes together.
-        meter: state of the log's `Meter`.
-    """
-
-    step: int
-    loader: dict[str, Any]
-    meter: dict[str, Any]
-
-
-# Saving and resuming -----------------------------------------------------------------
+# Saving ------------------------------------------------------------------------------
 
 
 def save_training(
     folder: Path,
     progress: ResumePoint,
     model: ReferenceOpenELM,
-    optimizers: list[torch.optim.Optimizer],
+    optimizers: Optimizers,
     *,
     scheduled: bool,
     first: bool,
@@ -85,81 +71,62 @@ def save_training(
 
     Args:
         scheduled: a checkpoint of the schedule (`save_every`), not of an interruption.
-            Its weights are also written to their own file, before the training state:
-            a run that resumes from that would not write them again.
+            It also has files of its own. That of the weights is written before the
+            state: a run that resumes from that would not write them again.
         first: whether this process writes.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    optimizer = get_optimizer_state_dict(model, optimizers, options=options)
+    weights, optimizer = collect_state(model, optimizers)
     if not first:
         return
-    state = {
-        "iterations": progress.step,
-        "epoch": 0,
-        "model_state_dict": weights,
-        "optim_state_dict": optimizer,
-        "best_metric": math.inf,
-        "is_interval_ckpt": scheduled,
-        "resume": json.dumps(asdict(progress)),  # not CoreNet's; JSON text
-    }
+    state = describe_state(progress, weights, optimizer, scheduled=scheduled)
     if scheduled:
-        name = f"checkpoint_epoch_0_iter_{progress.step}.pt"
-        write_atomically(folder / name, lambda path: torch.save(weights, path))
-    write_atomically(folder / LAST, lambda path: torch.save(state, path))
+        write_checked(folder / f"{WEIGHTS}{progress.step}.pt", weights)
+        write_checked(folder / f"{STATE}{progress.step}.pt", state)
+        link_checked(folder / f"{STATE}{progress.step}.pt", folder / LAST)
+    else:
+        write_checked(folder / LAST, state)
 
 
-def restore_training(
-    folder: Path,
-    model: ReferenceOpenELM,
-    optimizers: list[torch.optim.Optimizer],
-    state: dict[str, Any],
-) -> None:
-    """Load weights and optimizer state from the result of `read_training`."""
-    try:
-        load_weights(model, state["model_state_dict"])
-        set_optimizer_state_dict(
-            model,
-            optimizers,
-            state["optim_state_dict"],
-            options=StateDictOptions(full_state_dict=True),
-        )
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise OpenELMError(
-            f"The weights or the optimizer state in {folder / LAST} do not fit the "
-            f"recipe ({first_line(error)}); use the recipe that the run started with."
-        ) from error
+def export_corenet(recipe: PretrainRecipe, resume: Resume) -> Path:
+    """Write a training state of a run as CoreNet's, and return its path.
 
-
-def read_training(folder: Path) -> tuple[dict[str, Any], ResumePoint]:
-    """Read the training state; its tensors are read from disk when they are used.
+    Args:
+        resume: the path of a state; otherwise the last one of `output` is exported.
 
     Raises:
-        OpenELMError: the file is damaged, or not from mlx-openelm.
+        OpenELMError: there is no such state, it is damaged, or CoreNet has none alike.
     """
-    path = folder / LAST
-    state = read_weights(path)
-    try:
-        return state, ResumePoint(**parse_json(state["resume"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise OpenELMError(
-            f"{path} has no position to resume from ({first_line(error)}); start a new "
-            "run from its weights with init."
-        ) from error
+    output = Path(recipe.output)
+    source = Path(resume) if isinstance(resume, str) and resume else output / LAST
+    if not source.is_file():
+        raise OpenELMError(f"There is nothing to export: {source} is missing.")
+    step = read_training(source).progress.step
+    state = as_corenet(source, sharded=recipe.parallel == "fsdp")
+    target = output / "corenet" / f"{STATE}{step}.pt"
+    with explained_errors(target):
+        target.parent.mkdir(exist_ok=True)
+    write_checked(target, state)
+    return target
 
 
-def remove_old_weights(folder: Path, recipe: PretrainRecipe) -> None:
-    """Remove weights except the newest `keep_last` and those of `keep_every`."""
-    for step, path in list(weights_on_disk(folder).items())[: -recipe.keep_last]:
+def remove_old_files(folder: Path, recipe: PretrainRecipe) -> None:
+    """Remove states except the newest `keep_states`, and old weights.
+
+    The weights of the newest `keep_last` and of `keep_every` stay.
+    """
+    for step, path in list(files_on_disk(folder, WEIGHTS).items())[: -recipe.keep_last]:
         if recipe.keep_every is None or step % recipe.keep_every:
-            path.unlink()
+            remove_checked(path)
+    if recipe.keep_states is not None:
+        states = list(files_on_disk(folder, STATE).values())
+        for path in states[: -recipe.keep_states]:
+            remove_checked(path)
 
 
-def weights_on_disk(folder: Path) -> dict[int, Path]:
-    """Return the files of weights by step, in order."""
+def files_on_disk(folder: Path, prefix: str) -> dict[int, Path]:
+    """Return the files of weights or states by step, in order."""
     steps = {
-        path.stem.rpartition("_")[2]: path
-        for path in folder.glob("checkpoint_epoch_0_iter_*.pt")
+        path.stem.removeprefix(prefix): path for path in folder.glob(f"{prefix}*.pt")
     }
     return dict(sorted((int(n), path) for n, path in steps.items() if n.isdecimal()))
 
@@ -178,7 +145,8 @@ def average_checkpoints(paths: Sequence[Path]) -> Weights:
     total: Weights = {}
     dtypes: dict[str, torch.dtype] = {}
     for path in paths:
-        for name, value in read_weights(path).items():
+        check_file(path)
+        for name, value in read_file(path).items():
             dtypes.setdefault(name, value.dtype)
             total[name] = total.get(name, 0) + value.double()
     return {
@@ -198,14 +166,45 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OpenELMError: writing failed; the old file is unchanged.
     """
+    with explained_errors(path), replaced_file(path) as staged:
+        write(staged)
+
+
+# Resuming ----------------------------------------------------------------------------
+
+
+def find_state(folder: Path, resume: Resume) -> Path | None:
+    """Return the training state that a run resumes from, after `check_folder`."""
+    if resume and (folder / LAST).exists():
+        return folder / LAST
+    return Path(resume) if isinstance(resume, str) and resume != AUTO else None
+
+
+def read_training(path: Path, *, check: bool = True) -> TrainingState:
+    """Read a training state.
+
+    Args:
+        check: compare it with its checksum, which reads all of it.
+
+    Raises:
+        OpenELMError: it is damaged; an older state of the same run is named.
+    """
     try:
-        with replaced_file(path) as staged:
-            write(staged)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
-        raise OpenELMError(
-            f"Cannot write {path} ({first_line(error)}); free some space there, then "
-            "continue with `resume`."
-        ) from error
+        if check:
+            check_file(path)
+        return read_state(path)
+    except OpenELMError as error:
+        raise OpenELMError(f"{error}{_offer_older(path)}") from error
+
+
+def _offer_older(damaged: Path) -> str:
+    for step, path in reversed(files_on_disk(damaged.parent, STATE).items()):
+        with contextlib.suppress(OpenELMError):
+            if path != damaged:
+                check_file(path)
+                read_state(path)
+                return f" `resume` {path} continues from step {step}, the one before."
+    return ""
 
 
 # Checks before a run -----------------------------------------------------------------
@@ -214,18 +213,22 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 _PROTECTED = ("metrics.jsonl", "*.pt", "*.safetensors")  # patterns of other results
 
 
-def check_folder(recipe: PretrainRecipe, *, resume: bool) -> None:
+def check_folder(recipe: PretrainRecipe, resume: Resume) -> None:
     """Check that a run may use its folder.
 
-    A run that was killed before its first checkpoint resumes from step 0.
+    A run that was killed before its first checkpoint resumes from step 0. Resuming from
+    an older state in the folder makes this the last one.
 
     Raises:
         OpenELMError: there is nothing to resume, or the recipe differs; or the folder
-            holds a run and `resume` is off.
+            holds a run and `resume` is off or the path of another run's state.
     """
     output = Path(recipe.output)
     started = (output / RECIPE).exists() or (output / LAST).exists()
-    if not resume:
+    path = Path(resume) if isinstance(resume, str) and resume != AUTO else None
+    if path is not None and not path.is_file():
+        raise OpenELMError(f"`resume` is {path}, which is not a file.")
+    if not resume or (isinstance(resume, str) and not started):
         if started:
             raise OpenELMError(
                 f"{output} already holds a run; use `resume` to continue it, or "
@@ -248,6 +251,19 @@ def check_folder(recipe: PretrainRecipe, *, resume: bool) -> None:
         raise OpenELMError(
             f"Cannot resume {output} with another recipe ({differences}); use the old "
             "recipe, or another `output`."
+        )
+    if path is None or not (output / LAST).exists():
+        return
+    if path.parent.resolve() == output.resolve():
+        if path.name != LAST:
+            read_training(path)
+            link_checked(path, output / LAST)
+    elif read_training(output / LAST, check=False).progress.origin != str(
+        path.resolve()
+    ):
+        raise OpenELMError(
+            f"{output} already holds a run, which did not start from {path}; use "
+            "`resume` alone to continue it, or another `output`."
         )
 
 
@@ -272,103 +288,32 @@ def as_json(recipe: PretrainRecipe) -> dict[str, Any]:
 _MAY_CHANGE = (  # on resume: they do not affect what is learned
     *("output", "micro_batch_size", "parallel", "bf16", "activation_checkpointing"),
     *("compile", "report_every", "eval_every", "eval_window", "eval_sequences"),
-    *("save_every", "keep_last", "keep_every", "average_last", "sample_every"),
-    *("sample_prompts", "tensorboard", "report_to", "generation"),
+    *("save_every", "keep_last", "keep_every", "keep_states", "average_last"),
+    *("sample_every", "sample_prompts", "tensorboard", "report_to", "generation"),
+    *("compare_log", "join_timeout"),
     *("data.on_damage", "data.cache", "data.workers"),
 )
 
 
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that must not change on resume, by dotted key."""
+    """Return the settings that must not change on resume, by dotted key.
+
+    Keys that a recipe of an earlier version lacks have their defaults.
+    """
+    defaults = as_json(PretrainRecipe())
     flat: dict[str, Any] = {}
-    for key, value in recipe.items():
+    for key, value in (defaults | recipe).items():
         if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": setting for inner, setting in value.items()}
+            values = (defaults.get(key) or {}) | value
+            flat |= {f"{key}.{inner}": setting for inner, setting in values.items()}
         else:
             flat[key] = value
+    flat["data.corpora"] = [
+        [corpus.get(key) for key in ("files", "text_key", "token_share")]
+        for corpus in flat["data.corpora"]
+    ]
     return {
         key: value
         for key, value in flat.items()
         if key not in _MAY_CHANGE and key.split(".")[0] not in _MAY_CHANGE
     }
-
-
-# Weights -----------------------------------------------------------------------------
-
-
-def read_initial(path: Path) -> tuple[OpenELMConfig, Weights, tuple[str, ...]]:
-    """Read initial weights from a CoreNet .pt, and the config.json next to it.
-
-    Returns:
-        The config, the weights, and notes for the user on which weights they are.
-
-    Raises:
-        OpenELMError: one of them is missing or damaged, or they do not fit together.
-    """
-    if not path.is_file():
-        raise OpenELMError(f"The recipe's init, {path}, is not a file.")
-    config_path = path.with_name("config.json")
-    if not config_path.is_file():
-        raise OpenELMError(
-            f"There is no config.json next to {path}; add it, as it has the sizes."
-        )
-    config = OpenELMConfig.from_file(config_path)
-    state, notes = choose_weights(
-        read_weights(path), path, lambda value: isinstance(value, Tensor)
-    )
-    stored = {name: v for name, v in state.items() if isinstance(v, Tensor)}
-    if not stored or not all(isinstance(name, str) for name in stored):
-        raise OpenELMError(f"{path} holds no weights by name; use another init.")
-    tensors, left_out = split_buffers(stored)
-    integers = [k for k, v in tensors.items() if not v.is_floating_point()]
-    if integers:
-        raise OpenELMError(
-            f"{integers[0]} in {path} has dtype {tensors[integers[0]].dtype}; use a "
-            "file whose weights are not quantized."
-        )
-    weights = {ours: tensors[name] for ours, name in map_to_corenet(tensors).items()}
-    tied = config.share_input_output_layers and {HEAD, EMBEDDING} <= weights.keys()
-    if tied and is_copied_head(weights[HEAD], weights[EMBEDDING], Tensor.to):
-        rows = len(weights.pop(HEAD))
-        weights[EMBEDDING] = weights[EMBEDDING][:rows]
-    if EMBEDDING in weights:  # often with padding rows
-        config = replace(config, vocab_size=len(weights[EMBEDDING]))
-    expected = config.tensor_shapes()
-    shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    wrong = [n for n in expected | shapes if expected.get(n) != shapes.get(n)]
-    if wrong:
-        raise OpenELMError(
-            f"{path} does not fit its config.json: {wrong[0]} has shape "
-            f"{shapes.get(wrong[0], 'none')}, expected "
-            f"{expected.get(wrong[0], 'no such tensor')}."
-        )
-    floats = {name: value.float() for name, value in weights.items()}
-    return config, floats, (*notes, *left_out)
-
-
-def load_weights(model: ReferenceOpenELM, weights: Weights) -> None:
-    """Load full weights into a model, which may be sharded."""
-    options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(model, {**weights}, options=options)
-
-
-def read_weights(path: Path) -> dict[str, Any]:
-    """Read a file of torch.save; its tensors are read from disk when they are used.
-
-    Raises:
-        OpenELMError: it is damaged, or does not hold a dictionary.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise OpenELMError(
-            f"{path} is damaged, or not a file of torch.save ({first_line(error)})."
-        ) from error
-    if not isinstance(state, dict):
-        raise OpenELMError(f"{path} holds a {type(state).__name__}, not weights.")
-    return state
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error, to be embedded in a message."""
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -9,11 +9,11 @@ import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import ftfy
 import numpy as np
 import numpy.typing as npt
 
 from converters.pretraining.recipe import DataRecipe
+from mlx_openelm.text.repair import repair
 from mlx_openelm.text.tokenizer import Tokenizer
 
 Tokens = npt.NDArray[np.int32]
@@ -74,11 +74,6 @@ def _make_piece(text: str, tokenizer: Tokenizer, rules: Rules) -> DocumentPiece:
         return DocumentPiece(NOTHING, FEW_TOKENS)
     kept = ids[: rules.length + 1]
     return DocumentPiece(np.array(kept, np.int32), num_cut=len(ids) - len(kept))
-
-
-def repair(text: str) -> str:
-    """Repair text as CoreNet does: ftfy with its default fixes, then NFC."""
-    return ftfy.fix_text(text, normalization="NFC")
 
 
 def tokenize(text: str, tokenizer: Tokenizer) -> list[int]:

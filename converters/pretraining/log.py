@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.input_files import parse_json
+from mlx_openelm.reporting.run_history import read_step
 from mlx_openelm.reporting.trackers import Trackers
 from mlx_openelm.storage.staging import replaced_file
 
@@ -95,7 +96,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """A sentence for the terminal alone."""
+    """A sentence for the user."""
 
     text: str
 
@@ -148,18 +149,24 @@ def _drop_after(path: Path, step: int) -> None:
     """Remove the records after a step, and a truncated last line."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
-        with contextlib.suppress(ValueError):
-            match parse_json(line):
-                case {"averaged": True}:
-                    pass
-                case {"step": int(recorded)} if recorded > step:
-                    pass
-                case {}:
-                    kept.append(line)
+    kept = [
+        json.dumps(row) + "\n"
+        for row in read_metrics(path)
+        if row.get("averaged") is not True and read_step(row) <= step
+    ]
     with replaced_file(path) as staged:
         staged.write_text("".join(kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl, without incomplete lines."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            record = parse_json(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
 
 
 class Meter:

@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from converters.formats.checkpoint_weights import find_config
 from converters.pretraining.corpus_files import find_files
+from converters.pretraining.model_sources import open_model
 from converters.pretraining.recipe import PretrainRecipe, list_corpora
 from mlx_openelm.config import LLAMA_PIECES, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
@@ -246,9 +248,12 @@ def count_layer_bytes(config: OpenELMConfig, layer: int, *, bf16: bool) -> int:
 def _find_config(recipe: PretrainRecipe, missing: list[str]) -> OpenELMConfig:
     if recipe.init is not None:
         init = Path(recipe.init)
+        config_path = None if init.is_dir() else find_config(init)
+        if config_path is None:  # the sizes of its tensors
+            return open_model(recipe.init).config
         if not init.is_file():
             missing.append(f"The recipe's init, {init}, is not a file.")
-        return OpenELMConfig.from_file(init.parent / "config.json")
+        return OpenELMConfig.from_file(config_path)
     path = recipe.tokenizer.path
     if path is None:
         return recipe.model.build(recipe.tokenizer.vocab_size)

@@ -278,8 +278,8 @@ class PretrainRecipe:
     """All settings of a pre-training run.
 
     Attributes:
-        init: a .pt file with initial weights; the config.json next to it has the sizes,
-            so the recipe has no `model`.
+        init: initial weights: a .pt file, a model folder or a Hub id. They have the
+            sizes; a `model` of the recipe must agree with them.
         steps: optimizer updates.
         batch_size: sequences per step, over all processes.
         micro_batch_size: sequences per forward pass and process; gradients are
@@ -289,8 +289,12 @@ class PretrainRecipe:
             pass.
         keep_last: number of newest checkpoints of weights to keep; one every
             `keep_every` steps is kept as well.
+        keep_states: number of newest full training states to keep; None: all.
         average_last: number of checkpoints whose mean is the result.
         sample_prompts: prompts to continue every `sample_every` steps.
+        compare_log: a training_logs.txt of CoreNet or a metrics.jsonl, whose loss is
+            drawn beside that of the run in its report.
+        join_timeout: seconds in which all processes must have started.
         report_to: trackers that receive the metrics: tensorboard, wandb, trackio.
     """
 
@@ -316,9 +320,12 @@ class PretrainRecipe:
     save_every: int = 500
     keep_last: int = 5
     keep_every: int | None = None
+    keep_states: int | None = 2
     average_last: int = 1
     sample_every: int | None = None
     sample_prompts: tuple[str, ...] = ()
+    compare_log: PathText | None = None
+    join_timeout: int = 600
     tensorboard: bool = False  # the same as "tensorboard" in `report_to`
     report_to: tuple[str, ...] = ()
 
@@ -336,7 +343,7 @@ class PretrainRecipe:
         for name in (
             *("steps", "batch_size", "micro_batch_size", "report_every", "eval_every"),
             *("eval_window", "eval_sequences", "save_every", "keep_every"),
-            "sample_every",
+            *("keep_states", "sample_every", "join_timeout"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -26,15 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from converters.pretraining.checkpoints import (
     AVERAGE,
     LAST,
-    ResumePoint,
+    WEIGHTS,
+    Resume,
     average_checkpoints,
-    load_weights,
-    read_weights,
-    remove_old_weights,
-    restore_training,
+    files_on_disk,
+    remove_old_files,
     save_training,
-    weights_on_disk,
-    write_atomically,
 )
 from converters.pretraining.heldout import continue_greedily
 from converters.pretraining.loader import join_states
@@ -60,7 +57,15 @@ from converters.pretraining.plan import (
 )
 from converters.pretraining.processes import Processes, join_processes, stop_signals
 from converters.pretraining.recipe import PretrainRecipe
+from converters.pretraining.report import RunReport
 from converters.pretraining.setup import claim_folder, set_up
+from converters.pretraining.training_states import (
+    ResumePoint,
+    load_weights,
+    read_file,
+    restore_state,
+    write_checked,
+)
 from converters.reference import ReferenceOpenELM
 from mlx_openelm.errors import OpenELMError
 
@@ -68,12 +73,16 @@ from mlx_openelm.errors import OpenELMError
 def pretrain(
     recipe: PretrainRecipe,
     *,
-    resume: bool = False,
+    resume: Resume = False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Path:
     """Train an OpenELM and return the path of its final weights.
 
     Events reach `on_event` in the first process only, and `metrics.jsonl` as well.
+
+    Args:
+        resume: True resumes the run of the recipe's `output`; "auto" also starts it;
+            the path of a training state, of ours or of CoreNet, resumes from that.
 
     Raises:
         OpenELMError: the data or the recipe is invalid, the output exists and `resume`
@@ -88,15 +97,16 @@ def pretrain(
 def _train(
     recipe: PretrainRecipe,
     processes: Processes,
-    resume: bool,
+    resume: Resume,
     on_event: Callable[[Event], None],
     stop: list[int],
 ) -> Path:
     """Train, and free the run before the process group ends."""
     try:
         with (
-            claim_folder(recipe, processes, resume=resume),
+            claim_folder(recipe, processes, resume),
             contextlib.closing(_Run(recipe, processes, resume, on_event)) as run,
+            run.report or contextlib.nullcontext(),
         ):
             return run.train(stop)
     except torch.OutOfMemoryError as error:
@@ -113,18 +123,22 @@ class _Run:
         self,
         recipe: PretrainRecipe,
         processes: Processes,
-        resume: bool,
+        resume: Resume,
         on_event: Callable[[Event], None],
     ) -> None:
         self.recipe, self.processes = recipe, processes
         self.output = Path(recipe.output)
-        setup = set_up(recipe, processes, resume=resume)
+        setup = set_up(recipe, processes, resume)
         self.config, self.tokenizer = setup.config, setup.tokenizer
         self.loader, self.heldout = setup.loader, setup.heldout
-        self.step = setup.progress.step
-        self.log = None
+        self.step, self.origin = setup.progress.step, setup.progress.origin
+        self.log: RunLog | None = None
+        self.report: RunReport | None = None
         with processes.shared_errors():
             if processes.first:
+                self.report = RunReport(
+                    recipe, self.config, lambda text: on_event(Noted(text))
+                )
                 self.log = RunLog(
                     self.output,
                     on_event,
@@ -144,10 +158,11 @@ class _Run:
             _peak_flops(processes),
         )
         if setup.saved is not None:
-            restore_training(self.output, self.model, self.optimizers, setup.saved)
+            restore_state(self.model, self.optimizers, setup.saved)
+        if setup.progress.meter:
             self.meter.restore(setup.progress.meter)
-        for note in setup.notes if processes.first else ():
-            on_event(Noted(note))
+        for note in setup.notes:
+            self._log_event(Noted(note))
         self._log_event(
             Started(
                 num_parameters=self.config.num_parameters,
@@ -262,6 +277,8 @@ class _Run:
     def _log_event(self, event: Event) -> None:
         if self.log is not None:
             self.log.write(event)
+        if self.report is not None:
+            self.report(event)
 
     # Disk ------------------------------------------------------------------------
 
@@ -269,7 +286,8 @@ class _Run:
         """Write the training state and, if `scheduled`, a file of the weights."""
         own = (self.loader.state(), dict(self.loader.dropped))
         states, dropped = zip(*self.processes.gather(own), strict=True)
-        progress = ResumePoint(self.step, join_states(states), self.meter.state())
+        data = join_states(states)
+        progress = ResumePoint(self.step, data, self.meter.state(), self.origin)
         with self.processes.shared_errors():
             save_training(
                 self.output,
@@ -280,7 +298,7 @@ class _Run:
                 first=self.processes.first,
             )
             if scheduled and self.processes.first:
-                remove_old_weights(self.output, self.recipe)
+                remove_old_files(self.output, self.recipe)
         counted = sum((Counter(part) for part in dropped), Counter())
         self._log_event(Saved(self.step, self.output / LAST, dict(counted)))
 
@@ -288,13 +306,12 @@ class _Run:
         """Write the mean of the last checkpoints, and evaluate it."""
         path = self.output / AVERAGE
         with self.processes.shared_errors():
-            available = list(weights_on_disk(self.output).values())
+            available = list(files_on_disk(self.output, WEIGHTS).values())
             chosen = available[-self.recipe.average_last :]
             if self.processes.first:
-                average = average_checkpoints(chosen)
-                write_atomically(path, lambda staged: torch.save(average, staged))
+                write_checked(path, average_checkpoints(chosen))
         if self.heldout and len(chosen) > 1:
-            load_weights(self.model, read_weights(path))
+            load_weights(self.model, read_file(path))
             self._log_event(self.heldout.score(self.model, self.step, averaged=True))
         return path
 

@@ -8,24 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from converters.pretraining.checkpoints import (
-    LAST,
+    AUTO,
     RECIPE,
-    ResumePoint,
-    Weights,
+    Resume,
     as_json,
     check_folder,
+    find_state,
     lock_folder,
-    read_initial,
     read_training,
     write_atomically,
     write_json_atomically,
 )
 from converters.pretraining.heldout import HeldOut
+from converters.pretraining.initial_weights import InitialWeights, read_initial
 from converters.pretraining.loader import Loader, open_loader, read_recipe_documents
 from converters.pretraining.packing import Corpus, read_corpora, train_tokenizer
 from converters.pretraining.plan import share_batch
 from converters.pretraining.processes import Processes
 from converters.pretraining.recipe import ModelRecipe, PretrainRecipe
+from converters.pretraining.training_states import (
+    ResumePoint,
+    TrainingState,
+    Weights,
+)
 from mlx_openelm.config import BOS_ID, EOS_ID, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.tokenizer import Tokenizer
@@ -39,8 +44,8 @@ class Setup:
 
     Attributes:
         initial: initial weights; None: random ones.
-        saved: the last checkpoint, which includes `progress`; None for a new run.
-        notes: notes for the user on the initial weights.
+        saved: the training state to resume from, with `progress`; None for a new run.
+        notes: notes for the user on the weights and the position in the data.
     """
 
     config: OpenELMConfig
@@ -48,14 +53,14 @@ class Setup:
     loader: Loader
     heldout: HeldOut | None
     initial: Weights | None
-    saved: dict[str, Any] | None
+    saved: TrainingState | None
     progress: ResumePoint
     notes: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
 def claim_folder(
-    recipe: PretrainRecipe, processes: Processes, *, resume: bool
+    recipe: PretrainRecipe, processes: Processes, resume: Resume
 ) -> Iterator[None]:
     """Check the recipe, and create and lock its folder.
 
@@ -65,9 +70,9 @@ def claim_folder(
     output = Path(recipe.output)
     with contextlib.ExitStack() as locks:
         with processes.shared_errors():
-            _check(recipe, processes)
+            _check(recipe, processes, resume)
             if processes.first:
-                check_folder(recipe, resume=resume)
+                check_folder(recipe, resume)
                 _create_folder(output)
                 locks.enter_context(lock_folder(output))
         yield
@@ -82,7 +87,7 @@ def _create_folder(path: Path) -> None:
         ) from error
 
 
-def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Setup:
+def set_up(recipe: PretrainRecipe, processes: Processes, resume: Resume) -> Setup:
     """Create the tokenizer, open the data, and read the checkpoint to resume from.
 
     The first process writes tokenizer and configs; recipe.json comes last, as it marks
@@ -92,18 +97,20 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
         OpenELMError: in all processes, if something fails in one.
     """
     output = Path(recipe.output)
+    source = find_state(output, resume)
+    own = source is not None and source.parent == output  # else it has other sizes
     saved, progress = None, ResumePoint(0, {}, {})
-    saved_before = resume and (output / LAST).exists()
     with processes.shared_errors():
-        initial_config, initial = None, None
-        notes: tuple[str, ...] = ()
-        if saved_before and recipe.init is not None:  # `init` may have been deleted
+        initial: InitialWeights | None = None
+        initial_config = None
+        if own:  # `init` may have been deleted
             initial_config = OpenELMConfig.from_file(output / "config.json")
-        elif recipe.init is not None:
-            initial_config, initial, notes = read_initial(Path(recipe.init))
+        elif start := recipe.init if source is None else str(source):
+            initial = read_initial(start)
+            initial_config = initial.config
         corpus = read_corpora(recipe.data) if recipe.data.packing else None
         if processes.first and not (output / RECIPE).exists():
-            tokenizer = _choose_tokenizer(recipe, corpus)
+            tokenizer = _choose_tokenizer(recipe, corpus, initial)
             proto = tokenizer.model_proto
             write_atomically(
                 output / "tokenizer.model", lambda path: path.write_bytes(proto)
@@ -119,9 +126,12 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
             ranks=processes.count,
             corpus=corpus,
         )
-        if saved_before:
-            saved, progress = read_training(output)
-            loader.restore(progress.loader)
+        if source is not None:
+            saved = read_training(source, check=processes.first)
+            progress = saved.progress
+            _check_progress(recipe, saved)
+            if progress.loader:
+                loader.restore(progress.loader)
         heldout = HeldOut(recipe, tokenizer) if recipe.data.heldout else None
         if processes.first:
             for name, value in (
@@ -130,11 +140,25 @@ def set_up(recipe: PretrainRecipe, processes: Processes, *, resume: bool) -> Set
                 (RECIPE, as_json(recipe)),
             ):
                 write_json_atomically(output / name, value)
-    return Setup(config, tokenizer, loader, heldout, initial, saved, progress, notes)
+    notes = initial.notes if initial is not None else ()
+    if saved is not None and not progress.loader:
+        notes += (
+            f"Resumed {saved.path} after {progress.step:,} iterations. It has no "
+            "position in the data: they start at the beginning of an epoch.",
+        )
+    weights = None if initial is None else initial.weights
+    if saved is not None and weights is not None:
+        saved = dataclasses.replace(saved, weights=weights)
+    return Setup(config, tokenizer, loader, heldout, weights, saved, progress, notes)
 
 
-def _check(recipe: PretrainRecipe, processes: Processes) -> None:
+def _check(recipe: PretrainRecipe, processes: Processes, resume: Resume) -> None:
     share_batch(recipe, processes.count)
+    if recipe.init is not None and isinstance(resume, str) and resume != AUTO:
+        raise OpenELMError(
+            f"A run starts from init ({recipe.init}) or resumes from a training state "
+            f"({resume}), not both; leave one out."
+        )
     if not recipe.data.train and not recipe.data.corpora:
         raise OpenELMError("The recipe has no text: set data.train, or pass `data`.")
     if recipe.optimizer.name == "muon" and recipe.parallel == "fsdp":
@@ -144,14 +168,29 @@ def _check(recipe: PretrainRecipe, processes: Processes) -> None:
         )
 
 
-def _choose_tokenizer(recipe: PretrainRecipe, corpus: Corpus | None) -> Tokenizer:
-    """Read the recipe's tokenizer or the one next to `init`, or train one."""
+def _check_progress(recipe: PretrainRecipe, saved: TrainingState) -> None:
+    step = saved.progress.step
+    if saved.progress.origin and not saved.progress.loader and step >= recipe.steps:
+        raise OpenELMError(
+            f"{saved.path} was saved after {step:,} iterations, but the recipe has "
+            f"{recipe.steps:,} `steps`; set more."
+        )
+
+
+def _choose_tokenizer(
+    recipe: PretrainRecipe, corpus: Corpus | None, initial: InitialWeights | None
+) -> Tokenizer:
+    """Read the recipe's tokenizer or the one of the initial weights, or train one."""
     if recipe.tokenizer.path:
         return Tokenizer.from_file(Path(recipe.tokenizer.path))
-    if recipe.init is not None:
-        path = Path(recipe.init).with_name("tokenizer.model")
-        if path.is_file():
-            return Tokenizer.from_file(path)
+    if initial is not None:
+        path = initial.folder / "tokenizer.model"
+        if not path.is_file():
+            raise OpenELMError(
+                f"There is no tokenizer.model in {initial.folder}, next to the initial "
+                "weights; set tokenizer.path."
+            )
+        return Tokenizer.from_file(path)
     if corpus is not None:
         return train_tokenizer(corpus.documents, recipe.tokenizer)
     texts = read_recipe_documents(recipe.data, characters=TOKENIZER_CHARACTERS)
@@ -161,20 +200,37 @@ def _choose_tokenizer(recipe: PretrainRecipe, corpus: Corpus | None) -> Tokenize
 def _choose_config(
     recipe: PretrainRecipe, tokenizer: Tokenizer, initial: OpenELMConfig | None
 ) -> OpenELMConfig:
+    """Return the recipe's sizes, or those of the initial weights, if they agree.
+
+    The rows of the embedding are those of the weights; the context length, which does
+    not follow from weights, is that of the recipe's `model`.
+    """
     if initial is None:
         return recipe.model.build(tokenizer.vocab_size)
-    if recipe.model != ModelRecipe():
-        raise OpenELMError(
-            "The recipe has both init and a model; leave out the model, as the "
-            "config.json next to init has the sizes."
-        )
     if initial.vocab_size < tokenizer.vocab_size:
         raise OpenELMError(
-            f"{recipe.init} has an embedding of {initial.vocab_size} rows, too few for "
-            f"the tokenizer's {tokenizer.vocab_size} pieces; put its own "
+            f"The initial weights have an embedding of {initial.vocab_size} rows, too "
+            f"few for the tokenizer's {tokenizer.vocab_size} pieces; put its own "
             "tokenizer.model next to it."
         )
-    return initial
+    if recipe.model == ModelRecipe():
+        return initial
+    model = dataclasses.replace(
+        recipe.model.build(tokenizer.vocab_size),
+        vocab_size=initial.vocab_size,
+        share_input_output_layers=initial.share_input_output_layers,
+    )
+    ours, theirs = model.tensor_shapes(), initial.tensor_shapes()
+    different = [n for n in ours | theirs if ours.get(n) != theirs.get(n)]
+    if different:
+        name = different[0]
+        raise OpenELMError(
+            f"The recipe's model does not agree with the initial weights: {name} has "
+            f"shape {ours.get(name, 'none')} in the recipe and "
+            f"{theirs.get(name, 'none')} in the weights; leave out the model, as the "
+            "weights have the sizes."
+        )
+    return dataclasses.replace(initial, max_context_length=model.max_context_length)
 
 
 def generation_config(recipe: PretrainRecipe) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class Receipt:
         top1_agreement: fraction of positions where both have the same most likely
             token.
         perplexity_before: of the original; `perplexity_after`: of the quantized model.
+        mean_kl_rounded, top1_agreement_rounded: with the scales of plain rounding,
+            where scales were learned.
     """
 
     text: str
@@ -47,6 +49,8 @@ class Receipt:
     top1_agreement: float
     perplexity_before: float
     perplexity_after: float
+    mean_kl_rounded: float | None = None
+    top1_agreement_rounded: float | None = None
 
 
 def measure_quantization(

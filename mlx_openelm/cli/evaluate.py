@@ -4,7 +4,7 @@ import gc
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +30,7 @@ from mlx_openelm.options import MODEL_PANEL, OUTPUT_PANEL
 
 if TYPE_CHECKING:
     from mlx_openelm.evaluation.results import ModelScores, TaskResult
+    from mlx_openelm.evaluation.scorer import Scorer
     from mlx_openelm.evaluation.suites import Suite
 
 SCORING = "Texts and tasks"  # a heading in --help
@@ -59,8 +60,9 @@ def evaluate_command(
     compare: Annotated[
         list[str] | None,
         typer.Option(
-            help="Another model to compare with, or an adapter folder (of --model, "
-            "else of its own base); repeatable.",
+            help="Another model to compare with: an OpenELM, an adapter folder (of "
+            "--model, else of its own base), a model that mlx-lm opens, or hf:NAME; "
+            "repeatable.",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = None,
@@ -211,37 +213,56 @@ def _evaluate_one(
     offline: bool,
 ) -> "ModelScores":
     """Load one model and score it on all texts and tasks."""
-    from mlx_openelm.evaluation.results import ModelScores, describe_model
+    from mlx_openelm.evaluation.other_models import open_scorer
+    from mlx_openelm.evaluation.results import (
+        ModelScores,
+        describe_model,
+        describe_other_model,
+    )
+    from mlx_openelm.evaluation.scorer import OpenELMScorer, Scorer
+    from mlx_openelm.evaluation.texts import evaluate, score_text_of
 
     where = _make_folder(output, entrant.label)
-    folder, model, tokenizer = open_model(
-        console, entrant.name, entrant.adapter, offline
-    )
-    card = describe_model(entrant.label, folder, entrant.method)
     score = None
-    if text:
-        from mlx_openelm.evaluation.texts import evaluate
-
-        with console.progress("Scoring") as progress:
-            score = evaluate(
-                model,
-                tokenizer,
-                text=text,
-                window=window,
-                on_progress=lambda done, total: progress.update(done, total, "windows"),
-            )
-    results = _run_local(console, model, tokenizer, plan, where, force)
-    if plan.named:
-        results += _run_named(
-            console, model, tokenizer, plan, where, batch_size=batch_size, force=force
+    scorer: Scorer
+    if entrant.is_other:
+        assert entrant.name is not None
+        console.note(f"[loading {entrant.name}, which is not an OpenELM]")
+        scorer = open_scorer(entrant.name, offline=offline)
+        card = describe_other_model(entrant.label)
+    else:
+        folder, model, tokenizer = open_model(
+            console, entrant.name, entrant.adapter, offline
         )
+        scorer = OpenELMScorer(model, tokenizer, batch_size=batch_size)
+        card = describe_model(entrant.label, folder, entrant.method)
+    if text:
+        with console.progress("Scoring") as progress:
+            if entrant.is_other:
+                score = score_text_of(
+                    scorer,
+                    text,
+                    lambda done, total: progress.update(done, total, "files"),
+                )
+            else:
+                score = evaluate(
+                    model,
+                    tokenizer,
+                    text=text,
+                    window=window,
+                    on_progress=lambda done, total: progress.update(
+                        done, total, "windows"
+                    ),
+                )
+    results = _run_local(console, scorer, plan, where, force)
+    if plan.named:
+        results += _run_named(console, scorer, plan, where, force)
     return ModelScores(card, score, tuple(results))
 
 
 def _run_local(
     console: Console,
-    model: Any,
-    tokenizer: Any,
+    scorer: "Scorer",
     plan: EvaluationPlan,
     where: Path | None,
     force: bool,
@@ -250,30 +271,27 @@ def _run_local(
     from mlx_openelm.evaluation.results import from_local
 
     results = []
-    for task, total in plan.local:
+    for task in plan.local:
         with console.progress(task.name) as progress:
             scored = score_task(
-                model,
-                tokenizer,
+                scorer,
                 task,
+                limit=plan.limit,
                 output=where / f"{task.name}.jsonl" if where else None,
                 force=force,
                 on_progress=lambda done, total: progress.update(
                     done, total, "questions"
                 ),
             )
-        results.append(from_local(scored, total))
+        results.append(from_local(scored, len(task.questions)))
     return results
 
 
 def _run_named(
     console: Console,
-    model: Any,
-    tokenizer: Any,
+    scorer: "Scorer",
     plan: EvaluationPlan,
     where: Path | None,
-    *,
-    batch_size: int,
     force: bool,
 ) -> list["TaskResult"]:
     from mlx_openelm.evaluation.harness import run_resumable_task, run_task
@@ -287,18 +305,14 @@ def _run_named(
                 progress.update(done, total, "requests")
 
             if where is None:
-                lm = wrap_model(
-                    model, tokenizer, batch_size=batch_size, on_progress=show_progress
-                )
+                lm = wrap_model(scorer, on_progress=show_progress)
                 results += run_task(lm, task, limit=plan.limit)
             else:
                 results += run_resumable_task(
-                    model,
-                    tokenizer,
+                    scorer,
                     task,
                     where,
                     limit=plan.limit,
-                    batch_size=batch_size,
                     force=force,
                     on_progress=show_progress,
                 )

@@ -30,12 +30,14 @@ class Entrant:
     Attributes:
         label: unique among the entrants.
         name: as for `--model`; None is the adapter's base, or the demo.
+        is_other: not an OpenELM: stock mlx-lm or the harness loads it.
     """
 
     label: str
     name: str | None
     adapter: str | None = None
     method: str | None = None
+    is_other: bool = False
 
 
 def list_entrants(
@@ -46,6 +48,7 @@ def list_entrants(
     Raises:
         OpenELMError: a model was not found, or is named twice.
     """
+    from mlx_openelm.evaluation.other_models import check_other_model, is_other_model
     from mlx_openelm.storage.loading import choose_model
     from mlx_openelm.storage.weight_files import is_adapter
 
@@ -54,13 +57,21 @@ def list_entrants(
         pairs.append((model, name) if is_adapter(user_path(name)) else (name, None))
     entrants: list[Entrant] = []
     for base, adapter in pairs:
+        if base and adapter is None and is_other_model(base, offline=offline):
+            check_other_model(base)
+            _add(entrants, Entrant(base, base, is_other=True))
+            continue
         choice = choose_model(base, optional_path(adapter), offline=offline)
         label = adapter or choice.name
         method = choice.adapter.method if choice.adapter else None
-        if label in (entrant.label for entrant in entrants):
-            raise OpenELMError(f"{label} is named twice; leave one out.")
-        entrants.append(Entrant(label, base, adapter, method))
+        _add(entrants, Entrant(label, base, adapter, method))
     return entrants
+
+
+def _add(entrants: list[Entrant], entrant: Entrant) -> None:
+    if entrant.label in (other.label for other in entrants):
+        raise OpenELMError(f"{entrant.label} is named twice; leave one out.")
+    entrants.append(entrant)
 
 
 # Tasks ---------------------------------------------------------------------------
@@ -71,11 +82,11 @@ class EvaluationPlan:
     """The questions of all tasks.
 
     Attributes:
-        local: tasks from files, each with the number of questions in its file.
+        local: tasks from files, with all questions.
         named: tasks of lm-evaluation-harness.
     """
 
-    local: tuple[tuple["Task", int], ...]
+    local: tuple["Task", ...]
     named: tuple["HarnessTask", ...]
     suite: "Suite | None"
     limit: int | None
@@ -120,11 +131,8 @@ def plan_evaluation(
         files = _find_files(console, suite, tasks_dir)
     else:
         named = [(task.task, task.num_fewshot) for task in suite.tasks]
-    local = []
-    for path in files:
-        whole = read_task(path)
-        local.append((read_task(path, limit=limit), len(whole.questions)))
-    names = [task.name for task, _ in local] + [name for name, _ in named]
+    local = [read_task(path) for path in files]
+    names = [task.name for task in local] + [name for name, _ in named]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise OpenELMError(f"Two tasks have the name {twice[0]}; rename a file.")

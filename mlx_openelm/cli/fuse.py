@@ -61,6 +61,14 @@ def fuse_command(
             rich_help_panel=QUANTIZATION,
         ),
     ] = None,
+    learn: Annotated[
+        str | None,
+        typer.Option(
+            help="Train scales and biases after rounding, to match the base with its "
+            "adapter: minutes (10), or steps (200steps).",
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -85,6 +93,7 @@ def fuse_command(
             dequantize=dequantize,
             bits=bits,
             group_size=group_size,
+            learn=learn,
             force=force,
             offline=offline,
             on_progress=lambda p: progress.update(p.done, p.total, p.units),

@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,6 +11,7 @@ from mlx_openelm.cli.options import Json, Quiet, need_torch
 from mlx_openelm.options import OUTPUT_PANEL
 from mlx_openelm.reporting.trackers import TRACKERS
 
+RESUME_AUTO = "auto"
 SCHEDULE = "Schedule and checkpoints"  # a heading in --help
 REPORT_SECONDS = 10.0  # torchrun ends all processes when one ends
 
@@ -42,7 +43,7 @@ def pretrain_command(
     init: Annotated[
         str | None,
         typer.Option(
-            help="Weights to start from: a .pt file with its config.json beside it.",
+            help="Weights to start from: a .pt file, a model folder or a Hub id.",
             show_default="random weights",
             rich_help_panel=SCHEDULE,
         ),
@@ -64,13 +65,33 @@ def pretrain_command(
         ),
     ] = None,
     resume: Annotated[
-        bool,
+        str | None,
         typer.Option(
             "--resume",
-            help="Resume the run in --output from its last checkpoint.",
+            metavar=f"[{RESUME_AUTO}|PATH]",  # in brackets: the value may be left out
+            help="Resume the run in --output from its last checkpoint; auto also "
+            "starts a new one; PATH is a training state, of this project or CoreNet.",
+            show_default="a new run",
             rich_help_panel=SCHEDULE,
         ),
-    ] = False,
+    ] = None,
+    export: Annotated[
+        Literal["corenet"] | None,
+        typer.Option(
+            help="Write the last training state of --output, or that of --resume PATH, "
+            "as one of CoreNet, without training.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = None,
+    compare_log: Annotated[
+        str | None,
+        typer.Option(
+            help="Draw the loss of a training_logs.txt of CoreNet, or of the "
+            "metrics.jsonl of another run, in the report of the run.",
+            show_default="the recipe's",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -123,6 +144,7 @@ def pretrain_command(
         "steps": steps,
         "seed": seed,
         "report_to": report_to,
+        "compare_log": compare_log,
     }
     chosen = load_recipe(PretrainRecipe, recipe, overrides)
     from mlx_openelm.cli.views.pretraining import (
@@ -149,12 +171,25 @@ def pretrain_command(
             show_plan(console, chosen, plan)
         return
     need_torch()
+    start = True if resume == "" else resume or False
+    if export is not None:
+        from converters.pretraining.checkpoints import export_corenet
+
+        path = export_corenet(chosen, start)
+        console.answer_json({"path": str(path)}) if as_json else console.answer(
+            str(path)
+        )
+        return
     from converters.pretraining.processes import SharedError
     from converters.pretraining.run import pretrain  # seconds: torch is imported
 
     with PretrainingView(console) as view:
         try:
-            path = pretrain(chosen, resume=resume, on_event=view)
+            path = pretrain(
+                chosen,
+                resume=start,
+                on_event=view,
+            )
         except KeyboardInterrupt:
             console.note("\nSaved. The same command with --resume continues the run.")
             raise

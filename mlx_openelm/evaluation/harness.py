@@ -27,12 +27,9 @@ from mlx_openelm.evaluation.harness_model import (
     wrap_model,
 )
 from mlx_openelm.evaluation.results import Metric, TaskResult
-from mlx_openelm.generation.batching.answering import BATCH_SIZE
+from mlx_openelm.evaluation.scorer import Scorer
 from mlx_openelm.input_files import read_json
-from mlx_openelm.model.fingerprint import fingerprint_model
-from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.staging import lock_target, replaced_file
-from mlx_openelm.text.tokenizer import Tokenizer
 
 SEEDS = (0, 1234)  # the harness's defaults: `random`; numpy and few-shot examples
 BOOTSTRAP = 1000  # draws, for the standard error of metrics that are not means (F1)
@@ -219,20 +216,19 @@ def _values(
 
 
 def run_resumable_task(
-    model: OpenELM,
-    tokenizer: Tokenizer,
+    scorer: Scorer,
     task: HarnessTask,
     folder: Path,
     *,
     limit: int | None,
-    batch_size: int = BATCH_SIZE,
     force: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[TaskResult, ...]:
     """Run a task and write its result to a folder; a stopped run resumes.
 
     Answers are written to TASK.answers.jsonl as they come, and the result to TASK.json
-    at the end. A task with a result is not run again.
+    at the end. A task with a result is not run again; another limit takes over the
+    answers.
 
     Args:
         folder: results of this model only.
@@ -242,23 +238,17 @@ def run_resumable_task(
         OpenELMError: the folder has such a result, another process writes it, it cannot
             be written, or the model or the task fails.
     """
-    run = _describe_run(task, limit, fingerprint_model(model))
+    run = _describe_run(task, scorer.key)
     path = folder / f"{task.name.replace(os.sep, '_')}.json"
     try:
         with lock_target(path):
-            done = _read_file(path, run, force=force)
+            done = _read_file(path, run, limit, force=force)
             if done is not None:
                 return done
             with AnswerStore(path.with_suffix(".answers.jsonl"), run) as store:
-                lm = wrap_model(
-                    model,
-                    tokenizer,
-                    batch_size=batch_size,
-                    store=store,
-                    on_progress=on_progress,
-                )
+                lm = wrap_model(scorer, store=store, on_progress=on_progress)
                 results = run_task(lm, task, limit=limit)
-                _write_file(path, run, results)
+                _write_file(path, {**run, "limit": limit}, results)
     except OSError as error:
         raise OpenELMError(
             f"Cannot write {path}: {error.strerror or error}; the answers are kept."
@@ -266,12 +256,11 @@ def run_resumable_task(
     return results
 
 
-def _describe_run(task: HarnessTask, limit: int | None, model: str) -> dict[str, Any]:
-    """Return everything that determines a task's result; `model` is a fingerprint."""
+def _describe_run(task: HarnessTask, model: str) -> dict[str, Any]:
+    """Return everything that determines a task's answers; `model` is a fingerprint."""
     return {
         "task": task.name,
         "num_fewshot": task.num_fewshot,
-        "limit": limit,
         "questions": _digest(task),
         "model": model,
         "harness": importlib.metadata.version("lm_eval"),
@@ -295,9 +284,9 @@ def _name_type(value: object) -> str:
 
 
 def _read_file(
-    path: Path, run: Mapping[str, Any], *, force: bool
+    path: Path, run: Mapping[str, Any], limit: int | None, *, force: bool
 ) -> tuple[TaskResult, ...] | None:
-    """Return the results of an earlier run, or None.
+    """Return the results of an earlier run, or None; also None for another limit.
 
     Raises:
         OpenELMError: the file belongs to another run, or is damaged.
@@ -306,27 +295,18 @@ def _read_file(
         return None
     try:
         content = read_json(path)
-        if content["run"] != run:
+        stored = dict(content["run"])
+        other_limit = stored.pop("limit") != limit
+        if stored != run:
             if force:
                 return None
             raise OpenELMError(
                 f"{path} holds scores of another model or with other settings; choose "
                 "another folder, or use `force` to replace them."
             )
-        return tuple(
-            TaskResult(
-                **{
-                    **result,
-                    "metrics": {
-                        name: Metric(
-                            metric["value"], metric["stderr"], tuple(metric["values"])
-                        )
-                        for name, metric in result["metrics"].items()
-                    },
-                }
-            )
-            for result in content["results"]
-        )
+        if other_limit:
+            return None
+        return tuple(map(TaskResult.from_json, content["results"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if force:
             return None

@@ -9,19 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.evaluation.loglikelihood import (
-    Request,
-    check_request,
-    encode_requests,
-    score_requests,
-)
+from mlx_openelm.evaluation.scorer import Scorer
 from mlx_openelm.evaluation.task_files import Question, Task
-from mlx_openelm.model.fingerprint import fingerprint_model
-from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.ordered_jsonl import JsonObject, hash_key, open_answers
-from mlx_openelm.text.tokenizer import Tokenizer
 
 TOGETHER = 64  # questions scored together; at most these are lost on a stop
 
@@ -89,10 +82,10 @@ class ScoredTask:
 
 
 def score_task(
-    model: OpenELM,
-    tokenizer: Tokenizer,
+    scorer: Scorer,
     task: Task,
     *,
+    limit: int | None = None,
     output: Path | None = None,
     force: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -100,9 +93,10 @@ def score_task(
     """Score the questions of a task.
 
     Args:
+        limit: number of first questions to score.
         output: file to which outcomes are written as they come, one JSON object per
-            line. A run resumes from an output of a stopped run or a smaller limit.
-        force: replace an output of another model, task or larger limit.
+            line. A run resumes from an output of a stopped run or of another limit.
+        force: replace an output of another model or task.
         on_progress: receives the number of finished questions and of all questions.
 
     Raises:
@@ -110,10 +104,15 @@ def score_task(
             cannot be written, a choice does not fit into the model's context, or the
             weights are damaged.
     """
-    job = _Job(model, tokenizer, task, resumable=output is not None)
+    scored = Task(task.name, task.questions[:limit])
+    total = len(scored.questions)
+    job = _Job(scorer, task, resumable=output is not None)
     with open_answers(output, job.find_place, force=force) as answers:
-        outcomes = {p: o for p, o in job.resumed.items() if p in answers}
-        total = len(task.questions)
+        outcomes = {
+            place: outcome
+            for place, outcome in job.resumed.items()
+            if place < total and place in answers
+        }
         on_progress(len(outcomes), total)
         missing = [place for place in range(total) if place not in outcomes]
         for start in range(0, len(missing), TOGETHER):
@@ -122,7 +121,7 @@ def score_task(
                 answers.add(place, job.describe(place, outcome))
                 on_progress(len(outcomes), total)
     in_order = tuple(outcomes[place] for place in range(total))
-    return ScoredTask(task.name, task.digest, summarize(in_order), in_order)
+    return ScoredTask(scored.name, scored.digest, summarize(in_order), in_order)
 
 
 def summarize(outcomes: Sequence[Outcome]) -> TaskScore:
@@ -145,28 +144,27 @@ class _Job:
         resumed: outcomes that the output already holds, by the place of their question.
     """
 
-    def __init__(
-        self, model: OpenELM, tokenizer: Tokenizer, task: Task, *, resumable: bool
-    ) -> None:
-        self._model, self._tokenizer, self._task = model, tokenizer, task
+    def __init__(self, scorer: Scorer, task: Task, *, resumable: bool) -> None:
+        self._scorer, self._task = scorer, task
         self._places = {q.line: place for place, q in enumerate(task.questions)}
-        self._model_key = fingerprint_model(model) if resumable else ""
+        self._model_key = scorer.key if resumable else ""
         self.resumed: dict[int, Outcome] = {}
 
     def answer(self, places: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         """Yield the outcomes of questions, each as soon as its choices are scored."""
-        questions = [self._task.questions[place] for place in places]
-        requests = self._encode(questions)
-        owners = [
-            (place, i)
-            for place, question in zip(places, questions, strict=True)
-            for i in range(len(question.choices))
-        ]
+        owners: list[tuple[int, int]] = []  # place and choice
+        pairs: dict[int, tuple[str, str]] = {}
+        for place in places:
+            question = self._task.questions[place]
+            self._check(question)
+            for choice, pair in enumerate(question.pairs):
+                pairs[len(owners)] = pair
+                owners.append((place, choice))
         scores: dict[int, dict[int, float]] = {place: {} for place in places}
-        for index, scored in score_requests(self._model, requests):
+        for index, (value, _) in self._scorer.score(pairs):
             place, choice = owners[index]
             question, known = self._task.questions[place], scores[place]
-            known[choice] = scored.nats
+            known[choice] = value
             if len(known) == len(question.choices):
                 nats = tuple(known[i] for i in range(len(known)))
                 lengths = tuple(map(len, question.choices))
@@ -196,25 +194,17 @@ class _Job:
         self.resumed[place] = Outcome(question.line, nats, lengths, question.answer)
         return place
 
-    def _encode(self, questions: Sequence[Question]) -> list[Request]:
-        pairs = [pair for question in questions for pair in question.pairs]
-        requests = encode_requests(self._tokenizer, pairs)
-        owners = [question for question in questions for _ in question.choices]
-        for question, request in zip(owners, requests, strict=True):
-            try:
-                check_request(request, self._model)
-            except OpenELMError as error:
-                where = f"{self._task.name}, record {question.line}"
-                raise OpenELMError(f"{where}: {error}") from error
-        return requests
+    def _check(self, question: Question) -> list[Any]:
+        """Return how a question is encoded; an error names its record."""
+        try:
+            return self._scorer.check(question.pairs)
+        except OpenELMError as error:
+            where = f"{self._task.name}, record {question.line}"
+            raise OpenELMError(f"{where}: {error}") from error
 
     def _key(self, place: int) -> str:
         question = self._task.questions[place]
-        requests = [
-            [request.context, request.continuation]
-            for request in self._encode([question])
-        ]
-        return hash_key(asdict(question), requests, self._model_key)
+        return hash_key(asdict(question), self._check(question), self._model_key)
 
 
 def _read_numbers(values: object) -> tuple[float, ...]:

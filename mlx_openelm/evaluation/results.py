@@ -5,12 +5,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from mlx_openelm.evaluation.multiple_choice import ScoredTask, mean_and_stderr
 from mlx_openelm.evaluation.paired import PairedDifference, paired_difference
 from mlx_openelm.evaluation.published_scores import (
     PublishedScores,
+    find_other_scores,
     find_published_scores,
+    published_name,
 )
 from mlx_openelm.evaluation.suites import Suite, SuiteTask
 from mlx_openelm.evaluation.texts import TextScore
@@ -51,6 +54,19 @@ class TaskResult:
     digest: str
     metrics: Mapping[str, Metric]
 
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Self:
+        """Return the result that `dataclasses.asdict` gave, stored as JSON.
+
+        Raises:
+            TypeError, KeyError: it is not one.
+        """
+        metrics = {
+            name: Metric(metric["value"], metric["stderr"], tuple(metric["values"]))
+            for name, metric in stored["metrics"].items()
+        }
+        return cls(**{**stored, "metrics": metrics})
+
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
@@ -58,7 +74,8 @@ class ModelCard:
 
     Attributes:
         name: as given by the user.
-        size_name: "OpenELM-270M", or "OpenELM" for a size that was not published.
+        size_name: "OpenELM-270M", or "OpenELM" for a size that was not published; of
+            another model its name in the published tables, or "".
         method: of its adapter, or None.
     """
 
@@ -95,6 +112,11 @@ def describe_model(name: str, folder: ModelFolder, method: str | None) -> ModelC
         method = next((m for m in ("dora", "lora") if m in kind.lower()), "adapter")
     instruct = "instruct" in str(names).lower()
     return ModelCard(name, folder.config.size_name, instruct, method)
+
+
+def describe_other_model(name: str) -> ModelCard:
+    """Identify a published model that is not an OpenELM, by its name."""
+    return ModelCard(name, published_name(name) or "")
 
 
 def from_local(scored: ScoredTask, total: int) -> TaskResult:
@@ -181,9 +203,7 @@ def report_suite(
     suite: Suite, card: ModelCard, results: Sequence[TaskResult]
 ) -> SuiteReport:
     """Compare a model's results with its published row."""
-    row = find_published_scores(
-        suite.name, card.size_name, instruct=card.instruct, method=card.method
-    )
+    row = _find_row(suite, card)
     by_task = {result.task: result for result in results}
     scores = []
     errors: dict[str, float | None] = {}  # of the published scores, by column
@@ -209,6 +229,13 @@ def report_suite(
         others = [score for score in scores if score.column != "SciQ"]
         averages.append(_average("average without SciQ", others, errors))
     return SuiteReport(suite.name, card.name, row, tuple(scores), tuple(averages))
+
+
+def _find_row(suite: Suite, card: ModelCard) -> PublishedScores | None:
+    """Return the published row of a model, an OpenELM or another one."""
+    return find_other_scores(suite.name, card.size_name) or find_published_scores(
+        suite.name, card.size_name, instruct=card.instruct, method=card.method
+    )
 
 
 def _average(
@@ -264,3 +291,80 @@ def _mean_stderr(errors: Sequence[float | None]) -> float | None:
     if not known or len(known) < len(errors):
         return None
     return math.hypot(*known) / len(known)
+
+
+# Two models in a suite ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteDifference:
+    """Another model's score minus the first one's, in percent.
+
+    Attributes:
+        stderr: of the paired difference `value`.
+        published: the difference of the published scores, or None.
+    """
+
+    column: str
+    value: float | None
+    stderr: float | None
+    published: float | None
+    n: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteComparison:
+    """Differences of two models, measured and published; the last is of averages.
+
+    Attributes:
+        rows: the published rows of the first and the other model, if there are any.
+    """
+
+    first: str
+    other: str
+    rows: tuple[PublishedScores | None, PublishedScores | None]
+    differences: tuple[SuiteDifference, ...]
+
+
+def compare_in_suite(
+    suite: Suite, first: ModelScores, other: ModelScores
+) -> SuiteComparison:
+    """Return other - first in each column, and in the average of the columns run."""
+    rows = _find_row(suite, first.card), _find_row(suite, other.card)
+    paired = {(p.task, p.metric): p.difference for p in pair(first.tasks, other.tasks)}
+    differences = []
+    for i, column in enumerate(suite.tasks):
+        difference = paired.get((column.task, column.metric))
+        differences.append(
+            SuiteDifference(
+                column.name,
+                100 * difference.value if difference else None,
+                _percent(difference.stderr if difference else None),
+                _subtract(*(row.values[i] if row else None for row in rows)),
+                difference.n if difference else None,
+            )
+        )
+    run = [one for one in differences if one.value is not None]
+    name = "average"
+    published = _subtract(*(row.average if row else None for row in rows))
+    if len(run) < len(differences):
+        name = f"average of {len(run)} of {len(differences)}"
+        published = _mean([one.published for one in run])
+    average = SuiteDifference(
+        name,
+        _mean([one.value for one in run]),
+        _mean_stderr([one.stderr for one in run]),
+        published,
+        None,
+    )
+    return SuiteComparison(
+        first.card.name, other.card.name, rows, (*differences, average)
+    )
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _subtract(first: float | None, other: float | None) -> float | None:
+    return None if first is None or other is None else other - first

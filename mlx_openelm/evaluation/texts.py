@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.multiple_choice import TaskScore, score_task
+from mlx_openelm.evaluation.scorer import OpenELMScorer, Scorer
 from mlx_openelm.evaluation.task_files import read_tasks
 from mlx_openelm.input_files import read_text
 from mlx_openelm.message_parts import describe_error
@@ -124,8 +125,7 @@ def _score_tasks(
     for task in tasks:
         before = sum(score.n for score in scores.values())
         scored = score_task(
-            model,
-            tokenizer,
+            OpenELMScorer(model, tokenizer),
             task,
             on_progress=lambda done, _, before=before: on_progress(  # type: ignore[misc] # of the default
                 before + done, total
@@ -178,7 +178,10 @@ def score_text(
             f"The log-likelihood of this text is {-nats}: the model's weights are "
             "damaged or overflow. `mlx-openelm convert` reports which."
         )
-    tokens = sum(map(len, windows))
+    return _make_score(nats, sum(map(len, windows)), num_bytes)
+
+
+def _make_score(nats: float, tokens: int, num_bytes: int) -> TextScore:
     mean = nats / tokens
     return TextScore(
         nats_per_token=mean,
@@ -187,6 +190,31 @@ def score_text(
         tokens=tokens,
         bytes=num_bytes,
     )
+
+
+def score_text_of(
+    scorer: Scorer,
+    paths: Sequence[Path],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TextScore:
+    """Score raw text files with any model, in windows of its own context length.
+
+    The tokens are those of its own tokenizer: compare models by the bits per byte.
+
+    Args:
+        on_progress: receives the number of finished files and of all files.
+
+    Raises:
+        OpenELMError: a file is missing, empty or not UTF-8.
+    """
+    texts = [_read_text(path) for path in paths]
+    requests = {i: (text,) for i, text in enumerate(texts)}
+    nats = 0.0
+    for done, (_, value) in enumerate(scorer.score_texts(requests), 1):
+        nats -= value
+        on_progress(done, len(texts))
+    tokens = sum(map(scorer.count_tokens, texts))
+    return _make_score(nats, tokens, sum(len(text.encode()) for text in texts))
 
 
 def _batches(windows: list[list[int]]) -> Iterator[list[list[int]]]:

@@ -101,6 +101,7 @@ class Supervised:
             template=template,
             mask_prompt=self._recipe.mask_prompt,
             last_turn_only=self._recipe.turns == "last",
+            repair_text=self._recipe.repair_text,
             max_length=self._recipe.max_seq_length or 0,
             on_progress=on_progress,
         )
@@ -171,6 +172,7 @@ class Preference:
             template=template,
             max_length=self._recipe.max_seq_length or 0,
             max_prompt_length=self._recipe.max_prompt_length or 0,
+            repair_text=self._recipe.repair_text,
             on_progress=on_progress,
         )
 

@@ -25,7 +25,13 @@ from mlx_openelm.finetuning.plan import (
 )
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.record_formats import TemplateChoice, choose_template
-from mlx_openelm.finetuning.records import Data, OnProgress, Record, read_data
+from mlx_openelm.finetuning.records import (
+    DATA_SUFFIXES,
+    Data,
+    OnProgress,
+    Record,
+    read_data,
+)
 from mlx_openelm.finetuning.samples import Samples, lengths_of, targets_of
 from mlx_openelm.finetuning.trainable import (
     Method,
@@ -40,7 +46,6 @@ from mlx_openelm.paths import user_path
 from mlx_openelm.storage.hub import DEMO, find_model
 from mlx_openelm.storage.loading import load_tokenizer, make_quantized, stored_dtype
 from mlx_openelm.storage.model_folder import ModelFolder, open_folder
-from mlx_openelm.text.record_files import RECORD_SUFFIXES
 from mlx_openelm.text.templates import encode_prompt
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.training.arrays import trained_tensors
@@ -284,7 +289,12 @@ def make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
         unfreeze(model, num_layers=recipe.num_layers)
         return
     method: Method = "dora" if recipe.fine_tune_type == "dora" else "lora"
-    modules = choose_modules(model, num_layers=recipe.num_layers, keys=recipe.keys)
+    modules = choose_modules(
+        model,
+        num_layers=recipe.num_layers,
+        keys=recipe.keys,
+        embedding=recipe.adapt_embedding,
+    )
     ranks = choose_ranks(modules, recipe.mean_rank, by_width=recipe.rank_by_width)
     adapt(
         model,
@@ -293,6 +303,7 @@ def make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
         scale=recipe.scale,
         dropout=recipe.dropout,
         seed=recipe.seed,
+        inputs_only=recipe.adapt_embedding,
     )
 
 
@@ -308,9 +319,9 @@ def default_folder(data: str) -> Path:
 
 
 def stem(path: Path) -> str:
-    """Return a file's or a folder's name without .jsonl, .json and .gz."""
+    """Return a file's or a folder's name without .jsonl, .parquet and so on."""
     name = user_path(path).absolute().resolve().name
-    suffix = next((s for s in RECORD_SUFFIXES if name.lower().endswith(s)), "")
+    suffix = next((s for s in DATA_SUFFIXES if name.lower().endswith(s)), "")
     return name[: len(name) - len(suffix)]
 
 

@@ -36,7 +36,8 @@ class FinetuneRecipe:
     """
 
     data: PathText = option(
-        help="Examples: a .jsonl or .json file, or a folder with train.jsonl.",
+        help="Examples: a .jsonl, .json or .parquet file, or a folder with "
+        "train.jsonl.",
         panel=_DATA,
     )
     model: PathText = option("demo", "Model to train: demo, a folder, or a Hub id.")
@@ -90,6 +91,12 @@ class FinetuneRecipe:
         panel=MODEL_PANEL,
         shown_default="all linear layers",
     )
+    adapt_embedding: bool = option(
+        False,
+        "Also adapt the token embedding, for inputs only, as CoreNet and PEFT do: the "
+        "tied output head does not change. Stock mlx-lm refuses such an adapter.",
+        panel=MODEL_PANEL,
+    )
     prompt_key: str | None = option(
         None, "Key of the prompt in each record of {data}.", panel=_DATA
     )
@@ -108,6 +115,12 @@ class FinetuneRecipe:
         panel=_DATA,
         flags=("--mask-prompt/--no-mask-prompt",),
         shown_default="on if records have prompts",
+    )
+    repair_text: bool = option(
+        False,
+        "Repair texts with ftfy before they are tokenized, as CoreNet does: wrongly "
+        "decoded characters, curly quotes, ligatures.",
+        panel=_DATA,
     )
     turns: str = option(
         "all",

@@ -179,8 +179,9 @@ def preference_formats(objective: str, prompt_key: str | None) -> RecordFormats:
                 applies=lambda record: not isinstance(record["chosen"], list),
             ),
             PREFERENCE_MESSAGES: RecordFormat(
-                fields,
+                ("chosen", "rejected"),
                 _read_preference_messages,
+                applies=lambda record: isinstance(record["chosen"], list),
                 rejected=lambda record: check_messages(record["rejected"])[0][-1].text,
             ),
         },

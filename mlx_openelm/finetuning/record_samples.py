@@ -16,6 +16,7 @@ from mlx_openelm.finetuning.data_table import SplitTable, tabulate_split
 from mlx_openelm.finetuning.record_formats import TEXT
 from mlx_openelm.finetuning.records import Dataset, Record
 from mlx_openelm.finetuning.samples import PackedSamples, Pair, Sample
+from mlx_openelm.text.repair import repair
 from mlx_openelm.text.templates import Exchange, render
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -29,6 +30,7 @@ def make_samples(
     template: str,
     mask_prompt: bool | None = None,
     last_turn_only: bool = False,
+    repair_text: bool = False,
     max_length: int,
     on_progress: Callable[[int], None] = lambda records: None,
 ) -> tuple[PackedSamples, SplitTable]:
@@ -41,6 +43,7 @@ def make_samples(
     Args:
         mask_prompt: False includes the prompt in the loss.
         last_turn_only: train on the last answer of a conversation only.
+        repair_text: repair the rendered texts with ftfy.
         max_length: at least 2 tokens.
         on_progress: receives the number of finished records.
 
@@ -59,6 +62,7 @@ def make_samples(
             "raw" if is_text else template,
             mask_prompt=mask_prompt is not False,
             last_turn_only=last_turn_only,
+            repair_text=repair_text,
             on_progress=on_progress,
         ):
             if is_text and not record.turns[0].text.strip():
@@ -91,6 +95,7 @@ def make_pairs(
     template: str,
     max_length: int,
     max_prompt_length: int,
+    repair_text: bool = False,
     on_progress: Callable[[int], None] = lambda records: None,
 ) -> tuple[tuple[Pair, ...], SplitTable]:
     """Tokenize preferences; also return their statistics.
@@ -119,6 +124,7 @@ def make_pairs(
         template,
         mask_prompt=True,
         last_turn_only=True,
+        repair_text=repair_text,
         on_progress=on_progress,
     ):
         longest = max(len(sample.tokens) for sample in both)
@@ -144,6 +150,7 @@ def _tokenize(
     *,
     mask_prompt: bool,
     last_turn_only: bool,
+    repair_text: bool,
     on_progress: Callable[[int], None],
 ) -> Iterator[tuple[Record, list[Sample]]]:
     """Yield each record with its sequence or, for a preference, its two sequences.
@@ -159,6 +166,7 @@ def _tokenize(
             tokenizer,
             rendered=template != "raw",
             mask_prompt=mask_prompt,
+            repair_text=repair_text,
         )
         bos = tokenizer.bos_id
         tokens: list[int] = []
@@ -204,16 +212,19 @@ def _encode(
     *,
     rendered: bool,
     mask_prompt: bool,
+    repair_text: bool,
 ) -> Iterator[tuple[list[int], int]]:
     """Yield the ids of each exchange, with EOS, and the number of its prompt's ids."""
     texts = [e.context + e.answer for e in exchanges]
+    contexts = [e.context for e in exchanges]
+    if repair_text:
+        texts, contexts = list(map(repair, texts)), list(map(repair, contexts))
     encoded = tokenizer.encode_many(texts, rendered=rendered)
     eos = tokenizer.eos_id
-    if not mask_prompt or not any(e.context for e in exchanges):
+    if not mask_prompt or not any(contexts):
         for ids in encoded:
             yield [*ids, eos], 0
         return
-    contexts = [e.context for e in exchanges]
     prompts = tokenizer.encode_many(contexts, rendered=rendered)
     # The last space of a prompt can belong to the first token of the answer.
     spaced = [i for i, context in enumerate(contexts) if context.endswith(" ")]

@@ -17,15 +17,17 @@ from typing import Any
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.record_formats import RecordChecks, RecordFormats
 from mlx_openelm.message_parts import cannot_access
+from mlx_openelm.text.parquet_records import PARQUET_SUFFIX, is_parquet, read_rows
 from mlx_openelm.text.record_files import (
     RECORD_SUFFIXES,
     JsonValue,
     decompress,
     describe_type,
-    is_record_file,
     read_values,
 )
 from mlx_openelm.text.templates import Turn
+
+DATA_SUFFIXES = (*RECORD_SUFFIXES, PARQUET_SUFFIX)
 
 _MAX_HELD_OUT = 256  # records: enough to see the loss change, fast to evaluate
 _MAX_PROBLEMS_SHOWN, _MAX_CHARACTERS_SHOWN = 20, 1800
@@ -170,10 +172,10 @@ def _find_files(path: Path) -> tuple[dict[str, Path], list[str]]:
         return _find_in_folder(path)
     if not path.exists():
         _refuse_missing(path)
-    if not is_record_file(path.name):
+    if not is_data_file(path.name):
         raise OpenELMError(
             f"{path} is not a record file; its name must end in "
-            f"{', '.join(RECORD_SUFFIXES)}. Use one JSON object per line, or a JSON "
+            f"{', '.join(DATA_SUFFIXES)}. Use one JSON object per line, or a JSON "
             "array."
         )
     return {"train": path}, []
@@ -185,7 +187,7 @@ def _find_in_folder(folder: Path) -> tuple[dict[str, Path], list[str]]:
     for split in ("train", "valid", "test"):
         present = [
             name
-            for suffix in RECORD_SUFFIXES
+            for suffix in DATA_SUFFIXES
             for name in names
             if name.lower() == split + suffix
         ]
@@ -195,11 +197,11 @@ def _find_in_folder(folder: Path) -> tuple[dict[str, Path], list[str]]:
             )
         if present:
             files[split] = folder / present[0]
-    similar = [name for name in names if is_record_file(name)]
+    similar = [name for name in names if is_data_file(name)]
     if "train" not in files:
         listed = ", ".join(similar[:5]) or "no record file"
         raise OpenELMError(
-            f"{folder} has no train.jsonl (or train.json, or .gz of these); "
+            f"{folder} has no train.jsonl (or .json, .parquet, .json.gz ...); "
             f"found {listed}. Rename the file, or pass it as `data`."
         )
     other = [name for name in similar if name.partition(".")[0].lower() in _OTHER_NAMES]
@@ -208,6 +210,11 @@ def _find_in_folder(folder: Path) -> tuple[dict[str, Path], list[str]]:
             f"{folder / other[0]} is ignored; name the validation file valid.jsonl."
         ]
     return files, []
+
+
+def is_data_file(name: str) -> bool:
+    """Return whether a file name has a suffix of training data."""
+    return name.lower().endswith(DATA_SUFFIXES)
 
 
 def _refuse_missing(path: Path) -> None:
@@ -219,7 +226,7 @@ def _refuse_missing(path: Path) -> None:
     elif close:
         hint = f"Did you mean {parent / close[0]}?"
     else:
-        files = sorted(name for name in names if is_record_file(name))
+        files = sorted(name for name in names if is_data_file(name))
         hint = f"{parent} contains {', '.join(files[:5]) or 'no record file'}."
     raise OpenELMError(
         f"There is no file or folder {path}. {hint} Pass a record file, or a folder "
@@ -240,7 +247,12 @@ def _read_file(
         with path.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         with path.open("rb") as opened:
-            for count, read in enumerate(read_values(decompress(opened))):
+            values = (
+                read_rows(opened)
+                if is_parquet(opened)
+                else read_values(decompress(opened))
+            )
+            for count, read in enumerate(values):
                 records.add(read)
                 if count % _REPORT_EVERY == 0:
                     on_progress(opened.tell() // 10**6, size // 10**6, "MB")

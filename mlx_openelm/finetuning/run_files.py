@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mlx_openelm.finetuning.preparation import Prepared
+from mlx_openelm.model.lora import A_NAMES
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.storage.adapter_folder import AdapterConfig, write_config
 from mlx_openelm.storage.base_check import fingerprint_base
@@ -32,9 +33,10 @@ def write_start(staging: Path, prepared: Prepared, model: OpenELM) -> None:
     """Write the config, recipe and data statistics of a new run."""
     recipe = prepared.recipe
     ranks = {
-        name.removesuffix(".lora_a"): array.shape[-1]
+        path: array.shape[-1]
         for name, array in trained_tensors(model).items()
-        if name.endswith(".lora_a")
+        for path, _, leaf in [name.rpartition(".")]
+        if leaf in A_NAMES
     }
     L = len(model.layers)
     write_config(

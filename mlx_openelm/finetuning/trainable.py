@@ -10,7 +10,15 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model.lora import DoRALinear, LoRAEmbedding, LoRALinear, row_lengths
+from mlx_openelm.model.lora import (
+    A_NAMES,
+    B_NAMES,
+    DoRALinear,
+    InputLoRAEmbedding,
+    LoRAEmbedding,
+    LoRALinear,
+    row_lengths,
+)
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.training.arrays import trained_tensors
 
@@ -21,9 +29,15 @@ _EMBEDDINGS = nn.Embedding | nn.QuantizedEmbedding
 _INITIALISATION, _DROPOUT = 1, 2  # uses of random numbers
 _PACKED = nn.QuantizedLinear | nn.QuantizedEmbedding
 
+EMBEDDING = "transformer.token_embeddings"
+
 
 def choose_modules(
-    model: OpenELM, *, num_layers: int = -1, keys: Sequence[str] = ()
+    model: OpenELM,
+    *,
+    num_layers: int = -1,
+    keys: Sequence[str] = (),
+    embedding: bool = False,
 ) -> dict[str, nn.Module]:
     """Return the modules to adapt, by path in the model.
 
@@ -32,10 +46,16 @@ def choose_modules(
         keys: paths in a block ("attn.qkv_proj"), their last part ("qkv_proj"), or paths
             in the model ("transformer.token_embeddings"). Default: all linear layers
             of the blocks.
+        embedding: also choose the embedding.
 
     Raises:
         OpenELMError: the model has fewer blocks, or a key matches no module.
     """
+    if embedding and EMBEDDING in keys:
+        raise OpenELMError(
+            f"`adapt_embedding` adapts the embedding without its tied head, and `keys` "
+            f"{EMBEDDING} with it; use one of them."
+        )
     L = len(model.layers)
     if num_layers != -1 and not 1 <= num_layers <= L:
         raise OpenELMError(
@@ -55,6 +75,8 @@ def choose_modules(
         if isinstance(module, _LINEARS | _EMBEDDINGS) and ".layers." not in path
     ]
     chosen: dict[str, None] = {} if keys else dict.fromkeys(in_blocks)
+    if embedding:
+        chosen[EMBEDDING] = None
     for key in keys:
         matches = [
             path
@@ -112,11 +134,16 @@ def adapt(
     scale: float,
     dropout: float = 0.0,
     seed: int = 0,
+    inputs_only: bool = False,
 ) -> None:
     """Freeze the model and add LoRA or DoRA to the modules in `ranks`.
 
     A is uniform within 1 / sqrt(I) (Kaiming, as in mlx-lm and CoreNet), B is zero, and
     m is the norm of each row of the base: the output of the model does not change.
+
+    Args:
+        inputs_only: LoRA of the embedding does not change a tied head. A is zero and B
+            normal then, as in CoreNet and PEFT.
 
     Raises:
         OpenELMError: DoRA for an embedding, which no other tool supports.
@@ -128,7 +155,16 @@ def adapt(
         module, key = modules[path], random_key(seed, _INITIALISATION, i)
         rows, width = weight_shape(module)
         adapter: nn.Module
-        if isinstance(module, _EMBEDDINGS):
+        if isinstance(module, _EMBEDDINGS) and inputs_only:
+            lora_a, lora_b = (
+                mx.zeros((rows, rank)),
+                mx.random.normal((rank, width), key=key),
+            )
+            # mlx-lm's layer is the same if the head is untied and the method LoRA.
+            shared = method == "lora" and not model.config.share_input_output_layers
+            layer = LoRAEmbedding if shared else InputLoRAEmbedding
+            adapter = layer(module, lora_a, lora_b, scale)
+        elif isinstance(module, _EMBEDDINGS):
             if method == "dora":
                 raise OpenELMError(
                     f"DoRA cannot adapt {path}; leave it out of `keys`, or use "
@@ -147,7 +183,7 @@ def adapt(
             else:
                 adapter = LoRALinear(module, lora_a, lora_b, scale, dropout)
         adapter.freeze()
-        adapter.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
+        adapter.unfreeze(keys=[*A_NAMES, *B_NAMES, "m"], recurse=False)
         wrapped.append((path, adapter))
     model.update_modules(tree_unflatten(wrapped))
     mx.eval(model.trainable_parameters())
@@ -178,9 +214,9 @@ def adapter_tensors(model: OpenELM) -> dict[str, mx.array]:
     """Return the trained tensors in mlx-lm's format: ranks are padded with zeros."""
     tensors = trained_tensors(model)
     rank = max(
-        (a.shape[-1] for n, a in tensors.items() if _leaf(n) == "lora_a"), default=0
+        (a.shape[-1] for n, a in tensors.items() if _leaf(n) in A_NAMES), default=0
     )
-    axes = {"lora_a": 1, "lora_b": 0}
+    axes = dict.fromkeys(A_NAMES, 1) | dict.fromkeys(B_NAMES, 0)
     for name, array in tensors.items():
         axis = axes.get(_leaf(name))
         if axis is not None and array.shape[axis] < rank:

@@ -104,16 +104,19 @@ class SlotCache:
     Every sequence has a row of slots. A step adds a token to each of the first R rows.
     Rows and slots grow with what they hold.
 
+    The caller sets the attributes before each step, in all layers.
+
     Attributes:
-        offset: number of tokens in each of these rows, (R,). The caller sets it before
-            each step, in all layers.
+        rows: numbers of these rows, (R,).
+        offset: number of tokens in each of them, (R,).
         reach: number of slots that a step attends to; more than any row holds.
     """
 
     step = 256  # slots by which the rows grow
 
     def __init__(self) -> None:
-        self.offset, self.reach = mx.zeros((0,), mx.int32), 1
+        self.rows = self.offset = mx.zeros((0,), mx.int32)
+        self.reach = 1
         self._parts: list[mx.array] = []
 
     def update_and_fetch(
@@ -127,7 +130,7 @@ class SlotCache:
         rows = keys.shape[0]
         self._reserve((keys, values), rows, self.reach)
         for slots, new in zip(self._parts, (keys, values), strict=True):
-            slots[mx.arange(rows), :, self.offset] = new.squeeze(2)
+            slots[self.rows, :, self.offset] = new.squeeze(2)
         all_keys, all_values = self._parts
         return all_keys[:rows, :, : self.reach], all_values[:rows, :, : self.reach]
 

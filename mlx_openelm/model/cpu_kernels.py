@@ -20,6 +20,7 @@ from mlx_openelm.model.chunk_sizes import QUERIES
 LOG2_E = math.log2(math.e)
 FEW_TOKENS = 32  # up to this number, RoPE is a product with a matrix
 FEW_NUMBERS = 2**15  # up to this size, operations cost more than arithmetic
+FEW_EXPONENTIALS = 2**11  # up to this number, exp is as fast as a power of two
 FEW_PARAMETERS = 5 * 10**7  # up to this size, one thread is as fast as two
 
 
@@ -56,19 +57,23 @@ def _rotation_constants(H: int, base: float) -> tuple[mx.array, mx.array, mx.arr
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """Return silu(gate) * up, all of shape (B, T, F)."""
-    if gate.shape[-2] == 1:  # one token: fewer operations are faster
-        return gate * mx.sigmoid(gate) * up
-    out: mx.array = _plain_swiglu(gate, up)  # type: ignore[assignment] # untyped
-    return out
+    if gate.shape[-2] > 1:
+        out: mx.array = _trained_swiglu(gate, up)  # type: ignore[assignment] # untyped
+        return out
+    if gate.size > FEW_EXPONENTIALS:
+        return _swiglu_by_powers(gate, up)
+    return gate * mx.sigmoid(gate) * up
 
 
-@mx.custom_function
-def _plain_swiglu(gate: mx.array, up: mx.array) -> mx.array:
+def _swiglu_by_powers(gate: mx.array, up: mx.array) -> mx.array:
     return gate * up / (1 + mx.power(2.0, gate * -LOG2_E))
 
 
-@_plain_swiglu.vjp
-def _plain_swiglu_vjp(
+_trained_swiglu = mx.custom_function(_swiglu_by_powers)
+
+
+@_trained_swiglu.vjp
+def _trained_swiglu_vjp(
     primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
 ) -> tuple[mx.array, mx.array]:
     gate, up = primals
@@ -83,11 +88,16 @@ def attend_one_query(
     """Return the attention output (B, Q, 1, H) of one query per sequence."""
     B, Q, _, H = queries.shape
     K = keys.shape[1]
-    grouped = (queries * H**-0.5).reshape(B, K, Q // K, H)
-    scores = grouped @ keys.swapaxes(-1, -2)  # (B, K, Q / K, S)
+    by_powers = B * Q * keys.shape[2] > FEW_EXPONENTIALS
+    scale = H**-0.5 * (LOG2_E if by_powers else 1)
+    scores = (queries * scale).reshape(B, K, Q // K, H) @ keys.swapaxes(-1, -2)
     if mask is not None:
-        scores = mx.where(mask, scores, -mx.inf)
-    attended = mx.softmax(scores, axis=-1) @ values  # (B, K, Q / K, H)
+        scores = mx.where(mask, scores, -mx.inf)  # (B, K, Q / K, S)
+    if by_powers:
+        weights = mx.power(2.0, scores - scores.max(axis=-1, keepdims=True))
+        attended = (weights @ values) / weights.sum(axis=-1, keepdims=True)
+    else:
+        attended = mx.softmax(scores, axis=-1) @ values  # (B, K, Q / K, H)
     return attended.reshape(B, Q, 1, H)
 
 

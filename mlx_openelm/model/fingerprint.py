@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_openelm.model.lora import LoRAEmbedding, LoRALinear
+from mlx_openelm.model.lora import InputLoRAEmbedding, LoRAEmbedding, LoRALinear
 from mlx_openelm.model.openelm import OpenELM
 
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}  # by bytes
@@ -24,7 +24,7 @@ def fingerprint_model(model: OpenELM) -> str:
     scales = {
         path: module.scale
         for path, module in model.named_modules()
-        if isinstance(module, LoRALinear | LoRAEmbedding)
+        if isinstance(module, LoRALinear | LoRAEmbedding | InputLoRAEmbedding)
     }
     description = json.dumps([repr(model.config), scales])
     return fingerprint_arrays(dict(tree_flatten(model.parameters())), description)

@@ -10,6 +10,11 @@ multiplier itself (PEFT's alpha / rank). Letters:
 import mlx.core as mx
 import mlx.nn as nn
 
+# Names of A and B in files: of a linear or an embedding with its tied head, as in
+# mlx-lm, and of an embedding without its head.
+A_NAMES = ("lora_a", "lora_embedding_a")
+B_NAMES = ("lora_b", "lora_embedding_b")
+
 
 class LoRALinear(nn.Module):
     """y = linear(x) + scale * dropout(x) A B, with A (I, R) and B (R, O).
@@ -131,8 +136,38 @@ class LoRAEmbedding(nn.Module):
         return logits + update.astype(logits.dtype)
 
 
+class InputLoRAEmbedding(nn.Module):
+    """Embedding with rows E + scale * A B, with A (V, R) and B (R, D).
+
+    `as_linear`, the tied output head, is that of E alone, as in CoreNet and PEFT. As
+    mlx-lm has no such layer, the factors have other names, which it refuses.
+    """
+
+    def __init__(
+        self, embedding: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.lora_embedding_a, self.lora_embedding_b = lora_a, lora_b
+        self.scale = scale
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        rows: mx.array = self.embedding(tokens)
+        update = self.scale * (self.lora_embedding_a[tokens] @ self.lora_embedding_b)
+        return rows + update.astype(rows.dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        logits: mx.array = self.embedding.as_linear(x)
+        return logits
+
+
 def adapted_weight(module: nn.Module) -> mx.array:
-    """Return a linear's (O, I) or an embedding's (V, D) weight, with its adapter."""
+    """Return the weight (out, in) of a linear or output head, with its adapter.
+
+    An `InputLoRAEmbedding` as head has the weight of its embedding.
+    """
+    if isinstance(module, InputLoRAEmbedding):
+        return adapted_weight(module.embedding)
     if isinstance(module, LoRAEmbedding):
         update = module.scale * (module.lora_a @ module.lora_b)
         return adapted_weight(module.embedding) + update

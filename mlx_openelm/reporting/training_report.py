@@ -59,6 +59,7 @@ class TrainingReport:
         skipped: steps whose batch was skipped, with the places of its samples.
         samples: groups that are shown side by side.
         commands: description and command line.
+        recipe_file: where the recipe is saved, in the folder of the page.
     """
 
     title: str
@@ -73,6 +74,7 @@ class TrainingReport:
     data: DataSummary | None
     commands: Sequence[tuple[str, str]]
     recipe: str
+    recipe_file: str = "recipe.yaml"
 
 
 def render_training_report(report: TrainingReport) -> str:

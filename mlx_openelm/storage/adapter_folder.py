@@ -15,7 +15,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
-from mlx_openelm.model.lora import DoRALinear, LoRAEmbedding, LoRALinear
+from mlx_openelm.model.lora import (
+    A_NAMES,
+    B_NAMES,
+    DoRALinear,
+    InputLoRAEmbedding,
+    LoRAEmbedding,
+    LoRALinear,
+)
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.paths import user_path
 from mlx_openelm.storage.base_check import BaseWeight, base_weights, check_base
@@ -33,6 +40,7 @@ from mlx_openelm.tensor_names import map_to_corenet, split_buffers, to_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 BEST = "best"  # in a training run's folder: the adapter with the lowest loss
+FACTORS = tuple(zip(A_NAMES, B_NAMES, strict=True))  # names of A and B
 RECIPE = "recipe.yaml"  # the first file that a training run writes
 
 Method = Literal["lora", "dora", "full"]
@@ -108,8 +116,13 @@ def open_adapter_folder(path: Path) -> AdapterFolder:
     return AdapterFolder(path, raw, method)
 
 
-def find_adapter(name: str, *, offline: bool = False) -> Path:
+def find_adapter(
+    name: str, *, offline: bool = False, parameter: str = "adapter_path"
+) -> Path:
     """Return the local path of an adapter folder; a Hub id is downloaded if necessary.
+
+    Args:
+        parameter: what the caller calls `name`, for errors.
 
     Raises:
         OpenELMError: there is no such folder, or the download failed.
@@ -117,11 +130,11 @@ def find_adapter(name: str, *, offline: bool = False) -> Path:
     path = user_path(name)
     if HUB_ID.fullmatch(name) and not path.parent.is_dir():
         return find_model(name, offline=offline)
-    _refuse_non_folder(path)
+    _refuse_non_folder(path, parameter)
     return path
 
 
-def _refuse_non_folder(path: Path) -> None:
+def _refuse_non_folder(path: Path, parameter: str = "adapter_path") -> None:
     if path.is_dir():
         return
     refuse_address(str(path))
@@ -131,7 +144,7 @@ def _refuse_non_folder(path: Path) -> None:
         )
     similar = suggest_similar(str(path), (), CONFIG)
     raise OpenELMError(
-        f"There is no adapter folder {path}; check `adapter_path`.{similar}"
+        f"There is no adapter folder {path}; check `{parameter}`.{similar}"
     )
 
 
@@ -190,10 +203,12 @@ def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
     expected_shapes: dict[str, tuple[int, ...]] = {}
     for module_path, parts in by_module.items():
         module = modules.get(module_path)
-        if module is None or "lora_a" not in parts or "lora_b" not in parts:
+        names = next((n for n in FACTORS if parts.keys() >= {*n}), None)
+        if module is None or names is None:
             continue  # reported below, as unexpected
-        rank, dora = parts["lora_a"].shape[-1], adapter.method == "dora"
-        expected_shapes |= _adapter_shapes(module, module_path, rank, dora)
+        rank, dora = parts[names[0]].shape[-1], adapter.method == "dora"
+        shapes = _adapter_shapes(module, names, rank, dora)
+        expected_shapes |= {f"{module_path}.{n}": s for n, s in shapes.items()}
         wrapped.append((module_path, wrap(module, parts, scale)))
     check_shapes(expected_shapes, stored, where=str(path / WEIGHTS))
     notes = adapter.check_base(base_weights(model))
@@ -257,25 +272,38 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 
 def _adapter_shapes(
-    module: nn.Module, path: str, rank: int, dora: bool
+    module: nn.Module, names: tuple[str, str], rank: int, dora: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Return the tensor shapes of an adapter of `rank` for this module, by name."""
+    """Return the tensor shapes of an adapter of `rank` for this module.
+
+    Args:
+        names: those of the factors A and B.
+    """
+    a, b = names
     rows, width = module.weight.shape
     if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
         width = width * 32 // module.bits
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-        return {f"{path}.lora_a": (rows, rank), f"{path}.lora_b": (rank, width)}
+        return {a: (rows, rank), b: (rank, width)}
     shapes: dict[str, tuple[int, ...]] = {
-        f"{path}.lora_a": (width, rank),
-        f"{path}.lora_b": (rank, rows),
+        "lora_a": (width, rank),
+        "lora_b": (rank, rows),
     }
-    return shapes | ({f"{path}.m": (rows,)} if dora else {})
+    return shapes | ({"m": (rows,)} if dora else {})
 
 
 def wrap(
     module: nn.Module, parts: Mapping[str, mx.array], scale: float
-) -> LoRALinear | LoRAEmbedding:
-    """Return a linear or embedding with its adapter: lora_a, lora_b and, in DoRA, m."""
+) -> LoRALinear | LoRAEmbedding | InputLoRAEmbedding:
+    """Return a linear or embedding with its adapter.
+
+    Args:
+        parts: lora_a, lora_b and, in DoRA, m; of an embedding that is adapted without
+            its tied head: lora_embedding_a, lora_embedding_b.
+    """
+    if "lora_embedding_a" in parts:
+        a, b = parts["lora_embedding_a"], parts["lora_embedding_b"]
+        return InputLoRAEmbedding(module, a, b, scale)
     lora_a, lora_b = parts["lora_a"], parts["lora_b"]
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
         return LoRAEmbedding(module, lora_a, lora_b, scale)
@@ -318,7 +346,8 @@ def write_adapter(
 
     Args:
         tensors: float32, by mlx-lm's names: `PATH.lora_a`, `PATH.lora_b` and, for DoRA,
-            `PATH.m` of every module in `config.keys`; for a full fine-tune the weights.
+            `PATH.m` of every module in `config.keys`, as in `wrap`; for a full
+            fine-tune the weights.
 
     Raises:
         OSError: a file cannot be written.

@@ -34,7 +34,11 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
     *("added_tokens.json", "special_tokens_map.json"),  # of transformers 4
 )
-SMALL_FILES = (CONFIG, "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES)
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+SMALL_FILES = (
+    *(CONFIG, "generation_config.json", ADAPTER_CONFIG),
+    *(*TOKENIZER_FILES, CHAT_TEMPLATE_FILE),
+)
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")

@@ -102,7 +102,7 @@ def load(
 
 
 def add_adapter(
-    model: OpenELM, adapter_path: str | Path, *, offline: bool = False
+    model: OpenELM, adapter: str | Path, *, offline: bool = False
 ) -> tuple[OpenELM, str | None, Sequence[str]]:
     """Return a model with an adapter that shares the weights of the given one.
 
@@ -112,12 +112,13 @@ def add_adapter(
     Raises:
         OpenELMError: the adapter is missing or damaged, or belongs to another model.
     """
-    adapter = open_adapter_folder(find_adapter(str(adapter_path), offline=offline))
+    path = find_adapter(str(adapter), offline=offline, parameter="adapter")
+    stored = open_adapter_folder(path)
     parameters = dict(tree_flatten(model.parameters()))
     shared = {id(array): array for array in parameters.values()}
     twin = copy.deepcopy(model, shared)
-    notes = attach(twin, adapter.path)
-    return twin, adapter.template, notes
+    notes = attach(twin, stored.path)
+    return twin, stored.template, notes
 
 
 def load_tokenizer(

@@ -20,6 +20,7 @@ from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.message_parts import list_names
 from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
+from mlx_openelm.storage.chat_template_file import read_chat_template
 from mlx_openelm.storage.shards import DTYPES, Shard, TensorLayout
 from mlx_openelm.storage.weight_files import (
     ADAPTER_CONFIG,
@@ -34,6 +35,7 @@ from mlx_openelm.tensor_names import (
     to_folder,
     to_module,
 )
+from mlx_openelm.text.chat_templates import recognize
 
 METADATA_KEY = "mlx_openelm"
 BEFORE = "before"  # in our metadata: the entry before another tool changed the weights
@@ -62,7 +64,9 @@ class ConfiguredFolder:
     def template(self) -> str | None:
         """The prompt template that it was trained with."""
         name = self.metadata.get("template")
-        return name if isinstance(name, str) else None
+        if isinstance(name, str):
+            return name
+        return recognize(read_chat_template(self.path) or "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.message_parts import count_of
 
 SHARD_FILES = "model*.safetensors"  # files with such a name are complete
+SAVED_STATE = "learning"  # folder of a computation that resumes; removed before the end
 
 _MARK = b"mlx-openelm writes here, or was killed while it did.\n"
 
@@ -44,9 +45,9 @@ def staged_folder(
     Args:
         force: replace an existing target, if `refuse_existing` allows it.
         job: everything that determines the result, as JSON values. With it, the folder
-            contains only the complete shards of a stopped run of the same job, and
-            Ctrl-C and SIGTERM keep complete shards, with a note on their exception.
-            Without it, the folder is empty.
+            contains only the complete shards and the `SAVED_STATE` of a stopped run of
+            the same job, and Ctrl-C and SIGTERM keep them, with a note on their
+            exception. Without it, the folder is empty.
 
     Raises:
         OpenELMError: the target exists and `force` is off, another process is writing
@@ -55,6 +56,7 @@ def staged_folder(
     refuse_existing(target, force=force)
     with _explain_errors(target), _parents(target), _workplace(target, job) as staging:
         yield staging
+        _remove(staging / SAVED_STATE)
         for path in (*staging.rglob("*"), staging):
             flush(path)
         done = staging.rename(staging.with_suffix(".done"))
@@ -276,24 +278,27 @@ def _workplace(target: Path, job: Mapping[str, Any] | None = None) -> Iterator[P
             if part.is_symlink():
                 part.unlink()
             part.mkdir(exist_ok=True)
-            for path in set(part.iterdir()) - _whole_shards(part, job):
+            for path in set(part.iterdir()) - _resumable(part, job):
                 _remove(path)
             yield part
         except (KeyboardInterrupt, SystemExit) as stopped:
-            count = len(_whole_shards(part, job))
-            kept = count > 0
+            left = _resumable(part, job)
+            kept = bool(left)
             if kept:
-                shards = count_of(count, "complete shard")
-                stopped.add_note(f"The same command resumes from {shards}.")
+                shards = len(left - {part / SAVED_STATE})
+                what = count_of(shards, "complete shard") if shards else "its last save"
+                stopped.add_note(f"The same command resumes from {what}.")
             raise
         finally:
             if not kept:
                 _remove_with_lock(lock)
 
 
-def _whole_shards(part: Path, job: Mapping[str, Any] | None) -> set[Path]:
-    """Return the shards from which a run can resume; without a job, none."""
-    return set() if job is None else set(part.glob(SHARD_FILES))
+def _resumable(part: Path, job: Mapping[str, Any] | None) -> set[Path]:
+    """Return what a run can resume from: shards, a state; without a job, nothing."""
+    if job is None:
+        return set()
+    return {*part.glob(SHARD_FILES), *part.glob(SAVED_STATE)}
 
 
 def _open_locked(path: Path, mode: Literal["a+b", "r+b"]) -> FileIO:

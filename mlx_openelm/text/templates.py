@@ -1,7 +1,8 @@
 """Prompt templates: conversations rendered as text and encoded as token ids."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.tokenizer import EOS_TEXT, Tokenizer
@@ -31,13 +32,41 @@ class Exchange:
     answer: str
 
 
-_INDENT = " " * 16  # Apple's template contains the indent of its source code
 _TASK = "Below is an instruction that describes a task"
-_ALPACA = f"{_TASK}. Write a response that appropriately completes the request."
+ALPACA_HEADER = f"{_TASK}. Write a response that appropriately completes the request."
 _ALPACA_INPUT = (
     f"{_TASK}, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """White space of a template with Alpaca's sections.
+
+    Attributes:
+        header_ends: end of the header without and with an input.
+        start: before the first section of an exchange.
+        gap: before a section that follows another one.
+    """
+
+    indent: str
+    header_ends: tuple[str, str]
+
+    @property
+    def start(self) -> str:
+        return f"\n\n{self.indent}"
+
+    @property
+    def gap(self) -> str:
+        return f"\n{self.indent}\n{self.indent}"
+
+
+LAYOUTS = {
+    "alpaca": Layout(indent="", header_ends=("", "")),
+    # Byte for byte Apple's PEFT template, with the indent of its source code
+    "openelm-peft": Layout(indent=" " * 16, header_ends=("  ", " ")),
+}
 
 
 def _raw(turns: Sequence[Turn]) -> list[Exchange]:
@@ -69,29 +98,18 @@ def _instruct(turns: Sequence[Turn]) -> list[Exchange]:
     return exchanges
 
 
-def _alpaca(turns: Sequence[Turn]) -> list[Exchange]:
-    return _sections(turns, indent="", header_ends=("", ""))
-
-
-def _openelm_peft(turns: Sequence[Turn]) -> list[Exchange]:
-    # Byte for byte Apple's PEFT template, without and with an input
-    return _sections(turns, indent=_INDENT, header_ends=("  ", " "))
-
-
-def _sections(
-    turns: Sequence[Turn], *, indent: str, header_ends: tuple[str, str]
-) -> list[Exchange]:
+def _sections(turns: Sequence[Turn], layout: Layout) -> list[Exchange]:
     """Render Alpaca's sections; only the first exchange has the header.
 
     System turns at the start are the header; a later one is an instruction.
     """
     with_input = any(turn.input for turn in turns)
-    header = _ALPACA_INPUT if with_input else _ALPACA
+    header = _ALPACA_INPUT if with_input else ALPACA_HEADER
     count = next((i for i, t in enumerate(turns) if t.role != "system"), len(turns))
     system = "\n\n".join(turn.text for turn in turns[:count] if turn.text)
     header, turns = system or header, turns[count:]
-    start, gap = f"\n\n{indent}", f"\n{indent}\n{indent}"
-    exchanges, context, before = [], header + header_ends[with_input], start
+    indent, start, gap = layout.indent, layout.start, layout.gap
+    exchanges, context, before = [], header + layout.header_ends[with_input], start
     for turn in turns:
         title = "Response" if turn.role == "assistant" else "Instruction"
         context += f"{before}### {title}:\n{indent}"
@@ -111,7 +129,10 @@ def _with_input(turn: Turn) -> str:
     return f"{turn.text}\n\n{turn.input}" if turn.input else turn.text
 
 
-_TEMPLATES = {"instruct": _instruct, "alpaca": _alpaca, "openelm-peft": _openelm_peft}
+_TEMPLATES: dict[str, Callable[[Sequence[Turn]], list[Exchange]]] = {
+    "instruct": _instruct,
+    **{name: partial(_sections, layout=layout) for name, layout in LAYOUTS.items()},
+}
 TEMPLATE_NAMES = ("auto", RAW, *_TEMPLATES)
 
 

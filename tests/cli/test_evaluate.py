@@ -17,6 +17,7 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.evaluation import harness_model
 from mlx_openelm.evaluation.multiple_choice import score_task
 from mlx_openelm.evaluation.paired import paired_difference
+from mlx_openelm.evaluation.scorer import OpenELMScorer
 from mlx_openelm.evaluation.task_files import read_task
 from mlx_openelm.reporting.pictures import SCORE_AREA
 from mlx_openelm.storage.loading import load
@@ -60,7 +61,9 @@ def score_json(*args):
 
 def scored(*load_args, name="tales.json", limit=None):
     model, tokenizer = load(*load_args)
-    return score_task(model, tokenizer, read_task(Path(name), limit=limit))
+    return score_task(
+        OpenELMScorer(model, tokenizer), read_task(Path(name), limit=limit)
+    )
 
 
 # One model -----------------------------------------------------------------------
@@ -104,7 +107,7 @@ def test_a_stopped_run_resumes_from_its_folder(work, monkeypatch):
     def answer(*args, **options):
         raise AssertionError("the answers were saved")
 
-    monkeypatch.setattr("mlx_openelm.evaluation.multiple_choice.score_requests", answer)
+    monkeypatch.setattr("mlx_openelm.evaluation.scorer.score_requests", answer)
     assert score_json(*args) == first
 
 

@@ -29,12 +29,13 @@ FLAGS = {
     "convert": (
         "--hf-path --model --mlx-path --to --dtype --allow-overflow -q --quantize "
         "--q-bits --q-group-size --q-mode --q-embed-bits --q-keep --dequantize "
-        "--calibration --no-receipt --merge --adapter-out --average --weights "
-        "--tokenizer --revision --force --json --quiet --offline"
+        "--learn --teacher-bits --seed --calibration --no-receipt --merge "
+        "--adapter-out --average --weights --tokenizer --revision --force --json "
+        "--quiet --offline"
     ),
     "fuse": (
         "--adapter-path --save-path --model --dequantize -q --quantize --q-bits "
-        "--q-group-size --force --json --quiet --offline"
+        "--q-group-size --learn --force --json --quiet --offline"
     ),
     "verify": "--against --json --quiet --offline",
     "inspect": "--context --json --quiet --offline",

@@ -19,6 +19,7 @@ from mlx_openelm.evaluation.harness import open_tasks, run_resumable_task, run_t
 from mlx_openelm.evaluation.harness_model import AnswerStore, wrap_model
 from mlx_openelm.evaluation.multiple_choice import score_task
 from mlx_openelm.evaluation.results import ModelCard, ModelScores, pair
+from mlx_openelm.evaluation.scorer import OpenELMScorer
 from mlx_openelm.evaluation.task_files import read_task
 
 pytestmark = pytest.mark.interop
@@ -212,7 +213,7 @@ def test_log_likelihoods_equal_those_of_the_reference(model, theirs):
         )
         pairs.append((greedy, following.removeprefix(greedy)))
         greedy = following
-    ours = answer(wrap_model(model, tokenizer), "loglikelihood", pairs)
+    ours = answer(wrap_model(OpenELMScorer(model, tokenizer)), "loglikelihood", pairs)
     expected = answer(theirs(add_bos_token=True), "loglikelihood", pairs)
     differences = [abs(a[0] - b[0]) for a, b in zip(ours, expected, strict=True)]
     assert max(differences) < 1e-3
@@ -222,7 +223,7 @@ def test_log_likelihoods_equal_those_of_the_reference(model, theirs):
 
 
 def test_scores_of_a_task_equal_those_of_the_reference(model, theirs, folder):
-    ours = simple_evaluate(wrap_model(model, tokenizer), folder, "tales")
+    ours = simple_evaluate(wrap_model(OpenELMScorer(model, tokenizer)), folder, "tales")
     expected = simple_evaluate(theirs(add_bos_token=True), folder, "tales")
     for key in ("acc,none", "acc_norm,none", "acc_stderr,none", "acc_norm_stderr,none"):
         assert ours["results"]["tales"][key] == expected["results"]["tales"][key], key
@@ -237,7 +238,9 @@ def test_scores_of_a_task_equal_those_of_the_reference(model, theirs, folder):
 def test_rolling_log_likelihoods_equal_those_of_the_reference(model, theirs):
     texts = [(record["text"],) for record in RECORDS]
     texts += [("wolf " * n,) for n in (1, 31, 32, 33, 100)]
-    ours = answer(wrap_model(model, tokenizer), "loglikelihood_rolling", texts)
+    ours = answer(
+        wrap_model(OpenELMScorer(model, tokenizer)), "loglikelihood_rolling", texts
+    )
     # With add_bos_token the harness would score BOS as well, after another BOS.
     expected = answer(theirs(add_bos_token=False), "loglikelihood_rolling", texts)
     longest = max(len(tokenizer.encode(text)) for (text,) in texts)
@@ -257,7 +260,11 @@ def test_greedy_texts_equal_those_of_the_reference(model, theirs):
     reference.tok_decode = lambda ids, **options: (
         tokenizer.decode(ids) if isinstance(ids, list) else decode(ids, **options)
     )
-    ours = answer(wrap_model(model, tokenizer, batch_size=4), "generate_until", prompts)
+    ours = answer(
+        wrap_model(OpenELMScorer(model, tokenizer, batch_size=4)),
+        "generate_until",
+        prompts,
+    )
     expected = answer(reference, "generate_until", prompts)
     # The decoder drops a text's first space; a continuation keeps it.
     assert [text.lstrip() for text in ours] == [text.lstrip() for text in expected]
@@ -266,9 +273,11 @@ def test_greedy_texts_equal_those_of_the_reference(model, theirs):
 
 
 def test_a_local_file_and_the_harness_agree(model, folder, tmp_path):
-    ours = score_task(model, tokenizer, read_task(folder / "records.json"))
+    ours = score_task(
+        OpenELMScorer(model, tokenizer), read_task(folder / "records.json")
+    )
     (task,) = open_tasks([("tales", None)], include_path=folder)
-    (result,) = run_task(wrap_model(model, tokenizer), task, limit=None)
+    (result,) = run_task(wrap_model(OpenELMScorer(model, tokenizer)), task, limit=None)
     assert result.metrics["acc"].value == ours.score.acc
     assert result.metrics["acc_norm"].value == ours.score.acc_norm
     assert result.metrics["acc"].stderr == pytest.approx(ours.score.stderr)
@@ -281,7 +290,7 @@ def test_a_local_file_and_the_harness_agree(model, folder, tmp_path):
 
 
 def test_results_equal_the_harness_s_own(model, folder):
-    lm = wrap_model(model, tokenizer)
+    lm = wrap_model(OpenELMScorer(model, tokenizer))
     for task in open_tasks([("tales", 3), ("texts", None)], include_path=folder):
         (result,) = run_task(lm, task, limit=7)
         assert (result.task, result.n, result.total) == (task.name, 7, 20)
@@ -300,7 +309,7 @@ def test_results_equal_the_harness_s_own(model, folder):
 
 def test_a_nan_metric_is_null_and_not_compared(model, folder):
     (task,) = open_tasks([("numberless", None)], include_path=folder)
-    results = run_task(wrap_model(model, tokenizer), task, limit=3)
+    results = run_task(wrap_model(OpenELMScorer(model, tokenizer)), task, limit=3)
     assert math.isnan(results[0].metrics["numberless"].value)
     assert pair(results, results) == ()
     scores = [ModelScores(ModelCard(name, "OpenELM"), None, results) for name in "ab"]
@@ -312,7 +321,7 @@ def test_a_nan_metric_is_null_and_not_compared(model, folder):
 
 def test_few_shot_examples_precede_a_question(model, folder):
     seen = []
-    lm = wrap_model(model, tokenizer)
+    lm = wrap_model(OpenELMScorer(model, tokenizer))
     score = lm.loglikelihood
     lm.loglikelihood = lambda requests: [seen.extend(requests), score(requests)][1]
     (task,) = open_tasks([("tales", 2)], include_path=folder)
@@ -321,7 +330,7 @@ def test_few_shot_examples_precede_a_question(model, folder):
 
 
 def test_a_group_is_one_result_of_all_its_questions(model, folder):
-    lm = wrap_model(model, tokenizer)
+    lm = wrap_model(OpenELMScorer(model, tokenizer))
     both, tales, again = (
         run_task(lm, task, limit=5)[0]
         for task in open_tasks(
@@ -345,7 +354,11 @@ def test_only_the_callback_may_print(model, folder, capfd):
         if done == 3:
             sys.stderr.write("three")
 
-    run_task(wrap_model(model, tokenizer, on_progress=report), task, limit=None)
+    run_task(
+        wrap_model(OpenELMScorer(model, tokenizer), on_progress=report),
+        task,
+        limit=None,
+    )
     requests = sum(len(record["choices"]) for record in RECORDS)
     assert progress == [(i, requests) for i in range(requests + 1)]
     assert capfd.readouterr() == ("", "three")
@@ -361,7 +374,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize("name", ["tales", "written"])
 def test_a_stopped_task_resumes_with_its_answers(model, folder, tmp_path, name):
     (task,) = open_tasks([(name, None)], include_path=folder)
-    (expected,) = run_task(wrap_model(model, tokenizer), task, limit=None)
+    (expected,) = run_task(
+        wrap_model(OpenELMScorer(model, tokenizer)), task, limit=None
+    )
 
     def stop(at, done):
         if done == at:
@@ -369,7 +384,7 @@ def test_a_stopped_task_resumes_with_its_answers(model, folder, tmp_path, name):
 
     def run(**options):
         return run_resumable_task(
-            model, tokenizer, task, tmp_path, limit=None, **options
+            OpenELMScorer(model, tokenizer), task, tmp_path, limit=None, **options
         )
 
     kept = tmp_path / f"{name}.answers.jsonl"
@@ -382,7 +397,8 @@ def test_a_stopped_task_resumes_with_its_answers(model, folder, tmp_path, name):
     (result,) = run(on_progress=lambda *at: progress.append(at))
     assert progress[0][0] == 9
     assert result == expected
-    assert [path.name for path in tmp_path.iterdir()] == [f"{name}.json"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{name}.json", f"{name}.answers.jsonl"}
     progress.clear()
     assert run(on_progress=lambda *at: progress.append(at)) == (expected,)
     assert progress == []  # it was done
@@ -390,16 +406,44 @@ def test_a_stopped_task_resumes_with_its_answers(model, folder, tmp_path, name):
 
 def test_scores_of_another_model_are_not_reused(model, folder, tmp_path):
     (task,) = open_tasks([("tales", None)], include_path=folder)
-    run_resumable_task(model, tokenizer, task, tmp_path, limit=3)
+    run_resumable_task(OpenELMScorer(model, tokenizer), task, tmp_path, limit=3)
     other = build(UNEVEN, seed=1)
-    for loaded, limit in ((other, 3), (model, 4)):
+    for limit in (3, 4):
         with pytest.raises(OpenELMError, match=r"other settings; .* `force`"):
-            run_resumable_task(loaded, tokenizer, task, tmp_path, limit=limit)
+            run_resumable_task(
+                OpenELMScorer(other, tokenizer), task, tmp_path, limit=limit
+            )
     (replaced,) = run_resumable_task(
-        other, tokenizer, task, tmp_path, limit=3, force=True
+        OpenELMScorer(other, tokenizer), task, tmp_path, limit=3, force=True
     )
-    (fresh,) = run_task(wrap_model(other, tokenizer), task, limit=3)
+    (fresh,) = run_task(wrap_model(OpenELMScorer(other, tokenizer)), task, limit=3)
     assert replaced == fresh
+
+
+@pytest.mark.parametrize("name", ["tales", "written"])
+def test_answers_of_another_limit_are_taken_over(model, folder, tmp_path, name):
+    (task,) = open_tasks([(name, None)], include_path=folder)
+    scorer = OpenELMScorer(model, tokenizer)
+
+    def run(limit):
+        seen = []
+        result = run_resumable_task(
+            *(scorer, task, tmp_path),
+            limit=limit,
+            on_progress=lambda *at: seen.append(at),
+        )
+        return result, seen
+
+    run(6)
+    larger, seen = run(9)
+    first = len(RECORDS[0]["choices"]) if name == "tales" else 1
+    assert seen[0][0] > 6 * first - 1  # the answers of six questions were kept
+    assert larger == run_task(wrap_model(scorer), task, limit=9)
+    smaller, seen = run(6)
+    assert seen == [(seen[0][1], seen[0][1])]  # no request was answered
+    assert smaller == run_task(wrap_model(scorer), task, limit=6)
+    whole, _ = run(None)
+    assert whole == run_task(wrap_model(scorer), task, limit=None)
 
 
 def test_scores_of_other_questions_are_not_reused(model, tmp_path):
@@ -411,7 +455,9 @@ def test_scores_of_other_questions_are_not_reused(model, tmp_path):
     def run(records):
         (tmp_path / "records.json").write_text(json.dumps(records))
         (task,) = open_tasks([("tales", None)], include_path=tmp_path)
-        return run_resumable_task(model, tokenizer, task, kept, limit=None)
+        return run_resumable_task(
+            OpenELMScorer(model, tokenizer), task, kept, limit=None
+        )
 
     (first,) = run(RECORDS)
     assert run(RECORDS) == (first,)
@@ -430,7 +476,9 @@ def test_a_full_disk_is_reported_as_a_write_error(model, folder, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OpenELMError) as caught:
-            run_resumable_task(model, tokenizer, task, tmp_path, limit=None)
+            run_resumable_task(
+                OpenELMScorer(model, tokenizer), task, tmp_path, limit=None
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     kept = tmp_path / "tales.answers.jsonl"
@@ -439,7 +487,7 @@ def test_a_full_disk_is_reported_as_a_write_error(model, folder, tmp_path):
     assert kept.stat().st_size == 1000
     progress = []
     run_resumable_task(
-        *(model, tokenizer, task, tmp_path),
+        *(OpenELMScorer(model, tokenizer), task, tmp_path),
         limit=None,
         on_progress=lambda *at: progress.append(at),
     )
@@ -450,16 +498,24 @@ def test_sampled_answers_do_not_depend_on_the_batch(model, tmp_path):
     settings = {"until": [], "max_gen_toks": 10, "do_sample": True, "temperature": 1.0}
     prompts = [("Once upon", settings)] * 5
     one, five = (
-        answer(wrap_model(model, tokenizer, batch_size=n), "generate_until", prompts)
+        answer(
+            wrap_model(OpenELMScorer(model, tokenizer, batch_size=n)),
+            "generate_until",
+            prompts,
+        )
         for n in (1, 5)
     )
     assert one == five
     assert len(set(one)) > 1
     with contextlib.suppress(Killed), AnswerStore(tmp_path / "store", {}) as store:
-        answer(wrap_model(model, tokenizer, store=store), "generate_until", prompts[:3])
+        answer(
+            wrap_model(OpenELMScorer(model, tokenizer), store=store),
+            "generate_until",
+            prompts[:3],
+        )
         raise Killed
     with AnswerStore(tmp_path / "store", {}) as store:
-        lm = wrap_model(model, tokenizer, store=store)
+        lm = wrap_model(OpenELMScorer(model, tokenizer), store=store)
         again = answer(lm, "generate_until", prompts)
     assert again == one
 
@@ -493,13 +549,17 @@ def test_a_broken_task_is_one_sentence(model, folder):
         open_tasks([("broken", None)], include_path=folder)
     (task,) = open_tasks([("late", None)], include_path=folder)
     with pytest.raises(OpenELMError, match=r"fails in the task late: .*\.$"):
-        run_task(wrap_model(model, tokenizer), task, limit=None)
+        run_task(wrap_model(OpenELMScorer(model, tokenizer)), task, limit=None)
 
 
 def test_more_new_tokens_than_the_context_holds_are_refused(model):
     settings = {"until": [], "max_gen_toks": UNEVEN.max_context_length}
     with pytest.raises(OpenELMError, match="context is 64"):
-        answer(wrap_model(model, tokenizer), "generate_until", [("Once", settings)])
+        answer(
+            wrap_model(OpenELMScorer(model, tokenizer)),
+            "generate_until",
+            [("Once", settings)],
+        )
 
 
 def test_invalid_settings_of_a_task_are_reported(model, folder):
@@ -513,7 +573,7 @@ def test_invalid_settings_of_a_task_are_reported(model, folder):
     with pytest.raises(
         OpenELMError, match=r"task odd: .*generation_kwargs.*top_p` is 7"
     ):
-        run_task(wrap_model(model, tokenizer), task, limit=1)
+        run_task(wrap_model(OpenELMScorer(model, tokenizer)), task, limit=1)
 
 
 def test_a_missing_harness_is_reported(monkeypatch):

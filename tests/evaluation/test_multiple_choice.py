@@ -10,6 +10,7 @@ from models import SCALED, UNEVEN, build, small_tokenizer
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation import multiple_choice as scoring
+from mlx_openelm.evaluation import scorer as requests_scoring
 from mlx_openelm.evaluation.loglikelihood import encode_requests, score_requests
 from mlx_openelm.evaluation.multiple_choice import (
     Outcome,
@@ -17,6 +18,7 @@ from mlx_openelm.evaluation.multiple_choice import (
     score_task,
     summarize,
 )
+from mlx_openelm.evaluation.scorer import OpenELMScorer
 from mlx_openelm.evaluation.task_files import Question, Task
 
 tokenizer = small_tokenizer()
@@ -50,7 +52,7 @@ def lines_of(path):
 
 
 def test_every_choice_is_scored_after_its_context():
-    scored = score_task(model, tokenizer, TASK)
+    scored = score_task(OpenELMScorer(model, tokenizer), TASK)
     assert [o.line for o in scored.outcomes] == list(range(1, 21))
     for question, outcome in zip(TASK.questions, scored.outcomes, strict=True):
         pairs = [(question.context, f" {choice}") for choice in question.choices]
@@ -96,7 +98,7 @@ def test_the_standard_error_equals_that_of_the_harness():
 
 def test_outcomes_are_written_in_order(tmp_path):
     output = tmp_path / "wood.jsonl"
-    scored = score_task(model, tokenizer, TASK, output=output)
+    scored = score_task(OpenELMScorer(model, tokenizer), TASK, output=output)
     written = lines_of(output)
     assert [line["line"] for line in written] == list(range(1, 21))
     for line, outcome in zip(written, scored.outcomes, strict=True):
@@ -117,32 +119,37 @@ def run_until(count, output, task=TASK):
             raise Killed
 
     with pytest.raises(Killed):
-        score_task(model, tokenizer, task, output=output, on_progress=kill)
+        score_task(
+            OpenELMScorer(model, tokenizer), task, output=output, on_progress=kill
+        )
 
 
 def count_scored(monkeypatch):
     """Return a list to which the size of each batch of requests is appended."""
     sizes = []
-    real = scoring.score_requests
+    real = requests_scoring.score_requests
 
     def score(model, requests):
         sizes.append(len(requests))
         return real(model, requests)
 
-    monkeypatch.setattr(scoring, "score_requests", score)
+    monkeypatch.setattr(requests_scoring, "score_requests", score)
     return sizes
 
 
 @pytest.mark.parametrize("count", [1, 7, 19])
 def test_a_killed_run_resumes(tmp_path, monkeypatch, count):
     whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
-    expected = score_task(model, tokenizer, TASK, output=whole)
+    expected = score_task(OpenELMScorer(model, tokenizer), TASK, output=whole)
     run_until(count, stopped)
     with stopped.open("a") as file:  # an incomplete line
         file.write('{"line": 1')
     sizes, steps = count_scored(monkeypatch), []
     scored = score_task(
-        model, tokenizer, TASK, output=stopped, on_progress=lambda *at: steps.append(at)
+        OpenELMScorer(model, tokenizer),
+        TASK,
+        output=stopped,
+        on_progress=lambda *at: steps.append(at),
     )
     # Rows may be composed differently, which changes the last bits.
     for ours, theirs in zip(scored.outcomes, expected.outcomes, strict=True):
@@ -155,20 +162,28 @@ def test_a_killed_run_resumes(tmp_path, monkeypatch, count):
 
 def test_a_finished_run_is_read_and_not_repeated(tmp_path, monkeypatch):
     output = tmp_path / "wood.jsonl"
-    first = score_task(model, tokenizer, TASK, output=output)
+    first = score_task(OpenELMScorer(model, tokenizer), TASK, output=output)
     sizes, before = count_scored(monkeypatch), output.read_bytes()
-    assert score_task(model, tokenizer, TASK, output=output) == first
+    assert score_task(OpenELMScorer(model, tokenizer), TASK, output=output) == first
     assert sizes == []
     assert output.read_bytes() == before
 
 
-def test_a_larger_limit_resumes_and_a_smaller_one_is_refused(tmp_path):
+def test_answers_of_another_limit_are_taken_over(tmp_path, monkeypatch):
     output = tmp_path / "wood.jsonl"
-    score_task(model, tokenizer, make_task(5), output=output)
-    assert score_task(model, tokenizer, make_task(8), output=output).score.n == 8
-    with pytest.raises(OpenELMError, match="`force`"):
-        score_task(model, tokenizer, make_task(5), output=output)
-    assert len(lines_of(output)) == 8
+    scorer = OpenELMScorer(model, tokenizer)
+    expected = score_task(scorer, TASK, limit=8)
+    score_task(scorer, TASK, limit=5, output=output)
+    sizes = count_scored(monkeypatch)
+    larger = score_task(scorer, TASK, limit=8, output=output)
+    assert sum(sizes) == sum(len(q.choices) for q in TASK.questions[5:8])
+    assert (larger.score, larger.digest) == (expected.score, expected.digest)
+    sizes.clear()
+    smaller = score_task(scorer, TASK, limit=5, output=output)
+    assert (smaller.score.n, sizes) == (5, [])
+    assert smaller.outcomes == larger.outcomes[:5]
+    assert len(lines_of(output)) == 8  # nothing is lost
+    assert smaller.digest == score_task(scorer, make_task(5)).digest
 
 
 def change_question(**changes):
@@ -179,7 +194,7 @@ def change_question(**changes):
 
 def test_another_model_or_task_is_refused_unless_forced(tmp_path):
     output = tmp_path / "wood.jsonl"
-    score_task(model, tokenizer, TASK, output=output)
+    score_task(OpenELMScorer(model, tokenizer), TASK, output=output)
     before = output.read_bytes()
     others = [
         (build(UNEVEN, 1), TASK),
@@ -188,38 +203,40 @@ def test_another_model_or_task_is_refused_unless_forced(tmp_path):
     ]
     for other, task in others:
         with pytest.raises(OpenELMError, match="`force`"):
-            score_task(other, tokenizer, task, output=output)
+            score_task(OpenELMScorer(other, tokenizer), task, output=output)
         assert output.read_bytes() == before
     changed = [*lines_of(output)[:-1], lines_of(output)[-1] | {"key": "other"}]
     output.write_text("".join(json.dumps(line) + "\n" for line in changed))
-    score_task(model, tokenizer, TASK, output=output, force=True)
+    score_task(OpenELMScorer(model, tokenizer), TASK, output=output, force=True)
     assert len(lines_of(output)) == 20
     other = build(SCALED)
-    forced = score_task(other, tokenizer, TASK, output=output, force=True)
-    assert forced == score_task(other, tokenizer, TASK)
+    forced = score_task(
+        OpenELMScorer(other, tokenizer), TASK, output=output, force=True
+    )
+    assert forced == score_task(OpenELMScorer(other, tokenizer), TASK)
     assert len(lines_of(output)) == 20
 
 
 def test_an_outcome_without_its_numbers_is_not_reused(tmp_path):
     output = tmp_path / "wood.jsonl"
-    score_task(model, tokenizer, TASK, output=output)
+    score_task(OpenELMScorer(model, tokenizer), TASK, output=output)
     for wrong in ([-1.0], "none", [math.nan, -1.0]):
         first, *rest = lines_of(output)
         lines = [first | {"loglikelihoods": wrong}, *rest]
         output.write_text("".join(json.dumps(line) + "\n" for line in lines))
         with pytest.raises(OpenELMError, match="`force`"):
-            score_task(model, tokenizer, TASK, output=output)
+            score_task(OpenELMScorer(model, tokenizer), TASK, output=output)
 
 
 def test_a_choice_that_is_too_long_is_reported():
     long = Question(7, "Once", ("a", "wolf " * 200), 0, " ")
     with pytest.raises(OpenELMError, match=r"wood, record 7: .* tokens"):
-        score_task(model, tokenizer, Task("wood", (long,)))
+        score_task(OpenELMScorer(model, tokenizer), Task("wood", (long,)))
 
 
 def test_a_long_context_is_truncated_at_the_left():
     long = Question(1, "wolf " * 200 + "said the", ("king", "wood"), 0, " ")
-    scored = score_task(model, tokenizer, Task("long", (long,)))
+    scored = score_task(OpenELMScorer(model, tokenizer), Task("long", (long,)))
     for (context, continuation), nats in zip(
         long.pairs, scored.outcomes[0].loglikelihoods, strict=True
     ):

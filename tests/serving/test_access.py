@@ -172,6 +172,7 @@ def test_an_origin_without_scheme_or_host_is_refused(text):
         (("--adapter", "tales"), "NAME=DIR"),
         (("--adapter", "a=x", "--adapter", "a=y"), "twice"),
         (("--adapter", "a=x", "--adapter-path", "y"), "--adapter NAME=DIR"),
+        (("--model", "demo", "--quiet", "--adapter", "a=nowhere"), "check --adapter."),
     ],
     ids=str,
 )

@@ -30,7 +30,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse; report arguments that the command does not take, with what to do."""
         ctx.allow_extra_args = True
-        rest = super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, _add_empty_values(self.get_params(ctx), args))
         if rest and not ctx.resilient_parsing:
             ctx.fail(f"{_describe_extra(ctx, rest)}.")
         ctx.params.update(
@@ -49,6 +49,25 @@ class CommandGroup(TyperGroup):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _simplify_help(self, ctx)
         super().format_help(ctx, formatter)
+
+
+def _add_empty_values(parameters: list[Any], args: list[str]) -> list[str]:
+    """Insert an empty value after options whose value was left out.
+
+    These are options with a metavar in brackets, before another option or at the end.
+    """
+    optional = {
+        flag
+        for parameter in parameters
+        if (parameter.metavar or "").startswith("[")
+        for flag in parameter.opts
+    }
+    filled = []
+    for arg, following in zip(args, [*args[1:], "-"], strict=True):
+        filled.append(arg)
+        if arg in optional and following.startswith("-"):
+            filled.append("")
+    return filled
 
 
 def _expand(value: Any) -> Any:

@@ -62,6 +62,9 @@ def show_adapter(console: Console, report: "AdapterReport") -> None:
         console.note_next("fuse", "--adapter-path", report.path, "--save-path", fused)
     elif report.to == "corenet":
         console.note_next("convert", report.path, "--merge")
+    elif report.to == "gguf":
+        args = ("-m", "BASE.gguf", "--lora", report.path, "-p", PROMPT)
+        console.note_next(*args, program="llama-cli")
 
 
 def show_fused(console: Console, report: "FusionReport") -> None:
@@ -81,6 +84,14 @@ def show_fused(console: Console, report: "FusionReport") -> None:
         f"the base alone; same top token {proof.top1_agreement:.1%}, on "
         f"{proof.tokens} tokens of {proof.text}"
     )
+    if report.learned is not None:
+        console.note(
+            f"Learned for {count_of(report.learned.steps, 'step')}: mean KL "
+            f"{report.learned.mean_kl_before:.4f} -> "
+            f"{report.learned.mean_kl_after:.4f} nats, same top token "
+            f"{report.learned.top1_before:.1%} -> {report.learned.top1_after:.1%}, on "
+            f"{report.learned.tokens} other tokens of {report.learned.text}"
+        )
     console.answer(str(report.path))
     console.note_next("generate", "--model", report.path, PROMPT)
 
@@ -89,6 +100,7 @@ _FIGURES = (
     *("mean_kl", "p99_kl", "top1_agreement", "tokens"),
     *("perplexity_before", "perplexity_after"),
 )
+_FIGURES_OF_ROUNDING = ("mean_kl_rounded", "top1_agreement_rounded")
 
 
 def _is_figure(value: object) -> bool:
@@ -99,10 +111,15 @@ def describe_receipt(receipt: Mapping[str, Any]) -> str:
     """Return one line on the quantization error."""
     if not all(_is_figure(receipt.get(key)) for key in _FIGURES):
         return "damaged"
+    before = {key: receipt.get(key) for key in _FIGURES_OF_ROUNDING}
+    kl = agreement = ""
+    if all(map(_is_figure, before.values())):
+        kl = f" ({before['mean_kl_rounded']:.4f} before learning)"
+        agreement = f" ({before['top1_agreement_rounded']:.1%})"
     return (
-        f"mean KL {receipt['mean_kl']:.4f} nats (99 % of tokens below "
-        f"{receipt['p99_kl']:.3f}), same top token {receipt['top1_agreement']:.1%}, "
-        f"perplexity {receipt['perplexity_before']:.2f} -> "
+        f"mean KL {receipt['mean_kl']:.4f} nats{kl} (99 % of tokens below "
+        f"{receipt['p99_kl']:.3f}), same top token {receipt['top1_agreement']:.1%}"
+        f"{agreement}, perplexity {receipt['perplexity_before']:.2f} -> "
         f"{receipt['perplexity_after']:.2f}, on {receipt['tokens']} tokens of "
         f"{receipt.get('text')}"
     )

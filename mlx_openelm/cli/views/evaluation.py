@@ -13,9 +13,11 @@ from mlx_openelm.message_parts import count_of
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mlx_openelm.evaluation.published_scores import PublishedScores
     from mlx_openelm.evaluation.results import (
         Metric,
         ModelScores,
+        SuiteComparison,
         SuiteReport,
         TaskResult,
     )
@@ -29,7 +31,7 @@ def show_scores(
     console: Console, scores: Sequence["ModelScores"], suite: "Suite | None"
 ) -> None:
     """Print the scores of texts, of a suite beside published scores, and of tasks."""
-    from mlx_openelm.evaluation.results import report_suite
+    from mlx_openelm.evaluation.results import compare_in_suite, report_suite
 
     if len(scores) == 1 and scores[0].text is not None:
         show_score(console, scores[0].text)
@@ -44,9 +46,18 @@ def show_scores(
             console.answer(_head(report))
             console.answer_table(_table_suite(report))
             console.answer("")
+        for comparison in [compare_in_suite(suite, scores[0], s) for s in scores[1:]]:
+            console.answer(f"{comparison.other} minus {comparison.first}")
+            console.answer_table(_table_differences(comparison))
+            for line in _describe_published(comparison):
+                console.answer(line)
+            console.answer("")
         if suite.published.others:
             console.answer("Others, as published")
             console.answer_table(_table_others(suite))
+            for row in suite.published.others:
+                if row.average_note:
+                    console.answer(f"{row.model}: {row.average_note}")
             console.answer("")
     if suite is None or len(scores) > 1:
         console.answer_table(_table_tasks(scores))
@@ -152,7 +163,7 @@ def _head(report: "SuiteReport") -> str:
         spelled = row.method.replace("lora", "LoRA").replace("dora", "DoRA")
         method = f" with {spelled}"
     checked = "checked" if row.verified else "from memory, UNVERIFIED"
-    note = f"; {row.note}" if row.note else ""
+    note = "".join(f"; {note}" for note in (row.note, row.average_note) if note)
     return f"{report.model} beside {row.model}{method} ({row.source}, {checked}{note})"
 
 
@@ -175,15 +186,45 @@ def _table_suite(report: "SuiteReport") -> "Table":
     return table
 
 
+def _table_differences(comparison: "SuiteComparison") -> "Table":
+    table = _new_table("column")
+    for header in ("n", "here, paired", "published"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for one in comparison.differences:
+        table.add_row(
+            one.column,
+            f"{one.n:,}" if one.n else "",
+            _show_signed(one.value, one.stderr),
+            _show_signed(one.published, None),
+        )
+    return table
+
+
+def _describe_published(comparison: "SuiteComparison") -> Iterator[str]:
+    """Yield where the published differences come from."""
+    for row in comparison.rows:
+        if row is not None:
+            average = "" if row.average is None else f", average {row.average:.2f}"
+            tokens = f" of {row.tokens} training tokens" if row.tokens else ""
+            yield f"Published: {row.model}{tokens}{average} ({_source(row)})"
+
+
+def _source(row: "PublishedScores") -> str:
+    return row.source if row.verified else f"{row.source}, UNVERIFIED"
+
+
 def _table_others(suite: "Suite") -> "Table":
+    others = suite.published.others
+    partial = any(row.without_sciq is not None for row in others)
+    averages = ("average", *(("without SciQ",) if partial else ()))
     table = _new_table("model")
-    for header in ("tokens", *suite.published.columns, "average"):
+    for header in ("tokens", *suite.published.columns, *averages):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("source")
-    for row in suite.published.others:
-        values = ["-" if v is None else f"{v:.2f}" for v in (*row.values, row.average)]
-        source = row.source if row.verified else f"{row.source}, UNVERIFIED"
-        table.add_row(row.model, row.tokens or "-", *values, source)
+    for row in others:
+        shown = (*row.values, row.average, *((row.without_sciq,) if partial else ()))
+        values = ["-" if v is None else f"{v:.2f}" for v in shown]
+        table.add_row(row.model, row.tokens or "-", *values, _source(row))
     return table
 
 
@@ -233,7 +274,7 @@ def scores_json(
     The first model's scores are at the top level; with more than one model, all models'
     are under "models". Accuracies are fractions, except those of a suite (percent).
     """
-    from mlx_openelm.evaluation.results import pair, report_suite
+    from mlx_openelm.evaluation.results import compare_in_suite, pair, report_suite
 
     first = scores[0]
     document: dict[str, Any] = {}
@@ -267,6 +308,9 @@ def scores_json(
             "name": suite.name,
             "notes": suite.notes,
             "models": [asdict(report) for report in reports],
+            "comparisons": [
+                asdict(compare_in_suite(suite, first, other)) for other in scores[1:]
+            ],
             "columns": suite.published.columns,
             "others": [asdict(row) for row in suite.published.others],
         }

@@ -1,8 +1,7 @@
 """The contents of a run's report, from its metrics, its data and its recipe."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,9 +10,6 @@ from mlx_openelm.finetuning.report.history import (
     describe_end,
     describe_result,
     read_history,
-    read_number,
-    read_points,
-    read_step,
 )
 from mlx_openelm.reporting.charts import Chart, Line, Mark
 from mlx_openelm.reporting.number_formats import (
@@ -22,16 +18,21 @@ from mlx_openelm.reporting.number_formats import (
     format_number,
     format_share,
 )
+from mlx_openelm.reporting.run_history import (
+    Column,
+    group_samples,
+    read_points,
+    read_step,
+    tabulate,
+)
 from mlx_openelm.reporting.training_report import (
     DataSummary,
     Histogram,
-    Sample,
     Table,
     TrainingReport,
 )
 from mlx_openelm.training.events import Event
 
-MAX_ROWS = 200  # of the table of metrics
 REFRESH_SECONDS = 15
 
 
@@ -82,7 +83,7 @@ def describe_run(run: TrainingRun) -> TrainingReport:
         charts=[_loss_chart(history), *_small_charts(history)],
         numbers=_tabulate(history) if history.steps or history.evals else None,
         skipped=[(read_step(row), _places(row)) for row in history.skips],
-        samples=list(_group_samples(history)),
+        samples=list(group_samples(history.samples, _best_step(history))),
         data=_summarize(run.data) if run.data else None,
         commands=run.commands,
         recipe=run.recipe,
@@ -94,7 +95,7 @@ def describe_run(run: TrainingRun) -> TrainingReport:
 
 def _loss_chart(history: History) -> Chart:
     lines = [Line("training", read_points(history.steps, "loss"), "blue", trend=True)]
-    best = None if history.best is None else read_step(history.best)
+    best = _best_step(history)
     validation = read_points(history.evals, "loss")
     if validation:
         lines.append(Line("validation", validation, "orange", dotted=True, best=best))
@@ -113,6 +114,10 @@ def _loss_chart(history: History) -> Chart:
             ),
         ],
     )
+
+
+def _best_step(history: History) -> float | None:
+    return None if history.best is None else read_step(history.best)
 
 
 def _small_charts(history: History) -> Iterable[Chart]:
@@ -140,7 +145,7 @@ def _small_charts(history: History) -> Iterable[Chart]:
 
 # Metrics -----------------------------------------------------------------------------
 
-_COLUMNS: Sequence[tuple[str, str, Callable[[float], str]]] = (
+_COLUMNS: Sequence[Column] = (
     ("epoch", "epoch", lambda v: f"{v:.2f}"),
     ("loss", "loss", lambda v: f"{v:.4f}"),
     ("validation", "validation", lambda v: f"{v:.4f}"),
@@ -166,51 +171,12 @@ def _tabulate(history: History) -> Table:
         }
     for row in history.steps:
         rows.setdefault(read_step(row), {}).update(row)
-    steps = sorted(rows)
-    every = math.ceil(len(steps) / MAX_ROWS)
-    columns = [c for c in _COLUMNS if any(c[0] in row for row in rows.values())]
-    shown = []
-    for step in steps[::every]:
-        values = [(read_number(rows[step], key), form) for key, _, form in columns]
-        cells = ["" if value is None else form(value) for value, form in values]
-        shown.append([f"{step:,.0f}", *cells])
-    thinned = f", every {_ordinal(every)} step of metrics.jsonl" if every > 1 else ""
-    return Table(
-        caption=f"The charts in numbers{thinned}",
-        columns=["step", *(title for _, title, _ in columns)],
-        rows=shown,
-    )
-
-
-def _ordinal(number: int) -> str:
-    special = {1: "st", 2: "nd", 3: "rd"} if number % 100 // 10 != 1 else {}
-    return f"{number}{special.get(number % 10, 'th')}"
+    return tabulate(rows, _COLUMNS)
 
 
 def _places(row: Event) -> list[str]:
     places = row.get("samples")
     return [str(place) for place in places] if isinstance(places, list | tuple) else []
-
-
-def _group_samples(history: History) -> Iterable[list[Sample]]:
-    """Yield the first sample of each prompt, and that of the best or last step."""
-    prompts: dict[str, list[Event]] = {}
-    for row in history.samples:
-        prompts.setdefault(str(row.get("prompt", "")), []).append(row)
-    best = None if history.best is None else read_step(history.best)
-    for prompt, rows in prompts.items():
-        last = next((r for r in rows[1:] if read_step(r) == best), rows[-1])
-        group = [rows[0]] if last is rows[0] else [rows[0], last]
-        yield [
-            Sample(_caption(read_step(row), best), prompt, str(row.get("text", "")))
-            for row in group
-        ]
-
-
-def _caption(step: float, best: float | None) -> str:
-    if not step:
-        return "Before training"
-    return f"After {step:,.0f} steps{', the best' if step == best else ''}"
 
 
 # Data --------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from mlx_openelm.reporting.charts import Point
+from mlx_openelm.reporting.run_history import read_number, read_points, read_step
 from mlx_openelm.training.events import Event
 
 
@@ -121,24 +121,3 @@ def describe_end(history: History, failure: str | None = None) -> str:
 
 def _times(count: int) -> str:
     return "once" if count == 1 else f"{count:,} times"
-
-
-def read_number(row: Event, key: str) -> float | None:
-    """Return a finite number, or None if the value is missing, NaN or infinite."""
-    value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if abs(value) < 1e300 else None
-
-
-def read_step(row: Event) -> float:
-    """Return the step of a row; 0 if it has none."""
-    return read_number(row, "step") or 0.0
-
-
-def read_points(rows: Sequence[Event], key: str) -> list[Point]:
-    """Return (step, value) of every row, by step."""
-    return sorted(
-        ((read_step(row), read_number(row, key)) for row in rows),
-        key=lambda point: point[0],
-    )

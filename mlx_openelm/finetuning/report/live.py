@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,9 +11,9 @@ from typing import Self
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.preparation import Prepared, stem
 from mlx_openelm.finetuning.report.content import TrainingRun, describe_run
-from mlx_openelm.finetuning.report.history import read_number
 from mlx_openelm.finetuning.run_context import RunContext
 from mlx_openelm.finetuning.run_files import PAGE, RECIPE, write_text
+from mlx_openelm.reporting.run_history import Pace, read_number
 from mlx_openelm.reporting.training_report import render_training_report
 from mlx_openelm.storage.adapter_folder import BEST, WEIGHTS
 from mlx_openelm.training.events import Event, read_events
@@ -68,32 +68,6 @@ class LiveReport:
             write_text(self._run.folder / PAGE, page)
         except Exception as error:  # any error: the report must not stop the run
             self._run.log.note(f"The report could not be written: {error}.")
-
-
-class Pace:
-    """Limits the share of the time that repeated work takes; a block is that work."""
-
-    def __init__(
-        self,
-        share: float,
-        expected: float,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._share, self._clock = share, clock
-        self._expected, self._spent = expected, 0.0
-        self._created = self._entered = clock()
-
-    def allows(self) -> bool:
-        """Whether the work, if it takes as long as the last time, keeps the limit."""
-        elapsed = self._clock() - self._created
-        return self._spent + self._expected <= self._share * elapsed
-
-    def __enter__(self) -> None:
-        self._entered = self._clock()
-
-    def __exit__(self, *exception: object) -> None:
-        self._expected = self._clock() - self._entered
-        self._spent += self._expected
 
 
 def describe_training(

@@ -122,10 +122,11 @@ class DecodeRows:
 
     def _queue_forward(self) -> mx.array:
         """Process the newest token of every row; return the logits (R, V)."""
-        offsets = mx.array([sequence.offset for sequence in self.sequences])
-        longest = max(sequence.offset for sequence in self.sequences) + 1
+        offsets = [sequence.offset for sequence in self.sequences]
+        rows, offset = mx.arange(len(offsets)), mx.array(offsets)
+        reach = -(-(max(offsets) + 1) // REACH) * REACH
         for layer in self._cache:
-            layer.offset, layer.reach = offsets, -(-longest // REACH) * REACH
+            layer.rows, layer.offset, layer.reach = rows, offset, reach
         use_decoding_threads(self._model.config)
         hidden = self._model.transformer(self._tokens[:, None], self._cache)
         for sequence in self.sequences:

@@ -167,8 +167,9 @@ def test_a_corenet_adapter(tmp_path, tokenizer, dora, modules, how):
     expected = reference(PADDED, WEIGHTS, factors)
     assert_logits(report.path, expected, adapter)
     assert np.abs(expected - reference(PADDED, WEIGHTS)).max() > 0.1
-    adapts_table = TABLE in factors  # only the inputs, so the head must be untied
-    assert open_folder(report.path).config.share_input_output_layers != adapts_table
+    # Merged, an adapter of the inputs alone unties the head.
+    untied = TABLE in factors and how == "merged"
+    assert open_folder(report.path).config.share_input_output_layers != untied
     assert verify(report.path, against=[str(source)]).passed
 
 
@@ -530,11 +531,14 @@ def test_a_separated_corenet_adapter_can_be_merged_again(
     ).path
     together = convert(adapter, tmp_path / "b.pt", to="corenet", base=str(base)).path
     state = torch.load(together, weights_only=True)
-    if TABLE not in factors:
-        expected = as_torch(named)
-        expected[f"{TABLE}.weight"][300:] = 0  # they were removed
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(state[name], expected[name]) for name in expected)
+    expected = as_torch(named)
+    for name, tensor in expected.items():  # padding rows were removed
+        if name.endswith("lora_embedding_A.lora"):
+            tensor[:, 300:] = 0
+        elif TABLE in name and "lora_embedding_B" not in name:
+            tensor[300:] = 0
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
     again = convert(
         together, tmp_path / "again", dtype="float32", tokenizer=tokenizer, merge=True
     )
@@ -544,12 +548,24 @@ def test_a_separated_corenet_adapter_can_be_merged_again(
 # Stock mlx-lm --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("modules", [LINEARS, EVERYWHERE], ids=["linears", "all"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_checkpoint_with_an_adapter_is_written_unchanged(tmp_path, dora, modules):
+    factors = make_factors(WEIGHTS, modules, dora=dora)
+    named = in_corenet(WEIGHTS, factors)
+    source = write_pt(tmp_path / "a.pt", named)
+    written = convert(source, tmp_path / "b.pt", to="corenet").path
+    state, expected = torch.load(written, weights_only=True), as_torch(named)
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
 @pytest.mark.interop
 @pytest.mark.parametrize("how", ["hf", "merged", "apart"])
 def test_stock_mlx_lm_gives_the_same_logits(tmp_path, tokenizer, how):
     from mlx_lm.utils import load_adapters, load_model
 
-    factors = make_factors(WEIGHTS, EVERYWHERE)
+    factors = make_factors(WEIGHTS, LINEARS if how == "apart" else EVERYWHERE)
     source = write_pt(tmp_path / "a.pt", in_corenet(WEIGHTS, factors))
     adapter = tmp_path / "adapter" if how == "apart" else None
     report = convert(
@@ -598,8 +614,12 @@ def test_apples_logits_with_an_adapter(tmp_path, shared, method, how):
             lengths = np.linalg.norm(weights[base], axis=1)
             weights[name] = (factor * lengths).astype(np.float32)
     source = write_pt(tmp_path / "a.pt", weights)
-    del weights
     adapter = tmp_path / "adapter" if how == "apart" else None
+    if adapter is None:
+        copy = convert(source, tmp_path / "b.pt", to="corenet").path
+        assert_stored(copy, weights, rows=32128)
+        copy.unlink()
+        del weights
     report = convert(
         source,
         tmp_path / "out",
@@ -609,12 +629,27 @@ def test_apples_logits_with_an_adapter(tmp_path, shared, method, how):
         adapter_out=adapter,
     )
     source.unlink()
+    if adapter is not None:
+        base = str(report.path)
+        copy = convert(adapter, tmp_path / "b.pt", to="corenet", base=base).path
+        assert_stored(copy, weights, rows=32000)  # the others were cut as padding
+        copy.unlink()
+        del weights
     model = load_model(open_folder(report.path), mx.float32)
     if adapter is not None:
         attach(model, adapter)
     actual = np.array(model(mx.array(tokens)))[:, positions]
     assert np.abs(actual - logits[..., :32000]).max() <= 1e-4
     shutil.rmtree(report.path)  # gigabytes
+
+
+def assert_stored(path, weights, *, rows):
+    """The .pt holds these tensors; of the vocabulary, the first `rows` count."""
+    state = torch.load(path, weights_only=True, mmap=True)
+    assert list(state) == list(weights)
+    for name, weight in weights.items():
+        kept = [slice(rows if n == 32128 else None) for n in weight.shape]
+        assert np.array_equal(state[name].numpy()[*kept], weight[*kept]), name
 
 
 # verify --------------------------------------------------------------------------
@@ -830,8 +865,8 @@ def test_verify_compares_with_a_new_conversion(work, tokenizer, options):
             ["lora.pt", "--merge", "--q-bits", "2", "--no-receipt"],
             "Quantizing would lose the adapter",
         ),
-        (["adapter", "--to", "hf"], "convert it with --to mlx, peft or corenet"),
-        (["adapter", "-q"], "convert it with --to mlx, peft or corenet and without"),
+        (["adapter", "--to", "hf"], "convert it with --to mlx, peft, corenet or gguf"),
+        (["adapter", "-q"], "convert it with --to mlx, peft, corenet or gguf and"),
         (["adapter", "--to", "corenet", "--model", "wide"], "does not fit this"),
         (["adapter", "--merge", "--model", "wide"], "does not fit this"),
         (["adapter", "adapter", "--average"], "--average requires models"),

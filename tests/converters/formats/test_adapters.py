@@ -17,7 +17,6 @@ from converters.formats.adapter_reader import (
     open_adapter,
     split_checkpoint,
     with_rows,
-    without_embedding,
 )
 from converters.formats.adapter_writer import (
     corenet_adapter_tensors,
@@ -214,12 +213,10 @@ def test_a_corenet_adapter_merged_or_separate_has_torchs_logits(
     assert "scale 1.0" in adapter.notes[0]
     assert_same(merged_logits(adapter), expected)
 
-    # Separate: merge the embedding's into the input embedding; a folder for the others.
-    weights = WEIGHTS | {HEAD: WEIGHTS[EMBEDDING]}
-    if embedding:
-        weights[EMBEDDING] = merge(mx.array(WEIGHTS[EMBEDDING]), adapter.modules[TABLE])
-    assert not write_mlx(tmp_path / "apart", without_embedding(adapter), UNTIED)
-    model = mlx_model(UNTIED, weights)
+    notes = write_mlx(tmp_path / "apart", adapter, UNEVEN)
+    assert [n for n in notes if "inputs only" in n] == list(notes)
+    assert len(notes) == embedding
+    model = build(UNEVEN)
     attach(model, tmp_path / "apart")
     assert_same(logits_of(model), expected)
 
@@ -835,7 +832,7 @@ def test_an_embeddings_adapter_is_cut_or_padded(tmp_path):
         assert parts["a"].shape == (rows, 4)
         assert mx.array_equal(parts["a"][:290], whole[:290])
         assert not parts["a"][300:].any()
-    assert with_rows(without_embedding(adapter), 7).modules == {}
+    assert with_rows(replace(adapter, modules={}), 7).modules == {}
 
 
 def test_a_base_that_does_not_fit_is_refused_with_all_differences(tmp_path):
@@ -867,21 +864,16 @@ def test_unsupported_adapters_are_refused_with_an_alternative(tmp_path):
         return read_corenet(write_corenet(tmp_path / "x.pt", factors))[1]
 
     inputs = read("lora", [TABLE, *LINEARS])
-    for config in (UNEVEN, None):
-        refuse_write(
-            tmp_path, write_mlx, inputs, config, "also change the logits", "`merge`"
-        )
     both = replace(inputs, adapts_tied_head=True)
     for config in (UNEVEN, None):
         refuse_write(tmp_path, write_peft, both, config, "only the inputs", "`merge`")
     tensors = base_tensors(WEIGHTS)
     expect_error(lambda: corenet_adapter_tensors(both, tensors), "CoreNet", "`merge`")
     mixed = read("dora", [TABLE, *LINEARS])
-    for write in (write_mlx, write_peft):
-        refuse_write(tmp_path, write, mixed, UNTIED, "LoRA on token_embeddings and")
-    nothing = without_embedding(read("lora", [TABLE]))
-    for write in (write_mlx, write_peft):
-        refuse_write(tmp_path, write, nothing, UNTIED, "adapts only the embedding")
+    expected = "LoRA on token_embeddings and"
+    refuse_write(tmp_path, write_peft, mixed, UNTIED, expected)
+    both = replace(mixed, adapts_tied_head=True)
+    refuse_write(tmp_path, write_mlx, both, UNTIED, expected)
 
 
 def refuse_write(tmp_path, write, adapter, config, *expected):

@@ -13,7 +13,7 @@ from mlx_openelm.tensor_names import EMBEDDING, HEAD
 
 torch = pytest.importorskip("torch", reason="needs PyTorch to write .pt files")
 
-from converters.pretraining.checkpoints import read_initial  # noqa: E402 - needs torch
+from converters.pretraining.initial_weights import read_initial  # noqa: E402 - needs torch
 
 WEIGHTS = weights_of(UNEVEN)
 NORM = "norm.weight"
@@ -82,9 +82,9 @@ def test_an_average_is_named_and_can_be_chosen(tmp_path, saved, key, average):
     expected = f"Weights: {key} of a.pt, not {average}."
     assert open_path(path).notes[:2] == (expected, OPTION)
     assert (read_norm(path), read_norm(path, "ema")) == (1.0, 0.5)
-    _, initial, notes = read_initial(path)
-    assert notes[:2] == (expected, OPTION)
-    np.testing.assert_array_equal(initial[NORM], WEIGHTS[NORM])
+    initial = read_initial(str(path))
+    assert initial.notes[:2] == (expected, OPTION)
+    np.testing.assert_array_equal(initial.weights[NORM], WEIGHTS[NORM])
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_other_copies_of_the_weights_are_named(tmp_path, saved, unused):
     note = f"Weights: model of a.pt, not {unused}."
     assert note in open_path(path).notes
     assert OPTION not in open_path(path).notes
-    assert read_initial(path)[2] == (note,)
+    assert read_initial(str(path)).notes == (note,)
     message = ["has no EMA weights", "leave out --weights"]
     expect_error(tmp_path, "convert", path, "--weights", "ema", message=message)
 
@@ -118,14 +118,16 @@ def test_what_is_no_copy_of_the_weights_is_not_named(tmp_path):
     }
     path = save(tmp_path, saved)
     assert open_path(path).notes == ("Sizes from config.json.",)
-    assert read_initial(path)[2] == ()
+    assert read_initial(str(path)).notes == ()
 
 
 def test_pretraining_starts_from_an_average_alone(tmp_path):
     path = save(tmp_path, {"ema_state_dict": MEAN, "step": 3})
-    _, initial, notes = read_initial(path)
-    assert notes == ("Weights: ema_state_dict (moving average, EMA) of a.pt.",)
-    np.testing.assert_array_equal(initial[NORM], WEIGHTS[NORM] * np.float32(0.5))
+    initial = read_initial(str(path))
+    assert initial.notes == ("Weights: ema_state_dict (moving average, EMA) of a.pt.",)
+    np.testing.assert_array_equal(
+        initial.weights[NORM], WEIGHTS[NORM] * np.float32(0.5)
+    )
 
 
 def test_the_average_in_a_bin_folder_is_named_and_can_be_chosen(tmp_path):
@@ -178,7 +180,7 @@ def test_a_copy_in_another_dtype_or_with_padding_rows_is_left_out(
         assert source.config.vocab_size == rows
         assert f"Left out {HEAD}, a copy of the tied embedding." in source.notes
         if with_config:
-            assert read_initial(path)[0].vocab_size == rows
+            assert read_initial(str(path)).config.vocab_size == rows
             (tmp_path / "config.json").unlink()
 
 
@@ -234,7 +236,7 @@ def test_tensors_that_carry_no_weights_are_left_out(tmp_path, suffix):
         for note in source.notes
     )
     if suffix == "pt":
-        assert read_initial(path)[1].keys() == WEIGHTS.keys()
+        assert read_initial(str(path)).weights.keys() == WEIGHTS.keys()
 
 
 def test_integers_in_place_of_weights_are_refused(tmp_path):

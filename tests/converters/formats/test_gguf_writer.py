@@ -2,12 +2,8 @@
 
 import errno
 import functools
-import importlib.util
 import io
-import json
-import os
 import resource
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,13 +20,7 @@ from converters.formats.gguf_writer import write_gguf
 from converters.formats.pt_writer import TensorToWrite
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation.options import Sampling
-from mlx_openelm.generation.streaming import stream
-from mlx_openelm.storage.hub import demo_folder
-from mlx_openelm.storage.loading import load_model, load_tokenizer
-from mlx_openelm.storage.model_folder import open_folder
-from mlx_openelm.storage.tokenizer_finder import LLAMA_VECTORS, PROBES
-from mlx_openelm.tensor_names import EMBEDDING, to_folder
+from mlx_openelm.tensor_names import EMBEDDING
 from mlx_openelm.text.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf")
@@ -324,94 +314,3 @@ def test_config_values_beyond_ggufs_range_are_refused(tmp_path):
 def test_a_missing_gguf_package_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     expect_error(tmp_path / "x", "pip install 'mlx-openelm[gguf]'")
-
-
-# llama.cpp itself --------------------------------------------------------------------
-
-LLAMA_CPP_PYTHON = os.environ.get("MLX_OPENELM_LLAMA_CPP_PYTHON", "")
-needs_llama_cpp = pytest.mark.skipif(
-    not LLAMA_CPP_PYTHON and importlib.util.find_spec("llama_cpp") is None,
-    reason="needs llama-cpp-python, here or in the Python that "
-    "MLX_OPENELM_LLAMA_CPP_PYTHON names",
-)
-LLAMA_CPP_SCRIPT = """
-import json, sys
-from llama_cpp import Llama
-
-request = json.load(sys.stdin)
-llama = Llama(  # keys and values in float32, as ours
-    request["path"], n_ctx=request["context"], n_threads=1, type_k=0, type_v=0,
-    logits_all=True, verbose=False,
-)
-texts = [x.encode() for x in request["texts"]]
-ids = [llama.tokenize(x, add_bos=True, special=False) for x in texts]
-answers = []
-for prompt in request["prompts"]:
-    answers.append([])
-    for token in llama.generate(prompt, temp=0, top_k=1, repeat_penalty=1.0):
-        answers[-1].append(token)
-        if token == llama.token_eos() or len(answers[-1]) == request["max_tokens"]:
-            break
-llama.reset()
-logits = []
-if request["prompts"]:
-    llama.eval(request["prompts"][0])
-    logits = llama.scores[len(request["prompts"][0]) - 1].tolist()
-json.dump({"ids": ids, "answers": answers, "logits": logits}, sys.stdout)
-"""
-
-
-def run_llama_cpp(path: Path, **request: Any) -> dict[str, Any]:
-    request = {"prompts": [], "texts": [], "context": 512, "max_tokens": 60} | request
-    result = subprocess.run(
-        [LLAMA_CPP_PYTHON or sys.executable, "-c", LLAMA_CPP_SCRIPT],
-        input=json.dumps(request | {"path": str(path)}),
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-@needs_llama_cpp
-def test_llama_cpp_generates_the_same_stories(tmp_path):
-    folder = open_folder(demo_folder())
-    tokenizer, model = load_tokenizer(folder), load_model(folder, mx.float32)
-    stored = folder.read()
-    write_gguf(
-        tmp_path / "demo.gguf",
-        name="demo",
-        config=folder.config,
-        tensors=to_write(
-            {name: stored[to_folder(name)] for name in folder.config.tensor_shapes()}
-        ),
-        file_type="F32",
-        tokenizer=tokenizer,
-    )
-    prompts = [
-        tokenizer.encode(text)
-        for text in (
-            "Once upon a time there was",
-            "The king said to his three daughters:",
-            "“Who is there?” cried the wolf",
-            "\n",
-        )
-    ]
-    result = run_llama_cpp(tmp_path / "demo.gguf", texts=PROBES, prompts=prompts)
-    assert result["ids"] == [tokenizer.encode(text) for text in PROBES]
-    for prompt, answer in zip(prompts, result["answers"], strict=True):
-        pieces = stream(model, tokenizer, prompt, Sampling(max_tokens=60, temp=0.0))
-        assert [piece.token for piece in pieces] == answer
-        assert len(answer) == 60
-    logits = model(mx.array(prompts[:1]))[0, -1]
-    np.testing.assert_allclose(np.array(logits), result["logits"], atol=1e-4)
-
-
-@needs_llama_cpp
-def test_llama_cpp_tokenizes_like_llamas_tokenizer(tmp_path, shared):
-    tokenizer = Tokenizer.from_file(shared / "data/llama-tokenizer/tokenizer.model")
-    config = replace(UNEVEN, vocab_size=32000)
-    path = write(tmp_path / "x.gguf", config=config, tokenizer=tokenizer)
-    texts = [*PROBES, *LLAMA_VECTORS]
-    result = run_llama_cpp(path, texts=texts, context=64)
-    assert result["ids"] == [tokenizer.encode(text) for text in texts]

@@ -23,8 +23,10 @@ from converters.formats.sources import open_source  # noqa: E402
 from converters.pretraining.checkpoints import (  # noqa: E402
     AVERAGE,
     LAST,
+    STATE,
+    WEIGHTS,
     average_checkpoints,
-    weights_on_disk,
+    files_on_disk,
 )
 from converters.pretraining.log import Saved, Trained  # noqa: E402
 from converters.pretraining.run import pretrain  # noqa: E402
@@ -48,17 +50,17 @@ def same(one: dict, two: dict) -> bool:
 def test_convert_reads_each_of_its_files(recipe):
     average = pretrain(recipe)
     run = Path(recipe.output)
-    assert list(weights_on_disk(run)) == [4, 8, 12]
+    assert list(files_on_disk(run, WEIGHTS)) == [4, 8, 12]
     assert average == run / AVERAGE
     state = weights_of(run / LAST)
     assert (state["iterations"], state["epoch"]) == (12, 0)
     assert state["is_interval_ckpt"] is True
     config = OpenELMConfig.from_file(run / "config.json")
-    for path in (average, run / LAST, weights_on_disk(run)[4]):
+    for path in (average, run / LAST, files_on_disk(run, WEIGHTS)[4]):
         source = open_source(str(path))
         assert source.config == config
         assert list(source.tensors) == list(config.tensor_shapes())
-    assert same(state["model_state_dict"], weights_of(weights_on_disk(run)[12]))
+    assert same(state["model_state_dict"], weights_of(files_on_disk(run, WEIGHTS)[12]))
 
 
 def test_spare_rows_are_written_and_removed_by_convert(recipe, tmp_path):
@@ -73,8 +75,15 @@ def test_spare_rows_are_written_and_removed_by_convert(recipe, tmp_path):
 
 
 def test_keep_last_and_keep_every_select_the_checkpoints(recipe):
-    pretrain(replace(recipe, save_every=1, keep_last=2, keep_every=5))
-    assert list(weights_on_disk(Path(recipe.output))) == [5, 10, 11, 12]
+    recipe = replace(recipe, save_every=1, keep_last=2, keep_every=5, keep_states=3)
+    run = Path(recipe.output)
+    pretrain(recipe)
+    assert list(files_on_disk(run, WEIGHTS)) == [5, 10, 11, 12]
+    assert list(files_on_disk(run, STATE)) == [10, 11, 12]
+    assert len(list(run.glob("*.sha256"))) == 4 + 3 + 2  # and none without its file
+    every = replace(recipe, keep_states=None, output=recipe.output + "-every")
+    pretrain(every)
+    assert list(files_on_disk(Path(every.output), STATE)) == list(range(1, 13))
 
 
 def test_averaging_is_done_in_float64(tmp_path):
@@ -132,7 +141,7 @@ def test_sigterm_saves_and_exits_with_143(recipe):
     run = Path(recipe.output)
     assert weights_of(run / LAST)["iterations"] == 3
     assert weights_of(run / LAST)["is_interval_ckpt"] is False
-    assert not weights_on_disk(run)  # it would be averaged
+    assert not files_on_disk(run, WEIGHTS)  # it would be averaged
 
 
 # Kills ---------------------------------------------------------------------------
@@ -203,6 +212,7 @@ def test_a_damaged_run_is_refused(recipe):
     last.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(OpenELMError, match="damaged"):
         pretrain(recipe, resume=True)
+    last.with_name(LAST + ".sha256").unlink()
     torch.save({"model_state_dict": {}}, last)
     with pytest.raises(OpenELMError, match="has no position to resume from"):
         pretrain(recipe, resume=True)
@@ -257,7 +267,7 @@ def test_a_run_starts_from_initial_weights(recipe, tmp_path, head):
     last = open_source(str(Path(recipe.output) / LAST))
     assert last.config.share_input_output_layers == (head is None)
     model = replace(small_recipe(tmp_path).model, num_layers=3)
-    with pytest.raises(OpenELMError, match="both init and a model"):
+    with pytest.raises(OpenELMError, match="does not agree with the initial weights"):
         pretrain(replace(recipe, model=model, output=str(tmp_path / "other")))
     other = replace(recipe, output=str(tmp_path / "other"))
     for wrong, message in (
@@ -268,8 +278,9 @@ def test_a_run_starts_from_initial_weights(recipe, tmp_path, head):
         torch.save(wrong, initial / AVERAGE)
         with pytest.raises(OpenELMError, match=message):
             pretrain(other)
-    (initial / "config.json").unlink()
-    with pytest.raises(OpenELMError, match=r"no config\.json next to"):
+    (initial / "tokenizer.model").unlink()
+    torch.save(before, initial / AVERAGE)
+    with pytest.raises(OpenELMError, match=r"no tokenizer\.model in"):
         pretrain(other)
     (initial / AVERAGE).unlink()
     pretrain(recipe, resume=True)  # without the initial weights

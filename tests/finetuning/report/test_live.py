@@ -11,8 +11,8 @@ from commands import call, make_source
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.report import live
-from mlx_openelm.finetuning.report.live import Pace
 from mlx_openelm.finetuning.run import finetune
+from mlx_openelm.reporting.run_history import Pace
 
 REFRESH = '<meta http-equiv="refresh" content="15">'
 

@@ -1,0 +1,48 @@
+"""Records of Parquet files, one for each row, as `record_files` returns those of JSON.
+
+pyarrow, which is an extra, is imported when a file is read.
+"""
+
+import io
+from collections.abc import Iterator
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.text.record_files import JsonValue
+
+PARQUET_SUFFIX = ".parquet"
+
+_MAGIC = b"PAR1"
+_ROWS = 256  # read at a time
+
+
+def is_parquet(file: io.BufferedReader) -> bool:
+    """Return whether a file, open at its start, is Parquet, whatever its name."""
+    return file.peek(len(_MAGIC)).startswith(_MAGIC)
+
+
+def read_rows(file: io.BufferedReader) -> Iterator[JsonValue]:
+    """Yield the rows as dictionaries; `line` is the number of the row, from 1.
+
+    A row that cannot be read is a problem, and the last value.
+
+    Raises:
+        OpenELMError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow  # type: ignore[import-untyped] # it has no stubs
+        from pyarrow import parquet
+    except ImportError as error:
+        raise OpenELMError(
+            f"Reading {file.name} requires the package pyarrow: pip install "
+            "'mlx-openelm[parquet]'."
+        ) from error
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(_ROWS, use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield JsonValue(number, value=row)
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        described = " ".join(str(error).split()).rstrip(".")
+        yield JsonValue(number + 1, problem=f"cannot be read as Parquet ({described})")

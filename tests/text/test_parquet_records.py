@@ -1,0 +1,120 @@
+"""Training data in Parquet files, as the data sets of the Hub are stored."""
+
+import json
+import sys
+
+import pytest
+from commands import call, expect_error
+from models import small_tokenizer
+from trainings import read_data
+
+pytest.importorskip("pyarrow", reason="needs the parquet extra")
+import pyarrow
+from pyarrow import parquet
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.finetuning.objectives import make_objective
+from mlx_openelm.finetuning.recipe import FinetuneRecipe
+
+
+def preference(number):
+    """A row of argilla-ultrafeedback-binarized-preferences-cleaned."""
+    question = {"content": f"What is {number} + 1?", "role": "user"}
+    return {
+        "source": "made",
+        "prompt": question["content"],
+        "chosen": [question, {"content": f"It is {number + 1}.", "role": "assistant"}],
+        "chosen-rating": 5.0,
+        "rejected": [question, {"content": "I do not know.", "role": "assistant"}],
+        "rejected-rating": float("nan"),
+    }
+
+
+ROWS = [preference(number) for number in range(600)]  # more than one batch
+
+
+def write(path, rows, **options):
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
+    return path
+
+
+def read_samples(path, **options):
+    recipe = FinetuneRecipe(
+        data=str(path), max_seq_length=64, max_prompt_length=32, **options
+    )
+    objective = make_objective(recipe)
+    data = read_data(path, recipe.objective)
+    samples, _ = objective.make_samples(data.train, small_tokenizer(), "instruct")
+    return data, [
+        (pair.chosen.tokens.tolist(), pair.rejected.tokens.tolist()) for pair in samples
+    ]
+
+
+def test_message_lists_of_preferences_are_those_of_json(tmp_path):
+    """The same samples as the JSON lines of the same records, in the same order."""
+    file = write(tmp_path / "train.parquet", ROWS, row_group_size=100)
+    data, samples = read_samples(file, objective="dpo")
+    lines = tmp_path / "train.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    from_json, expected = read_samples(lines, objective="dpo")
+    assert samples == expected
+    assert len(samples) + len(data.valid.records) == 600
+    assert data.train.format == from_json.train.format == "preferences in messages"
+    place = {record.place for record in data.train.records}
+    assert place <= {f"train.parquet:{number}" for number in range(1, 601)}
+
+
+def test_the_prompt_column_is_not_needed(tmp_path):
+    rows = [{k: r[k] for k in ("chosen", "rejected")} for r in ROWS[:20]]
+    assert read_data(write(tmp_path / "a.parquet", rows), "dpo").train.records
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "Once upon a time."},
+        {"prompt": "Hi", "completion": "Hello."},
+        {"messages": ROWS[0]["chosen"]},
+    ],
+    ids=lambda row: next(iter(row)),
+)
+def test_other_formats_are_read_too(tmp_path, row):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid"):
+        write(tmp_path / "data" / f"{split}.parquet", [row] * 3)
+    data = read_data(tmp_path / "data")
+    assert len(data.train.records) == len(data.valid.records) == 3
+
+
+def test_problems_have_the_number_of_their_row(tmp_path):
+    rows = [*ROWS[:3], preference(3) | {"rejected": None}]
+    with pytest.raises(OpenELMError, match=r"a\.parquet:4 has no rejected"):
+        read_data(write(tmp_path / "a.parquet", rows), "dpo")
+
+
+def test_a_damaged_file_is_an_error(tmp_path):
+    file = write(tmp_path / "train.parquet", ROWS)
+    content = file.read_bytes()
+    for kept in (content[: len(content) // 2], content[:200] + content[300:]):
+        file.write_bytes(kept)
+        message = ["train.parquet:1 cannot be read as Parquet"]
+        expect_error(tmp_path, "lora", "--data", file, message=message)
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    file = write(tmp_path / "train.parquet", ROWS)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    message = "pip install 'mlx-openelm[parquet]'"
+    expect_error(tmp_path, "lora", "--data", file, message=message)
+
+
+def test_lora_trains_on_it(tmp_path):
+    file = write(tmp_path / "train.parquet", ROWS[:40])
+    result = call(
+        *("lora", "-c", "lora/instruct-450m", "--model", "demo", "--data", file),
+        *("--adapter-path", tmp_path / "out", "--fine-tune-type", "lora"),
+        *("--iters", "2", "--batch-size", "2", "--grad-accumulation-steps", "1"),
+        *("--val-batches", "1", "--max-seq-length", "128", "--max-prompt-length", "64"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "out" / "adapters.safetensors").is_file()
