@@ -296,13 +296,22 @@ _MAY_CHANGE = (  # on resume: they do not affect what is learned
 
 
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that must not change on resume, by dotted key."""
+    """Return the settings that must not change on resume, by dotted key.
+
+    Keys that a recipe of an earlier version lacks have their defaults.
+    """
+    defaults = as_json(PretrainRecipe())
     flat: dict[str, Any] = {}
-    for key, value in recipe.items():
+    for key, value in (defaults | recipe).items():
         if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": setting for inner, setting in value.items()}
+            values = (defaults.get(key) or {}) | value
+            flat |= {f"{key}.{inner}": setting for inner, setting in values.items()}
         else:
             flat[key] = value
+    flat["data.corpora"] = [
+        [corpus.get(key) for key in ("files", "text_key", "token_share")]
+        for corpus in flat["data.corpora"]
+    ]
     return {
         key: value
         for key, value in flat.items()
