@@ -155,7 +155,7 @@ class FileForm:
     """How much text a file has, and in how many parts it can be read.
 
     Attributes:
-        text_bytes: exact for small files, else from its start.
+        text_bytes: of large compressed files, estimated from the start.
         cheap_parts: at little cost. Compressed lines and row groups of parquet are
             decoded again for each of their parts.
         most_parts: at most.
@@ -172,20 +172,21 @@ def inspect_file(path: str, text_key: str = "text") -> FileForm:
         if is_parquet(path):
             with _open_parquet(path) as opened:
                 return _inspect_parquet(opened.metadata, text_key)
-        size = os.path.getsize(path)
+        text_bytes = os.path.getsize(path)
         with open(path, "rb") as file:
-            opened = _unpack(path, file)
-            data, seekable = opened.read(_SAMPLE_BYTES), opened.seekable()
-            text_bytes = len(data)
-            if text_bytes == _SAMPLE_BYTES:
-                text_bytes = max(text_bytes, text_bytes * size // file.tell())
-        if _suffix(path) not in JSON_SUFFIXES:
-            return FileForm(text_bytes)
-        start = read_start(io.BytesIO(data))
-        if start.problem or start.is_array or start.is_open_object:
-            return FileForm(text_bytes)
-        cheap = text_bytes if seekable else _DECODED_PARTS
-        return FileForm(text_bytes, cheap, max(1, text_bytes))
+            opened, cheap_parts = _unpack(path, file), text_bytes
+            if not opened.seekable():
+                data, cheap_parts = opened.read(_SAMPLE_BYTES), _DECODED_PARTS
+                if len(data) == _SAMPLE_BYTES:
+                    text_bytes = max(len(data), len(data) * text_bytes // file.tell())
+                else:
+                    text_bytes = len(data)
+                opened = io.BytesIO(data)
+            start = read_start(opened)
+        lines = not (start.problem or start.is_array or start.is_open_object)
+        if _suffix(path) in JSON_SUFFIXES and lines:
+            return FileForm(text_bytes, cheap_parts, max(1, text_bytes))
+        return FileForm(text_bytes)
     except (EOFError, zlib.error, OSError, ValueError):
         return FileForm(1)
 

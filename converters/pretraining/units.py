@@ -199,7 +199,7 @@ def _list_limits(readers: int) -> Iterator[tuple[int, int, int]]:
     little cost, and the number of units that suffices.
     """
     for power in range((UNIT_BYTES // LEAST_UNIT_BYTES).bit_length()):
-        yield UNIT_BYTES >> power, 1, readers * UNITS_PER_READER
+        yield UNIT_BYTES >> power, 1, readers * UNITS_PER_READER if readers > 1 else 1
     for power in range(_MOST_DOUBLINGS):
         yield LEAST_UNIT_BYTES, 1 << power, readers
     for power in range(LEAST_UNIT_BYTES.bit_length()):
