@@ -119,6 +119,15 @@ def test_natural_shares_are_those_of_the_data(folder, readers):
         assert shares_of(running)[name] == pytest.approx(share, abs=0.02)
 
 
+def test_natural_shares_are_even_within_an_epoch(folder):
+    loader = open_recipe(make_recipe(folder, readers=2))
+    expected = shares_of(natural_tokens())
+    for _ in range(3):
+        counts = sum((count_tokens(loader.next_batch()) for _ in range(40)), Counter())
+        for name, share in expected.items():
+            assert shares_of(counts)[name] == pytest.approx(share, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("shares", "expected"),
     [
