@@ -30,7 +30,7 @@ from mlx_openelm.text.tokenizer import Tokenizer
 
 UNIT_BYTES = 1 << 26  # of text, at most
 LEAST_UNIT_BYTES = 1 << 8  # smaller ones only where there are too few for the readers
-UNITS_PER_READER = 8  # wanted, so that readers finish an epoch at a similar time
+UNITS_PER_READER = 32  # wanted, so that readers and corpora are at a similar place
 _MOST_DOUBLINGS = 16  # of the parts that a file has at little cost
 _DEAL = 0xD  # separates these random numbers from those of the order of documents
 
@@ -183,23 +183,25 @@ def _make_groups(data: DataRecipe, readers: int) -> tuple[UnitGroup, ...]:
 def _cut(files: Sequence[CorpusFile], readers: int) -> list[CorpusFile]:
     """Cut files into units; smaller ones if they are too few for the readers."""
     parts = [1] * len(files)
-    for limit, factor, wanted in _list_limits(readers):
+    alone = readers == 1 and len({file.corpus for file in files}) == 1
+    wanted = 1 if alone else readers * UNITS_PER_READER
+    for limit, factor, enough in _list_limits(readers, wanted):
         for i, form in enumerate(file.form for file in files):
             most = min(form.cheap_parts * factor, form.most_parts)
             parts[i] = max(1, min(-(-form.text_bytes // limit), most))
-        if sum(parts) >= wanted:
+        if sum(parts) >= enough:
             break
     return [replace(file, parts=parts[i]) for i, file in enumerate(files)]
 
 
-def _list_limits(readers: int) -> Iterator[tuple[int, int, int]]:
+def _list_limits(readers: int, wanted: int) -> Iterator[tuple[int, int, int]]:
     """Yield limits for ever smaller units.
 
     They are the most bytes of text of a unit, a factor of the parts that a file has at
     little cost, and the number of units that suffices.
     """
     for power in range((UNIT_BYTES // LEAST_UNIT_BYTES).bit_length()):
-        yield UNIT_BYTES >> power, 1, readers * UNITS_PER_READER if readers > 1 else 1
+        yield UNIT_BYTES >> power, 1, wanted
     for power in range(_MOST_DOUBLINGS):
         yield LEAST_UNIT_BYTES, 1 << power, readers
     for power in range(LEAST_UNIT_BYTES.bit_length()):
