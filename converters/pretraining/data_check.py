@@ -9,7 +9,7 @@ from converters.pretraining.corpus_files import match_files
 from converters.pretraining.documents import (
     Damage,
     Unit,
-    count_possible_parts,
+    inspect_file,
     is_parquet,
     is_plain_text,
     read_documents,
@@ -114,7 +114,7 @@ def _find_problems(path: str, text_key: str) -> Iterator[str]:
 
 def _is_cut(path: str) -> bool:
     """Return whether a file of JSON lines ends in the middle of one."""
-    if is_parquet(path) or count_possible_parts(path) == 1:
+    if is_parquet(path) or inspect_file(path).most_parts == 1:
         return False
     with open_records(Path(path)) as opened:
         if not opened.seekable():  # compressed

@@ -9,7 +9,7 @@ import hashlib
 import heapq
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,7 @@ import numpy.typing as npt
 
 from converters.pretraining.cleaning import Rules
 from converters.pretraining.corpus_files import find_files
-from converters.pretraining.documents import (
-    Unit,
-    count_possible_parts,
-    is_compressed,
-    is_parquet,
-)
+from converters.pretraining.documents import FileForm, Unit, inspect_file
 from converters.pretraining.recipe import (
     DataRecipe,
     PretrainRecipe,
@@ -34,10 +29,9 @@ from mlx_openelm.message_parts import count_of
 from mlx_openelm.text.tokenizer import Tokenizer
 
 UNIT_BYTES = 1 << 26  # of text, at most
-LEAST_UNIT_BYTES = 1 << 12  # smaller ones only where there are too few for the readers
-COMPRESSED_PARTS = 8  # at most, likewise: each of them decompresses the whole file
-UNITS_PER_READER = 8  # wanted, so that readers finish an epoch at a similar time
-_COMPRESSED, _PARQUET = 3, 2  # bytes of text per byte of such files, roughly
+LEAST_UNIT_BYTES = 1 << 8  # smaller ones only where there are too few for the readers
+UNITS_PER_READER = 32  # wanted, so that readers and corpora are at a similar place
+_MOST_DOUBLINGS = 16  # of the parts that a file has at little cost
 _DEAL = 0xD  # separates these random numbers from those of the order of documents
 
 Units = npt.NDArray[np.int64]
@@ -45,12 +39,18 @@ Units = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class CorpusFile:
-    """A file, the number of its parts, and a rough number of its bytes of text."""
+    """A file of a corpus, which has a number, and into how many parts it is cut."""
 
+    corpus: int
     path: str
     text_key: str
     parts: int
-    text_bytes: int
+    form: FileForm
+
+    @property
+    def part_bytes(self) -> float:
+        """Bytes of text of a part, roughly."""
+        return max(1, self.form.text_bytes) / self.parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +156,15 @@ def _count_bytes(path: str) -> int:
 
 def _make_groups(data: DataRecipe, readers: int) -> tuple[UnitGroup, ...]:
     """Return a group of each corpus with a share, and one of all others."""
-    natural: list[tuple[str, str]] = []
-    shared: list[tuple[list[tuple[str, str]], float]] = []
-    for corpus in list_corpora(data):
-        files = [(path, corpus.text_key) for path in list_files(data, corpus.files)]
+    natural: list[CorpusFile] = []
+    shared: list[tuple[list[CorpusFile], float]] = []
+    for number, corpus in enumerate(list_corpora(data)):
+        files = [
+            CorpusFile(
+                number, path, corpus.text_key, 1, inspect_file(path, corpus.text_key)
+            )
+            for path in list_files(data, corpus.files)
+        ]
         if corpus.token_share is None:
             natural += files
         else:
@@ -168,55 +173,39 @@ def _make_groups(data: DataRecipe, readers: int) -> tuple[UnitGroup, ...]:
     if natural:
         shared.append((natural, 1 - total))
         total = 1.0
+    whole = data.mixture == "corenet"
     return tuple(
-        UnitGroup(_cut(files, readers, whole=data.mixture == "corenet"), share / total)
+        UnitGroup(tuple(files if whole else _cut(files, readers)), share / total)
         for files, share in shared
     )
 
 
-def _cut(
-    files: Sequence[tuple[str, str]], readers: int, *, whole: bool
-) -> tuple[CorpusFile, ...]:
+def _cut(files: Sequence[CorpusFile], readers: int) -> list[CorpusFile]:
     """Cut files into units; smaller ones if they are too few for the readers."""
-    sizes = [_estimate_text(path) for path, _ in files]
     parts = [1] * len(files)
-    most = [0] * len(files)  # possible parts; 0: unknown yet, as that opens the file
-    for limit, most_compressed, wanted in () if whole else _list_limits(readers):
-        for i, (path, _) in enumerate(files):
-            count = -(-sizes[i] // limit)
-            if is_compressed(path):
-                count = min(count, most_compressed)
-            if count > 1:
-                most[i] = most[i] or count_possible_parts(path)
-                parts[i] = min(count, most[i])
-        if sum(parts) >= wanted:
+    alone = readers == 1 and len({file.corpus for file in files}) == 1
+    wanted = 1 if alone else readers * UNITS_PER_READER
+    for limit, factor, enough in _list_limits(readers, wanted):
+        for i, form in enumerate(file.form for file in files):
+            most = min(form.cheap_parts * factor, form.most_parts)
+            parts[i] = max(1, min(-(-form.text_bytes // limit), most))
+        if sum(parts) >= enough:
             break
-    return tuple(
-        CorpusFile(path, text_key, parts[i], sizes[i])
-        for i, (path, text_key) in enumerate(files)
-    )
+    return [replace(file, parts=parts[i]) for i, file in enumerate(files)]
 
 
-def _list_limits(readers: int) -> Iterator[tuple[int, int, int]]:
+def _list_limits(readers: int, wanted: int) -> Iterator[tuple[int, int, int]]:
     """Yield limits for ever smaller units.
 
-    They are the most bytes of text of a unit, the most parts of a compressed file, and
-    the number of units that suffices.
+    They are the most bytes of text of a unit, a factor of the parts that a file has at
+    little cost, and the number of units that suffices.
     """
-    limit = UNIT_BYTES
-    while limit > LEAST_UNIT_BYTES:
-        yield limit, COMPRESSED_PARTS, readers * UNITS_PER_READER
-        limit //= 2
-    compressed = COMPRESSED_PARTS
-    while limit:
-        yield limit, compressed, readers
-        limit, compressed = limit // 2, compressed * 2
-
-
-def _estimate_text(path: str) -> int:
-    """Return a rough number of bytes of text in a file."""
-    ratio = _COMPRESSED if is_compressed(path) else _PARQUET if is_parquet(path) else 1
-    return max(1, ratio * _count_bytes(path))
+    for power in range((UNIT_BYTES // LEAST_UNIT_BYTES).bit_length()):
+        yield UNIT_BYTES >> power, 1, wanted
+    for power in range(_MOST_DOUBLINGS):
+        yield LEAST_UNIT_BYTES, 1 << power, readers
+    for power in range(LEAST_UNIT_BYTES.bit_length()):
+        yield LEAST_UNIT_BYTES >> power, 1 << _MOST_DOUBLINGS, readers
 
 
 # Dealing -----------------------------------------------------------------------------
@@ -248,14 +237,21 @@ class Dealer:
         return file, Unit(file.path, number - first, file.parts)
 
     def _deal_units(self, group: int, epoch: int) -> tuple[Units, Units]:
-        """Return units in random order, and for each the reader with the least text."""
+        """Return units in random order, and for each the reader with the least text.
+
+        The units of each corpus are spread evenly, so that the readers have the data's
+        shares at any time.
+        """
         files = self._plan.groups[group].files
         rng = np.random.default_rng([self._plan.seed, group, epoch, _DEAL])
-        sizes = np.repeat(
-            [file.text_bytes / file.parts for file in files],
-            [file.parts for file in files],
-        )
-        order = rng.permutation(len(sizes))
+        parts = [file.parts for file in files]
+        sizes = np.repeat([file.part_bytes for file in files], parts)
+        corpora = np.repeat([file.corpus for file in files], parts)
+        places = np.empty(len(sizes))
+        for corpus in np.unique(corpora):
+            own = np.flatnonzero(corpora == corpus)
+            places[own] = (rng.permutation(len(own)) + rng.random()) / len(own)
+        order = np.argsort(places)
         readers = rng.permutation(self._plan.readers).tolist()
         loads = [(0.0, place, reader) for place, reader in enumerate(readers)]
         owners = np.empty(len(order), np.int64)

@@ -22,7 +22,7 @@ from converters.pretraining.documents import (  # noqa: E402
     Damage,
     DamagedFileError,
     Unit,
-    count_possible_parts,
+    inspect_file,
     is_plain_text,
     split_documents,
 )
@@ -158,12 +158,19 @@ def read_units(path, count, start=0, **options):
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 17, 90])
 def test_the_units_of_a_file_have_each_document_once(tmp_path, name, count):
     path = write(tmp_path / name)
+    form = inspect_file(str(path))
+    cheap, most = form.cheap_parts, form.most_parts
+    assert form.text_bytes > 190_000
     if name.endswith("parquet"):
-        assert count_possible_parts(str(path)) == 6
+        assert (cheap, most) == (6, 40)  # row groups and rows
     else:
-        assert count_possible_parts(str(path)) > 400
+        packed = name.endswith(("gz", "zst"))
+        assert most == form.text_bytes
+        assert cheap == (8 if packed else most)
     units = read_units(path, count)
     assert sorted(text for texts in units for text in texts) == sorted(TEXTS)
+    if name.endswith("parquet") and count > 40:
+        assert max(map(len, units)) == 1
     if ".gz" not in name and ".zst" not in name:
         assert [text for texts in units for text in texts] == TEXTS
     for start in (1, 4, 50):
@@ -183,14 +190,14 @@ def test_a_range_may_begin_at_any_byte_of_a_file(tmp_path):
 
 def test_files_that_cannot_be_cut_have_one_part(tmp_path):
     for name in ("array.json", "array-indented.json.gz", "a.txt", "a.txt.gz"):
-        assert count_possible_parts(str(write(tmp_path / name))) == 1
+        assert inspect_file(str(write(tmp_path / name))).most_parts == 1
     for name in ("missing.jsonl", "missing.parquet", "cut.parquet"):
         if name.startswith("cut"):
             (tmp_path / name).write_bytes(b"PAR1")
-        assert count_possible_parts(str(tmp_path / name)) == 1
+        assert inspect_file(str(tmp_path / name)).most_parts == 1
     indented = tmp_path / "indented.jsonl"
     indented.write_text(json.dumps({"text": "a"}, indent=1) * 3)
-    assert count_possible_parts(str(indented)) == 1
+    assert inspect_file(str(indented)).most_parts == 1
 
 
 def test_skipped_and_foreign_lines_are_not_parsed(tmp_path, monkeypatch):
@@ -392,7 +399,7 @@ def test_rows_of_a_damaged_row_group_are_items_and_the_next_group_is_read(tmp_pa
     with parquet.ParquetFile(path) as table:
         offset = table.metadata.row_group(3).column(1).data_page_offset
     path.write_bytes(data[:offset] + bytes(64) + data[offset + 64 :])
-    for count in (1, 2, 6):
+    for count in (1, 2, 6, 7, 23, 40):
         units = read_units(path, count)
         items = [item for unit in units for item in unit]
         lost = [i for i in range(40) if isinstance(items[i], Damage)]
