@@ -63,7 +63,7 @@ def _add_empty_values(parameters: list[Any], args: list[str]) -> list[str]:
         for flag in parameter.opts
     }
     filled = []
-    for arg, following in zip(args, [*args[1:], "-"], strict=True):
+    for arg, following in zip(args, [*args, "-"][1:], strict=True):
         filled.append(arg)
         if arg in optional and following.startswith("-"):
             filled.append("")
