@@ -22,7 +22,8 @@ def load_recipe(kind: type[Recipe], name: str, overrides: Mapping[str, Any]) -> 
     """Read a recipe by file path or bundled name; flags override the file.
 
     Args:
-        kind: the recipe's dataclass.
+        kind: the recipe's dataclass; `REMOVED_KEYS` of it or of a group has the
+            explanations of keys that are refused.
         overrides: values by dotted key ("data.train"); None means "not given".
 
     Raises:
@@ -97,8 +98,12 @@ def bundled_recipes() -> dict[str, Path]:
 
 
 def _build(kind: Any, entries: Mapping[str, Any], where: str, prefix: str) -> Any:
-    hints = typing.get_type_hints(kind, include_extras=True)
+    types_of = typing.get_type_hints(kind, include_extras=True)
+    hints = {field.name: types_of[field.name] for field in dataclasses.fields(kind)}
     unknown = [key for key in entries if key not in hints]
+    for key, reason in getattr(kind, "REMOVED_KEYS", {}).items():
+        if key in entries:
+            raise OpenELMError(f"{where}: {prefix}{key} is no longer a key: {reason}.")
     if unknown:
         raise OpenELMError(
             f"{where}: unknown key {prefix}{unknown[0]}"

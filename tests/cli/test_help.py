@@ -67,7 +67,7 @@ FLAGS = {
     ),
     "pretrain": (
         "-c --recipe --data --init --output --steps --seed --resume --dry-run "
-        "--devices --report-to --json --quiet"
+        "--devices --report-to --export --compare-log --check-data --json --quiet"
     ),
     "grow": (
         "--width --ffn --noise-db --seed -o --output --tokenizer --revision "
