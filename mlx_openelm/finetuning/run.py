@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_openelm.finetuning.advice import describe_killed
+from mlx_openelm.finetuning.compiled.choice import COMPILED, chooses_compiled
 from mlx_openelm.finetuning.further_objectives.distillation import Distillation
 from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import (
@@ -52,6 +53,7 @@ from mlx_openelm.training.events import (
 )
 from mlx_openelm.training.optimizer import make_optimizer
 from mlx_openelm.training.state import TrainingState, running
+from mlx_openelm.tuning import DEFAULT, ENVIRONMENT, Tuning, current_environment
 
 
 def finetune(
@@ -61,6 +63,7 @@ def finetune(
     force: bool = False,
     fit: bool = False,
     offline: bool = False,
+    tuning: Tuning = DEFAULT,
     on_event: Callable[[Event], None] = lambda event: None,
     on_prepared: Callable[[Prepared], None] = lambda prepared: None,
     on_progress: OnProgress = lambda done, total, unit: None,
@@ -73,6 +76,7 @@ def finetune(
         force: replace an existing run.
         fit: choose smaller settings if the memory would not suffice.
         offline: do not access the network.
+        tuning: whether updates are compiled; a resumed run does as it did.
         on_event: receives each event of metrics.jsonl, with the number of steps.
         on_prepared: receives the plan before training.
         on_progress: receives the progress of reading the data; see `prepare`.
@@ -110,8 +114,12 @@ def finetune(
             on_prepared(prepared)
         stack.enter_context(_limited_memory(prepared.plan))
         observers = [on_event]
-        run = _load_run(prepared, world, _hand_to(observers))
-        saver = RunSaver(run, prepared.identity)
+        compiled = chooses_compiled(
+            prepared.recipe, tuning, world, path if resume else None
+        )
+        run = _load_run(prepared, world, compiled, _hand_to(observers))
+        path_of_run = {COMPILED: compiled, ENVIRONMENT: current_environment()}
+        saver = RunSaver(run, {**prepared.identity, **path_of_run})
         validator = Validator(
             run, prepared.valid, saver, _make_generator(prepared, run.model)
         )
@@ -150,7 +158,10 @@ def _load_teacher(prepared: Prepared, world: World, on_progress: OnProgress) -> 
 
 
 def _load_run(
-    prepared: Prepared, world: World, on_event: Callable[[Event], None]
+    prepared: Prepared,
+    world: World,
+    compiled: bool,
+    on_event: Callable[[Event], None],
 ) -> RunContext:
     """Load the model and prepare it for the first update."""
     recipe, order = prepared.recipe, prepared.order
@@ -179,6 +190,7 @@ def _load_run(
         log=EventLog(
             prepared.path, state, steps=order.steps, world=world, on_event=on_event
         ),
+        compiled=compiled,
     )
 
 

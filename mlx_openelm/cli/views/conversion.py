@@ -145,6 +145,8 @@ def show_inspection(console: Console, model: "Inspection") -> None:
     """Print a table of a folder's properties, and one of its layers."""
     from rich.table import Table
 
+    from mlx_openelm.cli.views.selfcheck import describe_tuning
+
     tokenizer = f"{model.tokenizer:,} pieces" if model.tokenizer else "none"
     facts = (
         ("size", f"{model.size}, {model.num_parameters:,} parameters"),
@@ -175,6 +177,11 @@ def show_inspection(console: Console, model: "Inspection") -> None:
         *((n, str(model.source[n])) for n in ("repo", "revision") if n in model.source),
         ("options", ", ".join(f"{k} {v}" for k, v in model.options.items()) or "none"),
         ("receipt", describe_receipt(model.receipt) if model.receipt else "none"),
+        (
+            "opens in",
+            "\n".join(f"{tool}: {how}" for tool, how in model.opens_in.items()),
+        ),
+        ("tuning here", describe_tuning(model.tuning) if model.tuning else "none"),
     )
     layers = Table("layer", "query heads", "key-value heads", "FFN", box=None)
     for i, layer in enumerate(model.layers):
