@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,12 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.options import OUTPUT_PANEL
 
 WORKLOAD = "Workload"  # a heading in --help
+
+
+class Against(StrEnum):
+    """A program to compare with."""
+
+    MLX_LM = "mlx-lm"
 
 
 def bench_command(
@@ -90,6 +97,13 @@ def bench_command(
         ),
     ] = 3,
     adapter_path: Adapter = None,
+    against: Annotated[
+        Against | None,
+        typer.Option(
+            help="Compare with this program on the same weights: decoding, prompt, "
+            "start, LoRA and conversion, in alternating rounds.",
+        ),
+    ] = None,
     chart: Annotated[
         Path | None,
         typer.Option(help="Draw a chart (.svg).", rich_help_panel=OUTPUT_PANEL),
@@ -128,6 +142,29 @@ def bench_command(
                 f"--protocol apple sets its own workload; leave out {flag}."
             )
     check_report_file(chart, "--chart", ".svg")
+    if against is not None:
+        for flag, given in (
+            *(("--size", size), ("--bits", bits), ("--batch", batch)),
+            *(("--context", context), ("--adapter-path", adapter_path)),
+        ):
+            if given:
+                raise typer.BadParameter(
+                    f"cannot be used with {flag}", param_hint="--against"
+                )
+        if len(model or ()) > 1:
+            raise OpenELMError("--against compares one model; give one --model.")
+        name = next(iter(model or ()), None) or os.environ.get(MODEL_VARIABLE) or None
+        _compare(
+            console,
+            name,
+            prompt_tokens=prompt_tokens,
+            new_tokens=max_tokens,
+            rounds=rounds,
+            chart=chart,
+            as_json=as_json,
+            offline=offline,
+        )
+        return
     numbers = _read_bits(bits or ())
     from mlx_openelm.bench.apple_protocol import measure_apple_cases, plan_apple_cases
     from mlx_openelm.bench.machine import measure_bandwidth
@@ -199,6 +236,44 @@ def bench_command(
         console.note(f"Chart: {chart}")
     if stopped is not None:
         raise stopped
+
+
+def _compare(
+    console: Console,
+    name: str | None,
+    *,
+    prompt_tokens: int | None,
+    new_tokens: int | None,
+    rounds: int,
+    chart: Path | None,
+    as_json: bool,
+    offline: bool,
+) -> None:
+    """Compare with mlx-lm and show the report."""
+    from mlx_openelm.bench.against import compare_with_mlx_lm
+    from mlx_openelm.bench.plan import Workload, open_subject, plan_cases
+    from mlx_openelm.cli.views.against import draw_against, show_against
+
+    subject = open_subject(name, offline=offline)
+    assert subject.folder is not None
+    workload = Workload(
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds
+    )
+    (case,) = plan_cases([subject], workload)
+    report = compare_with_mlx_lm(
+        subject.folder,
+        prompt_tokens=case.prompt_tokens,
+        new_tokens=case.new_tokens,
+        rounds=rounds,
+        on_step=lambda step: console.note(f"measuring: {step} ..."),
+    )
+    console.answer_report(report, show_against, as_json=as_json)
+    if chart is not None:
+        from mlx_openelm.storage.staging import staged_file
+
+        with staged_file(chart) as part:
+            part.write_text(draw_against(report), encoding="utf-8")
+        console.note(f"Chart: {chart}")
 
 
 def _read_bits(texts: Sequence[str]) -> tuple[int, ...]:

@@ -68,6 +68,9 @@ class Measure:
     text: str
 
 
+SPEED = "new tokens per second"
+
+
 @dataclass(frozen=True, slots=True)
 class SpeedRow:
     """A measured case; without `speed`, the note says why."""
@@ -81,9 +84,18 @@ class SpeedRow:
 
 
 def draw_speeds(
-    rows: Sequence[SpeedRow], *, title: str, subtitle: str, notes: Sequence[str]
+    rows: Sequence[SpeedRow],
+    *,
+    title: str,
+    subtitle: str,
+    notes: Sequence[str],
+    unit: str = SPEED,
 ) -> str:
-    """Return bars for tokens per second and for the share of the bandwidth."""
+    """Return bars for tokens per second and for the share of the bandwidth.
+
+    Args:
+        unit: of `SpeedRow.speed`.
+    """
     bottom = SPEED_TOP + SPEED_ROW * len(rows)
     height = bottom + 60 + FOOT_LINE * len(notes)
     with new_figure(SPEED_WIDTH, height) as figure:
@@ -95,7 +107,7 @@ def draw_speeds(
             write_text(figure, 20, y + 13, row.label, **MUTED)
         published = [row.published_speed for row in rows]
         axes = _add_bars(
-            *(figure, SPEED_AREA, "new tokens per second", "blue"),
+            *(figure, SPEED_AREA, unit, "blue"),
             measures=[row.speed for row in rows],
             published=published,
             form="{:,.0f}".format,
@@ -104,13 +116,15 @@ def draw_speeds(
             if row.speed is None:
                 start = row.published_speed or 0
                 _write_beside(axes, start, i, _shorten(row.note, 80), **MUTED)
-        _add_bars(
-            *(figure, SHARE_AREA, "share of the memory bandwidth", "orange"),
-            measures=[row.bandwidth_share for row in rows],
-            published=[None] * len(rows),
-            form=format_percent,
-            least=1.0,
-        )
+        shares = [row.bandwidth_share for row in rows]
+        if unit == SPEED or any(shares):
+            _add_bars(
+                *(figure, SHARE_AREA, "share of the memory bandwidth", "orange"),
+                measures=shares,
+                published=[None] * len(rows),
+                form=format_percent,
+                least=1.0,
+            )
         description = "; ".join(_describe_speeds(rows)) or "Nothing was measured"
         return finish(figure, bottom + 46, notes, description)
 

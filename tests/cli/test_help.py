@@ -61,11 +61,13 @@ FLAGS = {
         "--dpo-beta --grad-checkpoint --seed --steps-per-report --steps-per-eval "
         "--val-batches --save-every --patience --average-last --sample-prompt "
         "--report-to --memory-limit --test --resume --dry-run --fit --force --json "
-        "--quiet --offline"
+        "--quiet --offline --teacher --distill-weight --temperature --teacher-cache "
+        "--teacher-top-k --quantize-aware --rslora --lora-plus-ratio "
+        "--neftune-noise --orpo-weight"
     ),
     "pretrain": (
         "-c --recipe --data --init --output --steps --seed --resume --dry-run "
-        "--devices --report-to --json --quiet"
+        "--devices --report-to --export --compare-log --check-data --json --quiet"
     ),
     "grow": (
         "--width --ffn --noise-db --seed -o --output --tokenizer --revision "
