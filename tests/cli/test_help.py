@@ -9,6 +9,7 @@ from mlx_openelm.cli.main import app
 FLAGS = {
     "": "--version --install-completion --show-completion",
     "generate": (
+        "--no-tuning "
         "-p --prompt --model --adapter-path -m --max-tokens --min-tokens --temp "
         "--top-p --top-k --min-p --repetition-penalty --presence-penalty "
         "--frequency-penalty --repetition-context "
@@ -39,7 +40,7 @@ FLAGS = {
     ),
     "verify": "--against --json --quiet --offline",
     "inspect": "--context --json --quiet --offline",
-    "selfcheck": "--json --quiet",
+    "selfcheck": "--json --quiet --tune",
     "parity": "--num-tokens --seed --json --quiet",
     "evaluate": (
         "--text --tasks --suite --model --adapter-path --compare --checkpoints "
@@ -47,10 +48,12 @@ FLAGS = {
         "--tasks-dir --output --csv --picture --force --json --quiet --offline"
     ),
     "bench": (
+        "--against "
         "--model --size --bits --protocol --batch --context --prompt-tokens -m "
         "--max-tokens --rounds --adapter-path --chart --json --quiet --offline"
     ),
     "lora": (
+        "--no-tuning "
         "--data --model --adapter-path -c --recipe --fine-tune-type --objective "
         "--num-layers --rank --scale --dropout --keys --adapt-embedding "
         "--repair-text --prompt-key "
@@ -74,6 +77,7 @@ FLAGS = {
         "--force --json --quiet --offline"
     ),
     "serve": (
+        "--no-tuning "
         "--model --adapter-path --host --port --api-key --allowed-origins "
         "--template -m --max-tokens --temp --top-p --top-k --min-p "
         "--repetition-penalty --seed --decode-concurrency --prompt-concurrency "
