@@ -107,7 +107,7 @@ def _build(kind: Any, entries: Mapping[str, Any], where: str, prefix: str) -> An
     if unknown:
         raise OpenELMError(
             f"{where}: unknown key {prefix}{unknown[0]}"
-            f"{_did_you_mean(str(unknown[0]), hints)}; the keys are {', '.join(hints)}."
+            f"{_suggest(str(unknown[0]), hints)}; the keys are {', '.join(hints)}."
         )
     values = {
         key: _convert(hints[key], value, where, f"{prefix}{key}")
@@ -175,6 +175,15 @@ def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]
     return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def _suggest(word: str, hints: Mapping[str, Any]) -> str:
+    """Suggest the group that has a key, or else a similar key."""
+    for name, hint in hints.items():
+        fields = dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
+        if word in {field.name for field in fields}:
+            return f" (did you mean {name}.{word}?)"
+    return _did_you_mean(word, hints)
 
 
 def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:

@@ -320,3 +320,26 @@ def test_wrong_mixtures_are_refused_with_what_to_do(tmp_path, data, message):
     path.write_text(f"data: {data}\n")
     with pytest.raises(OpenELMError, match=message):
         load_recipe(PretrainRecipe, str(path), {})
+
+
+def test_a_key_in_the_wrong_place_is_named_with_its_group(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("readers: 8\n")
+    with pytest.raises(OpenELMError, match=r"readers \(did you mean data\.readers\?\)"):
+        load_recipe(PretrainRecipe, str(path), {})
+
+
+def test_processes_that_read_other_files_are_refused(folder):
+    recipe = make_recipe(folder, readers=2)
+    states = []
+    for rank in range(2):
+        loader = open_recipe(recipe, rank=rank, ranks=2)
+        loader.next_batch()
+        states.append(loader.state())
+        if rank == 0:  # the same size, cut into fewer parts
+            path = folder / "pages-0.jsonl"
+            size = path.stat().st_size
+            array = '[{"text": "pp' + "x" * 100 + '"}]'
+            path.write_text(array + " " * (size - len(array)))
+    with pytest.raises(OpenELMError, match="different text"):
+        join_states(states)
