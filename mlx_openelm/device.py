@@ -1,8 +1,11 @@
 """The back end, dtype and memory of this machine."""
 
+import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -10,15 +13,28 @@ import mlx.core as mx
 
 from mlx_openelm import openblas
 
+FORCED_PATH = "MLX_OPENELM_GPU_PATH"  # environment variable; its value has no meaning
+
 
 def runs_on_gpu() -> bool:
     """Return whether MLX computes on a GPU (Metal or CUDA)."""
     return mx.default_device().type == mx.DeviceType.gpu
 
 
+def takes_gpu_path() -> bool:
+    """Return whether operations and shapes are those for a GPU.
+
+    The tests force them on the CPU, by an environment variable, to check their results.
+    """
+    return runs_on_gpu() or FORCED_PATH in os.environ
+
+
 def runs_on_linux_cpu() -> bool:
-    """Return whether MLX uses its Linux CPU back end, which is fast only in float32."""
-    return sys.platform == "linux" and not runs_on_gpu()
+    """Return whether operations are those for MLX's Linux CPU back end.
+
+    It is fast only in float32.
+    """
+    return sys.platform == "linux" and not takes_gpu_path()
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
@@ -43,6 +59,36 @@ def describe_slowness(stored: mx.Dtype, *, quantized: bool) -> list[str]:
             "OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread)"
         )
     return notes
+
+
+def release_memory() -> None:
+    """Return memory that is no longer used to the system."""
+    mx.clear_cache()
+    if sys.platform == "linux":
+        # glibc keeps freed memory; musl has no such function.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+@contextmanager
+def wired_memory(wired: bool = True) -> Iterator[None]:
+    """Wire as much memory as the GPU is recommended to use (Metal only)."""
+    before = wire_memory() if wired else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            mx.set_wired_limit(before)
+
+
+def wire_memory() -> int | None:
+    """Do as `wired_memory` until the end; return the limit before, on Metal."""
+    limit = mx.device_info().get("max_recommended_working_set_size", 0)
+    if not (runs_on_gpu() and limit):
+        return None
+    before: int = mx.set_wired_limit(int(limit))
+    return before
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ if sys.platform == "linux":
     # needs mx.compile runs in a process of its own, without this variable.
     os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
+os.environ["MLX_OPENELM_TUNING"] = "no-settings.json"  # not those of the developer
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests of the Hub use a local server
 
 settings.register_profile("no-deadline", settings(), deadline=None)  # busy machines

@@ -8,6 +8,7 @@ from converters.formats.checkpoint_weights import find_config
 from converters.pretraining.corpus_files import find_files
 from converters.pretraining.model_sources import open_model
 from converters.pretraining.recipe import PretrainRecipe, list_corpora
+from mlx_openelm.compatibility import describe_closed
 from mlx_openelm.config import LLAMA_PIECES, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.tokenizer import Tokenizer
@@ -65,6 +66,7 @@ class PretrainingPlan:
         a100_days: on one A100 at `UTILISATION` of its peak.
         memory: per device, with "ddp" and "fsdp".
         missing: a sentence on each missing input.
+        closed: a sentence on the tools that do not open the shape; empty if all do.
     """
 
     config: OpenELMConfig
@@ -79,6 +81,7 @@ class PretrainingPlan:
     a100_days: float
     memory: dict[str, Memory]
     missing: tuple[str, ...]
+    closed: str
 
 
 def plan_pretraining(
@@ -122,6 +125,7 @@ def plan_pretraining(
             for kind, sharded in (("ddp", False), ("fsdp", True))
         },
         missing=tuple(missing),
+        closed=describe_closed(config),
     )
 
 

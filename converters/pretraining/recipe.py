@@ -12,6 +12,7 @@ from mlx_openelm.layerwise_scaling import (
     FFN_DIM_DIVISOR,
     FFN_MULTIPLIERS,
     QKV_MULTIPLIERS,
+    SHAPES,
 )
 from mlx_openelm.paths import PathText
 
@@ -23,6 +24,8 @@ class ModelRecipe:
     """A released size by `name`, or the parameters of layer-wise scaling.
 
     Attributes:
+        shape: layerwise, reverse, crown or frame: how a pair of multipliers becomes one
+            for each layer; see `interpolate_multipliers`.
         spare_rows: pad the embedding like CoreNet (32128 rows for Llama's 32000
             pieces); `convert` removes the padding.
     """
@@ -35,6 +38,7 @@ class ModelRecipe:
     qkv_multipliers: Multipliers = QKV_MULTIPLIERS
     ffn_multipliers: Multipliers = FFN_MULTIPLIERS
     ffn_dim_divisor: int = FFN_DIM_DIVISOR
+    shape: str = "layerwise"
     max_context_length: int = 2048
     spare_rows: bool = False
 
@@ -43,6 +47,15 @@ class ModelRecipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OpenELMError(f"model.{name} is {value}; it must be at least 1.")
+        if self.shape not in SHAPES:
+            raise OpenELMError(
+                f"model.shape is {self.shape!r}; expected one of {', '.join(SHAPES)}."
+            )
+        if self.name is not None and self.shape != "layerwise":
+            raise OpenELMError(
+                f"model.shape is {self.shape}, but the sizes of model.name {self.name} "
+                "are fixed; leave out one of them."
+            )
         for name in ("qkv_multipliers", "ffn_multipliers"):
             value = getattr(self, name)
             factors = value if isinstance(value, tuple) else (value,)
@@ -73,6 +86,7 @@ class ModelRecipe:
             qkv_multipliers=self.qkv_multipliers,
             ffn_multipliers=self.ffn_multipliers,
             ffn_dim_divisor=self.ffn_dim_divisor,
+            shape=self.shape,
             vocab_size=vocab_size,
             max_context_length=self.max_context_length,
         )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from converters.pretraining.checkpoints import (
-    AUTO,
     RECIPE,
     Resume,
     as_json,
@@ -16,6 +15,7 @@ from converters.pretraining.checkpoints import (
     find_state,
     lock_folder,
     read_training,
+    state_path,
     write_atomically,
     write_json_atomically,
 )
@@ -154,7 +154,7 @@ def set_up(recipe: PretrainRecipe, processes: Processes, resume: Resume) -> Setu
 
 def _check(recipe: PretrainRecipe, processes: Processes, resume: Resume) -> None:
     share_batch(recipe, processes.count)
-    if recipe.init is not None and isinstance(resume, str) and resume != AUTO:
+    if recipe.init is not None and state_path(resume) is not None:
         raise OpenELMError(
             f"A run starts from init ({recipe.init}) or resumes from a training state "
             f"({resume}), not both; leave one out."

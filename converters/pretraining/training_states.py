@@ -181,7 +181,7 @@ def _check_moments(
                 raise ValueError(
                     f"{name} has no {list_names(sorted(lacking), quoted=False)}"
                 )
-            for key in keys - {"step"}:
+            for key in sorted(keys - {"step"}):
                 if tuple(found[key].shape) != tuple(parameter.shape):
                     raise ValueError(
                         f"{key} of {name} has shape {tuple(found[key].shape)}, "

@@ -17,9 +17,11 @@ from mlx_openelm.cli.options import (
     Adapter,
     Json,
     Model,
+    NoTuning,
     Offline,
     Quiet,
     open_model,
+    use_tuning,
 )
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.options import (
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from mlx_openelm.model.openelm import OpenELM
     from mlx_openelm.storage.model_folder import ModelFolder
     from mlx_openelm.text.tokenizer import Tokenizer
+    from mlx_openelm.tuning import Tuning
 
 MANY_PROMPTS = "Many prompts"  # a heading in --help
 
@@ -111,6 +114,7 @@ def generate_command(
             rich_help_panel=OUTPUT_PANEL,
         ),
     ] = False,
+    no_tuning: NoTuning = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
@@ -121,6 +125,7 @@ def generate_command(
     is greedy. Prints the generated text.
     """
     console = Console(quiet=quiet)
+    tuning = use_tuning(no_tuning)
     check_sampling(sampling)
     prompt_options = PromptOptions(**prompting)
     template, system = prompt_options.template, prompt_options.system
@@ -149,6 +154,7 @@ def generate_command(
             template=template,
             system=system,
             batch_size=batch_size or 16,
+            tuning=tuning,
             output=output,
             force=force,
             as_json=as_json or not sys.stdout.isatty(),
@@ -184,7 +190,7 @@ def generate_command(
     shown: list[Piece] = []
     with ExitStack() as opened:
         if prompt_cache is None:
-            cache, context = None, Context(loaded, make_cache)
+            cache, context = None, Context(loaded, make_cache, tuning)
         else:
             name = (tokenizer.template or "raw") if template == "auto" else template
             from mlx_openelm.generation.prompt_cache import open_prompt_cache
@@ -193,6 +199,7 @@ def generate_command(
                 open_prompt_cache(prompt_cache, loaded, name, console.note, make_cache)
             )
             context = cache.context
+            context.tuning = tuning
         for piece in stream(
             loaded,
             tokenizer,
@@ -260,6 +267,7 @@ def _answer_file(
     template: str,
     system: str,
     batch_size: int,
+    tuning: "Tuning",
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -290,6 +298,7 @@ def _answer_file(
             template=template,
             system=system,
             batch_size=batch_size,
+            tuning=tuning,
             output=output,
             force=force,
             on_answer=console.answer_json if as_json else partial(show_answer, console),

@@ -10,7 +10,15 @@ import typer
 
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.derived_options import GivenOptions, OptionsOf, derive_options
-from mlx_openelm.cli.options import MODEL_VARIABLE, Force, Json, Offline, Quiet
+from mlx_openelm.cli.options import (
+    MODEL_VARIABLE,
+    Force,
+    Json,
+    NoTuning,
+    Offline,
+    Quiet,
+    use_tuning,
+)
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.options import OUTPUT_PANEL
@@ -60,6 +68,7 @@ def lora_command(
         ),
     ] = False,
     force: Force = False,
+    no_tuning: NoTuning = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
@@ -70,6 +79,7 @@ def lora_command(
     path of the adapter folder.
     """
     from mlx_openelm.recipe_loader import load_recipe, make_recipe
+    from mlx_openelm.tuning import environment_of_run
 
     if resume and force:
         raise typer.BadParameter(
@@ -94,6 +104,8 @@ def lora_command(
         )
     rank = int(os.environ.get("MLX_RANK", "0"))  # set by mlx.launch; rank 0 reports
     console = Console(quiet=quiet or rank > 0)
+    state = Path(chosen.adapter_path or "") / "state.safetensors"
+    tuning = use_tuning(no_tuning, environment_of_run(state) if resume else None)
     from mlx_openelm.cli.views.finetuning import (
         TrainingView,
         note_plan,
@@ -125,6 +137,7 @@ def lora_command(
             force=force,
             fit=fit,
             offline=offline,
+            tuning=tuning,
             on_event=view,
             on_prepared=note_prepared,
             on_progress=progress.update,

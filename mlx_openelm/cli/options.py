@@ -4,13 +4,16 @@ import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlx_openelm.cli.console import Console
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.options import OUTPUT_PANEL
+
+if TYPE_CHECKING:
+    from mlx_openelm.tuning import Environment, Tuning
 
 MODEL_VARIABLE = "MLX_OPENELM_MODEL"  # environment variable: the default of --model
 Model = Annotated[
@@ -37,6 +40,14 @@ Quiet = Annotated[
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]
+NoTuning = Annotated[
+    bool,
+    typer.Option(
+        "--no-tuning",
+        help="Ignore the settings that selfcheck --tune has stored.",
+        rich_help_panel="Speed and memory",
+    ),
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Do not use the network.")]
 Force = Annotated[
     bool,
@@ -44,6 +55,22 @@ Force = Annotated[
         "--force", help="Replace existing output.", rich_help_panel=OUTPUT_PANEL
     ),
 ]
+
+
+def use_tuning(no_tuning: bool, variables: "Environment | None" = None) -> "Tuning":
+    """Return the settings of this machine, and apply those of the whole process.
+
+    Args:
+        variables: see `start_tuned`.
+    """
+    from mlx_openelm.tuning import start_tuned
+
+    tuning = start_tuned(ignored=no_tuning, variables=variables)
+    if tuning.wired:
+        from mlx_openelm.device import wire_memory
+
+        wire_memory()
+    return tuning
 
 
 def optional_path(path: str | None) -> Path | None:

@@ -1,13 +1,32 @@
 """The command that checks this machine: `selfcheck`."""
 
+import dataclasses
+from typing import Annotated
+
+import typer
+
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.options import Json, Quiet
 from mlx_openelm.errors import OpenELMError
 
 
-def selfcheck_command(as_json: Json = False, quiet: Quiet = False) -> None:
+def selfcheck_command(
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Measure which settings are fastest here, in at most ten minutes, and "
+            "keep those that change no output.",
+        ),
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Check that this machine computes OpenELM correctly. Prints a report to send."""
     console = Console(quiet=quiet)
+    if tune:
+        _tune(console, as_json=as_json)
+        return
     from mlx_openelm.bench.selfcheck import check_machine
     from mlx_openelm.cli.views.selfcheck import show_selfcheck
 
@@ -18,3 +37,26 @@ def selfcheck_command(as_json: Json = False, quiet: Quiet = False) -> None:
             "This machine does not compute OpenELM correctly; please send the report "
             "above to the project."
         )
+
+
+def _tune(console: Console, *, as_json: bool) -> None:
+    from mlx_openelm.bench.tune import tune_machine
+    from mlx_openelm.cli.views.selfcheck import show_tuning
+    from mlx_openelm.storage.shards import write_json
+    from mlx_openelm.storage.staging import replaced_file
+    from mlx_openelm.tuning import as_stored, tuning_file
+
+    report = tune_machine(on_trial=lambda name: console.note(f"measuring: {name} ..."))
+    console.answer_report(report, show_tuning, as_json=as_json)
+    settings = tuning_file()
+    sent = settings.with_name("tuning-report.json")
+    try:
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(settings) as part:
+            write_json(part, as_stored(report.chosen))
+        with replaced_file(sent) as part:
+            write_json(part, dataclasses.asdict(report))
+    except OSError as error:
+        raise OpenELMError(f"The settings could not be written: {error}.") from error
+    console.note(f"Settings: {settings}")
+    console.note(f"Report to send: {sent}")

@@ -17,9 +17,11 @@ from mlx_openelm.cli.derived_options import GivenOptions, OptionsOf, derive_opti
 from mlx_openelm.cli.options import (
     Adapter,
     Model,
+    NoTuning,
     Offline,
     Quiet,
     open_model,
+    use_tuning,
 )
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.options import PROMPT, SPEED_AND_MEMORY, Sampling
@@ -139,6 +141,7 @@ def serve_command(
             rich_help_panel=OUTPUT_PANEL,
         ),
     ] = "WARNING",
+    no_tuning: NoTuning = False,
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
@@ -148,6 +151,7 @@ def serve_command(
     generation_config.json. Prints the URL.
     """
     console = Console(quiet=quiet)
+    tuning = use_tuning(no_tuning)
     from mlx_openelm.storage.loading import add_adapter
     from mlx_openelm.text.templates import RAW, TEMPLATE_NAMES
 
@@ -218,7 +222,9 @@ def serve_command(
             console.answer(url)
 
         kept = PrefixLimits(prompt_cache_size, prompt_cache_bytes)
-        engine = EngineLimits(decode_concurrency, prompt_concurrency, kept=kept)
+        engine = EngineLimits(
+            decode_concurrency, prompt_concurrency, kept=kept, tuning=tuning
+        )
         server = Server(listener, served, ServerLimits(engine, max_queue))
         server.run(on_ready=announce)
 

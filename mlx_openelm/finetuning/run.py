@@ -11,6 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_openelm.finetuning.advice import describe_killed
+from mlx_openelm.finetuning.compiled.choice import COMPILED, chooses_compiled
+from mlx_openelm.finetuning.further_objectives.distillation import Distillation
 from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import (
     Prepared,
@@ -40,7 +42,7 @@ from mlx_openelm.generation.streaming import generate
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import find_recipe, load_recipe
 from mlx_openelm.reporting.trackers import require_trackers
-from mlx_openelm.storage.loading import load_model
+from mlx_openelm.storage.loading import load_model, stored_dtype
 from mlx_openelm.storage.staging import lock_target, refuse_replacing, staged_folder
 from mlx_openelm.training.distributed import World, run_on_first_rank
 from mlx_openelm.training.events import (
@@ -51,6 +53,7 @@ from mlx_openelm.training.events import (
 )
 from mlx_openelm.training.optimizer import make_optimizer
 from mlx_openelm.training.state import TrainingState, running
+from mlx_openelm.tuning import DEFAULT, ENVIRONMENT, Tuning, current_environment
 
 
 def finetune(
@@ -60,6 +63,7 @@ def finetune(
     force: bool = False,
     fit: bool = False,
     offline: bool = False,
+    tuning: Tuning = DEFAULT,
     on_event: Callable[[Event], None] = lambda event: None,
     on_prepared: Callable[[Prepared], None] = lambda prepared: None,
     on_progress: OnProgress = lambda done, total, unit: None,
@@ -72,6 +76,7 @@ def finetune(
         force: replace an existing run.
         fit: choose smaller settings if the memory would not suffice.
         offline: do not access the network.
+        tuning: whether updates are compiled; a resumed run does as it did.
         on_event: receives each event of metrics.jsonl, with the number of steps.
         on_prepared: receives the plan before training.
         on_progress: receives the progress of reading the data; see `prepare`.
@@ -104,12 +109,17 @@ def finetune(
             run_on_first_rank(world, lambda: refuse_other_run(prepared, on_event))
         else:
             run_on_first_rank(world, lambda: refuse_replacing(path, sources))
+        _load_teacher(prepared, world, on_progress)
         if first:
             on_prepared(prepared)
         stack.enter_context(_limited_memory(prepared.plan))
         observers = [on_event]
-        run = _load_run(prepared, world, _hand_to(observers))
-        saver = RunSaver(run, prepared.identity)
+        compiled = chooses_compiled(
+            prepared.recipe, tuning, world, path if resume else None
+        )
+        run = _load_run(prepared, world, compiled, _hand_to(observers))
+        path_of_run = {COMPILED: compiled, ENVIRONMENT: current_environment()}
+        saver = RunSaver(run, {**prepared.identity, **path_of_run})
         validator = Validator(
             run, prepared.valid, saver, _make_generator(prepared, run.model)
         )
@@ -130,16 +140,41 @@ def finetune(
         return finish_run(prepared, run, validator, reason)
 
 
+def _load_teacher(prepared: Prepared, world: World, on_progress: OnProgress) -> None:
+    """Load the teacher of a distillation, on rank 0 first.
+
+    So that the other ranks find a cache that it has computed, on a shared disk.
+    """
+    objective, teacher = prepared.objective, prepared.teacher
+    if not isinstance(objective, Distillation) or teacher is None:
+        return
+    test = prepared.test if prepared.recipe.test else ()
+    splits = (prepared.train, prepared.valid, test)
+    run_on_first_rank(
+        world, lambda: objective.load_teacher(teacher, splits, on_progress)
+    )
+    if world.rank > 0:
+        objective.load_teacher(teacher, splits, on_progress)
+
+
 def _load_run(
-    prepared: Prepared, world: World, on_event: Callable[[Event], None]
+    prepared: Prepared,
+    world: World,
+    compiled: bool,
+    on_event: Callable[[Event], None],
 ) -> RunContext:
     """Load the model and prepare it for the first update."""
     recipe, order = prepared.recipe, prepared.order
     full = recipe.fine_tune_type == "full"
     model = load_model(prepared.folder, mx.float32 if full else None)
-    make_trainable(model, recipe)
+    make_trainable(model, recipe, stored_dtype(prepared.folder))
     optimizer = make_optimizer(
-        model, recipe.optimizer, recipe.betas, recipe.eps, recipe.weight_decay
+        model,
+        recipe.optimizer,
+        recipe.betas,
+        recipe.eps,
+        recipe.weight_decay,
+        b_ratio=recipe.lora_plus_ratio,
     )
     test = prepared.test if recipe.test else ()
     for samples in (prepared.train, prepared.valid, test):
@@ -155,6 +190,7 @@ def _load_run(
         log=EventLog(
             prepared.path, state, steps=order.steps, world=world, on_event=on_event
         ),
+        compiled=compiled,
     )
 
 

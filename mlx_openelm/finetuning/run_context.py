@@ -18,6 +18,7 @@ class RunContext:
 
     Attributes:
         folder: the adapter folder; it exists, with its config, when training begins.
+        compiled: whether updates are compiled, as on a GPU; see `CompiledStep`.
     """
 
     recipe: FinetuneRecipe
@@ -27,6 +28,7 @@ class RunContext:
     world: World
     state: TrainingState
     log: EventLog
+    compiled: bool = False
 
     @property
     def model(self) -> OpenELM:

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.advice import advise_resume, explain_out_of_memory
 from mlx_openelm.finetuning.batches import share_out
+from mlx_openelm.finetuning.compiled.choice import make_step
 from mlx_openelm.finetuning.run_context import RunContext
 from mlx_openelm.finetuning.run_saver import RunSaver
 from mlx_openelm.finetuning.samples import Samples, lengths_of
@@ -20,7 +21,7 @@ from mlx_openelm.message_parts import count_of
 from mlx_openelm.signals import Stop, deferred_signals
 from mlx_openelm.training.arrays import digest_arrays, trained_tensors
 from mlx_openelm.training.non_finite import refuse_repeated
-from mlx_openelm.training.step import Part, Step, StepResult
+from mlx_openelm.training.step import Part, StepResult
 
 
 class Trainer:
@@ -37,13 +38,7 @@ class Trainer:
         self._run, self._train = run, train
         self._saver, self._validator = saver, validator
         self._lengths = lengths_of(train)
-        self._step = Step(
-            run.model,
-            run.objective,
-            run.state.optimizer,
-            run.world,
-            clip_norm=run.recipe.clip_norm,
-        )
+        self._step = make_step(run, train, self._lengths)
         self._initial_digest = digest_arrays(trained_tensors(run.model))
 
     def run(self) -> str:

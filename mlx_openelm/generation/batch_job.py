@@ -34,6 +34,7 @@ from mlx_openelm.storage.ordered_jsonl import (
 )
 from mlx_openelm.text.templates import RAW, Turn, encode_turns, render
 from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.tuning import DEFAULT, Tuning
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ def answer_prompts(
     template: str = "auto",
     system: str = "",
     batch_size: int = BATCH_SIZE,
+    tuning: Tuning = DEFAULT,
     output: Path | None = None,
     force: bool = False,
     on_answer: Callable[[JsonObject], None] = lambda answer: None,
@@ -129,6 +131,7 @@ def answer_prompts(
             encode_prompts(answers),
             sampling,
             batch_size=batch_size,
+            tuning=tuning,
             constraint=constraint,
             on_step=count,
         ):

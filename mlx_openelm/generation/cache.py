@@ -29,18 +29,23 @@ class ModelCache(Protocol):
     @property
     def state(self) -> tuple[mx.array, ...]: ...
 
+    @property
+    def newest(self) -> tuple[mx.array, ...]: ...
+
 
 class GrowingCache:
     """One layer's tokens in arrays (B, K, S, any), whose capacity S grows in steps.
 
     Attributes:
         offset: number of tokens stored.
+        newest: what was appended last, if it was a single token.
     """
 
     step = 256  # tokens by which the capacity grows
 
     def __init__(self) -> None:
         self.offset = 0
+        self.newest: tuple[mx.array, ...] = ()
         self._parts: list[mx.array] = []
 
     def append(self, *parts: mx.array) -> None:
@@ -51,6 +56,7 @@ class GrowingCache:
         for part, new in zip(self._parts, parts, strict=True):
             part[..., start:end, :] = new
         self.offset = end
+        self.newest = parts if end == start + 1 else ()
 
     def stored(self) -> list[mx.array]:
         """Return the arrays without their unused capacity."""
@@ -85,17 +91,17 @@ class KVCache(GrowingCache):
         all_keys, all_values = self.stored()
         return all_keys, all_values
 
-    def reserve_slot(self) -> tuple[mx.array, mx.array]:
-        """Return all slots of a non-empty cache, with at least one free."""
-        if self.offset == self._parts[0].shape[2]:
-            self._grow(self._parts, self.offset + 1)
+    def reserve_slots(self, count: int = 1) -> tuple[mx.array, mx.array]:
+        """Return all slots of a non-empty cache, with at least `count` free."""
+        if self.offset + count > self._parts[0].shape[2]:
+            self._grow(self._parts, self.offset + count)
         keys, values = self._parts
         return keys, values
 
-    def set_slots(self, keys: mx.array, values: mx.array) -> None:
-        """Replace the slots by these, which hold one token more."""
+    def set_slots(self, keys: mx.array, values: mx.array, count: int = 1) -> None:
+        """Replace the slots by these, which hold `count` tokens more."""
         self._parts = [keys, values]
-        self.offset += 1
+        self.offset += count
 
 
 class SlotCache:
@@ -110,6 +116,7 @@ class SlotCache:
         rows: numbers of these rows, (R,).
         offset: number of tokens in each of them, (R,).
         reach: number of slots that a step attends to; more than any row holds.
+        newest: the keys and values of the last step.
     """
 
     step = 256  # slots by which the rows grow
@@ -117,6 +124,7 @@ class SlotCache:
     def __init__(self) -> None:
         self.rows = self.offset = mx.zeros((0,), mx.int32)
         self.reach = 1
+        self.newest: tuple[mx.array, ...] = ()
         self._parts: list[mx.array] = []
 
     def update_and_fetch(
@@ -128,6 +136,7 @@ class SlotCache:
             The rows' keys and values, (R, K, reach, H), to be masked by `make_mask`.
         """
         rows = keys.shape[0]
+        self.newest = keys, values
         self._reserve((keys, values), rows, self.reach)
         for slots, new in zip(self._parts, (keys, values), strict=True):
             slots[self.rows, :, self.offset] = new.squeeze(2)
@@ -139,6 +148,16 @@ class SlotCache:
     ) -> mx.array:
         """Return which slots the new token of each row sees, (R, 1, 1, reach)."""
         return (mx.arange(self.reach) <= self.offset[:, None])[:, None, None]
+
+    def reserve(self, rows: int) -> tuple[mx.array, mx.array]:
+        """Return all slots of a cache that is not empty, with at least these rows."""
+        self._reserve(self._parts, rows, self.reach)
+        keys, values = self._parts
+        return keys, values
+
+    def set_slots(self, keys: mx.array, values: mx.array) -> None:
+        """Replace the slots by these, which hold a token more in each row."""
+        self._parts = [keys, values]
 
     def put(self, row: int, keys: mx.array, values: mx.array) -> None:
         """Set the content of a row to keys and values (1, K, T, H)."""

@@ -77,6 +77,7 @@ class SlidingKVCache(KVCache):
         slid_keys, seen_keys = self._slide(parts[0], keys)
         slid_values, seen_values = self._slide(parts[1], values)
         self._parts, self.offset = [slid_keys, slid_values], end
+        self.newest = (keys, values) if keys.shape[2] == 1 else ()
         return seen_keys, seen_values
 
     def make_mask(

@@ -19,12 +19,16 @@ from mlx_openelm.generation.sampling import (
     shape_logits,
     top_logprobs,
 )
-from mlx_openelm.generation.step import Step, choose_step
+from mlx_openelm.generation.step import Step, choose_step, queued
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.tuning import DEFAULT, Tuning
 
 # Prompt tokens per forward pass. Small chunks save half of the masked attention scores,
 # which dominate on the CPU.
-PREFILL_CHUNK = 128 if runs_on_linux_cpu() else 512
+PREFILL_CHUNK = 128 if runs_on_linux_cpu() else 2048
+# Also while other texts are decoded, which waits for the chunk.
+INTERLEAVED_CHUNK = min(PREFILL_CHUNK, 512)
+FEW = 8  # tokens that are processed by a decode step
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +55,22 @@ class Context:
     """
 
     def __init__(
-        self, model: OpenELM, make_cache: Callable[[], ModelCache] = KVCache
+        self,
+        model: OpenELM,
+        make_cache: Callable[[], ModelCache] = KVCache,
+        tuning: Tuning = DEFAULT,
     ) -> None:
         """Start without tokens, with one cache per layer."""
+        self.tuning = tuning
         self.tokens: list[int] = []
         self.cache: list[ModelCache] = [make_cache() for _ in model.layers]
         self._make_cache = make_cache
         self._step: Step | None = None
 
     def step(self, model: OpenELM) -> Step:
-        """Return this device's step, which is compiled at most once per context."""
+        """Return the step of the settings; a context compiles it at most once."""
         if self._step is None:
-            self._step = choose_step(model)
+            self._step = choose_step(model, self.tuning)
         return self._step
 
     @property
@@ -97,13 +105,25 @@ class Context:
             The hidden states of the last chunk's T tokens, (1, T, D).
         """
         openblas.use_threads(None)
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            chunk = list(ids[start : start + PREFILL_CHUNK])
+        size = self.tuning.prefill_chunk or PREFILL_CHUNK
+        for start in range(0, len(ids), size):
+            chunk = list(ids[start : start + size])
             hidden = model.transformer(mx.array([chunk]), self.cache)  # (1, T, D)
             self.tokens += chunk
             # Also after the last chunk: what follows may set fewer CPU threads.
             mx.eval(hidden, [layer.state for layer in self.cache])
         return hidden
+
+    def extend(self, model: OpenELM, ids: Sequence[int]) -> mx.array:
+        """Process more tokens, without waiting for the result if they are few.
+
+        Returns:
+            The logits after the last one, (1, V).
+        """
+        if len(ids) > FEW:
+            return model.head(self.read(model, ids)[:, -1])
+        self.tokens += ids
+        return self.step(model)(mx.array(list(ids)), self.cache)[-1:]
 
 
 class Sampler:
@@ -183,8 +203,13 @@ class DrawnTokens:
         """Add the log-probabilities of the `count` likeliest by the logits (N, V)."""
         return cls(tokens, top_logprobs(logits, tokens, count) if count else ())
 
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """The arrays to evaluate."""
+        return self.tokens, *self.logprobs
+
     def queue(self) -> None:
-        mx.async_eval(self.tokens, *self.logprobs)
+        mx.async_eval(*self.arrays)
 
     def read(self, drafted: int = 0) -> list[Token]:
         """Wait for the tokens; the first `drafted` of them are draft tokens."""
@@ -246,10 +271,11 @@ def draw_tokens(
                 logits = step(drawn.tokens, context.cache)
                 if constraint is None:
                     following = sampler.draw(logits)
-                    following.queue()
-                else:
-                    mx.async_eval(logits)
-            (token,) = drawn.read()
+                results = (logits,) if constraint is not None else following.arrays
+                with queued(results, context.cache, context.tuning.queue):
+                    (token,) = drawn.read()
+            else:
+                (token,) = drawn.read()
             if left:
                 context.tokens.append(token.id)
             yield token

@@ -160,13 +160,14 @@ class ModelDrafter(Drafter):
     ) -> Draft | None:
         sampler = copy.copy(sampler)  # the draft has its own history
         reused = self._context.reuse(text)
-        hidden = self._context.read(self._model, text[reused:])
+        logits = self._context.extend(self._model, text[reused:])
+        step, cache = self._context.step(self._model), self._context.cache
         tokens: list[mx.array] = []  # (1,) each
         logprobs: list[mx.array] = []  # (1, V) each
         for place in range(count):
             if place:
-                hidden = self._model.transformer(tokens[-1][None], self._context.cache)
-            shaped = sampler.shape(sampler.mask(self._model.head(hidden[:, -1])))
+                logits = step(tokens[-1], cache)
+            shaped = sampler.shape(sampler.mask(logits))
             if sampler.sampling.temp == 0:
                 token = choose_tokens(shaped, sampler.sampling)  # (1,)
             else:

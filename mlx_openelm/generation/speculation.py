@@ -15,7 +15,7 @@ from mlx_openelm.generation.decoding import Context, DrawnTokens, Sampler, Token
 from mlx_openelm.generation.drafters import Draft, Drafter
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.sampling import choose_tokens, distribution
-from mlx_openelm.generation.step import Step
+from mlx_openelm.generation.step import Step, queued
 from mlx_openelm.model.openelm import OpenELM
 
 
@@ -37,7 +37,7 @@ def draw_speculatively(
 
     Args:
         drafter: its counters add up over all texts.
-        step: the decode step of a single token; see `draw_tokens`.
+        step: the decode step, of one or several tokens; see `draw_tokens`.
         padding, context: see `draw_tokens`.
     """
     context = Context(model) if context is None else context
@@ -48,7 +48,7 @@ def draw_speculatively(
     drafter.pace.begin()
     reused = context.reuse(prompt)
     hidden = context.read(model, prompt[reused:])
-    (first,) = text.queue(model.head(hidden[:, -1])).read()
+    (first,) = sampler.draw(model.head(hidden[:, -1])).read()
     text.tokens.append(first.id)
     text.left -= 1
     yield first  # before a step is built and the drafter processes the prompt
@@ -59,7 +59,8 @@ def draw_speculatively(
                 yield from text.verify(draft)
             if not text.left:
                 return
-            drawn = text.step(mx.array(text.tokens[-1:]))
+            drawn = text.draw_after(mx.array(text.tokens[-1:]))
+            drawn.queue()
             context.tokens.append(text.tokens[-1])
             yield from text.draw_plainly(drawn)
     finally:
@@ -83,15 +84,9 @@ class _Text:
         self._model, self._drafter, self._sampler = model, drafter, sampler
         self._context, self._step = context, step
 
-    def queue(self, logits: mx.array) -> DrawnTokens:
-        """Queue the sampler of a token from logits (1, V)."""
-        drawn = self._sampler.draw(logits)
-        drawn.queue()
-        return drawn
-
-    def step(self, tokens: mx.array) -> DrawnTokens:
-        """Queue the sampler of the token after this one, (1,)."""
-        return self.queue(self._step(tokens, self._context.cache))
+    def draw_after(self, tokens: mx.array) -> DrawnTokens:
+        """Return the token after this one, (1,), not evaluated."""
+        return self._sampler.draw(self._step(tokens, self._context.cache))
 
     def draw_plainly(self, drawn: DrawnTokens) -> Iterator[Token]:
         """Yield the drawn token and further ones, until a draft may pay.
@@ -99,14 +94,16 @@ class _Text:
         Each step is queued before the previous token is read, so the decision about it
         is made one token ahead.
         """
-        drafter, queued = self._drafter, False
+        drafter, was_queued = self._drafter, False
         while True:
             expected = drafter.peek(self.tokens)
             can_draft = expected is not None or not drafter.is_free
             ends = self.left == 1 or (can_draft and self._draft_length(1) > 0)
-            following = None if ends else self.step(drawn.tokens)
-            (token,) = drawn.read()
-            drafter.pace.record_step(queued)
+            following = None if ends else self.draw_after(drawn.tokens)
+            results = () if following is None else following.arrays
+            with queued(results, self._context.cache, self._context.tuning.queue):
+                (token,) = drawn.read()
+            drafter.pace.record_step(was_queued)
             if expected is not None:
                 drafter.pace.record_draft(expected == token.id)
             self.tokens.append(token.id)
@@ -116,7 +113,7 @@ class _Text:
                 return
             self._context.tokens.append(token.id)
             yield token
-            drawn, queued = following, True
+            drawn, was_queued = following, True
 
     def draft(self) -> Draft | None:
         """Return a draft if it is likely to pay."""
@@ -145,9 +142,9 @@ class _Text:
         """Yield the accepted draft tokens and one token more."""
         count = draft.tokens.size
         newest = mx.array(self.tokens[-1:])
-        inputs = mx.concatenate([newest, draft.tokens])[None]  # (1, k + 1)
-        hidden = self._model.transformer(inputs, self._context.cache)
-        logits = self._sampler.mask(self._model.head(hidden[0]))  # (k + 1, V)
+        inputs = mx.concatenate([newest, draft.tokens])  # (k + 1,)
+        logits = self._step(inputs, self._context.cache)  # (k + 1, V)
+        logits = self._sampler.mask(logits)
         shaped = self._sampler.shape(logits, draft.tokens)
         sampling = self._sampler.sampling
         tokens, right = accept(shaped, draft, sampling)

@@ -1,34 +1,68 @@
-"""The decode step: one token through the model.
+"""The decode step: one token through the model, and how its work is queued.
 
 On a GPU its graph is compiled once and reused for every token, which saves the host the
 work of building it. On the CPU mx.compile runs the C++ compiler for seconds and gains
 little (benchmarks/decoding.py), so each step builds its graph.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import mlx.core as mx
 
-from mlx_openelm.device import runs_on_gpu
-from mlx_openelm.generation.cache import KVCache, ModelCache
+from mlx_openelm.device import takes_gpu_path
+from mlx_openelm.generation.cache import KVCache, ModelCache, SlotCache
 from mlx_openelm.model.kernels import use_decoding_threads
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.tuning import AHEAD, STAGED, Tuning
 
-# Takes a token (1,) and the caches, to which it adds; returns logits (1, V).
+# Takes T tokens (T,) and the caches, to which it adds; returns logits (T, V).
 Step = Callable[[mx.array, Sequence[ModelCache]], mx.array]
+# Takes the newest token of each row (R,) and the caches; returns logits (R, V).
+BatchStep = Callable[[mx.array, Sequence[SlotCache]], mx.array]
 
 
-def choose_step(model: OpenELM) -> Step:
-    """Return the faster step on this device."""
-    return compiled_step(model) if runs_on_gpu() else plain_step(model)
+def choose_step(model: OpenELM, tuning: Tuning) -> Step:
+    """Return the step that the settings or the device choose."""
+    return compiled_step(model) if _compiles(tuning) else plain_step(model)
+
+
+def choose_batch_step(model: OpenELM, tuning: Tuning) -> BatchStep:
+    """Return the step of a batch that the settings or the device choose."""
+    return compiled_batch_step(model) if _compiles(tuning) else plain_batch_step(model)
+
+
+def _compiles(tuning: Tuning) -> bool:
+    return takes_gpu_path() if tuning.compiled is None else tuning.compiled
+
+
+@contextmanager
+def queued(
+    results: Sequence[mx.array],
+    cache: Sequence[ModelCache] | Sequence[SlotCache],
+    queue: str,
+) -> Iterator[None]:
+    """Queue a step; in the body, the token of the step before it is read.
+
+    MLX updates a cache in place only if nothing else holds its buffer, and a step in
+    progress does: a step that is queued meanwhile may copy the cache. "staged" queues
+    it only up to the first layer's keys and values before the token is read.
+    """
+    if queue == AHEAD:
+        mx.async_eval(*results)
+    elif queue == STAGED and results:
+        mx.async_eval(*cache[0].newest)
+    yield
+    if queue != AHEAD:
+        mx.async_eval(*results)
 
 
 def plain_step(model: OpenELM) -> Step:
     """Return a step that attends to the tokens in the cache."""
 
-    def step(token: mx.array, cache: Sequence[ModelCache]) -> mx.array:
+    def step(tokens: mx.array, cache: Sequence[ModelCache]) -> mx.array:
         use_decoding_threads(model.config)
-        return model.head(model.transformer(token[None], cache)[:, -1])
+        return model.head(model.transformer(tokens[None], cache)[0])
 
     return step
 
@@ -36,58 +70,130 @@ def plain_step(model: OpenELM) -> Step:
 def compiled_step(model: OpenELM) -> Step:
     """Return a step that attends to all slots of a cache, so that its shapes are fixed.
 
-    It is compiled once for every 256 tokens of capacity. With other caches than
-    `KVCache` it is the plain step.
+    It is compiled once for every 256 tokens of capacity and every power of two of
+    tokens. With other caches than `KVCache` it is the plain step.
     """
 
     @mx.compile
     def forward(
-        token: mx.array, offset: mx.array, *slots: mx.array
+        tokens: mx.array, offset: mx.array, *slots: mx.array
     ) -> tuple[mx.array, ...]:
         cache = [
             _FixedSlots(keys, values, offset)
             for keys, values in zip(slots[::2], slots[1::2], strict=True)
         ]
-        logits = model.head(model.transformer(token[None], cache)[:, -1])
-        return logits, *(a for layer in cache for a in (layer.keys, layer.values))
+        logits = model.head(model.transformer(tokens[None], cache)[0])
+        return logits, *cache[0].newest, *(a for layer in cache for a in layer.slots)
 
     plain = plain_step(model)
 
-    def step(token: mx.array, cache: Sequence[ModelCache]) -> mx.array:
+    def step(tokens: mx.array, cache: Sequence[ModelCache]) -> mx.array:
         use_decoding_threads(model.config)
         layers = [layer for layer in cache if type(layer) is KVCache]
-        if len(layers) < len(cache):
-            return plain(token, cache)
+        if len(layers) < len(cache) or not layers[0].state:
+            return plain(tokens, cache)
+        count = tokens.size
+        padded = 1 << (count - 1).bit_length()  # the slots of padding are written again
         offset = mx.array([layers[0].offset])
-        slots = [array for layer in layers for array in layer.reserve_slot()]
-        logits, *slots = forward(token, offset, *slots)
-        for layer, keys, values in zip(layers, slots[::2], slots[1::2], strict=True):
+        slots = [array for layer in layers for array in layer.reserve_slots(padded)]
+        tokens = mx.pad(tokens, (0, padded - count)) if padded > count else tokens
+        logits, *slots = forward(tokens, offset, *slots)
+        layers[0].newest = slots[0], slots[1]
+        for layer, keys, values in zip(layers, slots[2::2], slots[3::2], strict=True):
+            layer.set_slots(keys, values, count)
+        return logits[:count] if padded > count else logits
+
+    return step
+
+
+def plain_batch_step(model: OpenELM) -> BatchStep:
+    """Return a step that attends to the slots of the rows in use."""
+
+    def step(tokens: mx.array, cache: Sequence[SlotCache]) -> mx.array:
+        use_decoding_threads(model.config)
+        return model.head(model.transformer(tokens[:, None], cache)[:, -1])
+
+    return step
+
+
+def compiled_batch_step(model: OpenELM) -> BatchStep:
+    """Return a step of all rows and slots of a batch, so that its shapes are fixed.
+
+    Rows that are not in use have token 0 at offset 0, and their logits are left out. It
+    is compiled once for every number of rows, a power of two, and of slots.
+    """
+
+    @mx.compile
+    def forward(
+        tokens: mx.array, offsets: mx.array, *slots: mx.array
+    ) -> tuple[mx.array, ...]:
+        cache = [
+            _FixedRows(keys, values, offsets)
+            for keys, values in zip(slots[::2], slots[1::2], strict=True)
+        ]
+        logits = model.head(model.transformer(tokens[:, None], cache)[:, -1])
+        return logits, *cache[0].newest, *(a for layer in cache for a in layer.slots)
+
+    plain = plain_batch_step(model)
+
+    def step(tokens: mx.array, cache: Sequence[SlotCache]) -> mx.array:
+        use_decoding_threads(model.config)
+        if not cache[0].state:  # before the first prompt of more than a token
+            return plain(tokens, cache)
+        rows = tokens.size
+        slots = [array for layer in cache for array in layer.reserve(rows)]
+        unused = [(0, slots[0].shape[0] - rows)]
+        offsets = mx.pad(cache[0].offset, unused)
+        logits, *slots = forward(mx.pad(tokens, unused), offsets, *slots)
+        cache[0].newest = slots[0], slots[1]
+        for layer, keys, values in zip(cache, slots[2::2], slots[3::2], strict=True):
             layer.set_slots(keys, values)
-        return logits
+        return logits[:rows]
 
     return step
 
 
 class _FixedSlots:
-    """One layer's slots for keys and values, (1, K, S, H).
+    """One layer's slots for keys and values, (B, K, S, H), in a compiled step.
 
     Attributes:
         offset: number of slots in use, (1,).
+        newest: the keys and values that the step adds.
     """
 
     def __init__(self, keys: mx.array, values: mx.array, offset: mx.array) -> None:
-        self.keys, self.values, self.offset = keys, values, offset
+        self.slots, self.offset = (keys, values), offset
+        self.newest: tuple[mx.array, ...] = ()
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """Add a token's keys and values (1, K, 1, H); return all slots."""
-        self.keys = mx.slice_update(self.keys, keys, self.offset, axes=(2,))
-        self.values = mx.slice_update(self.values, values, self.offset, axes=(2,))
-        return self.keys, self.values
+        """Add keys and values (B, K, T, H); return all slots."""
+        self.newest = keys, values
+        self.slots = self._add(self.slots[0], keys), self._add(self.slots[1], values)
+        return self.slots
+
+    def _add(self, slots: mx.array, new: mx.array) -> mx.array:
+        return mx.slice_update(slots, new, self.offset, axes=(2,))
 
     def make_mask(
         self, num_tokens: int, return_array: bool, window_size: int | None
     ) -> mx.array:
-        """Return the mask of the token, (1, 1, 1, S)."""
-        return (mx.arange(self.keys.shape[2]) <= self.offset)[None, None, None]
+        """Return which slots the new tokens attend to, (1, 1, T, S)."""
+        last = self.offset + mx.arange(num_tokens)[:, None]  # (T, 1)
+        return (mx.arange(self.slots[0].shape[2]) <= last)[None, None]
+
+
+class _FixedRows(_FixedSlots):
+    """One layer's slots of a batch; `offset` is that of each row, (R,)."""
+
+    def _add(self, slots: mx.array, new: mx.array) -> mx.array:
+        places = mx.broadcast_to(self.offset[:, None, None, None], new.shape)
+        return mx.put_along_axis(slots, places, new, axis=2)
+
+    def make_mask(
+        self, num_tokens: int, return_array: bool, window_size: int | None
+    ) -> mx.array:
+        """Return which slots the new token of each row attends to, (R, 1, 1, S)."""
+        slots = mx.arange(self.slots[0].shape[2])
+        return (slots <= self.offset[:, None])[:, None, None]

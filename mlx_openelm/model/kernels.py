@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE, SwiGLU, attention and softmax as MLX's fused operations.
+"""RMSNorm, RoPE, SwiGLU, attention and projections as MLX's fused operations.
 
 On the Linux CPU, where MLX has no fused kernels, each function delegates to
 `cpu_kernels`, which is imported only there. Letters:
@@ -14,9 +14,10 @@ from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.device import runs_on_gpu, runs_on_linux_cpu
+from mlx_openelm.device import runs_on_linux_cpu, takes_gpu_path
 
 if sys.platform == "linux":
     from mlx_openelm.model import cpu_kernels as cpu
@@ -82,7 +83,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """Return silu(gate) * up, all of shape (B, T, F)."""
     if runs_on_linux_cpu():
         return cpu.swiglu(gate, up)
-    return _compiled_swiglu(gate, up) if runs_on_gpu() else _swiglu(gate, up)
+    return _compiled_swiglu(gate, up) if takes_gpu_path() else _swiglu(gate, up)
 
 
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -90,6 +91,14 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 _compiled_swiglu = mx.compile(_swiglu, shapeless=True)
+
+
+def add_projection(onto: mx.array, linear: nn.Module, x: mx.array) -> mx.array:
+    """Return onto + linear(x); on a GPU in one operation, if it is a plain linear."""
+    if takes_gpu_path() and type(linear) is nn.Linear and "bias" not in linear:
+        return mx.addmm(onto, x, linear.weight.T)
+    added: mx.array = onto + linear(x)
+    return added
 
 
 def attend(

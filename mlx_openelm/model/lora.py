@@ -42,6 +42,11 @@ class LoRALinear(nn.Module):
         out: mx.array = self._add_update(self.linear(x), dropped).astype(x.dtype)
         return out
 
+    @property
+    def key(self) -> mx.array | None:
+        """The random key of dropout; None: dropout is off."""
+        return self._key
+
     def use_key(self, key: mx.array | None) -> None:
         """Set the random key of dropout; None disables it.
 

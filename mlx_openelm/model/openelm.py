@@ -15,15 +15,22 @@ See also `kernels` (the operations), `head_norm`, and `token_layout` (which toke
 a sequence). Module names and the calling contract are those of mlx-lm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.model.head_norm import HeadNorm
-from mlx_openelm.model.kernels import Rotation, normalize, swiglu
+from mlx_openelm.model.kernels import (
+    Rotation,
+    add_projection,
+    normalize,
+    swiglu,
+)
 from mlx_openelm.model.token_layout import Continuation, LayerCache, TokenLayout
+
+Noise = Callable[[mx.array, TokenLayout], mx.array]  # embeddings -> embeddings
 
 
 class OpenELM(nn.Module):
@@ -76,6 +83,7 @@ class Transformer(nn.Module):
     Attributes:
         checkpointed: gradient checkpointing: training keeps only the input of each
             block and recomputes the rest, for less memory and a third more work.
+        noise: adds noise to the embeddings in training; None: no noise.
     """
 
     def __init__(self, config: OpenELMConfig) -> None:
@@ -85,6 +93,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
         self.config = config
         self.checkpointed = False
+        self.noise: Noise | None = None
 
     def __call__(
         self,
@@ -102,6 +111,8 @@ class Transformer(nn.Module):
         """
         layout = layout or Continuation.after(cache, tokens.shape[1])
         x = self.token_embeddings(tokens)  # (B, T, D)
+        if self.noise is not None:
+            x = self.noise(x, layout)
         rotate = layout.rotation(
             self.config.head_dim, self.config.rope_freq_constant, x.dtype
         )
@@ -130,8 +141,8 @@ class Block(nn.Module):
         layout: TokenLayout,
         cache: LayerCache | None = None,
     ) -> mx.array:
-        x = x + self.attn(self.attn_norm(x), rotate, layout, cache)
-        return x + self.ffn(self.ffn_norm(x))
+        x = self.attn(self.attn_norm(x), rotate, layout, cache, onto=x)
+        return self.ffn(self.ffn_norm(x), onto=x)
 
 
 class Attention(nn.Module):
@@ -154,8 +165,10 @@ class Attention(nn.Module):
         rotate: Rotation,
         layout: TokenLayout,
         cache: LayerCache | None,
+        *,
+        onto: mx.array,
     ) -> mx.array:
-        """Return the attention output (B, T, D) for x (B, T, D)."""
+        """Return `onto` plus the attention output, (B, T, D), for x (B, T, D)."""
         B, T, _ = x.shape
         Q, K, H = self.num_query_heads, self.num_kv_heads, self.head_dim
         qkv = self.qkv_proj(x).reshape(B, T, Q + 2 * K, H)
@@ -166,7 +179,8 @@ class Attention(nn.Module):
         queries, keys = mx.split(qk, [Q], axis=1)  # (B, Q, T, H), (B, K, T, H)
         values = values.swapaxes(1, 2)  # (B, K, T, H)
         attended = layout.attend(queries, keys, values, cache)  # (B, Q, T, H)
-        return self.out_proj(attended.swapaxes(1, 2).reshape(B, T, Q * H))
+        joined = attended.swapaxes(1, 2).reshape(B, T, Q * H)
+        return add_projection(onto, self.out_proj, joined)
 
 
 class FeedForward(nn.Module):
@@ -178,9 +192,10 @@ class FeedForward(nn.Module):
         self.proj_1 = nn.Linear(config.model_dim, 2 * F, bias=False)
         self.proj_2 = nn.Linear(F, config.model_dim, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *, onto: mx.array) -> mx.array:
+        """Return `onto` plus the output, (B, T, D), for x (B, T, D)."""
         gate, up = mx.split(self.proj_1(x), 2, axis=-1)  # each (B, T, F)
-        return self.proj_2(swiglu(gate, up))  # (B, T, D)
+        return add_projection(onto, self.proj_2, swiglu(gate, up))
 
 
 class RMSNorm(nn.RMSNorm):

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from mlx_openelm.model.chunk_sizes import SCORES_AT_ONCE
 from mlx_openelm.model.kernels import Rotation, attend, rotation_after, rotation_at
 
 
@@ -119,3 +120,125 @@ class Sequences(TokenLayout):
         split = (mx.split(x, ends, axis=2) for x in (queries, keys, values))
         parts = [attend(q, k, v, "causal") for q, k, v in zip(*split, strict=True)]
         return mx.concatenate(parts, axis=2)
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedSequences(TokenLayout):
+    """One row holds N tokens, sequences and padding, in arrays of fixed shapes.
+
+    For attention the tokens are moved to R rows of S slots, each with one or more whole
+    sequences. The last token is padding, and unused slots repeat it: as nothing depends
+    on padding, its gradient is zero, and moving back is the gradient of moving.
+
+    Attributes:
+        places: each token's position in its sequence, (N,).
+        slots: each token's slot, (N,), all different.
+        sources: the token in each slot, (R, S).
+        segments: the number of the sequence in each slot, (R, S).
+    """
+
+    places: mx.array
+    slots: mx.array
+    sources: mx.array
+    segments: mx.array
+
+    def rotation(self, H: int, base: float, dtype: mx.Dtype) -> Rotation:
+        return rotation_at(self.places, H, base)
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: LayerCache | None,
+    ) -> mx.array:
+        assert cache is None
+        R, S = self.segments.shape
+        _, Q, _, H = queries.shape
+        queries, keys, values = (
+            _move(x[0], self.sources.reshape(-1), self.slots)
+            .reshape(-1, R, S, H)
+            .swapaxes(0, 1)  # (R, heads, S, H)
+            for x in (queries, keys, values)
+        )
+        at_once = max(1, SCORES_AT_ONCE // (Q * S * S))
+        if at_once >= R:
+            attended = _attend_in_segments(queries, keys, values, self.segments)
+        else:
+            attended = _attend_in_parts(
+                queries, keys, values, self.segments, at_once=at_once
+            )
+        flat = attended.swapaxes(0, 1).reshape(Q, R * S, H)
+        return _move(flat, self.slots, self.sources.reshape(-1))[None]
+
+
+def _attend_in_segments(
+    queries: mx.array, keys: mx.array, values: mx.array, segments: mx.array
+) -> mx.array:
+    """Return the causal attention output (R, Q, S, H) inside of segments (R, S)."""
+    S = segments.shape[1]
+    causal = mx.arange(S)[:, None] >= mx.arange(S)
+    mask = (segments[:, :, None] == segments[:, None]) & causal  # (R, S, S)
+    return attend(queries, keys, values, mask[:, None])
+
+
+def _attend_in_parts(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    segments: mx.array,
+    *,
+    at_once: int,
+) -> mx.array:
+    """Return `_attend_in_segments`, of which only the scores of a few rows exist.
+
+    The gradient computes the scores again, the same rows at a time.
+    """
+    rows = [slice(i, i + at_once) for i in range(0, segments.shape[0], at_once)]
+
+    @mx.custom_function
+    def attend_all(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        parts: list[mx.array] = []
+        for part in rows:
+            own = mx.depends(queries[part], parts[-1]) if parts else queries[part]
+            parts.append(
+                _attend_in_segments(own, keys[part], values[part], segments[part])
+            )
+        return mx.concatenate(parts)
+
+    @attend_all.vjp
+    def attend_all_vjp(
+        primals: tuple[mx.array, mx.array, mx.array],
+        cotangent: mx.array,
+        output: mx.array,
+    ) -> tuple[mx.array, ...]:
+        gradients: list[list[mx.array]] = []
+        for part in rows:
+            own = [x[part] for x in primals]
+            if gradients:
+                own[0] = mx.depends(own[0], gradients[-1])
+            _, gradient = mx.vjp(
+                lambda q, k, v, part=part: _attend_in_segments(q, k, v, segments[part]),
+                own,
+                [cotangent[part]],
+            )
+            gradients.append(gradient)
+        return tuple(mx.concatenate(list(x)) for x in zip(*gradients, strict=True))
+
+    attended: mx.array = attend_all(queries, keys, values)  # type: ignore[assignment] # untyped
+    return attended
+
+
+def _move(x: mx.array, sources: mx.array, targets: mx.array) -> mx.array:
+    """Return x[:, sources], whose gradient is moved back by x[:, targets]."""
+
+    @mx.custom_function
+    def move(x: mx.array) -> mx.array:
+        return mx.take(x, sources, axis=1)
+
+    @move.vjp
+    def move_back(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+        return mx.take(cotangent, targets, axis=1)
+
+    moved: mx.array = move(x)  # type: ignore[assignment] # untyped
+    return moved

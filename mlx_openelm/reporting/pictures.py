@@ -25,9 +25,7 @@ MUTED: Any = {"fontsize": 12, "color": COLOR["muted"]}
 FOOT_LINE = 18  # height of a line of a note
 
 
-def _finish(
-    figure: "Figure", top: float, notes: Sequence[str], description: str
-) -> str:
+def finish(figure: "Figure", top: float, notes: Sequence[str], description: str) -> str:
     """Write the notes below, and return the SVG document."""
     for i, note in enumerate(notes):
         write_text(figure, 20, top + FOOT_LINE * i, note, **MUTED)
@@ -70,6 +68,9 @@ class Measure:
     text: str
 
 
+SPEED = "new tokens per second"
+
+
 @dataclass(frozen=True, slots=True)
 class SpeedRow:
     """A measured case; without `speed`, the note says why."""
@@ -83,9 +84,18 @@ class SpeedRow:
 
 
 def draw_speeds(
-    rows: Sequence[SpeedRow], *, title: str, subtitle: str, notes: Sequence[str]
+    rows: Sequence[SpeedRow],
+    *,
+    title: str,
+    subtitle: str,
+    notes: Sequence[str],
+    unit: str = SPEED,
 ) -> str:
-    """Return bars for tokens per second and for the share of the bandwidth."""
+    """Return bars for tokens per second and for the share of the bandwidth.
+
+    Args:
+        unit: of `SpeedRow.speed`.
+    """
     bottom = SPEED_TOP + SPEED_ROW * len(rows)
     height = bottom + 60 + FOOT_LINE * len(notes)
     with new_figure(SPEED_WIDTH, height) as figure:
@@ -97,7 +107,7 @@ def draw_speeds(
             write_text(figure, 20, y + 13, row.label, **MUTED)
         published = [row.published_speed for row in rows]
         axes = _add_bars(
-            *(figure, SPEED_AREA, "new tokens per second", "blue"),
+            *(figure, SPEED_AREA, unit, "blue"),
             measures=[row.speed for row in rows],
             published=published,
             form="{:,.0f}".format,
@@ -106,15 +116,17 @@ def draw_speeds(
             if row.speed is None:
                 start = row.published_speed or 0
                 _write_beside(axes, start, i, _shorten(row.note, 80), **MUTED)
-        _add_bars(
-            *(figure, SHARE_AREA, "share of the memory bandwidth", "orange"),
-            measures=[row.bandwidth_share for row in rows],
-            published=[None] * len(rows),
-            form=format_percent,
-            least=1.0,
-        )
+        shares = [row.bandwidth_share for row in rows]
+        if unit == SPEED or any(shares):
+            _add_bars(
+                *(figure, SHARE_AREA, "share of the memory bandwidth", "orange"),
+                measures=shares,
+                published=[None] * len(rows),
+                form=format_percent,
+                least=1.0,
+            )
         description = "; ".join(_describe_speeds(rows)) or "Nothing was measured"
-        return _finish(figure, bottom + 46, notes, description)
+        return finish(figure, bottom + 46, notes, description)
 
 
 def format_percent(share: float) -> str:
@@ -251,7 +263,7 @@ def draw_scores(
                 y = i - 0.5 + SCORE_LINE * (score.model + 0.5) / step
                 _draw_score(axes, score, y)
         description = "; ".join(_describe_scores(models, rows))
-        return _finish(
+        return finish(
             figure, bottom + 44, lines, description or "No share was measured"
         )
 

@@ -1,6 +1,6 @@
 """The interface of a training objective, and the sums that it reports."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,3 +54,26 @@ class Objective(Protocol):
 
     def evaluate(self, model: OpenELM, batch: Any) -> Totals:
         """Return the totals of a batch, computed without a gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch:
+    """A batch in arrays of few shapes, and the divisor of its mean loss."""
+
+    arrays: Mapping[str, mx.array]
+    count: int
+
+
+class PaddedObjective(Protocol):
+    """A loss over padded batches, which can be compiled."""
+
+    def pad(self, samples: Sequence[Any]) -> PaddedBatch:
+        """Return a padded batch of the samples."""
+
+    def padded_loss(
+        self, model: OpenELM, arrays: Mapping[str, mx.array]
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Return the summed loss, to be differentiated, and wins and margin of pairs.
+
+        They do not depend on padding. `Totals` describes them.
+        """

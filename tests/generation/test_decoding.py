@@ -14,6 +14,7 @@ from mlx_openelm.generation.cache import KVCache
 from mlx_openelm.generation.decoding import Context, draw_tokens
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.step import compiled_step, plain_step
+from mlx_openelm.tuning import DEFAULT
 
 model = build(UNEVEN)
 prompts = st.lists(st.integers(3, UNEVEN.vocab_size - 1), min_size=1, max_size=40)
@@ -92,7 +93,7 @@ def test_on_a_gpu_the_step_is_compiled(monkeypatch):
     for kind, expected in ((mx.DeviceType.cpu, []), (mx.DeviceType.gpu, [model])):
         device = type("Device", (), {"type": kind})
         monkeypatch.setattr(mx, "default_device", device)
-        steps.choose_step(model)
+        steps.choose_step(model, DEFAULT)
         assert chosen == expected
 
 

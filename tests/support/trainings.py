@@ -11,7 +11,8 @@ from models import UNEVEN, build
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.finetuning import records
-from mlx_openelm.finetuning.objectives import make_objective
+from mlx_openelm.finetuning.compiled.choice import chooses_compiled
+from mlx_openelm.finetuning.further_objectives.choice import make_objective
 from mlx_openelm.finetuning.plan import Order
 from mlx_openelm.finetuning.preparation import make_trainable
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
@@ -28,6 +29,7 @@ from mlx_openelm.training.distributed import World
 from mlx_openelm.training.events import EventLog
 from mlx_openelm.training.optimizer import make_optimizer
 from mlx_openelm.training.state import TrainingProgress, TrainingState
+from mlx_openelm.tuning import DEFAULT
 
 UNTIED = replace(UNEVEN, share_input_output_layers=False)
 LENGTHS = (5, 33, 12, 20, 9, 41, 17, 28, 3, 50, 11, 24)
@@ -131,7 +133,8 @@ def make_training(
     log = EventLog(
         folder, state, steps=order.steps, world=world, on_event=lambda event: None
     )
-    context = RunContext(recipe, folder, objective, order, world, state, log)
+    compiled = chooses_compiled(recipe, DEFAULT, world, None)
+    context = RunContext(recipe, folder, objective, order, world, state, log, compiled)
     saver = RunSaver(context, {})
     validator = Validator(context, [], saver, lambda prompt: "")
     return SmallRun(context, Trainer(context, samples, saver, validator))

@@ -130,6 +130,8 @@ def show_plan(
     console.answer_table(table)
     for sentence in plan.missing:
         console.note(f"Missing: {sentence}")
+    if plan.closed:
+        console.note(plan.closed)
 
 
 def plan_as_json(recipe: "PretrainRecipe", plan: "PretrainingPlan") -> dict[str, Any]:

@@ -21,6 +21,7 @@ from mlx_openelm.generation.decoding import Token
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.tuning import DEFAULT, Tuning
 
 BATCH_SIZE = 16
 
@@ -67,6 +68,7 @@ def answer_together(
     sampling: Sampling,
     *,
     batch_size: int = BATCH_SIZE,
+    tuning: Tuning = DEFAULT,
     constraint: Constraint | None = None,
     on_step: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Answered]:
@@ -90,7 +92,10 @@ def answer_together(
     """
     mx.reset_peak_memory()
     limits = EngineLimits(
-        answers=batch_size, fills_rows=True, kept=PrefixLimits(prompts=batch_size)
+        answers=batch_size,
+        fills_rows=True,
+        kept=PrefixLimits(prompts=batch_size),
+        tuning=tuning,
     )
     engine = Engine({"": model}, tokenizer, limits)
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed

@@ -28,9 +28,13 @@ class DrawnBatch:
 
     groups: tuple[tuple[tuple[SequenceState, ...], DrawnTokens], ...]
 
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """The arrays to evaluate."""
+        return tuple(array for _, drawn in self.groups for array in drawn.arrays)
+
     def queue(self) -> None:
-        for _, drawn in self.groups:
-            drawn.queue()
+        mx.async_eval(*self.arrays)
 
     def read(self) -> list[tuple[SequenceState, Token]]:
         """Wait for the tokens; return them with their sequences."""

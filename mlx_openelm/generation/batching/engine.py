@@ -29,6 +29,7 @@ from mlx_openelm.generation.stopping import Answer
 from mlx_openelm.generation.streaming import check_length
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.tuning import DEFAULT, Tuning
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +42,14 @@ class EngineLimits:
         fills_rows: process prompts until no row is free, not one chunk between two
             steps: more tokens per second, but unevenly.
         kept: limits of the prompts that are kept for later ones.
+        tuning: how steps are given to the device.
     """
 
     answers: int = 32
     prompts: int = 4
     fills_rows: bool = False
     kept: PrefixLimits = field(default_factory=PrefixLimits)
+    tuning: Tuning = DEFAULT
 
 
 class Engine:
@@ -72,7 +75,8 @@ class Engine:
             self._models, tokenizer, self._tree, most_started=limits.prompts
         )
         self._rows = {
-            name: DecodeRows(model, tokenizer) for name, model in models.items()
+            name: DecodeRows(model, tokenizer, limits.tuning)
+            for name, model in models.items()
         }
         self._arrivals = 0
 

@@ -20,7 +20,8 @@ from mlx_openelm.generation.batching.prefix_tree import (
 )
 from mlx_openelm.generation.batching.sequences import SequenceState
 from mlx_openelm.generation.cache import KVCache
-from mlx_openelm.generation.decoding import PREFILL_CHUNK, DrawnTokens, Token
+from mlx_openelm.generation.decoding import INTERLEAVED_CHUNK as PREFILL_CHUNK
+from mlx_openelm.generation.decoding import DrawnTokens, Token
 from mlx_openelm.generation.sampling import (
     find_padding,
     mask_padding,

@@ -7,10 +7,12 @@ import mlx.core as mx
 from mlx_openelm.generation.batching.drawing import BatchSampler, DrawnBatch
 from mlx_openelm.generation.batching.sequences import Output, SequenceState
 from mlx_openelm.generation.cache import SlotCache
+from mlx_openelm.generation.decoding import Token
 from mlx_openelm.generation.sampling import find_padding, mask_padding
-from mlx_openelm.model.kernels import use_decoding_threads
+from mlx_openelm.generation.step import choose_batch_step, queued
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.tuning import DEFAULT, Tuning
 
 REACH = 32  # slots: the attended part of the cache is a multiple of this
 
@@ -26,8 +28,11 @@ class DecodeRows:
         sequences: one for each row.
     """
 
-    def __init__(self, model: OpenELM, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, model: OpenELM, tokenizer: Tokenizer, tuning: Tuning = DEFAULT
+    ) -> None:
         self._model, self._eos_id = model, tokenizer.eos_id
+        self._step, self._tuning = choose_batch_step(model, tuning), tuning
         self._padding = find_padding(tokenizer, model.config.vocab_size)
         self.sequences: list[SequenceState] = []
         self.reset()
@@ -59,29 +64,37 @@ class DecodeRows:
 
     def step(self) -> Iterator[Output]:
         """Queue a step for all rows; yield the tokens of the step before it."""
-        logits = self._queue_forward()
+        logits = self._build_forward()
         constrained = any(s.request.constraint is not None for s in self.sequences)
-        following = None
-        if constrained:
-            mx.async_eval(logits)  # the constraints need the tokens before it
-        else:
-            following = self._draw(logits)
-        yield from self.read_queued()
+        # The constraints need the tokens before it.
+        following = None if constrained else self._draw(logits)
+        results = following.arrays if following else (logits,)
+        with queued(results, self._cache, self._tuning.queue):
+            tokens = self._read()
+        yield from self._add(tokens)
         continuing = [s for s in self.sequences if not s.has_ended]
         self._queued = following or self._draw(logits)
+        if constrained:
+            self._queued.queue()
         # Constraints fail while a token is drawn.
         yield from (s.fail(s.error) for s in continuing if s.error is not None)
 
     def read_queued(self) -> Iterator[Output]:
         """Wait for the tokens of the queued step; yield them, added to the answers."""
+        yield from self._add(self._read())
+
+    def _read(self) -> list[tuple[SequenceState, Token]]:
         queued, self._queued = self._queued, None
-        for sequence, token in queued.read() if queued is not None else ():
+        return queued.read() if queued is not None else []
+
+    def _add(self, tokens: list[tuple[SequenceState, Token]]) -> Iterator[Output]:
+        for sequence, token in tokens:
             if not sequence.has_ended:
                 yield sequence.add(token)
 
     def try_step(self) -> None:
         """Run a step and discard its tokens, to see whether it fails."""
-        self._draw(self._queue_forward())
+        self._draw(self._build_forward())
         mx.eval(self._tokens)
         for sequence in self.sequences:
             if sequence.error is not None:
@@ -120,20 +133,18 @@ class DecodeRows:
         self._tokens = self._tokens[mx.array(kept)]
         self._sampler.regroup(self.sequences)
 
-    def _queue_forward(self) -> mx.array:
+    def _build_forward(self) -> mx.array:
         """Process the newest token of every row; return the logits (R, V)."""
         offsets = [sequence.offset for sequence in self.sequences]
         rows, offset = mx.arange(len(offsets)), mx.array(offsets)
         reach = -(-(max(offsets) + 1) // REACH) * REACH
         for layer in self._cache:
             layer.rows, layer.offset, layer.reach = rows, offset, reach
-        use_decoding_threads(self._model.config)
-        hidden = self._model.transformer(self._tokens[:, None], self._cache)
+        logits = self._step(self._tokens, self._cache)
         for sequence in self.sequences:
             sequence.offset += 1
-        return mask_padding(self._model.head(hidden[:, -1]), self._padding)
+        return mask_padding(logits, self._padding)
 
     def _draw(self, logits: mx.array) -> DrawnBatch:
         self._tokens, drawn = self._sampler.draw(logits)
-        drawn.queue()
         return drawn
