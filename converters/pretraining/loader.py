@@ -128,7 +128,7 @@ def join_states(states: Sequence[State]) -> State:
             "last checkpoint."
         )
     streams = [stream for state in states for stream in state["streams"]]
-    return {**first, "streams": sorted(streams, key=itemgetter("stream"))}
+    return {**states[0], "streams": sorted(streams, key=itemgetter("stream"))}
 
 
 def read_recipe_documents(
