@@ -31,12 +31,13 @@ FLAGS = {
         "--hf-path --model --mlx-path --to --dtype --allow-overflow -q --quantize "
         "--q-bits --q-group-size --q-mode --q-embed-bits --q-keep --dequantize "
         "--learn --teacher-bits --seed --calibration --no-receipt --merge "
-        "--adapter-out --average --weights --tokenizer --revision --force --json "
-        "--quiet --offline"
+        "--adapter-out --average --weights --tokenizer --revision --upload-repo "
+        "--public --force --json --quiet --offline"
     ),
     "fuse": (
         "--adapter-path --save-path --model --dequantize -q --quantize --q-bits "
-        "--q-group-size --learn --force --json --quiet --offline"
+        "--q-group-size --learn --upload-repo --public --force --json "
+        "--quiet --offline"
     ),
     "verify": "--against --json --quiet --offline",
     "inspect": "--context --json --quiet --offline",
@@ -63,9 +64,9 @@ FLAGS = {
         "--schedule --warmup-steps --weight-decay --clip-norm --z-loss --dpo-loss "
         "--dpo-beta --grad-checkpoint --seed --steps-per-report --steps-per-eval "
         "--val-batches --save-every --patience --average-last --sample-prompt "
-        "--report-to --memory-limit --test --resume --dry-run --fit --force --json "
-        "--quiet --offline --teacher --distill-weight --temperature --teacher-cache "
-        "--teacher-top-k --quantize-aware --rslora --lora-plus-ratio "
+        "--report-to --memory-limit --test --resume --dry-run --fit --upload-repo "
+        "--public --force --json --quiet --offline --teacher --distill-weight "
+        "--temperature --teacher-cache --teacher-top-k --quantize-aware --rslora --lora-plus-ratio "
         "--neftune-noise --orpo-weight"
     ),
     "pretrain": (
