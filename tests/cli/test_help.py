@@ -66,8 +66,8 @@ FLAGS = {
         "--val-batches --save-every --patience --average-last --sample-prompt "
         "--report-to --memory-limit --test --resume --dry-run --fit --upload-repo "
         "--public --force --json --quiet --offline --teacher --distill-weight "
-        "--temperature --teacher-cache --teacher-top-k --quantize-aware --rslora --lora-plus-ratio "
-        "--neftune-noise --orpo-weight"
+        "--temperature --teacher-cache --teacher-top-k --quantize-aware --rslora "
+        "--lora-plus-ratio --neftune-noise --orpo-weight"
     ),
     "pretrain": (
         "-c --recipe --data --init --output --steps --seed --resume --dry-run "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.evaluation_plan import Entrant, EvaluationPlan
+from mlx_openelm.cli.evaluation.plan import Entrant, EvaluationPlan
 from mlx_openelm.errors import OpenELMError
 
 if TYPE_CHECKING:
