@@ -5,6 +5,7 @@
 # make soak       the longest tests, after a change of what they cover (see CONTRIBUTING.md)
 # make clients    the clients that proof and soak ask the server with, in .venv-clients
 # make llama-cpp  the llama.cpp that proof and soak run GGUF files with, in .venv-llama-cpp
+# make transformers  an early transformers 5 that proof opens folders of --to hf with
 # make check      style, types and layers
 # make docs       the pages of docs/ as a site, in site/
 # make release    wheel and sdist in dist/, checked
@@ -31,11 +32,12 @@ INSTALLED := $(VENV)/.installed$(MLX:%=-%)
 DEVELOP := $(VENV)/.develop$(if $(TORCH),,-without-torch)
 DOCS := $(VENV)/.docs
 CLIENTS := .venv-clients
+TRANSFORMERS := .venv-transformers
 LLAMA_CPP := .venv-llama-cpp
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
-.PHONY: demo install test proof soak clients llama-cpp check docs release clean which-python
+.PHONY: demo install test proof soak clients llama-cpp transformers check docs release clean which-python
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -48,7 +50,7 @@ install: $(INSTALLED)
 test: $(DEVELOP)
 	$(PYTEST) -m "not proof and not soak"
 
-proof: $(DEVELOP) $(CLIENTS)/.installed $(LLAMA_CPP)/.installed
+proof: $(DEVELOP) $(CLIENTS)/.installed $(LLAMA_CPP)/.installed $(TRANSFORMERS)/.installed
 	$(PYTEST) -m "proof and not soak"
 
 soak: $(DEVELOP) $(CLIENTS)/.installed $(LLAMA_CPP)/.installed
@@ -57,6 +59,8 @@ soak: $(DEVELOP) $(CLIENTS)/.installed $(LLAMA_CPP)/.installed
 clients: $(CLIENTS)/.installed
 
 llama-cpp: $(LLAMA_CPP)/.installed
+
+transformers: $(TRANSFORMERS)/.installed
 
 check: $(DEVELOP)
 	$(BIN)/ruff check .
@@ -104,6 +108,17 @@ $(CLIENTS)/.installed $(LLAMA_CPP)/.installed: .venv-%/.installed: $(BIN)/python
 	@$(BIN)/python -m venv --clear .venv-$*
 	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check --upgrade "pip>=25.1"
 	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check --group $*
+	@touch $@
+
+# The rest, such as torch, is that of .venv, which a .pth file adds to the path. pip warns
+# that mlx-lm, which is not imported there, needs a newer one.
+$(TRANSFORMERS)/.installed: $(DEVELOP)
+	@echo "Installing an early transformers 5 into $(TRANSFORMERS)." >&2
+	@$(BIN)/python -m venv --clear $(TRANSFORMERS)
+	@$(TRANSFORMERS)/bin/python -m pip install -qq --disable-pip-version-check --upgrade "pip>=25.1"
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(BIN)/python -c "$$site" > "$$($(TRANSFORMERS)/bin/python -c "$$site")/venv.pth"
+	@$(TRANSFORMERS)/bin/python -m pip install -qq --disable-pip-version-check --group transformers
 	@touch $@
 
 $(DOCS): $(BIN)/python pyproject.toml

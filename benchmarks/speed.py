@@ -75,7 +75,7 @@ def _pytorch(folder: str) -> Callable:
     import torch
     from safetensors.torch import load_file
 
-    from converters.reference import ReferenceOpenELM
+    from converters.reference import GrowingCache, ReferenceOpenELM
     from mlx_openelm.config import OpenELMConfig
 
     model = ReferenceOpenELM(OpenELMConfig.from_file(Path(folder) / "config.json"))
@@ -88,7 +88,7 @@ def _pytorch(folder: str) -> Callable:
 
     def run(prompt: list[int], count: int):
         with torch.inference_mode():
-            cache = model.empty_cache()
+            cache = GrowingCache()
             tokens = torch.tensor([prompt])
             for _ in range(count):
                 hidden = model.hidden(tokens, cache)[:, -1:]

@@ -100,7 +100,7 @@ def _run_torch(source: ModelSource, tokens: npt.NDArray[np.int64]) -> dict[str, 
     )
     for i, block in enumerate(model.layers):
         block.register_forward_hook(
-            lambda module, given, output, i=i: keep(f"layer {i}", output[0])
+            lambda module, given, output, i=i: keep(f"layer {i}", output)
         )
     model.norm.register_forward_hook(
         lambda module, given, output: keep("final norm", output)

@@ -18,10 +18,10 @@ from converters.conversion.provenance import (
     hash_file,
     hashing,
     identify,
-    write_card,
 )
 from converters.formats.adapter_reader import Adapter
 from converters.formats.sources import ModelSource, open_path
+from converters.formats.transformers_code import AUTO_MAP, write_code
 from converters.quantization.allocation import allocate, count_tokens, list_choices
 from converters.quantization.calibration import (
     LEARNING_CHARACTERS,
@@ -43,6 +43,7 @@ from mlx_openelm.storage.chat_template_file import (
     write_chat_template,
 )
 from mlx_openelm.storage.hub import CHAT_TEMPLATE_FILE
+from mlx_openelm.storage.model_card import CARD, model_card
 from mlx_openelm.storage.model_folder import METADATA_KEY, open_folder, spell_dtype
 from mlx_openelm.storage.shards import ShardWriter, write_json
 from mlx_openelm.storage.staging import SAVED_STATE, staged_folder
@@ -139,6 +140,9 @@ def write_folder(
         raw = plan.config.to_dict() | {"torch_dtype": spell_dtype(plan.dtype)}
         if found_tokenizer is not None:
             raw["eos_token_id"] = found_tokenizer.tokenizer.eos_id
+        if options.to == "hf":
+            raw |= AUTO_MAP
+            write_code(staging)
         if plan.packings:
             entry = describe_packings(plan.packings, plan.config)
             raw |= {"quantization": entry, "quantization_config": entry}
@@ -161,18 +165,27 @@ def write_folder(
             write_tokenizer(tokenizer, staging)
         notes = write_chat_template(staging, template, tokenizer)
         proved = job.prove(staging) if job.prove else {}
-        library = "transformers" if options.to == "hf" else "mlx"
-        facts = _summarize(plan, receipt, record)
-        write_card(staging, source.name, source.kind, facts, library=library)
         metadata = _build_metadata(job, receipt, source_hashes(), template)
         metadata |= proved
         if record is not None:
             metadata["learned"] = asdict(record)
-        text_files = [*staging.glob("tokenizer*"), *staging.glob(CHAT_TEMPLATE_FILE)]
+        text_files = [
+            file
+            for pattern in ("tokenizer*", CHAT_TEMPLATE_FILE, "*.py")
+            for file in staging.glob(pattern)
+        ]
         metadata["files"] = written.hashes | {
             file.name: hash_file(file) for file in text_files
         }
         write_json(staging / "config.json", raw | {METADATA_KEY: metadata})
+        card = model_card(
+            metadata,
+            _summarize(plan, receipt, record),
+            library="transformers" if options.to == "hf" else "mlx",
+            template=(staging / CHAT_TEMPLATE_FILE).is_file(),
+        )
+        # A file name may not be UTF-8.
+        (staging / CARD).write_bytes(card.encode(errors="replace"))
         if job.adapter is not None and job.adapter_out is not None:
             stage_adapter(
                 job.adapter,

@@ -1,4 +1,4 @@
-"""Provenance of a model: hashes of its source, entry of config.json, model card."""
+"""Provenance of a model: hashes of its source, and the entry of config.json."""
 
 import hashlib
 import os
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm.storage.address_download import origin_of
 from mlx_openelm.storage.hub import snapshot_of
-from mlx_openelm.version import __version__
 
 _BLOCK = 2**20  # bytes hashed at a time
 
@@ -41,46 +41,14 @@ def identify(files: Sequence[Path]) -> list[tuple[str, int, int]]:
 def describe_source(
     name: str, kind: str, folder: Path, hashes: dict[str, str]
 ) -> dict[str, Any]:
-    """Return the entry "source" of config.json, for a Hub model with its commit."""
+    """Return the entry "source" of config.json, with its commit or address."""
     described: dict[str, Any] = {"name": name, "kind": kind, "files": hashes}
     snapshot = snapshot_of(folder)
     if snapshot is not None:
         described["repo"], described["revision"] = snapshot
+    if origin := origin_of(folder):
+        described["address"] = origin.url
     return described
-
-
-def write_card(
-    folder: Path, name: str, kind: str, facts: Sequence[str], *, library: str
-) -> None:
-    """Write the model card, README.md.
-
-    Args:
-        facts: sentences about the model.
-        library: mlx or transformers, by the folder's layout.
-    """
-    listed = "\n".join(f"- {fact}" for fact in facts)
-    (folder / "README.md").write_text(
-        f"""---
-library_name: {library}
-tags:
-- {library}
-- openelm
-pipeline_tag: text-generation
----
-
-# {name}
-
-Converted by mlx-openelm {__version__} from {name} ({kind}); hashes of the source files
-are in `config.json`. The licence is the source's.
-
-{listed}
-
-    mlx-openelm generate --model PATH --prompt "Once upon a time"
-    mlx_lm.generate --model PATH --prompt "Once upon a time" --ignore-chat-template
-""",
-        encoding="utf-8",
-        errors="replace",  # a file name may not be UTF-8
-    )
 
 
 def hash_file(path: Path, stop: threading.Event | None = None) -> str:

@@ -41,6 +41,7 @@ from mlx_openelm.config import (
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.quantization import Packing, describe_packings
+from mlx_openelm.storage.address_download import origin_of
 from mlx_openelm.storage.model_folder import spell_dtype
 from mlx_openelm.storage.staging import (
     refuse_existing,
@@ -120,7 +121,14 @@ def convert(
             f"Expected one source, got {len(names)}; use `average` to average the "
             "weights of two or more."
         )
-    paths = [locate(str(n), offline=offline, revision=revision) for n in names]
+
+    def show_download(done: int, total: int) -> None:
+        on_progress(Progress(done // 10**6, total // 10**6, "MB downloaded"))
+
+    paths = [
+        locate(str(name), offline=offline, revision=revision, on_progress=show_download)
+        for name in names
+    ]
     target = None if mlx_path is None else Path(mlx_path)
     if chosen.average and any(map(is_adapter, paths)):
         raise OpenELMError(
@@ -195,7 +203,11 @@ def convert_model(job: Job) -> ConversionReport:
         _choose_dtype(source, config, options),
         _choose_packings(source, config, options),
     )
-    notes = [*source.notes, *(found_tokenizer.notes if found_tokenizer else ())]
+    notes = [
+        *_note_address(source),
+        *source.notes,
+        *(found_tokenizer.notes if found_tokenizer else ()),
+    ]
     if ignored := options.ignored():
         notes.append(f"Not quantized: {', '.join(ignored)} needs `bits`.")
     if config.vocab_size < source.config.vocab_size:
@@ -245,6 +257,11 @@ def convert_model(job: Job) -> ConversionReport:
         notes=tuple(notes),
         seconds=0.0,
     )
+
+
+def _note_address(source: ModelSource) -> list[str]:
+    origin = origin_of(source.folder)
+    return [f"From {origin.url}, sha256:{origin.sha256}."] if origin else []
 
 
 # Decisions -----------------------------------------------------------------------

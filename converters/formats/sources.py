@@ -21,10 +21,13 @@ from mlx_openelm.message_parts import cannot_access
 from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
 from mlx_openelm.paths import user_path
+from mlx_openelm.storage.address_download import download_address
 from mlx_openelm.storage.hub import (
     CHECKPOINT_SUFFIXES,
     describe_file,
     find_model,
+    find_released,
+    is_file_address,
     refuse_address,
 )
 from mlx_openelm.storage.model_folder import (
@@ -132,8 +135,23 @@ def open_source(
     return open_path(locate(name, offline=offline, revision=revision))
 
 
-def locate(name: str, *, offline: bool = False, revision: str | None = None) -> Path:
-    """Return the path of a file, folder or Hub id, which is downloaded."""
+def locate(
+    name: str,
+    *,
+    offline: bool = False,
+    revision: str | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Return the path of a file or folder; a Hub id or an address is downloaded.
+
+    Args:
+        name: path, Hub id, https address of a checkpoint, or name of a released model.
+        on_progress: called with the downloaded and all bytes of an address.
+    """
+    if is_file_address(name):
+        if revision is not None:
+            raise OpenELMError(f"`revision` applies to a Hub id, not to {name}.")
+        return download_address(name, offline=offline, on_progress=on_progress)
     refuse_address(name)
     try:
         path = user_path(name)
@@ -143,6 +161,8 @@ def locate(name: str, *, offline: bool = False, revision: str | None = None) -> 
         raise OpenELMError(cannot_access(f"{name!a:.100}", error)) from error
     if path.suffix in CHECKPOINT_SUFFIXES and not path.exists():
         raise OpenELMError(f"{path} does not exist.")
+    if not path.exists():
+        name = find_released(name) or name
     return find_model(name, offline=offline, revision=revision)
 
 

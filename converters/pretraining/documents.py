@@ -23,6 +23,7 @@ from mlx_openelm.text.record_files import (
     read_start,
     read_values,
 )
+from mlx_openelm.text.zstd_file import ZstdFile
 
 _SAMPLE_BYTES = 1 << 20  # of text, to estimate the size of the rest
 _DECODED_PARTS = 8  # of compressed lines; decoding takes 1 % of the time of cleaning
@@ -268,62 +269,13 @@ def _open(path: str) -> IO[bytes]:
 
 def _unpack(path: str, file: io.BufferedReader) -> IO[bytes]:
     if path.lower().endswith(".zst"):
-        return io.BufferedReader(_ZstdFile(path, file), 1 << 20)
+        return io.BufferedReader(ZstdFile(path, file), 1 << 20)
     return decompress(file)
 
 
 def _decoded(opened: IO[bytes]) -> io.TextIOWrapper:
     """Decode UTF-8; only a newline ends a line."""
     return io.TextIOWrapper(opened, encoding="utf-8-sig", newline="\n")
-
-
-class _ZstdFile(io.RawIOBase):
-    """Reader of concatenated zstd frames. Unlike zstandard's, it detects truncation."""
-
-    def __init__(self, path: str, file: io.BufferedReader) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise _missing("zstandard", path) from error
-        self._errors = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frame: Any = None  # the current one
-        self._file = file
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            unused = b""
-            if self._frame and self._frame.eof:
-                unused, self._frame = self._frame.unused_data, None
-            compressed = unused or self._file.read(1 << 14)
-            if not compressed:
-                if self._frame:
-                    raise EOFError("it ends in the middle of a frame")
-                return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            try:
-                self._ready = memoryview(self._frame.decompress(compressed))
-            except self._errors as error:
-                raise OSError(str(error)) from error
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
-
-
-def _missing(package: str, path: str) -> OpenELMError:
-    return OpenELMError(
-        f"Reading {path} requires the package {package}: pip install "
-        "'mlx-openelm[torch]'."
-    )
 
 
 # JSON ----------------------------------------------------------------------------
@@ -385,7 +337,10 @@ def _open_parquet(path: str) -> Any:
         import pyarrow  # type: ignore[import-untyped] # it has no stubs
         from pyarrow import parquet
     except ImportError as error:
-        raise _missing("pyarrow", path) from error
+        raise OpenELMError(
+            f"Reading {path} requires the package pyarrow: pip install "
+            "'mlx-openelm[torch]'."
+        ) from error
     try:
         return parquet.ParquetFile(path)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:

@@ -8,7 +8,7 @@ from converters.pretraining.loader import read_recipe_documents
 from converters.pretraining.log import Evaluated
 from converters.pretraining.packing import PackedSequences
 from converters.pretraining.recipe import PretrainRecipe
-from converters.reference import ReferenceOpenELM, summed_loss
+from converters.reference import GrowingCache, ReferenceOpenELM, summed_loss
 from mlx_openelm.text.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 64
@@ -60,7 +60,7 @@ def continue_greedily(
     device = next(model.parameters()).device
     ids = tokenizer.encode(prompt)
     most = min(max_tokens, model.config.max_context_length - len(ids))
-    cache = model.empty_cache()
+    cache = GrowingCache()
     written: list[int] = []
     inputs = ids
     while len(written) < most:

@@ -120,16 +120,15 @@ def join_states(states: Sequence[State]) -> State:
     Raises:
         OpenELMError: the processes do not read the same files.
     """
-    if any(
-        {**state, "streams": []} != {**states[0], "streams": []} for state in states
-    ):
+    first, *others = ({**state, "streams": []} for state in states)
+    if any(other != first for other in others):
         raise OpenELMError(
             "The processes read different text, so some documents are read twice and "
             "others never; give all of them the same files, and start again from the "
             "last checkpoint."
         )
     streams = [stream for state in states for stream in state["streams"]]
-    return {**first, "streams": sorted(streams, key=itemgetter("stream"))}
+    return {**states[0], "streams": sorted(streams, key=itemgetter("stream"))}
 
 
 def read_recipe_documents(

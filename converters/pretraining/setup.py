@@ -129,7 +129,9 @@ def set_up(recipe: PretrainRecipe, processes: Processes, resume: Resume) -> Setu
         if source is not None:
             saved = read_training(source, check=processes.first)
             progress = saved.progress
-            _check_progress(recipe, saved)
+            if not own:
+                _check_steps(recipe, saved)
+                progress = dataclasses.replace(progress, origin=str(source.resolve()))
             if progress.loader:
                 loader.restore(progress.loader)
         heldout = HeldOut(recipe, tokenizer) if recipe.data.heldout else None
@@ -168,9 +170,9 @@ def _check(recipe: PretrainRecipe, processes: Processes, resume: Resume) -> None
         )
 
 
-def _check_progress(recipe: PretrainRecipe, saved: TrainingState) -> None:
+def _check_steps(recipe: PretrainRecipe, saved: TrainingState) -> None:
     step = saved.progress.step
-    if saved.progress.origin and not saved.progress.loader and step >= recipe.steps:
+    if step >= recipe.steps:
         raise OpenELMError(
             f"{saved.path} was saved after {step:,} iterations, but the recipe has "
             f"{recipe.steps:,} `steps`; set more."

@@ -102,6 +102,7 @@ def bench_command(
         typer.Option(
             help="Compare with this program on the same weights: decoding, prompt, "
             "start, LoRA and conversion, in alternating rounds.",
+            rich_help_panel=WORKLOAD,
         ),
     ] = None,
     chart: Annotated[
@@ -135,6 +136,7 @@ def bench_command(
         "--context": context,
         "--prompt-tokens": prompt_tokens,
         "--max-tokens": max_tokens,
+        "--against": against,
     }
     for flag, value in fixed.items():
         if protocol == "apple" and value is not None:

@@ -74,6 +74,12 @@ class Console:
             sys.stderr.write(show_flags(text) + "\n")
             sys.stderr.flush()
 
+    def confirm(self, question: str) -> bool:
+        """Ask on the terminal; no is the default."""
+        sys.stderr.write(f"{question} [y/N] ")
+        sys.stderr.flush()
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
     def note_once(self, text: str) -> None:
         """Write a line to stderr unless it was written before."""
         if text not in self._noted:

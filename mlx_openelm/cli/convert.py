@@ -1,6 +1,5 @@
 """The command that converts models and adapters: `convert`."""
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,12 @@ from converters.conversion.options import (  # noqa: TID253 - needs no mlx
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.derived_options import GivenOptions, OptionsOf, derive_options
 from mlx_openelm.cli.options import Force, Json, Offline, Quiet
+from mlx_openelm.cli.uploading import (
+    Public,
+    UploadRepo,
+    answer_and_upload,
+    check_upload,
+)
 from mlx_openelm.options import MODEL_PANEL
 
 
@@ -23,8 +28,9 @@ def convert_command(
         list[str] | None,
         typer.Argument(
             metavar="SOURCE",
-            help="Hub id, CoreNet .pt file, model or adapter folder, or demo; more "
-            "than one .pt file with --average.",
+            help="Hub id, released name (OpenELM-270M), CoreNet .pt file or its "
+            "https address, model or adapter folder, or demo; more than one .pt file "
+            "with --average.",
         ),
     ] = None,
     hf_path: Annotated[
@@ -64,6 +70,8 @@ def convert_command(
             help="Branch, tag or commit of a Hub id.", rich_help_panel=MODEL_PANEL
         ),
     ] = None,
+    upload_repo: UploadRepo = None,
+    public: Public = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -90,6 +98,13 @@ def convert_command(
         options["bits"] = "4"
     if options.get("mode") == "affine":
         options.setdefault("bits", "4")
+    if upload_repo is not None and options.get("to") in ("corenet", "gguf"):
+        raise typer.BadParameter(
+            f"uploads a folder, but --to {options['to']} writes one file; upload it "
+            f"with `hf upload {upload_repo} FILE`",
+            param_hint="--upload-repo",
+        )
+    target = check_upload(upload_repo, public=public, offline=offline)
     from converters.conversion.run import convert
 
     with console.progress("Converting") as progress:
@@ -107,13 +122,8 @@ def convert_command(
     from converters.conversion.adapters import AdapterReport
     from mlx_openelm.cli.views.conversion import show_adapter, show_converted
 
-    if as_json:
-        console.answer_json(dataclasses.asdict(report))
-        return
-    if isinstance(report, AdapterReport):
-        show_adapter(console, report)
-    else:
-        show_converted(console, report)
+    show = show_adapter if isinstance(report, AdapterReport) else show_converted
+    answer_and_upload(console, report, show, target, as_json=as_json)
 
 
 def _list_sources() -> str:
@@ -124,7 +134,7 @@ def _list_sources() -> str:
             "nothing to convert. Give one of",
             *(f"  {name}" for name in RELEASED),
             "  another Hub id",
-            "  a CoreNet checkpoint (.pt)",
+            "  a CoreNet checkpoint (.pt), or its https address",
             "  a model or adapter folder",
             "  demo",
         )

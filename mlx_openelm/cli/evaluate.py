@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.evaluation_checkpoints import (
+from mlx_openelm.cli.evaluation.checkpoints import (
     Checkpoint,
     check_checkpoint_options,
     list_checkpoints,
     score_checkpoints,
 )
-from mlx_openelm.cli.evaluation_plan import (
+from mlx_openelm.cli.evaluation.plan import (
     Entrant,
     EvaluationPlan,
     list_entrants,

@@ -10,6 +10,12 @@ from converters.conversion.options import (  # noqa: TID253 - needs no mlx
 )
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.options import Force, Json, Offline, Quiet
+from mlx_openelm.cli.uploading import (
+    Public,
+    UploadRepo,
+    answer_and_upload,
+    check_upload,
+)
 
 
 def fuse_command(
@@ -69,6 +75,8 @@ def fuse_command(
             rich_help_panel=QUANTIZATION,
         ),
     ] = None,
+    upload_repo: UploadRepo = None,
+    public: Public = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -82,6 +90,7 @@ def fuse_command(
     console = Console(quiet=quiet)
     if quantize and bits is None:
         bits = 4
+    target = check_upload(upload_repo, public=public, offline=offline)
     from converters.conversion.fusing import fuse
     from mlx_openelm.cli.views.conversion import show_fused
 
@@ -98,4 +107,4 @@ def fuse_command(
             offline=offline,
             on_progress=lambda p: progress.update(p.done, p.total, p.units),
         )
-    console.answer_report(report, show_fused, as_json=as_json)
+    answer_and_upload(console, report, show_fused, target, as_json=as_json)

@@ -19,6 +19,12 @@ from mlx_openelm.cli.options import (
     Quiet,
     use_tuning,
 )
+from mlx_openelm.cli.uploading import (
+    Public,
+    UploadRepo,
+    answer_and_upload,
+    check_upload,
+)
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.options import OUTPUT_PANEL
@@ -67,6 +73,8 @@ def lora_command(
             rich_help_panel="Batches and memory",
         ),
     ] = False,
+    upload_repo: UploadRepo = None,
+    public: Public = False,
     force: Force = False,
     no_tuning: NoTuning = False,
     as_json: Json = False,
@@ -125,6 +133,7 @@ def lora_command(
         else:
             note_plan(console, prepared)
         return
+    target = check_upload(upload_repo, public=public, offline=offline)
     with TrainingView(console) as view, console.progress(READING) as progress:
 
         def note_prepared(prepared: "Prepared") -> None:
@@ -144,10 +153,13 @@ def lora_command(
         )
     if rank > 0:
         return
-    if as_json:
-        console.answer_json(dataclasses.asdict(report))
-    else:
-        show_trained(console, report, view.prompt)
+    answer_and_upload(
+        console,
+        report,
+        lambda console, report: show_trained(console, report, view.prompt),
+        target,
+        as_json=as_json,
+    )
 
 
 def _find_recipe_of_run(options: GivenOptions) -> str | None:

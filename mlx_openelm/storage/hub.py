@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Collection
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from mlx_openelm.errors import OpenELMError
@@ -126,8 +126,7 @@ def refuse_address(name: str) -> None:
         parts = parts[1:]
     repo, _, revision = "/".join(parts[:2]).partition("@")
     repo = repo.removesuffix(".git")
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname
-    known = address.scheme == "hf" or address.hostname in (*_HOSTS, endpoint)
+    known = address.scheme == "hf" or address.hostname in _hub_hosts()
     if not known or not HUB_ID.fullmatch(repo) or parts[0] in _OTHER_PAGES:
         raise OpenELMError(
             f"{name} is a web address, but not the page of a model on the Hub; "
@@ -142,6 +141,29 @@ def refuse_address(name: str) -> None:
     raise OpenELMError(
         f"{name} is the address of a page; pass its Hub id, {repo}{advice}."
     )
+
+
+def is_file_address(name: str) -> bool:
+    """Whether a name is the web address of a checkpoint, not on the Hub."""
+    address = _parse_address(name)
+    return (
+        address is not None
+        and address.scheme in ("http", "https")
+        and address.hostname not in _hub_hosts()
+        and PurePosixPath(address.path).suffix in (*CHECKPOINT_SUFFIXES, ".safetensors")
+    )
+
+
+def _hub_hosts() -> tuple[str | None, ...]:
+    return (*_HOSTS, urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname)
+
+
+def find_released(name: str) -> str | None:
+    """Return the Hub id of a released model by its name: "OpenELM-1.1B-Instruct"."""
+    for released in RELEASED:
+        if released.partition("/")[2].lower() == name.lower().replace(".", "_"):
+            return released
+    return None
 
 
 def _parse_address(name: str) -> SplitResult | None:

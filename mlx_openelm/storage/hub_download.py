@@ -61,7 +61,7 @@ def fetch(
     has_timeout = "HF_HUB_ETAG_TIMEOUT" in os.environ
     timeout = constants.HF_HUB_ETAG_TIMEOUT if has_timeout else FIRST_RESPONSE_SECONDS
     try:
-        with _silenced():
+        with silenced():
             info = HfApi().model_info(
                 repo, revision=revision, files_metadata=True, timeout=timeout
             )
@@ -86,7 +86,7 @@ def fetch(
 
 
 @contextlib.contextmanager
-def _silenced() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Silence the client's warnings; our errors contain what matters."""
     from huggingface_hub.utils import logging
 
@@ -242,12 +242,8 @@ def _explain(
             )
         if isinstance(cause, OSError) and cause.filename is not None:
             return OpenELMError(f"Cannot write into the Hub cache {_cache()}: {cause}.")
-        status = getattr(getattr(cause, "response", None), "status_code", 0)
-        if isinstance(cause, errors.HfHubHTTPError) and status == 401:
-            return OpenELMError(
-                "The Hub rejected your token; create a new one and log in with `hf "
-                "auth login`."
-            )
+        if _status_of(cause) == 401:
+            return OpenELMError(f"{_REJECTED}.")
     reason = _first_line(causes[-1])
     if started:
         return OpenELMError(
@@ -258,6 +254,43 @@ def _explain(
         f"{repo} is not a local folder, {state}, and the request to the Hub failed "
         f"({reason}); check the name, the network, and HF_ENDPOINT if it is set."
     )
+
+
+def describe_refusal(error: Exception) -> str:
+    """Return why a request that writes failed, without a full stop."""
+    causes = list(_causes(error))
+    reason = next(filter(None, map(_read_answer, causes)), _first_line(causes[-1]))
+    for status in map(_status_of, causes):
+        if status == 401:
+            return _REJECTED
+        if status == 403:
+            return (
+                f"{reason}; the token has no right to write there: create one with "
+                "write access, and log in with `hf auth login`"
+            )
+        if status == 409:
+            return "the repository exists already; choose another name"
+    return reason
+
+
+_REJECTED = (
+    "The Hub rejected your token; create a new one and log in with `hf auth login`"
+)
+
+
+def _read_answer(error: BaseException) -> str | None:
+    """Return the Hub's own description of an error, if it has one."""
+    message = getattr(error, "server_message", None)
+    return " ".join(message.split()).rstrip(".") if message else None
+
+
+def _status_of(error: BaseException) -> int:
+    """Return the HTTP status of an error of the Hub's client, else 0."""
+    from huggingface_hub import errors
+
+    if not isinstance(error, errors.HfHubHTTPError):
+        return 0
+    return int(getattr(error.response, "status_code", 0))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -201,7 +201,11 @@ def _refuse(target: Path, force: bool, describe: Callable[[Path], str]) -> None:
 
 
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja")
-_MODEL_FILES = ("README.md", "metrics.jsonl", "recipe.yaml", "report.html")
+CODE_FILES = ("configuration_openelm.py", "modeling_openelm.py", "reference.py")
+_MODEL_FILES = (
+    *("README.md", "metrics.jsonl", "recipe.yaml", "report.html"),
+    *CODE_FILES,  # of a folder for transformers
+)
 _ADAPTER_FOLDERS = ("best", "average")  # in a training run's folder
 _TENSORBOARD, _EVENT_FILES = "tensorboard", "events.out.tfevents."
 _GROWN_FILES = (  # what `grow` writes; the first two always

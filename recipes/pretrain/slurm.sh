@@ -4,6 +4,7 @@
 #
 #     sbatch recipes/pretrain/slurm.sh pretrain/openelm-270m --output /shared/run
 #
+# Submit it from the environment that has mlx-openelm; --resume auto is added here.
 # The folders of the run and of the corpora must be on a file system of all nodes.
 #SBATCH --job-name=openelm
 #SBATCH --nodes=16

@@ -143,6 +143,7 @@ def test_published_figures_stand_beside_ours(small):
         (("--protocol", "apple", "--prompt-tokens", "9"), "leave out --prompt-tokens"),
         (("--protocol", "apple", "-m", "9"), "leave out --max-tokens"),
         (("--protocol", "apple", "--batch", "2"), "leave out --batch"),
+        (("--protocol", "apple", "--against", "mlx-lm"), "leave out --against"),
     ],
 )
 def test_options_of_another_workload_are_refused(tmp_path, args, message):

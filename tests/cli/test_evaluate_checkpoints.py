@@ -81,6 +81,11 @@ def test_folders_and_files_are_mixed_and_repeated_options_work(work):
     assert scores[0]["bits_per_byte"] == pytest.approx(first[0]["bits_per_byte"])
 
 
+def test_the_folder_of_a_run_stands_for_its_checkpoints(work):
+    scores = score_json("--text", "text.txt", "--checkpoints", "run")
+    assert [one["checkpoint"] for one in scores] == NAMES
+
+
 def test_the_table_the_csv_and_the_picture_have_every_score(work):
     args = ("--tasks", "tales.json", "--text", "text.txt", "--csv", "a.csv")
     result = run(*args, "--picture", "a.svg", "--checkpoints", *NAMES)

@@ -9,6 +9,7 @@ from mlx_openelm.cli.main import app
 FLAGS = {
     "": "--version --install-completion --show-completion",
     "generate": (
+        "--no-tuning "
         "-p --prompt --model --adapter-path -m --max-tokens --min-tokens --temp "
         "--top-p --top-k --min-p --repetition-penalty --presence-penalty "
         "--frequency-penalty --repetition-context "
@@ -30,16 +31,17 @@ FLAGS = {
         "--hf-path --model --mlx-path --to --dtype --allow-overflow -q --quantize "
         "--q-bits --q-group-size --q-mode --q-embed-bits --q-keep --dequantize "
         "--learn --teacher-bits --seed --calibration --no-receipt --merge "
-        "--adapter-out --average --weights --tokenizer --revision --force --json "
-        "--quiet --offline"
+        "--adapter-out --average --weights --tokenizer --revision --upload-repo "
+        "--public --force --json --quiet --offline"
     ),
     "fuse": (
         "--adapter-path --save-path --model --dequantize -q --quantize --q-bits "
-        "--q-group-size --learn --force --json --quiet --offline"
+        "--q-group-size --learn --upload-repo --public --force --json "
+        "--quiet --offline"
     ),
     "verify": "--against --json --quiet --offline",
     "inspect": "--context --json --quiet --offline",
-    "selfcheck": "--json --quiet",
+    "selfcheck": "--json --quiet --tune",
     "parity": "--num-tokens --seed --json --quiet",
     "evaluate": (
         "--text --tasks --suite --model --adapter-path --compare --checkpoints "
@@ -47,10 +49,12 @@ FLAGS = {
         "--tasks-dir --output --csv --picture --force --json --quiet --offline"
     ),
     "bench": (
+        "--against "
         "--model --size --bits --protocol --batch --context --prompt-tokens -m "
         "--max-tokens --rounds --adapter-path --chart --json --quiet --offline"
     ),
     "lora": (
+        "--no-tuning "
         "--data --model --adapter-path -c --recipe --fine-tune-type --objective "
         "--num-layers --rank --scale --dropout --keys --adapt-embedding "
         "--repair-text --prompt-key "
@@ -60,10 +64,10 @@ FLAGS = {
         "--schedule --warmup-steps --weight-decay --clip-norm --z-loss --dpo-loss "
         "--dpo-beta --grad-checkpoint --seed --steps-per-report --steps-per-eval "
         "--val-batches --save-every --patience --average-last --sample-prompt "
-        "--report-to --memory-limit --test --resume --dry-run --fit --force --json "
-        "--quiet --offline --teacher --distill-weight --temperature --teacher-cache "
-        "--teacher-top-k --quantize-aware --rslora --lora-plus-ratio "
-        "--neftune-noise --orpo-weight"
+        "--report-to --memory-limit --test --resume --dry-run --fit --upload-repo "
+        "--public --force --json --quiet --offline --teacher --distill-weight "
+        "--temperature --teacher-cache --teacher-top-k --quantize-aware --rslora "
+        "--lora-plus-ratio --neftune-noise --orpo-weight"
     ),
     "pretrain": (
         "-c --recipe --data --init --output --steps --seed --resume --dry-run "
@@ -74,6 +78,7 @@ FLAGS = {
         "--force --json --quiet --offline"
     ),
     "serve": (
+        "--no-tuning "
         "--model --adapter-path --host --port --api-key --allowed-origins "
         "--template -m --max-tokens --temp --top-p --top-k --min-p "
         "--repetition-penalty --seed --decode-concurrency --prompt-concurrency "

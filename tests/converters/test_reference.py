@@ -16,7 +16,11 @@ torch = pytest.importorskip("torch", reason="needs PyTorch")
 from converters.formats.sources import open_source  # noqa: E402
 from converters.parity import compare_with_reference  # noqa: E402
 from converters.pretraining.plan import count_flops_per_token  # noqa: E402
-from converters.reference import ReferenceOpenELM, summed_loss  # noqa: E402
+from converters.reference import (  # noqa: E402
+    GrowingCache,
+    ReferenceOpenELM,
+    summed_loss,
+)
 from mlx_openelm.bench.selfcheck import made_weight  # noqa: E402
 from mlx_openelm.config import OpenELMConfig  # noqa: E402
 from mlx_openelm.model import openelm  # noqa: E402
@@ -77,7 +81,7 @@ def test_the_cache_gives_the_uncached_logits():
     model, tokens = reference(UNEVEN), torch.from_numpy(TOKENS)
     with torch.no_grad():
         whole = model(tokens)
-        cache = model.empty_cache()
+        cache = GrowingCache()
         parts = [model(tokens[:, a:b], cache) for a, b in ((0, 7), (7, 8), (8, 33))]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=0)
 

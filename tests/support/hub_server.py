@@ -2,9 +2,11 @@
 
 It serves what huggingface_hub reads: a repository's listing, tree and refs, and files
 with ETag, commit and size headers. As on the Hub, large files are at another origin and
-support ranges.
+support ranges. For uploads it creates and deletes repositories and takes commits, with
+large files by Git LFS.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -38,6 +41,10 @@ class Hub:
         sent: number of bytes sent of each file.
         ranges: received Range headers.
         tokens: received Authorization headers, by host.
+        users: the answers to "who am I", by token; other tokens are refused.
+        private: the visibility of each created repository.
+        deleted: deleted repositories.
+        failing: part of the path of requests that fail.
     """
 
     revisions: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -52,6 +59,11 @@ class Hub:
     sent: dict[str, int] = field(default_factory=dict)
     ranges: list[str] = field(default_factory=list)
     tokens: dict[str, set[str]] = field(default_factory=dict)
+    users: dict[str, dict[str, Any]] = field(default_factory=dict)
+    private: dict[str, bool] = field(default_factory=dict)
+    deleted: list[str] = field(default_factory=list)
+    failing: str | None = None
+    stored: dict[str, bytes] = field(default_factory=dict)
     endpoint: str = ""
     down: bool = False
 
@@ -116,7 +128,13 @@ class _Handler(BaseHTTPRequestHandler):
         if token := self.headers.get("Authorization"):
             host = self.headers["Host"].split(":")[0]
             self.hub.tokens.setdefault(host, set()).add(token)
-        if token and self.hub.rejects_tokens:
+        if parts == ["api", "whoami-v2"]:
+            user = self.hub.users.get(str(token).removeprefix("Bearer "))
+            if user is None:
+                self._refuse(401, "", "Invalid credentials in Authorization header")
+            else:
+                self._json(user)
+        elif token and self.hub.rejects_tokens:
             self._refuse(401, "", "Invalid credentials in Authorization header")
         elif parts[0] == "cdn":
             self._send_large(parts[1])
@@ -126,6 +144,72 @@ class _Handler(BaseHTTPRequestHandler):
             self._api("/".join(parts[2:4]), parts[4:], query)
         else:
             self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+
+    # Uploads:
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append(f"{self.command} {path}")
+        parts = path.strip("/").split("/")
+        if self.hub.failing and self.hub.failing in path:
+            self._refuse(400, "", "The disk of the Hub is on fire")
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif "preupload" in parts:
+            self._json({"files": [_mode(f) for f in json.loads(body)["files"]]})
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            stored = [
+                {
+                    "oid": each["oid"],
+                    "size": each["size"],
+                    "actions": {
+                        "upload": {"href": f"{self.hub.endpoint}/store/{each['oid']}"}
+                    },
+                }
+                for each in json.loads(body)["objects"]
+            ]
+            self._json({"transfer": "basic", "objects": stored})
+        elif "commit" in parts:
+            repo = "/".join(parts[2:4])
+            files = self._take_commit(body)
+            commit = self.hub.add(repo, files)
+            self._json({"commitUrl": f"{repo}/commit/{commit}", "commitOid": commit})
+        else:
+            self._refuse(404, "", "Nothing is there")
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.stored[self.path.rsplit("/", 1)[-1]] = body
+        self._send(200, b"", {})
+
+    def do_DELETE(self) -> None:
+        given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        repo = f"{given['organization']}/{given['name']}"
+        del self.hub.revisions[repo]
+        self.hub.deleted.append(repo)
+        self._json({})
+
+    def _create(self, given: dict[str, Any]) -> None:
+        repo = f"{given['organization']}/{given['name']}"
+        if repo in self.hub.revisions:
+            self._refuse(409, "", "You already created this model repo")
+            return
+        self.hub.private[repo] = given["visibility"] == "private"
+        self.hub.add(repo, {})
+        self._json({"url": f"{self.hub.endpoint}/{repo}", "name": repo})
+
+    def _take_commit(self, body: bytes) -> dict[str, bytes]:
+        files = {}
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.stored[value["oid"]]
+        return files
 
     def _api(self, repo: str, rest: list[str], query: dict[str, list[str]]) -> None:
         if repo not in self.hub.revisions:
@@ -255,6 +339,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+def _mode(file: dict[str, Any]) -> dict[str, Any]:
+    mode = "lfs" if file["path"].endswith(LARGE) else "regular"
+    return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+
+
 def _git_sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -272,6 +361,7 @@ def connect(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     close_session()  # connections to another test's server
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # it is another server
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
@@ -286,6 +376,7 @@ def environment_of(hub: Hub, home: Path) -> dict[str, str]:
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "0",
         "NO_PROXY": "*",
     }

@@ -69,3 +69,5 @@ def test_streamed_text_is_refused_with_the_command_for_a_new_run(tmp_path):
     command = r"mlx-openelm pretrain -c RECIPE --init .*\.pt --output NEW"
     with pytest.raises(OpenELMError, match=command):
         pretrain(recipe, resume=True)
+    weights = str(Path(recipe.output) / LAST)
+    pretrain(replace(recipe, init=weights, output=str(tmp_path / "new"), steps=1))

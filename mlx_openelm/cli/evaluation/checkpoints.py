@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.evaluation_plan import Entrant, EvaluationPlan
+from mlx_openelm.cli.evaluation.plan import Entrant, EvaluationPlan
 from mlx_openelm.errors import OpenELMError
 
 if TYPE_CHECKING:
     from mlx_openelm.evaluation.results import ModelScores
 
 _ITERATION = re.compile(r"(?:iter|step|checkpoint)[_-]?(\d+)")
+_WEIGHTS = "checkpoint_epoch_*_iter_*.pt"  # in the folder of a training run
 _SCORES = "scores.json"  # of a checkpoint that was evaluated as a whole
 
 
@@ -45,9 +46,12 @@ class Checkpoint:
 def list_checkpoints(paths: Sequence[Path]) -> list[Checkpoint]:
     """Return the checkpoints by iteration; those without one come last.
 
+    A folder of a training run stands for the weights in it.
+
     Raises:
         OpenELMError: one is missing or named twice.
     """
+    paths = [one for path in paths for one in sorted(path.glob(_WEIGHTS)) or [path]]
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise OpenELMError(f"There is no checkpoint {', '.join(missing)}.")
