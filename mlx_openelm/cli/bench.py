@@ -94,6 +94,7 @@ def bench_command(
         typer.Option(
             help="Compare with this program on the same weights: decoding, prompt, "
             "start, LoRA and conversion, in alternating rounds.",
+            rich_help_panel=WORKLOAD,
         ),
     ] = None,
     chart: Annotated[

@@ -9,7 +9,7 @@ from mlx_openelm.cli.main import app
 FLAGS = {
     "": "--version --install-completion --show-completion",
     "generate": (
-        "-p --prompt --model --adapter-path -m --max-tokens --min-tokens --temp "
+        "--no-tuning -p --prompt --model --adapter-path -m --max-tokens --min-tokens --temp "
         "--top-p --top-k --min-p --repetition-penalty --presence-penalty "
         "--frequency-penalty --repetition-context "
         "--no-repeat-ngram --logit-bias --stop --stop-loops --logprobs --template "
@@ -39,7 +39,7 @@ FLAGS = {
     ),
     "verify": "--against --json --quiet --offline",
     "inspect": "--context --json --quiet --offline",
-    "selfcheck": "--json --quiet",
+    "selfcheck": "--tune --json --quiet",
     "parity": "--num-tokens --seed --json --quiet",
     "evaluate": (
         "--text --tasks --suite --model --adapter-path --compare --window --limit "
@@ -48,10 +48,10 @@ FLAGS = {
     ),
     "bench": (
         "--model --size --bits --batch --context --prompt-tokens -m --max-tokens "
-        "--rounds --adapter-path --chart --json --quiet --offline"
+        "--rounds --adapter-path --against --chart --json --quiet --offline"
     ),
     "lora": (
-        "--data --model --adapter-path -c --recipe --fine-tune-type --objective "
+        "--no-tuning --data --model --adapter-path -c --recipe --fine-tune-type --objective "
         "--num-layers --rank --scale --dropout --keys --prompt-key "
         "--completion-key --template --mask-prompt --no-mask-prompt --turns "
         "--max-seq-length --max-prompt-length --pack --epochs --iters "
@@ -71,7 +71,7 @@ FLAGS = {
         "--force --json --quiet --offline"
     ),
     "serve": (
-        "--model --adapter-path --host --port --api-key --allowed-origins "
+        "--no-tuning --model --adapter-path --host --port --api-key --allowed-origins "
         "--template -m --max-tokens --temp --top-p --top-k --min-p "
         "--repetition-penalty --seed --decode-concurrency --prompt-concurrency "
         "--prompt-cache-size --log-level --quiet --offline --adapter "

@@ -173,7 +173,7 @@ def show_inspection(console: Console, model: "Inspection") -> None:
         *((n, str(model.source[n])) for n in ("repo", "revision") if n in model.source),
         ("options", ", ".join(f"{k} {v}" for k, v in model.options.items()) or "none"),
         ("receipt", describe_receipt(model.receipt) if model.receipt else "none"),
-        ("tuning here", describe_tuning(model.tuning) if model.tuning else "none"),
+        *([("tuning here", describe_tuning(model.tuning))] if model.tuning else []),
     )
     layers = Table("layer", "query heads", "key-value heads", "FFN", box=None)
     for i, layer in enumerate(model.layers):
