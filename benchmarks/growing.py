@@ -1,17 +1,21 @@
 """Training speed of a grown model, compared with training from scratch.
 
-    python benchmarks/growing.py [--noise-db 10] [--seed 0] [--out DIR]
+    python benchmarks/growing.py [--seeds 0,1,2] [--grown-rate 1e-3] [--out DIR]
 
-Trains a small model (recipes/pretrain/growing/small.yaml), grows it to twice its width,
-and trains two models of the new shape by large.yaml, with the same seed, batches, steps
-and peak rate: the grown one, and one with CoreNet's initial weights. Prints held-out
-losses and the FLOPs after which the grown model reaches the final loss of the other,
-without and with those of the small model, and draws both curves.
+For each seed: trains a small model (recipes/pretrain/growing/small.yaml), grows it to
+twice its width, and trains two models of the new shape by large.yaml, with the same
+seed, batches and steps: the grown one, with the peak rate --grown-rate, because the
+full rate loses the small model's start, and one with CoreNet's initial weights and the
+recipe's rate. Prints held-out losses and the FLOPs after which the grown model reaches
+the final loss of the other, without and with those of the small model, and draws the
+curves of each seed.
 """
 
 import argparse
 import json
 import shutil
+import statistics
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +23,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from pretraining_runs import pretrain, read_scores, run
+from pretraining_runs import derive, pretrain, read_scores, run
 
 from mlx_openelm.config import OpenELMConfig
 
@@ -32,24 +36,50 @@ Curve = list[tuple[float, float]]  # FLOPs, held-out nats per token
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--noise-db", default="10")
-    parser.add_argument("--seed", default="0")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--grown-rate", type=float, default=1e-3)
     parser.add_argument("--steps", help="steps per run, for a trial")
     parser.add_argument("--out", type=Path, default=Path("pretrained/growing"))
     args = parser.parse_args()
-    flags = ["--seed", args.seed]
-    flags += [] if args.steps is None else ["--steps", args.steps]
-    small, grown, fresh = (args.out / n for n in ("small", "grown-init", "fresh-init"))
+    rates = {
+        "learning_rate": args.grown_rate,
+        "final_learning_rate": args.grown_rate / 10,
+    }
+    lower = derive(
+        RECIPES / "large.yaml", args.out / "grown.yaml", {"optimizer": rates}
+    )
+    recipes = {"grown": lower, "scratch": RECIPES / "large.yaml"}
+    print(f"peak rate of the grown model: {args.grown_rate:g}")
+    differences = []
+    for seed in args.seeds.split(","):
+        out = args.out / f"seed-{seed}"
+        train(out, recipes, seed, args.noise_db, args.steps)
+        print(f"\nseed {seed}")
+        differences.append(compare(out))
+    mean = statistics.mean(differences)
+    listed = ", ".join(f"{d:+.4f}" for d in differences)
+    print(f"\ngrown - scratch at the end: {mean:+.4f} ({listed})")
 
-    weights = pretrain(RECIPES / "small.yaml", small, *flags)
+
+def train(
+    out: Path,
+    recipes: Mapping[str, Path],
+    seed: str,
+    noise_db: str,
+    steps: str | None,
+) -> None:
+    """Train the small model, and the large one from it and from initial weights."""
+    flags = ["--seed", seed, *([] if steps is None else ["--steps", steps])]
+    grown, fresh = out / "grown-init", out / "fresh-init"
+    weights = pretrain(RECIPES / "small.yaml", out / "small", *flags)
     if not grown.exists():
-        width = ["--width", str(WIDTH), "--noise-db", args.noise_db]
-        run("grow", str(weights), *width, "--seed", args.seed, "-o", str(grown))
+        width = ["--width", str(WIDTH), "--noise-db", noise_db]
+        run("grow", str(weights), *width, "--seed", seed, "-o", str(grown))
     if not fresh.exists():
-        write_fresh(grown, fresh, int(args.seed))
+        write_fresh(grown, fresh, int(seed))
     for name, init in (("grown", grown), ("scratch", fresh)):
         start = ["--init", str(init / "checkpoint.pt")]
-        pretrain(RECIPES / "large.yaml", args.out / name, *start, *flags)
-    compare(args.out)
+        pretrain(recipes[name], out / name, *start, *flags)
 
 
 def write_fresh(like: Path, folder: Path, seed: int) -> None:
@@ -66,7 +96,8 @@ def write_fresh(like: Path, folder: Path, seed: int) -> None:
     torch.save(model.state_dict(), folder / "checkpoint.pt")
 
 
-def compare(out: Path) -> None:
+def compare(out: Path) -> float:
+    """Print the losses of a seed; return grown - scratch at the end."""
     small, grown, scratch = (read_curve(out / n) for n in ("small", "grown", "scratch"))
     cost, initial = small[-1]
     grown = [(0.0, initial), *grown]  # growing preserves the small model's function
@@ -88,6 +119,7 @@ def compare(out: Path) -> None:
             f"{ratio(end, cost + reached)}"
         )
     draw(out / "growing.png", small, grown, scratch)
+    return grown[-1][1] - last
 
 
 def read_curve(run_folder: Path) -> Curve:

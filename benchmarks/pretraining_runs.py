@@ -6,7 +6,11 @@ A finished run is reused and a stopped one resumes, so a script can be started a
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 
 def pretrain(recipe: Path, output: Path, *flags: str) -> Path:
@@ -18,6 +22,16 @@ def pretrain(recipe: Path, output: Path, *flags: str) -> Path:
         print(f"{output}: {recipe}", flush=True)
         run("pretrain", "-c", str(recipe), "--output", str(output), *flags)
     return weights
+
+
+def derive(recipe: Path, copy: Path, changes: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write a copy of a recipe with other values of some keys, by section."""
+    entries = yaml.safe_load(recipe.read_text())
+    for section, values in changes.items():
+        entries[section] |= values
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text(yaml.safe_dump(entries, sort_keys=False))
+    return copy
 
 
 def run(*arguments: str) -> None:

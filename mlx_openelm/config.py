@@ -109,6 +109,7 @@ class OpenELMConfig:
         qkv_multipliers: float | Sequence[float] = QKV_MULTIPLIERS,
         ffn_multipliers: float | Sequence[float] = FFN_MULTIPLIERS,
         ffn_dim_divisor: int = FFN_DIM_DIVISOR,
+        shape: str = "layerwise",
         vocab_size: int = 32000,
         max_context_length: int = 2048,
     ) -> Self:
@@ -118,6 +119,7 @@ class OpenELMConfig:
             num_gqa_groups: query heads per key-value head (CoreNet's name).
             qkv_multipliers: attention width / model_dim; see `interpolate_multipliers`.
             ffn_multipliers: FFN width / model_dim.
+            shape: how the widths change over the layers; see `interpolate_multipliers`.
         """
         fields = scaled_fields(
             num_layers=num_layers,
@@ -127,6 +129,7 @@ class OpenELMConfig:
             qkv_multipliers=qkv_multipliers,
             ffn_multipliers=ffn_multipliers,
             ffn_dim_divisor=ffn_dim_divisor,
+            shape=shape,
         )
         return cls(
             **fields, vocab_size=vocab_size, max_context_length=max_context_length

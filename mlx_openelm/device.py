@@ -1,5 +1,6 @@
 """The back end, dtype and memory of this machine."""
 
+import ctypes
 import os
 import platform
 import sys
@@ -58,6 +59,16 @@ def describe_slowness(stored: mx.Dtype, *, quantized: bool) -> list[str]:
             "OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread)"
         )
     return notes
+
+
+def release_memory() -> None:
+    """Return memory that is no longer used to the system."""
+    mx.clear_cache()
+    if sys.platform == "linux":
+        # glibc keeps freed memory; musl has no such function.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 @contextmanager

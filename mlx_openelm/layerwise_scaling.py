@@ -1,7 +1,8 @@
 """Layer-wise scaling (heads and FFN width of each layer), and the released sizes.
 
 Source of the formula: Mehta et al., "OpenELM" (arXiv 2404.14619), section 2.1, as
-applied in the released checkpoints.
+applied in the released checkpoints. The shapes reverse, crown and frame are named after
+Baroian and Notebomer, arXiv 2509.06518.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,12 @@ from mlx_openelm.errors import OpenELMError
 QKV_MULTIPLIERS = (0.5, 1.0)  # first and last layer, all released sizes
 FFN_MULTIPLIERS = (0.5, 4.0)
 FFN_DIM_DIVISOR = 256
+SHAPES = {  # whether first and last are exchanged, and whether both ends are equal
+    "layerwise": (False, False),
+    "reverse": (True, False),
+    "crown": (False, True),
+    "frame": (True, True),
+}
 MAX_LAYERS = 10_000  # prevents huge lists from a damaged config
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -54,6 +61,7 @@ def scaled_fields(
     qkv_multipliers: float | Sequence[float] = QKV_MULTIPLIERS,
     ffn_multipliers: float | Sequence[float] = FFN_MULTIPLIERS,
     ffn_dim_divisor: int = FFN_DIM_DIVISOR,
+    shape: str = "layerwise",
 ) -> dict[str, Any]:
     """Return the widths and per-layer lists of an OpenELMConfig, not validated.
 
@@ -69,7 +77,7 @@ def scaled_fields(
         )
     query_heads = tuple(
         make_divisible(model_dim * m, head_dim * num_gqa_groups) // head_dim
-        for m in interpolate_multipliers(qkv_multipliers, num_layers)
+        for m in interpolate_multipliers(qkv_multipliers, num_layers, shape)
     )
     return {
         "model_dim": model_dim,
@@ -78,7 +86,7 @@ def scaled_fields(
         "num_kv_heads": tuple(q // num_gqa_groups for q in query_heads),
         "ffn_dims": tuple(
             make_divisible(m * model_dim, ffn_dim_divisor)
-            for m in interpolate_multipliers(ffn_multipliers, num_layers)
+            for m in interpolate_multipliers(ffn_multipliers, num_layers, shape)
         ),
     }
 
@@ -90,12 +98,17 @@ def make_divisible(value: float, divisor: int) -> int:
 
 
 def interpolate_multipliers(
-    multipliers: float | Sequence[float], num_layers: int
+    multipliers: float | Sequence[float], num_layers: int, shape: str = "layerwise"
 ) -> list[float]:
     """Return one multiplier per layer, from a scalar, a (first, last) pair or a list.
 
     A pair is interpolated linearly over the layers and rounded to two decimals, as
     numpy rounds: a multiple of 0.01 by ties to even of the hundredfold value.
+
+    Args:
+        shape: of a pair: "layerwise" from first to last, "reverse" from last to first,
+            "crown" from first to last in the middle and back to first, "frame" from
+            last to first in the middle and back to last.
     """
     if isinstance(multipliers, int | float):
         return [float(multipliers)] * num_layers
@@ -106,11 +119,13 @@ def interpolate_multipliers(
             f"There are {len(multipliers)} multipliers, {list(multipliers)}; expected "
             f"one, a (first, last) pair, or {num_layers}."
         )
-    first, last = multipliers
-    step = (last - first) / max(num_layers - 1, 1)
-    exact = [first + i * step for i in range(num_layers)]
-    if num_layers > 1:
-        exact[-1] = last
+    exchanged, symmetric = SHAPES[shape]
+    start, end = reversed(multipliers) if exchanged else multipliers
+    layers = range(num_layers)
+    places = [min(i, num_layers - 1 - i) if symmetric else i for i in layers]
+    spans = max((num_layers - 1) // (2 if symmetric else 1), 1)
+    step = (end - start) / spans
+    exact = [end if place == spans else start + place * step for place in places]
     return [round(m * 100) / 100 for m in exact]
 
 

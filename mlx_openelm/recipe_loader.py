@@ -22,7 +22,8 @@ def load_recipe(kind: type[Recipe], name: str, overrides: Mapping[str, Any]) -> 
     """Read a recipe by file path or bundled name; flags override the file.
 
     Args:
-        kind: the recipe's dataclass.
+        kind: the recipe's dataclass; `REMOVED_KEYS` of it or of a group has the
+            explanations of keys that are refused.
         overrides: values by dotted key ("data.train"); None means "not given".
 
     Raises:
@@ -97,12 +98,16 @@ def bundled_recipes() -> dict[str, Path]:
 
 
 def _build(kind: Any, entries: Mapping[str, Any], where: str, prefix: str) -> Any:
-    hints = typing.get_type_hints(kind, include_extras=True)
+    types_of = typing.get_type_hints(kind, include_extras=True)
+    hints = {field.name: types_of[field.name] for field in dataclasses.fields(kind)}
     unknown = [key for key in entries if key not in hints]
+    for key, reason in getattr(kind, "REMOVED_KEYS", {}).items():
+        if key in entries:
+            raise OpenELMError(f"{where}: {prefix}{key} is no longer a key: {reason}.")
     if unknown:
         raise OpenELMError(
             f"{where}: unknown key {prefix}{unknown[0]}"
-            f"{_did_you_mean(str(unknown[0]), hints)}; the keys are {', '.join(hints)}."
+            f"{_suggest(str(unknown[0]), hints)}; the keys are {', '.join(hints)}."
         )
     values = {
         key: _convert(hints[key], value, where, f"{prefix}{key}")
@@ -170,6 +175,15 @@ def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]
     return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def _suggest(word: str, hints: Mapping[str, Any]) -> str:
+    """Suggest the group that has a key, or else a similar key."""
+    for name, hint in hints.items():
+        fields = dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
+        if word in {field.name for field in fields}:
+            return f" (did you mean {name}.{word}?)"
+    return _did_you_mean(word, hints)
 
 
 def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:

@@ -12,6 +12,7 @@ the adapter does: it needs no tokenizer, but accepts the loss of half of the ada
 `fuse` therefore runs only this check.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -64,6 +65,8 @@ class FusionProof:
         kl_adapter: mean KL(base with adapter || base), the effect of the adapter.
         top1_agreement: fraction of positions where base with adapter and fused model
             have the same most likely token.
+        loss_fused, loss_adapter, loss_base: nats per token of the sample text, of the
+            fused model, of the base with its adapter, and of the base.
     """
 
     text: str
@@ -71,6 +74,9 @@ class FusionProof:
     kl_fused: float
     kl_adapter: float
     top1_agreement: float
+    loss_fused: float = math.nan
+    loss_adapter: float = math.nan
+    loss_base: float = math.nan
 
     @property
     def lost(self) -> bool:
@@ -121,7 +127,9 @@ def fuse(
 ) -> FusionReport:
     """Merge an adapter into its base and write the result as a model folder.
 
-    By default, tensors that are quantized in the base are quantized in the same way.
+    By default, tensors that are quantized in the base are quantized in the same way. An
+    adapter that was trained for `bits` (`quantize_aware`) is not compared with itself
+    before rounding: its training included it.
 
     Args:
         adapter_path: a folder of the methods lora, dora or full.
@@ -157,11 +165,13 @@ def fuse(
     base_model, adapter = open_pair(path, base, offline=offline)
     merged = merge_adapter(base_model, adapter)
     proofs: list[FusionProof] = []
+    aware = adapter.metadata.get("quantize_aware")
+    trained_for = aware is not None and bits == aware  # training included the rounding
 
     def prove(staging: Path) -> Mapping[str, Any]:
         tensors = {**merged.tensors, **merged.before_merging}
         proof = prove_fused(staging, tensors, adapter, merged.config, on_progress)
-        if proof.lost:
+        if proof.lost and not trained_for:
             remedy = _advise_storage(base_model.tensors.values(), options)
             raise OpenELMError(_describe_loss(proof, staging, remedy))
         proofs.append(proof)
@@ -194,7 +204,7 @@ def fuse(
         template=open_folder(target).template,
         proof=proof,
         learned=written.learned,
-        notes=(*adapter.notes, *written.notes),
+        notes=(*adapter.notes, *written.notes, *_advise_bits(aware, bits)),
         seconds=time.perf_counter() - started,
     )
 
@@ -208,6 +218,15 @@ def _describe_loss(proof: FusionProof, staging: Path, remedy: str) -> str:
         f"adapter is {proof.kl_fused:.3g} nats for the fused model and "
         f"{proof.kl_adapter:.3g} for the base alone ({proof.tokens} tokens of "
         f"{proof.text}); {remedy}."
+    )
+
+
+def _advise_bits(aware: Any, bits: int | None) -> tuple[str, ...]:
+    if aware is None or bits == aware:
+        return ()
+    return (
+        f"The adapter was trained with `quantize_aware` {aware}, for a model fused "
+        f"with `bits` {aware}.",
     )
 
 
@@ -249,7 +268,8 @@ def prove_fused(
     tokenizer = load_tokenizer(opened)
     windows = calibration_windows(
         tokenizer, text, opened.config, num_tokens=NUM_TOKENS, window=WINDOW
-    )[:, :-1]
+    )
+    inputs, targets = windows[:, :-1], windows[:, 1:].reshape(-1)
     adapter = with_rows(adapter, rows) if TABLE in adapter.modules else adapter
     read = _cut(lambda name: base[name].read(), rows)
     tuned = _cut(lambda name: (adapter.weights.get(name) or base[name]).read(), rows)
@@ -261,26 +281,34 @@ def prove_fused(
     )
     finals = run_side_by_side(
         models,
-        windows,
+        inputs,
         lambda done, total: on_progress(Progress(done, total, "layers checked")),
     )
     heads = [model.head() for model in models]
     figures = []
-    for start in range(0, windows.size, CHUNK):
+    for start in range(0, targets.size, CHUNK):
         chunk = slice(start, start + CHUNK)
         p, q, b = (
             nn.log_softmax(head(x[chunk]))
             for head, x in zip(heads, finals, strict=True)
         )
         agrees = (p.argmax(axis=-1) == q.argmax(axis=-1)).astype(mx.float32)
-        figures.append(np.array(mx.stack([_kl(p, q), _kl(p, b), agrees])))
-    kl_fused, kl_adapter, agreement = np.concatenate(figures, axis=1).mean(axis=1)
+        losses = [
+            -mx.take_along_axis(x, targets[chunk, None], axis=-1)[:, 0]
+            for x in (q, p, b)
+        ]
+        figures.append(np.array(mx.stack([_kl(p, q), _kl(p, b), agrees, *losses])))
+    means = np.concatenate(figures, axis=1).mean(axis=1).tolist()
+    kl_fused, kl_adapter, agreement, *losses_of_models = means
     return FusionProof(
         text=name,
-        tokens=windows.size,
-        kl_fused=float(kl_fused),
-        kl_adapter=float(kl_adapter),
-        top1_agreement=float(agreement),
+        tokens=targets.size,
+        kl_fused=kl_fused,
+        kl_adapter=kl_adapter,
+        loss_fused=losses_of_models[0],
+        loss_adapter=losses_of_models[1],
+        loss_base=losses_of_models[2],
+        top1_agreement=agreement,
     )
 
 

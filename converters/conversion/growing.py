@@ -7,7 +7,8 @@ of its input; norms are tiled, and heads are repeated: query head j of Q reads k
 head j // (Q / K) in each copy. Training then continues from the small model's loss. But
 identical copies receive identical gradients, so without dropout or noise they never
 diverge. Optional noise breaks the symmetry: it is added to one column block and
-subtracted from its neighbour, so that it cancels for equal inputs.
+subtracted from its neighbour, so that it cancels for equal inputs. Its level follows
+the weights of each block; of queries, keys and values, those of each head.
 """
 
 import time
@@ -300,9 +301,9 @@ def grow_tensor(
             kv = _kv_copies(K, n)
             return np.concatenate(
                 [
-                    linear.clone(query, n, n),
-                    linear.clone(key, kv, n),
-                    linear.clone(value, kv, n),
+                    linear.clone(query, n, n, level_rows=H),
+                    linear.clone(key, kv, n, level_rows=H),
+                    linear.clone(value, kv, n, level_rows=H),
                 ]
             )
         case "out_proj":
@@ -322,11 +323,17 @@ class _Linear:
     noise_db: float | None
     rng: np.random.Generator
 
-    def clone(self, weight: Array, rows: int, columns: int) -> Array:
+    def clone(
+        self, weight: Array, rows: int, columns: int, *, level_rows: int | None = None
+    ) -> Array:
         """Return a weight (out, in) tiled to (out * rows, in * columns).
 
         Each row block and each pair of neighbouring column blocks gets its own noise;
         of an odd number of column blocks the last gets none.
+
+        Args:
+            level_rows: number of rows that share a noise level, those of a head;
+                default: all of a block.
         """
         block = weight / np.float32(columns)
         grown = np.tile(block, (rows, columns))
@@ -334,21 +341,24 @@ class _Linear:
             out, into = weight.shape
             blocks = grown.reshape(rows, out, columns, into)  # a view
             for row, left in product(range(rows), range(0, columns - 1, 2)):
-                noise = self._noise(block)
+                noise = self._noise(block, level_rows or out)
                 blocks[row, :, left] += noise
                 blocks[row, :, left + 1] -= noise
         return grown
 
-    def _noise(self, block: Array) -> Array:
+    def _noise(self, block: Array, level_rows: int) -> Array:
         assert self.noise_db is not None
         out, into = block.shape
         noise = self.rng.standard_normal((out, into), dtype=np.float32)
-        strength = 10 ** (-self.noise_db / 20) * _rms(block) / _rms(noise)
-        return noise * np.float32(strength)
+        ratio = _rms(block, level_rows) / _rms(noise, level_rows)  # (out, 1)
+        return noise * (10 ** (-self.noise_db / 20) * ratio).astype(np.float32)
 
 
-def _rms(values: Array) -> float:
-    return float(np.sqrt(np.mean(np.square(values), dtype=np.float64)))
+def _rms(values: Array, rows: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the root mean square of each `rows` rows, for each of them: (out, 1)."""
+    groups = values.reshape(-1, rows * values.shape[1])
+    means = np.mean(np.square(groups), axis=1, dtype=np.float64)
+    return np.repeat(np.sqrt(means), rows)[:, None]
 
 
 def _kv_copies(heads: int, width: int) -> int:

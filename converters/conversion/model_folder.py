@@ -162,7 +162,7 @@ def write_folder(
         notes = write_chat_template(staging, template, tokenizer)
         proved = job.prove(staging) if job.prove else {}
         library = "transformers" if options.to == "hf" else "mlx"
-        facts = _summarize(plan, receipt)
+        facts = _summarize(plan, receipt, record)
         write_card(staging, source.name, source.kind, facts, library=library)
         metadata = _build_metadata(job, receipt, source_hashes(), template)
         metadata |= proved
@@ -367,7 +367,9 @@ def find_template(source: ModelSource) -> tuple[str | None, tuple[str, ...]]:
     return "instruct" if "instruct" in source.name.lower() else None, ()
 
 
-def _summarize(plan: ConversionPlan, receipt: Receipt | None) -> list[str]:
+def _summarize(
+    plan: ConversionPlan, receipt: Receipt | None, learned: LearningRecord | None
+) -> list[str]:
     """Return sentences about the model for its model card."""
     config = plan.config
     facts = [f"{config.size_name}, {config.num_parameters:,} parameters."]
@@ -387,5 +389,11 @@ def _summarize(plan: ConversionPlan, receipt: Receipt | None) -> list[str]:
             f"{receipt.top1_agreement:.1%}, perplexity "
             f"{receipt.perplexity_after:.2f} instead of "
             f"{receipt.perplexity_before:.2f}."
+        )
+    if learned is not None and learned.best_step:
+        facts.append(
+            f"Scales and biases trained for {learned.best_step} steps: mean KL "
+            f"{learned.mean_kl_before:.4f} nats before, {learned.mean_kl_after:.4f} "
+            f"after, on {learned.tokens} tokens that were not learned from."
         )
     return facts

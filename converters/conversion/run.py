@@ -32,6 +32,7 @@ from converters.formats.pt_writer import write_pt
 from converters.formats.sources import ModelSource, locate
 from converters.quantization.learning import LearningRecord
 from converters.quantization.receipt import Receipt
+from mlx_openelm.compatibility import describe_closed
 from mlx_openelm.config import (
     CORENET_ROWS,
     LLAMA_PIECES,
@@ -151,8 +152,11 @@ def convert(
         offline=offline,
         on_progress=on_progress,
     )
+    report = convert_model(job)
+    closed = "" if chosen.to in FILE_SUFFIXES else describe_closed(opened.config)
     return replace(
-        convert_model(job),
+        report,
+        notes=(*report.notes, *filter(None, [closed])),
         source=" ".join(map(str, names)),
         seconds=time.perf_counter() - started,
     )

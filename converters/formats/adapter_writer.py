@@ -1,10 +1,11 @@
 """Write adapters as folders of mlx-lm or PEFT, or into a CoreNet checkpoint."""
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 
@@ -65,19 +66,13 @@ def write_mlx_adapter(
     if not inputs_only:
         _refuse_mixed(adapter, "an mlx-lm adapter")
     modules = adapter.modules.values()
-    rank = max(module.rank for module in modules)
-    scale = most_common([module.scale for module in modules if module.scale] or [0.0])
+    rank, scale = shared = _share_settings(modules)
     tensors: dict[str, mx.array] = {}
     for name, module in adapter.modules.items():
-        parts, path = module.read(), to_module(f"{name}.weight")
-        a, b, spare = parts["a"], parts["b"], rank - module.rank
-        if module.scale != scale:
-            b = b * (module.scale / scale)
+        path, parts = to_module(f"{name}.weight"), _with_settings(module, shared)
         name_a, name_b = FACTORS[inputs_only and module.is_embedding]
-        tensors[f"{path}.{name_a}"] = mx.pad(a, [(0, 0), (0, spare)])
-        tensors[f"{path}.{name_b}"] = mx.pad(b, [(0, spare), (0, 0)])
-        if "m" in parts:
-            tensors[f"{path}.m"] = parts["m"]
+        leaves = {"a": name_a, "b": name_b, "m": "m"}
+        tensors |= {f"{path}.{leaves[part]}": array for part, array in parts.items()}
     keys, num_layers = _name_keys(adapter, config)
     described = AdapterConfig(
         adapter.method,
@@ -116,6 +111,9 @@ def write_peft_adapter(
 ) -> tuple[str, ...]:
     """Write an adapter as a folder for PEFT, with Hugging Face's module names.
 
+    mlx-swift ignores PEFT's patterns of ranks and alphas, so they are avoided where the
+    same rank and alpha for all modules have exactly the same effect.
+
     Arguments, result and errors are those of `write_mlx_adapter`, but without metadata:
     PEFT would warn about an entry that it does not support.
     """
@@ -123,16 +121,19 @@ def write_peft_adapter(
     _refuse_mixed(adapter, "a PEFT adapter")
     _refuse_tied_head(adapter, _is_tied(config), "PEFT adapter")
     modules = {to_module(f"{n}.weight"): m for n, m in adapter.modules.items()}
-    rank = most_common(module.rank for module in modules.values())
-    alpha = most_common(_alpha(module) for module in modules.values())
+    own = {path: _Settings(m.rank, m.scale) for path, m in modules.items()}
+    shared = _share_settings(modules.values())
+    is_exact = all(_is_exact(settings, shared) for settings in own.values())
+    settings = dict.fromkeys(modules, shared) if is_exact else own
+    rank = most_common(s.rank for s in settings.values())
+    alpha = most_common(s.alpha for s in settings.values())
     keys, num_layers = _name_keys(adapter, config)
     if config and num_layers < config.num_transformer_layers:
         keys = tuple(modules)  # PEFT applies relative keys to all blocks
     tensors: dict[str, mx.array] = {}
     for path, module in modules.items():
-        for part, array in module.read().items():
+        for part, array in _with_settings(module, settings[path]).items():
             tensors[f"{PEFT_PREFIX}{_torch_name(path, module, part)}"] = array.T
-    alphas = {path: _alpha(module) for path, module in modules.items()}
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -140,9 +141,9 @@ def write_peft_adapter(
         "inference_mode": True,
         "target_modules": list(keys),
         "r": rank,
-        "rank_pattern": {p: m.rank for p, m in modules.items() if m.rank != rank},
+        "rank_pattern": {p: s.rank for p, s in settings.items() if s.rank != rank},
         "lora_alpha": alpha,
-        "alpha_pattern": {p: other for p, other in alphas.items() if other != alpha},
+        "alpha_pattern": {p: s.alpha for p, s in settings.items() if s.alpha != alpha},
         "lora_dropout": adapter.dropout,
         "use_dora": adapter.method == "dora",
         "use_rslora": False,
@@ -152,9 +153,23 @@ def write_peft_adapter(
     }
     write_json(folder / CONFIG, described)
     save_tensors(folder / PEFT_ADAPTER.single, tensors, format="pt")
+    notes = []
+    if settings != own:
+        notes.append(
+            f"Wrote all modules with rank {rank}, with exactly the same effect."
+        )
+    elif not is_exact:
+        notes.append(
+            "The ranks or alphas differ between modules, which mlx-swift ignores in a "
+            "PEFT adapter: it would scale them wrongly. Use `to` mlx for it."
+        )
+    if adapter.method == "dora":
+        notes.append("mlx-swift does not load DoRA from a PEFT adapter; use `to` mlx.")
     if adapter.metadata:
-        return ("Left out template and provenance, which PEFT's config cannot hold.",)
-    return ()
+        notes.append(
+            "Left out template and provenance, which PEFT's config cannot hold."
+        )
+    return tuple(notes)
 
 
 def corenet_adapter_tensors(
@@ -276,7 +291,36 @@ def most_common(values: Iterable[_Number]) -> _Number:
     return Counter(values).most_common(1)[0][0]
 
 
-def _alpha(module: AdapterModule) -> float:
-    """Return PEFT's alpha (scale x rank), as an int if it is a whole number."""
-    alpha = module.scale * module.rank
-    return int(alpha) if alpha == int(alpha) else alpha
+class _Settings(NamedTuple):
+    """Rank and scale of a module."""
+
+    rank: int
+    scale: float
+
+    @property
+    def alpha(self) -> float:
+        """PEFT's alpha (scale x rank), an int if it is a whole number."""
+        alpha = self.scale * self.rank
+        return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _share_settings(modules: Collection[AdapterModule]) -> _Settings:
+    """Return a rank and a scale that all modules can be written with."""
+    rank = max(module.rank for module in modules)
+    return _Settings(rank, most_common([m.scale for m in modules if m.scale] or [0.0]))
+
+
+def _is_exact(own: _Settings, shared: _Settings) -> bool:
+    """Whether `_with_settings` does not round: the factor of B is a power of two."""
+    factor = 1.0 if own.scale == shared.scale else own.scale / shared.scale
+    return abs(math.frexp(factor)[0]) in (0, 0.5)
+
+
+def _with_settings(module: AdapterModule, settings: _Settings) -> dict[str, mx.array]:
+    """Return a module's arrays with another rank and scale, and the same effect."""
+    parts, spare = module.read(), settings.rank - module.rank
+    if module.scale != settings.scale:
+        parts["b"] = parts["b"] * (module.scale / settings.scale)
+    parts["a"] = mx.pad(parts["a"], [(0, 0), (0, spare)])
+    parts["b"] = mx.pad(parts["b"], [(0, spare), (0, 0)])
+    return parts

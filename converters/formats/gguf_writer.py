@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from converters.formats.pt_writer import TensorToWrite, read_checked, to_numpy
+from mlx_openelm.compatibility import describe_llama_cpp_limit
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tensor_names import to_module
@@ -136,10 +137,10 @@ def append_tensor(
 
 
 def _check_shapes(config: OpenELMConfig, file_type: str) -> None:
-    if not config.share_input_output_layers:
+    if reason := describe_llama_cpp_limit(config):
         raise OpenELMError(
-            "The model has an untied output head, which llama.cpp's OpenELM does not "
-            "support; use `to` mlx or hf."
+            f"llama.cpp's OpenELM does not support the model: {reason}; use `to` mlx "
+            "or hf."
         )
     for name, shape in config.tensor_shapes().items():
         block, _ = _block(_packing(shape, file_type))

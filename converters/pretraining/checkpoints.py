@@ -97,7 +97,7 @@ def export_corenet(recipe: PretrainRecipe, resume: Resume) -> Path:
         OpenELMError: there is no such state, it is damaged, or CoreNet has none alike.
     """
     output = Path(recipe.output)
-    source = Path(resume) if isinstance(resume, str) and resume else output / LAST
+    source = state_path(resume) or output / LAST
     if not source.is_file():
         raise OpenELMError(f"There is nothing to export: {source} is missing.")
     step = read_training(source).progress.step
@@ -177,6 +177,11 @@ def find_state(folder: Path, resume: Resume) -> Path | None:
     """Return the training state that a run resumes from, after `check_folder`."""
     if resume and (folder / LAST).exists():
         return folder / LAST
+    return state_path(resume)
+
+
+def state_path(resume: Resume) -> Path | None:
+    """Return the training state that is given by its path, or None."""
     return Path(resume) if isinstance(resume, str) and resume != AUTO else None
 
 
@@ -225,7 +230,7 @@ def check_folder(recipe: PretrainRecipe, resume: Resume) -> None:
     """
     output = Path(recipe.output)
     started = (output / RECIPE).exists() or (output / LAST).exists()
-    path = Path(resume) if isinstance(resume, str) and resume != AUTO else None
+    path = state_path(resume)
     if path is not None and not path.is_file():
         raise OpenELMError(f"`resume` is {path}, which is not a file.")
     if not resume or (isinstance(resume, str) and not started):
@@ -296,13 +301,22 @@ _MAY_CHANGE = (  # on resume: they do not affect what is learned
 
 
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that must not change on resume, by dotted key."""
+    """Return the settings that must not change on resume, by dotted key.
+
+    Keys that a recipe of an earlier version lacks have their defaults.
+    """
+    defaults = as_json(PretrainRecipe())
     flat: dict[str, Any] = {}
-    for key, value in recipe.items():
+    for key, value in (defaults | recipe).items():
         if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": setting for inner, setting in value.items()}
+            values = (defaults.get(key) or {}) | value
+            flat |= {f"{key}.{inner}": setting for inner, setting in values.items()}
         else:
             flat[key] = value
+    flat["data.corpora"] = [
+        [corpus.get(key) for key in ("files", "text_key", "token_share")]
+        for corpus in flat["data.corpora"]
+    ]
     return {
         key: value
         for key, value in flat.items()

@@ -1,33 +1,15 @@
-"""Find corpus files by patterns, and stream their documents.
+"""Find corpus files by patterns; report those that are missing."""
 
-Formats: plain text, JSON lines, JSON arrays (all also with gzip or zstd) and parquet.
-A file is never completely in memory, unless it is one document.
-"""
-
-import errno
 import fnmatch
 import glob
-import io
-import itertools
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Sequence
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.text.record_files import JSON_SUFFIXES, open_records, read_values
 
 _MOST_SHOWN = 5  # missing files in a message
 _MAX_RANGE = 10_000_000  # files of one range; more is a typing error
-
-
-class DamagedFileError(OpenELMError):
-    """A file cannot be read to its end; the documents before that are valid."""
-
-
-# Patterns ------------------------------------------------------------------------
 
 
 def find_files(patterns: Sequence[str], exclude: Sequence[str] = ()) -> tuple[str, ...]:
@@ -45,17 +27,10 @@ def find_files(patterns: Sequence[str], exclude: Sequence[str] = ()) -> tuple[st
     """
     if not patterns:
         raise OpenELMError("The recipe's data names no files.")
-    paths: set[str] = set()
-    missing: list[str] = []
-    for pattern in patterns:
-        numbered = expand_ranges(pattern)
-        for name in numbered:
-            matched = _match(name)
-            paths |= matched
-            if not matched:
-                missing.append(name)
-        if len(missing) == len(numbered) == 1:
-            raise OpenELMError(f"No file matches {pattern!r}; check the recipe's data.")
+    paths, missing = match_files(patterns)
+    for name in missing:
+        if name in patterns:  # not of a range
+            raise OpenELMError(f"No file matches {name!r}; check the recipe's data.")
     if missing:
         shown = ", ".join(missing[:_MOST_SHOWN])
         more = len(missing) - _MOST_SHOWN
@@ -74,6 +49,19 @@ def find_files(patterns: Sequence[str], exclude: Sequence[str] = ()) -> tuple[st
     if not kept:
         raise OpenELMError("The recipe's data excludes all of its files.")
     return tuple(kept.values())
+
+
+def match_files(patterns: Sequence[str]) -> tuple[set[str], tuple[str, ...]]:
+    """Return the paths that match, and the patterns and files of ranges without any."""
+    paths: set[str] = set()
+    missing: list[str] = []
+    for pattern in patterns:
+        for name in expand_ranges(pattern):
+            matched = _match(name)
+            paths |= matched
+            if not matched:
+                missing.append(name)
+    return paths, tuple(missing)
 
 
 def _match(pattern: str) -> set[str]:
@@ -116,230 +104,41 @@ def expand_ranges(pattern: str) -> list[str]:
     return [f"{head}{n:0{len(first)}}{tail}" for n in numbers for tail in tails]
 
 
-# Documents -----------------------------------------------------------------------
+def contract_ranges(names: Sequence[str]) -> list[str]:
+    """Write consecutive file names with consecutive numbers as `{first..last}`."""
+    contracted: list[str] = []
+    run: list[list[str]] = []  # names, split at their numbers
+    for name in (*names, None):
+        parts = [] if name is None else re.split(r"(\d+)", name)
+        if run and _continues(run, parts):
+            run.append(parts)
+            continue
+        if run:
+            contracted.append(_contract(run))
+        run = [parts]
+    return contracted
 
 
-def read_documents(
-    path: str,
-    *,
-    text_key: str = "text",
-    document_start: str | None = None,
-    start: int = 0,
-) -> Iterator[str]:
-    """Yield a file's documents from number `start` on; earlier ones are not checked.
-
-    Args:
-        text_key: key of the text in JSON records, or its parquet column.
-        document_start: regular expression; in plain text, a line that fully matches it
-            starts a document. Default: one document per file.
-
-    Raises:
-        DamagedFileError: the file cannot be read to its end, or a record has no text.
-        OpenELMError: the package for this format is not installed, or too many files
-            are open.
-    """
-    suffix = _suffix(path)
-    try:
-        if suffix == ".parquet":
-            yield from _read_parquet(path, text_key, start)
-        elif suffix in JSON_SUFFIXES:
-            with _open(path) as opened:
-                yield from _read_json(path, opened, text_key, start)
-        else:
-            with _open(path) as opened, _decoded(opened) as text:
-                documents = (
-                    iter([text.read()])
-                    if document_start is None
-                    else split_documents(text, document_start)
-                )
-                yield from itertools.islice(documents, start, None)
-    except UnicodeDecodeError as error:
-        raise DamagedFileError(f"Cannot read {path} as UTF-8 text: {error}.") from error
-    except (EOFError, zlib.error, OSError) as error:
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-            raise OpenELMError(  # the file is not damaged and must not be skipped
-                f"Cannot open {path}: too many files are open, one for each row of a "
-                "batch; raise `ulimit -n`, or data.workers."
-            ) from error
-        raise DamagedFileError(
-            f"{path} is damaged or truncated: {error}; download it again, or set "
-            "data.on_damage: skip."
-        ) from error
+def _continues(run: list[list[str]], parts: list[str]) -> bool:
+    """Return whether a name has the next number of a run, at the same place."""
+    places = _differences(run[-1], parts)
+    if len(places) != 1 or (len(run) > 1 and places != _differences(*run[-2:])):
+        return False
+    before, after = run[-1][places[0]], parts[places[0]]
+    width = len(before) == len(after)
+    return width and before.isdecimal() and after == f"{int(before) + 1:0{len(before)}}"
 
 
-def is_plain_text(path: str) -> bool:
-    """Whether a file is plain text, to which `document_start` applies."""
-    return _suffix(path) not in (".parquet", *JSON_SUFFIXES)
+def _differences(a: list[str], b: list[str]) -> list[int]:
+    if len(a) != len(b):
+        return []
+    return [i for i in range(len(a)) if a[i] != b[i]]
 
 
-def _suffix(path: str) -> str:
-    """Return the lower-case suffix of the format, without that of the compression."""
-    name = path.lower().removesuffix(".gz").removesuffix(".zst")
-    return Path(name).suffix
-
-
-def split_documents(lines: Iterable[str], document_start: str | None) -> Iterator[str]:
-    """Split lines before each heading; consecutive headings stay together.
-
-    Without `document_start` all lines are one document. Otherwise documents are
-    stripped of surrounding white space, and empty ones are dropped.
-    """
-    if document_start is None:
-        yield "".join(lines)
-        return
-    try:
-        heading = re.compile(document_start)
-    except re.error as error:
-        raise OpenELMError(
-            f"data.document_start is {document_start!r}, which is not a regular "
-            f"expression: {error}."
-        ) from error
-    document: list[str] = []
-    has_body = False  # whether text follows the last heading
-    for line in lines:
-        if heading.fullmatch(line.rstrip("\r\n")):
-            if has_body:
-                yield from _stripped(document)
-                document = []
-            has_body = False
-        elif line.strip():
-            has_body = True
-        document.append(line)
-    yield from _stripped(document)
-
-
-def _stripped(lines: list[str]) -> list[str]:
-    text = "".join(lines).strip()
-    return [text] if text else []
-
-
-# Bytes ---------------------------------------------------------------------------
-
-
-def _open(path: str) -> IO[bytes]:
-    if path.lower().endswith(".zst"):
-        return io.BufferedReader(_ZstdFile(path), 1 << 20)
-    return open_records(Path(path))
-
-
-def _decoded(opened: IO[bytes]) -> io.TextIOWrapper:
-    """Decode UTF-8; only a newline ends a line."""
-    return io.TextIOWrapper(opened, encoding="utf-8-sig", newline="\n")
-
-
-class _ZstdFile(io.RawIOBase):
-    """Reader of concatenated zstd frames. Unlike zstandard's, it detects truncation."""
-
-    def __init__(self, path: str) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise _missing("zstandard", path) from error
-        self._errors = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frame: Any = None  # the current one
-        self._file = open(path, "rb")  # noqa: SIM115 # closed by close()
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            unused = b""
-            if self._frame and self._frame.eof:
-                unused, self._frame = self._frame.unused_data, None
-            compressed = unused or self._file.read(1 << 14)
-            if not compressed:
-                if self._frame:
-                    raise EOFError("it ends in the middle of a frame")
-                return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            try:
-                self._ready = memoryview(self._frame.decompress(compressed))
-            except self._errors as error:
-                raise OSError(str(error)) from error
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
-
-
-def _missing(package: str, path: str) -> OpenELMError:
-    return OpenELMError(
-        f"Reading {path} requires the package {package}: pip install "
-        "'mlx-openelm[torch]'."
-    )
-
-
-# JSON ----------------------------------------------------------------------------
-
-
-def _read_json(
-    path: str, opened: IO[bytes], text_key: str, start: int
-) -> Iterator[str]:
-    """Yield the texts of objects, one per line or in an array."""
-    for number, read in enumerate(read_values(opened, skip=start), start):
-        if read.problem:
-            raise _bad_record(f"{path}:{read.place}", number, read.problem)
-        yield _get_text(path, number, read.value, text_key)
-
-
-def _get_text(path: str, number: int, value: Any, text_key: str) -> str:
-    if not isinstance(value, dict):
-        raise _bad_record(path, number, "is not an object")
-    if text_key not in value:
-        keys = ", ".join(list(value)[:10]) or "none"
-        raise _bad_record(path, number, f"has no {text_key!r}; its keys: {keys}")
-    text = value[text_key]
-    if not isinstance(text, str):
-        raise _bad_record(path, number, f"has a {text_key!r} that is not a string")
-    return text
-
-
-def _bad_record(path: str, number: int, what: str) -> DamagedFileError:
-    return DamagedFileError(
-        f"Record {number + 1} of {path} {what}; correct it or data.text_key, or set "
-        "data.on_damage: skip."
-    )
-
-
-# Parquet -------------------------------------------------------------------------
-
-
-def _read_parquet(path: str, text_key: str, start: int) -> Iterator[str]:
-    """Yield a column's texts; row groups before `start` are not read."""
-    try:
-        import pyarrow  # type: ignore[import-untyped] # it has no stubs
-        from pyarrow import parquet
-    except ImportError as error:
-        raise _missing("pyarrow", path) from error
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as opened:
-            columns = opened.schema_arrow.names
-            if text_key not in columns:
-                raise DamagedFileError(
-                    f"{path} has no column {text_key!r}, only {', '.join(columns)}; "
-                    "correct data.text_key, or set data.on_damage: skip."
-                )
-            for group in range(opened.metadata.num_row_groups):
-                rows = opened.metadata.row_group(group).num_rows
-                if number + rows <= start:
-                    number += rows
-                    continue
-                for batch in opened.iter_batches(
-                    256, row_groups=[group], columns=[text_key], use_threads=False
-                ):
-                    for text in batch.column(0).to_pylist():
-                        if number >= start:
-                            yield _get_text(path, number, {text_key: text}, text_key)
-                        number += 1
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise  # for example, the file is missing
-        raise _bad_record(path, number, f"cannot be read ({error})") from error
+def _contract(run: list[list[str]]) -> str:
+    if len(run) == 1:
+        return "".join(run[0])
+    (place,) = _differences(*run[:2])
+    first, last = run[0][place], run[-1][place]
+    head, tail = "".join(run[0][:place]), "".join(run[0][place + 1 :])
+    return f"{head}{{{first}..{last}}}{tail}"

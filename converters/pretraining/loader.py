@@ -1,51 +1,51 @@
 """Data loaders of pre-training, for packed text in memory and for streamed corpora.
 
 A loader returns one process's rows of each batch; its state is a few numbers. Streamed
-text comes from lanes, which worker processes may prefetch.
+text comes from `streams`, which worker processes may prefetch.
 """
 
 import contextlib
-import itertools
 import multiprocessing
 import os
 import queue
 import threading
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
+from operator import itemgetter
 from typing import Any, Protocol
 
 import numpy as np
 
 from converters.pretraining.cleaning import Rules, Tokens
-from converters.pretraining.corpus_files import DamagedFileError
-from converters.pretraining.lanes import (
-    LanePlan,
-    Lanes,
-    Rows,
-    State,
-    fingerprint,
-    list_files,
-    plan_lanes,
-)
+from converters.pretraining.documents import Damage
 from converters.pretraining.packing import (
     IGNORED,
     Corpus,
     PackedSequences,
     TokenBatch,
-    list_corpora,
     read_corpora,
     read_corpus,
     repair_documents,
     step_batch,
 )
-from converters.pretraining.recipe import DataRecipe, PretrainRecipe
+from converters.pretraining.plan import check_readers, share_batch
+from converters.pretraining.recipe import DataRecipe, PretrainRecipe, list_corpora
+from converters.pretraining.streams import Sequences, State, Streams
+from converters.pretraining.units import (
+    ReadingPlan,
+    fingerprint,
+    list_files,
+    plan_reading,
+)
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.tokenizer import Tokenizer
 
 _OPEN_FILES = 128  # read in turn for a sample
 _PREFETCHED = 4  # batches per worker
+_VERSION = 2  # of the positions of streams; 1 had a position of each row
 
 
 class Loader(Protocol):
@@ -67,7 +67,8 @@ class Loader(Protocol):
         """Return this process's rows of the next step's batch.
 
         Raises:
-            OpenELMError: a file is damaged, a lane has no text, or a worker was killed.
+            OpenELMError: a file is damaged, a corpus has no text that is kept, or a
+                worker was killed.
         """
 
     def state(self) -> State:
@@ -77,7 +78,8 @@ class Loader(Protocol):
         """Resume from a joined state of any number of processes.
 
         Raises:
-            OpenELMError: the state is of another corpus, seed or batch size.
+            OpenELMError: the state is of another corpus, seed, batch size, number of
+                readers or version.
         """
 
     def close(self) -> None:
@@ -100,23 +102,34 @@ def open_loader(
         corpus: for packing, the result of `read_corpora`, if it was already read.
 
     Raises:
-        OpenELMError: `ranks` does not divide the batch size, or no file is found.
+        OpenELMError: `ranks` does not divide the batch size or the readers, or no file
+            is found.
     """
-    if recipe.batch_size % ranks:
-        raise OpenELMError(
-            f"batch_size is {recipe.batch_size}; it must be a multiple of the number "
-            f"of processes ({ranks})."
-        )
+    share_batch(recipe, ranks)
     if recipe.data.packing:
         corpus = corpus or read_corpora(recipe.data)
         return _PackedLoader(recipe, corpus, tokenizer, length, rank, ranks)
-    return _LaneLoader(plan_lanes(recipe, tokenizer, length), rank, ranks)
+    plan = plan_reading(recipe, tokenizer, length)
+    check_readers(plan.readers, ranks)
+    return _StreamLoader(plan, rank, ranks)
 
 
 def join_states(states: Sequence[State]) -> State:
-    """Join the states of all processes into one for the checkpoint."""
-    lanes = [lane for state in states for lane in state["lanes"]]
-    return {**states[0], "lanes": lanes}
+    """Join the states of all processes into one for the checkpoint.
+
+    Raises:
+        OpenELMError: the processes do not read the same files.
+    """
+    if any(
+        {**state, "streams": []} != {**states[0], "streams": []} for state in states
+    ):
+        raise OpenELMError(
+            "The processes read different text, so some documents are read twice and "
+            "others never; give all of them the same files, and start again from the "
+            "last checkpoint."
+        )
+    streams = [stream for state in states for stream in state["streams"]]
+    return {**states[0], "streams": sorted(streams, key=itemgetter("stream"))}
 
 
 def read_recipe_documents(
@@ -161,11 +174,11 @@ def read_recipe_documents(
 
 
 def _read_repaired(data: DataRecipe, path: str, text_key: str) -> Iterator[str]:
-    try:
-        yield from repair_documents(path, data.document_start, text_key)
-    except DamagedFileError:
-        if data.on_damage == "stop":
-            raise
+    for item in repair_documents(path, data.document_start, text_key):
+        if isinstance(item, Damage):
+            item.drop(path, data.on_damage)
+        else:
+            yield item
 
 
 # Packed text ---------------------------------------------------------------------
@@ -213,7 +226,7 @@ class _PackedLoader:
         return batch
 
     def state(self) -> State:
-        return {**self._identity, "step": self._step, "lanes": []}
+        return {**self._identity, "step": self._step, "streams": []}
 
     def restore(self, state: State) -> None:
         _check_identity(self._identity, state)
@@ -225,7 +238,14 @@ class _PackedLoader:
 
 def _check_identity(identity: Mapping[str, Any], state: State) -> None:
     """Raise OpenELMError if a state is of other data."""
-    names = {"form": "data.packing", "data": "the text"}
+    if state.get("form") == "lanes" or state.get("version", _VERSION) != _VERSION:
+        raise OpenELMError(
+            "The checkpoint's position in the text is of another version of "
+            "mlx-openelm, which read the text in another order. Start a new run from "
+            "its weights: mlx-openelm pretrain -c RECIPE --init "
+            "OLD/training_checkpoint_last.pt --output NEW"
+        )
+    names = {"form": "data.packing", "data": "the text", "readers": "data.readers"}
     other = [names.get(key, key) for key in identity if identity[key] != state.get(key)]
     if other:
         raise OpenELMError(
@@ -237,22 +257,24 @@ def _check_identity(identity: Mapping[str, Any], state: State) -> None:
 # Streamed text -------------------------------------------------------------------
 
 
-class _LaneLoader:
-    """Batches of streamed text: the lanes of one process, read by it or its workers."""
+class _StreamLoader:
+    """Batches of streamed text: this process's streams, read by it or its workers."""
 
-    def __init__(self, plan: LanePlan, rank: int, ranks: int) -> None:
+    def __init__(self, plan: ReadingPlan, rank: int, ranks: int) -> None:
         self._plan = plan
-        share = plan.lanes // ranks
-        self._own = range(rank * share, (rank + 1) * share)
+        self._own = range(rank, plan.readers, ranks)
         self._states: dict[int, State] = {}
-        self._parts: list[Lanes | _Worker] = []
+        self._parts: list[Streams | _Worker] = []
         self._identity = {
-            "form": "lanes",
+            "form": "streams",
+            "version": _VERSION,
             "data": fingerprint(plan),
             "seed": plan.seed,
-            "batch_size": plan.lanes,
+            "batch_size": plan.batch_size,
+            "readers": plan.readers,
         }
-        self.num_files = sum(len(corpus.files) for corpus in plan.corpora)
+        self._units = [file.parts for group in plan.groups for file in group.files]
+        self.num_files = sum(len(group.files) for group in plan.groups)
         self.num_documents: int | None = None
         self.num_sequences: int | None = None
         self.num_tokens: int | None = None
@@ -260,41 +282,41 @@ class _LaneLoader:
 
     def next_batch(self) -> TokenBatch:
         self._parts = self._parts or self._start()
-        results = [part.next_rows() for part in self._parts]
-        for result in results:
-            self._states |= {state["lane"]: state for state in result.states}
+        by_stream: dict[int, list[Tokens]] = {}
+        for result in [part.next_sequences() for part in self._parts]:
+            self._states |= {state["stream"]: state for state in result.states}
             self.dropped += result.dropped
-        rows = [row for result in results for row in result.rows]
-        return _pad(rows, self._plan.rules)
+            by_stream |= result.by_stream
+        turns = zip(*(by_stream[number] for number in self._own), strict=True)
+        return _pad([row for turn in turns for row in turn], self._plan.rules)
 
     def state(self) -> State:
-        lanes = [self._states[lane] for lane in self._own if lane in self._states]
-        return {**self._identity, "lanes": lanes}
+        streams = [self._states[n] for n in self._own if n in self._states]
+        units = zlib.crc32(repr(self._units).encode())
+        return {**self._identity, "units": units, "streams": streams}
 
     def restore(self, state: State) -> None:
         _check_identity(self._identity, state)
-        lanes = {lane["lane"]: lane for lane in state["lanes"]}
-        if lanes and len(lanes) != self._plan.lanes:
+        states = {stream["stream"]: stream for stream in state["streams"]}
+        if states and len(states) != self._plan.readers:
             raise OpenELMError(
-                f"The checkpoint has the positions of {len(lanes)} rows instead of "
-                f"{self._plan.lanes}; it is incomplete, so use an older one."
+                f"The checkpoint has the positions of {len(states)} readers instead of "
+                f"{self._plan.readers}; it is incomplete, so use an older one."
             )
         self.close()
-        self._states = lanes
+        self._states = states
 
     def close(self) -> None:
         for part in self._parts:
             part.close()
         self._parts = []
 
-    def _start(self) -> list["Lanes | _Worker"]:
+    def _start(self) -> list["Streams | _Worker"]:
         count = min(self._plan.data.workers, len(self._own))
         if count == 0:
-            return [Lanes(self._plan, self._own, self._states)]
-        bounds = [i * len(self._own) // count for i in range(count + 1)]
+            return [Streams(self._plan, self._own, self._states)]
         return [
-            _Worker(self._plan, self._own[a:b], self._states)
-            for a, b in itertools.pairwise(bounds)
+            _Worker(self._plan, self._own[i::count], self._states) for i in range(count)
         ]
 
 
@@ -312,25 +334,25 @@ def _pad(rows: Sequence[Tokens], rules: Rules) -> TokenBatch:
 
 
 class _Worker:
-    """A process that prefetches the rows of some lanes."""
+    """A process that prefetches the sequences of some streams."""
 
     def __init__(
-        self, plan: LanePlan, lanes: Sequence[int], states: Mapping[int, State]
+        self, plan: ReadingPlan, numbers: Sequence[int], states: Mapping[int, State]
     ) -> None:
         # Not fork, which would copy the locks of PyTorch's threads and CUDA's state.
         context = multiprocessing.get_context("spawn")
         # Not a queue: a pipe raises an error if the other process dies.
         self._reader, writer = context.Pipe(duplex=False)
-        own = {lane: states[lane] for lane in lanes if lane in states}
+        own = {n: states[n] for n in numbers if n in states}
         self._process = context.Process(
-            target=_work, args=(plan, lanes, own, writer), daemon=True
+            target=_work, args=(plan, numbers, own, writer), daemon=True
         )
         self._process.start()
         writer.close()
 
-    def next_rows(self) -> Rows:
+    def next_sequences(self) -> Sequences:
         try:
-            result: Rows | Exception = self._reader.recv()
+            result: Sequences | Exception = self._reader.recv()
         except (EOFError, OSError) as error:
             self._process.join()
             raise OpenELMError(
@@ -350,27 +372,31 @@ class _Worker:
 
 
 def _work(
-    plan: LanePlan,
+    plan: ReadingPlan,
     numbers: Sequence[int],
     states: Mapping[int, State],
     writer: Connection,
 ) -> None:
-    """Send rows until an error, or until the parent process ends."""
+    """Send sequences until an error, or until the parent process ends."""
     os.setsid()  # on Ctrl-C the parent stops the workers after a checkpoint
-    prefetched: queue.Queue[Rows | Exception] = queue.Queue(_PREFETCHED)
-    lanes = Lanes(plan, numbers, states)
-    threading.Thread(target=_read_ahead, args=(lanes, prefetched), daemon=True).start()
+    prefetched: queue.Queue[Sequences | Exception] = queue.Queue(_PREFETCHED)
+    streams = Streams(plan, numbers, states)
+    threading.Thread(
+        target=_read_ahead, args=(streams, prefetched), daemon=True
+    ).start()
     with contextlib.suppress(BrokenPipeError):
-        item: Rows | Exception | None = None
+        item: Sequences | Exception | None = None
         while not isinstance(item, Exception):
             item = prefetched.get()
             writer.send(item)
 
 
-def _read_ahead(lanes: Lanes, prefetched: "queue.Queue[Rows | Exception]") -> None:
+def _read_ahead(
+    streams: Streams, prefetched: "queue.Queue[Sequences | Exception]"
+) -> None:
     try:
         while True:
-            prefetched.put(lanes.next_rows())
+            prefetched.put(streams.next_sequences())
     except OpenELMError as error:
         prefetched.put(OpenELMError(str(error)))
     except Exception:  # a bug; the parent raises it with this traceback

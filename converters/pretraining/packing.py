@@ -1,7 +1,7 @@
 """Training text in memory: packed sequences, and training of a tokenizer.
 
 Packing concatenates documents into full sequences, for corpora that are too small to
-pad. CoreNet does not have it; `lanes` streams text as in OpenELM's pre-training, one
+pad. CoreNet does not have it; `streams` reads text as in OpenELM's pre-training, one
 piece per padded sequence.
 """
 
@@ -16,14 +16,15 @@ import numpy.typing as npt
 import sentencepiece
 
 from converters.pretraining.cleaning import repair
-from converters.pretraining.corpus_files import (
-    DamagedFileError,
-    find_files,
+from converters.pretraining.corpus_files import find_files
+from converters.pretraining.documents import (
+    Damage,
+    Unit,
     is_plain_text,
     read_documents,
     split_documents,
 )
-from converters.pretraining.recipe import CorpusRecipe, DataRecipe, TokenizerRecipe
+from converters.pretraining.recipe import DataRecipe, TokenizerRecipe, list_corpora
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -47,14 +48,9 @@ def read_corpora(data: DataRecipe) -> Corpus:
     """Read all training text of a recipe into memory.
 
     Raises:
-        OpenELMError: a pattern matches nothing, a file is damaged and `on_damage` is
-            "stop", or the corpora have different weights, which packing ignores.
+        OpenELMError: a pattern matches nothing, or a file is damaged and `on_damage` is
+            "stop".
     """
-    if len({corpus.weight for corpus in data.corpora}) > 1:
-        raise OpenELMError(
-            "data.packing ignores weights: every corpus is used once; leave out the "
-            "weights, or data.packing."
-        )
     parts = [
         read_corpus(
             corpus.files,
@@ -68,11 +64,6 @@ def read_corpora(data: DataRecipe) -> Corpus:
     documents = tuple(text for part in parts for text in part.documents)
     dropped = sum((part.dropped for part in parts), Counter[str]())
     return Corpus(documents, sum(part.num_files for part in parts), dropped)
-
-
-def list_corpora(data: DataRecipe) -> tuple[CorpusRecipe, ...]:
-    """Return a recipe's corpora; `train` is a single one."""
-    return data.corpora or (CorpusRecipe(data.train, data.text_key),)
 
 
 def read_corpus(
@@ -97,27 +88,23 @@ def read_corpus(
     documents: list[str] = []
     dropped: Counter[str] = Counter()
     for path in files:
-        try:
-            for document in repair_documents(path, document_start, text_key):
-                documents.append(document)  # kept if damage follows
-        except DamagedFileError:
-            if on_damage == "stop":
-                raise
-            dropped[describe_damage(path)] += 1
+        for item in repair_documents(path, document_start, text_key):
+            if isinstance(item, Damage):
+                dropped[item.drop(path, on_damage)] += 1
+            else:
+                documents.append(item)
     return Corpus(tuple(documents), len(files), dropped)
-
-
-def describe_damage(path: str) -> str:
-    """Return the reason for dropping the rest of a damaged file."""
-    return f"rest of {path}, damaged"
 
 
 def repair_documents(
     path: str, document_start: str | None, text_key: str
-) -> Iterator[str]:
+) -> Iterator[str | Damage]:
     """Yield a file's repaired documents; plain text is split after the repair."""
-    for text in read_documents(path, text_key=text_key):
-        repaired = repair(text)
+    for item in read_documents(Unit(path), text_key=text_key):
+        if isinstance(item, Damage):
+            yield item
+            continue
+        repaired = repair(item)
         if is_plain_text(path) and document_start is not None:
             yield from split_documents(io.StringIO(repaired, "\n"), document_start)
         else:

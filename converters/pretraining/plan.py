@@ -7,7 +7,8 @@ from pathlib import Path
 from converters.formats.checkpoint_weights import find_config
 from converters.pretraining.corpus_files import find_files
 from converters.pretraining.model_sources import open_model
-from converters.pretraining.recipe import PretrainRecipe
+from converters.pretraining.recipe import PretrainRecipe, list_corpora
+from mlx_openelm.compatibility import describe_closed
 from mlx_openelm.config import LLAMA_PIECES, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.tokenizer import Tokenizer
@@ -65,6 +66,7 @@ class PretrainingPlan:
         a100_days: on one A100 at `UTILISATION` of its peak.
         memory: per device, with "ddp" and "fsdp".
         missing: a sentence on each missing input.
+        closed: a sentence on the tools that do not open the shape; empty if all do.
     """
 
     config: OpenELMConfig
@@ -79,6 +81,7 @@ class PretrainingPlan:
     a100_days: float
     memory: dict[str, Memory]
     missing: tuple[str, ...]
+    closed: str
 
 
 def plan_pretraining(
@@ -97,7 +100,7 @@ def plan_pretraining(
     missing += _missing_text(recipe)
     micro = recipe.micro_batch_size or recipe.batch_size
     if devices is None:
-        devices = max(1, recipe.batch_size // micro)
+        devices = math.gcd(max(1, recipe.batch_size // micro), recipe.readers)
     share = share_batch(recipe, devices)
     micro = min(micro, share)
     length = config.max_context_length
@@ -122,6 +125,7 @@ def plan_pretraining(
             for kind, sharded in (("ddp", False), ("fsdp", True))
         },
         missing=tuple(missing),
+        closed=describe_closed(config),
     )
 
 
@@ -129,8 +133,8 @@ def share_batch(recipe: PretrainRecipe, devices: int) -> int:
     """Return the number of sequences of one process.
 
     Raises:
-        OpenELMError: `devices` does not divide the batch, or `micro_batch_size` does
-            not divide a process's share.
+        OpenELMError: `devices` does not divide the batch or the readers, or
+            `micro_batch_size` does not divide a process's share.
     """
     share, rest = divmod(recipe.batch_size, devices)
     if rest or share < 1:
@@ -138,6 +142,8 @@ def share_batch(recipe: PretrainRecipe, devices: int) -> int:
             f"batch_size is {recipe.batch_size}; it must be a multiple of the number "
             f"of processes ({devices})."
         )
+    if not recipe.data.packing:
+        check_readers(recipe.readers, devices)
     micro = recipe.micro_batch_size
     if micro is not None and share > micro and share % micro:
         raise OpenELMError(
@@ -145,6 +151,15 @@ def share_batch(recipe: PretrainRecipe, devices: int) -> int:
             f"each of the {devices} processes."
         )
     return share
+
+
+def check_readers(readers: int, processes: int) -> None:
+    """Raise OpenELMError if processes cannot have the same number of readers."""
+    if readers % processes:
+        raise OpenELMError(
+            f"data.readers is {readers}; it must be a multiple of the number of "
+            f"processes ({processes})."
+        )
 
 
 def count_flops_per_token(config: OpenELMConfig, context: int) -> float:
@@ -257,13 +272,13 @@ def _find_config(recipe: PretrainRecipe, missing: list[str]) -> OpenELMConfig:
 
 def _missing_text(recipe: PretrainRecipe) -> list[str]:
     data = recipe.data
-    sets = [corpus.files for corpus in data.corpora] or [data.train]
-    if not any(sets):
+    if not data.train and not data.corpora:
         return ["The recipe has no text: set data.train, or pass `data`."]
+    sets = [(corpus.name, corpus.files) for corpus in list_corpora(data)]
     missing = []
-    for patterns in (*sets, *([data.heldout] if data.heldout else [])):
+    for name, patterns in (*sets, *([("", data.heldout)] if data.heldout else [])):
         try:
             find_files(patterns)
         except OpenELMError as error:
-            missing.append(str(error))
+            missing.append(f"{name}: {error}" if name else str(error))
     return missing

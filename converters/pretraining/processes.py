@@ -1,4 +1,4 @@
-"""The processes of a run: a single one, or those of torchrun.
+"""The processes of a run: a single one, or those of torchrun or Slurm.
 
 An error or signal in one process must reach all, or the others would wait for it
 indefinitely: errors are raised in each, and signals stop all at the same step.
@@ -6,12 +6,16 @@ indefinitely: errors are raised in each, and signals stop all at the same step.
 
 import contextlib
 import gc
+import itertools
 import os
 import signal
+import socket
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +23,9 @@ import torch.distributed as dist
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.message_parts import describe_failure
+
+PEER_TIMEOUT = timedelta(minutes=30)  # of a collective operation; saving takes minutes
+POLL_SECONDS = 0.1
 
 
 class SharedError(OpenELMError):
@@ -92,10 +99,14 @@ class Processes:
 
 
 @contextlib.contextmanager
-def join_processes() -> Iterator[Processes]:
-    """Join the process group of torchrun; without torchrun, a single process.
+def join_processes(limit: float) -> Iterator[Processes]:
+    """Join the process group of torchrun or Slurm; without one, a single process.
+
+    Args:
+        limit: seconds in which all processes must have started.
 
     Raises:
+        OpenELMError: some have not started; they are named.
         SharedError: another process ended while this one was waiting for it.
     """
     cuda = torch.cuda.is_available()
@@ -107,9 +118,16 @@ def join_processes() -> Iterator[Processes]:
     if count == 1:
         yield Processes(0, 1, device)
         return
-    dist.init_process_group("nccl" if cuda else "gloo")
+    rank = int(os.environ.get("RANK", "0"))
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=meet_processes(rank, count, limit),
+        rank=rank,
+        world_size=count,
+        timeout=PEER_TIMEOUT,
+    )
     try:
-        yield Processes(dist.get_rank(), count, device)
+        yield Processes(rank, count, device)
     except BaseException as error:
         for each in filter(None, (error, error.__cause__)):
             traceback.clear_frames(each.__traceback__)
@@ -124,7 +142,96 @@ def join_processes() -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-_LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe")
+_LOST = (
+    *("onnection closed by peer", "onnection reset by peer", "Broken pipe"),
+    *("Timed out waiting", "timed out after"),
+)
+
+
+# The start of all processes ----------------------------------------------------------
+
+
+def meet_processes(rank: int, count: int, limit: float) -> dist.Store:
+    """Return a store that all processes have reached, each with its host's name.
+
+    Process 0 serves it, or torchrun does. torch.distributed would wait in the same way,
+    but its error does not name the processes that are missing.
+
+    Raises:
+        OpenELMError: some did not start within `limit` seconds, or the first one cannot
+            be reached.
+    """
+    deadline = time.monotonic() + limit
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError) as error:
+        raise OpenELMError(
+            f"WORLD_SIZE is {count}, but MASTER_ADDR and MASTER_PORT do not name the "
+            "first process; start the run with torchrun, or with Slurm as in "
+            "recipes/pretrain/slurm.sh."
+        ) from error
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not serves:
+        _wait_for_server(rank, host, port, limit)
+    try:
+        store = dist.TCPStore(
+            *(host, port, count, serves),
+            timeout=PEER_TIMEOUT,
+            wait_for_workers=False,
+        )
+        store.set(f"host/{rank}", socket.gethostname())
+        store.add("started", 1)
+        while store.add("started", 0) < count:
+            if time.monotonic() > deadline:
+                message = _name_missing(store, count, limit)
+                raise (SharedError if rank else OpenELMError)(message)
+            time.sleep(POLL_SECONDS)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise SharedError(f"Process 0 on {host} ended; see its message.") from error
+    return store
+
+
+def _wait_for_server(rank: int, host: str, port: int, limit: float) -> None:
+    """Return as soon as a connection succeeds; torch would print each failure."""
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=limit):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise OpenELMError(
+                    f"Process {rank} on {socket.gethostname()} could not reach process "
+                    f"0 at {host}, port {port}, within {limit:,.0f} seconds ({error}); "
+                    "start that node, check MASTER_ADDR, or set a longer join_timeout."
+                ) from error
+            time.sleep(POLL_SECONDS)
+
+
+def _name_missing(store: dist.Store, count: int, limit: float) -> str:
+    hosts: dict[str, list[int]] = {}
+    missing = []
+    for rank in range(count):
+        if store.check([f"host/{rank}"]):
+            name = store.get(f"host/{rank}").decode()
+            hosts.setdefault(name, []).append(rank)
+        else:
+            missing.append(rank)
+    started = "; ".join(f"{_spell(ranks)} on {name}" for name, ranks in hosts.items())
+    return (
+        f"Of {count} processes, {len(missing)} did not start within {limit:,.0f} "
+        f"seconds: {_spell(missing)}. Started: {started}. Start the others, or set a "
+        "longer join_timeout."
+    )
+
+
+def _spell(ranks: list[int]) -> str:
+    """Return ranks with ranges: "0, 8 to 15"."""
+    parts = []
+    for _, group in itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0]):
+        run = [rank for _, rank in group]
+        parts.append(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}")
+    return ", ".join(parts)
 
 
 @contextlib.contextmanager

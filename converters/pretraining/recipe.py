@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from mlx_openelm.config import OpenELMConfig, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
@@ -10,6 +12,7 @@ from mlx_openelm.layerwise_scaling import (
     FFN_DIM_DIVISOR,
     FFN_MULTIPLIERS,
     QKV_MULTIPLIERS,
+    SHAPES,
 )
 from mlx_openelm.paths import PathText
 
@@ -21,6 +24,8 @@ class ModelRecipe:
     """A released size by `name`, or the parameters of layer-wise scaling.
 
     Attributes:
+        shape: layerwise, reverse, crown or frame: how a pair of multipliers becomes one
+            for each layer; see `interpolate_multipliers`.
         spare_rows: pad the embedding like CoreNet (32128 rows for Llama's 32000
             pieces); `convert` removes the padding.
     """
@@ -33,6 +38,7 @@ class ModelRecipe:
     qkv_multipliers: Multipliers = QKV_MULTIPLIERS
     ffn_multipliers: Multipliers = FFN_MULTIPLIERS
     ffn_dim_divisor: int = FFN_DIM_DIVISOR
+    shape: str = "layerwise"
     max_context_length: int = 2048
     spare_rows: bool = False
 
@@ -41,6 +47,15 @@ class ModelRecipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OpenELMError(f"model.{name} is {value}; it must be at least 1.")
+        if self.shape not in SHAPES:
+            raise OpenELMError(
+                f"model.shape is {self.shape!r}; expected one of {', '.join(SHAPES)}."
+            )
+        if self.name is not None and self.shape != "layerwise":
+            raise OpenELMError(
+                f"model.shape is {self.shape}, but the sizes of model.name {self.name} "
+                "are fixed; leave out one of them."
+            )
         for name in ("qkv_multipliers", "ffn_multipliers"):
             value = getattr(self, name)
             factors = value if isinstance(value, tuple) else (value,)
@@ -71,6 +86,7 @@ class ModelRecipe:
             qkv_multipliers=self.qkv_multipliers,
             ffn_multipliers=self.ffn_multipliers,
             ffn_dim_divisor=self.ffn_dim_divisor,
+            shape=self.shape,
             vocab_size=vocab_size,
             max_context_length=self.max_context_length,
         )
@@ -91,19 +107,30 @@ class CorpusRecipe:
     Attributes:
         files: patterns, relative to the working directory; {000..099} is a range of
             numbered files, all of which must exist.
+        name, source: what it is called and where to get it, for `--check-data`.
         text_key: key of the text in JSON records, or its parquet column.
-        weight: share of the documents, relative to the other weights.
+        token_share: share of the tokens; default: its own in the data. Shares of all
+            corpora are relative to their sum; those of some are fractions of all
+            tokens, and the others get the rest.
     """
 
+    REMOVED_KEYS: ClassVar[Mapping[str, str]] = {
+        "weight": "it counted documents, so corpora of long documents got more tokens "
+        "than their weight; leave it out to read every document once an epoch "
+        "(data.mixture: natural), or set token_share, which counts tokens"
+    }
+
     files: tuple[PathText, ...]
+    name: str = ""
+    source: str = ""
     text_key: str = "text"
-    weight: float = 1.0
+    token_share: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight <= 1e9:
+        if self.token_share is not None and not 0 < self.token_share <= 1e9:
             raise OpenELMError(
-                f"The weight of a corpus is {self.weight}; it must be above 0 and "
-                "at most 1e9."
+                f"The token_share of a corpus is {self.token_share}; it must be above "
+                "0 and at most 1e9."
             )
 
 
@@ -118,12 +145,20 @@ class DataRecipe:
 
     Attributes:
         train: files as in `CorpusRecipe`, for a single corpus.
-        corpora: corpora to mix by weight, instead of `train`.
+        corpora: more than one corpus, instead of `train`.
+        mixture: "natural": the parts of all files in random order, each once an epoch;
+            "corenet": whole files, dealt to the readers as CoreNet deals them to its
+            workers, and documents in the order of the file.
+        readers: number of files that are read at the same time, over all processes;
+            row i of a batch comes from reader i modulo `readers`. Default: the largest
+            divisor of `batch_size` up to 64, or fewer if the files cannot be cut into
+            so many parts.
         exclude, heldout: file patterns that are not trained on; `heldout` is evaluated.
         document_start: regular expression; in plain text, a line that fully matches it
             starts a document. Default: one document per file.
-        shuffle_block: documents that are shuffled together; 1 keeps their order.
-        on_damage: "stop", or "skip" the rest of a damaged file.
+        shuffle_block: documents of a reader that are shuffled together, up to 4 million
+            characters; 1 keeps their order.
+        on_damage: "stop", or "skip" a damaged record.
         cache: folder for the tokens of files.
         workers: processes that read and tokenize; 0: the training process.
     """
@@ -133,6 +168,8 @@ class DataRecipe:
     text_key: str = "text"
     exclude: tuple[PathText, ...] = ()
     heldout: tuple[PathText, ...] = ()
+    mixture: str = "natural"
+    readers: int | None = None
     document_start: str | None = None
     packing: bool = False
     words_per_piece: int = 2048
@@ -148,19 +185,52 @@ class DataRecipe:
             raise OpenELMError(
                 f"data.on_damage is {self.on_damage!r}; expected stop or skip."
             )
+        if self.mixture not in ("natural", "corenet"):
+            raise OpenELMError(
+                f"data.mixture is {self.mixture!r}; expected natural or corenet."
+            )
         for name, least in (
             *(("words_per_piece", 1), ("min_characters", 0), ("min_tokens", 0)),
-            *(("shuffle_block", 1), ("workers", 0)),
+            *(("shuffle_block", 1), ("workers", 0), ("readers", 1)),
         ):
-            if getattr(self, name) < least:
+            value = getattr(self, name)
+            if value is not None and value < least:
                 raise OpenELMError(
-                    f"data.{name} is {getattr(self, name)}; it must be at least "
-                    f"{least}."
+                    f"data.{name} is {value}; it must be at least {least}."
                 )
+        self._check_shares()
         if self.train and self.corpora:
             raise OpenELMError(
                 "The recipe's data has both train and corpora; use one of them."
             )
+
+    def _check_shares(self) -> None:
+        shares = [c.token_share for c in self.corpora if c.token_share is not None]
+        if shares and self.packing:
+            raise OpenELMError(
+                "data.packing uses every corpus once; leave out token_share, or "
+                "data.packing."
+            )
+        if shares and self.mixture == "corenet":
+            raise OpenELMError(
+                "data.mixture: corenet deals whole files without shares; leave out "
+                "token_share, or data.mixture."
+            )
+        if len(shares) < len(self.corpora) and sum(shares) >= 1:
+            raise OpenELMError(
+                f"The token_share of {len(shares)} of {len(self.corpora)} corpora add "
+                f"up to {sum(shares):g}; they must leave a part below 1 for the others."
+            )
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of a number that is not above a limit."""
+    return max(n for n in range(1, min(number, limit) + 1) if number % n == 0)
+
+
+def list_corpora(data: DataRecipe) -> tuple[CorpusRecipe, ...]:
+    """Return a recipe's corpora; `train` is a single one."""
+    return data.corpora or (CorpusRecipe(data.train, text_key=data.text_key),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +344,11 @@ class PretrainRecipe:
     report_to: tuple[str, ...] = ()
 
     @property
+    def readers(self) -> int:
+        """The number of readers over all processes, at most."""
+        return self.data.readers or largest_divisor(self.batch_size, 64)
+
+    @property
     def trackers(self) -> tuple[str, ...]:
         """The trackers that get the metrics."""
         return (*self.report_to, *(("tensorboard",) if self.tensorboard else ()))
@@ -291,6 +366,11 @@ class PretrainRecipe:
             raise OpenELMError(f"seed is {self.seed}; it must be 0 to 2**63 - 1.")
         if self.parallel not in ("ddp", "fsdp"):
             raise OpenELMError(f"parallel is {self.parallel!r}; expected ddp or fsdp.")
+        if self.batch_size % self.readers:
+            raise OpenELMError(
+                f"data.readers is {self.readers}; it must divide batch_size "
+                f"({self.batch_size})."
+            )
         if not 1 <= self.average_last <= self.keep_last:
             raise OpenELMError(
                 f"average_last is {self.average_last}; it must be from 1 to keep_last "

@@ -39,8 +39,8 @@ from mlx_openelm.storage.staging import replaced_file
 
 PAGE = "report.html"
 REFRESH_SECONDS = 60
-MAX_SHARE = 0.005  # of the run's time, for writing the page
-EXPECTED_SECONDS = 0.5  # of the first page with charts
+MAX_SHARE = 0.002  # of the run's time, for writing the page; all processes wait
+EXPECTED_SECONDS = 0.02  # of the first page with charts, which so comes after 10 s
 
 
 class RunReport:

@@ -90,7 +90,7 @@ def pretrain(
         KeyboardInterrupt: on SIGINT, after a checkpoint.
         SystemExit: with 143 on SIGTERM, after a checkpoint.
     """
-    with join_processes() as processes, stop_signals() as stop:
+    with join_processes(recipe.join_timeout) as processes, stop_signals() as stop:
         return _train(recipe, processes, resume, on_event, stop)
 
 

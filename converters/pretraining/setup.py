@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from converters.pretraining.checkpoints import (
-    AUTO,
     RECIPE,
     Resume,
     as_json,
@@ -16,6 +15,7 @@ from converters.pretraining.checkpoints import (
     find_state,
     lock_folder,
     read_training,
+    state_path,
     write_atomically,
     write_json_atomically,
 )
@@ -129,7 +129,9 @@ def set_up(recipe: PretrainRecipe, processes: Processes, resume: Resume) -> Setu
         if source is not None:
             saved = read_training(source, check=processes.first)
             progress = saved.progress
-            _check_progress(recipe, saved)
+            if not own:
+                _check_steps(recipe, saved)
+                progress = dataclasses.replace(progress, origin=str(source.resolve()))
             if progress.loader:
                 loader.restore(progress.loader)
         heldout = HeldOut(recipe, tokenizer) if recipe.data.heldout else None
@@ -154,7 +156,7 @@ def set_up(recipe: PretrainRecipe, processes: Processes, resume: Resume) -> Setu
 
 def _check(recipe: PretrainRecipe, processes: Processes, resume: Resume) -> None:
     share_batch(recipe, processes.count)
-    if recipe.init is not None and isinstance(resume, str) and resume != AUTO:
+    if recipe.init is not None and state_path(resume) is not None:
         raise OpenELMError(
             f"A run starts from init ({recipe.init}) or resumes from a training state "
             f"({resume}), not both; leave one out."
@@ -168,9 +170,9 @@ def _check(recipe: PretrainRecipe, processes: Processes, resume: Resume) -> None
         )
 
 
-def _check_progress(recipe: PretrainRecipe, saved: TrainingState) -> None:
+def _check_steps(recipe: PretrainRecipe, saved: TrainingState) -> None:
     step = saved.progress.step
-    if saved.progress.origin and not saved.progress.loader and step >= recipe.steps:
+    if step >= recipe.steps:
         raise OpenELMError(
             f"{saved.path} was saved after {step:,} iterations, but the recipe has "
             f"{recipe.steps:,} `steps`; set more."

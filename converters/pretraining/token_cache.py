@@ -1,9 +1,9 @@
-"""Cache of tokenized corpus files, memory-mapped from disk.
+"""Cache of tokenized corpus units, memory-mapped from disk.
 
-A cache file belongs to one source file, tokenizer, set of rules and version of ftfy;
+A cache file belongs to one unit of a file, tokenizer, set of rules and version of ftfy;
 its name is a hash of these. It contains the tokens of all pieces, a table of the
-pieces, the number of pieces up to the end of each document, and a JSON description with
-its checksum. Files are replaced atomically, so no process reads an incomplete one.
+pieces, a table of the documents, and a JSON description with damages and a checksum.
+Files are replaced atomically, so no process reads an incomplete one.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,18 @@ from converters.pretraining.cleaning import (
     Rules,
     make_pieces,
 )
-from converters.pretraining.corpus_files import DamagedFileError, read_documents
+from converters.pretraining.documents import (
+    Damage,
+    DamagedFileError,
+    Unit,
+    read_documents,
+)
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.input_files import parse_json
-from mlx_openelm.message_parts import cannot_access
 from mlx_openelm.storage.staging import replaced_file
 from mlx_openelm.text.tokenizer import Tokenizer
 
-_VERSION = 1
+_VERSION = 2
 _MAGIC = b"OELMTOKS"
 _TAIL = struct.Struct("<QI8s")  # bytes of the description, its checksum, the magic
 _REASONS = ("", FEW_CHARACTERS, FEW_TOKENS)
@@ -44,21 +48,27 @@ _PIECE = np.dtype(
     [("end", "<u8"), ("num_cut", "<u4"), ("checksum", "<u4"), ("reason", "<u4")]
 )
 
+_DOCUMENT = np.dtype([("end", "<u8"), ("num_characters", "<u8")])  # end: of its pieces
+
 
 @dataclass(frozen=True, slots=True)
-class CorpusFile:
-    """A file and everything that determines its tokens."""
+class CorpusUnit:
+    """A unit of a file and everything that determines its tokens."""
 
-    path: str
+    unit: Unit
     text_key: str
     document_start: str | None
     rules: Rules
     tokenizer: Tokenizer
 
-    def read(self, start: int = 0) -> Iterator[str]:
-        """Yield the file's documents from number `start` on, as `read_documents`."""
+    @property
+    def path(self) -> str:
+        return self.unit.path
+
+    def read(self, start: int = 0) -> Iterator[str | Damage]:
+        """Yield the unit's documents from item `start` on, as `read_documents`."""
         return read_documents(
-            self.path,
+            self.unit,
             text_key=self.text_key,
             document_start=self.document_start,
             start=start,
@@ -67,48 +77,59 @@ class CorpusFile:
 
 @dataclass(frozen=True, slots=True)
 class CachedDocument:
-    """A document of a cached file, by its number."""
+    """A document of a cached unit, by its number; its length is in characters."""
 
-    cached: "CachedFile"
+    cached: "CachedUnit"
     number: int
+
+    def __len__(self) -> int:
+        return self.cached.count_characters(self.number)
 
     def pieces(self, start: int = 0) -> Iterator[DocumentPiece]:
         """Yield the pieces that `make_pieces` yields for the document's text."""
         return self.cached.pieces(self.number, start)
 
 
-class CachedFile:
-    """The tokens of a file, which is tokenized and cached first if needed.
-
-    Attributes:
-        damage: the error after the last document of a damaged file, or "".
+class CachedUnit:
+    """The tokens of a unit, which is tokenized and cached first if needed.
 
     Raises:
-        OpenELMError: the folder cannot be written, or the file cannot be opened.
+        OpenELMError: the folder cannot be written.
     """
 
-    def __init__(self, folder: str, source: CorpusFile) -> None:
+    def __init__(self, folder: str, source: CorpusUnit) -> None:
         self._folder, self._source = Path(folder), source
-        self._open()
+        self.path = source.path
+        self._access: Damage | None = None  # why the file cannot be read now
+        try:
+            self._open()
+        except _InaccessibleError as error:
+            self._access = error.damage
 
-    def read(self, start: int = 0) -> Iterator[CachedDocument]:
-        """Yield the documents from number `start` on.
+    def read(self, start: int = 0) -> Iterator[CachedDocument | Damage]:
+        """Yield the items from number `start` on, as `read_documents`."""
+        if self._access is not None:
+            yield self._access
+            return
+        number = start - sum(item < start for item in self._damages)
+        for item in range(start, len(self._documents) + len(self._damages)):
+            damage = self._damages.get(item)
+            if damage is not None:
+                yield damage
+            else:
+                yield CachedDocument(self, number)
+                number += 1
 
-        Raises:
-            DamagedFileError: after the last one, if the source is damaged.
-        """
-        for number in range(start, len(self._document_ends)):
-            yield CachedDocument(self, number)
-        if self.damage:
-            raise DamagedFileError(self.damage)
+    def count_characters(self, number: int) -> int:
+        return int(self._documents[number]["num_characters"])
 
     def pieces(self, number: int, start: int = 0) -> Iterator[DocumentPiece]:
         """Yield the pieces of a document; a damaged cache is written again."""
-        first = int(self._document_ends[number - 1]) if number else 0
-        for i in range(first + start, int(self._document_ends[number])):
+        first = int(self._documents[number - 1]["end"]) if number else 0
+        for i in range(first + start, int(self._documents[number]["end"])):
             piece = self._read_piece(i)
             if piece is None:
-                self._open(again=True)
+                self._rewrite()
                 piece = self._read_piece(i)
             if piece is None:
                 raise OpenELMError(
@@ -143,6 +164,12 @@ class CachedFile:
                 f"{error}; free some space, or use another data.cache."
             ) from error
 
+    def _rewrite(self) -> None:
+        try:
+            self._open(again=True)
+        except _InaccessibleError as error:
+            raise DamagedFileError(error.damage.describe(self.path)) from error
+
     def _is_valid(self) -> bool:
         return all(self._read_piece(i) is not None for i in range(len(self._table)))
 
@@ -164,7 +191,7 @@ class CachedFile:
             [
                 about["num_tokens"] * width.itemsize,
                 about["num_pieces"] * _PIECE.itemsize,
-                about["num_documents"] * 8,
+                about["num_documents"] * _DOCUMENT.itemsize,
             ]
         )
         tables = stored[ends[0] : ends[2]]
@@ -172,21 +199,31 @@ class CachedFile:
             return False
         self._tokens: npt.NDArray[Any] = stored[: ends[0]].view(width)
         self._table = stored[ends[0] : ends[1]].copy().view(_PIECE)
-        self._document_ends = stored[ends[1] : ends[2]].copy().view("<u8")
-        self.damage: str = about["damage"]
+        self._documents = stored[ends[1] : ends[2]].copy().view(_DOCUMENT)
+        self._damages = {item: Damage(**fields) for item, fields in about["damages"]}
         return True
 
 
-def _hash_source(source: CorpusFile) -> str:
+class _InaccessibleError(Exception):
+    """A file cannot be opened or read now."""
+
+    def __init__(self, damage: Damage) -> None:
+        super().__init__(damage)
+        self.damage = damage
+
+
+def _hash_source(source: CorpusUnit) -> str:
     """Hash everything that determines the tokens; the file by path, size and time."""
     try:
         stat = os.stat(source.path)
     except OSError as error:
-        raise DamagedFileError(cannot_access(source.path, error)) from error
+        what = f"is damaged or truncated: {error}; download it again"
+        raise _InaccessibleError(Damage(what, is_rest=True, is_access=True)) from error
     rules = source.rules
     parts = [
         *(_VERSION, ftfy.__version__),
         *(os.path.abspath(source.path), stat.st_size, stat.st_mtime_ns),
+        *(source.unit.index, source.unit.count),
         *(source.text_key, source.document_start),
         hashlib.sha256(source.tokenizer.model_proto).hexdigest(),
         *(rules.words_per_piece, rules.min_characters, rules.min_tokens, rules.length),
@@ -205,38 +242,37 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _write(path: Path, source: CorpusFile) -> None:
-    """Read and tokenize a file, and write its cache file atomically."""
+def _write(path: Path, source: CorpusUnit) -> None:
+    """Read and tokenize a unit, and write its cache file atomically."""
     few = source.tokenizer.vocab_size <= 1 << 16
     width = np.dtype("<u2" if few else "<u4")
     table: list[tuple[int, int, int, int]] = []
-    document_ends: list[int] = []
-    num_tokens, damage = 0, ""
+    documents: list[tuple[int, int]] = []
+    damages: list[tuple[int, dict[str, Any]]] = []
+    num_tokens = 0
     with replaced_file(path) as part, part.open("wb") as written:
-        try:
-            for document in source.read():
-                for piece in make_pieces(document, source.tokenizer, source.rules):
-                    stored = piece.tokens.astype(width).tobytes()
-                    written.write(stored)
-                    num_tokens += len(piece.tokens)
-                    reason = _REASONS.index(piece.dropped)
-                    table.append(
-                        (num_tokens, piece.num_cut, zlib.crc32(stored), reason)
-                    )
-                document_ends.append(len(table))
-        except DamagedFileError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno:
-                raise  # a problem of disk or permissions, not of the file
-            damage = str(error)
+        for number, item in enumerate(source.read()):
+            if isinstance(item, Damage):
+                if item.is_access:
+                    raise _InaccessibleError(item)
+                damages.append((number, asdict(item)))
+                continue
+            for piece in make_pieces(item, source.tokenizer, source.rules):
+                stored = piece.tokens.astype(width).tobytes()
+                written.write(stored)
+                num_tokens += len(piece.tokens)
+                reason = _REASONS.index(piece.dropped)
+                table.append((num_tokens, piece.num_cut, zlib.crc32(stored), reason))
+            documents.append((len(table), len(item)))
         tables = (
-            np.array(table, _PIECE).tobytes() + np.array(document_ends, "<u8").tobytes()
+            np.array(table, _PIECE).tobytes() + np.array(documents, _DOCUMENT).tobytes()
         )
         about = {
             "dtype": width.str,
             "num_tokens": num_tokens,
             "num_pieces": len(table),
-            "num_documents": len(document_ends),
-            "damage": damage,
+            "num_documents": len(documents),
+            "damages": damages,
             "checksum": zlib.crc32(tables),
             "source": source.path,  # for debugging
         }

@@ -52,7 +52,7 @@ class ResumePoint:
     Attributes:
         loader: position in the data, of all processes together; empty: its beginning.
         meter: state of the log's `Meter`; empty at the beginning.
-        origin: the training state of CoreNet that the run resumed from.
+        origin: the training state outside of its folder that the run started from.
     """
 
     step: int
@@ -93,8 +93,7 @@ def read_state(path: Path) -> TrainingState:
         if "resume" in state:
             progress = ResumePoint(**parse_json(state["resume"]))
         else:
-            origin = str(path.resolve())
-            progress = ResumePoint(int(state["iterations"]), {}, {}, origin)
+            progress = ResumePoint(int(state["iterations"]), {}, {})
     except (KeyError, TypeError, ValueError) as error:
         raise OpenELMError(
             f"{path} has no position to resume from ({first_line(error)}); start a new "
@@ -181,7 +180,7 @@ def _check_moments(
                 raise ValueError(
                     f"{name} has no {list_names(sorted(lacking), quoted=False)}"
                 )
-            for key in keys - {"step"}:
+            for key in sorted(keys - {"step"}):
                 if tuple(found[key].shape) != tuple(parameter.shape):
                     raise ValueError(
                         f"{key} of {name} has shape {tuple(found[key].shape)}, "

@@ -43,10 +43,11 @@ from mlx_openelm.training.state import STATE, TrainingState, load_state
 from mlx_openelm.training.step import Part, Step, StepResult
 
 BATCH = 2  # windows
-RATE, BETAS, EPS = 2e-3, (0.9, 0.95), 1e-8  # peak learning rate; Adam
+RATE, BETAS, EPS = 5e-3, (0.9, 0.95), 1e-8  # peak learning rate; Adam
 WARMUP = 3  # steps; their time is what minutes are converted to steps by
 SAVE_SECONDS = 30.0  # between two saves
-EVALUATIONS = 20  # at most, in a run
+STEPS_PER_EVALUATION = 10  # at least
+EVALUATIONS = 10  # about, in a long run
 _BEST = "best.safetensors"
 _CHUNK = 128  # positions whose logits are compared at a time
 
@@ -107,21 +108,23 @@ class ScaleLearner:
         teacher.freeze()
         student.freeze()
         student.unfreeze(keys=["a", "c"])
-        self._student, self._teacher, self._windows = student, teacher, windows
-        self._folder, self._seed = folder, seed
-        self._on_step = on_step
-        self._objective = _Divergence(teacher)
+        self._student, self._learn_from = student, windows.learn
+        self._choose_by, self._report_on = (
+            Reference.of(teacher, part) for part in (windows.choose, windows.report)
+        )
+        self._folder, self._seed, self._on_step = folder, seed, on_step
+        self._evaluation_seconds = 0.0
         optimizer = make_optimizer(student, "adam", BETAS, EPS, 0.0)
         self._state = TrainingState(student, optimizer)
         self._step = Step(
-            student, self._objective, optimizer, World(0, 1), clip_norm=None
+            student, _Divergence(teacher), optimizer, World(0, 1), clip_norm=None
         )
         self._steps: int | None = None
         self._saved_at = time.monotonic()
         self._skipped: list[int] = []
 
     def learn(self, amount: LearningAmount, text: str) -> LearningRecord:
-        """Train, and leave the best scales in the student.
+        """Train; the student has the best scales then, unless `best_step` is 0.
 
         Args:
             text: name of the text, for the record.
@@ -131,7 +134,7 @@ class ScaleLearner:
             KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; the state is saved.
         """
         progress = self._state.progress
-        before = measure(self._student, self._teacher, self._windows.report)
+        before = measure(self._student, self._report_on)
         if not math.isfinite(before.kl):
             raise OpenELMError(
                 f"The loss on {text} is not finite, so the weights are damaged or "
@@ -145,17 +148,16 @@ class ScaleLearner:
         with deferred_signals() as stop:
             self._train(amount, stop)
         self._load(self._folder / _BEST)
-        after = measure(self._student, self._teacher, self._windows.report)
+        after = measure(self._student, self._report_on)
         best_step = progress.best_step
         if not after.kl <= before.kl:
             best_step, after = 0, before
-            self._reset()
         return LearningRecord(
             text=text,
             steps=progress.step,
             best_step=best_step,
             learned_tokens=progress.tokens,
-            tokens=self._windows.report[:, 1:].size,
+            tokens=self._report_on.num_tokens,
             mean_kl_before=before.kl,
             mean_kl_after=after.kl,
             top1_before=before.top1,
@@ -183,18 +185,19 @@ class ScaleLearner:
 
     @property
     def _steps_per_evaluation(self) -> int:
-        return 10 if self._steps is None else max(10, self._steps // EVALUATIONS)
+        return max(STEPS_PER_EVALUATION, (self._steps or 0) // EVALUATIONS)
 
     def _plan_steps(self, amount: LearningAmount) -> int:
         """Return the number of steps that fit into the minutes."""
         progress = self._state.progress
-        seconds = 60 * (amount.minutes or 0.0)
-        return max(WARMUP, int(seconds / (progress.seconds / progress.step)))
+        a_step = progress.seconds / progress.step
+        a_step += self._evaluation_seconds / STEPS_PER_EVALUATION
+        return max(WARMUP, int(60 * (amount.minutes or 0.0) / a_step))
 
     def _update(self) -> None:
         progress, started = self._state.progress, time.perf_counter()
         indices = self._choose(progress.step)
-        batch = [self._windows.learn[i] for i in indices]
+        batch = [self._learn_from[i] for i in indices]
         result = self._step.update(
             [Part(0, tuple(indices), batch)], learning_rate=self._rate_at(progress.step)
         )
@@ -228,7 +231,7 @@ class ScaleLearner:
 
     def _choose(self, step: int) -> list[int]:
         """Return the windows of a step; each epoch has its own order of them."""
-        count = self._windows.learn.shape[0]
+        count = self._learn_from.shape[0]
         chosen = []
         for place in range(step * BATCH, (step + 1) * BATCH):
             epoch, index = divmod(place, count)
@@ -242,8 +245,9 @@ class ScaleLearner:
         progress = self._state.progress
         if progress.evaluated_step == progress.step:
             return
-        progress.evaluated_step = progress.step
-        kl = measure(self._student, self._teacher, self._windows.choose).kl
+        progress.evaluated_step, started = progress.step, time.perf_counter()
+        kl = measure(self._student, self._choose_by).kl
+        self._evaluation_seconds = time.perf_counter() - started
         if kl < progress.best_loss:  # false for NaN
             progress.best_loss, progress.best_step = kl, progress.step
             with replaced_file(self._folder / _BEST) as path:
@@ -269,11 +273,6 @@ class ScaleLearner:
         arrays = mx.load(str(path))
         assert isinstance(arrays, dict)
         self._student.update(tree_unflatten(list(arrays.items())))
-
-    def _reset(self) -> None:
-        """Return to the scales of plain rounding."""
-        zeros = {n: mx.zeros_like(a) for n, a in trained_tensors(self._student).items()}
-        self._student.update(tree_unflatten(list(zeros.items())))
 
 
 class _Divergence:
@@ -309,22 +308,47 @@ class Divergence:
     top1: float
 
 
-def measure(student: OpenELM, teacher: OpenELM, windows: mx.array) -> Divergence:
-    """Compare two models on windows (N, 1 + T), one after another."""
-    heads = [head_weight(model) for model in (teacher, student)]
-    sums = np.zeros(2)
-    for window in windows:
-        rows = [_rows(model, window[None, :-1]) for model in (teacher, student)]
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The teacher's final hidden states on windows; their logits are never stored.
+
+    Attributes:
+        windows: token ids (N, 1 + T).
+        rows: normalised hidden states (T, D) of each window.
+        head: the teacher's output head.
+    """
+
+    windows: mx.array
+    rows: tuple[mx.array, ...]
+    head: mx.array
+
+    @classmethod
+    def of(cls, teacher: OpenELM, windows: mx.array) -> "Reference":
+        rows = []
+        for window in windows:
+            rows.append(_rows(teacher, window[None, :-1]))
+            mx.eval(rows[-1])
+        return cls(windows, tuple(rows), head_weight(teacher))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.windows[:, 1:].size
+
+
+def measure(student: OpenELM, reference: Reference) -> Divergence:
+    """Compare a model with the teacher, window by window."""
+    head, sums = head_weight(student), np.zeros(2)
+    for window, taught in zip(reference.windows, reference.rows, strict=True):
+        rows = _rows(student, window[None, :-1])
         mx.eval(rows)
-        for start in range(0, rows[0].shape[0], _CHUNK):
-            p, q = (
-                log_probabilities(x[start : start + _CHUNK], head)
-                for x, head in zip(rows, heads, strict=True)
-            )
+        for start in range(0, rows.shape[0], _CHUNK):
+            part = slice(start, start + _CHUNK)
+            p = log_probabilities(taught[part], reference.head)
+            q = log_probabilities(rows[part], head)
             agrees = p.argmax(axis=-1) == q.argmax(axis=-1)
             kl = (mx.exp(p) * (p - q)).sum(axis=-1)
             sums += np.array(mx.stack([kl, agrees.astype(mx.float32)])).sum(axis=1)
-    kl, top1 = (sums / windows[:, 1:].size).tolist()
+    kl, top1 = (sums / reference.num_tokens).tolist()
     return Divergence(kl, top1)
 
 

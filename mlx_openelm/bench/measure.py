@@ -23,7 +23,6 @@ from mlx_openelm.bench.models import (
     load_subject,
 )
 from mlx_openelm.bench.plan import PROMPT, ROUNDS, Case
-from mlx_openelm.bench.published_speeds import find_published
 from mlx_openelm.bench.report import Cell, Figure
 from mlx_openelm.generation.cache import KVCache
 from mlx_openelm.generation.decoding import PREFILL_CHUNK, draw_tokens
@@ -55,7 +54,7 @@ def measure_cases(
         runnable = []
         for number, case in group:
             same = (subject, form and form.key, case.batch, case.prompt_tokens)
-            reason = _find_obstacle(case, form, computed.get(same))
+            reason = find_obstacle(case, form, computed.get(same))
             cell = _describe(case, form, reason)
             yield number, cell
             if reason is None:
@@ -79,9 +78,6 @@ def measure_cases(
 
 def _describe(case: Case, form: Form | None, skipped: str | None) -> Cell:
     subject = case.subject
-    published = None
-    if case.batch == 1 and subject.adapter is None:
-        published = find_published(subject.config.size_name, case.bits)
     return Cell(
         model=subject.name,
         made=subject.folder is None,
@@ -92,12 +88,11 @@ def _describe(case: Case, form: Form | None, skipped: str | None) -> Cell:
         prompt_tokens=case.prompt_tokens,
         new_tokens=case.new_tokens,
         computed_with="nothing" if form is None else str(form),
-        published=published,
         skipped=skipped,
     )
 
 
-def _find_obstacle(case: Case, form: Form | None, same: int | None) -> str | None:
+def find_obstacle(case: Case, form: Form | None, same: int | None) -> str | None:
     """Return the reason why a case cannot be measured, or None.
 
     Args:

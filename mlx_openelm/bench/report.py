@@ -40,6 +40,7 @@ class Cell:
         first_token_s: time to the first token with a loaded model, prompt included.
         shell_first_token_s: time from the start of a new process to the first byte of
             its answer to a short prompt.
+        total_tps: prompt and new tokens per second; of `protocol` apple alone.
         bandwidth_share: bytes read per second divided by the measured bandwidth.
         skipped: the reason why the case was not measured, or None.
     """
@@ -57,6 +58,7 @@ class Cell:
     bytes_per_token: float | None = None
     prompt_tps: Figure | None = None
     generation_tps: Figure | None = None
+    total_tps: Figure | None = None
     first_token_s: Figure | None = None
     shell_first_token_s: Figure | None = None
     peak_memory_bytes: int | None = None
@@ -70,6 +72,7 @@ class BenchReport:
     """All results of one run.
 
     Attributes:
+        protocol: "apple" (`apple_protocol`), or None.
         compiled: whether steps are compiled with mx.compile on this device.
         planned: number of requested cells; `cells` has fewer if the run was stopped.
     """
@@ -81,10 +84,16 @@ class BenchReport:
     cells: tuple[Cell, ...]
     planned: int
     finished: bool
+    protocol: str | None = None
 
 
 def report_bench(
-    bandwidth: Bandwidth, cells: Sequence[Cell], planned: int, *, finished: bool
+    bandwidth: Bandwidth,
+    cells: Sequence[Cell],
+    planned: int,
+    *,
+    finished: bool,
+    protocol: str | None = None,
 ) -> BenchReport:
     """Return the report; a cell that is neither measured nor skipped is left out."""
     complete = tuple(cell for cell in cells if cell.rounds or cell.skipped)
@@ -96,4 +105,5 @@ def report_bench(
         cells=complete,
         planned=planned,
         finished=finished,
+        protocol=protocol,
     )

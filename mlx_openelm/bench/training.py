@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_openelm.finetuning.compiled.objectives import padded_objective
-from mlx_openelm.finetuning.objectives import make_objective
+from mlx_openelm.finetuning.further_objectives.choice import make_objective
 from mlx_openelm.finetuning.preparation import make_trainable
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.model.openelm import OpenELM

@@ -51,6 +51,14 @@ def bench_command(
             show_default="as stored",
         ),
     ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="Published benchmark to repeat: apple, for --size and --bits 16 or 4, "
+            "beside Apple's figures.",
+            rich_help_panel=WORKLOAD,
+        ),
+    ] = None,
     batch: Annotated[
         list[int] | None,
         typer.Option(
@@ -108,8 +116,8 @@ def bench_command(
     """Measure speed and memory on this machine.
 
     Reports prompt and generated tokens per second, the time to the first token, peak
-    memory, and the share of this machine's memory bandwidth. With --size, Apple's
-    published speeds are shown too.
+    memory, and the share of this machine's memory bandwidth. --protocol apple repeats
+    the benchmark whose results Apple has published.
     """
     console = Console(quiet=quiet)
     if adapter_path is not None and (size or len(model or ()) > 1):
@@ -117,6 +125,24 @@ def bench_command(
             "An adapter belongs to one model; use --adapter-path with one --model, or "
             "without --model for the adapter's own base."
         )
+    if protocol not in (None, "apple"):
+        raise OpenELMError(
+            f"--protocol is {protocol!r}; choose apple, or leave it out."
+        )
+    fixed = {
+        "--model": model,
+        "--adapter-path": adapter_path,
+        "--batch": batch,
+        "--context": context,
+        "--prompt-tokens": prompt_tokens,
+        "--max-tokens": max_tokens,
+        "--against": against,
+    }
+    for flag, value in fixed.items():
+        if protocol == "apple" and value is not None:
+            raise OpenELMError(
+                f"--protocol apple sets its own workload; leave out {flag}."
+            )
     check_report_file(chart, "--chart", ".svg")
     if against is not None:
         for flag, given in (
@@ -142,6 +168,7 @@ def bench_command(
         )
         return
     numbers = _read_bits(bits or ())
+    from mlx_openelm.bench.apple_protocol import measure_apple_cases, plan_apple_cases
     from mlx_openelm.bench.machine import measure_bandwidth
     from mlx_openelm.bench.measure import measure_cases
     from mlx_openelm.bench.plan import Workload, make_subject, open_subject, plan_cases
@@ -155,20 +182,23 @@ def bench_command(
         new_tokens=max_tokens,
         rounds=rounds,
     )
-    random = [make_subject(name) for name in dict.fromkeys(size or ())]
-    adapter = optional_path(adapter_path)
     names: list[str | None] = list(dict.fromkeys(model or ()))
-    if not names and not random:
-        names = [os.environ.get(MODEL_VARIABLE) or None]
-    opened = [open_subject(name, adapter, offline=offline) for name in names]
-    for folder in filter(None, (subject.folder for subject in opened)):
-        for note in folder.notes:
-            console.note(note)
-    cases = plan_cases([*opened, *random], workload)
-    if names == [None] and adapter is None:
-        console.note(
-            "[the built-in demo model; --model NAME or --size 270M uses another]"
-        )
+    if protocol == "apple":
+        cases = plan_apple_cases(size or (), numbers)
+    else:
+        random = [make_subject(name) for name in dict.fromkeys(size or ())]
+        adapter = optional_path(adapter_path)
+        if not names and not random:
+            names = [os.environ.get(MODEL_VARIABLE) or None]
+        opened = [open_subject(name, adapter, offline=offline) for name in names]
+        for folder in filter(None, (subject.folder for subject in opened)):
+            for note in folder.notes:
+                console.note(note)
+        cases = plan_cases([*opened, *random], workload)
+        if names == [None] and adapter is None:
+            console.note(
+                "[the built-in demo model; --model NAME or --size 270M uses another]"
+            )
 
     cells: dict[int, Cell] = {}
     stopped: BaseException | None = None
@@ -176,14 +206,25 @@ def bench_command(
     bandwidth = measure_bandwidth()
     try:
         with console.progress("Measuring") as progress:
-            for number, cell in measure_cases(cases, bandwidth, rounds, console.note):
+            measuring = (
+                measure_apple_cases(cases, rounds)
+                if protocol == "apple"
+                else measure_cases(cases, bandwidth, rounds, console.note)
+            )
+            for number, cell in measuring:
                 cells[number] = cell
                 done = sum(rounds if c.skipped else c.rounds for c in cells.values())
                 progress.update(done, rounds * len(cases), "rounds")
     except (KeyboardInterrupt, SystemExit, OpenELMError) as error:
         stopped = error  # the finished cells are shown anyway
     measured = [cells[number] for number in sorted(cells)]
-    report = report_bench(bandwidth, measured, len(cases), finished=stopped is None)
+    report = report_bench(
+        bandwidth,
+        measured,
+        len(cases),
+        finished=stopped is None,
+        protocol=protocol,
+    )
     if stopped is not None and not any(cell.rounds for cell in report.cells):
         raise stopped
     from mlx_openelm.cli.views.bench import draw_bench, show_bench

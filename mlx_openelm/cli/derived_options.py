@@ -30,8 +30,10 @@ class OptionsOf:
     without: Sequence[str] = ()
 
     def fields(self) -> "Iterator[dataclasses.Field[Any]]":
-        """Yield the fields that become flags."""
-        for field in dataclasses.fields(self.kind):
+        """Yield the fields that become flags; inherited ones follow the kind's own."""
+        own = vars(self.kind).get("__annotations__", {})
+        ordered = sorted(dataclasses.fields(self.kind), key=lambda f: f.name not in own)
+        for field in ordered:
             if option_of(field).help is None or field.name in self.without:
                 continue
             if not self.only or field.name in self.only:

@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_openelm.cli.console import Console
+from mlx_openelm.cli.evaluation_checkpoints import (
+    Checkpoint,
+    check_checkpoint_options,
+    list_checkpoints,
+    score_checkpoints,
+)
 from mlx_openelm.cli.evaluation_plan import (
     Entrant,
     EvaluationPlan,
@@ -63,6 +69,23 @@ def evaluate_command(
             help="Another model to compare with: an OpenELM, an adapter folder (of "
             "--model, else of its own base), a model that mlx-lm opens, or hf:NAME; "
             "repeatable.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None,
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH...",
+            help="Score checkpoints of a training run instead: model folders or .pt "
+            "files, converted one by one; a table and {picture} over the iterations.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokenizer of {checkpoints}: a file, a folder, or a Hub repository.",
+            show_default="the one beside the checkpoint",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = None,
@@ -151,14 +174,15 @@ def evaluate_command(
         task_options = {
             "--limit": limit,
             "--num-fewshot": num_fewshot,
-            "--output": output,
-            "--picture": picture,
+            "--output": None if checkpoints else output,
+            "--picture": None if checkpoints else picture,
         }
         for flag, value in task_options.items():
             if value is not None:
                 raise typer.BadParameter("needs --tasks or --suite", param_hint=flag)
     if window is not None and not text:
         raise typer.BadParameter("needs --text", param_hint="--window")
+    check_checkpoint_options(checkpoints, tokenizer, (model, adapter_path, compare))
     if batch_size < 1:
         raise OpenELMError(f"--batch-size is {batch_size}; it must be at least 1.")
     check_report_file(csv, "--csv", ".csv", force=force)
@@ -167,7 +191,10 @@ def evaluate_command(
         from mlx_openelm.evaluation.texts import check_texts
 
         check_texts(text)
-    entrants = list_entrants(model, adapter_path, compare or [], offline)
+    found = list_checkpoints(checkpoints or [])
+    entrants = []
+    if not found:
+        entrants = list_entrants(model, adapter_path, compare or [], offline)
     plan = plan_evaluation(
         console,
         tasks or [],
@@ -178,23 +205,40 @@ def evaluate_command(
         tasks_dir=tasks_dir,
         offline=offline,
     )
-    scores = []
-    for entrant in entrants:
-        scores.append(
-            _evaluate_one(
-                console,
-                entrant,
-                plan,
-                text or [],
-                window,
-                batch_size=batch_size,
-                output=output,
-                force=force,
-                offline=offline,
-            )
+
+    def score(entrant: Entrant) -> "ModelScores":
+        scored = _evaluate_one(
+            console,
+            entrant,
+            plan,
+            text or [],
+            window,
+            batch_size=batch_size,
+            output=output,
+            force=force,
+            offline=offline,
         )
         gc.collect()  # never two models in memory
-    _report(console, scores, plan.suite, csv, picture, as_json=as_json)
+        return scored
+
+    if not found:
+        scores = [score(entrant) for entrant in entrants]
+        _report(console, scores, plan.suite, csv, picture, as_json=as_json)
+        return
+    scores = score_checkpoints(
+        console,
+        found,
+        plan,
+        score,
+        texts=text or [],
+        window=window,
+        make_folder=lambda label: _make_folder(output, label),
+        tokenizer=tokenizer,
+        offline=offline,
+    )
+    _report_checkpoints(
+        console, found, scores, plan.suite, csv, picture, as_json=as_json
+    )
 
 
 # The run -------------------------------------------------------------------------
@@ -348,16 +392,52 @@ def _report(
 ) -> None:
     from mlx_openelm.cli.views.evaluation import scores_json, show_scores, to_csv
     from mlx_openelm.cli.views.evaluation_picture import draw_evaluation
-    from mlx_openelm.storage.staging import replaced_file
 
     if as_json:
         console.answer_json(scores_json(scores, suite))
     else:
         show_scores(console, scores, suite)
-    for path, content in (
+    _write_reports(
+        console,
         (csv, to_csv(scores, suite) if csv else ""),
         (picture, draw_evaluation(scores, suite) if picture else ""),
-    ):
+    )
+
+
+def _report_checkpoints(
+    console: Console,
+    checkpoints: Sequence[Checkpoint],
+    scores: Sequence["ModelScores"],
+    suite: "Suite | None",
+    csv: Path | None,
+    picture: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    from mlx_openelm.cli.views.checkpoints import (
+        Curves,
+        checkpoints_json,
+        draw_checkpoints,
+        show_checkpoints,
+    )
+    from mlx_openelm.cli.views.evaluation import to_csv
+
+    curves = Curves([c.iteration for c in checkpoints], scores, suite)
+    if as_json:
+        console.answer_json(checkpoints_json(curves))
+    else:
+        show_checkpoints(console, curves)
+    _write_reports(
+        console,
+        (csv, to_csv(scores, suite) if csv else ""),
+        (picture, draw_checkpoints(curves) if picture else ""),
+    )
+
+
+def _write_reports(console: Console, *reports: tuple[Path | None, str]) -> None:
+    from mlx_openelm.storage.staging import replaced_file
+
+    for path, content in reports:
         if path is not None:
             with replaced_file(path) as part:
                 part.write_text(content, encoding="utf-8")

@@ -100,6 +100,14 @@ def pretrain_command(
             rich_help_panel=OUTPUT_PANEL,
         ),
     ] = False,
+    check_data: Annotated[
+        bool,
+        typer.Option(
+            "--check-data",
+            help="List what is missing or damaged, by corpus, without training.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = False,
     devices: Annotated[
         int | None,
         typer.Option(
@@ -142,9 +150,17 @@ def pretrain_command(
     from mlx_openelm.cli.views.pretraining import (
         PretrainingView,
         plan_as_json,
+        show_check,
         show_plan,
     )
 
+    if check_data:
+        from converters.pretraining.data_check import check_data as check
+
+        checked = check(chosen.data)
+        console.answer_report(checked, show_check, as_json=as_json)
+        checked.refuse_incomplete()
+        return
     if dry_run:
         from converters.pretraining.plan import plan_pretraining
 

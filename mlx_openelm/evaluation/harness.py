@@ -73,7 +73,7 @@ def open_tasks(
             "with YAML task files."
         )
     names = [name for name, _ in requested]
-    with quiet(), _network(allowed=not offline):
+    with quiet(), network(allowed=not offline):
         manager = _open_manager(names, include_path)
         for name in names:
             if name not in manager.task_index:
@@ -238,7 +238,7 @@ def run_resumable_task(
         OpenELMError: the folder has such a result, another process writes it, it cannot
             be written, or the model or the task fails.
     """
-    run = _describe_run(task, scorer.key)
+    run = describe_run(task, scorer.key)
     path = folder / f"{task.name.replace(os.sep, '_')}.json"
     try:
         with lock_target(path):
@@ -256,7 +256,7 @@ def run_resumable_task(
     return results
 
 
-def _describe_run(task: HarnessTask, model: str) -> dict[str, Any]:
+def describe_run(task: HarnessTask, model: str) -> dict[str, Any]:
     """Return everything that determines a task's answers; `model` is a fingerprint."""
     return {
         "task": task.name,
@@ -343,8 +343,8 @@ def _silent() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _network(*, allowed: bool) -> Iterator[None]:
-    """Set whether `datasets` may use the network, as HF_HUB_OFFLINE does."""
+def network(*, allowed: bool) -> Iterator[None]:
+    """Set whether the Hub may be asked, as HF_HUB_OFFLINE does."""
     if allowed:
         yield
         return

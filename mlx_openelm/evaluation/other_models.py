@@ -6,6 +6,7 @@ harness are imported when such a model is loaded.
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ from mlx.utils import tree_flatten
 
 from mlx_openelm.device import runs_on_linux_cpu
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.evaluation.harness import network
 from mlx_openelm.evaluation.harness_model import quiet, require_harness
 from mlx_openelm.evaluation.loglikelihood import rolling_requests
 from mlx_openelm.evaluation.prefix_tree import count_common
@@ -82,7 +84,7 @@ def open_scorer(name: str, *, offline: bool = False) -> Scorer:
         OpenELMError: it cannot be loaded; the reason is named.
     """
     if name.startswith(HF):
-        return _HarnessScorer(name)
+        return _HarnessScorer(name, offline=offline)
     return _MLXScorer(name, find_model(name, offline=offline))
 
 
@@ -99,7 +101,8 @@ class _MLXScorer:
     def __init__(self, name: str, path: Path) -> None:
         raw = read_mapping(path / "config.json")
         try:
-            with quiet():
+            # mlx-lm's OLMo prints which package it needs, before it exits.
+            with contextlib.redirect_stdout(io.StringIO()):
                 from mlx_lm import load, stream_generate
                 from mlx_lm.models import cache as caches
                 from mlx_lm.sample_utils import make_sampler
@@ -234,8 +237,8 @@ class _MLXScorer:
 
 def _describe_failure(name: str, reason: str) -> str:
     return (
-        f"mlx-lm cannot load {name}: {reason}; `compare` {HF}{name} loads it with "
-        "PyTorch and transformers instead."
+        f"mlx-lm cannot load {name}: {reason}; {HF}{name} loads it with PyTorch and "
+        "transformers instead."
     )
 
 
@@ -248,11 +251,16 @@ class _HarnessScorer:
     Texts have the special tokens that the model's tokenizer adds, as ours have BOS.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, offline: bool) -> None:
         pretrained = name.removeprefix(HF)
         path = user_path(pretrained)
         self._pretrained = str(path) if path.is_dir() else pretrained
-        with _explained(name), quiet():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_explained(name))
+            stack.enter_context(quiet())
+            stack.enter_context(network(allowed=not offline))
+            if path.is_dir():  # a download shows its progress
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             from lm_eval.models.huggingface import (  # type: ignore[import-untyped] # it has no stubs
                 HFLM,
             )

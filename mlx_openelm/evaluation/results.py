@@ -93,6 +93,19 @@ class ModelScores:
     text: TextScore | None
     tasks: tuple[TaskResult, ...]
 
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Self:
+        """Return the scores that `dataclasses.asdict` gave, stored as JSON.
+
+        Raises:
+            TypeError, KeyError: they are not such scores.
+        """
+        return cls(
+            ModelCard(**stored["card"]),
+            TextScore(**stored["text"]) if stored["text"] else None,
+            tuple(map(TaskResult.from_json, stored["tasks"])),
+        )
+
 
 def describe_model(name: str, folder: ModelFolder, method: str | None) -> ModelCard:
     """Identify the published model of a folder by its sizes and its source.

@@ -1,4 +1,4 @@
-"""The losses of a batch: cross-entropy of target tokens, and DPO of pairs."""
+"""The losses of a batch: cross-entropy of target tokens, DPO and ORPO of pairs."""
 
 import mlx.core as mx
 
@@ -21,12 +21,18 @@ def batch_losses(
         gradient: whether the loss will be differentiated; the gradient is then computed
             together with it.
     """
-    tokens = mx.array(batch.tokens)[None]  # (1, N)
-    hidden = model.transformer(tokens, layout=Sequences(batch.lengths))[0]  # (N, D)
-    rows = hidden[mx.array(batch.positions)]  # (M, D)
+    rows = target_rows(model, batch)
     head = adapted_weight(model.head_module)  # (V, D)
     targets = mx.array(batch.targets)
     return token_losses(rows, head, targets, z_loss=z_loss, gradient=gradient)
+
+
+def target_rows(model: OpenELM, batch: Batch) -> mx.array:
+    """Return the normalised hidden states (M, D) of the positions with a target."""
+    tokens = mx.array(batch.tokens)[None]  # (1, N)
+    hidden = model.transformer(tokens, layout=Sequences(batch.lengths))[0]  # (N, D)
+    rows: mx.array = hidden[mx.array(batch.positions)]
+    return rows
 
 
 def sequence_likelihoods(
@@ -63,3 +69,25 @@ def preference_losses(margins: mx.array, kind: str) -> mx.array:
     if kind == "hinge":
         return mx.maximum(1 - margins, 0)
     return mx.logaddexp(mx.zeros_like(margins), -margins)
+
+
+def odds_ratio_losses(
+    likelihoods: mx.array, counts: mx.array, *, weight: float
+) -> tuple[mx.array, mx.array]:
+    """Return the loss of each pair (P,), and the log of its odds ratio (P,).
+
+    ORPO (Hong et al., arXiv 2403.07691, equations 3 to 7): the mean loss of the chosen
+    answer's tokens, plus `weight` times -log sigmoid(log odds ratio). The likelihood of
+    an answer is the geometric mean over its tokens.
+
+    Args:
+        likelihoods: log-likelihoods (2 P,) of the chosen answers, then of the rejected
+            ones.
+        counts: their numbers of tokens.
+    """
+    means = mx.minimum(likelihoods / counts, -1e-7)
+    log_odds = means - mx.log(-mx.expm1(means))
+    chosen, rejected = mx.split(log_odds, 2)
+    ratios = chosen - rejected
+    penalty = mx.logaddexp(mx.zeros_like(ratios), -ratios)
+    return weight * penalty - mx.split(means, 2)[0], ratios

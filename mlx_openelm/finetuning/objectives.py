@@ -1,7 +1,7 @@
 """The objectives of fine-tuning: supervised (next token) and DPO (preferences).
 
-Everything that differs between objectives is in their classes. A new objective is a
-class, an entry in `_OBJECTIVES` and a name in `recipe.OBJECTIVES`.
+Everything that differs between objectives is in their classes; more of them are in
+`further_objectives`.
 """
 
 from collections.abc import Callable, Sequence
@@ -214,13 +214,3 @@ class Preference:
         return preference_margins(
             likelihoods, batch.reference, beta=self._recipe.dpo_beta
         )
-
-
-_OBJECTIVES: dict[str, type[Supervised] | type[Preference]] = {
-    objective.name: objective for objective in (Supervised, Preference)
-}
-
-
-def make_objective(recipe: FinetuneRecipe) -> FinetuneObjective:
-    """Return the recipe's objective."""
-    return _OBJECTIVES[recipe.objective](recipe)

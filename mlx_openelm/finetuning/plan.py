@@ -125,6 +125,7 @@ class MemoryPlan:
 
     Attributes:
         loss: memory of the logits beyond the temporary memory of a block.
+        teacher: weights of a teacher in memory.
     """
 
     weights: int
@@ -133,6 +134,7 @@ class MemoryPlan:
     optimizer: int
     activations: int
     loss: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:

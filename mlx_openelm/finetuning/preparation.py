@@ -14,11 +14,17 @@ import mlx.core as mx
 from mlx_openelm.device import compute_dtype, describe_machine
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.data_table import DataTable, SplitTable, tabulate
-from mlx_openelm.finetuning.objectives import FinetuneObjective, make_objective
+from mlx_openelm.finetuning.further_objectives.choice import make_objective
+from mlx_openelm.finetuning.further_objectives.teacher import (
+    TeacherFolder,
+    open_teacher,
+)
+from mlx_openelm.finetuning.objectives import FinetuneObjective
 from mlx_openelm.finetuning.plan import (
     MemoryPlan,
     Order,
     TrainingPlan,
+    count_bytes,
     largest_batch,
     plan_memory,
     propose_smaller,
@@ -32,6 +38,8 @@ from mlx_openelm.finetuning.records import (
     Record,
     read_data,
 )
+from mlx_openelm.finetuning.refinements.noise import EmbeddingNoise
+from mlx_openelm.finetuning.refinements.quantization_aware import round_layers
 from mlx_openelm.finetuning.samples import Samples, lengths_of, targets_of
 from mlx_openelm.finetuning.trainable import (
     Method,
@@ -61,6 +69,7 @@ class Prepared:
 
     Attributes:
         example: a prompt of the training data, shortened; empty if it has none.
+        teacher: the model to learn from; None without distillation.
     """
 
     recipe: FinetuneRecipe
@@ -75,6 +84,7 @@ class Prepared:
     order: Order
     plan: TrainingPlan
     example: str
+    teacher: TeacherFolder | None
 
     @property
     def path(self) -> Path:
@@ -119,7 +129,6 @@ def _read_and_plan(
     data = read_data(user_path(recipe.data), objective.formats(), on_progress)
     model_path = find_model(recipe.model, offline=offline)
     folder = open_folder(model_path)
-    data = dataclasses.replace(data, notes=(*folder.notes, *data.notes))
     tokenizer = load_tokenizer(folder)
     choice = choose_template(recipe.template, tokenizer.template, data.train.format)
     resolved = recipe.resolve(
@@ -130,11 +139,28 @@ def _read_and_plan(
         default_length=objective.default_length,
         default_rate=objective.default_rate,
     )
-    resolved = dataclasses.replace(resolved, adapter_path=str(run_folder(recipe)))
+    resolved = dataclasses.replace(
+        resolved,
+        adapter_path=str(run_folder(recipe)),
+        teacher=recipe.teacher and _absolute_model(recipe.teacher),
+        teacher_cache=recipe.teacher_cache
+        and str(user_path(recipe.teacher_cache).absolute()),
+    )
+    teacher = None
+    if resolved.teacher is not None:
+        teacher = open_teacher(
+            resolved.teacher,
+            folder,
+            tokenizer,
+            resolved.max_seq_length or 0,
+            offline=offline,
+        )
+    notes = (*folder.notes, *(teacher.notes if teacher else ()), *data.notes)
+    data = dataclasses.replace(data, notes=notes)
     candidates = [resolved, *(smaller for _, smaller in propose_smaller(resolved))]
     for candidate in candidates if fit else candidates[:1]:
         prepared = _prepare(
-            candidate, folder, tokenizer, data, choice, world, on_progress
+            candidate, folder, teacher, tokenizer, data, choice, world, on_progress
         )
         if prepared.plan.fits:
             break
@@ -156,6 +182,7 @@ def _without_collector() -> Iterator[None]:
 def _prepare(
     recipe: FinetuneRecipe,
     folder: ModelFolder,
+    teacher: TeacherFolder | None,
     tokenizer: Tokenizer,
     data: Data,
     choice: TemplateChoice,
@@ -184,7 +211,7 @@ def _prepare(
             "test.jsonl as `data`, or leave out `test`."
         )
     order = Order(lengths_of(splits["train"]), recipe)
-    plan = _plan(recipe, folder, splits["train"], order, world)
+    plan = _plan(recipe, folder, teacher, splits["train"], order, world)
     return Prepared(
         recipe,
         objective,
@@ -198,6 +225,7 @@ def _prepare(
         order=order,
         plan=plan,
         example=shorten_prompt(data.train.records),
+        teacher=teacher,
     )
 
 
@@ -220,6 +248,7 @@ def shorten_prompt(records: Sequence[Record]) -> str:
 def _plan(
     recipe: FinetuneRecipe,
     folder: ModelFolder,
+    teacher: TeacherFolder | None,
     train: Samples,
     order: Order,
     world: World,
@@ -231,8 +260,12 @@ def _plan(
             "processes; raise "
             f"`batch_size` or `grad_accumulation_steps`."
         )
-    model = _build_lazy_model(folder, recipe)
-    make_trainable(model, recipe)
+    model = _build_lazy_model(folder, training_dtype(folder, recipe))
+    make_trainable(model, recipe, stored_dtype(folder))
+    teacher_bytes = 0
+    if teacher is not None and recipe.teacher_cache is None:
+        dtype = compute_dtype(stored_dtype(teacher.folder))
+        teacher_bytes = count_bytes(_build_lazy_model(teacher.folder, dtype))
     limit = describe_machine().memory_bytes
     if recipe.memory_limit is not None:
         limit = int(recipe.memory_limit * 1e9)
@@ -242,7 +275,8 @@ def _plan(
         truncated = [min(length, longest) for length in lengths]
         parts = recipe.grad_accumulation_steps * world.size
         batch = largest_batch(order, truncated, targets, parts)
-        return plan_memory(model, recipe, batch)
+        memory = plan_memory(model, recipe, batch)
+        return dataclasses.replace(memory, teacher=teacher_bytes)
 
     trainable = sum(array.size for array in trained_tensors(model).values())
     return TrainingPlan(
@@ -261,13 +295,11 @@ def _plan(
     )
 
 
-def _build_lazy_model(folder: ModelFolder, recipe: FinetuneRecipe) -> OpenELM:
-    """Return a model with the folder's shapes and dtypes; no weight is computed."""
-    stored = stored_dtype(folder)
-    chosen = training_dtype(folder, recipe)
+def _build_lazy_model(folder: ModelFolder, dtype: mx.Dtype) -> OpenELM:
+    """Return a model with the folder's shapes in a dtype; no weight is computed."""
     model = OpenELM(folder.config)
-    model.set_dtype(chosen)
-    if folder.packings and chosen == stored:
+    model.set_dtype(dtype)
+    if folder.packings and dtype == stored_dtype(folder):
         make_quantized(model, folder.packings)
     return model
 
@@ -278,13 +310,20 @@ def training_dtype(folder: ModelFolder, recipe: FinetuneRecipe) -> mx.Dtype:
     return mx.float32 if recipe.fine_tune_type == "full" else compute_dtype(stored)
 
 
-def make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
+def make_trainable(
+    model: OpenELM, recipe: FinetuneRecipe, stored: mx.Dtype = mx.bfloat16
+) -> None:
     """Make the recipe's weights trainable: those of a new adapter, or the model's own.
+
+    Args:
+        stored: dtype of the model's files.
 
     Raises:
         OpenELMError: the recipe's layers, keys or ranks do not fit the model.
     """
     model.transformer.checkpointed = recipe.grad_checkpoint
+    if recipe.neftune_noise:
+        model.transformer.noise = EmbeddingNoise(recipe.neftune_noise)
     if recipe.fine_tune_type == "full":
         unfreeze(model, num_layers=recipe.num_layers)
         return
@@ -300,11 +339,14 @@ def make_trainable(model: OpenELM, recipe: FinetuneRecipe) -> None:
         model,
         method,
         ranks,
-        scale=recipe.scale,
+        scale=recipe.adapter_scale,
         dropout=recipe.dropout,
         seed=recipe.seed,
         inputs_only=recipe.adapt_embedding,
     )
+    if recipe.quantize_aware is not None:
+        narrow = mx.bfloat16 if stored == mx.float32 else stored  # as `fuse` writes it
+        round_layers(model, recipe.quantize_aware, narrow)
 
 
 def run_folder(recipe: FinetuneRecipe) -> Path:

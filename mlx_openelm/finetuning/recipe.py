@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.finetuning.refinements.options import (
+    RefinementOptions,
+    adapter_scale,
+    check_refinements,
+)
 from mlx_openelm.options import MODEL_PANEL, OUTPUT_PANEL, check_options, option
 from mlx_openelm.paths import PathText
 from mlx_openelm.reporting.trackers import TRACKERS
 
-OBJECTIVES = ("sft", "dpo")
+OBJECTIVES = ("sft", "dpo", "orpo", "distill")
 
 _AUTO = "auto:"
 _BIG = 2**31 - 1
@@ -27,7 +32,7 @@ def _read_rank(text: str) -> int | str:
 
 
 @dataclass(frozen=True, slots=True)
-class FinetuneRecipe:
+class FinetuneRecipe(RefinementOptions):
     """The options of a fine-tuning run, in a recipe file and on the command line.
 
     A step is one update of the optimizer. It uses `grad_accumulation_steps` batches of
@@ -54,8 +59,8 @@ class FinetuneRecipe:
     )
     objective: str = option(
         "sft",
-        "Training objective: sft on answers, dpo on pairs of a preferred and a "
-        "rejected answer.",
+        "Training objective: sft on answers; dpo or orpo on pairs of a preferred and a "
+        "rejected answer; distill on answers and a {teacher}.",
         panel=_OPTIMIZATION,
         choices=OBJECTIVES,
     )
@@ -138,7 +143,7 @@ class FinetuneRecipe:
     )
     max_prompt_length: int | None = option(
         None,
-        "Maximum length of the prompt of a dpo pair in tokens.",
+        "Maximum length of the prompt of a pair in tokens.",
         panel=_BATCHES,
         shown_default="half of {max_seq_length}",
         least=1,
@@ -188,7 +193,7 @@ class FinetuneRecipe:
         None,
         "Peak learning rate.",
         panel=_OPTIMIZATION,
-        shown_default="3e-4; for dpo 5e-5",
+        shown_default="3e-4; for pairs 5e-5",
         least=0.0,
         most=1e3,
     )
@@ -318,6 +323,18 @@ class FinetuneRecipe:
         if not self.data:
             raise OpenELMError("`data` is empty; pass a file or a folder of records.")
         _ = self.mean_rank
+        check_refinements(
+            self,
+            objective=self.objective,
+            fine_tune_type=self.fine_tune_type,
+            dropout=self.dropout,
+            rank_by_width=self.rank_by_width,
+        )
+
+    @property
+    def adapter_scale(self) -> float:
+        """The factor of the low-rank product, as stored with the adapter."""
+        return adapter_scale(self, self.scale, self.mean_rank)
 
     @property
     def mean_rank(self) -> int:
@@ -410,33 +427,3 @@ class FinetuneRecipe:
 
         text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         return text
-
-
-# Options that can change on resume: their effect on the result is rounding at most.
-MAY_CHANGE = (
-    *("data", "adapter_path", "model", "memory_limit", "grad_checkpoint"),
-    *("batch_size", "grad_accumulation_steps"),  # with the same product
-    *("steps_per_report", "save_every", "test", "report_to"),
-)
-
-
-def differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
-    """Describe the changes that prevent resuming a run of `old` with `new`."""
-    changes = [
-        f"`{field.name}` was {getattr(old, field.name)!r} and is now "
-        f"{getattr(new, field.name)!r}"
-        for field in dataclasses.fields(FinetuneRecipe)
-        if field.name not in MAY_CHANGE
-        and getattr(old, field.name) != getattr(new, field.name)
-    ]
-    if old.dropout and old.batch_size != new.batch_size:
-        changes.append(
-            f"`batch_size` was {old.batch_size} and is now {new.batch_size}, which "
-            "changes the dropout masks"
-        )
-    if old.step_size != new.step_size:
-        changes.append(
-            f"`batch_size` times `grad_accumulation_steps` was {old.step_size} and is "
-            f"now {new.step_size}"
-        )
-    return changes

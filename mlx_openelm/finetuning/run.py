@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_openelm.finetuning.advice import describe_killed
 from mlx_openelm.finetuning.compiled.choice import COMPILED, chooses_compiled
+from mlx_openelm.finetuning.further_objectives.distillation import Distillation
 from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import (
     Prepared,
@@ -41,7 +42,7 @@ from mlx_openelm.generation.streaming import generate
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.recipe_loader import find_recipe, load_recipe
 from mlx_openelm.reporting.trackers import require_trackers
-from mlx_openelm.storage.loading import load_model
+from mlx_openelm.storage.loading import load_model, stored_dtype
 from mlx_openelm.storage.staging import lock_target, refuse_replacing, staged_folder
 from mlx_openelm.training.distributed import World, run_on_first_rank
 from mlx_openelm.training.events import (
@@ -108,6 +109,7 @@ def finetune(
             run_on_first_rank(world, lambda: refuse_other_run(prepared, on_event))
         else:
             run_on_first_rank(world, lambda: refuse_replacing(path, sources))
+        _load_teacher(prepared, world, on_progress)
         if first:
             on_prepared(prepared)
         stack.enter_context(_limited_memory(prepared.plan))
@@ -138,6 +140,23 @@ def finetune(
         return finish_run(prepared, run, validator, reason)
 
 
+def _load_teacher(prepared: Prepared, world: World, on_progress: OnProgress) -> None:
+    """Load the teacher of a distillation, on rank 0 first.
+
+    So that the other ranks find a cache that it has computed, on a shared disk.
+    """
+    objective, teacher = prepared.objective, prepared.teacher
+    if not isinstance(objective, Distillation) or teacher is None:
+        return
+    test = prepared.test if prepared.recipe.test else ()
+    splits = (prepared.train, prepared.valid, test)
+    run_on_first_rank(
+        world, lambda: objective.load_teacher(teacher, splits, on_progress)
+    )
+    if world.rank > 0:
+        objective.load_teacher(teacher, splits, on_progress)
+
+
 def _load_run(
     prepared: Prepared,
     world: World,
@@ -148,9 +167,14 @@ def _load_run(
     recipe, order = prepared.recipe, prepared.order
     full = recipe.fine_tune_type == "full"
     model = load_model(prepared.folder, mx.float32 if full else None)
-    make_trainable(model, recipe)
+    make_trainable(model, recipe, stored_dtype(prepared.folder))
     optimizer = make_optimizer(
-        model, recipe.optimizer, recipe.betas, recipe.eps, recipe.weight_decay
+        model,
+        recipe.optimizer,
+        recipe.betas,
+        recipe.eps,
+        recipe.weight_decay,
+        b_ratio=recipe.lora_plus_ratio,
     )
     test = prepared.test if recipe.test else ()
     for samples in (prepared.train, prepared.valid, test):

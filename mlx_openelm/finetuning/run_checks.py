@@ -8,7 +8,7 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.advice import describe_killed
 from mlx_openelm.finetuning.plan import TrainingPlan
 from mlx_openelm.finetuning.preparation import Prepared
-from mlx_openelm.finetuning.recipe import FinetuneRecipe, differences
+from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.run_files import RECIPE
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.message_parts import count_of
@@ -26,7 +26,13 @@ from mlx_openelm.training.state import RUNNING, STATE, load_state
 def refuse_other_settings(prepared: Prepared, world: World) -> None:
     """Raise if this process has other data, options or model than rank 0."""
     recipe = dataclasses.replace(
-        prepared.recipe, data="any", model="any", adapter_path=None, memory_limit=None
+        prepared.recipe,
+        data="any",
+        model="any",
+        adapter_path=None,
+        memory_limit=None,
+        teacher=prepared.recipe.teacher and "any",
+        teacher_cache=prepared.recipe.teacher_cache and "any",
     )
     for what, ours in (
         ("data", prepared.table.digest),
@@ -94,7 +100,7 @@ def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> N
             "start again."
         )
     old = load_recipe(FinetuneRecipe, str(path / RECIPE), {})
-    changes = differences(old, prepared.recipe)
+    changes = _differences(old, prepared.recipe)
     if state.run.get("data") != identity["data"]:
         changes.append("the data has changed")
     if changes:
@@ -115,6 +121,36 @@ def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> N
                 f"{value}: rounding can differ from an uninterrupted run."
             )
             on_event({"event": "note", "step": state.progress.step, "text": text})
+
+
+# Options that can change on resume: their effect on the result is rounding at most.
+_MAY_CHANGE = (
+    *("data", "adapter_path", "model", "memory_limit", "grad_checkpoint"),
+    *("batch_size", "grad_accumulation_steps"),  # with the same product
+    *("steps_per_report", "save_every", "test", "report_to"),
+)
+
+
+def _differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
+    """Describe the changes that prevent resuming a run of `old` with `new`."""
+    changes = [
+        f"`{field.name}` was {getattr(old, field.name)!r} and is now "
+        f"{getattr(new, field.name)!r}"
+        for field in dataclasses.fields(FinetuneRecipe)
+        if field.name not in _MAY_CHANGE
+        and getattr(old, field.name) != getattr(new, field.name)
+    ]
+    if old.dropout and old.batch_size != new.batch_size:
+        changes.append(
+            f"`batch_size` was {old.batch_size} and is now {new.batch_size}, which "
+            "changes the dropout masks"
+        )
+    if old.step_size != new.step_size:
+        changes.append(
+            f"`batch_size` times `grad_accumulation_steps` was {old.step_size} and is "
+            f"now {new.step_size}"
+        )
+    return changes
 
 
 def refuse_other_base(path: Path, model: OpenELM) -> None:

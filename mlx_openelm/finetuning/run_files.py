@@ -38,7 +38,7 @@ def write_start(staging: Path, prepared: Prepared, model: OpenELM) -> None:
         for path, _, leaf in [name.rpartition(".")]
         if leaf in A_NAMES
     }
-    L = len(model.layers)
+    L, aware = len(model.layers), recipe.quantize_aware
     write_config(
         staging,
         AdapterConfig(
@@ -46,7 +46,7 @@ def write_start(staging: Path, prepared: Prepared, model: OpenELM) -> None:
             num_layers=L if recipe.num_layers == -1 else recipe.num_layers,
             keys=_keys_in_block(ranks),
             rank=max(ranks.values(), default=0),
-            scale=recipe.scale,
+            scale=recipe.adapter_scale,
             dropout=recipe.dropout,
             base=recipe.model,
             metadata={
@@ -54,6 +54,7 @@ def write_start(staging: Path, prepared: Prepared, model: OpenELM) -> None:
                 "template": recipe.template,
                 "base": {"name": recipe.model, "sketch": fingerprint_base(model)},
                 "data": {"digest": prepared.table.digest},
+                **({"quantize_aware": aware} if aware is not None else {}),
             },
         ),
     )

@@ -10,6 +10,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.finetuning.refinements.noise import EmbeddingNoise
 from mlx_openelm.model.lora import (
     A_NAMES,
     B_NAMES,
@@ -26,7 +27,7 @@ Method = Literal["lora", "dora", "full"]
 
 _LINEARS = nn.Linear | nn.QuantizedLinear
 _EMBEDDINGS = nn.Embedding | nn.QuantizedEmbedding
-_INITIALISATION, _DROPOUT = 1, 2  # uses of random numbers
+_INITIALISATION, _DROPOUT, _NOISE = 1, 2, 3  # uses of random numbers
 _PACKED = nn.QuantizedLinear | nn.QuantizedEmbedding
 
 EMBEDDING = "transformer.token_embeddings"
@@ -233,8 +234,10 @@ def random_key(*numbers: int) -> mx.array:
 
 
 def use_dropout(model: OpenELM, *numbers: int) -> None:
-    """Set the dropout key of each adapter; without numbers, turn dropout off."""
+    """Set the keys of dropout and of noise; without numbers, turn both off."""
     key = random_key(_DROPOUT, *numbers) if numbers else None
+    if isinstance(noise := model.transformer.noise, EmbeddingNoise):
+        noise.use_key(random_key(_NOISE, *numbers) if numbers else None)
     adapters = [m for m in model.modules() if isinstance(m, LoRALinear)]
     keys = (
         [None] * len(adapters) if key is None else mx.random.split(key, len(adapters))

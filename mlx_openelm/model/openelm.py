@@ -15,7 +15,7 @@ See also `kernels` (the operations), `head_norm`, and `token_layout` (which toke
 a sequence). Module names and the calling contract are those of mlx-lm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,6 +29,8 @@ from mlx_openelm.model.kernels import (
     swiglu,
 )
 from mlx_openelm.model.token_layout import Continuation, LayerCache, TokenLayout
+
+Noise = Callable[[mx.array, TokenLayout], mx.array]  # embeddings -> embeddings
 
 
 class OpenELM(nn.Module):
@@ -81,6 +83,7 @@ class Transformer(nn.Module):
     Attributes:
         checkpointed: gradient checkpointing: training keeps only the input of each
             block and recomputes the rest, for less memory and a third more work.
+        noise: adds noise to the embeddings in training; None: no noise.
     """
 
     def __init__(self, config: OpenELMConfig) -> None:
@@ -90,6 +93,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
         self.config = config
         self.checkpointed = False
+        self.noise: Noise | None = None
 
     def __call__(
         self,
@@ -107,6 +111,8 @@ class Transformer(nn.Module):
         """
         layout = layout or Continuation.after(cache, tokens.shape[1])
         x = self.token_embeddings(tokens)  # (B, T, D)
+        if self.noise is not None:
+            x = self.noise(x, layout)
         rotate = layout.rotation(
             self.config.head_dim, self.config.rope_freq_constant, x.dtype
         )

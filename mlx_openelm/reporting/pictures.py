@@ -25,9 +25,7 @@ MUTED: Any = {"fontsize": 12, "color": COLOR["muted"]}
 FOOT_LINE = 18  # height of a line of a note
 
 
-def _finish(
-    figure: "Figure", top: float, notes: Sequence[str], description: str
-) -> str:
+def finish(figure: "Figure", top: float, notes: Sequence[str], description: str) -> str:
     """Write the notes below, and return the SVG document."""
     for i, note in enumerate(notes):
         write_text(figure, 20, top + FOOT_LINE * i, note, **MUTED)
@@ -128,7 +126,7 @@ def draw_speeds(
                 least=1.0,
             )
         description = "; ".join(_describe_speeds(rows)) or "Nothing was measured"
-        return _finish(figure, bottom + 46, notes, description)
+        return finish(figure, bottom + 46, notes, description)
 
 
 def format_percent(share: float) -> str:
@@ -265,7 +263,7 @@ def draw_scores(
                 y = i - 0.5 + SCORE_LINE * (score.model + 0.5) / step
                 _draw_score(axes, score, y)
         description = "; ".join(_describe_scores(models, rows))
-        return _finish(
+        return finish(
             figure, bottom + 44, lines, description or "No share was measured"
         )
 

@@ -9,11 +9,14 @@ from types import TracebackType
 
 import mlx.core as mx
 
+from mlx_openelm.device import release_memory
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.batching.engine import Engine
 from mlx_openelm.generation.batching.sequences import BatchRequest, Output
 
 log = logging.getLogger(__name__)
+
+IDLE_S = 0.05  # after this time without requests, unused memory is released
 
 
 class TooManyRequestsError(Exception):
@@ -145,10 +148,9 @@ class EngineThread:
     def _take_requests(self, engine: Engine) -> list[Output]:
         """Wait while there is nothing to do; apply what the event loop has sent."""
         with self._changed:
-            while engine.is_idle and not (
-                self._added or self._cancelled or self._is_closing
-            ):
-                self._changed.wait()
+            if engine.is_idle and not self._changed.wait_for(self._is_called, IDLE_S):
+                release_memory()
+                self._changed.wait_for(self._is_called)
             added, cancelled = self._added.copy(), self._cancelled.copy()
             self._added.clear()
             self._cancelled.clear()
@@ -161,6 +163,9 @@ class EngineThread:
         if cancelled:
             engine.cancel(cancelled)
         return failed
+
+    def _is_called(self) -> bool:
+        return bool(self._added or self._cancelled or self._is_closing)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         try:

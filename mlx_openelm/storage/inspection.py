@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm.compatibility import Opening, check_tools
 from mlx_openelm.device import compute_dtype
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.loading import stored_dtype
@@ -15,7 +16,11 @@ from mlx_openelm.storage.model_folder import (
     open_folder,
     spell_dtype,
 )
-from mlx_openelm.storage.tokenizer_finder import MODEL_FILE, read_tokenizer
+from mlx_openelm.storage.tokenizer_finder import (
+    MODEL_FILE,
+    find_tokenizer_file,
+    read_tokenizer,
+)
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
 from mlx_openelm.tuning import Tuning, read_tuning
 
@@ -43,6 +48,7 @@ class Inspection:
         source: origin of the weights, as recorded by the converter.
         options: options of the conversion that differ from the defaults.
         receipt: the measured errors of the quantization.
+        opens_in: other tools, and whether they open the folder.
         rewritten: another tool has written other weights since, which options and
             receipt do not describe.
         notes: notes for the user on the files.
@@ -68,6 +74,7 @@ class Inspection:
     source: Mapping[str, Any]
     options: Mapping[str, Any]
     receipt: Mapping[str, Any] | None
+    opens_in: Mapping[str, Opening]
     rewritten: bool = False
     notes: tuple[str, ...] = ()
     tuning: Tuning | None = None
@@ -119,6 +126,11 @@ def inspect(path: Path, *, context: int | None = None) -> Inspection:
         source=_read_mapping(before or metadata, "source") or {},
         options=_read_mapping(metadata, "options") or {},
         receipt=_read_mapping(metadata, "receipt"),
+        opens_in=check_tools(
+            config,
+            folder.raw,
+            has_tokenizer=find_tokenizer_file(path) is not None,
+        ),
         rewritten=before is not None,
         notes=folder.notes,
         tuning=read_tuning(),

@@ -9,6 +9,7 @@ at the first problem or collect all of them.
 import codecs
 import gzip
 import io
+import itertools
 import json
 import re
 import zlib
@@ -54,12 +55,14 @@ class JsonValue:
         column: from 1, in characters; None if the value is the whole line.
         problem: what is wrong here, as "is not JSON (Expecting value)"; empty if there
             is a value.
+        is_last: nothing after the problem can be read.
     """
 
     line: int
     column: int | None = None
     value: Any = None
     problem: str = ""
+    is_last: bool = False
 
     @property
     def place(self) -> str:
@@ -196,7 +199,12 @@ def _parse(line: bytes) -> Literal["whole", "open", "broken"]:
 
 
 def read_values(
-    file: IO[bytes], *, skip: int = 0, start: Start | None = None
+    file: IO[bytes],
+    *,
+    skip: int = 0,
+    every: int = 1,
+    start: Start | None = None,
+    skip_large: bool = False,
 ) -> Iterator[JsonValue]:
     """Yield the values of a file; blank lines are skipped.
 
@@ -207,37 +215,54 @@ def read_values(
 
     Args:
         skip: number of values to skip; skipped lines are not parsed.
+        every: in lines, yield only each so many-th value after that.
         start: what `read_start` has read of the file.
+        skip_large: continue after a line that is too large.
     """
     start = start or read_start(file)
     problem = start.problem or (UTF16 if b"\0" in start.data[:4] else "")
     if problem:
-        yield JsonValue(start.line, 1, problem=problem)
+        yield JsonValue(start.line, 1, problem=problem, is_last=True)
     elif start.is_array or start.is_open_object:
         values = _StreamReader(file, start).read()
         for index, value in enumerate(values):
             if index >= skip or value.problem:
                 yield value
     else:
-        for number, line in read_lines(file, start):
-            if skip <= 0:
-                yield _parse_line(number, line)
-            skip -= 1
+        lines = read_lines(file, start, skip_large=skip_large)
+        for number, line in itertools.islice(lines, skip, None, every):
+            yield parse_line(number, line)
 
 
-def read_lines(file: IO[bytes], start: Start) -> Iterator[tuple[int, bytes]]:
+def read_lines(
+    file: IO[bytes], start: Start, *, skip_large: bool = False
+) -> Iterator[tuple[int, bytes]]:
     """Yield the number and the bytes of each line that is not blank.
 
-    A line that is too large is the last one; it has `MAX_RECORD_BYTES` + 1 bytes.
+    Of a line that is too large, the first `MAX_RECORD_BYTES` + 1 bytes; it is the last
+    one unless `skip_large`.
     """
     number, line, following = start.line, start.data, io.BytesIO(start.following)
     while line:
         if not line.isspace():
             yield number, line
         if len(line) > MAX_RECORD_BYTES:
-            return
+            if not skip_large:
+                return
+            if not line.endswith(b"\n"):
+                skip_line(file)
         line = following.readline() or file.readline(MAX_RECORD_BYTES + 1)
         number += 1
+
+
+def skip_line(file: IO[bytes]) -> int:
+    """Read up to a newline or the file's end; return the number of bytes."""
+    count = 0
+    while part := file.readline(_CHUNK):
+        count += len(part)
+        if part.endswith(b"\n"):
+            break
+    return count
 
 
 def describe_line_problem(line: bytes) -> tuple[int | None, str]:
@@ -252,7 +277,8 @@ def describe_line_problem(line: bytes) -> tuple[int | None, str]:
     return None, ""
 
 
-def _parse_line(number: int, line: bytes) -> JsonValue:
+def parse_line(number: int, line: bytes) -> JsonValue:
+    """Return the value of a line, or why it has none."""
     if len(line) <= MAX_RECORD_BYTES:
         try:
             text = line.removeprefix(BOM).decode().rstrip()
@@ -297,11 +323,11 @@ class _StreamReader:
             if more:
                 self._move(self._position + 1)
         if self._find_next() != "]":
-            yield self._describe("is not JSON (Expecting ',' delimiter)")
+            yield self._describe("is not JSON (Expecting ',' delimiter)", is_last=True)
             return
         self._move(self._position + 1)
         if self._find_next():  # reads to the end, where gzip has its checksum
-            yield self._describe("is after the end of the array")
+            yield self._describe("is after the end of the array", is_last=True)
 
     def _read_value(self) -> JsonValue:
         self._find_next()
@@ -312,10 +338,11 @@ class _StreamReader:
             bad = _find_bad_byte(self._text, self._position)
             position, problem = bad or (error.pos, f"is not JSON ({error.msg})")
             self._move(position)
-            return self._describe(problem)
+            return self._describe(problem, is_last=True)
         except ValueError as error:
             self._failed = True
-            return JsonValue(self._line, problem=f"cannot be read as JSON ({error})")
+            problem = f"cannot be read as JSON ({error})"
+            return JsonValue(self._line, problem=problem, is_last=True)
         bad = _find_bad_byte(self._text, self._position, end)
         if bad is None:
             result = JsonValue(self._line, self._column, value)
@@ -378,8 +405,8 @@ class _StreamReader:
             self._text, self._position = self._text[self._position :] + text, 0
         return bool(text)
 
-    def _describe(self, problem: str) -> JsonValue:
-        return JsonValue(self._line, self._column, problem=problem)
+    def _describe(self, problem: str, *, is_last: bool = False) -> JsonValue:
+        return JsonValue(self._line, self._column, problem=problem, is_last=is_last)
 
 
 def _find_bad_byte(

@@ -1,5 +1,7 @@
 """MLX's optimizers, with weight decay for matrices only."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -13,6 +15,8 @@ def make_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    *,
+    b_ratio: float = 1.0,
 ) -> optim.Optimizer:
     """Return an optimizer, initialised for the model's trainable weights.
 
@@ -22,6 +26,8 @@ def make_optimizer(
     Args:
         name: adamw, adam, sgd, lion, muon or adafactor.
         betas: Adam's; SGD uses the first as momentum, Muon the second.
+        b_ratio: learning rate of the adapters' matrices B, as a multiple of that of all
+            others (LoRA+: Hayou et al., arXiv 2402.12354).
     """
     moments = list(betas)
 
@@ -44,10 +50,44 @@ def make_optimizer(
 
     optimizer = build(weight_decay)
     trained = trained_tensors(model).values()
-    if weight_decay and any(array.ndim < 2 for array in trained):
+    vectors = weight_decay and any(array.ndim < 2 for array in trained)
+    if b_ratio != 1:
+        optimizer = _FasterB(build(weight_decay), optimizer, build(0.0), b_ratio)
+    elif vectors:
         optimizer = optim.MultiOptimizer(
             [optimizer, build(0.0)], [lambda _, weight: weight.ndim >= 2]
         )
     optimizer.init(model.trainable_parameters())
     mx.eval(optimizer.state)
     return optimizer
+
+
+class _FasterB(optim.MultiOptimizer):
+    """Optimizers of the matrices B, which have a larger rate, of others, of vectors."""
+
+    def __init__(
+        self,
+        of_b: optim.Optimizer,
+        of_others: optim.Optimizer,
+        of_vectors: optim.Optimizer,
+        ratio: float,
+    ) -> None:
+        self._ratio = ratio
+        super().__init__(
+            [of_b, of_others, of_vectors],
+            [
+                lambda path, _: path.endswith("lora_b"),
+                lambda _, weight: weight.ndim >= 2,
+            ],
+        )
+
+    @property
+    def learning_rate(self) -> Any:
+        return self.optimizers[1].learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, rate: Any) -> None:
+        of_b, *others = self.optimizers
+        of_b.learning_rate = rate * self._ratio
+        for optimizer in others:
+            optimizer.learning_rate = rate

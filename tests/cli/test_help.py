@@ -9,7 +9,8 @@ from mlx_openelm.cli.main import app
 FLAGS = {
     "": "--version --install-completion --show-completion",
     "generate": (
-        "--no-tuning -p --prompt --model --adapter-path -m --max-tokens --min-tokens --temp "
+        "--no-tuning "
+        "-p --prompt --model --adapter-path -m --max-tokens --min-tokens --temp "
         "--top-p --top-k --min-p --repetition-penalty --presence-penalty "
         "--frequency-penalty --repetition-context "
         "--no-repeat-ngram --logit-bias --stop --stop-loops --logprobs --template "
@@ -42,17 +43,20 @@ FLAGS = {
     "selfcheck": "--tune --json --quiet",
     "parity": "--num-tokens --seed --json --quiet",
     "evaluate": (
-        "--text --tasks --suite --model --adapter-path --compare --window --limit "
-        "--num-fewshot --batch-size --include-path --tasks-dir --output --csv "
-        "--picture --force --json --quiet --offline"
+        "--text --tasks --suite --model --adapter-path --compare --checkpoints "
+        "--tokenizer --window --limit --num-fewshot --batch-size --include-path "
+        "--tasks-dir --output --csv --picture --force --json --quiet --offline"
     ),
     "bench": (
-        "--model --size --bits --batch --context --prompt-tokens -m --max-tokens "
-        "--rounds --adapter-path --against --chart --json --quiet --offline"
+        "--model --size --bits --protocol --batch --context --prompt-tokens -m "
+        "--max-tokens --rounds --adapter-path --chart --against "
+        "--json --quiet --offline"
     ),
     "lora": (
-        "--no-tuning --data --model --adapter-path -c --recipe --fine-tune-type --objective "
-        "--num-layers --rank --scale --dropout --keys --prompt-key "
+        "--no-tuning "
+        "--data --model --adapter-path -c --recipe --fine-tune-type --objective "
+        "--num-layers --rank --scale --dropout --keys --adapt-embedding "
+        "--repair-text --prompt-key "
         "--completion-key --template --mask-prompt --no-mask-prompt --turns "
         "--max-seq-length --max-prompt-length --pack --epochs --iters "
         "--batch-size --grad-accumulation-steps --optimizer --learning-rate "
@@ -60,11 +64,13 @@ FLAGS = {
         "--dpo-beta --grad-checkpoint --seed --steps-per-report --steps-per-eval "
         "--val-batches --save-every --patience --average-last --sample-prompt "
         "--report-to --memory-limit --test --resume --dry-run --fit --force --json "
-        "--quiet --offline"
+        "--quiet --offline --teacher --distill-weight --temperature --teacher-cache "
+        "--teacher-top-k --quantize-aware --rslora --lora-plus-ratio "
+        "--neftune-noise --orpo-weight"
     ),
     "pretrain": (
         "-c --recipe --data --init --output --steps --seed --resume --dry-run "
-        "--devices --report-to --json --quiet"
+        "--devices --report-to --export --compare-log --check-data --json --quiet"
     ),
     "grow": (
         "--width --ffn --noise-db --seed -o --output --tokenizer --revision "

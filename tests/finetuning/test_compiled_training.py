@@ -21,7 +21,7 @@ from mlx_openelm.finetuning.batches import collate
 from mlx_openelm.finetuning.compiled.choice import chooses_compiled
 from mlx_openelm.finetuning.compiled.objectives import padded_objective
 from mlx_openelm.finetuning.compiled.padding import PaddedShapes, pad
-from mlx_openelm.finetuning.objectives import make_objective
+from mlx_openelm.finetuning.further_objectives.choice import make_objective
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.run import finetune
 from mlx_openelm.model import token_layout

@@ -15,8 +15,11 @@ import mlx_openelm
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.preparation import make_trainable
+from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.run import finetune
 from mlx_openelm.model.lora import adapted_weight
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.recipe_loader import load_recipe
 from mlx_openelm.storage.adapter_folder import attach
 from mlx_openelm.storage.loading import load
 from mlx_openelm.storage.model_folder import open_folder
@@ -168,6 +171,25 @@ def test_the_embedding_is_trained_and_named(tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert ranks == {b.shape[0]} == {config["lora_parameters"]["rank"]}
     assert TABLE in config["lora_parameters"]["keys"]
+
+
+def test_a_killed_run_resumes_with_the_same_weights(tmp_path):
+    base, whole = run_lora(tmp_path, "--save-every", "2", "--dropout", "0.1")
+    recipe = load_recipe(
+        FinetuneRecipe,
+        str(whole / "recipe.yaml"),
+        {"adapter_path": str(tmp_path / "killed"), "model": str(base)},
+    )
+
+    def kill(event):
+        if event["event"] == "save":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe, on_event=kill)
+    resumed = finetune(recipe, resume=True).path
+    name = "adapters.safetensors"
+    assert (resumed / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_quantized_base_is_adapted(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from models import UNEVEN, build
 from trainings import make_pairs, make_recipe, make_samples
 
-from mlx_openelm.finetuning.objectives import make_objective
+from mlx_openelm.finetuning.further_objectives.choice import make_objective
 from mlx_openelm.finetuning.recipe import OBJECTIVES
 from mlx_openelm.finetuning.samples import Sample
 from mlx_openelm.model.openelm import OpenELM
@@ -67,7 +67,8 @@ def test_preferences_are_measured_against_the_model_before_training():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_each_name_in_a_recipe_has_its_objective(name):
-    assert make_objective(make_recipe(objective=name)).name == name
+    teacher = "demo" if name == "distill" else None
+    assert make_objective(make_recipe(objective=name, teacher=teacher)).name == name
 
 
 @pytest.mark.parametrize(

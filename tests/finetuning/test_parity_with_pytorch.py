@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from models import UNEVEN, weights_of
+from models import UNEVEN
 from trainings import (
     UNTIED,
     make_model,
@@ -22,9 +22,9 @@ from mlx_openelm.training.arrays import trained_tensors
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
-from torch.nn.utils import parametrize  # noqa: E402
+from adapted_in_torch import in_torch  # noqa: E402
 
-from converters.reference import ReferenceOpenELM, summed_loss  # noqa: E402
+from converters.reference import summed_loss  # noqa: E402
 
 
 @pytest.fixture(params=["cpu", "gpu"], autouse=True)
@@ -37,53 +37,6 @@ def path(request, monkeypatch):
 LIMIT = 1e-4  # max|a - b| / max|b| of each tensor
 EMBEDDING = "transformer.token_embeddings"
 EVERYWHERE = ("qkv_proj", "out_proj", "proj_1", "proj_2", EMBEDDING)
-
-
-class Adapted(torch.nn.Module):
-    """W + scale (A B)^T, with DoRA rescaled to the row norms m; for embeddings E + A B.
-
-    It parametrizes the weight itself, so a tied head uses it too.
-    """
-
-    def __init__(self, parts, scale, is_embedding):
-        super().__init__()
-        for name, array in parts.items():
-            setattr(self, name, torch.nn.Parameter(torch.tensor(np.array(array))))
-        self.scale, self.is_embedding = scale, is_embedding
-
-    def forward(self, weight):
-        update = self.scale * (self.lora_a @ self.lora_b)
-        adapted = weight + (update if self.is_embedding else update.T)
-        if hasattr(self, "m"):
-            lengths = adapted.norm(dim=1).detach()  # the paper's section 4.3
-            adapted = adapted * (self.m / lengths)[:, None]
-        return adapted
-
-
-def in_torch(model, scale):
-    """Return the model in PyTorch, and its trained parameters by our names."""
-    reference = ReferenceOpenELM(model.config)
-    state = {n: torch.from_numpy(w) for n, w in weights_of(model.config).items()}
-    reference.load_state_dict(state)
-    tensors = trained_tensors(model)
-    parts = {}
-    for name, array in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        if leaf in ("lora_a", "lora_b", "m"):
-            parts.setdefault(path, {})[leaf] = array
-    modules = dict(reference.named_modules())
-    plain = dict(reference.named_parameters())
-    trained = {}
-    for path, tensors_here in parts.items():
-        module = modules[path.removeprefix("transformer.")]
-        adapted = Adapted(tensors_here, scale, isinstance(module, torch.nn.Embedding))
-        parametrize.register_parametrization(module, "weight", adapted)
-        trained |= {f"{path}.{n}": p for n, p in adapted.named_parameters()}
-    for name in tensors.keys() - trained.keys():
-        trained[name] = plain[name.removeprefix("transformer.")]
-    for parameter in reference.parameters():
-        parameter.requires_grad_(any(parameter is p for p in trained.values()))
-    return reference, trained
 
 
 def padded(samples: Sequence[Sample]):

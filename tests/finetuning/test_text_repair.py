@@ -6,7 +6,7 @@ import pytest
 from models import small_tokenizer
 from trainings import read_data
 
-from mlx_openelm.finetuning.objectives import make_objective
+from mlx_openelm.finetuning.further_objectives.choice import make_objective
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.text.templates import render
 

@@ -7,7 +7,7 @@ import pytest
 from commands import call
 from models import TEXT, UNEVEN, build, small_tokenizer
 
-from converters.pretraining.corpus_files import read_documents
+from converters.pretraining.packing import read_corpus
 from converters.quantization.calibration import read_calibration
 from mlx_openelm.cli.chat_session import _Lines
 from mlx_openelm.evaluation.texts import evaluate
@@ -20,7 +20,7 @@ READERS = {
     "evaluate": lambda path: evaluate(build(UNEVEN), small_tokenizer(), text=path),
     "calibration": lambda path: read_calibration(path)[1],
     "prompts": lambda path: [p.content for p in read_prompts(path).prompts],
-    "corpus": lambda path: list(read_documents(str(path))),
+    "corpus": lambda path: list(read_corpus([str(path)]).documents),
     "recipe": lambda path: read_recipe(str(path)),
 }
 

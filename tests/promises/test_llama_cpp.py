@@ -14,6 +14,7 @@ from llama_cpp import PYTHON, Post, greedy, serving_gguf
 from models import made_weight, read_golden
 from safetensors.numpy import save_file
 from sentencepieces import LLAMA
+from tool_matrix import BITS, make_adapter, make_demo
 
 import mlx_openelm
 from converters.conversion.run import convert
@@ -24,13 +25,15 @@ from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import stream
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.storage.hub import demo_folder
+from mlx_openelm.storage.model_folder import open_folder
 from mlx_openelm.storage.shards import write_json
 from mlx_openelm.storage.tokenizer_finder import (
     LLAMA_VECTORS,
     PROBES,
     read_tokenizer,
 )
-from mlx_openelm.text.templates import Turn, encode_turns
+from mlx_openelm.text.chat_templates import chat_template
+from mlx_openelm.text.templates import LAYOUTS, Turn, encode_turns
 from mlx_openelm.text.tokenizer import Tokenizer
 
 pytestmark = [
@@ -115,6 +118,33 @@ def test_the_demo_has_our_log_probabilities(post: Post, demo: Path) -> None:
     check_answers(post, demo)
 
 
+@pytest.mark.parametrize("bits", ["4 bits", "mixed bits"])
+def test_a_quantized_folder_is_unpacked(tmp_path: Path, bits: str) -> None:
+    folder = make_demo(tmp_path, "base", **BITS[bits])
+    gguf = convert(folder, tmp_path / "demo.gguf", to="gguf", dtype="float32").path
+    with serving_gguf(Path(gguf)) as post:
+        check_answers(post, folder)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_8_bits_of_llama_cpp_are_close(
+    tmp_path: Path, demo: Path, adapted: bool
+) -> None:
+    path = convert(demo, tmp_path / "8.gguf", to="gguf", bits=8).path
+    lora, adapter = None, None
+    if adapted:
+        config = open_folder(demo).config
+        lora = make_adapter(tmp_path / "lora", config, demo)
+        adapter = Path(convert(lora, tmp_path / "lora.gguf", to="gguf").path)
+    model, tokenizer = mlx_openelm.load(str(demo), lora and str(lora))
+    ids = tokenizer.encode(PROMPTS[0])
+    expected = np.array(nn.log_softmax(model(mx.array([ids]))[0, -1]))
+    with serving_gguf(Path(path), adapter) as post:
+        _, (step,) = greedy(post, ids, 1, num_probs=50)
+        check_chats(post, "instruct")
+    np.testing.assert_allclose(list(step.values()), expected[list(step)], atol=0.1)
+
+
 def test_texts_have_our_ids(post: Post) -> None:
     check_ids(post, read_tokenizer(demo_folder()))
 
@@ -135,21 +165,38 @@ TURNS = (
 )
 
 
-def test_chats_are_rendered_as_trained(post: Post) -> None:
-    tokenizer = read_tokenizer(demo_folder())
+def random_chats() -> list[list[Turn]]:
     rng = random.Random(3)
-    chats = [TURNS, TURNS[1:2], TURNS[:2], TURNS[1:]]
-    chats += [
-        [Turn(("user", "assistant")[i % 2], rng.choice(random_texts(99))) for i in r]
-        for r in (range(1 + 2 * rng.randint(0, 2)) for _ in range(40))
+    texts = [text for text in random_texts(99) if "<s>" not in text]  # special there
+    return [
+        [Turn(("user", "assistant")[i % 2], rng.choice(texts)) for i in range(length)]
+        for length in [rng.choice((1, 3, 5)) for _ in range(40)]
     ]
-    for turns in chats:
+
+
+@pytest.mark.parametrize("template", LAYOUTS)
+def test_alpaca_chats_are_rendered_as_trained(
+    tmp_path: Path, demo: Path, template: str
+) -> None:
+    raw = read_mapping(demo / "config.json")
+    folder = shutil.copytree(demo, tmp_path / "demo")
+    write_json(folder / "config.json", raw | {"mlx_openelm": {"template": template}})
+    path = convert(folder, tmp_path / "demo.gguf", to="gguf").path
+    with serving_gguf(Path(path)) as post:
+        check_chats(post, template)
+
+
+def test_instruct_chats_are_rendered_as_trained(post: Post) -> None:
+    check_chats(post, "instruct")
+
+
+def check_chats(post: Post, template: str) -> None:
+    tokenizer = read_tokenizer(demo_folder())
+    for turns in [TURNS, TURNS[1:2], TURNS[:2], TURNS[1:], *random_chats()]:
         messages = [{"role": t.role, "content": t.text} for t in turns]
-        if any("<s>" in t.text for t in turns):
-            continue  # a special token elsewhere
         text = post("/apply-template", {"messages": messages})["prompt"]
         body = {"content": text, "add_special": True, "parse_special": True}
-        ids, _ = encode_turns(tokenizer, turns, "instruct")
+        ids, _ = encode_turns(tokenizer, turns, template)
         assert post("/tokenize", body)["tokens"] == ids, turns
 
 
@@ -239,7 +286,7 @@ def test_apples_logits_of_the_270m(here: Path) -> None:
         tokenizer=tokenizer,
     )
     with serving_gguf(path) as post:
-        check_ids(post, tokenizer)
+        check_ids(post, tokenizer)  # of 32,000 pieces
         for row, expected in zip(tokens.tolist(), logits, strict=True):
             for position, theirs in zip(positions, expected, strict=True):
                 prompt = row[: position + 1]
@@ -250,3 +297,35 @@ def test_apples_logits_of_the_270m(here: Path) -> None:
                 )
                 assert int(wanted.argmax()) == max(step, key=lambda i: step[i])
     path.unlink()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["270M", "450M", "1.1B", "3B"])
+def test_the_released_shapes_open(tmp_path: Path, name: str) -> None:
+    """With a template, an adapter, and weights of zeros: all tokens equally likely."""
+    tokenizer = read_tokenizer(demo_folder())
+    config = OpenELMConfig.preset(name, vocab_size=tokenizer.num_ids)
+    tensors = {
+        name: TensorToWrite(shape, mx.float16, partial(mx.zeros, shape, mx.float16))
+        for name, shape in config.tensor_shapes().items()
+    }
+    path, lora = tmp_path / "zeros.gguf", tmp_path / "lora.gguf"
+    write_gguf(
+        path,
+        name=name,
+        config=config,
+        tensors=tensors,
+        file_type="F16",
+        tokenizer=tokenizer,
+        chat_template=chat_template("instruct"),
+    )
+    convert(make_adapter(tmp_path / "lora", config, tmp_path), lora, to="gguf")
+    with serving_gguf(path, lora) as post:
+        _, (step,) = greedy(post, [1, 5, 9], 1, num_probs=10)
+        messages = [{"role": "user", "content": "Hi"}]
+        reply = post("/v1/chat/completions", {"messages": messages, "max_tokens": 1})
+    path.unlink()
+    expected = [-np.log(config.vocab_size)] * 10
+    np.testing.assert_allclose(list(step.values()), expected, atol=1e-4)
+    ids, _ = encode_turns(tokenizer, [Turn("user", "Hi")], "instruct")
+    assert reply["usage"]["prompt_tokens"] == len(ids)

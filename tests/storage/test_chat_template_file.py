@@ -128,3 +128,21 @@ def test_it_is_left_out_if_added_tokens_would_change_the_ids(tmp_path: Path) -> 
 def test_raw_writes_nothing(tmp_path: Path) -> None:
     assert write_chat_template(tmp_path, "raw", small_tokenizer()) == ()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("template", ["alpaca", "raw"])
+def test_a_fused_model_has_the_template_of_lora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record = json.dumps({"prompt": "Who was the king?", "completion": "He was old."})
+    Path("data.jsonl").write_text(f"{record}\n" * 8)
+    options = ("--iters", 2, "--batch-size", 1, "--rank", 2, "--num-layers", 1)
+    args = ("--data", "data.jsonl", "--template", template, "--learning-rate", 0.01)
+    result = call("lora", *args, *options, "--adapter-path", "adapter")
+    assert result.exit_code == 0, result.stderr
+    fused = call("fuse", "--adapter-path", "adapter", "--save-path", "fused")
+    assert fused.exit_code == 0, fused.stderr
+    path = Path("fused", FILE)
+    assert (path.read_text() if path.exists() else None) == chat_template(template)
+    assert open_folder(Path("fused")).template == template

@@ -77,6 +77,7 @@ def test_only_the_needed_files_are_downloaded(hub):
     needed = {
         **ONE_FILE,
         "generation_config.json": b"{}",
+        "chat_template.jinja": b"{{ messages }}",
         "tokenizer.model": b"a tokenizer",
     }
     more = ("README.md", "x.png", "pytorch_model.bin", "modeling_openelm.py", "a.gguf")

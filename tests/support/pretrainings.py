@@ -112,6 +112,6 @@ def run_ranks(folder: Path, jobs: list[dict], count: int = 2) -> list[list[str]]
                 process.kill()
 
 
-def job(recipe: PretrainRecipe, *, resume: bool = False, **files: str) -> dict:
+def job(recipe: PretrainRecipe, *, resume: bool | str = False, **files: str) -> dict:
     """One run for ranks.py; `rankN="..."` is data.train in process N."""
     return {"recipe": asdict(recipe), "resume": resume, "files": files}

@@ -12,7 +12,7 @@ from models import UNEVEN, build
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.finetuning import records
 from mlx_openelm.finetuning.compiled.choice import chooses_compiled
-from mlx_openelm.finetuning.objectives import make_objective
+from mlx_openelm.finetuning.further_objectives.choice import make_objective
 from mlx_openelm.finetuning.plan import Order
 from mlx_openelm.finetuning.preparation import make_trainable
 from mlx_openelm.finetuning.recipe import FinetuneRecipe

@@ -13,7 +13,7 @@ import pyarrow
 from pyarrow import parquet
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning.objectives import make_objective
+from mlx_openelm.finetuning.further_objectives.choice import make_objective
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 
 

@@ -1,6 +1,8 @@
 """Typer's classes of commands, with a plainer --help and clearer usage errors."""
 
 import shlex
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse; report arguments that the command does not take, with what to do."""
         ctx.allow_extra_args = True
-        rest = super().parse_args(ctx, _add_empty_values(self.get_params(ctx), args))
+        parameters = self.get_params(ctx)
+        args = _add_empty_values(parameters, _repeat_options(parameters, args))
+        rest = super().parse_args(ctx, args)
         if rest and not ctx.resilient_parsing:
             ctx.fail(f"{_describe_extra(ctx, rest)}.")
         ctx.params.update(
@@ -51,23 +55,46 @@ class CommandGroup(TyperGroup):
         super().format_help(ctx, formatter)
 
 
+def _repeat_options(parameters: list[Any], args: list[str]) -> list[str]:
+    """Repeat an option before each of its values, as the parser needs it.
+
+    These are options with a metavar that ends in "...".
+    """
+    several = _flags_of(parameters, lambda metavar: metavar.endswith("..."))
+    repeated: list[str] = []
+    option = ""
+    for arg in args:
+        if arg.startswith("-"):
+            option = arg if arg in several else ""
+        elif option and repeated[-1] != option:
+            repeated.append(option)
+        repeated.append(arg)
+    return repeated
+
+
 def _add_empty_values(parameters: list[Any], args: list[str]) -> list[str]:
     """Insert an empty value after options whose value was left out.
 
     These are options with a metavar in brackets, before another option or at the end.
     """
-    optional = {
-        flag
-        for parameter in parameters
-        if (parameter.metavar or "").startswith("[")
-        for flag in parameter.opts
-    }
+    optional = _flags_of(parameters, lambda metavar: metavar.startswith("["))
     filled = []
-    for arg, following in zip(args, [*args[1:], "-"], strict=True):
+    for arg, following in pairwise([*args, "-"]):
         filled.append(arg)
         if arg in optional and following.startswith("-"):
             filled.append("")
     return filled
+
+
+def _flags_of(parameters: list[Any], fits: Callable[[str], bool]) -> set[str]:
+    """Return the flags of the options whose metavar fits."""
+    return {
+        flag
+        for parameter in parameters
+        if fits(parameter.metavar or "")
+        for flag in parameter.opts
+        if flag.startswith("-")
+    }
 
 
 def _expand(value: Any) -> Any:

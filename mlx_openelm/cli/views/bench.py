@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from mlx_openelm.cli.console import Console
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mlx_openelm.bench.machine import Bandwidth
     from mlx_openelm.bench.report import BenchReport, Cell, Figure
     from mlx_openelm.reporting.pictures import Measure, SpeedRow
@@ -13,6 +15,46 @@ if TYPE_CHECKING:
 
 def show_bench(console: Console, report: "BenchReport") -> None:
     """Print the machine, a table with a row for each cell, and explanations."""
+    console.answer_facts(describe_setting(report))
+    console.answer("")
+    apple = report.protocol == "apple"
+    console.answer_table(_table_apple(report) if apple else _table_default(report))
+    console.answer("")
+    for line in explain_bench(report):
+        console.answer(line)
+
+
+def _table_apple(report: "BenchReport") -> "Table":
+    """Return the columns of the published table, with its figures after ours."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("model", no_wrap=True)
+    for header in (
+        *("bits", "prompt\ntokens/s", "new\ntokens/s", "total\ntokens/s"),
+        *("published\nprompt", "published\nnew", "published\ntotal", "peak\nMB"),
+    ):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("")
+    for cell in report.cells:
+        published = ["-"] * 3
+        if (speed := cell.published) is not None:
+            rates = (speed.prompt_tps, speed.generation_tps, speed.total_tps)
+            published = [show_number(rate) for rate in rates]
+        table.add_row(
+            cell.model,
+            f"{cell.bits}\n{cell.computed_with}",
+            _show_figure(cell.prompt_tps, 1),
+            _show_figure(cell.generation_tps, 1),
+            _show_figure(cell.total_tps, 1),
+            *published,
+            _show_megabytes(cell.peak_memory_bytes),
+            f"not measured: {cell.skipped}" if cell.skipped else "",
+        )
+    return table
+
+
+def _table_default(report: "BenchReport") -> "Table":
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0))
@@ -37,14 +79,9 @@ def show_bench(console: Console, report: "BenchReport") -> None:
             _show_megabytes(cell.peak_memory_bytes),
             _show_megabytes(cell.bytes_per_token),
             _show_figure(cell.bandwidth_share, 100, " %"),
-            describe_cell(cell),
+            f"not measured: {cell.skipped}" if cell.skipped else "",
         )
-    console.answer_facts(describe_setting(report))
-    console.answer("")
-    console.answer_table(table)
-    console.answer("")
-    for line in explain_bench(report):
-        console.answer(line)
+    return table
 
 
 def describe_setting(report: "BenchReport") -> Iterator[tuple[str, str]]:
@@ -81,7 +118,13 @@ def explain_bench(report: "BenchReport") -> Iterator[str]:
         yield f"Medians of {most} rounds, above the minimum and the maximum."
     if any(cell.made for cell in report.cells):
         yield "Random weights: speed does not depend on their values."
-    if cells:
+    if report.protocol == "apple":
+        yield (
+            "Apple's protocol: 36 prompt tokens and 1,024 new tokens, 8 evaluated "
+            "together;\nprompt: of the first call, which is cold; total: all tokens "
+            "over the whole time."
+        )
+    elif cells:
         yield (
             "Read: bytes read from memory for each new token (weights, keys and "
             "values).\n"
@@ -97,24 +140,12 @@ def explain_bench(report: "BenchReport") -> Iterator[str]:
         )
     for published in [c.published for c in report.cells if c.published is not None][:1]:
         yield (
-            f"Published: Apple's figures ({published.setting}), quoted from memory and "
-            "unverified."
+            f"Published: Apple's figures ({published.setting}), quoted from memory, "
+            "UNVERIFIED."
         )
     if not report.finished:
         done = sum(cell.rounds > 0 for cell in report.cells)
         yield f"Stopped: {done} of {report.planned} cells were measured."
-
-
-def describe_cell(cell: "Cell") -> str:
-    """Return why a cell was not measured, or its published speed."""
-    if cell.skipped is not None:
-        return f"not measured: {cell.skipped}"
-    if cell.published is None:
-        return ""
-    return (
-        f"published, unverified: prompt {cell.published.prompt_tps:.0f}, new "
-        f"{cell.published.generation_tps:.0f}"
-    )
 
 
 def _show_figure(figure: "Figure | None", factor: float, unit: str = "") -> str:
@@ -163,7 +194,7 @@ def _picture_row(cell: "Cell") -> "SpeedRow":
         speed=_measure(cell.generation_tps, show_number),
         bandwidth_share=_measure(cell.bandwidth_share, format_percent),
         published_speed=None if published is None else published.generation_tps,
-        note=describe_cell(cell),
+        note=f"not measured: {cell.skipped}" if cell.skipped else "",
     )
 
 
@@ -182,6 +213,6 @@ def _picture_notes(report: "BenchReport") -> Iterator[str]:
         yield "Random weights: speed does not depend on their values."
     for published in [c.published for c in report.cells if c.published is not None][:1]:
         yield (
-            f"Dashed: Apple's figures ({published.setting}), quoted from memory and "
-            "unverified."
+            f"Dashed: Apple's figures ({published.setting}), quoted from memory, "
+            "UNVERIFIED."
         )

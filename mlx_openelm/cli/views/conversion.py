@@ -79,6 +79,10 @@ def show_fused(console: Console, report: "FusionReport") -> None:
         f"{report.seconds:.1f} s"
     )
     console.note(
+        f"Loss on the sample: {proof.loss_fused:.4f} nats per token fused, "
+        f"{proof.loss_adapter:.4f} base with adapter, {proof.loss_base:.4f} base alone"
+    )
+    console.note(
         f"The adapter's effect is preserved: mean KL from the base with adapter is "
         f"{proof.kl_fused:.2g} nats for the fused model and {proof.kl_adapter:.2g} for "
         f"the base alone; same top token {proof.top1_agreement:.1%}, on "
@@ -173,6 +177,10 @@ def show_inspection(console: Console, model: "Inspection") -> None:
         *((n, str(model.source[n])) for n in ("repo", "revision") if n in model.source),
         ("options", ", ".join(f"{k} {v}" for k, v in model.options.items()) or "none"),
         ("receipt", describe_receipt(model.receipt) if model.receipt else "none"),
+        (
+            "opens in",
+            "\n".join(f"{tool}: {how}" for tool, how in model.opens_in.items()),
+        ),
         *([("tuning here", describe_tuning(model.tuning))] if model.tuning else []),
     )
     layers = Table("layer", "query heads", "key-value heads", "FFN", box=None)

@@ -100,7 +100,7 @@ def show_score(console: Console, score: "TextScore") -> None:
 
 
 def _table_texts(scores: Sequence["ModelScores"]) -> "Table":
-    table = _new_table("model")
+    table = new_table("model")
     for header in ("bits per byte", "nats per token", "perplexity", "tokens"):
         table.add_column(header, justify="right", no_wrap=True)
     for model in scores:
@@ -120,7 +120,7 @@ def _table_tasks(scores: Sequence["ModelScores"]) -> "Table":
     from mlx_openelm.evaluation.results import pair
 
     compared = len(scores) > 1
-    table = _new_table("task", "metric")
+    table = new_table("task", "metric")
     for header in ("shots", "n"):
         table.add_column(header, justify="right")
     table.add_column("model", overflow="fold")
@@ -168,7 +168,7 @@ def _head(report: "SuiteReport") -> str:
 
 
 def _table_suite(report: "SuiteReport") -> "Table":
-    table = _new_table("column", "task", "metric")
+    table = new_table("column", "task", "metric")
     for header in ("shots", "n", "here", "published", "difference"):
         table.add_column(header, justify="right", no_wrap=True)
     for score in (*report.scores, *report.averages):
@@ -187,7 +187,7 @@ def _table_suite(report: "SuiteReport") -> "Table":
 
 
 def _table_differences(comparison: "SuiteComparison") -> "Table":
-    table = _new_table("column")
+    table = new_table("column")
     for header in ("n", "here, paired", "published"):
         table.add_column(header, justify="right", no_wrap=True)
     for one in comparison.differences:
@@ -217,7 +217,7 @@ def _table_others(suite: "Suite") -> "Table":
     others = suite.published.others
     partial = any(row.without_sciq is not None for row in others)
     averages = ("average", *(("without SciQ",) if partial else ()))
-    table = _new_table("model")
+    table = new_table("model")
     for header in ("tokens", *suite.published.columns, *averages):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("source")
@@ -228,7 +228,8 @@ def _table_others(suite: "Suite") -> "Table":
     return table
 
 
-def _new_table(*columns: str) -> "Table":
+def new_table(*columns: str) -> "Table":
+    """Return a table without borders."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0))
@@ -281,13 +282,13 @@ def scores_json(
     if first.text is not None:
         document |= asdict(first.text)
     if first.tasks:
-        document["tasks"] = _tasks_json(first.tasks)
+        document["tasks"] = tasks_json(first.tasks)
     if len(scores) > 1:
         document["models"] = [
             {
                 "model": model.card.name,
                 **(asdict(model.text) if model.text else {}),
-                **({"tasks": _tasks_json(model.tasks)} if model.tasks else {}),
+                **({"tasks": tasks_json(model.tasks)} if model.tasks else {}),
             }
             for model in scores
         ]
@@ -317,7 +318,8 @@ def scores_json(
     return document
 
 
-def _tasks_json(results: Sequence["TaskResult"]) -> dict[str, Any]:
+def tasks_json(results: Sequence["TaskResult"]) -> dict[str, Any]:
+    """Return the scores of tasks by name."""
     tasks = {}
     for result in results:
         metrics = {

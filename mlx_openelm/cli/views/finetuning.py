@@ -82,9 +82,10 @@ def note_plan(console: Console, prepared: "Prepared") -> None:
         f"({plan.epochs:.2f} epochs), loss on {count_of(plan.targets, 'token')}, "
         "no padding"
     )
+    taught = f"teacher {memory.teacher / 1e9:.2f}, " if memory.teacher else ""
     console.note(
         f"memory: about {memory.total / 1e9:.2f} GB of {plan.limit / 1e9:.1f} GB "
-        f"(weights {memory.weights / 1e9:.2f}, adapter and optimizer "
+        f"(weights {memory.weights / 1e9:.2f}, {taught}adapter and optimizer "
         f"{(memory.adapter + memory.gradients + memory.optimizer) / 1e9:.2f}, "
         f"one batch {(memory.activations + memory.loss) / 1e9:.2f})"
     )

@@ -8,6 +8,7 @@ from mlx_openelm.cli.views.run import RunView, show_sample
 from mlx_openelm.message_parts import count_of
 
 if TYPE_CHECKING:
+    from converters.pretraining.data_check import DataCheck
     from converters.pretraining.log import Event, Started, Trained
     from converters.pretraining.plan import Memory, PretrainingPlan
     from converters.pretraining.recipe import PretrainRecipe
@@ -129,6 +130,8 @@ def show_plan(
     console.answer_table(table)
     for sentence in plan.missing:
         console.note(f"Missing: {sentence}")
+    if plan.closed:
+        console.note(plan.closed)
 
 
 def plan_as_json(recipe: "PretrainRecipe", plan: "PretrainingPlan") -> dict[str, Any]:
@@ -147,3 +150,28 @@ def _show_memory(memory: "Memory") -> str:
     parts = ("weights", "gradients", "optimizer", "copies", "activations")
     sizes = ", ".join(f"{name} {getattr(memory, name) / 2**30:.1f}" for name in parts)
     return f"{memory.total / 2**30:.1f} GiB per device: {sizes}"
+
+
+def show_check(console: Console, checked: "DataCheck") -> None:
+    """Print each corpus; below, what is missing or damaged and where to get it."""
+    from rich.table import Table
+
+    from converters.pretraining.corpus_files import contract_ranges
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("corpus", "files", "GB", "missing", "damaged"):
+        table.add_column(name, justify="left" if name == "corpus" else "right")
+    for corpus in checked.corpora:
+        counts = (len(corpus.missing), len(corpus.damaged))
+        size = f"{corpus.num_bytes / 1e9:,.1f}"
+        table.add_row(
+            corpus.name, f"{corpus.num_files:,}", size, *(f"{n:,}" for n in counts)
+        )
+    console.answer_table(table)
+    for corpus in checked.corpora:
+        if corpus.missing:
+            source = f"; get it from {corpus.source}" if corpus.source else ""
+            names = ", ".join(contract_ranges(corpus.missing))
+            console.answer(f"Missing of {corpus.name}: {names}{source}")
+        for problem in corpus.damaged:
+            console.answer(f"Damaged of {corpus.name}: {problem}")

@@ -25,8 +25,16 @@ Tensors = Mapping[str, mx.array]
 
 
 def has_padded_form(recipe: FinetuneRecipe) -> bool:
-    """Return whether `padded_objective` has the objective of a recipe."""
-    return recipe.objective in (Supervised.name, Preference.name)
+    """Return whether a recipe can be trained with padded batches and a compiled step.
+
+    Recipes with refinements (noise, LoRA+, rounded weights) are not.
+    """
+    is_refined = (
+        recipe.neftune_noise > 0
+        or recipe.lora_plus_ratio != 1
+        or recipe.quantize_aware is not None
+    )
+    return recipe.objective in (Supervised.name, Preference.name) and not is_refined
 
 
 def padded_objective(

@@ -203,6 +203,31 @@ def test_noise_cancels_in_pairs_of_columns_and_has_its_level(width, ffn):
             assert len(np.unique(different[:, 0])) == rows * (columns // 2)
 
 
+@pytest.mark.parametrize("width", [2, 3])
+def test_each_head_has_its_own_noise_level(width):
+    """As in the authors' code, which clones queries, keys and values head by head."""
+    H, layer = UNTIED.head_dim, 2
+    name = f"layers.{layer}.attn.qkv_proj.weight"
+    weight = weights_of(UNTIED)[name].copy()
+    heads = len(weight) // H
+    weight *= np.repeat(2.0 ** np.arange(heads), H)[:, None].astype(np.float32)
+    growth = Growth(width, 2, 10.0)
+    grown = grow_tensor(name, weight, UNTIED, growth, np.random.default_rng(1))
+    queries, keys = UNTIED.num_query_heads[layer], UNTIED.num_kv_heads[layer]
+    sources = [
+        *(list(range(queries)) * width),
+        *(list(range(queries, queries + keys)) * width),
+        *(list(range(queries + keys, heads)) * width),
+    ]
+    assert len(grown) == len(sources) * H
+    for number, head in enumerate(sources):
+        block = weight[head * H : (head + 1) * H] / width
+        copies = grown[number * H : (number + 1) * H].reshape(H, width, -1)
+        noise = copies[:, 0] - block
+        ratio = np.mean(np.square(block)) / np.mean(np.square(noise))
+        assert ratio == pytest.approx(10, rel=1e-3), (number, head)
+
+
 def test_without_noise_all_copies_are_identical():
     weights, growth = weights_of(UNEVEN), Growth(3, 2)
     name = "layers.2.attn.out_proj.weight"

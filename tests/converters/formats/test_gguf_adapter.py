@@ -43,14 +43,15 @@ def read(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def updates(path: Path) -> dict[str, np.ndarray]:
-    """Return what llama.cpp adds to each weight: alpha / rank * B A."""
+    """Return what llama.cpp adds: alpha / rank * B A, or B A if alpha is 0."""
     reader, tensors = read(path)
     alpha = reader.get_field("adapter.lora.alpha").contents()
     found = {}
     for name, a in tensors.items():
         if name.endswith(".lora_a"):
             b = tensors[name.removesuffix("a") + "b"]
-            found[name.removesuffix(".weight.lora_a")] = alpha / b.shape[1] * b @ a
+            scale = alpha / b.shape[1] if alpha else 1.0
+            found[name.removesuffix(".weight.lora_a")] = scale * b @ a
     assert len(tensors) == 2 * len(found)
     return found
 

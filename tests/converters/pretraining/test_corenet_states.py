@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import call, expect_error
 from models import small_tokenizer
-from pretrainings import read_losses, read_metrics, small_recipe
+from pretrainings import job, read_losses, read_metrics, run_ranks, small_recipe
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
@@ -160,6 +160,21 @@ def test_a_run_resumes_from_a_state_of_corenet(recipe, tmp_path, form):
     assert read_metrics(run, "noted")[0]["text"] == notes[0]
     rates = [record["learning_rate"] for record in read_metrics(run)]
     assert len(rates) == 12 - ITERATIONS
+
+
+@pytest.mark.proof
+def test_sharded_processes_resume_from_a_sharded_state(recipe, tmp_path):
+    plain = PlainLoop(recipe)
+    plain.train()
+    theirs = tmp_path / "theirs.pt"
+    torch.save(plain.state("fsdp"), theirs)
+    pretrain(recipe, resume=str(theirs))
+    sharded = replace(recipe, parallel="fsdp", output=str(tmp_path / "sharded"))
+    runs = [job(sharded, resume=str(theirs))]
+    assert run_ranks(tmp_path, runs) == [["done"]] * 2
+    losses = read_losses(sharded.output)
+    assert losses == pytest.approx(read_losses(recipe.output), abs=1e-5)
+    assert losses[0] == pytest.approx(read_losses(recipe.output)[0], abs=1e-6)
 
 
 def test_the_same_command_continues_a_run_that_resumed_from_corenet(recipe, tmp_path):

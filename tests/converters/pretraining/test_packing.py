@@ -117,7 +117,8 @@ def test_empty_text_cannot_be_packed(tmp_path):
 
 
 def test_damaged_files_stop_packing_or_are_skipped(tmp_path):
-    whole = gzip.compress(b'{"text": "a story"}\n' * 99 + os.urandom(999))
+    lines = b'{"text": "a story"}\n' * 98 + b'{"text": 5}\n{"text": "a story"}\n'
+    whole = gzip.compress(lines + os.urandom(999).replace(b"\n", b"x"))
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-99])
     (tmp_path / "good.jsonl").write_text('{"text": "another"}\n')
     data = DataRecipe(train=(str(tmp_path / "*"),), packing=True)
@@ -126,11 +127,12 @@ def test_damaged_files_stop_packing_or_are_skipped(tmp_path):
     skipping = dataclasses.replace(data, on_damage="skip")
     corpus = read_corpora(skipping)
     assert corpus.documents == (*["a story"] * 99, "another")
-    reason = f"rest of {tmp_path}/cut.jsonl.gz, damaged"
-    assert corpus.dropped == {reason: 1}
+    cut = f"{tmp_path}/cut.jsonl.gz"
+    dropped = {f"damaged records of {cut}": 1, f"rest of {cut}, damaged": 1}
+    assert corpus.dropped == dropped
     recipe = PretrainRecipe(data=skipping, batch_size=2)
     loaders = [open_loader(recipe, tokenizer, 16, rank=r, ranks=2) for r in (0, 1)]
-    assert [loader.dropped for loader in loaders] == [{reason: 1}, {}]
+    assert [loader.dropped for loader in loaders] == [dropped, {}]
 
 
 def test_the_stories_are_those_of_the_demo_model(shared):

@@ -11,6 +11,7 @@ from commands import call, expect_error
 from places import ROOT
 from pretrainings import small_recipe
 
+from converters.pretraining.corpus_files import expand_ranges
 from converters.pretraining.plan import (
     PEAK_FLOPS,
     count_layer_bytes,
@@ -28,6 +29,22 @@ SIZES = {  # name, learning rate, activation checkpointing, parallelism, as publ
     "1_1b": ("1.1B", 2.4e-3, True, "ddp"),
     "3b": ("3B", 1.2e-3, True, "fsdp"),
 }
+
+CORPORA = [  # first file and number of files, as CoreNet's recipe expects them
+    ("refinedweb-00000-of-05534.parquet", 5534),
+    ("arxiv-00000-00099.jsonl", 100),
+    ("book-00000-00001.jsonl", 1),
+    ("github-00000-00098.jsonl", 98),
+    ("stackexchange-00000-00001.jsonl", 1),
+    ("wiki-00000-00001.jsonl", 1),
+    ("c4-00000-01024.jsonl", 1024),
+    ("pile-00000-of-01650.parquet", 1650),
+    ("books-0000.json.gz", 3),
+    ("pes2o_v2-0000.json.gz", 26),
+    ("reddit-v5-dedupe-pii-nsfw-toxic-0000.json.gz", 78),
+    ("stack-v4-train-0000.json.gz", 149),
+    ("en_simple_wiki_v0-0000.json.gz", 2),
+]
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -56,8 +73,14 @@ def test_the_recipes_have_the_published_settings(name):
     assert plan.tokens_per_step == 4_194_304
     assert plan.tokens == pytest.approx(1.468e12, rel=1e-3)
     assert len(plan.missing) == 1 + len(recipe.data.corpora) == 14
-    weights = sum(corpus.weight for corpus in recipe.data.corpora)
-    assert weights == pytest.approx(1784.3)
+    data = recipe.data
+    assert (data.mixture, data.readers, data.shuffle_block) == ("natural", 512, 1)
+    assert recipe.readers % 128 == 0
+    counts = [expand_ranges(c.files[0]) for c in data.corpora]
+    assert [(names[0].split("/")[-1], len(names)) for names in counts] == CORPORA
+    assert {c.text_key for c in data.corpora[1:]} == {"text"}
+    assert data.corpora[0].text_key == "content"
+    assert all(c.source and c.name and len(c.files) == 1 for c in data.corpora)
 
 
 def test_fewer_devices_accumulate_and_shards_need_less_memory():
@@ -132,6 +155,11 @@ def test_a_batch_size_that_does_not_divide_is_refused(tmp_path):
     ):
         plan_pretraining(odd, devices=2)
     assert plan_pretraining(odd, devices=1).accumulation == ceil(12 / 4)
+    streamed = replace(odd.data, packing=False, readers=6)
+    odd = replace(odd, data=streamed, micro_batch_size=1)
+    with pytest.raises(OpenELMError, match=r"readers is 6; .* multiple of .* \(4\)"):
+        plan_pretraining(odd, devices=4)
+    assert plan_pretraining(odd).devices == 6
 
 
 def test_a_dry_run_reports_the_plan_and_writes_nothing(tmp_path, monkeypatch):

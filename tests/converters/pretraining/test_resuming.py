@@ -141,6 +141,21 @@ def test_auto_does_not_replace_other_results(recipe):
         pretrain(recipe, resume="auto")
 
 
+def test_a_state_of_another_folder_continues_with_its_data(recipe, tmp_path):
+    pretrain(recipe)
+    other = replace(recipe, output=str(tmp_path / "other"))
+    older = Path(recipe.output) / f"{STATE}8.pt"
+    with pytest.raises(Cut):
+        pretrain(other, resume=str(older), on_event=cut_at(12))
+    pretrain(other, resume=str(older))  # the same command, again
+    assert [r["first_step"] for r in read_metrics(other.output, "started")] == [8, 12]
+    assert read_losses(other.output) == read_losses(recipe.output)[8:]
+    assert not read_metrics(other.output, "noted")
+    done = Path(recipe.output) / f"{STATE}12.pt"
+    with pytest.raises(OpenELMError, match=r"after 12 iterations.*`steps`"):
+        pretrain(replace(recipe, output=str(tmp_path / "third")), resume=str(done))
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pytest
 from models import TEXT, small_tokenizer
@@ -14,11 +15,11 @@ pytest.importorskip("ftfy", reason="needs the torch extra")
 
 from converters.pretraining import token_cache as module
 from converters.pretraining.cleaning import Rules, make_pieces
-from converters.pretraining.corpus_files import DamagedFileError
-from converters.pretraining.lanes import CUT
+from converters.pretraining.documents import Damage, DamagedFileError, Unit
 from converters.pretraining.loader import join_states, open_loader
 from converters.pretraining.recipe import DataRecipe, PretrainRecipe
-from converters.pretraining.token_cache import CachedFile, CorpusFile
+from converters.pretraining.streams import CUT
+from converters.pretraining.token_cache import CachedUnit, CorpusUnit
 from mlx_openelm.errors import OpenELMError
 
 tokenizer = small_tokenizer()
@@ -33,7 +34,7 @@ def source(tmp_path):
 
 def make_source(path, texts=TEXTS, **changes):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    source = CorpusFile(str(path), "text", None, RULES, tokenizer)
+    source = CorpusUnit(Unit(str(path)), "text", None, RULES, tokenizer)
     return dataclasses.replace(source, **changes)
 
 
@@ -46,6 +47,7 @@ def expected(source):
     return [
         flat(make_pieces(text, source.tokenizer, source.rules))
         for text in source.read()
+        if not isinstance(text, Damage)
     ]
 
 
@@ -72,7 +74,7 @@ def test_the_pieces_are_those_of_the_text(tmp_path, source, monkeypatch):
     assert reasons == {"", "too few characters", "too few tokens"}
     assert any(num_cut for pieces in texts for _, _, num_cut in pieces)
     for _ in range(2):
-        cached = CachedFile(folder, source)
+        cached = CachedUnit(folder, source)
         assert read_all(cached) == texts
         assert [flat(d.pieces()) for d in cached.read(start=20)] == texts[20:]
         late = [flat(d.pieces(start=1)) for d in cached.read()]
@@ -92,7 +94,7 @@ def test_a_vocabulary_over_65536_has_wider_tokens(tmp_path, source, monkeypatch)
             yield dataclasses.replace(piece, tokens=piece.tokens + (1 << 16))
 
     monkeypatch.setattr(module, "make_pieces", shifted)
-    cached = CachedFile(str(tmp_path / "cache"), source)
+    cached = CachedUnit(str(tmp_path / "cache"), source)
     tokens = [ids for document in read_all(cached) for ids, _, _ in document]
     wide = [
         [i + (1 << 16) for i in ids]
@@ -109,8 +111,8 @@ def test_everything_that_determines_the_tokens_changes_the_cache_file(
     folder = str(tmp_path / "cache")
 
     def refresh(source):
-        assert read_all(CachedFile(folder, source)) == expected(source)
-        assert read_all(CachedFile(folder, source)) == expected(source)
+        assert read_all(CachedUnit(folder, source)) == expected(source)
+        assert read_all(CachedUnit(folder, source)) == expected(source)
 
     refresh(source)
     for name in ("words_per_piece", "min_characters", "min_tokens", "length"):
@@ -131,28 +133,27 @@ def test_everything_that_determines_the_tokens_changes_the_cache_file(
     path = tmp_path / "two.jsonl"
     path.write_text(json.dumps({"text": TEXT, "other": TEXT[9:]}) + "\n")
     for changes in ({}, {"text_key": "other"}, {"document_start": "x"}):
-        refresh(dataclasses.replace(source, path=str(path), **changes))
+        refresh(dataclasses.replace(source, unit=Unit(str(path)), **changes))
     assert len(writes) == 14
+    for unit in (Unit(source.path, 0, 2), Unit(source.path, 1, 2)):
+        refresh(dataclasses.replace(source, unit=unit))
+    assert len(writes) == 16
 
 
 def test_a_temporary_read_error_is_not_cached_as_damage(tmp_path, source, monkeypatch):
-    def fail(*arguments, **options):
-        raise DamagedFileError("no") from PermissionError(13, "not now")
-        yield
-
+    failure = Damage("no", is_rest=True, is_access=True)
     folder = str(tmp_path / "cache")
     with monkeypatch.context() as patched:
-        patched.setattr(module, "read_documents", fail)
-        with pytest.raises(DamagedFileError):
-            CachedFile(folder, source)
-    assert read_all(CachedFile(folder, source)) == expected(source)
+        patched.setattr(module, "read_documents", lambda *a, **k: iter([failure]))
+        assert list(CachedUnit(folder, source).read()) == [failure]
+    assert read_all(CachedUnit(folder, source)) == expected(source)
 
 
 def test_a_damaged_cache_file_is_detected_and_replaced(tmp_path, source, monkeypatch):
     writes = record_writes(monkeypatch)
     folder = tmp_path / "cache"
     texts = expected(source)
-    assert read_all(CachedFile(str(folder), source)) == texts
+    assert read_all(CachedUnit(str(folder), source)) == texts
     (path,) = folder.glob("*.tokens")
     whole = path.read_bytes()
     for position in (*range(0, len(whole), len(whole) // 40), len(whole) - 3):
@@ -160,41 +161,49 @@ def test_a_damaged_cache_file_is_detected_and_replaced(tmp_path, source, monkeyp
         damaged[position] ^= 0x10
         path.write_bytes(damaged)
         writes.clear()
-        assert read_all(CachedFile(str(folder), source)) == texts
+        assert read_all(CachedUnit(str(folder), source)) == texts
         assert path.read_bytes() == whole
         assert len(writes) == 1
     for size in (0, 5, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        assert read_all(CachedFile(str(folder), source)) == texts
+        assert read_all(CachedUnit(str(folder), source)) == texts
     path.write_bytes(whole + b"\0")
-    assert read_all(CachedFile(str(folder), source)) == texts
+    assert read_all(CachedUnit(str(folder), source)) == texts
     assert path.read_bytes() == whole
 
 
-def test_a_damaged_source_is_reported_after_its_valid_part(tmp_path, source):
-    with open(source.path, "a") as opened:
-        opened.write("{\n")
+@pytest.mark.parametrize("start", [0, 3, 5, 6, 20])
+def test_damages_are_items_of_the_cached_unit(tmp_path, source, start):
+    path = Path(source.path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:4], "{", "7", *lines[4:], "{"]))
+    items = list(source.read(start))
     for _ in range(2):  # read, and from the cache
-        reader = CachedFile(str(tmp_path / "cache"), source).read()
-        valid = [flat(next(reader).pieces()) for _ in TEXTS]
-        assert len(valid) == len(TEXTS)
-        with pytest.raises(DamagedFileError, match=f"Record {len(TEXTS) + 1} of"):
-            next(reader)
+        cached = list(CachedUnit(str(tmp_path / "cache"), source).read(start))
+        for item, plain in zip(cached, items, strict=True):
+            if isinstance(plain, Damage):
+                assert item == plain
+            else:
+                pieces = make_pieces(plain, tokenizer, RULES)
+                assert flat(item.pieces()) == flat(pieces)
+                assert len(item) == len(plain)
+    assert "Record 5 of" in next(i for i in source.read(4)).describe(source.path)
 
 
 def test_an_unreadable_file_is_tried_again(tmp_path, source):
     hidden = tmp_path / "hidden"
     os.rename(source.path, hidden)
-    with pytest.raises(DamagedFileError, match=r"Cannot read .*a\.jsonl"):
-        CachedFile(str(tmp_path / "cache"), source)
+    (damage,) = CachedUnit(str(tmp_path / "cache"), source).read()
+    with pytest.raises(DamagedFileError, match=r"a\.jsonl is damaged .*No such file"):
+        damage.drop(source.path, "stop")
     os.rename(hidden, source.path)
-    assert read_all(CachedFile(str(tmp_path / "cache"), source)) == expected(source)
+    assert read_all(CachedUnit(str(tmp_path / "cache"), source)) == expected(source)
 
 
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path, source):
     (tmp_path / "file").touch()
     with pytest.raises(OpenELMError, match=r"another data\.cache"):
-        CachedFile(str(tmp_path / "file"), source)
+        CachedUnit(str(tmp_path / "file"), source)
 
 
 def test_an_interrupted_run_leaves_no_incomplete_file(tmp_path, source, monkeypatch):
@@ -204,13 +213,13 @@ def test_an_interrupted_run_leaves_no_incomplete_file(tmp_path, source, monkeypa
     with monkeypatch.context() as patched:
         patched.setattr(module, "make_pieces", stop)
         with pytest.raises(KeyboardInterrupt):
-            CachedFile(str(tmp_path / "cache"), source)
+            CachedUnit(str(tmp_path / "cache"), source)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
-    assert read_all(CachedFile(str(tmp_path / "cache"), source)) == expected(source)
+    assert read_all(CachedUnit(str(tmp_path / "cache"), source)) == expected(source)
 
 
 def fill(path, folder, writes, barrier):
-    source = CorpusFile(path, "text", None, RULES, tokenizer)
+    source = CorpusUnit(Unit(path), "text", None, RULES, tokenizer)
     write = module._write
 
     def counted(*arguments):
@@ -220,7 +229,7 @@ def fill(path, folder, writes, barrier):
 
     module._write = counted
     barrier.wait()
-    assert read_all(CachedFile(folder, source)) == expected(source)
+    assert read_all(CachedUnit(folder, source)) == expected(source)
 
 
 def test_only_one_of_several_processes_writes_the_file(tmp_path, source):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -212,19 +214,38 @@ def test_learning_never_ends_worse_than_it_began(source, tmp_path, monkeypatch):
 def test_a_better_choice_that_measures_worse_in_the_receipt_is_not_kept(
     source, tmp_path, monkeypatch
 ):
-    measure = learning.measure
-    first = []
+    measure, references = learning.measure, []
 
-    def worse_at_the_end(student, teacher, windows):
-        result = measure(student, teacher, windows)
-        first.append(windows)
-        last = len(first) > 1 and windows is first[0]
+    def worse_at_the_end(student, reference):
+        result = measure(student, reference)
+        last = len(references) > 1 and reference is references[0]
+        references.append(reference)
         return replace(result, kl=result.kl + last)
 
     monkeypatch.setattr(learning, "measure", worse_at_the_end)
     report = quantize(source, tmp_path / "learned")
     assert report.learned.best_step == 0
     assert report.receipt.mean_kl == pytest.approx(report.receipt.mean_kl_rounded)
+
+
+def test_the_best_step_is_kept_not_the_last(source, tmp_path, monkeypatch):
+    measure, references, at_best = learning.measure, [], []
+
+    def worse_at_step_12(student, reference):
+        result = measure(student, reference)
+        references.append(reference)
+        if reference is not references[0]:  # the report's is the first
+            times = sum(each is reference for each in references)
+            if times == 2:  # step 10
+                at_best.append(measure(student, references[0]).kl)
+            return replace(result, kl=result.kl + (times == 3))
+        return result
+
+    monkeypatch.setattr(learning, "measure", worse_at_step_12)
+    report = quantize(source, tmp_path / "learned")
+    assert report.learned.best_step == 10
+    assert report.learned.mean_kl_after == at_best[0]
+    assert report.receipt.mean_kl == pytest.approx(at_best[0], rel=1e-3)
 
 
 def test_no_window_is_both_learned_from_and_measured():
@@ -282,6 +303,31 @@ def stop_never(progress, seen):
         seen.append(progress.done)
 
 
+def test_a_killed_run_resumes_with_the_same_bytes(source, tmp_path):
+    quantize(source, tmp_path / "whole")
+    script = f"""
+import os
+from pathlib import Path
+import mlx_openelm
+import converters.quantization.learning as learning
+from converters.conversion.run import convert
+learning.SAVE_SECONDS = 0.0
+def kill(progress):
+    if progress.units.startswith("steps") and progress.done == 7:
+        os._exit(9)
+convert({str(source)!r}, {str(tmp_path / "killed")!r}, learn="12steps", bits=3,
+        group_size=32, calibration=Path({str(source / "text.txt")!r}), on_progress=kill)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], check=False)
+    assert killed.returncode == 9
+    assert not (tmp_path / "killed").exists()
+    seen = []
+    quantize(source, tmp_path / "killed", on_progress=lambda p: stop_never(p, seen))
+    assert seen[0] == 7  # step 6 was the last save
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
 def test_minutes_become_steps_once(source, tmp_path, monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(learning.time, "perf_counter", lambda: float(next(clock)))
@@ -294,10 +340,10 @@ def test_minutes_become_steps_once(source, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(source, tmp_path / "learned", "0.15", on_progress=stop)
+        quantize(source, tmp_path / "learned", "0.17", on_progress=stop)
     clock = iter(range(0, 10**7, 10))  # ten times slower
-    report = quantize(source, tmp_path / "learned", "0.15", on_progress=stop)
-    assert report.learned.steps == 9  # 9 seconds, one a step
+    report = quantize(source, tmp_path / "learned", "0.17", on_progress=stop)
+    assert report.learned.steps == 9  # 10 s; one of a step, one of an evaluation
     assert seen[5:] == [(done, 9) for done in range(seen[5][0], 10)]
 
 

@@ -1,0 +1,129 @@
+"""Training on a teacher's next-token distributions (Hinton et al., 1503.02531)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_openelm.finetuning.batches import Batch, collate
+from mlx_openelm.finetuning.data_table import SplitTable
+from mlx_openelm.finetuning.further_objectives.teacher import (
+    Teacher,
+    TeacherFolder,
+    TeacherModel,
+)
+from mlx_openelm.finetuning.further_objectives.teacher_cache import TeacherCache
+from mlx_openelm.finetuning.losses import target_rows
+from mlx_openelm.finetuning.objectives import Supervised
+from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.record_formats import RecordFormats
+from mlx_openelm.finetuning.records import Dataset
+from mlx_openelm.finetuning.samples import Sample, Samples
+from mlx_openelm.model.divergence import TeacherTargets, divergences
+from mlx_openelm.model.likelihood import token_losses
+from mlx_openelm.model.lora import adapted_weight
+from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.paths import user_path
+from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.training.arrays import to_float
+from mlx_openelm.training.objective import Totals
+
+
+@dataclass(frozen=True, slots=True)
+class TaughtBatch:
+    """A batch with the teacher's distributions at its targets."""
+
+    batch: Batch
+    teacher: TeacherTargets
+
+
+class Distillation:
+    """(1 - w) times the loss of supervised training, plus w T^2 KL(teacher || model).
+
+    w is `distill_weight`; the divergence is that of the distributions at temperature T,
+    and T^2 keeps its gradient independent of T. With `teacher_cache` it is a lower
+    bound: see `model.divergence.TopTargets`.
+    """
+
+    name, label = "distill", "distill"
+    unit, pairwise, likelihood = "token", False, False
+    default_length, default_rate = Supervised.default_length, Supervised.default_rate
+
+    def __init__(self, recipe: FinetuneRecipe) -> None:
+        self._recipe, self._supervised = recipe, Supervised(recipe)
+        self._teacher: Teacher | None = None
+
+    def load_teacher(
+        self,
+        teacher: TeacherFolder,
+        splits: Sequence[Samples],
+        on_progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
+    ) -> None:
+        """Load the teacher, or compute what its cache does not have yet.
+
+        Raises:
+            OpenELMError: the cache belongs to other records or another teacher.
+        """
+        recipe = self._recipe
+        if recipe.teacher_cache is None:
+            self._teacher = TeacherModel(teacher, recipe.temperature)
+            return
+        self._teacher = TeacherCache.open(
+            user_path(recipe.teacher_cache),
+            teacher,
+            [part for split in splits for s in split for part in s.sequences],
+            temperature=recipe.temperature,
+            top_k=recipe.teacher_top_k,
+            batch_size=recipe.batch_size,
+            on_progress=on_progress,
+        )
+
+    def formats(self) -> RecordFormats:
+        return self._supervised.formats()
+
+    def make_samples(
+        self,
+        dataset: Dataset,
+        tokenizer: Tokenizer,
+        template: str,
+        on_progress: Callable[[int], None] = lambda records: None,
+    ) -> tuple[Samples, SplitTable]:
+        return self._supervised.make_samples(dataset, tokenizer, template, on_progress)
+
+    def precompute_reference(self, model: OpenELM, samples: Sequence[Sample]) -> None:
+        """Do nothing: the reference is the teacher."""
+
+    def collate(self, samples: Sequence[Sample]) -> TaughtBatch:
+        assert self._teacher is not None, "load_teacher comes first"
+        batch = collate(samples)
+        return TaughtBatch(batch, self._teacher.targets(batch, samples))
+
+    def loss(self, model: OpenELM, batch: TaughtBatch) -> tuple[mx.array, mx.array]:
+        return self._losses(model, batch).sum(), mx.zeros(0)
+
+    def totals(self, batch: TaughtBatch, loss: mx.array, margins: mx.array) -> Totals:
+        return Totals(to_float(loss), len(batch.batch.positions))
+
+    def evaluate(self, model: OpenELM, batch: TaughtBatch) -> Totals:
+        loss = self._losses(model, batch, gradient=False).sum()
+        return self.totals(batch, loss, mx.zeros(0))
+
+    def _losses(
+        self, model: OpenELM, batch: TaughtBatch, *, gradient: bool = True
+    ) -> mx.array:
+        """Return the loss of each target, (M,)."""
+        recipe = self._recipe
+        rows, head = target_rows(model, batch.batch), adapted_weight(model.head_module)
+        weight, temperature = recipe.distill_weight, recipe.temperature
+        losses = mx.zeros(rows.shape[0])
+        if weight:
+            divergence = divergences(
+                rows, head, batch.teacher, temperature=temperature, gradient=gradient
+            )
+            losses = losses + weight * temperature**2 * divergence
+        if weight < 1:
+            targets = mx.array(batch.batch.targets)
+            losses = losses + (1 - weight) * token_losses(
+                rows, head, targets, z_loss=recipe.z_loss, gradient=gradient
+            )
+        return losses

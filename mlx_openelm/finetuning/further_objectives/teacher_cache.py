@@ -1,0 +1,224 @@
+"""A teacher's most likely tokens at all targets of the data, kept on disk.
+
+cache.json            teacher, data, temperature and K
+00000.safetensors     the tokens (M, K) and log-probabilities (M, K) of `PART` samples
+
+A part is written atomically, so a computation that was stopped resumes after it.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import mlx.core as mx
+import numpy as np
+import safetensors
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.finetuning.batches import Batch, collate
+from mlx_openelm.finetuning.further_objectives.teacher import (
+    TeacherFolder,
+    TeacherModel,
+)
+from mlx_openelm.finetuning.samples import Sample
+from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.model.divergence import TopTargets, top_log_probabilities
+from mlx_openelm.model.fingerprint import fingerprint_arrays
+from mlx_openelm.storage.adapter_folder import save_tensors
+from mlx_openelm.storage.shards import write_json
+from mlx_openelm.storage.staging import lock_target, replaced_file
+
+DESCRIPTION = "cache.json"
+PART = 256  # samples in a file
+_FORMAT = 1
+
+
+class TeacherCache:
+    """The most likely tokens of a teacher, read from disk batch by batch.
+
+    Args:
+        samples: all samples, in the order of the parts.
+    """
+
+    def __init__(self, folder: Path, samples: Sequence[Sample]) -> None:
+        self._folder = folder
+        self._places: dict[bytes, tuple[int, int, int]] = {}  # part, start, end
+        for part, group in enumerate(_parts(samples)):
+            counts = [int(sample.loss_mask.sum()) for sample in group]
+            ends = itertools.accumulate(counts)
+            for sample, count, end in zip(group, counts, ends, strict=True):
+                self._places[_digest(sample)] = part, end - count, end
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        teacher: TeacherFolder,
+        samples: Sequence[Sample],
+        *,
+        temperature: float,
+        top_k: int,
+        batch_size: int,
+        on_progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
+    ) -> Self:
+        """Open a cache; compute the parts that it does not have.
+
+        Args:
+            temperature: divides the teacher's logits.
+            top_k: tokens of each position.
+            batch_size: samples that the teacher reads at a time.
+            on_progress: receives the samples done, all samples, and the unit.
+
+        Raises:
+            OpenELMError: the folder is another cache, or no cache, or cannot be
+                written.
+        """
+        top_k = min(top_k, teacher.num_ids)
+        description = {
+            "format": _FORMAT,
+            "teacher": _fingerprint(teacher),
+            "data": hashlib.sha256(b"".join(map(_digest, samples))).hexdigest(),
+            "temperature": temperature,
+            "teacher_top_k": top_k,
+        }
+        compute = _PartComputation(
+            folder, teacher, samples, temperature, top_k, batch_size, on_progress
+        )
+        _check(folder, description)
+        if compute.missing():
+            with lock_target(folder):
+                compute.run(description)
+        return cls(folder, samples)
+
+    def targets(self, batch: Batch, samples: Sequence[Sample]) -> TopTargets:
+        tokens, log_probs = zip(*map(self._read, samples), strict=True)
+        return TopTargets(
+            mx.array(np.concatenate(tokens).astype(np.int32)),
+            mx.array(np.concatenate(log_probs)),
+        )
+
+    def _read(self, sample: Sample) -> tuple[Any, Any]:
+        part, start, end = self._places[_digest(sample)]
+        path = _part_path(self._folder, part)
+        try:
+            with safetensors.safe_open(path, framework="numpy") as opened:
+                return (
+                    opened.get_slice("tokens")[start:end],
+                    opened.get_slice("log_probs")[start:end],
+                )
+        except (OSError, safetensors.SafetensorError) as error:
+            raise OpenELMError(
+                f"{path} is damaged or missing; remove it, and resume to compute it "
+                "again."
+            ) from error
+
+
+def _check(folder: Path, description: dict[str, Any]) -> None:
+    """Raise OpenELMError if a folder is not, or not this, cache."""
+    if not (folder / DESCRIPTION).is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OpenELMError(
+                f"{folder} exists and is not a cache of a teacher; choose another "
+                "`teacher_cache`."
+            )
+        return
+    names = {"teacher": "teacher", "data": "data"}
+    found = read_mapping(folder / DESCRIPTION)
+    for key, value in description.items():
+        if found.get(key) != value:
+            other = f"another {names[key]}" if key in names else f"another `{key}`"
+            raise OpenELMError(
+                f"The cache {folder} was computed with {other}; choose another "
+                "`teacher_cache`, or remove this one."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _PartComputation:
+    """The arguments of `TeacherCache.open`."""
+
+    folder: Path
+    teacher: TeacherFolder
+    samples: Sequence[Sample]
+    temperature: float
+    top_k: int
+    batch_size: int
+    on_progress: Callable[[int, int, str], None]
+
+    def missing(self) -> list[tuple[int, Sequence[Sample]]]:
+        """Return the parts that are not there: their numbers and samples."""
+        parts = enumerate(_parts(self.samples))
+        return [p for p in parts if not _part_path(self.folder, p[0]).is_file()]
+
+    def run(self, description: dict[str, Any]) -> None:
+        """Compute what is missing.
+
+        Raises:
+            OpenELMError: the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replaced_file(self.folder / DESCRIPTION) as path:
+                write_json(path, description)
+            missing = self.missing()
+            model = TeacherModel(self.teacher, self.temperature)
+            done = len(self.samples) - sum(len(samples) for _, samples in missing)
+            for part, samples in missing:
+                self._compute(model, part, samples, done)
+                done += len(samples)
+        except OSError as error:
+            raise OpenELMError(
+                f"Cannot write the teacher's cache {self.folder}: "
+                f"{error.strerror or error}; choose another `teacher_cache`."
+            ) from error
+        del model
+        mx.clear_cache()
+
+    def _compute(
+        self, model: TeacherModel, part: int, samples: Sequence[Sample], done: int
+    ) -> None:
+        tokens, log_probs = [], []
+        narrow = np.uint16 if self.teacher.num_ids <= 2**16 else np.uint32
+        for start in range(0, len(samples), self.batch_size):
+            group = samples[start : start + self.batch_size]
+            dense = model.targets(collate(group), group)
+            best = top_log_probabilities(
+                dense.rows, dense.head, self.top_k, self.temperature
+            )
+            tokens.append(np.array(best[0]).astype(narrow))
+            log_probs.append(np.array(best[1].astype(mx.float16)))
+            done += len(group)
+            self.on_progress(done, len(self.samples), "records read by the teacher")
+        arrays = {
+            "tokens": mx.array(np.concatenate(tokens)),
+            "log_probs": mx.array(np.concatenate(log_probs)),
+        }
+        with replaced_file(_part_path(self.folder, part)) as path:
+            save_tensors(path, arrays, format="mlx")
+
+
+def _parts(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+    return [samples[at : at + PART] for at in range(0, len(samples), PART)]
+
+
+def _part_path(folder: Path, part: int) -> Path:
+    return folder / f"{part:05d}.safetensors"
+
+
+def _digest(sample: Sample) -> bytes:
+    digest = hashlib.sha256(np.ascontiguousarray(sample.tokens).tobytes())
+    digest.update(np.ascontiguousarray(sample.loss_mask).tobytes())
+    return digest.digest()[:12]
+
+
+def _fingerprint(teacher: TeacherFolder) -> str:
+    """Return a fingerprint of the teacher's weights; one tensor is read at a time."""
+    arrays = teacher.folder.read()
+    parts = [repr(teacher.folder.config)]
+    for name in sorted(arrays):
+        parts.append(fingerprint_arrays({name: arrays.pop(name)}))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
