@@ -10,7 +10,7 @@ from models import UNEVEN, build
 from mlx_openelm.generation.cache import KVCache
 from mlx_openelm.generation.decoding import Context, draw_tokens
 from mlx_openelm.generation.options import Sampling
-from mlx_openelm.generation.step import plain_step
+from mlx_openelm.generation.step import plain_step, queued
 from mlx_openelm.tuning import AHEAD, DEFAULT, ONE_BY_ONE, QUEUES, STAGED, Tuning
 
 K, S, H = 8, 2**14, 64
@@ -109,3 +109,29 @@ def test_the_newest_keys_are_those_of_the_last_token():
     cache.append(keys[:, :, 4:], values[:, :, 4:])
     newest, _ = cache.newest
     assert mx.array_equal(newest, keys[:, :, 4:])
+
+
+@pytest.mark.parametrize(
+    ("queue", "expected"),
+    [
+        (AHEAD, ["results", "read"]),
+        (STAGED, ["newest", "read", "results"]),
+        (ONE_BY_ONE, ["read", "results"]),
+    ],
+)
+def test_what_is_handed_over_before_a_token_is_read(monkeypatch, queue, expected):
+    cache, results = KVCache(), (mx.array(1.0), mx.array(2.0))
+    cache.append(mx.zeros((1, 1, 1, 4)), mx.ones((1, 1, 1, 4)))
+    named = {id(a): "results" for a in results}
+    named |= {id(a): "newest" for a in cache.newest}
+    order = []
+
+    def queue_arrays(*arrays):
+        names = {named[id(array)] for array in arrays}
+        assert len(names) == 1
+        order.extend(names)
+
+    monkeypatch.setattr(mx, "async_eval", queue_arrays)
+    with queued(results, [cache], queue):
+        order.append("read")
+    assert order == expected
