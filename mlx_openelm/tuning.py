@@ -98,9 +98,20 @@ def environment_of_run(state: Path) -> dict[str, str]:
         with safetensors.safe_open(state, framework="numpy") as opened:
             run = json.loads(opened.metadata()["state"])["run"]
         stored = run.get(ENVIRONMENT, {})
-        return {name: str(stored[name]) for name in VARIABLES if name in stored}
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        return dict(stored) if _are_variables(stored) else {}
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError),
+        safetensors.SafetensorError,
+    ):
         return {}  # whoever reads the state reports what is wrong
+
+
+def _are_variables(environment: Mapping[str, Any]) -> bool:
+    """Return whether these are variables that MLX reads, with numbers as texts."""
+    return set(environment) <= set(VARIABLES) and all(
+        isinstance(value, str) and value.isascii() and value.isdecimal()
+        for value in environment.values()
+    )
 
 
 def _checked(settings: Mapping[str, Any]) -> Tuning:
@@ -112,8 +123,8 @@ def _checked(settings: Mapping[str, Any]) -> Tuning:
         or not (chunk is None or (type(chunk) is int and chunk > 0))
         or not all(flag is None or type(flag) is bool for flag in flags)
         or type(tuning.wired) is not bool
-        or not set(environment) <= set(VARIABLES)
-        or not all(str(value).isdecimal() for value in environment.values())
+        or not isinstance(environment, dict)
+        or not _are_variables(environment)
     ):
         raise ValueError(settings)
     return tuning

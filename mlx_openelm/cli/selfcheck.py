@@ -1,6 +1,10 @@
 """The command that checks this machine: `selfcheck`."""
 
+import contextlib
 import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -46,17 +50,31 @@ def _tune(console: Console, *, as_json: bool) -> None:
     from mlx_openelm.storage.staging import replaced_file
     from mlx_openelm.tuning import as_stored, tuning_file
 
-    report = tune_machine(on_trial=lambda name: console.note(f"measuring: {name} ..."))
-    console.answer_report(report, show_tuning, as_json=as_json)
     settings = tuning_file()
     sent = settings.with_name("tuning-report.json")
-    try:
+    with _explain_errors(settings):  # before the long work
         settings.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=settings.parent):
+            pass
+    report = tune_machine(on_trial=lambda name: console.note(f"measuring: {name} ..."))
+    console.answer_report(report, show_tuning, as_json=as_json)
+    with _explain_errors(settings):
         with replaced_file(settings) as part:
             write_json(part, as_stored(report.chosen))
         with replaced_file(sent) as part:
             write_json(part, dataclasses.asdict(report))
-    except OSError as error:
-        raise OpenELMError(f"The settings could not be written: {error}.") from error
     console.note(f"Settings: {settings}")
     console.note(f"Report to send: {sent}")
+
+
+@contextlib.contextmanager
+def _explain_errors(settings: Path) -> Iterator[None]:
+    from mlx_openelm.tuning import FILE_VARIABLE
+
+    try:
+        yield
+    except OSError as error:
+        raise OpenELMError(
+            f"Cannot write {settings}: {error.strerror or error}; set {FILE_VARIABLE} "
+            "to another file."
+        ) from error

@@ -170,6 +170,15 @@ def preference_formats(objective: str, prompt_key: str | None) -> RecordFormats:
             Turn("assistant", checks.text(record["chosen"], "chosen", answer=True)),
         )
 
+    def read_messages(
+        record: Mapping[str, Any], checks: RecordChecks
+    ) -> tuple[Turn, ...]:
+        answers = _read_preference_messages(record, checks)
+        return (
+            *_read_first_turns(record.get(prompt), prompt, answers, checks),
+            *answers,
+        )
+
     return RecordFormats(
         {
             PREFERENCES: RecordFormat(
@@ -180,7 +189,7 @@ def preference_formats(objective: str, prompt_key: str | None) -> RecordFormats:
             ),
             PREFERENCE_MESSAGES: RecordFormat(
                 ("chosen", "rejected"),
-                _read_preference_messages,
+                read_messages,
                 applies=lambda record: isinstance(record["chosen"], list),
                 rejected=lambda record: check_messages(record["rejected"])[0][-1].text,
             ),
@@ -204,6 +213,19 @@ def _read_preference_messages(
     if chosen[:-1] != rejected[:-1]:
         checks.problems.append("chosen and rejected differ before their last turn")
     return chosen
+
+
+def _read_first_turns(
+    value: Any, key: str, chosen: tuple[Turn, ...], checks: RecordChecks
+) -> tuple[Turn, ...]:
+    """Return the turns of a prompt that the messages of an answer do not repeat."""
+    if isinstance(value, list):
+        turns, problems = check_messages(value, key)
+        checks.problems += problems
+        return () if chosen[: len(turns)] == turns else turns
+    if isinstance(value, str) and all(turn.role == "assistant" for turn in chosen):
+        return (Turn("user", checks.text(value, key)),)
+    return ()
 
 
 # The template --------------------------------------------------------------------

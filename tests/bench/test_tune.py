@@ -162,6 +162,8 @@ def test_settings_of_another_machine_or_version_are_ignored(stored):
         {"unknown": True},
         {"environment": {"PATH": "1"}},
         {"environment": {VARIABLES[0]: "x"}},
+        {"environment": {VARIABLES[0]: 20}},
+        {"environment": []},
         [],
         None,
     ],
@@ -192,7 +194,29 @@ def test_a_run_without_a_state_has_no_variables(tmp_path):
     assert environment_of_run(tmp_path / "state.safetensors") == {}
 
 
+def test_a_run_with_damaged_variables_has_none(tmp_path):
+    import mlx.core as mx
+
+    state = tmp_path / "state.safetensors"
+    for run in ([], {"environment": []}, {"environment": {VARIABLES[0]: 20}}):
+        metadata = {"state": json.dumps({"run": run})}
+        mx.save_safetensors(str(state), {"a": mx.zeros(1)}, metadata)
+        assert environment_of_run(state) == {}
+
+
 # Commands ------------------------------------------------------------------------
+
+
+def test_a_config_folder_that_cannot_be_written_is_an_error_at_once(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "config").write_text("a file")
+    monkeypatch.setenv(FILE_VARIABLE, str(tmp_path / "config" / "tuning.json"))
+    monkeypatch.setattr(tune, "tune_machine", lambda on_trial: pytest.fail("measured"))
+    failed = run("selfcheck", "--tune", check=False)
+    assert failed.exit_code == 1
+    assert "Cannot write" in failed.stderr
+    assert FILE_VARIABLE in failed.stderr
 
 
 def test_selfcheck_keeps_what_won(stored, tmp_path, monkeypatch):

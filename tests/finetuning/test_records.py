@@ -106,6 +106,28 @@ def test_preferences_are_texts_or_conversations(file):
     assert "prompt and chosen and rejected" in refused(file, TEXTS, objective="dpo")
 
 
+def test_a_prompt_apart_precedes_the_messages_of_the_answers(file):
+    def turns_of(record):
+        return read_data(write(file, [record]), objective="orpo").train.records[0].turns
+
+    *head, answer = CHAT["messages"]
+    conversation = tuple(Turn(m["role"], m["content"]) for m in CHAT["messages"])
+    answers = {
+        "chosen": [answer],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    }
+    assert turns_of({"prompt": head} | answers) == conversation
+    assert turns_of({"prompt": "Hi"} | answers) == (
+        Turn("user", "Hi"),
+        conversation[-1],
+    )
+    repeated = {key: [*head, *value] for key, value in answers.items()}
+    assert turns_of({"prompt": head} | repeated) == conversation
+    assert turns_of({"prompt": None} | repeated) == conversation
+    wrong = refused(file, [{"prompt": [{"role": "x"}]} | answers], objective="orpo")
+    assert "prompt[0].role is 'x'" in wrong
+
+
 # Files ---------------------------------------------------------------------------
 
 
