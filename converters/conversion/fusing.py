@@ -42,6 +42,7 @@ from converters.quantization.receipt import (
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.openelm import Block
+from mlx_openelm.model.quantization import Quantization
 from mlx_openelm.storage.adapter_folder import find_adapter, wrap
 from mlx_openelm.storage.loading import load_tokenizer
 from mlx_openelm.storage.model_folder import open_folder, spell_dtype
@@ -166,12 +167,16 @@ def fuse(
     merged = merge_adapter(base_model, adapter)
     proofs: list[FusionProof] = []
     aware = adapter.metadata.get("quantize_aware")
-    trained_for = aware is not None and bits == aware  # training included the rounding
+    trained_for = (  # training included the rounding
+        aware is not None
+        and bits == aware
+        and group_size in (None, Quantization(bits).linear.group_size)
+    )
 
     def prove(staging: Path) -> Mapping[str, Any]:
         tensors = {**merged.tensors, **merged.before_merging}
         proof = prove_fused(staging, tensors, adapter, merged.config, on_progress)
-        if proof.lost and not trained_for:
+        if proof.lost and not (trained_for and math.isfinite(proof.kl_fused)):
             remedy = _advise_storage(base_model.tensors.values(), options)
             raise OpenELMError(_describe_loss(proof, staging, remedy))
         proofs.append(proof)

@@ -135,11 +135,7 @@ class ScaleLearner:
         """
         progress = self._state.progress
         before = measure(self._student, self._report_on)
-        if not math.isfinite(before.kl):
-            raise OpenELMError(
-                f"The loss on {text} is not finite, so the weights are damaged or "
-                "activations overflow; download the checkpoint again."
-            )
+        _refuse_non_finite(before.kl, text)
         self._folder.mkdir(exist_ok=True)
         self._steps = amount.steps
         if (self._folder / STATE).is_file():
@@ -147,6 +143,7 @@ class ScaleLearner:
             progress = self._state.progress
         with deferred_signals() as stop:
             self._train(amount, stop)
+        _refuse_non_finite(progress.best_loss, text)
         self._load(self._folder / _BEST)
         after = measure(self._student, self._report_on)
         best_step = progress.best_step
@@ -298,6 +295,14 @@ class _Divergence:
     def evaluate(self, model: OpenELM, batch: Any) -> Totals:
         loss, margins = self.loss(model, batch)
         return self.totals(batch, loss, margins)
+
+
+def _refuse_non_finite(kl: float, text: str) -> None:
+    if not math.isfinite(kl):
+        raise OpenELMError(
+            f"The loss on {text} is not finite, so the weights are damaged or "
+            "activations overflow; download the checkpoint again."
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ def advise_resume(folder: Path) -> str:
 
 def advise_less_memory(folder: Path, recipe: FinetuneRecipe) -> str:
     """Return a command that resumes the run with less memory, or else restarts it."""
-    if recipe.batch_size % 2 == 0 and not recipe.dropout:
+    if recipe.batch_size % 2 == 0 and not recipe.masks_by_batch:
         command = _resume_command(
             folder,
             batch_size=recipe.batch_size // 2,

@@ -90,10 +90,17 @@ class Prepared:
     def path(self) -> Path:
         return run_folder(self.recipe)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The data digest and arithmetic, compared when the run is resumed."""
-        return {"data": self.table.digest, "arithmetic": describe_arithmetic()}
+    def describe_inputs(self) -> dict[str, Any]:
+        """Return what is compared when the run is resumed.
+
+        The teacher is read for its fingerprint; the cache of one has its own.
+        """
+        teacher = None if self.recipe.teacher_cache else self.teacher
+        return {
+            "data": self.table.digest,
+            "teacher": teacher and teacher.fingerprint(),
+            "arithmetic": describe_arithmetic(),
+        }
 
 
 def prepare(

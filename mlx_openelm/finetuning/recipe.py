@@ -337,6 +337,11 @@ class FinetuneRecipe(RefinementOptions):
         return adapter_scale(self, self.scale, self.mean_rank)
 
     @property
+    def masks_by_batch(self) -> bool:
+        """Whether dropout masks or noise depend on `batch_size`."""
+        return self.dropout > 0 or self.neftune_noise > 0
+
+    @property
     def mean_rank(self) -> int:
         """The rank, or the mean rank with "auto:N".
 

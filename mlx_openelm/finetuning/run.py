@@ -102,11 +102,14 @@ def finetune(
         prepared = prepare(
             recipe, world=world, fit=fit, offline=offline, on_progress=on_progress
         )
+        identity = prepared.describe_inputs()
         refuse_other_settings(prepared, world)
         refuse_too_large(prepared.plan)
         sources += [*prepared.data_files, prepared.folder.path / "config.json"]
         if resume:
-            run_on_first_rank(world, lambda: refuse_other_run(prepared, on_event))
+            run_on_first_rank(
+                world, lambda: refuse_other_run(prepared, identity, on_event)
+            )
         else:
             run_on_first_rank(world, lambda: refuse_replacing(path, sources))
         _load_teacher(prepared, world, on_progress)
@@ -119,7 +122,7 @@ def finetune(
         )
         run = _load_run(prepared, world, compiled, _hand_to(observers))
         path_of_run = {COMPILED: compiled, ENVIRONMENT: current_environment()}
-        saver = RunSaver(run, {**prepared.identity, **path_of_run})
+        saver = RunSaver(run, {**identity, **path_of_run})
         validator = Validator(
             run, prepared.valid, saver, _make_generator(prepared, run.model)
         )

@@ -1,8 +1,9 @@
 """Checks before a fine-tuning run starts or resumes."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.advice import describe_killed
@@ -90,9 +91,13 @@ def is_complete(path: Path) -> bool:
     return bool(ends) and ends[-1].get("reason") in ("done", "patience")
 
 
-def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> None:
-    """Raise if the run in the folder has other options or data, or is complete."""
-    path, identity = prepared.path, prepared.identity
+def refuse_other_run(
+    prepared: Prepared,
+    identity: Mapping[str, Any],
+    on_event: Callable[[Event], None],
+) -> None:
+    """Raise if the run in the folder is complete, or has other options or inputs."""
+    path = prepared.path
     state = load_state(path)
     if not (path / RECIPE).is_file():
         raise OpenELMError(
@@ -103,6 +108,8 @@ def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> N
     changes = _differences(old, prepared.recipe)
     if state.run.get("data") != identity["data"]:
         changes.append("the data has changed")
+    if state.run.get("teacher") != identity["teacher"]:
+        changes.append("the teacher has changed")
     if changes:
         raise OpenELMError(
             f"The run in {path} cannot be resumed with other settings: "
@@ -125,7 +132,7 @@ def refuse_other_run(prepared: Prepared, on_event: Callable[[Event], None]) -> N
 
 # Options that can change on resume: their effect on the result is rounding at most.
 _MAY_CHANGE = (
-    *("data", "adapter_path", "model", "memory_limit", "grad_checkpoint"),
+    *("data", "adapter_path", "model", "teacher", "memory_limit", "grad_checkpoint"),
     *("batch_size", "grad_accumulation_steps"),  # with the same product
     *("steps_per_report", "save_every", "test", "report_to"),
 )
@@ -140,10 +147,10 @@ def _differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
         if field.name not in _MAY_CHANGE
         and getattr(old, field.name) != getattr(new, field.name)
     ]
-    if old.dropout and old.batch_size != new.batch_size:
+    if old.masks_by_batch and old.batch_size != new.batch_size:
         changes.append(
             f"`batch_size` was {old.batch_size} and is now {new.batch_size}, which "
-            "changes the dropout masks"
+            "changes the dropout masks or noise"
         )
     if old.step_size != new.step_size:
         changes.append(

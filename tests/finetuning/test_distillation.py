@@ -150,6 +150,22 @@ def test_a_run_learns_and_resumes_with_the_same_bytes(folders, tmp_path, cached)
     assert weights(report.path) == weights(whole.path)
 
 
+def test_a_run_resumes_with_a_moved_teacher_but_not_with_another(there):
+    recipe = recipe_of(there, there / "run")
+
+    def stop(event):
+        if event["event"] == "step" and event["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe, on_event=stop)
+    (there / "large").rename(there / "moved")
+    make_source(there / "large", weights_of(WIDE, seed=7), config=WIDE)
+    with pytest.raises(OpenELMError, match="the teacher has changed"):
+        finetune(recipe, resume=True)
+    assert finetune(replace(recipe, teacher=str(there / "moved")), resume=True)
+
+
 def test_cached_and_whole_distributions_train_almost_alike(folders, tmp_path):
     cached = recipe_of(
         folders, tmp_path / "cached", teacher_cache=str(tmp_path / "cache"),
@@ -233,6 +249,11 @@ DISTILL = (*OPTIONS, "--objective", "distill", "--teacher", "large")
         ((*OPTIONS, "--objective", "distill"), "--objective distill needs a --teacher"),
         ((*OPTIONS, "--teacher", "large"), "--teacher requires --objective distill"),
         ((*OPTIONS, "--teacher-cache", "c"), "--teacher-cache requires"),
+        ((*OPTIONS, "--temperature", "2"), "--temperature requires --objective distil"),
+        ((*OPTIONS, "--distill-weight", "1"), "--distill-weight requires"),
+        ((*OPTIONS, "--teacher-top-k", "9"), "--teacher-top-k requires --objective"),
+        ((*OPTIONS, "--orpo-weight", "1"), "--orpo-weight requires --objective orpo"),
+        ((*DISTILL, "--teacher-top-k", "9"), "--teacher-top-k requires a --teacher-ca"),
         ((*DISTILL, "--teacher", "nowhere"), "--teacher: There is no folder nowhere"),
         ((*DISTILL, "--teacher", "demo"), "another vocabulary"),
         ((*DISTILL, "--teacher", "org/name", "--offline"), "--teacher: org/name"),
@@ -262,7 +283,7 @@ def test_another_cache_is_noticed(there):
         (("--temperature", "3"), "with another --temperature"),
         (("--teacher-top-k", "9"), "with another --teacher-top-k"),
         (("--teacher", "small"), "with another teacher"),
-        (("--no-mask-prompt",), "with another data"),
+        (("--no-mask-prompt",), "with other data"),
     ):
         expect_error(there, *cached, "--adapter-path", "two", *options, message=message)
     damaged = there / "cache" / "00000.safetensors"

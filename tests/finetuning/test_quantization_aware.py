@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,7 +12,9 @@ from commands import call, expect_error, make_source
 from models import EVEN, TEXT
 from trainings import make_model, make_recipe, make_samples
 
+from converters.conversion import fusing
 from converters.conversion.fusing import FusionProof, fuse
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.batches import collate
 from mlx_openelm.finetuning.losses import batch_losses
 from mlx_openelm.finetuning.preparation import prepare
@@ -122,6 +125,24 @@ def test_more_of_the_gain_is_kept(base, tmp_path, monkeypatch):
         batch = collate(prepare(recipe).train)
         losses[bits] = batch_losses(model, batch, gradient=False).mean().item()
     assert losses[3] < losses[None] - 0.01
+
+
+def test_only_the_rounding_of_the_training_is_not_refused(base, tmp_path, monkeypatch):
+    finetune(recipe_of(base, tmp_path / "run", iters=1))
+    monkeypatch.setattr(FusionProof, "lost", True)
+    assert fuse(tmp_path / "run", tmp_path / "fused", bits=3)
+    for options in ({"bits": 3, "group_size": 32}, {"bits": 4}):
+        with pytest.raises(OpenELMError, match="would lose the adapter"):
+            fuse(tmp_path / "run", tmp_path / "other", **options)
+    monkeypatch.setattr(fusing, "_kl", lambda p, q: p[:, 0] * math.nan)
+    with pytest.raises(OpenELMError, match="would lose the adapter"):
+        fuse(tmp_path / "run", tmp_path / "other", bits=3)
+
+
+def test_fuse_does_not_learn_without_a_quantization(base, tmp_path):
+    finetune(recipe_of(base, tmp_path / "run", iters=1))
+    with pytest.raises(OpenELMError, match="`learn` trains a quantization; add `bits`"):
+        fuse(tmp_path / "run", tmp_path / "fused", learn="2steps")
 
 
 def test_fuse_shows_the_losses_and_learns(base, tmp_path):

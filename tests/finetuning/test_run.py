@@ -498,6 +498,15 @@ def test_a_run_is_not_resumed_with_other_options(recipe, changes, message):
     assert weights(Path(recipe.adapter_path)) == before
 
 
+@pytest.mark.parametrize("name", ["dropout", "neftune_noise"])
+def test_a_random_run_is_not_resumed_with_smaller_batches(recipe, name):
+    recipe = dataclasses.replace(recipe, **{"dropout": 0.0, name: 0.5})
+    interrupt_after(recipe, 3)
+    smaller = dataclasses.replace(recipe, batch_size=2, grad_accumulation_steps=2)
+    with pytest.raises(OpenELMError, match="changes the dropout masks or noise"):
+        finetune(smaller, resume=True)
+
+
 def test_a_run_is_not_resumed_with_other_data(recipe):
     interrupt_after(recipe, 3)
     write_data(Path(recipe.data), seed=1)

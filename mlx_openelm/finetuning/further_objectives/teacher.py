@@ -1,5 +1,7 @@
 """The teacher of a distillation: checked, and loaded into memory."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +11,7 @@ from mlx_openelm.finetuning.batches import Batch
 from mlx_openelm.finetuning.losses import target_rows
 from mlx_openelm.finetuning.samples import Sample
 from mlx_openelm.model.divergence import DenseTargets, TeacherTargets
+from mlx_openelm.model.fingerprint import fingerprint_arrays
 from mlx_openelm.model.lora import adapted_weight
 from mlx_openelm.storage.hub import find_model
 from mlx_openelm.storage.loading import load_model, load_tokenizer
@@ -36,6 +39,14 @@ class TeacherFolder:
     folder: ModelFolder
     num_ids: int
     notes: tuple[str, ...] = ()
+
+    def fingerprint(self) -> str:
+        """Return a fingerprint of the weights; one tensor is read at a time."""
+        arrays = self.folder.read()
+        parts = [repr(self.folder.config)]
+        for name in sorted(arrays):
+            parts.append(fingerprint_arrays({name: arrays.pop(name)}))
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def open_teacher(

@@ -8,7 +8,6 @@ A part is written atomically, so a computation that was stopped resumes after it
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from mlx_openelm.finetuning.further_objectives.teacher import (
 from mlx_openelm.finetuning.samples import Sample
 from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.divergence import TopTargets, top_log_probabilities
-from mlx_openelm.model.fingerprint import fingerprint_arrays
 from mlx_openelm.storage.adapter_folder import save_tensors
 from mlx_openelm.storage.shards import write_json
 from mlx_openelm.storage.staging import lock_target, replaced_file
@@ -80,7 +78,7 @@ class TeacherCache:
         top_k = min(top_k, teacher.num_ids)
         description = {
             "format": _FORMAT,
-            "teacher": _fingerprint(teacher),
+            "teacher": teacher.fingerprint(),
             "data": hashlib.sha256(b"".join(map(_digest, samples))).hexdigest(),
             "temperature": temperature,
             "teacher_top_k": top_k,
@@ -126,11 +124,11 @@ def _check(folder: Path, description: dict[str, Any]) -> None:
                 "`teacher_cache`."
             )
         return
-    names = {"teacher": "teacher", "data": "data"}
+    names = {"teacher": "another teacher", "data": "other data"}
     found = read_mapping(folder / DESCRIPTION)
     for key, value in description.items():
         if found.get(key) != value:
-            other = f"another {names[key]}" if key in names else f"another `{key}`"
+            other = names.get(key, f"another `{key}`")
             raise OpenELMError(
                 f"The cache {folder} was computed with {other}; choose another "
                 "`teacher_cache`, or remove this one."
@@ -213,12 +211,3 @@ def _digest(sample: Sample) -> bytes:
     digest = hashlib.sha256(np.ascontiguousarray(sample.tokens).tobytes())
     digest.update(np.ascontiguousarray(sample.loss_mask).tobytes())
     return digest.digest()[:12]
-
-
-def _fingerprint(teacher: TeacherFolder) -> str:
-    """Return a fingerprint of the teacher's weights; one tensor is read at a time."""
-    arrays = teacher.folder.read()
-    parts = [repr(teacher.folder.config)]
-    for name in sorted(arrays):
-        parts.append(fingerprint_arrays({name: arrays.pop(name)}))
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

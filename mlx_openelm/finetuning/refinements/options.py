@@ -4,7 +4,7 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.quantization import AFFINE_BITS
@@ -13,7 +13,16 @@ from mlx_openelm.paths import PathText
 
 TEACHER_PANEL = "Teacher"
 _OPTIMIZATION = "Optimization"
+TEACHER_TOP_K = 64
 _BIG = 2**31 - 1
+_OBJECTIVES = {  # option -> the objective that uses it
+    "teacher": "distill",
+    "distill_weight": "distill",
+    "temperature": "distill",
+    "teacher_cache": "distill",
+    "teacher_top_k": "distill",
+    "orpo_weight": "orpo",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +55,7 @@ class RefinementOptions:
         panel=TEACHER_PANEL,
     )
     teacher_top_k: int = option(
-        64,
+        TEACHER_TOP_K,
         "Most likely tokens of each position in {teacher_cache}.",
         panel=TEACHER_PANEL,
         least=1,
@@ -97,10 +106,12 @@ def check_refinements(
     distills, adapts = objective == "distill", fine_tune_type != "full"
     if distills and options.teacher is None:
         raise OpenELMError("`objective` distill needs a `teacher`.")
-    if not distills:
-        for name in ("teacher", "teacher_cache"):
-            if getattr(options, name) is not None:
-                raise OpenELMError(f"`{name}` requires `objective` distill.")
+    for field in fields(RefinementOptions):
+        required = _OBJECTIVES.get(field.name, objective)
+        if required != objective and getattr(options, field.name) != field.default:
+            raise OpenELMError(f"`{field.name}` requires `objective` {required}.")
+    if options.teacher_top_k != TEACHER_TOP_K and options.teacher_cache is None:
+        raise OpenELMError("`teacher_top_k` requires a `teacher_cache`.")
     if options.quantize_aware not in (None, *AFFINE_BITS):
         raise OpenELMError(
             f"`quantize_aware` is {options.quantize_aware}; MLX has "

@@ -350,6 +350,21 @@ def test_minutes_become_steps_once(source, tmp_path, monkeypatch):
 # Bad input -------------------------------------------------------------------------
 
 
+def test_text_to_choose_by_that_is_not_finite_is_an_error(
+    source, tmp_path, monkeypatch
+):
+    compute, calls = learning.measure, []
+
+    def measure(student, reference):
+        calls.append(reference)
+        found = compute(student, reference)
+        return found if len(calls) == 1 else replace(found, kl=math.nan)
+
+    monkeypatch.setattr(learning, "measure", measure)
+    with pytest.raises(OpenELMError, match="is not finite, so the weights are damaged"):
+        quantize(source, tmp_path / "learned", learn="2steps")
+
+
 def test_a_batch_that_is_not_finite_is_skipped_and_named(source, tmp_path, monkeypatch):
     compute, calls = learning._Divergence.loss, []
 
