@@ -174,6 +174,10 @@ def _show(value: Any) -> str:
 def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(map(_type_name, typing.get_args(hint)))
+    if hint is types.NoneType:
+        return "null"
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 

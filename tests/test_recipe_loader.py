@@ -47,6 +47,12 @@ def test_values_are_converted_to_the_declared_types(tmp_path):
     assert load(tmp_path, "{inner: {}, steps: 3}") == Outer(Inner(), 3)
 
 
+def test_the_type_of_a_path_is_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("data: a.jsonl\nteacher: 5")
+    with pytest.raises(OpenELMError, match="teacher is 5, expected str or null"):
+        load_recipe(FinetuneRecipe, str(tmp_path / "recipe.yaml"), {})
+
+
 def test_flags_override_the_file_unless_they_are_none(tmp_path):
     flags = {"inner__rate": 2.0, "inner__files": ["b", "c"], "steps": None, "seed": 0}
     recipe = load(tmp_path, "{inner: {rate: 1, files: a}, steps: 3, seed: 5}", **flags)

@@ -103,7 +103,7 @@ def finetune(
             recipe, world=world, fit=fit, offline=offline, on_progress=on_progress
         )
         identity = prepared.describe_inputs()
-        refuse_other_settings(prepared, world)
+        refuse_other_settings(prepared, identity, world)
         refuse_too_large(prepared.plan)
         sources += [*prepared.data_files, prepared.folder.path / "config.json"]
         if resume:

@@ -24,8 +24,10 @@ from mlx_openelm.training.events import Event, read_events
 from mlx_openelm.training.state import RUNNING, STATE, load_state
 
 
-def refuse_other_settings(prepared: Prepared, world: World) -> None:
-    """Raise if this process has other data, options or model than rank 0."""
+def refuse_other_settings(
+    prepared: Prepared, identity: Mapping[str, Any], world: World
+) -> None:
+    """Raise if this process has other data, options or models than rank 0."""
     recipe = dataclasses.replace(
         prepared.recipe,
         data="any",
@@ -39,6 +41,7 @@ def refuse_other_settings(prepared: Prepared, world: World) -> None:
         ("data", prepared.table.digest),
         ("options", recipe.to_yaml()),
         ("model", str(prepared.folder.config)),
+        ("weights of the teacher", str(identity["teacher"])),
     ):
         if world.broadcast_text(ours) != ours:
             raise OpenELMError(

@@ -6,7 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
+from mlx_openelm.tensor_names import EMBEDDING, to_module
 from mlx_openelm.training.arrays import trained_tensors
+
+_EMBEDDING = to_module(EMBEDDING)
 
 
 def make_optimizer(
@@ -26,8 +29,8 @@ def make_optimizer(
     Args:
         name: adamw, adam, sgd, lion, muon or adafactor.
         betas: Adam's; SGD uses the first as momentum, Muon the second.
-        b_ratio: learning rate of the adapters' matrices B, as a multiple of that of all
-            others (LoRA+: Hayou et al., arXiv 2402.12354).
+        b_ratio: learning rate of the matrices B of linear layers, as a multiple of that
+            of all others (LoRA+: Hayou et al., arXiv 2402.12354).
     """
     moments = list(betas)
 
@@ -63,7 +66,11 @@ def make_optimizer(
 
 
 class _FasterB(optim.MultiOptimizer):
-    """Optimizers of the matrices B, which have a larger rate, of others, of vectors."""
+    """Optimizers of the matrices B, which have a larger rate, of others, of vectors.
+
+    B of an embedding has the rate of the others: its A can be the matrix that starts at
+    zero.
+    """
 
     def __init__(
         self,
@@ -76,7 +83,7 @@ class _FasterB(optim.MultiOptimizer):
         super().__init__(
             [of_b, of_others, of_vectors],
             [
-                lambda path, _: path.endswith("lora_b"),
+                lambda path, _: path.endswith("lora_b") and _EMBEDDING not in path,
                 lambda _, weight: weight.ndim >= 2,
             ],
         )

@@ -21,6 +21,7 @@ from mlx_openelm.finetuning.further_objectives.teacher import TeacherFolder
 from mlx_openelm.finetuning.preparation import prepare
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.run import finetune
+from mlx_openelm.finetuning.run_checks import refuse_other_settings
 from mlx_openelm.storage.model_folder import open_folder
 from mlx_openelm.training.arrays import flatten
 
@@ -166,6 +167,19 @@ def test_a_run_resumes_with_a_moved_teacher_but_not_with_another(there):
     assert finetune(replace(recipe, teacher=str(there / "moved")), resume=True)
 
 
+def test_processes_with_other_teachers_are_refused(there):
+    class FirstRank:
+        rank = 1
+
+        def broadcast_text(self, text):
+            return text if text != identity["teacher"] else "another fingerprint"
+
+    prepared = prepare(recipe_of(there, there / "run"))
+    identity = prepared.describe_inputs()
+    with pytest.raises(OpenELMError, match="1 has other weights of the teacher than"):
+        refuse_other_settings(prepared, identity, FirstRank())
+
+
 def test_cached_and_whole_distributions_train_almost_alike(folders, tmp_path):
     cached = recipe_of(
         folders, tmp_path / "cached", teacher_cache=str(tmp_path / "cache"),
@@ -257,6 +271,8 @@ DISTILL = (*OPTIONS, "--objective", "distill", "--teacher", "large")
         ((*DISTILL, "--teacher", "nowhere"), "--teacher: There is no folder nowhere"),
         ((*DISTILL, "--teacher", "demo"), "another vocabulary"),
         ((*DISTILL, "--teacher", "org/name", "--offline"), "--teacher: org/name"),
+        ((*DISTILL, "--teacher", ""), "--teacher is empty"),
+        ((*DISTILL, "--teacher-cache", ""), "--teacher-cache is empty"),
         ((*DISTILL, "--distill-weight", "1.5"), "--distill-weight is 1.5"),
         ((*DISTILL, "--distill-weight", "nan"), "--distill-weight is nan"),
         ((*DISTILL, "--temperature", "0"), "--temperature is 0"),

@@ -1,12 +1,15 @@
 """ORPO, rsLoRA, LoRA+ and NEFTune."""
 
+import dataclasses
 import json
 import math
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from commands import call, make_source
+from mlx.utils import tree_map
 from models import TEXT, UNEVEN, build
 from trainings import make_model, make_pairs, make_recipe, make_samples, make_training
 
@@ -128,6 +131,22 @@ def test_lora_plus_multiplies_the_rate_of_b(name, method):
         np.testing.assert_allclose(
             changes[1][path], ratio * plain, rtol=0.02, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_lora_plus_leaves_an_embedding_its_rate(tied):
+    config = dataclasses.replace(UNEVEN, share_input_output_layers=tied)
+    model = make_model(make_recipe(adapt_embedding=True), config)
+    before = trained_tensors(model)
+    optimizer = make_optimizer(model, "sgd", (0.0, 0.0), 1e-8, 0.0, b_ratio=4.0)
+    optimizer.learning_rate = 1e-3
+    optimizer.update(model, tree_map(mx.ones_like, model.trainable_parameters()))
+    after = trained_tensors(model)
+    rates = {n: float((before[n] - after[n]).max()) for n in before}
+    assert any(".token_embeddings." in name for name in rates)
+    for name, rate in rates.items():
+        fast = name.endswith("lora_b") and "token_embeddings" not in name
+        assert rate == pytest.approx(4e-3 if fast else 1e-3, rel=0.01), name
 
 
 def test_lora_plus_needs_an_adapter():

@@ -73,7 +73,8 @@ class RefinementOptions:
     )
     lora_plus_ratio: float = option(
         1.0,
-        "Learning rate of the matrices B, as a multiple of that of A (LoRA+: 16).",
+        "Learning rate of the matrices B of linear layers, as a multiple of that of A "
+        "(LoRA+: 16).",
         panel=_OPTIMIZATION,
         least=1e-3,
         most=1e6,
@@ -104,6 +105,9 @@ def check_refinements(
 ) -> None:
     """Raise OpenELMError if these options do not fit the others of a recipe."""
     distills, adapts = objective == "distill", fine_tune_type != "full"
+    for name in ("teacher", "teacher_cache"):
+        if getattr(options, name) == "":
+            raise OpenELMError(f"`{name}` is empty; pass a name, or leave it out.")
     if distills and options.teacher is None:
         raise OpenELMError("`objective` distill needs a `teacher`.")
     for field in fields(RefinementOptions):
