@@ -12,7 +12,7 @@ from converters.conversion.merging import open_sources
 from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import ConversionPlan
 from converters.conversion.provenance import hash_file
-from converters.formats.sources import ModelSource, locate
+from converters.formats.sources import ModelSource, locate, shown_name
 from mlx_openelm.config import pad_vocabulary
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.options import Sampling
@@ -111,7 +111,7 @@ def verify(
         "tokenizer": _check_tokenizer(folder),
     }
     if against:
-        name = f"equal to {' '.join(against)}"
+        name = f"equal to {' '.join(map(shown_name, against))}"
         problems[name] = _compare(folder, against, offline, on_progress)
     checks = tuple(_summarize(n, p) for n, p in problems.items() if p is not None)
     passed = all(check.passed for check in checks)
