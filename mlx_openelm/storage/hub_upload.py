@@ -90,7 +90,7 @@ def upload(target: UploadTarget, folder: Path) -> str:
 
     Raises:
         OpenELMError: the repository exists, or the Hub refused or failed. The
-            repository is deleted again.
+            repository is deleted again; if that fails, the message says so.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -105,11 +105,27 @@ def upload(target: UploadTarget, folder: Path) -> str:
             api.create_commit(
                 repo, operations, commit_message="Upload with mlx-openelm"
             )
-        except BaseException:
-            with contextlib.suppress(Exception):  # the first error is reported
-                api.delete_repo(repo, missing_ok=True)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C
+                error.add_note(f"{folder} is complete, but was not uploaded to {repo}.")
+            if left := _delete(repo):
+                error.add_note(left)
             raise
         return str(url)
+
+
+def _delete(repo: str) -> str:
+    """Delete a repository; return a sentence if it remains."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().delete_repo(repo, missing_ok=True)
+    except Exception:
+        return (
+            f"{repo}, which is new and incomplete, could not be deleted; delete it "
+            "before you repeat the command."
+        )
+    return ""
 
 
 def _write_card(folder: Path, repo: str) -> bytes:
@@ -155,4 +171,6 @@ def _explained(what: str) -> Iterator[None]:
     except OpenELMError:
         raise
     except Exception as error:  # the client's, httpx's and Rust's have no common base
-        raise OpenELMError(f"{what}: {describe_refusal(error)}.") from error
+        sentence = f"{what}: {describe_refusal(error)}."
+        notes = getattr(error, "__notes__", ())
+        raise OpenELMError(" ".join((sentence, *notes))) from error

@@ -202,6 +202,7 @@ def test_other_wrong_uses(hub, here):
     for args, message in (
         (("--public",), "needs --upload-repo"),
         (("--upload-repo", REPO, "--to", "gguf"), "uploads a folder"),
+        (("--upload-repo", REPO, "--to", "gguf"), f"{REPO} FILE --private"),
     ):
         result = call(*CONVERT, *args)
         assert result.exit_code == 2
@@ -221,6 +222,27 @@ def test_a_failed_upload_leaves_no_repository(hub, here, failing):
     assert call("verify", "out").exit_code == 0
 
 
+def test_a_repository_that_cannot_be_deleted_is_named(hub, here):
+    hub.failing, hub.keeps_repositories = "/commit/", True
+    result = call(*CONVERT, "--upload-repo", REPO)
+    assert result.exit_code == 1
+    assert "on fire" in result.stderr
+    assert f"{REPO}, which is new and incomplete, could not be deleted" in result.stderr
+
+
+def test_ctrl_c_in_an_upload_leaves_no_repository(hub, here, monkeypatch):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", stop)
+    result = call(*CONVERT, "--upload-repo", REPO)
+    assert result.exit_code == 130
+    assert f"Interrupted. out is complete, but was not uploaded to {REPO}." in (
+        result.stderr
+    )
+    assert hub.deleted == [REPO]
+
+
 def test_a_repository_created_in_the_meantime_is_kept(hub, here, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.repo_exists", lambda *args: False)
     hub.add(REPO, {"config.json": b"{}"})
@@ -232,12 +254,22 @@ def test_a_repository_created_in_the_meantime_is_kept(hub, here, monkeypatch):
 # On a terminal -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("answer", ["y", "n"])
-def test_it_asks_on_a_terminal(hub, here, tmp_path, answer):
+@pytest.mark.parametrize(
+    ("answer", "options"), [("y", ("--quiet",)), ("n", ()), ("n", ("--public",))]
+)
+def test_it_asks_on_a_terminal(hub, here, tmp_path, answer, options):
     ours, theirs = pty.openpty()
     environment = environment_of(hub, tmp_path / "home")
     process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_openelm", *CONVERT, "--upload-repo", REPO],
+        [
+            sys.executable,
+            "-m",
+            "mlx_openelm",
+            *CONVERT,
+            "--upload-repo",
+            REPO,
+            *options,
+        ],
         stdin=theirs,
         stderr=theirs,
         stdout=subprocess.PIPE,
@@ -268,3 +300,5 @@ def test_it_asks_on_a_terminal(hub, here, tmp_path, answer):
     assert "model.safetensors" in shown
     assert (REPO in hub.revisions) == (answer == "y")
     assert (f"hf upload {REPO} out" in shown) == (answer == "n")
+    assert ("--include=model.safetensors" in shown) == (answer == "n")
+    assert (" --private" in shown) == (answer == "n" and not options)
