@@ -5,6 +5,7 @@ If that fails, the repository is deleted again.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,8 @@ def upload(target: UploadTarget, folder: Path) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     operations = [
-        CommitOperationAdd(name, folder / name) for name in list_files(folder)
+        CommitOperationAdd(name, _read_content(folder / name))
+        for name in list_files(folder)
     ]
     operations.append(CommitOperationAdd(CARD, _write_card(folder, target.repo)))
     api, repo = HfApi(), target.repo
@@ -126,6 +128,23 @@ def _delete(repo: str) -> str:
             "before you repeat the command."
         )
     return ""
+
+
+def _read_content(file: Path) -> Path | bytes:
+    """Return what is uploaded of a file: an adapter's config without local paths."""
+    if file.name != ADAPTER_CONFIG:
+        return file
+    raw = read_mapping(file)
+    base = (raw.get(METADATA_KEY) or {}).get("base")
+    for values, key in (
+        (raw, "model"),
+        (raw, "base_model_name_or_path"),
+        (base, "name"),
+    ):
+        name = values.get(key) if isinstance(values, dict) else None
+        if isinstance(name, str) and Path(name).is_absolute():
+            values[key] = Path(name).name
+    return json.dumps(raw, indent=4).encode()
 
 
 def _write_card(folder: Path, repo: str) -> bytes:

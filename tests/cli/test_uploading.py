@@ -17,6 +17,7 @@ from places import ROOT
 
 from mlx_openelm.storage.hub import find_model
 from mlx_openelm.storage.loading import load
+from mlx_openelm.storage.shards import write_json
 
 # httpx, about a call in the Hub's client
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload")
@@ -124,12 +125,15 @@ def test_the_adapter_of_a_run_is_uploaded_without_the_data(hub, here):
     uploaded = hub.revisions[REPO]["main"]
     names = {"adapter_config.json", "adapters.safetensors", "README.md"}
     assert uploaded.keys() == names
+    assert str(here).encode() in (here / "tuned/adapter_config.json").read_bytes()
+    assert all(str(here).encode() not in content for content in uploaded.values())
+    config = json.loads(uploaded["adapter_config.json"])
+    assert config["model"] == config["mlx_openelm"]["base"]["name"] == "out"
     _, text = card_of(hub)
     assert f"--adapter-path {REPO}" in text
     assert "An adapter of out." in text
-    run(
-        "fuse", "--adapter-path", REPO, "--save-path", "fused", "--upload-repo", "ann/f"
-    )
+    run(*("fuse", "--adapter-path", REPO, "--model", "out", "--save-path", "fused"),
+        *("--upload-repo", "ann/f"))  # fmt: skip
     assert "model.safetensors" in hub.revisions["ann/f"]["main"]
 
 
@@ -144,6 +148,22 @@ def test_a_converted_adapter_names_its_base(hub, here):
     header, text = card_of(hub, "ann/p")
     assert header["library_name"] == "peft"
     assert 'PeftModel.from_pretrained(model, "ann/p")' in text
+
+
+def test_a_folder_called_demo_has_no_licence_of_the_demo_model(hub, here):
+    make_source(here / "demo-of-mine" / "demo")
+    run("convert", "demo-of-mine/demo", "--mlx-path", "a", "--upload-repo", REPO)
+    assert "license" not in card_of(hub)[0]
+    write_peft_folder(here / "adapter", make_factors(weights_of(UNEVEN), LINEARS))
+    run("convert", "demo", "--mlx-path", "b", "--upload-repo", "ann/b")
+    run("convert", "b", "--mlx-path", "c", "--upload-repo", "ann/c")
+    write_json(
+        here / "adapter/adapter_config.json",
+        json.loads((here / "adapter/adapter_config.json").read_text())
+        | {"base_model_name_or_path": "demo"},
+    )
+    run("convert", "adapter", "--mlx-path", "d", "--upload-repo", "ann/d")
+    assert {card_of(hub, f"ann/{n}")[0]["license"] for n in "bcd"} == {"apache-2.0"}
 
 
 # Bad input -----------------------------------------------------------------------
