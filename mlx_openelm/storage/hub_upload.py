@@ -135,15 +135,12 @@ def _read_content(file: Path) -> Path | bytes:
     if file.name != ADAPTER_CONFIG:
         return file
     raw = read_mapping(file)
-    base = (raw.get(METADATA_KEY) or {}).get("base")
-    for values, key in (
-        (raw, "model"),
-        (raw, "base_model_name_or_path"),
-        (base, "name"),
-    ):
-        name = values.get(key) if isinstance(values, dict) else None
-        if isinstance(name, str) and Path(name).is_absolute():
-            values[key] = Path(name).name
+    base = (raw.get(METADATA_KEY) or {}).get("base") or {}
+    for values in (raw, base):
+        for key in ("model", "base_model_name_or_path", "name"):
+            name = values.get(key)
+            if isinstance(name, str) and Path(name).is_absolute():
+                values[key] = Path(name).name
     return json.dumps(raw, indent=4).encode()
 
 
