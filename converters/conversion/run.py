@@ -219,10 +219,8 @@ def convert_model(job: Job) -> ConversionReport:
     packed = {**source.tensors, **source.before_merging}.items()
     unpacked = [n for n, tensor in packed if tensor.packing and n not in plan.packings]
     if unpacked:
-        notes.append(
-            f"Dequantized {count_of(len(unpacked), 'tensor')}; use `bits` to quantize "
-            "again."
-        )
+        again = "; use `bits` to quantize again" if options.to == "mlx" else ""
+        notes.append(f"Dequantized {count_of(len(unpacked), 'tensor')}{again}.")
     receipt, learned, template = None, None, None
     if options.to != "corenet":
         template, about_template = find_template(source)
