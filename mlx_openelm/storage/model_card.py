@@ -33,6 +33,7 @@ def model_card(
     *,
     library: str,
     template: bool,
+    tools: Mapping[str, object],
 ) -> str:
     """Return the card of a model folder, which is `FOLDER` in it.
 
@@ -41,6 +42,7 @@ def model_card(
         facts: sentences about the model.
         library: mlx or transformers, by the folder's layout.
         template: it has a chat template.
+        tools: whether other tools open it, by name.
     """
     path, source = FOLDER, metadata.get("source", {})
     commands = [f"mlx-openelm generate --model {path} --prompt 'Once upon a time'"]
@@ -60,6 +62,7 @@ def model_card(
         source,
         facts,
         use,
+        tools,
     )
 
 
@@ -130,6 +133,7 @@ def _render(
     source: Mapping[str, Any],
     facts: Sequence[str],
     use: Mapping[str, Sequence[str]],
+    tools: Mapping[str, object] | None = None,
 ) -> str:
     repo = source.get("repo")
     licence, note = _licence(source)
@@ -163,6 +167,9 @@ def _render(
     ]
     for tool, commands in use.items():
         lines += ["", f"With {tool}:", "", *(f"    {command}" for command in commands)]
+    if tools:
+        lines += ["", "Opens in:", ""]
+        lines += [f"- {tool}: {opens}" for tool, opens in tools.items()]
     return "\n".join([*lines, "", "## Licence", "", note, ""])
 
 

@@ -83,6 +83,9 @@ def test_a_model_is_uploaded_and_loads_from_there(hub, here, options):
     assert f"mlx-openelm generate --model {REPO}" in text
     assert f"mlx_lm.generate --model {REPO}" in text
     assert "THIS_FOLDER" not in text
+    assert "- mlx-lm: yes\n" in text
+    assert "- mlx-swift: no, it computes" in text
+    assert "- llama.cpp: yes, after `mlx-openelm convert --to gguf`\n" in text
     load(str(find_model(REPO)))
 
 
