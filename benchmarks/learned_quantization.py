@@ -15,6 +15,7 @@ A step learns from 512 tokens of --text, which must not have the held-out books.
 
 import argparse
 import dataclasses
+import gc
 import json
 import tempfile
 import time
@@ -228,6 +229,7 @@ def compare_memory(options, folder: Path) -> None:
     full = finetune(recipe, offline=True).peak_memory_bytes
     print(f"full fine-tuning, 2 x 256 tokens: {full / 1e9:.2f} GB", flush=True)
     for teacher_bits in (None, 8):
+        gc.collect()  # the run of fine-tuning, which has cycles
         mx.clear_cache()
         mx.reset_peak_memory()
         convert(

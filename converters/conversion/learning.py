@@ -40,12 +40,14 @@ def learn_scales(
     Args:
         text: name of the text.
         folder: of the state.
-        teacher_bits: keep the teacher packed in memory, with this number of bits.
+        teacher_bits: keep the teacher packed in memory, with this number of bits, and
+            recompute activations in the backward pass.
 
     Raises:
         OpenELMError: a tensor or the divergence is not finite.
     """
     student = _build(plan, plan.packings, plan.read, plan.packed_parts)
+    student.transformer.checkpointed = teacher_bits is not None
     learner = ScaleLearner(
         student,
         _build_teacher(plan, teacher_bits),

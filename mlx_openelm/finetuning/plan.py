@@ -11,9 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_openelm.device import takes_gpu_path
 from mlx_openelm.finetuning.batches import plan_epoch, share_out
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
-from mlx_openelm.model.chunk_sizes import QUERIES, training_logit_rows
+from mlx_openelm.model.chunk_sizes import (
+    QUERIES,
+    SCORES_AT_ONCE,
+    fused_logit_rows,
+    training_logit_rows,
+)
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.training.arrays import flatten, trained_tensors
 
@@ -216,11 +222,26 @@ def _activation_bytes(
         row += dropout * (2 * D + Q * H + F)  # adapter inputs after dropout
         row += dora * (2 * D + heads + 2 * F)  # outputs before the magnitude
         kept.append(N * row * size)
-        scores = _SCORES * Q * min(QUERIES, T) * T * 4
+        kept_scores, scores = _count_scores(Q, N, T)
+        kept[-1] += kept_scores * size
+        scores *= _SCORES * (size if takes_gpu_path() else 4)
         widest = max(widest, N * (2 * heads + 5 * F) * size + scores)
     if recipe.grad_checkpoint:  # two blocks overlap: one is freed, one recomputed
         return len(kept) * N * D * size, 2 * max(kept) + widest
     return sum(kept), widest
+
+
+def _count_scores(Q: int, N: int, T: int) -> tuple[int, int]:
+    """Return the attention scores of a block that are saved, and that exist at once.
+
+    On a GPU those of small batches are saved; see `PaddedSequences`.
+    """
+    if not takes_gpu_path():
+        return 0, Q * min(QUERIES, T) * T
+    scores = Q * N * T
+    if scores <= SCORES_AT_ONCE:
+        return scores, scores
+    return 0, max(SCORES_AT_ONCE, Q * T * T)
 
 
 def _first_trained_block(model: OpenELM) -> int:
@@ -242,6 +263,9 @@ def _loss_bytes(model: OpenELM, recipe: FinetuneRecipe, batch: BatchShape) -> in
     # Three chunks: MLX starts the next ones while one is computed.
     logits = min(3 * training_logit_rows(V), M) * V * 4
     head = V * D * 4 * (_compute_size(model) != 4)  # widened to float32
+    if takes_gpu_path():
+        logits = min(2 * fused_logit_rows(V), M) * V * _compute_size(model)
+        head = 0
     if recipe.fine_tune_type == "full":  # gradients of head and logits
         head += V * D * 4 + logits
     return 2 * logits + 3 * M * D * 4 + head

@@ -80,12 +80,38 @@ class LearnedScales(nn.Module):
         )
 
     def _multiply(self, x: mx.array) -> mx.array:
-        """Return x weight^T; the unpacked weight is not kept for the gradient."""
+        """Return x weight^T; neither the weight nor its gradient is kept.
 
+        The gradient by x depends on those by scales and biases, so that one layer after
+        another unpacks its weight.
+        """
+
+        @mx.custom_function
         def multiply(x: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
             return x @ self._unpack(self._packed, scales, biases).T.astype(x.dtype)
 
-        product: mx.array = mx.checkpoint(multiply)(x, *self._rounded_parts())
+        @multiply.vjp
+        def multiply_vjp(
+            primals: tuple[mx.array, mx.array, mx.array],
+            cotangent: mx.array,
+            output: mx.array,
+        ) -> tuple[mx.array, mx.array, mx.array]:
+            x, scales, biases = primals
+            scales, biases = mx.depends([scales, biases], [cotangent])
+
+            def unpack(scales: mx.array, biases: mx.array) -> mx.array:
+                return self._unpack(self._packed, scales, biases)
+
+            rows = cotangent.reshape(-1, cotangent.shape[-1]).astype(mx.float32)
+            by_weight = rows.T @ x.reshape(-1, x.shape[-1]).astype(mx.float32)  # (O, I)
+            (weight,), (by_scales, by_biases) = mx.vjp(
+                unpack, [scales, biases], [by_weight]
+            )
+            by_x = cotangent @ weight.astype(x.dtype)
+            by_x = mx.depends(by_x, [by_scales, by_biases])
+            return by_x, by_scales, by_biases
+
+        product: mx.array = multiply(x, *self._rounded_parts())  # type: ignore[assignment] # untyped
         return product
 
 

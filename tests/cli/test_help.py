@@ -41,7 +41,7 @@ FLAGS = {
     ),
     "verify": "--against --json --quiet --offline",
     "inspect": "--context --json --quiet --offline",
-    "selfcheck": "--json --quiet --tune",
+    "selfcheck": "--tune --json --quiet",
     "parity": "--num-tokens --seed --json --quiet",
     "evaluate": (
         "--text --tasks --suite --model --adapter-path --compare --checkpoints "
@@ -49,9 +49,9 @@ FLAGS = {
         "--tasks-dir --output --csv --picture --force --json --quiet --offline"
     ),
     "bench": (
-        "--against "
         "--model --size --bits --protocol --batch --context --prompt-tokens -m "
-        "--max-tokens --rounds --adapter-path --chart --json --quiet --offline"
+        "--max-tokens --rounds --adapter-path --chart --against "
+        "--json --quiet --offline"
     ),
     "lora": (
         "--no-tuning "
@@ -78,8 +78,7 @@ FLAGS = {
         "--force --json --quiet --offline"
     ),
     "serve": (
-        "--no-tuning "
-        "--model --adapter-path --host --port --api-key --allowed-origins "
+        "--no-tuning --model --adapter-path --host --port --api-key --allowed-origins "
         "--template -m --max-tokens --temp --top-p --top-k --min-p "
         "--repetition-penalty --seed --decode-concurrency --prompt-concurrency "
         "--prompt-cache-size --log-level --quiet --offline --adapter "

@@ -37,6 +37,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "selfcheck": (
         "mlx-openelm selfcheck",
         "mlx-openelm selfcheck --json > selfcheck.json",
+        "mlx-openelm selfcheck --tune",
     ),
     "parity": (
         "mlx-openelm parity demo",
@@ -50,6 +51,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "bench": (
         "mlx-openelm bench",
         "mlx-openelm bench --size 270M --bits 16,8,4 --chart speed.svg",
+        "mlx-openelm bench --against mlx-lm --rounds 5",
     ),
     "lora": (
         "mlx-openelm lora --data examples.jsonl --model OpenELM-270M-mlx",

@@ -181,7 +181,7 @@ def show_inspection(console: Console, model: "Inspection") -> None:
             "opens in",
             "\n".join(f"{tool}: {how}" for tool, how in model.opens_in.items()),
         ),
-        ("tuning here", describe_tuning(model.tuning) if model.tuning else "none"),
+        *([("tuning here", describe_tuning(model.tuning))] if model.tuning else []),
     )
     layers = Table("layer", "query heads", "key-value heads", "FFN", box=None)
     for i, layer in enumerate(model.layers):
