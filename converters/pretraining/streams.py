@@ -136,16 +136,18 @@ class _GroupReader:
         """
         files = self._plan.groups[self._group].files
         count = sum(file.parts for file in files)
+        advice = "lower data.min_tokens and data.min_characters, or set data.packing"
         if self._plan.data.mixture == "corenet":
             own = sorted(set(map(int, units)))
             files, count = tuple(files[i] for i in own), len(own)
+            advice += ", or data.mixture: natural"
         if len(self._without_output) < count:
             return
         counts = (f"{n} {why}" for why, n in self._dropped.items())
         reasons = ", ".join(counts) or "no documents"
         raise OpenELMError(
             f"No text of a corpus ({describe_files(files)}) is left ({reasons}); "
-            "lower data.min_tokens and data.min_characters, or set data.packing."
+            f"{advice}."
         )
 
 
