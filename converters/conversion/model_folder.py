@@ -34,6 +34,7 @@ from converters.quantization.calibration import (
 from converters.quantization.learning import LearningRecord
 from converters.quantization.receipt import NUM_TOKENS as RECEIPT_TOKENS
 from converters.quantization.receipt import Receipt, measure_quantization
+from mlx_openelm.compatibility import check_tools
 from mlx_openelm.config import BOS_ID, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
@@ -183,6 +184,9 @@ def write_folder(
             _summarize(plan, receipt, record),
             library="transformers" if options.to == "hf" else "mlx",
             template=(staging / CHAT_TEMPLATE_FILE).is_file(),
+            tools=check_tools(
+                plan.config, raw, has_tokenizer=found_tokenizer is not None
+            ),
         )
         # A file name may not be UTF-8.
         (staging / CARD).write_bytes(card.encode(errors="replace"))

@@ -29,7 +29,7 @@ from converters.conversion.model_folder import (
 from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import write_pt
-from converters.formats.sources import ModelSource, locate
+from converters.formats.sources import ModelSource, locate, shown_name
 from converters.quantization.learning import LearningRecord
 from converters.quantization.receipt import Receipt
 from mlx_openelm.compatibility import describe_closed
@@ -129,6 +129,7 @@ def convert(
         locate(str(name), offline=offline, revision=revision, on_progress=show_download)
         for name in names
     ]
+    shown = " ".join(shown_name(str(name)) for name in names)
     target = None if mlx_path is None else Path(mlx_path)
     if chosen.average and any(map(is_adapter, paths)):
         raise OpenELMError(
@@ -146,7 +147,7 @@ def convert(
     opened, adapter = open_sources(paths, chosen, offline=offline)
     if chosen.to == "peft":
         raise OpenELMError(
-            f"{names[0]} is a model, but `to` peft writes an adapter; pass an adapter "
+            f"{shown} is a model, but `to` peft writes an adapter; pass an adapter "
             "folder, or extract the model's adapter with `adapter_out` first."
         )
     target = target or Path(_default_name(opened, chosen))
@@ -165,7 +166,7 @@ def convert(
     return replace(
         report,
         notes=(*report.notes, *filter(None, [closed])),
-        source=" ".join(map(str, names)),
+        source=shown,
         seconds=time.perf_counter() - started,
     )
 
@@ -220,10 +221,8 @@ def convert_model(job: Job) -> ConversionReport:
     packed = {**source.tensors, **source.before_merging}.items()
     unpacked = [n for n, tensor in packed if tensor.packing and n not in plan.packings]
     if unpacked:
-        notes.append(
-            f"Dequantized {count_of(len(unpacked), 'tensor')}; use `bits` to quantize "
-            "again."
-        )
+        again = "; use `bits` to quantize again" if options.to == "mlx" else ""
+        notes.append(f"Dequantized {count_of(len(unpacked), 'tensor')}{again}.")
     receipt, learned, template = None, None, None
     if options.to != "corenet":
         template, about_template = find_template(source)

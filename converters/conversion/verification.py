@@ -12,11 +12,12 @@ from converters.conversion.merging import open_sources
 from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import ConversionPlan
 from converters.conversion.provenance import hash_file
-from converters.formats.sources import ModelSource, locate
+from converters.formats.sources import ModelSource, locate, shown_name
 from mlx_openelm.config import pad_vocabulary
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.options import Sampling
 from mlx_openelm.storage.file_checks import refuse_unreadable
+from mlx_openelm.storage.hub import CHAT_TEMPLATE_FILE
 from mlx_openelm.storage.loading import load_tokenizer, stored_dtype
 from mlx_openelm.storage.model_folder import (
     BEFORE,
@@ -33,6 +34,7 @@ from mlx_openelm.storage.tokenizer_finder import (
 )
 from mlx_openelm.storage.weight_files import INDEX, SAFETENSORS, read_index
 from mlx_openelm.tensor_names import to_folder, to_module
+from mlx_openelm.text.templates import RAW
 
 _AGAIN = "convert or download it again"
 
@@ -111,7 +113,7 @@ def verify(
         "tokenizer": _check_tokenizer(folder),
     }
     if against:
-        name = f"equal to {' '.join(against)}"
+        name = f"equal to {' '.join(map(shown_name, against))}"
         problems[name] = _compare(folder, against, offline, on_progress)
     checks = tuple(_summarize(n, p) for n, p in problems.items() if p is not None)
     passed = all(check.passed for check in checks)
@@ -121,7 +123,30 @@ def verify(
             "Another tool has written these weights: the hashes, the receipt and the "
             "options in config.json describe earlier ones, and were not compared."
         )
+    notes += _note_template(folder)
     return Verification(path, folder.config.size_name, checks, passed, tuple(notes))
+
+
+def _note_template(folder: ModelFolder) -> list[str]:
+    """Return a note if other tools chat without the template of the model, or reverse.
+
+    A file that the converter has written is checked by its hash.
+    """
+    if CHAT_TEMPLATE_FILE in (folder.metadata.get("files") or {}):
+        return []
+    has_file = (folder.path / CHAT_TEMPLATE_FILE).is_file()
+    has_template = folder.template not in (None, RAW)
+    if has_file and not has_template:
+        return [
+            f"It has a {CHAT_TEMPLATE_FILE}, which mlx-lm applies to every prompt; its "
+            "config stores no template, so mlx-openelm applies none."
+        ]
+    if has_template and not has_file:
+        return [
+            f"It has no {CHAT_TEMPLATE_FILE}, so chats of other tools do not use its "
+            f"template {folder.template}; `convert` writes one, or a note why not."
+        ]
+    return []
 
 
 def _summarize(name: str, problems: Sequence[Problem]) -> CheckResult:

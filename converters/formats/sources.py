@@ -21,7 +21,7 @@ from mlx_openelm.message_parts import cannot_access
 from mlx_openelm.model.packed_weights import unpack_weight
 from mlx_openelm.model.quantization import Packing, read_packing
 from mlx_openelm.paths import user_path
-from mlx_openelm.storage.address_download import download_address
+from mlx_openelm.storage.address_download import download_address, public_address
 from mlx_openelm.storage.hub import (
     CHECKPOINT_SUFFIXES,
     describe_file,
@@ -150,7 +150,9 @@ def locate(
     """
     if is_file_address(name):
         if revision is not None:
-            raise OpenELMError(f"`revision` applies to a Hub id, not to {name}.")
+            raise OpenELMError(
+                f"`revision` applies to a Hub id, not to {shown_name(name)}."
+            )
         return download_address(name, offline=offline, on_progress=on_progress)
     refuse_address(name)
     try:
@@ -164,6 +166,11 @@ def locate(
     if not path.exists():
         name = find_released(name) or name
     return find_model(name, offline=offline, revision=revision)
+
+
+def shown_name(name: str) -> str:
+    """Return the name of a source for messages: without the secrets of an address."""
+    return public_address(name) if is_file_address(name) else name
 
 
 def name_folder(path: Path) -> str:

@@ -10,7 +10,6 @@ import os
 import queue
 import threading
 import traceback
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -115,17 +114,18 @@ def open_loader(
 
 
 def join_states(states: Sequence[State]) -> State:
-    """Join the states of all processes into one for the checkpoint.
+    """Join the states of all processes, by rank, into one for the checkpoint.
 
     Raises:
         OpenELMError: the processes do not read the same files.
     """
     first, *others = ({**state, "streams": []} for state in states)
-    if any(other != first for other in others):
+    other = [rank for rank, state in enumerate(others, 1) if state != first]
+    if other:
         raise OpenELMError(
-            "The processes read different text, so some documents are read twice and "
-            "others never; give all of them the same files, and start again from the "
-            "last checkpoint."
+            f"Process {other[0]} ({len(other)} of {len(states)} in all) would read "
+            "different text than process 0: files are missing or differ there; give "
+            "all of them the same files."
         )
     streams = [stream for state in states for stream in state["streams"]]
     return {**states[0], "streams": sorted(streams, key=itemgetter("stream"))}
@@ -272,7 +272,6 @@ class _StreamLoader:
             "batch_size": plan.batch_size,
             "readers": plan.readers,
         }
-        self._units = [file.parts for group in plan.groups for file in group.files]
         self.num_files = sum(len(group.files) for group in plan.groups)
         self.num_documents: int | None = None
         self.num_sequences: int | None = None
@@ -291,8 +290,7 @@ class _StreamLoader:
 
     def state(self) -> State:
         streams = [self._states[n] for n in self._own if n in self._states]
-        units = zlib.crc32(repr(self._units).encode())
-        return {**self._identity, "units": units, "streams": streams}
+        return {**self._identity, "streams": streams}
 
     def restore(self, state: State) -> None:
         _check_identity(self._identity, state)

@@ -144,9 +144,11 @@ def train_tokenizer(documents: Sequence[str], recipe: TokenizerRecipe) -> Tokeni
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:  # OSError: "vocab_size must be positive"
+        # After the place in SentencePiece's code and the condition, in brackets.
+        reason = " ".join(str(error).rpartition("] ")[2].split()).rstrip(".")
         raise OpenELMError(
             f"Cannot train a tokenizer with {recipe.vocab_size} pieces "
-            f"(tokenizer.vocab_size) on this text: {' '.join(str(error).split())}."
+            f"(tokenizer.vocab_size) on this text: {reason}."
         ) from error
     return Tokenizer(written.getvalue())
 

@@ -148,13 +148,16 @@ _LOST = (
 )
 
 
+_PORT = "mlx_openelm/port"  # key, in torchrun's store, of the port of process 0's store
+
+
 # The start of all processes ----------------------------------------------------------
 
 
 def meet_processes(rank: int, count: int, limit: float) -> dist.Store:
     """Return a store that all processes have reached, each with its host's name.
 
-    Process 0 serves it, or torchrun does. torch.distributed would wait in the same way,
+    Process 0 serves it. torch.distributed would wait in the same way,
     but its error does not name the processes that are missing.
 
     Raises:
@@ -170,15 +173,8 @@ def meet_processes(rank: int, count: int, limit: float) -> dist.Store:
             "first process; start the run with torchrun, or with Slurm as in "
             "recipes/pretrain/slurm.sh."
         ) from error
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not serves:
-        _wait_for_server(rank, host, port, limit)
     try:
-        store = dist.TCPStore(
-            *(host, port, count, serves),
-            timeout=PEER_TIMEOUT,
-            wait_for_workers=False,
-        )
+        store = _open_store(rank, host, port, count, limit)
         store.set(f"host/{rank}", socket.gethostname())
         store.add("started", 1)
         while store.add("started", 0) < count:
@@ -189,6 +185,48 @@ def meet_processes(rank: int, count: int, limit: float) -> dist.Store:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise SharedError(f"Process 0 on {host} ended; see its message.") from error
     return store
+
+
+def _open_store(
+    rank: int, host: str, port: int, count: int, limit: float
+) -> dist.Store:
+    """Return the store of this start of the processes.
+
+    torchrun's own store outlives them, with the addresses of processes that were
+    killed: there, process 0 only publishes the port of a new store.
+    """
+
+    def connect(port: int, *, serves: bool = False) -> dist.TCPStore:
+        return dist.TCPStore(
+            *(host, port, count, serves),
+            timeout=PEER_TIMEOUT,
+            wait_for_workers=False,
+        )
+
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if rank or shared:
+        _wait_for_server(rank, host, port, limit)
+    if not shared:
+        return connect(port, serves=rank == 0)
+    agent = connect(port)
+    if rank == 0:
+        store = connect(0, serves=True)
+        agent.set(_PORT, str(store.port))
+        return store
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        if agent.check([_PORT]):
+            port = int(agent.get(_PORT))
+            with (  # the port of an earlier start refuses connections
+                contextlib.suppress(OSError),
+                socket.create_connection((host, port), timeout=limit),
+            ):
+                return connect(port)
+        time.sleep(POLL_SECONDS)
+    raise OpenELMError(
+        f"Process 0 on {host} did not start within {limit:,.0f} seconds; see its "
+        "messages, or set a longer join_timeout."
+    )
 
 
 def _wait_for_server(rank: int, host: str, port: int, limit: float) -> None:

@@ -21,7 +21,12 @@ from converters.pretraining.checkpoints import (
 )
 from converters.pretraining.heldout import HeldOut
 from converters.pretraining.initial_weights import InitialWeights, read_initial
-from converters.pretraining.loader import Loader, open_loader, read_recipe_documents
+from converters.pretraining.loader import (
+    Loader,
+    join_states,
+    open_loader,
+    read_recipe_documents,
+)
 from converters.pretraining.packing import Corpus, read_corpora, train_tokenizer
 from converters.pretraining.plan import share_batch
 from converters.pretraining.processes import Processes
@@ -126,6 +131,9 @@ def set_up(recipe: PretrainRecipe, processes: Processes, resume: Resume) -> Setu
             ranks=processes.count,
             corpus=corpus,
         )
+    states = processes.gather(loader.state())
+    with processes.shared_errors():
+        join_states(states)  # all read the same files
         if source is not None:
             saved = read_training(source, check=processes.first)
             progress = saved.progress

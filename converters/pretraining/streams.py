@@ -17,7 +17,7 @@ import numpy as np
 from converters.pretraining.cleaning import DocumentPiece, Tokens, make_pieces
 from converters.pretraining.documents import Damage
 from converters.pretraining.token_cache import CachedDocument, CachedUnit, CorpusUnit
-from converters.pretraining.units import Dealer, ReadingPlan, describe_files
+from converters.pretraining.units import Dealer, ReadingPlan, Units, describe_files
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ class _GroupReader:
                 self._without_output.add(unit)
                 yield from self._read_unit(unit)
                 position.unit, position.block = position.unit + 1, 0
-            self._refuse_nothing()
+            self._refuse_nothing(units)
             position.epoch, position.unit = position.epoch + 1, 0
 
     def _read_unit(self, unit: int) -> Iterator[Tokens]:
@@ -128,19 +128,26 @@ class _GroupReader:
         self._streams.dropped[reason] += 1
         self._dropped[reason] += 1
 
-    def _refuse_nothing(self) -> None:
-        """Raise OpenELMError if no unit of the group has a piece that is kept.
+    def _refuse_nothing(self, units: Units) -> None:
+        """Raise OpenELMError if no unit that is dealt has a piece that is kept.
 
-        In one epoch the stream's units may have none; the next deal has others.
+        In one epoch the stream's `units` may have none; the next deal has others,
+        except as CoreNet deals.
         """
-        group = self._plan.groups[self._group]
-        if len(self._without_output) < group.num_units:
+        files = self._plan.groups[self._group].files
+        count = sum(file.parts for file in files)
+        advice = "lower data.min_tokens and data.min_characters, or set data.packing"
+        if self._plan.data.mixture == "corenet":
+            own = sorted(set(map(int, units)))
+            files, count = tuple(files[i] for i in own), len(own)
+            advice += ", or data.mixture: natural"
+        if len(self._without_output) < count:
             return
         counts = (f"{n} {why}" for why, n in self._dropped.items())
         reasons = ", ".join(counts) or "no documents"
         raise OpenELMError(
-            f"No text of a corpus ({describe_files(group.files)}) is left ({reasons}); "
-            "lower data.min_tokens and data.min_characters, or set data.packing."
+            f"No text of a corpus ({describe_files(files)}) is left ({reasons}); "
+            f"{advice}."
         )
 
 

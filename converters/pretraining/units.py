@@ -128,7 +128,8 @@ def list_files(data: DataRecipe, patterns: Sequence[str]) -> tuple[str, ...]:
 def fingerprint(plan: ReadingPlan) -> str:
     """Hash what determines the batches, except seed, batch size and readers.
 
-    A file is identified by its name and size, so a corpus may move to another folder.
+    A file is identified by its name, size and form, which determines how it is cut, so
+    a corpus may move to another folder.
     """
     data = plan.data
     parts = [
@@ -140,8 +141,9 @@ def fingerprint(plan: ReadingPlan) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _describe(file: CorpusFile) -> tuple[str, int, str]:
-    return Path(file.path).name, _count_bytes(file.path), file.text_key
+def _describe(file: CorpusFile) -> tuple[str, int, str, FileForm]:
+    name = Path(file.path).name
+    return name, _count_bytes(file.path), file.text_key, file.form
 
 
 def _count_bytes(path: str) -> int:

@@ -101,7 +101,7 @@ def convert_command(
     if upload_repo is not None and options.get("to") in ("corenet", "gguf"):
         raise typer.BadParameter(
             f"uploads a folder, but --to {options['to']} writes one file; upload it "
-            f"with `hf upload {upload_repo} FILE`",
+            f"with `hf upload {upload_repo} FILE{'' if public else ' --private'}`",
             param_hint="--upload-repo",
         )
     target = check_upload(upload_repo, public=public, offline=offline)

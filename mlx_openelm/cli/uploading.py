@@ -72,15 +72,18 @@ def _upload(console: Console, target: "UploadTarget", folder: Path) -> str | Non
 
     files = list_files(folder)
     listed = "\n".join(f"  {size:>13,}  {name}" for name, size in files.items())
-    console.note(
+    plan = (
         f"Uploading {folder} to the new {target.visibility} repository {target.repo}, "
         f"as {target.account}: {count_of(len(files), 'file')}, "
         f"{sum(files.values()) / 1e6:.1f} MB, and a model card\n{listed}"
     )
-    on_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
-    if on_terminal and not console.confirm("Upload?"):
+    if not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
+        console.note(plan)
+    elif not console.confirm(f"{plan}\nUpload?"):
         console.note("Not uploaded.")
-        console.note_next("upload", target.repo, folder, program="hf")
+        options = [] if target.public else ["--private"]
+        options += [f"--include={name}" for name in files]
+        console.note_next("upload", target.repo, folder, *options, program="hf")
         return None
     url = upload(target, folder)
     console.note(f"Uploaded to {url}")

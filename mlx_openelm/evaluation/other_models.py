@@ -222,6 +222,12 @@ class _MLXScorer:
                 common, cache = 0, self._caches.make_prompt_cache(self._model)
             logits = self._model(mx.array([inputs[common:]]), cache=cache)
             logits = logits[0, first - common :].astype(mx.float32)  # (A, V)
+            largest, rows = max(whole[number]), logits.shape[-1]
+            if largest >= rows:  # MLX does not check the bounds of an index
+                raise OpenELMError(
+                    f"The tokenizer has the token {largest}, but the model only {rows} "
+                    "rows of the vocabulary: they do not belong together."
+                )
             expected = mx.array(targets)
             nats = nn.log_softmax(logits)[mx.arange(len(targets)), expected].sum()
             greedy = (logits.argmax(axis=-1) == expected).all()

@@ -323,6 +323,12 @@ class FinetuneRecipe(RefinementOptions):
         if not self.data:
             raise OpenELMError("`data` is empty; pass a file or a folder of records.")
         _ = self.mean_rank
+        if self.fine_tune_type == "full" and (self.keys or self.adapt_embedding):
+            name = "keys" if self.keys else "adapt_embedding"
+            raise OpenELMError(
+                f"`{name}` chooses the modules of an adapter, and `fine_tune_type` "
+                "full trains all weights; leave one of them out."
+            )
         check_refinements(
             self,
             objective=self.objective,

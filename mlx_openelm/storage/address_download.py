@@ -38,6 +38,7 @@ class Origin:
     """Where a file comes from.
 
     Attributes:
+        url: without user, password and query, which may be secret.
         version: ETag or date of the file on the server.
         sha256: of the complete file.
     """
@@ -61,17 +62,19 @@ def download_address(
 
     Raises:
         OpenELMError: the address is not encrypted, there is no file, it has another
-            hash than the address, or the download was interrupted.
+            hash than the address, or the download was interrupted. The message has the
+            address without user, password and query.
     """
     from huggingface_hub import constants
 
     offline = offline or constants.HF_HUB_OFFLINE
     url, _, fragment = address.partition("#")
-    expected = _read_hash(address, fragment)
+    expected = _read_hash(public_address(url), fragment)
     if urlsplit(url).scheme != SCHEME:
         raise OpenELMError(
-            f"{url} is not encrypted, so its content could be changed on the way; use "
-            "its https:// address, or download the file yourself and pass its path."
+            f"{public_address(url)} is not encrypted, so its content could be changed "
+            "on the way; use its https:// address, or download the file yourself and "
+            "pass its path."
         )
     folder = _cache() / hashlib.sha256(url.encode()).hexdigest()[:16]
     name = _name_of(url)
@@ -91,6 +94,13 @@ def origin_of(folder: Path) -> Origin | None:
     return None
 
 
+def public_address(url: str) -> str:
+    """Return an address without user, password and query."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host, query="", fragment="").geturl()
+
+
 def _download(
     url: str,
     target: Path,
@@ -98,25 +108,29 @@ def _download(
     offline: bool,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    record = target.with_name(f"{target.name}{_ORIGIN}")
+    record, shown = target.with_name(f"{target.name}{_ORIGIN}"), public_address(url)
     stored = _read_origin(record)
     size = target.stat().st_size if target.is_file() else None
     if stored is None or stored.sha256 is None or stored.num_bytes != size:
         if offline:
             raise OpenELMError(
-                f"{url} is not in the cache; leave out `offline` to download it."
+                f"{shown} is not in the cache; leave out `offline` to download it."
             )
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            busy = f"{url} is being downloaded by another process; wait for it."
+            busy = f"{shown} is being downloaded by another process; wait for it."
             with lock_file(target.with_name(".lock"), busy):
                 stored = _fetch(url, target, record, expected, on_progress)
         except OpenELMError:
             raise
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            stopped.add_note("Repeat the command to resume the download.")
+            raise
         except Exception as error:  # the HTTP client is that of huggingface_hub
             raise OpenELMError(_explain(url, target, error)) from error
     if expected not in (None, stored.sha256):
-        raise _other_hash(url, stored.sha256, expected)
+        again = f" Remove {target} to download it again."
+        raise _other_hash(shown, stored.sha256, expected, again)
 
 
 def _fetch(
@@ -128,39 +142,41 @@ def _fetch(
 ) -> Origin:
     """Download a file, or the rest of it."""
     part = target.with_name(f"{target.name}.part")
-    before = _read_origin(record)
-    start = part.stat().st_size if before and part.is_file() else 0
+    before, shown = _read_origin(record), public_address(url)
+    # Without a version, a change of the file between the parts would not be noticed.
+    resumes = before is not None and before.version is not None and part.is_file()
+    start = part.stat().st_size if resumes else 0
     with _open(url, start) as response:
         if response.status_code == 416:  # the file is not longer than the part
             part.unlink()
-            raise _changed(url)
+            raise _changed(shown)
         if response.status_code not in (200, 206):
             raise OpenELMError(
-                f"{url} cannot be downloaded: the server answers "
+                f"{shown} cannot be downloaded: the server answers "
                 f"{response.status_code} {response.reason_phrase}."
             )
         if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise OpenELMError(f"{url} is a web page, not a checkpoint.")
+            raise OpenELMError(f"{shown} is a web page, not a checkpoint.")
         if response.status_code == 200:
             start = 0  # the server sends the whole file
-        origin = _describe(url, response, start)
+        origin = _describe(shown, response, start)
         if start and before and replace(before, sha256=None) != origin:
             part.unlink()
-            raise _changed(url)
-        _refuse_small_disk(url, part.parent, (origin.num_bytes or start) - start)
+            raise _changed(shown)
+        _refuse_small_disk(shown, part.parent, (origin.num_bytes or start) - start)
         _write_origin(record, origin)
         with part.open("ab" if start else "wb") as file:
             size = _copy(response, file, start, origin.num_bytes, on_progress)
     if origin.num_bytes not in (None, size):
         raise OpenELMError(
-            f"The download of {url} ended after {size:,} of {origin.num_bytes:,} "
+            f"The download of {shown} ended after {size:,} of {origin.num_bytes:,} "
             "bytes; repeat the command to resume it."
         )
     with part.open("rb") as written:
         digest = hashlib.file_digest(written, "sha256").hexdigest()
     if expected not in (None, digest):
         part.unlink()
-        raise _other_hash(url, digest, expected)
+        raise _other_hash(shown, digest, expected)
     complete = replace(origin, num_bytes=size, sha256=digest)
     _write_origin(record, complete)
     part.rename(target)
@@ -193,9 +209,12 @@ def _open(url: str, start: int) -> Iterator[Any]:
             location = urljoin(location, response.headers["Location"])
         if urlsplit(location).scheme != SCHEME:
             raise OpenELMError(
-                f"{url} redirects to {location}, which is not encrypted."
+                f"{public_address(url)} redirects to {public_address(location)}, which "
+                "is not encrypted."
             )
-    raise OpenELMError(f"{url} is redirected more than {_MAX_REDIRECTIONS} times.")
+    raise OpenELMError(
+        f"{public_address(url)} is redirected more than {_MAX_REDIRECTIONS} times."
+    )
 
 
 def _copy(
@@ -235,17 +254,17 @@ def _cache() -> Path:
 def _name_of(url: str) -> str:
     name = PurePosixPath(unquote(urlsplit(url).path)).name
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise OpenELMError(f"{url} does not end in the name of a file.")
+        raise OpenELMError(f"{public_address(url)} does not end in the name of a file.")
     return name
 
 
-def _read_hash(address: str, fragment: str) -> str | None:
+def _read_hash(url: str, fragment: str) -> str | None:
     if not fragment:
         return None
     found = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if found is None:
         raise OpenELMError(
-            f"{address} ends in #{fragment}; expected #sha256= and 64 hexadecimal "
+            f"{url} ends in #{fragment}; expected #sha256= and 64 hexadecimal "
             "digits, or nothing."
         )
     return found[1].lower()
@@ -275,10 +294,12 @@ def _changed(url: str) -> OpenELMError:
     )
 
 
-def _other_hash(url: str, actual: str | None, expected: str | None) -> OpenELMError:
+def _other_hash(
+    url: str, actual: str | None, expected: str | None, advice: str = ""
+) -> OpenELMError:
     return OpenELMError(
         f"{url} has the hash sha256:{actual}, not the expected sha256:{expected}; it "
-        "was changed, or the expected hash is that of another file."
+        f"was changed, or the expected hash is that of another file.{advice}"
     )
 
 
@@ -297,6 +318,6 @@ def _explain(url: str, target: Path, error: Exception) -> str:
         return cannot_access(target, error, "write")
     reason = (str(error) or type(error).__name__).rstrip(".")
     return (
-        f"The download of {url} was interrupted ({reason}); check the address and the "
-        "network, and repeat the command to resume it."
+        f"The download of {public_address(url)} was interrupted ({reason}); check the "
+        "address and the network, and repeat the command to resume it."
     )

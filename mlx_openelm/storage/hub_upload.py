@@ -5,6 +5,7 @@ If that fails, the repository is deleted again.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +91,13 @@ def upload(target: UploadTarget, folder: Path) -> str:
 
     Raises:
         OpenELMError: the repository exists, or the Hub refused or failed. The
-            repository is deleted again.
+            repository is deleted again; if that fails, the message says so.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     operations = [
-        CommitOperationAdd(name, folder / name) for name in list_files(folder)
+        CommitOperationAdd(name, _read_content(folder / name))
+        for name in list_files(folder)
     ]
     operations.append(CommitOperationAdd(CARD, _write_card(folder, target.repo)))
     api, repo = HfApi(), target.repo
@@ -105,11 +107,41 @@ def upload(target: UploadTarget, folder: Path) -> str:
             api.create_commit(
                 repo, operations, commit_message="Upload with mlx-openelm"
             )
-        except BaseException:
-            with contextlib.suppress(Exception):  # the first error is reported
-                api.delete_repo(repo, missing_ok=True)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C
+                error.add_note(f"{folder} is complete, but was not uploaded to {repo}.")
+            if left := _delete(repo):
+                error.add_note(left)
             raise
         return str(url)
+
+
+def _delete(repo: str) -> str:
+    """Delete a repository; return a sentence if it remains."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().delete_repo(repo, missing_ok=True)
+    except Exception:
+        return (
+            f"{repo}, which is new and incomplete, could not be deleted; delete it "
+            "before you repeat the command."
+        )
+    return ""
+
+
+def _read_content(file: Path) -> Path | bytes:
+    """Return what is uploaded of a file: an adapter's config without local paths."""
+    if file.name != ADAPTER_CONFIG:
+        return file
+    raw = read_mapping(file)
+    base = (raw.get(METADATA_KEY) or {}).get("base") or {}
+    for values in (raw, base):
+        for key in ("model", "base_model_name_or_path", "name"):
+            name = values.get(key)
+            if isinstance(name, str) and Path(name).is_absolute():
+                values[key] = Path(name).name
+    return json.dumps(raw, indent=4).encode()
 
 
 def _write_card(folder: Path, repo: str) -> bytes:
@@ -155,4 +187,6 @@ def _explained(what: str) -> Iterator[None]:
     except OpenELMError:
         raise
     except Exception as error:  # the client's, httpx's and Rust's have no common base
-        raise OpenELMError(f"{what}: {describe_refusal(error)}.") from error
+        sentence = f"{what}: {describe_refusal(error)}."
+        notes = getattr(error, "__notes__", ())
+        raise OpenELMError(" ".join((sentence, *notes))) from error

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mlx_openelm.storage.hub import HUB_ID, RELEASED
+from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.storage.hub import DEMO, HUB_ID, RELEASED, demo_folder
+from mlx_openelm.storage.model_folder import METADATA_KEY
+from mlx_openelm.storage.weight_files import CONFIG
 from mlx_openelm.version import __version__
 
 FOLDER = "THIS_FOLDER"  # stands for the path or the Hub id in the commands of a card
@@ -30,6 +33,7 @@ def model_card(
     *,
     library: str,
     template: bool,
+    tools: Mapping[str, object],
 ) -> str:
     """Return the card of a model folder, which is `FOLDER` in it.
 
@@ -38,6 +42,7 @@ def model_card(
         facts: sentences about the model.
         library: mlx or transformers, by the folder's layout.
         template: it has a chat template.
+        tools: whether other tools open it, by name.
     """
     path, source = FOLDER, metadata.get("source", {})
     commands = [f"mlx-openelm generate --model {path} --prompt 'Once upon a time'"]
@@ -57,6 +62,7 @@ def model_card(
         source,
         facts,
         use,
+        tools,
     )
 
 
@@ -106,6 +112,8 @@ def adapter_card(raw: Mapping[str, Any], metadata: Mapping[str, Any], repo: str)
         header["base_model"] = str(base)
         header["base_model_relation"] = "adapter"
         source.setdefault("repo", base)
+    if base == DEMO:
+        source.setdefault("was", {"source": _demo_source()})
     source.setdefault("name", name)
     return _render(header, repo, source, facts, use)
 
@@ -125,6 +133,7 @@ def _render(
     source: Mapping[str, Any],
     facts: Sequence[str],
     use: Mapping[str, Sequence[str]],
+    tools: Mapping[str, object] | None = None,
 ) -> str:
     repo = source.get("repo")
     licence, note = _licence(source)
@@ -158,6 +167,9 @@ def _render(
     ]
     for tool, commands in use.items():
         lines += ["", f"With {tool}:", "", *(f"    {command}" for command in commands)]
+    if tools:
+        lines += ["", "Opens in:", ""]
+        lines += [f"- {tool}: {opens}" for tool, opens in tools.items()]
     return "\n".join([*lines, "", "## Licence", "", note, ""])
 
 
@@ -169,9 +181,16 @@ def _licence(source: Mapping[str, Any]) -> tuple[str | None, str]:
     released = {*RELEASED, *(name.partition("/")[2] for name in RELEASED)}
     if names & released or "docs-assets.developer.apple.com" in hosts:
         return "apple-amlr", _APPLE
-    if "demo" in names:
+    if _demo_source()["files"] in [o.get("files") for o in origins]:
         return "apache-2.0", _DEMO
     return None, _UNKNOWN
+
+
+def _demo_source() -> Mapping[str, Any]:
+    """Return the source of the demo model, which all that derives from it names."""
+    source = read_mapping(demo_folder() / CONFIG)[METADATA_KEY]["source"]
+    assert isinstance(source, dict)
+    return source
 
 
 def _origins(source: object) -> Iterator[Mapping[str, Any]]:

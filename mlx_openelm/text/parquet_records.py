@@ -23,7 +23,8 @@ def is_parquet(file: io.BufferedReader) -> bool:
 def read_rows(file: io.BufferedReader) -> Iterator[JsonValue]:
     """Yield the rows as dictionaries; `line` is the number of the row, from 1.
 
-    A row that cannot be read is a problem, and the last value.
+    Columns of dates and times are left out: they are no text, and Python has no value
+    for some of them. A row that cannot be read is a problem, and the last value.
 
     Raises:
         OpenELMError: pyarrow is not installed.
@@ -39,10 +40,21 @@ def read_rows(file: io.BufferedReader) -> Iterator[JsonValue]:
     number = 0
     try:
         with parquet.ParquetFile(file) as opened:
-            for batch in opened.iter_batches(_ROWS, use_threads=False):
+            columns = [
+                field.name
+                for field in opened.schema_arrow
+                if not pyarrow.types.is_temporal(field.type)
+            ]
+            for batch in opened.iter_batches(_ROWS, columns=columns, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     yield JsonValue(number, value=row)
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+    except (
+        pyarrow.ArrowException,
+        ValueError,  # text that is not UTF-8
+        OverflowError,  # a date in a list or structure that Python has no value for
+        LookupError,  # an unknown time zone there
+        OSError,
+    ) as error:
         described = " ".join(str(error).split()).rstrip(".")
         yield JsonValue(number + 1, problem=f"cannot be read as Parquet ({described})")

@@ -429,6 +429,14 @@ def _describe_bad_byte(byte: int) -> str:
 
 
 def describe_type(value: Any) -> str:
-    """Return the type of a JSON value in words, for error messages."""
-    names = {str: "a string", bool: "true or false", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), "a number")
+    """Return the type of a value of JSON or Parquet in words, for error messages."""
+    names = {
+        str: "a string",
+        bool: "true or false",
+        list: "a list",
+        dict: "an object",
+        int: "a number",
+        float: "a number",
+    }
+    name = type(value).__name__
+    return "null" if value is None else names.get(type(value), f"of type {name}")

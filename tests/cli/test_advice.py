@@ -129,7 +129,6 @@ def test_the_address_of_a_page_on_the_hub(here, address, revision):
 @pytest.mark.parametrize(
     "address",
     [
-        "https://example.com/apple/OpenELM-270M/model.pt",
         "https://huggingface.co/datasets/a/b",
         "https://huggingface.co",
         "https://huggingface.co/apple",

@@ -182,3 +182,23 @@ def test_options_of_other_models_are_wrong_usage(work, flag):
 
 def test_a_tokenizer_without_checkpoints_is_wrong_usage(work):
     assert call("evaluate", "--text", "text.txt", "--tokenizer", "x").exit_code == 2
+
+
+def test_stored_scores_are_those_of_the_tokenizer(work):
+    """With another tokenizer, stored scores are not returned."""
+    (work / "other.model").write_bytes(small_tokenizer().model_proto)
+    args = ("--text", "text.txt", "--checkpoints", NAMES[0], "--output", "out")
+    score_json(*args)
+    stored = work / "out" / NAMES[0].replace("/", "_") / "scores.json"
+    before = stored.read_text()
+    score_json(*args, "--tokenizer", "other.model")
+    assert stored.read_text() != before
+
+
+def test_an_adapter_is_refused_by_its_name(work):
+    (work / "adapter").mkdir()
+    (work / "adapter" / "adapter_config.json").write_text("{}")
+    (work / "adapter" / "adapters.safetensors").write_bytes(b"")
+    args = ("evaluate", "--text", "text.txt", "--checkpoints", "adapter")
+    message = "adapter: an adapter, not a model; score it with --compare"
+    expect_error(work, *args, message=message)

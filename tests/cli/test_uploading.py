@@ -17,6 +17,7 @@ from places import ROOT
 
 from mlx_openelm.storage.hub import find_model
 from mlx_openelm.storage.loading import load
+from mlx_openelm.storage.shards import write_json
 
 # httpx, about a call in the Hub's client
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload")
@@ -82,6 +83,9 @@ def test_a_model_is_uploaded_and_loads_from_there(hub, here, options):
     assert f"mlx-openelm generate --model {REPO}" in text
     assert f"mlx_lm.generate --model {REPO}" in text
     assert "THIS_FOLDER" not in text
+    assert "- mlx-lm: yes\n" in text
+    assert "- mlx-swift: no, it computes" in text
+    assert "- llama.cpp: yes, after `mlx-openelm convert --to gguf`\n" in text
     load(str(find_model(REPO)))
 
 
@@ -124,12 +128,15 @@ def test_the_adapter_of_a_run_is_uploaded_without_the_data(hub, here):
     uploaded = hub.revisions[REPO]["main"]
     names = {"adapter_config.json", "adapters.safetensors", "README.md"}
     assert uploaded.keys() == names
+    assert str(here).encode() in (here / "tuned/adapter_config.json").read_bytes()
+    assert all(str(here).encode() not in content for content in uploaded.values())
+    config = json.loads(uploaded["adapter_config.json"])
+    assert config["model"] == config["mlx_openelm"]["base"]["name"] == "out"
     _, text = card_of(hub)
     assert f"--adapter-path {REPO}" in text
     assert "An adapter of out." in text
-    run(
-        "fuse", "--adapter-path", REPO, "--save-path", "fused", "--upload-repo", "ann/f"
-    )
+    run(*("fuse", "--adapter-path", REPO, "--model", "out", "--save-path", "fused"),
+        *("--upload-repo", "ann/f"))  # fmt: skip
     assert "model.safetensors" in hub.revisions["ann/f"]["main"]
 
 
@@ -144,6 +151,22 @@ def test_a_converted_adapter_names_its_base(hub, here):
     header, text = card_of(hub, "ann/p")
     assert header["library_name"] == "peft"
     assert 'PeftModel.from_pretrained(model, "ann/p")' in text
+
+
+def test_a_folder_called_demo_has_no_licence_of_the_demo_model(hub, here):
+    make_source(here / "demo-of-mine" / "demo")
+    run("convert", "demo-of-mine/demo", "--mlx-path", "a", "--upload-repo", REPO)
+    assert "license" not in card_of(hub)[0]
+    write_peft_folder(here / "adapter", make_factors(weights_of(UNEVEN), LINEARS))
+    run("convert", "demo", "--mlx-path", "b", "--upload-repo", "ann/b")
+    run("convert", "b", "--mlx-path", "c", "--upload-repo", "ann/c")
+    write_json(
+        here / "adapter/adapter_config.json",
+        json.loads((here / "adapter/adapter_config.json").read_text())
+        | {"base_model_name_or_path": "demo"},
+    )
+    run("convert", "adapter", "--mlx-path", "d", "--upload-repo", "ann/d")
+    assert {card_of(hub, f"ann/{n}")[0]["license"] for n in "bcd"} == {"apache-2.0"}
 
 
 # Bad input -----------------------------------------------------------------------
@@ -202,6 +225,7 @@ def test_other_wrong_uses(hub, here):
     for args, message in (
         (("--public",), "needs --upload-repo"),
         (("--upload-repo", REPO, "--to", "gguf"), "uploads a folder"),
+        (("--upload-repo", REPO, "--to", "gguf"), f"{REPO} FILE --private"),
     ):
         result = call(*CONVERT, *args)
         assert result.exit_code == 2
@@ -221,6 +245,27 @@ def test_a_failed_upload_leaves_no_repository(hub, here, failing):
     assert call("verify", "out").exit_code == 0
 
 
+def test_a_repository_that_cannot_be_deleted_is_named(hub, here):
+    hub.failing, hub.keeps_repositories = "/commit/", True
+    result = call(*CONVERT, "--upload-repo", REPO)
+    assert result.exit_code == 1
+    assert "on fire" in result.stderr
+    assert f"{REPO}, which is new and incomplete, could not be deleted" in result.stderr
+
+
+def test_ctrl_c_in_an_upload_leaves_no_repository(hub, here, monkeypatch):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", stop)
+    result = call(*CONVERT, "--upload-repo", REPO)
+    assert result.exit_code == 130
+    assert f"Interrupted. out is complete, but was not uploaded to {REPO}." in (
+        result.stderr
+    )
+    assert hub.deleted == [REPO]
+
+
 def test_a_repository_created_in_the_meantime_is_kept(hub, here, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.repo_exists", lambda *args: False)
     hub.add(REPO, {"config.json": b"{}"})
@@ -232,12 +277,22 @@ def test_a_repository_created_in_the_meantime_is_kept(hub, here, monkeypatch):
 # On a terminal -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("answer", ["y", "n"])
-def test_it_asks_on_a_terminal(hub, here, tmp_path, answer):
+@pytest.mark.parametrize(
+    ("answer", "options"), [("y", ("--quiet",)), ("n", ()), ("n", ("--public",))]
+)
+def test_it_asks_on_a_terminal(hub, here, tmp_path, answer, options):
     ours, theirs = pty.openpty()
     environment = environment_of(hub, tmp_path / "home")
     process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_openelm", *CONVERT, "--upload-repo", REPO],
+        [
+            sys.executable,
+            "-m",
+            "mlx_openelm",
+            *CONVERT,
+            "--upload-repo",
+            REPO,
+            *options,
+        ],
         stdin=theirs,
         stderr=theirs,
         stdout=subprocess.PIPE,
@@ -268,3 +323,5 @@ def test_it_asks_on_a_terminal(hub, here, tmp_path, answer):
     assert "model.safetensors" in shown
     assert (REPO in hub.revisions) == (answer == "y")
     assert (f"hf upload {REPO} out" in shown) == (answer == "n")
+    assert ("--include=model.safetensors" in shown) == (answer == "n")
+    assert (" --private" in shown) == (answer == "n" and not options)

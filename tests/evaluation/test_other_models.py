@@ -9,6 +9,7 @@ from commands import call, expect_error
 from models import TEXT, UNEVEN, small_tokenizer, weights_of, write_hugging_face
 
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation import other_models
 from mlx_openelm.evaluation.harness_model import wrap_model
 from mlx_openelm.evaluation.other_models import is_other_model, open_scorer
@@ -298,3 +299,14 @@ def test_missing_torch_is_named(work, monkeypatch):
     message = "pip install 'mlx-openelm[eval,torch]'"
     args = ("--tasks", "tales.json", "--compare", "hf:llama")
     expect_error(work, "evaluate", "--model", "OpenELM-1_1B", *args, message=message)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_an_error(work, tmp_path):
+    """MLX does not check indices: the score would be of other memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    made = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 64}))
+    made.save_pretrained(tmp_path)
+    write_tokenizer(small_tokenizer(), tmp_path)
+    with pytest.raises(OpenELMError, match="but the model only 64 rows"):
+        dict(open_scorer(str(tmp_path)).score(dict(enumerate(PAIRS))))

@@ -233,3 +233,9 @@ def test_damaged_names_are_refused(tmp_path):
         load(str(base), adapter)
     with pytest.raises(OpenELMError, match=r"proj_1"):
         mlx_openelm.convert(adapter, tmp_path / "x", to="peft", base=str(base))
+
+
+@pytest.mark.parametrize("option", [{"adapt_embedding": True}, {"keys": ("qkv_proj",)}])
+def test_a_full_run_refuses_the_choice_of_adapted_modules(option):
+    with pytest.raises(OpenELMError, match=f"`{next(iter(option))}` .* full"):
+        make_recipe(fine_tune_type="full", **option)

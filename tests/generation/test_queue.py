@@ -34,7 +34,7 @@ class OneLayer:
         return hidden @ self._table.T
 
 
-def extra_bytes(queue: str, monkeypatch) -> int:
+def extra_bytes(queue: str, monkeypatch) -> list[int]:
     """Return the peak memory of some steps beyond their KV cache."""
     monkeypatch.setattr(KVCache, "step", S)
     model, count = OneLayer(), S - 100
@@ -48,30 +48,32 @@ def extra_bytes(queue: str, monkeypatch) -> int:
         model,
         [1] * count + [5],
         Sampling(),
-        20,
+        60,
         context=context,
         step=plain_step(model),
     )
     for _ in range(3):
         next(tokens)
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    for _ in range(12):
+    peaks = []
+    for _ in range(40):
+        mx.clear_cache()
+        mx.reset_peak_memory()
         next(tokens)
+        peaks.append(mx.get_peak_memory())
     stored = sum(array.nbytes for array in context.cache[0].state)
     assert stored == 2 * 4 * K * S * H
-    return mx.get_peak_memory() - stored
+    return [peak - stored for peak in peaks]
 
 
 @pytest.mark.parametrize("queue", [STAGED, ONE_BY_ONE])
 def test_a_step_that_is_not_queued_whole_copies_no_cache(monkeypatch, queue):
-    # The last operation of a step may still hold the cache: on a busy machine, repeat.
-    assert any(extra_bytes(queue, monkeypatch) < 8e6 for _ in range(5))
+    # On a busy machine the end of a step may still hold the cache: not in all steps.
+    assert min(extra_bytes(queue, monkeypatch)) < 8e6
 
 
 def test_a_step_that_is_queued_whole_copies_the_cache(monkeypatch):
-    # Unless the step before it ends too soon: on a busy machine, try again.
-    assert any(extra_bytes(AHEAD, monkeypatch) > 30e6 for _ in range(5))
+    # Unless the step before it ends too soon, on a busy machine.
+    assert max(extra_bytes(AHEAD, monkeypatch)) > 30e6
 
 
 # The tokens ----------------------------------------------------------------------

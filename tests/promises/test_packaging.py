@@ -166,7 +166,7 @@ def test_metadata_names_version_and_licence(metadata: email.message.Message) -> 
     assert metadata["Version"] == VERSION
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    extras = ["eval", "gguf", "tensorboard", "torch", "trackio", "wandb"]
+    extras = ["eval", "gguf", "parquet", "tensorboard", "torch", "trackio", "wandb"]
     assert metadata.get_all("Provides-Extra") == extras
 
 

@@ -343,6 +343,7 @@ def test_lm_evaluation_harness_scores_as_we_do(work):
     from types import SimpleNamespace
 
     from mlx_openelm.evaluation.harness_model import wrap_model
+    from mlx_openelm.evaluation.scorer import OpenELMScorer
 
     pairs = [
         (PROMPT, " had a daughter"),
@@ -351,7 +352,7 @@ def test_lm_evaluation_harness_scores_as_we_do(work):
     ]
     calls = {"scores": ("score", {"folder": str(work / "demo"), "pairs": pairs})}
     theirs = run_calls(sys.executable, work, calls)["scores"]
-    model = wrap_model(*load("demo"))
+    model = wrap_model(OpenELMScorer(*load("demo")))
     ours = model.loglikelihood([SimpleNamespace(args=pair) for pair in pairs])
     for (a, greedy), (b, also_greedy) in zip(theirs, ours, strict=True):
         assert a == pytest.approx(b, abs=1e-3)

@@ -146,3 +146,17 @@ def test_a_fused_model_has_the_template_of_lora(
     path = Path("fused", FILE)
     assert (path.read_text() if path.exists() else None) == chat_template(template)
     assert open_folder(Path("fused")).template == template
+
+
+def test_verify_notes_a_missing_and_an_unknown_file(source: Path) -> None:
+    made = converted(source)
+    assert FILE not in call("verify", made).output
+    (made / FILE).write_text("{{ messages }}")
+    shown = call("verify", made)
+    assert f"It has a {FILE}, which mlx-lm applies to every prompt" in shown.stderr
+    (made / FILE).unlink()
+    store_template(made, "instruct")  # as before these files were written
+    shown = call("verify", made)
+    assert shown.exit_code == 0
+    assert f"It has no {FILE}" in shown.stderr
+    assert "template instruct" in shown.stderr

@@ -45,6 +45,7 @@ class Hub:
         private: the visibility of each created repository.
         deleted: deleted repositories.
         failing: part of the path of requests that fail.
+        keeps_repositories: repositories cannot be deleted.
     """
 
     revisions: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class Hub:
     private: dict[str, bool] = field(default_factory=dict)
     deleted: list[str] = field(default_factory=list)
     failing: str | None = None
+    keeps_repositories: bool = False
     stored: dict[str, bytes] = field(default_factory=dict)
     endpoint: str = ""
     down: bool = False
@@ -188,6 +190,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_DELETE(self) -> None:
         given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         repo = f"{given['organization']}/{given['name']}"
+        if self.hub.keeps_repositories:
+            self._refuse(403, "", "The token may not delete")
+            return
         del self.hub.revisions[repo]
         self.hub.deleted.append(repo)
         self._json({})

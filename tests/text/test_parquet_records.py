@@ -118,3 +118,26 @@ def test_lora_trains_on_it(tmp_path):
     )
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "out" / "adapters.safetensors").is_file()
+
+
+def test_dates_without_a_python_value_are_left_out_or_reported(tmp_path):
+    """Dates in other columns are no problem; in a message they are reported."""
+    far = pyarrow.array([10**7] * 4, pyarrow.date32())  # the year 29349
+    texts = pyarrow.array(["a", "b", "c", "d"])
+    zone = pyarrow.array([0] * 4, pyarrow.timestamp("us", tz="Nowhere/City"))
+    file = tmp_path / "train.parquet"
+    table = {"prompt": texts, "completion": texts, "day": far, "time": zone}
+    parquet.write_table(pyarrow.table(table), file)
+    data = read_data(file, "sft")
+    assert sum(len(split.records) for split in data.splits.values()) == 4
+    inner = pyarrow.StructArray.from_arrays([texts, far], names=["content", "day"])
+    parquet.write_table(pyarrow.table({"prompt": inner, "completion": texts}), file)
+    with pytest.raises(OpenELMError, match=r"parquet:1 cannot be read as Parquet \("):
+        read_data(file, "sft")
+
+
+def test_bytes_are_not_called_a_number(tmp_path):
+    rows = [{"prompt": b"Who?", "completion": "A king."}] * 2
+    file = write(tmp_path / "train.parquet", rows)
+    with pytest.raises(OpenELMError, match="prompt is of type bytes, not a string"):
+        read_data(file, "sft")

@@ -14,6 +14,7 @@ import typer
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.evaluation.plan import Entrant, EvaluationPlan
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.storage.weight_files import is_adapter
 
 if TYPE_CHECKING:
     from mlx_openelm.evaluation.results import ModelScores
@@ -49,7 +50,7 @@ def list_checkpoints(paths: Sequence[Path]) -> list[Checkpoint]:
     A folder of a training run stands for the weights in it.
 
     Raises:
-        OpenELMError: one is missing or named twice.
+        OpenELMError: one is missing, named twice, or an adapter.
     """
     paths = [one for path in paths for one in sorted(path.glob(_WEIGHTS)) or [path]]
     missing = [str(path) for path in paths if not path.exists()]
@@ -63,6 +64,11 @@ def list_checkpoints(paths: Sequence[Path]) -> list[Checkpoint]:
     for path in paths:
         match = _ITERATION.search(path.name)
         found.append(Checkpoint(path, int(match[1]) if match else None))
+    adapters = [str(path) for path in paths if is_adapter(path)]
+    if adapters:
+        raise OpenELMError(
+            f"{', '.join(adapters)}: an adapter, not a model; score it with `compare`."
+        )
     return sorted(found, key=lambda c: (c.iteration is None, c.iteration or 0))
 
 
@@ -104,7 +110,10 @@ def score_checkpoints(
         score: loads a model folder and scores it.
         make_folder: returns the folder of a checkpoint's answers, or None.
     """
-    evaluation = _describe_evaluation(plan, texts, window)
+    evaluation = {
+        **_describe_evaluation(plan, texts, window),
+        "tokenizer": _describe_tokenizer(tokenizer),
+    }
     scores = []
     for checkpoint in checkpoints:
         where = make_folder(checkpoint.label)
@@ -172,6 +181,18 @@ def _describe_evaluation(
         "files": [[task.name, task.digest] for task in plan.local],
         "tasks": named,
     }
+
+
+def _describe_tokenizer(tokenizer: str | None) -> Any:
+    """Return the name of a tokenizer, and its files if it is a path."""
+    from converters.conversion.provenance import identify
+    from mlx_openelm.paths import user_path
+
+    path = user_path(tokenizer) if tokenizer else None
+    if path is None or not path.exists():
+        return tokenizer
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return identify([file for file in files if file.is_file()])
 
 
 def _read_scores(

@@ -28,12 +28,14 @@ class Server:
         cut: bytes after which the connection is closed; None: send all.
         redirections: to other addresses, by path.
         ranges: it supports byte ranges.
+        versions: it sends ETags.
     """
 
     files: dict[str, bytes]
     cut: int | None = None
     redirections: dict[str, str] = field(default_factory=dict)
     ranges: bool = True
+    versions: bool = True
     requests: list[str] = field(default_factory=list)
     sent: int = 0
     address: str = ""
@@ -54,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, b"")
         else:
             content = here.files[self.path]
-            headers = {"ETag": f'"{hash(content)}"'}
+            headers = {"ETag": f'"{hash(content)}"'} if here.versions else {}
             start = 0
             if wanted and here.ranges:
                 start = int(wanted.removeprefix("bytes=").removesuffix("-"))
@@ -287,3 +289,66 @@ def test_a_bare_released_name_is_downloaded_unless_it_is_a_folder(
         monkeypatch.chdir(tmp_path)
         convert(name, "again", tokenizer="none")
         assert len(hub.requests) == requests
+
+
+# Secrets ---------------------------------------------------------------------------
+
+
+def test_user_password_and_query_are_nowhere_shown_or_stored(server, tmp_path):
+    host = server.address.removeprefix("http://")
+    path = f"{PATH}?signature=SECRET"
+    server.files[path] = server.files[PATH]
+    url = f"http://ann:SECRET@{host}{path}"
+    result = run(url, "--json")
+    assert server.requests == [f"{path} all"]
+    assert f"http://{host}{PATH}" in result.stdout
+    assert "SECRET" not in result.output
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert not [p for p in written if b"SECRET" in p.read_bytes()]
+    assert "SECRET" not in call("verify", "out", "--against", url).output
+    path = path.replace("checkpoint", "none")
+    for wrong, message in (
+        (url.replace("checkpoint", "none"), "the server answers 404"),
+        (f"{url}#sha256={'0' * 64}", "not the expected sha256:"),
+        (f"{url}#md5=1", "expected #sha256="),
+    ):
+        result = call("convert", wrong, "--mlx-path", "other")
+        assert message in result.stderr
+        assert "SECRET" not in result.output
+    assert call("convert", url, "--to", "peft").exit_code == 1
+
+
+def test_a_file_without_a_version_is_downloaded_from_the_start(server, tmp_path):
+    server.versions = False
+    server.cut = 100_000
+    fail(tmp_path, server.address + PATH, message="interrupted")
+    server.cut = None
+    other = write_pt(tmp_path / "b.pt", weights_of(UNEVEN, seed=1)).read_bytes()
+    assert len(other) == len(server.files[PATH])
+    server.files[PATH] = other
+    assert sha256(other) in run(server.address + PATH).stderr
+
+
+def test_a_wrong_hash_of_a_stored_file_names_the_file_to_remove(server, tmp_path):
+    url = server.address + PATH
+    run(url)
+    other = write_pt(tmp_path / "b.pt", weights_of(UNEVEN, seed=1)).read_bytes()
+    server.files[PATH] = other
+    (stored,) = (tmp_path / "home").rglob("checkpoint_average.pt")
+    expected = f"{url}#sha256={sha256(other)}"
+    fail(tmp_path, expected, "--force", message=f"Remove {stored} to download it again")
+    stored.unlink()
+    run(expected)
+
+
+def test_ctrl_c_keeps_what_was_downloaded(server, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(address_download, "_describe", stop)
+        result = call("convert", server.address + PATH, "--mlx-path", "out")
+    assert result.exit_code == 130
+    assert "Interrupted. Repeat the command to resume the download." in result.stderr
+    assert not (tmp_path / "here/out").exists()
+    run(server.address + PATH)

@@ -6,6 +6,7 @@ The expected shares are computed from the documents, without the reader.
 import gzip
 import itertools
 import json
+import signal
 from collections import Counter
 from dataclasses import replace
 
@@ -343,3 +344,20 @@ def test_processes_that_read_other_files_are_refused(folder):
             path.write_text(array + " " * (size - len(array)))
     with pytest.raises(OpenELMError, match="different text"):
         join_states(states)
+    with pytest.raises(OpenELMError, match="changed since the checkpoint: the text"):
+        open_recipe(recipe).restore({**states[0], "streams": []})
+
+
+@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="needs Unix")
+def test_a_reader_whose_files_have_no_text_is_refused_as_corenet_deals(folder):
+    (folder / "pages-empty.jsonl").write_text("")
+    loader = open_recipe(make_recipe(folder, readers=8, mixture="corenet"))
+    signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("it hangs"))
+    signal.alarm(20)
+    try:
+        with pytest.raises(
+            OpenELMError, match=r"pages-empty\.jsonl\) is left.* natural"
+        ):
+            loader.next_batch()
+    finally:
+        signal.alarm(0)

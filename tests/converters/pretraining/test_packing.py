@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import hashlib
 import os
+import re
 
 import numpy as np
 import pytest
@@ -156,3 +157,17 @@ def test_a_trained_tokenizer_is_lossless_and_has_llamas_ids():
     assert trained.processor.IdToPiece(3) == "<0x00>"
     for text in ("  two  spaces ", "\n\n\tx\n", "“Ünïcödé” \U0001f409 ﬁ", "", TEXT):
         assert trained.decode(trained.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("pieces", "reason"),
+    [
+        (5000, r"Vocabulary size too high \(5000\)\. .* a value <= \d+\."),
+        (100, r"Vocabulary size is smaller than required_chars\. [^\[]*\w\."),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_trained_is_refused_with_the_reason(pieces, reason):
+    with pytest.raises(OpenELMError) as refused:
+        train_tokenizer([TEXT], TokenizerRecipe(vocab_size=pieces))
+    message = rf"Cannot train a tokenizer with {pieces} pieces \(.*\) on this text: "
+    assert re.fullmatch(message + reason, str(refused.value)), refused.value

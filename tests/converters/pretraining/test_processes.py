@@ -23,7 +23,12 @@ from pretrainings import (
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
-from converters.pretraining.checkpoints import AVERAGE, LAST, as_json  # noqa: E402
+from converters.pretraining.checkpoints import (  # noqa: E402
+    AVERAGE,
+    LAST,
+    RECIPE,
+    as_json,
+)
 from converters.pretraining.processes import SharedError  # noqa: E402
 from converters.pretraining.run import pretrain  # noqa: E402
 from mlx_openelm.errors import OpenELMError  # noqa: E402
@@ -48,13 +53,17 @@ def runs(tmp_path_factory):
         "streamed": streamed,
         "uneven batch": replace(recipe, batch_size=7),
         "damaged": streamed,
+        "other text": streamed,
     }
     recipes = {
         name: replace(r, output=str(folder / name.replace(" ", "-")))
         for name, r in recipes.items()
     }
     jobs = {name: job(r) for name, r in recipes.items()}
-    jobs["damaged"]["files"] = {"rank1": str(folder / "bad.jsonl")}
+    jobs["damaged"]["files"] = {
+        f"rank{rank}": str(folder / "bad.jsonl") for rank in range(2)
+    }
+    jobs["other text"]["files"] = {"rank1": str(folder / "bad.jsonl")}
     # Started by one process, resumed by two with FSDP.
     single = replace(recipe, output=str(folder / "resumed"))
     recipes["resumed"] = single
@@ -166,6 +175,15 @@ def test_an_error_in_one_process_is_raised_in_all(runs):
     assert first == second
     assert "bad.jsonl" in first
     assert first.endswith(".")
+    assert (
+        messages["other text"]
+        == (
+            "Process 1 (1 of 2 in all) would read different text than process 0: files "
+            "are missing or differ there; give all of them the same files.",
+        )
+        * 2
+    )
+    assert not (Path(recipes["other text"].output) / RECIPE).exists()
     assert (
         messages["uneven batch"]
         == ("batch_size is 7; it must be a multiple of the number of processes (2).",)
