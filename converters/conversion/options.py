@@ -180,6 +180,8 @@ class ConversionOptions:
         if self.learn is None:
             if self.teacher_bits is not None:
                 raise OpenELMError("`teacher_bits` requires `learn`.")
+            if self.seed:
+                raise OpenELMError("`seed` requires `learn`.")
             return
         _ = self.learning_amount
         if reason := UNLEARNABLE.get(self.mode):

@@ -424,14 +424,15 @@ def _measure_in_process(
         "new_tokens": workload.new_tokens,
         "rounds": min(workload.rounds, 3),
     }
-    result = subprocess.run(
-        [sys.executable, "-c", _PROCESS.format(json.dumps(settings))],
-        env={**os.environ, **environment},
-        capture_output=True,
-        check=False,
-    )
     try:
+        result = subprocess.run(
+            [sys.executable, "-c", _PROCESS.format(json.dumps(settings))],
+            env={**os.environ, **environment},
+            capture_output=True,
+            check=False,
+            timeout=workload.seconds,
+        )
         rates, digest = json.loads(result.stdout)
-    except ValueError:
+    except (ValueError, subprocess.TimeoutExpired):
         return [], ""
     return rates, digest

@@ -86,6 +86,7 @@ def lora_command(
     Options that are neither given nor in a recipe have the defaults below. Prints the
     path of the adapter folder.
     """
+    from mlx_openelm.finetuning.run_folder import run_folder
     from mlx_openelm.recipe_loader import load_recipe, make_recipe
     from mlx_openelm.tuning import environment_of_run
 
@@ -112,7 +113,7 @@ def lora_command(
         )
     rank = int(os.environ.get("MLX_RANK", "0"))  # set by mlx.launch; rank 0 reports
     console = Console(quiet=quiet or rank > 0)
-    state = Path(chosen.adapter_path or "") / "state.safetensors"
+    state = run_folder(chosen) / "state.safetensors"
     tuning = use_tuning(no_tuning, environment_of_run(state) if resume else None)
     from mlx_openelm.cli.views.finetuning import (
         TrainingView,
@@ -168,7 +169,7 @@ def _find_recipe_of_run(options: GivenOptions) -> str | None:
     The folder is --adapter-path, or the default one of --data. None: --data and the
     other options describe the run.
     """
-    from mlx_openelm.finetuning.preparation import DEFAULT_PARENT, default_folder
+    from mlx_openelm.finetuning.run_folder import DEFAULT_PARENT, default_folder
 
     if "adapter_path" not in options and "data" not in options:
         found = sorted(DEFAULT_PARENT.glob("*/recipe.yaml"))

@@ -32,7 +32,6 @@ from mlx_openelm.finetuning.plan import (
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.record_formats import TemplateChoice, choose_template
 from mlx_openelm.finetuning.records import (
-    DATA_SUFFIXES,
     Data,
     OnProgress,
     Record,
@@ -40,6 +39,7 @@ from mlx_openelm.finetuning.records import (
 )
 from mlx_openelm.finetuning.refinements.noise import EmbeddingNoise
 from mlx_openelm.finetuning.refinements.quantization_aware import round_layers
+from mlx_openelm.finetuning.run_folder import run_folder
 from mlx_openelm.finetuning.samples import Samples, lengths_of, targets_of
 from mlx_openelm.finetuning.trainable import (
     Method,
@@ -59,8 +59,6 @@ from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.training.arrays import trained_tensors
 from mlx_openelm.training.distributed import World
 from mlx_openelm.training.state import describe_arithmetic
-
-DEFAULT_PARENT = Path("adapters")  # of runs without `adapter_path`
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,24 +352,6 @@ def make_trainable(
     if recipe.quantize_aware is not None:
         narrow = mx.bfloat16 if stored == mx.float32 else stored  # as `fuse` writes it
         round_layers(model, recipe.quantize_aware, narrow)
-
-
-def run_folder(recipe: FinetuneRecipe) -> Path:
-    """Return the folder of the run, by default named after the data."""
-    path = user_path(recipe.adapter_path or default_folder(recipe.data))
-    return path if path.name not in ("", "..") else path.resolve()
-
-
-def default_folder(data: str) -> Path:
-    """Return the folder of a run on this file or folder without `adapter_path`."""
-    return DEFAULT_PARENT / stem(Path(data))
-
-
-def stem(path: Path) -> str:
-    """Return a file's or a folder's name without .jsonl, .parquet and so on."""
-    name = user_path(path).absolute().resolve().name
-    suffix = next((s for s in DATA_SUFFIXES if name.lower().endswith(s)), "")
-    return name[: len(name) - len(suffix)]
 
 
 def _absolute_model(name: str) -> str:

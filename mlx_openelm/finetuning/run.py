@@ -18,7 +18,6 @@ from mlx_openelm.finetuning.preparation import (
     Prepared,
     make_trainable,
     prepare,
-    run_folder,
 )
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.records import OnProgress
@@ -34,6 +33,7 @@ from mlx_openelm.finetuning.run_checks import (
 )
 from mlx_openelm.finetuning.run_context import RunContext
 from mlx_openelm.finetuning.run_files import RECIPE, write_start, write_text
+from mlx_openelm.finetuning.run_folder import run_folder
 from mlx_openelm.finetuning.run_saver import RunSaver
 from mlx_openelm.finetuning.trainer import Trainer
 from mlx_openelm.finetuning.validation import Validator

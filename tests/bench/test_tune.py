@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 from commands import call
@@ -135,6 +136,11 @@ def test_a_process_measures_and_writes_json():
     assert digest == same != ""
 
 
+def test_a_process_that_does_not_end_is_ended():
+    waits = Workload(**OPTIONS, seconds=0.01)
+    assert tune._measure_in_process(waits, {}) == ([], "")
+
+
 # The file ------------------------------------------------------------------------
 
 
@@ -205,6 +211,45 @@ def test_a_run_with_damaged_variables_has_none(tmp_path):
 
 
 # Commands ------------------------------------------------------------------------
+
+
+_RESUME = """
+import json, sys
+import mlx_openelm.tuning as tuning
+
+def start_tuned(**options):
+    print(json.dumps([options["variables"], "mlx.core" in sys.modules]))
+    sys.exit()
+
+tuning.start_tuned = start_tuned
+from mlx_openelm.cli.main import main
+sys.argv = ["mlx-openelm", "lora", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "options", [("--adapter-path", "adapters/train"), ("-c", "recipe.yaml")]
+)
+def test_a_resumed_run_has_its_variables_before_mlx_is_imported(tmp_path, options):
+    import mlx.core as mx
+
+    run = tmp_path / "adapters" / "train"
+    run.mkdir(parents=True)
+    for folder in (run, tmp_path):
+        (folder / "recipe.yaml").write_text("data: train.jsonl")
+    state = json.dumps({"run": {"environment": {VARIABLES[0]: "20"}}})
+    mx.save_safetensors(
+        str(run / "state.safetensors"), {"a": mx.zeros(1)}, {"state": state}
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", _RESUME, "--resume", *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(result.stdout) == [{VARIABLES[0]: "20"}, False]
 
 
 def test_a_config_folder_that_cannot_be_written_is_an_error_at_once(

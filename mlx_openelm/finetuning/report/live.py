@@ -9,10 +9,11 @@ from types import TracebackType
 from typing import Self
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.finetuning.preparation import Prepared, stem
+from mlx_openelm.finetuning.preparation import Prepared
 from mlx_openelm.finetuning.report.content import TrainingRun, describe_run
 from mlx_openelm.finetuning.run_context import RunContext
 from mlx_openelm.finetuning.run_files import PAGE, RECIPE, write_text
+from mlx_openelm.finetuning.run_folder import stem
 from mlx_openelm.reporting.run_history import Pace, read_number
 from mlx_openelm.reporting.training_report import render_training_report
 from mlx_openelm.storage.adapter_folder import BEST, WEIGHTS

@@ -402,6 +402,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_named(source, tmp_path, monke
         (["-q", "--learn", "5", "--tokenizer", "none"], "--learn needs a tokenizer"),
         (["-q", "--learn", "5", "--teacher-bits", "7"], "--teacher-bits is 7"),
         (["-q", "--teacher-bits", "8"], "--teacher-bits requires --learn"),
+        (["-q", "--seed", "3"], "--seed requires --learn"),
         ([*UNEVEN_GROUPS, "--calibration", "short.txt"], "needs at least 192"),
         ([*UNEVEN_GROUPS, "--calibration", "none.txt"], "none.txt"),
     ],
