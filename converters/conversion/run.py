@@ -204,7 +204,7 @@ def convert_model(job: Job) -> ConversionReport:
         _choose_dtype(source, config, options),
         _choose_packings(source, config, options),
     )
-    if options.learn and not plan.packings:
+    if options.learn and not (plan.packings or options.auto_bits):
         raise OpenELMError("`learn` trains a quantization; add `bits`.")
     notes = [
         *_note_address(source),

@@ -80,10 +80,11 @@ def test_loss_and_gradient_are_those_of_pytorch(
 
     from converters.reference import ReferenceOpenELM
 
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_top_k": 5}
     recipe = make_recipe(
         objective="distill", teacher="large", fine_tune_type=method, rank=4,
-        distill_weight=weight, temperature=temperature, teacher_top_k=5,
-        teacher_cache=str(tmp_path / "cache") if cached else None,
+        distill_weight=weight, temperature=temperature,
+        **(cache if cached else {}),
     )  # fmt: skip
     model, samples = make_model(recipe), make_samples()[:6]
     reference, trained = in_torch(model, recipe.scale)
