@@ -6,7 +6,6 @@ variables must be set before it.
 """
 
 import dataclasses
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import parse_json, read_json
 
 Environment = Mapping[str, str]
 AHEAD, STAGED, ONE_BY_ONE = "ahead", "staged", "one by one"
@@ -79,7 +79,7 @@ def read_tuning(path: Path | None = None) -> Tuning | None:
     if not path.is_file():
         return None
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         if stored["format"] != _FORMAT or stored["host"] != describe_host():
             return None
         return _checked(stored["settings"])
@@ -96,7 +96,7 @@ def environment_of_run(state: Path) -> dict[str, str]:
 
     try:
         with safetensors.safe_open(state, framework="numpy") as opened:
-            run = json.loads(opened.metadata()["state"])["run"]
+            run = parse_json(opened.metadata()["state"])["run"]
         stored = run.get(ENVIRONMENT, {})
         return dict(stored) if _are_variables(stored) else {}
     except (

@@ -15,6 +15,7 @@ from mlx_openelm.bench.plan import PROMPT
 from mlx_openelm.bench.report import Figure
 from mlx_openelm.device import Machine, compute_dtype, describe_machine
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import parse_json
 from mlx_openelm.storage.loading import stored_dtype
 from mlx_openelm.storage.model_folder import ModelFolder, spell_dtype
 from mlx_openelm.version import __version__
@@ -149,7 +150,7 @@ def _compare(
 def _in_process(engine: str, step: str, options: dict[str, object]) -> Speeds:
     module = "mlx_openelm.bench.against_worker"
     result = _run([module, engine, step, json.dumps(options)], engine)
-    speeds: Speeds = json.loads(result.stdout)
+    speeds: Speeds = parse_json(result.stdout)
     return speeds
 
 

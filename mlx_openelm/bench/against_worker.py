@@ -21,6 +21,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_openelm.device import compute_dtype, takes_gpu_path
+from mlx_openelm.input_files import parse_json
 from mlx_openelm.storage.loading import load_model, stored_dtype
 from mlx_openelm.storage.model_folder import ModelFolder, open_folder
 
@@ -31,7 +32,7 @@ RANK, BATCH, RATE = 8, 4, 1e-4
 def main(arguments: list[str]) -> None:
     """Measure, and write the result to stdout."""
     engine, step, text = arguments
-    options = json.loads(text)
+    options = parse_json(text)
     folder = open_folder(Path(options.pop("model")))
     steps: dict[str, Callable[..., dict[str, float]]]
     steps = {"decode": _decode, "train": _train}

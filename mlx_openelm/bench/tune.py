@@ -41,6 +41,7 @@ from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.samples import Sample
 from mlx_openelm.generation.decoding import PREFILL_CHUNK, Context, draw_tokens
 from mlx_openelm.generation.options import Sampling
+from mlx_openelm.input_files import parse_json
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.training.arrays import digest_arrays, trained_tensors
 from mlx_openelm.tuning import DEFAULT, QUEUES, VARIABLES, Tuning
@@ -374,7 +375,7 @@ _PROCESS = "from mlx_openelm.bench.tune import print_speed; print_speed({!r})"
 
 def print_speed(arguments: str) -> None:
     """Measure decoding in this process and write the result to stdout, as JSON."""
-    workload = Workload(**json.loads(arguments))
+    workload = Workload(**parse_json(arguments))
     model, _ = _load(workload.size)
     run = _decode_run(model, workload, DEFAULT, "decode")
     run()
@@ -432,7 +433,7 @@ def _measure_in_process(
             check=False,
             timeout=workload.seconds,
         )
-        rates, digest = json.loads(result.stdout)
+        rates, digest = parse_json(result.stdout)
     except (ValueError, subprocess.TimeoutExpired):
         return [], ""
     return rates, digest

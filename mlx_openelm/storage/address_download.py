@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import read_json
 from mlx_openelm.message_parts import cannot_access
 from mlx_openelm.storage.staging import lock_file, replaced_file
 from mlx_openelm.storage.weight_files import CONFIG
@@ -98,7 +99,7 @@ def public_address(url: str) -> str:
     """Return an address without user, password and query."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=host, query="", fragment="").geturl()
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 def _download(
@@ -273,7 +274,7 @@ def _read_hash(url: str, fragment: str) -> str | None:
 def _read_origin(record: Path) -> Origin | None:
     """Return a stored record; None if it is missing or damaged."""
     try:
-        values: Mapping[str, Any] = json.loads(record.read_text())
+        values: Mapping[str, Any] = read_json(record)
         return Origin(**values)
     except (OSError, ValueError, TypeError):
         return None
