@@ -197,7 +197,7 @@ def _cut(files: Sequence[CorpusFile], readers: int) -> list[CorpusFile]:
 
 
 def _list_limits(readers: int, wanted: int) -> Iterator[tuple[int, int, int]]:
-    """Yield limits for ever smaller units.
+    """Yield limits for smaller and smaller units.
 
     They are the most bytes of text of a unit, a factor of the parts that a file has at
     little cost, and the number of units that suffices.

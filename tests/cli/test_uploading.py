@@ -300,7 +300,7 @@ def test_it_asks_on_a_terminal(hub, here, tmp_path, answer, options):
         env=environment | {"HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)},
     )
     os.close(theirs)
-    shown, asked = "", False
+    shown, prompted = "", False
     timeout = threading.Timer(60, process.kill)
     timeout.start()
     try:
@@ -309,15 +309,15 @@ def test_it_asks_on_a_terminal(hub, here, tmp_path, answer, options):
                 shown += os.read(ours, 4096).decode()
             except OSError:  # closed
                 break
-            if not asked and "Upload? [y/N]" in shown:
-                asked = True
+            if not prompted and "Upload? [y/N]" in shown:
+                prompted = True
                 assert REPO not in hub.revisions
                 os.write(ours, f"{answer}\n".encode())
     finally:
         timeout.cancel()
         os.close(ours)
     assert process.wait() == 0, shown
-    assert asked, shown
+    assert prompted, shown
     assert process.stdout.read() == "out\n"
     process.stdout.close()
     assert "model.safetensors" in shown

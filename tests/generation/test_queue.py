@@ -69,8 +69,8 @@ def extra_bytes(queue: str, monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("queue", [STAGED, ONE_BY_ONE])
 def test_a_step_that_is_not_queued_whole_copies_no_cache(monkeypatch, queue):
-    # On a busy machine the end of a step may still hold the cache: not in all steps.
-    assert min(extra_bytes(queue, monkeypatch)) < 8e6
+    # On a busy machine the end of a step may still hold the cache: repeat.
+    assert any(max(extra_bytes(queue, monkeypatch)) < 8e6 for _ in range(3))
 
 
 def test_a_step_that_is_queued_whole_copies_the_cache(monkeypatch):

@@ -327,9 +327,9 @@ def test_a_completion_has_its_probabilities(show, raw, small):
             getComputedStyle(token).backgroundColor])"""
     )
     body = {"prompt": PROMPT, "logprobs": 5}
-    told = post(raw, "/v1/completions", body)["choices"][0]["logprobs"]
+    from_server = post(raw, "/v1/completions", body)["choices"][0]["logprobs"]
     found = [logprob for logprobs, _, _ in shown for logprob in logprobs]
-    assert found == pytest.approx(told["token_logprobs"], abs=1e-4)
+    assert found == pytest.approx(from_server["token_logprobs"], abs=1e-4)
     for logprobs, share, colour in shown:
         bits = -sum(logprobs) / math.log(2)
         expected = 75 * min(bits / 10, 1)

@@ -261,7 +261,7 @@ def test_the_key_of_the_environment_is_used_and_not_shown():
 
 def test_a_server_whose_engine_has_failed_ends(small, monkeypatch, caplog):
     def fail(self):
-        raise MemoryError("no room")
+        raise MemoryError("out of memory")
 
     with serving(*small) as server:
         engine = "mlx_openelm.generation.batching.engine.Engine.step"
@@ -269,7 +269,7 @@ def test_a_server_whose_engine_has_failed_ends(small, monkeypatch, caplog):
         assert post(server.url, {"prompt": "a"})[0] == 503
         wait_until(lambda: bool(server.failed))
         assert "The engine has failed" in str(server.failed)
-    assert "no room" in caplog.text
+    assert "out of memory" in caplog.text
 
 
 def test_a_failing_model_ends_its_requests_alone(small, caplog):
@@ -278,7 +278,7 @@ def test_a_failing_model_ends_its_requests_alone(small, caplog):
 
         def head(self, hidden):
             if self.fails:
-                raise MemoryError("no room")
+                raise MemoryError("out of memory")
             return super().head(hidden)
 
     model = Failing(small[0].config)
@@ -286,7 +286,7 @@ def test_a_failing_model_ends_its_requests_alone(small, caplog):
     with serving(model, small[1]) as server:
         status, answer = post(server.url, {"prompt": "a"})
         assert (status, answer["error"]["code"]) == (500, "failed")
-        assert "no room" in answer["error"]["message"]
+        assert "out of memory" in answer["error"]["message"]
         model.fails = False
         assert post(server.url, {"prompt": "a"})[0] == 200
 
