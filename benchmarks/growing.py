@@ -1,6 +1,7 @@
 """Training speed of a grown model, compared with training from scratch.
 
-    python benchmarks/growing.py [--seeds 0,1,2] [--grown-rate 1e-3] [--out DIR]
+    python benchmarks/growing.py [--seeds 0,1,2] [--grown-rate 1e-3] [--bf16]
+        [--out DIR]
 
 For each seed: trains a small model (recipes/pretrain/growing/small.yaml), grows it to
 twice its width, and trains two models of the new shape by large.yaml, with the same
@@ -8,7 +9,8 @@ seed, batches and steps: the grown one, with the peak rate --grown-rate, because
 full rate loses the small model's start, and one with CoreNet's initial weights and the
 recipe's rate. Prints held-out losses and the FLOPs after which the grown model reaches
 the final loss of the other, without and with those of the small model, and draws the
-curves of each seed.
+curves of each seed. --bf16 trains all with torch.autocast, for processors that multiply
+bfloat16.
 """
 
 import argparse
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--noise-db", default="10")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--grown-rate", type=float, default=1e-3)
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--steps", help="steps per run, for a trial")
     parser.add_argument("--out", type=Path, default=Path("pretrained/growing"))
     args = parser.parse_args()
@@ -45,10 +48,15 @@ def main() -> None:
         "learning_rate": args.grown_rate,
         "final_learning_rate": args.grown_rate / 10,
     }
-    lower = derive(
-        RECIPES / "large.yaml", args.out / "grown.yaml", {"optimizer": rates}
-    )
-    recipes = {"grown": lower, "scratch": RECIPES / "large.yaml"}
+    changes = {
+        "small": ("small", {"bf16": args.bf16}),
+        "grown": ("large", {"bf16": args.bf16, "optimizer": rates}),
+        "scratch": ("large", {"bf16": args.bf16}),
+    }
+    recipes = {
+        name: derive(RECIPES / f"{recipe}.yaml", args.out / f"{name}.yaml", change)
+        for name, (recipe, change) in changes.items()
+    }
     print(f"peak rate of the grown model: {args.grown_rate:g}")
     differences = []
     for seed in args.seeds.split(","):
@@ -71,7 +79,7 @@ def train(
     """Train the small model, and the large one from it and from initial weights."""
     flags = ["--seed", seed, *([] if steps is None else ["--steps", steps])]
     grown, fresh = out / "grown-init", out / "fresh-init"
-    weights = pretrain(RECIPES / "small.yaml", out / "small", *flags)
+    weights = pretrain(recipes["small"], out / "small", *flags)
     if not grown.exists():
         width = ["--width", str(WIDTH), "--noise-db", noise_db]
         run("grow", str(weights), *width, "--seed", seed, "-o", str(grown))

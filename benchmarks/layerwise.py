@@ -1,12 +1,14 @@
 """Layer-wise scaling and its shapes compared with uniform layers at equal cost.
 
-    python benchmarks/layerwise.py [--steps 600] [--seeds 0,1] [--large] [--out DIR]
+    python benchmarks/layerwise.py [--steps 600] [--seeds 0,1] [--large] [--bf16]
+        [--out DIR]
 
 Trains recipes/pretrain/layerwise/{uniform,layerwise,reverse,crown,frame}.yaml with each
 seed (with the same seed all train on the same batches), prints the held-out losses and
 their differences from the uniform layers, and draws them. All have the same numbers of
 parameters and FLOPs, and the same peak learning rate, 3e-3 with AdamW. --large doubles
-model_dim (10 million parameters); twice the tokens are --steps 1200.
+model_dim (10 million parameters); twice the tokens are --steps 1200. --bf16 trains all
+with torch.autocast, for processors that multiply bfloat16.
 """
 
 import argparse
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--large", action="store_true", help="10 million parameters")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--names", default=",".join(COLOURS), help="recipes to train")
     parser.add_argument("--out", type=Path, default=Path("pretrained/scaling"))
     args = parser.parse_args()
@@ -52,9 +55,8 @@ def main() -> None:
         (name, seed): args.out / f"{name}-{seed}" for seed in seeds for name in names
     }
     for (name, seed), folder in folders.items():
-        recipe = RECIPES / f"{name}.yaml"
-        if args.large:
-            recipe = derive(recipe, args.out / f"{name}.yaml", LARGE)
+        changes = {"bf16": args.bf16, **(LARGE if args.large else {})}
+        recipe = derive(RECIPES / f"{name}.yaml", args.out / f"{name}.yaml", changes)
         pretrain(recipe, folder, "--seed", str(seed), *steps)
     refuse_other_tokenizers(list(folders.values()))
     print_table(folders, names, seeds)

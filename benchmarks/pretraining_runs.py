@@ -24,11 +24,11 @@ def pretrain(recipe: Path, output: Path, *flags: str) -> Path:
     return weights
 
 
-def derive(recipe: Path, copy: Path, changes: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Write a copy of a recipe with other values of some keys, by section."""
+def derive(recipe: Path, copy: Path, changes: Mapping[str, Any]) -> Path:
+    """Write a copy of a recipe with other values of some keys; sections are merged."""
     entries = yaml.safe_load(recipe.read_text())
-    for section, values in changes.items():
-        entries[section] |= values
+    for key, value in changes.items():
+        entries[key] = entries[key] | value if isinstance(value, dict) else value
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_text(yaml.safe_dump(entries, sort_keys=False))
     return copy
