@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_openelm.model.joined_heads import Heads, JoinedRotation
 from mlx_openelm.model.kernels import Rotation, attend, rotation_after
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.model.token_layout import LayerCache, TokenLayout
@@ -44,23 +45,19 @@ class PrefixTree(TokenLayout):
         raise IndexError(position)
 
     def rotation(self, H: int, base: float, dtype: mx.Dtype) -> Rotation:
+        positions = mx.array(self.positions)
         # Each token is treated as a sequence of length 1 with its own position.
-        turn = rotation_after(mx.array(self.positions), 1, H, base, dtype)
+        turn = rotation_after(positions, 1, H, base, dtype)
+        if isinstance(turn, JoinedRotation):
+            return JoinedRotation.at(positions, H, base)
         return lambda x: turn(x.swapaxes(0, 1)).swapaxes(0, 2)  # (1, heads, N, H)
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        cache: LayerCache | None,
-    ) -> mx.array:
+    def attend(self, heads: Heads, cache: LayerCache | None) -> mx.array:
         ends = [spans[-1][1] for spans in self.segments]
+        queries = mx.split(heads.queries, ends[:-1], axis=2)
         parts = [
-            attend(own, _pick(keys, spans), _pick(values, spans), "causal")
-            for own, spans in zip(
-                mx.split(queries, ends[:-1], axis=2), self.segments, strict=True
-            )
+            attend(own, _pick(heads.keys, spans), _pick(heads.values, spans), "causal")
+            for own, spans in zip(queries, self.segments, strict=True)
         ]
         return mx.concatenate(parts, axis=2)
 

@@ -4,6 +4,7 @@ They have mlx-lm's interface (`offset`, `update_and_fetch`), so the model takes 
 Keys are stored rotated.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -22,6 +23,8 @@ class ModelCache(Protocol):
 
     def append(self, *parts: mx.array) -> None: ...
 
+    def stored(self) -> list[mx.array]: ...
+
     def can_trim(self, count: int) -> bool: ...
 
     def trim(self, count: int) -> None: ...
@@ -34,7 +37,7 @@ class ModelCache(Protocol):
 
 
 class GrowingCache:
-    """One layer's tokens in arrays (B, K, S, any), whose capacity S grows in steps.
+    """One layer's tokens in arrays (..., S, any), whose capacity S grows in steps.
 
     Attributes:
         offset: number of tokens stored.
@@ -49,9 +52,9 @@ class GrowingCache:
         self._parts: list[mx.array] = []
 
     def append(self, *parts: mx.array) -> None:
-        """Append tokens: arrays (B, K, T, any) in the order of `state`."""
-        start, end = self.offset, self.offset + parts[0].shape[2]
-        if not self._parts or end > self._parts[0].shape[2]:
+        """Append tokens: arrays (..., T, any) in the order of `state`."""
+        start, end = self.offset, self.offset + parts[0].shape[-2]
+        if not self._parts or end > self._parts[0].shape[-2]:
             self._grow(parts, end)
         for part, new in zip(self._parts, parts, strict=True):
             part[..., start:end, :] = new
@@ -77,34 +80,61 @@ class GrowingCache:
 
     def _grow(self, like: Sequence[mx.array], end: int) -> None:
         size = _round_up(end, self.step)
-        self._parts = _with_capacity(self.stored(), like, like[0].shape[0], size)
+        stored = [part[..., : self.offset, :] for part in self._parts]
+        self._parts = [
+            _with_capacity(stored[i] if stored else new[..., :0, :], size)
+            for i, new in enumerate(like)
+        ]
 
 
-class KVCache(GrowingCache):
-    """One layer's keys and values."""
+class PairCache(ABC):
+    """A layer's cache that takes new keys and values in one array, (2, B, K, T, H)."""
+
+    @abstractmethod
+    def update_pair(self, pair: mx.array) -> tuple[mx.array, mx.array]:
+        """Add keys and values; return those to attend to, (B, K, S, H) each."""
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """Append keys and values (B, K, T, H); return all of them, (B, K, S, H)."""
-        self.append(keys, values)
-        all_keys, all_values = self.stored()
-        return all_keys, all_values
+        """Do as `update_pair` with keys and values (B, K, T, H)."""
+        return self.update_pair(mx.stack([keys, values]))
 
-    def reserve_slots(self, count: int = 1) -> tuple[mx.array, mx.array]:
+
+def split_pair(pair: mx.array) -> tuple[mx.array, mx.array]:
+    """Return views of keys and values in one array, (2, B, K, S, H)."""
+    keys, values = mx.split(pair, 2)
+    return keys.squeeze(0), values.squeeze(0)  # an index would copy them
+
+
+class KVCache(PairCache, GrowingCache):
+    """One layer's keys and values, in one array (2, B, K, S, H)."""
+
+    def update_pair(self, pair: mx.array) -> tuple[mx.array, mx.array]:
+        super().append(pair)
+        return split_pair(self._parts[0][..., : self.offset, :])
+
+    def append(self, *parts: mx.array) -> None:
+        """Append keys and values, (B, K, T, H) each."""
+        super().append(mx.stack(list(parts)))
+
+    def stored(self) -> list[mx.array]:
+        """Return keys and values without their unused capacity."""
+        return [half for pair in super().stored() for half in split_pair(pair)]
+
+    def reserve_slots(self, count: int = 1) -> mx.array:
         """Return all slots of a non-empty cache, with at least `count` free."""
-        if self.offset + count > self._parts[0].shape[2]:
+        if self.offset + count > self._parts[0].shape[-2]:
             self._grow(self._parts, self.offset + count)
-        keys, values = self._parts
-        return keys, values
+        return self._parts[0]
 
-    def set_slots(self, keys: mx.array, values: mx.array, count: int = 1) -> None:
+    def set_slots(self, slots: mx.array, count: int = 1) -> None:
         """Replace the slots by these, which hold `count` tokens more."""
-        self._parts = [keys, values]
+        self._parts = [slots]
         self.offset += count
 
 
-class SlotCache:
+class SlotCache(PairCache):
     """One layer's keys and values of a batch of sequences of different lengths.
 
     Every sequence has a row of slots. A step adds a token to each of the first R rows.
@@ -125,23 +155,19 @@ class SlotCache:
         self.rows = self.offset = mx.zeros((0,), mx.int32)
         self.reach = 1
         self.newest: tuple[mx.array, ...] = ()
-        self._parts: list[mx.array] = []
+        self._slots = mx.zeros((2, 0, 0, 0, 0))  # (2, rows, K, S, H)
 
-    def update_and_fetch(
-        self, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """Append keys and values (R, K, 1, H) to each row.
+    def update_pair(self, pair: mx.array) -> tuple[mx.array, mx.array]:
+        """Append keys and values (2, R, K, 1, H), one to each row.
 
         Returns:
             The rows' keys and values, (R, K, reach, H), to be masked by `make_mask`.
         """
-        rows = keys.shape[0]
-        self.newest = keys, values
-        self._reserve((keys, values), rows, self.reach)
-        for slots, new in zip(self._parts, (keys, values), strict=True):
-            slots[self.rows, :, self.offset] = new.squeeze(2)
-        all_keys, all_values = self._parts
-        return all_keys[:rows, :, : self.reach], all_values[:rows, :, : self.reach]
+        rows = pair.shape[1]
+        self.newest = (pair,)
+        self._reserve(pair, rows, self.reach)
+        self._slots[:, self.rows, :, self.offset] = pair.squeeze(3).swapaxes(0, 1)
+        return split_pair(self._slots[:, :rows, :, : self.reach])
 
     def make_mask(
         self, num_tokens: int, return_array: bool, window_size: int | None
@@ -149,67 +175,52 @@ class SlotCache:
         """Return which slots the new token of each row sees, (R, 1, 1, reach)."""
         return (mx.arange(self.reach) <= self.offset[:, None])[:, None, None]
 
-    def reserve(self, rows: int) -> tuple[mx.array, mx.array]:
+    def reserve(self, rows: int) -> mx.array:
         """Return all slots of a cache that is not empty, with at least these rows."""
-        self._reserve(self._parts, rows, self.reach)
-        keys, values = self._parts
-        return keys, values
+        return self._reserve(self._slots, rows, self.reach)
 
-    def set_slots(self, keys: mx.array, values: mx.array) -> None:
+    def set_slots(self, slots: mx.array) -> None:
         """Replace the slots by these, which hold a token more in each row."""
-        self._parts = [keys, values]
+        self._slots = slots
 
     def put(self, row: int, keys: mx.array, values: mx.array) -> None:
         """Set the content of a row to keys and values (1, K, T, H)."""
-        length = keys.shape[2]
-        self._reserve((keys, values), row + 1, length)
-        for slots, new in zip(self._parts, (keys, values), strict=True):
-            slots[row : row + 1, :, :length] = new
+        pair, length = mx.stack([keys, values]), keys.shape[2]
+        self._reserve(pair, row + 1, length)[:, row : row + 1, :, :length] = pair
 
     def take(self, row: int, length: int) -> tuple[mx.array, mx.array]:
         """Return the first `length` keys and values of a row, (1, K, length, H)."""
-        keys, values = (part[row : row + 1, :, :length] for part in self._parts)
-        return keys, values
+        return split_pair(self._slots[:, row : row + 1, :, :length])
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` slots of a row to another row."""
-        for slots in self._parts:
-            slots[target, :, :length] = slots[source, :, :length]
+        self._slots[:, target, :, :length] = self._slots[:, source, :, :length]
 
     @property
     def state(self) -> tuple[mx.array, ...]:
-        """The arrays to evaluate, (rows, K, slots, H) each."""
-        return tuple(self._parts)
+        """The arrays to evaluate."""
+        return (self._slots,) if self._slots.size else ()
 
-    def _reserve(self, like: Sequence[mx.array], rows: int, slots: int) -> None:
+    def _reserve(self, like: mx.array, rows: int, slots: int) -> mx.array:
         """Grow to at least so many rows and slots; rows grow to a power of two."""
-        old_rows, _, old_slots, _ = (
-            self._parts[0].shape if self._parts else (0, 0, 0, 0)
-        )
-        if rows <= old_rows and slots <= old_slots:
-            return
-        rows = max(old_rows, 1 << (rows - 1).bit_length())
-        slots = max(old_slots, _round_up(slots, self.step))
-        parts = []
-        for i, part in enumerate(like):
-            grown = mx.zeros((rows, part.shape[1], slots, part.shape[3]), part.dtype)
-            if self._parts:
-                grown[:old_rows, :, :old_slots] = self._parts[i]
-            parts.append(grown)
-        self._parts = parts
+        _, old_rows, _, old_slots, _ = self._slots.shape
+        if rows > old_rows or slots > old_slots:
+            rows = max(old_rows, 1 << (rows - 1).bit_length())
+            slots = max(old_slots, _round_up(slots, self.step))
+            _, _, K, _, H = like.shape
+            grown = mx.zeros((2, rows, K, slots, H), like.dtype)
+            if old_rows:
+                grown[:, :old_rows, :, :old_slots] = self._slots
+            self._slots = grown
+        return self._slots
 
 
 def _round_up(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-def _with_capacity(
-    parts: Sequence[mx.array], like: Sequence[mx.array], rows: int, size: int
-) -> list[mx.array]:
-    """Return arrays (rows, K, size, any): the parts, if any, padded with zeros."""
-    added = size - (parts[0].shape[2] if parts else 0)
-    zeros = [mx.zeros((rows, p.shape[1], added, p.shape[3]), p.dtype) for p in like]
-    if not parts:
-        return zeros
-    pairs = zip(parts, zeros, strict=True)
-    return [mx.concatenate(list(pair), axis=2) for pair in pairs]
+def _with_capacity(part: mx.array, size: int) -> mx.array:
+    """Return an array (..., size, any): the part (..., S, any), padded with zeros."""
+    *leading, used, width = part.shape
+    zeros = mx.zeros((*leading, size - used, width), part.dtype)
+    return mx.concatenate([part, zeros], axis=-2) if used else zeros

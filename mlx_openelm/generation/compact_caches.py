@@ -8,7 +8,7 @@ import numpy as np
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.generation.cache import GrowingCache, KVCache, ModelCache
+from mlx_openelm.generation.cache import GrowingCache, KVCache, ModelCache, split_pair
 from mlx_openelm.generation.options import CacheOptions
 from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.model.quantization import Packing
@@ -62,23 +62,20 @@ class SlidingKVCache(KVCache):
         self.max_size, self.keep = max_size, keep
         self._ring = max_size - keep
 
-    def update_and_fetch(
-        self, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """Add keys and values (B, K, T, H); return those that the T tokens attend to.
+    def update_pair(self, pair: mx.array) -> tuple[mx.array, mx.array]:
+        """Add keys and values (2, B, K, T, H); return what the T tokens attend to.
 
         Returns:
             (B, K, S, H) each, to be masked by `make_mask`, which is called before.
         """
-        end = self.offset + keys.shape[2]
+        end = self.offset + pair.shape[-2]
         if end <= self.max_size:
-            return super().update_and_fetch(keys, values)
-        parts = self._parts or [new[..., :0, :] for new in (keys, values)]
-        slid_keys, seen_keys = self._slide(parts[0], keys)
-        slid_values, seen_values = self._slide(parts[1], values)
-        self._parts, self.offset = [slid_keys, slid_values], end
-        self.newest = (keys, values) if keys.shape[2] == 1 else ()
-        return seen_keys, seen_values
+            return super().update_pair(pair)
+        slots = self._parts[0] if self._parts else pair[..., :0, :]
+        slid, seen = self._slide(slots, pair)
+        self._parts, self.offset = [slid], end
+        self.newest = (pair,) if pair.shape[-2] == 1 else ()
+        return split_pair(seen)
 
     def make_mask(
         self, num_tokens: int, return_array: bool, window_size: int | None
@@ -103,13 +100,13 @@ class SlidingKVCache(KVCache):
 
     def _slide(self, slots: mx.array, new: mx.array) -> tuple[mx.array, mx.array]:
         """Return the slots with the new tokens, and what the new tokens attend to."""
-        B, K, T, H = new.shape
+        *leading, T, H = new.shape
         known = slots[..., : min(self.offset, self.max_size), :]
-        seen = mx.concatenate([known, new], axis=2)
-        missing = self.max_size - slots.shape[2]
+        seen = mx.concatenate([known, new], axis=-2)
+        missing = self.max_size - slots.shape[-2]
         if missing:  # the first time; negative if the capacity grew beyond `max_size`
-            zeros = mx.zeros((B, K, max(missing, 0), H), new.dtype)
-            slots = mx.concatenate([slots[..., : self.max_size, :], zeros], axis=2)
+            zeros = mx.zeros((*leading, max(missing, 0), H), new.dtype)
+            slots = mx.concatenate([slots[..., : self.max_size, :], zeros], axis=-2)
         places = self.offset + np.arange(T)
         stay = (places < self.keep) | (places >= self.offset + T - self._ring)
         chosen = places[stay]
@@ -119,7 +116,7 @@ class SlidingKVCache(KVCache):
         if T == 1:
             slots[..., at[0] : at[0] + 1, :] = new
             return slots, slots
-        slots[:, :, mx.array(at)] = new[:, :, mx.array(chosen - self.offset)]
+        slots[..., mx.array(at), :] = new[..., mx.array(chosen - self.offset), :]
         return slots, seen
 
 

@@ -82,7 +82,7 @@ class PromptCache:
         tensors = {
             f"layers.{i}.{j}": mx.contiguous(part[..., :count, :])
             for i, layer in enumerate(self.context.cache)
-            for j, part in enumerate(layer.state)
+            for j, part in enumerate(layer.stored())
         }
         tensors["tokens"] = mx.array(prompt, dtype=mx.uint32)
         mx.eval(tensors)
@@ -238,7 +238,7 @@ def _take_layers(
         like = make_cache()  # with one token, for shapes and dtypes; never evaluated
         like.update_and_fetch(*[mx.zeros((1, K, 1, H))] * 2)
         parts = []
-        for j, expected in enumerate(like.state):
+        for j, expected in enumerate(like.stored()):
             part = arrays.get(f"layers.{i}.{j}")
             dtypes = FLOATS if expected.dtype in FLOATS else (expected.dtype,)
             shape = (1, K, num_tokens, expected.shape[3])

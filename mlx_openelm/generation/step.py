@@ -11,7 +11,13 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from mlx_openelm.device import takes_gpu_path
-from mlx_openelm.generation.cache import KVCache, ModelCache, SlotCache
+from mlx_openelm.generation.cache import (
+    KVCache,
+    ModelCache,
+    PairCache,
+    SlotCache,
+    split_pair,
+)
 from mlx_openelm.model.kernels import use_decoding_threads
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.tuning import AHEAD, STAGED, Tuning
@@ -62,7 +68,7 @@ def plain_step(model: OpenELM) -> Step:
 
     def step(tokens: mx.array, cache: Sequence[ModelCache]) -> mx.array:
         use_decoding_threads(model.config)
-        return model.head(model.transformer(tokens[None], cache)[0])
+        return model.head(model.transformer(tokens[None], cache).squeeze(0))
 
     return step
 
@@ -78,12 +84,9 @@ def compiled_step(model: OpenELM) -> Step:
     def forward(
         tokens: mx.array, offset: mx.array, *slots: mx.array
     ) -> tuple[mx.array, ...]:
-        cache = [
-            _FixedSlots(keys, values, offset)
-            for keys, values in zip(slots[::2], slots[1::2], strict=True)
-        ]
-        logits = model.head(model.transformer(tokens[None], cache)[0])
-        return logits, *cache[0].newest, *(a for layer in cache for a in layer.slots)
+        cache = [_FixedSlots(own, offset) for own in slots]
+        logits = model.head(model.transformer(tokens[None], cache).squeeze(0))
+        return logits, cache[0].newest, *(layer.slots for layer in cache)
 
     plain = plain_step(model)
 
@@ -95,12 +98,12 @@ def compiled_step(model: OpenELM) -> Step:
         count = tokens.size
         padded = 1 << (count - 1).bit_length()  # the slots of padding are written again
         offset = mx.array([layers[0].offset])
-        slots = [array for layer in layers for array in layer.reserve_slots(padded)]
+        slots = [layer.reserve_slots(padded) for layer in layers]
         tokens = mx.pad(tokens, (0, padded - count)) if padded > count else tokens
-        logits, *slots = forward(tokens, offset, *slots)
-        layers[0].newest = slots[0], slots[1]
-        for layer, keys, values in zip(layers, slots[2::2], slots[3::2], strict=True):
-            layer.set_slots(keys, values, count)
+        logits, newest, *slots = forward(tokens, offset, *slots)
+        layers[0].newest = (newest,)
+        for layer, own in zip(layers, slots, strict=True):
+            layer.set_slots(own, count)
         return logits[:count] if padded > count else logits
 
     return step
@@ -127,12 +130,9 @@ def compiled_batch_step(model: OpenELM) -> BatchStep:
     def forward(
         tokens: mx.array, offsets: mx.array, *slots: mx.array
     ) -> tuple[mx.array, ...]:
-        cache = [
-            _FixedRows(keys, values, offsets)
-            for keys, values in zip(slots[::2], slots[1::2], strict=True)
-        ]
+        cache = [_FixedRows(own, offsets) for own in slots]
         logits = model.head(model.transformer(tokens[:, None], cache)[:, -1])
-        return logits, *cache[0].newest, *(a for layer in cache for a in layer.slots)
+        return logits, cache[0].newest, *(layer.slots for layer in cache)
 
     plain = plain_batch_step(model)
 
@@ -141,59 +141,56 @@ def compiled_batch_step(model: OpenELM) -> BatchStep:
         if not cache[0].state:  # before the first prompt of more than a token
             return plain(tokens, cache)
         rows = tokens.size
-        slots = [array for layer in cache for array in layer.reserve(rows)]
-        unused = [(0, slots[0].shape[0] - rows)]
+        slots = [layer.reserve(rows) for layer in cache]
+        unused = [(0, slots[0].shape[1] - rows)]
         offsets = mx.pad(cache[0].offset, unused)
-        logits, *slots = forward(mx.pad(tokens, unused), offsets, *slots)
-        cache[0].newest = slots[0], slots[1]
-        for layer, keys, values in zip(cache, slots[2::2], slots[3::2], strict=True):
-            layer.set_slots(keys, values)
+        logits, newest, *slots = forward(mx.pad(tokens, unused), offsets, *slots)
+        cache[0].newest = (newest,)
+        for layer, own in zip(cache, slots, strict=True):
+            layer.set_slots(own)
         return logits[:rows]
 
     return step
 
 
-class _FixedSlots:
-    """One layer's slots for keys and values, (B, K, S, H), in a compiled step.
+class _FixedSlots(PairCache):
+    """One layer's slots for keys and values, (2, B, K, S, H), in a compiled step.
 
     Attributes:
         offset: number of slots in use, (1,).
         newest: the keys and values that the step adds.
     """
 
-    def __init__(self, keys: mx.array, values: mx.array, offset: mx.array) -> None:
-        self.slots, self.offset = (keys, values), offset
-        self.newest: tuple[mx.array, ...] = ()
+    def __init__(self, slots: mx.array, offset: mx.array) -> None:
+        self.slots, self.offset = slots, offset
+        self.newest = slots[..., :0, :]
 
-    def update_and_fetch(
-        self, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """Add keys and values (B, K, T, H); return all slots."""
-        self.newest = keys, values
-        self.slots = self._add(self.slots[0], keys), self._add(self.slots[1], values)
-        return self.slots
+    def update_pair(self, pair: mx.array) -> tuple[mx.array, mx.array]:
+        """Add keys and values (2, B, K, T, H); return all slots."""
+        self.newest, self.slots = pair, self._add(pair)
+        return split_pair(self.slots)
 
-    def _add(self, slots: mx.array, new: mx.array) -> mx.array:
-        return mx.slice_update(slots, new, self.offset, axes=(2,))
+    def _add(self, pair: mx.array) -> mx.array:
+        return mx.slice_update(self.slots, pair, self.offset, axes=(3,))
 
     def make_mask(
         self, num_tokens: int, return_array: bool, window_size: int | None
     ) -> mx.array:
         """Return which slots the new tokens attend to, (1, 1, T, S)."""
         last = self.offset + mx.arange(num_tokens)[:, None]  # (T, 1)
-        return (mx.arange(self.slots[0].shape[2]) <= last)[None, None]
+        return (mx.arange(self.slots.shape[3]) <= last)[None, None]
 
 
 class _FixedRows(_FixedSlots):
     """One layer's slots of a batch; `offset` is that of each row, (R,)."""
 
-    def _add(self, slots: mx.array, new: mx.array) -> mx.array:
-        places = mx.broadcast_to(self.offset[:, None, None, None], new.shape)
-        return mx.put_along_axis(slots, places, new, axis=2)
+    def _add(self, pair: mx.array) -> mx.array:
+        places = mx.broadcast_to(self.offset[:, None, None, None], pair.shape)
+        return mx.put_along_axis(self.slots, places, pair, axis=3)
 
     def make_mask(
         self, num_tokens: int, return_array: bool, window_size: int | None
     ) -> mx.array:
         """Return which slots the new token of each row attends to, (R, 1, 1, S)."""
-        slots = mx.arange(self.slots[0].shape[2])
+        slots = mx.arange(self.slots.shape[3])
         return (slots <= self.offset[:, None])[:, None, None]

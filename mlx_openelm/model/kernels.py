@@ -18,6 +18,7 @@ import mlx.nn as nn
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.device import runs_on_linux_cpu, takes_gpu_path
+from mlx_openelm.model.joined_heads import JoinedRotation
 
 if sys.platform == "linux":
     from mlx_openelm.model import cpu_kernels as cpu
@@ -36,8 +37,9 @@ def normalize(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x, None, eps) * weight
 
 
-# RoPE (Su et al., 2104.09864) at fixed positions: (B, T, heads, H) -> (B, heads, T, H)
-Rotation = Callable[[mx.array], mx.array]
+# RoPE (Su et al., 2104.09864) at fixed positions: (B, T, heads, H) -> (B, heads, T, H),
+# or together with the norms.
+Rotation = Callable[[mx.array], mx.array] | JoinedRotation
 
 
 def rotation_after(
@@ -48,7 +50,8 @@ def rotation_after(
     Args:
         offset: one for all sequences, or one per sequence, (B,).
     """
-    if not runs_on_linux_cpu() or dtype != mx.float32:
+    on_cpu = runs_on_linux_cpu() and dtype == mx.float32
+    if not (takes_gpu_path() or on_cpu):
         return partial(_rotate_fused, H=H, base=base, offset=offset)
     if isinstance(offset, mx.array) and offset.ndim == 1:
         offset = offset[:, None]
@@ -57,6 +60,8 @@ def rotation_after(
 
 def rotation_at(positions: mx.array, H: int, base: float) -> Rotation:
     """Return the rotation of tokens at the given positions, (T,) or (B, T)."""
+    if takes_gpu_path():
+        return JoinedRotation.at(positions, H, base)
     if runs_on_linux_cpu() and positions.size <= cpu.FEW_TOKENS:
         return partial(
             cpu.rotate_by_matrix, matrix=cpu.rotation_matrix(positions, H, base)

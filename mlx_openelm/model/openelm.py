@@ -22,6 +22,7 @@ import mlx.nn as nn
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.model.head_norm import HeadNorm
+from mlx_openelm.model.joined_heads import Heads, JoinedRotation
 from mlx_openelm.model.kernels import (
     Rotation,
     add_projection,
@@ -172,13 +173,15 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         Q, K, H = self.num_query_heads, self.num_kv_heads, self.head_dim
         qkv = self.qkv_proj(x).reshape(B, T, Q + 2 * K, H)
-        qk, values = mx.split(qkv, [Q + K], axis=2)  # (B, T, Q + K, H), (B, T, K, H)
-        cached = cache is not None
-        qk = self._head_norm(qk, self.q_norm, self.k_norm, Q, cached=cached)
-        qk = rotate(qk)  # (B, Q + K, T, H)
-        queries, keys = mx.split(qk, [Q], axis=1)  # (B, Q, T, H), (B, K, T, H)
-        values = values.swapaxes(1, 2)  # (B, K, T, H)
-        attended = layout.attend(queries, keys, values, cache)  # (B, Q, T, H)
+        if isinstance(rotate, JoinedRotation):
+            heads = rotate(qkv, self.q_norm, self.k_norm, Q)
+        else:
+            qk, values = mx.split(qkv, [Q + K], axis=2)  # (B, T, Q + K or K, H)
+            cached = cache is not None
+            qk = self._head_norm(qk, self.q_norm, self.k_norm, Q, cached=cached)
+            queries, keys = mx.split(rotate(qk), [Q], axis=1)  # (B, Q or K, T, H)
+            heads = Heads(queries, keys, values.swapaxes(1, 2))
+        attended = layout.attend(heads, cache)  # (B, Q, T, H)
         joined = attended.swapaxes(1, 2).reshape(B, T, Q * H)
         return add_projection(onto, self.out_proj, joined)
 

@@ -7,11 +7,13 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Protocol
 
 import mlx.core as mx
 
 from mlx_openelm.model.chunk_sizes import SCORES_AT_ONCE
+from mlx_openelm.model.joined_heads import Heads
 from mlx_openelm.model.kernels import Rotation, attend, rotation_after, rotation_at
 
 
@@ -26,6 +28,14 @@ class LayerCache(Protocol):
     ) -> tuple[mx.array, mx.array]: ...
 
 
+def _add_to(cache: LayerCache, heads: Heads) -> tuple[mx.array, mx.array]:
+    """Add the new keys and values; return all of them, (B, K, S, H) each."""
+    if heads.joined is not None and hasattr(cache, "update_pair"):
+        both: tuple[mx.array, mx.array] = cache.update_pair(heads.pair)
+        return both
+    return cache.update_and_fetch(heads.keys, heads.values)
+
+
 class TokenLayout(ABC):
     """How the tokens (B, T) of one call form sequences."""
 
@@ -34,18 +44,10 @@ class TokenLayout(ABC):
         """Return the rotation of each token to its position, for all layers."""
 
     @abstractmethod
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        cache: LayerCache | None,
-    ) -> mx.array:
+    def attend(self, heads: Heads, cache: LayerCache | None) -> mx.array:
         """Return the attention output (B, Q, T, H).
 
         Args:
-            queries: (B, Q, T, H).
-            keys: (B, K, T, H), as the values.
             cache: receives the new keys and values, if the layout supports one.
         """
 
@@ -81,16 +83,11 @@ class Continuation(TokenLayout):
     def rotation(self, H: int, base: float, dtype: mx.Dtype) -> Rotation:
         return rotation_after(self.offset, self.num_tokens, H, base, dtype)
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        cache: LayerCache | None,
-    ) -> mx.array:
+    def attend(self, heads: Heads, cache: LayerCache | None) -> mx.array:
+        keys, values = heads.keys, heads.values
         if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)  # (B, K, S, H)
-        return attend(queries, keys, values, self.mask)
+            keys, values = _add_to(cache, heads)  # (B, K, S, H)
+        return attend(heads.queries, keys, values, self.mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +104,17 @@ class Sequences(TokenLayout):
         positions = [mx.arange(length) for length in self.lengths]
         return rotation_at(mx.concatenate(positions), H, base)
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        cache: LayerCache | None,
-    ) -> mx.array:
+    def attend(self, heads: Heads, cache: LayerCache | None) -> mx.array:
         if cache is not None:
-            cache.update_and_fetch(keys, values)
+            _add_to(cache, heads)
         ends = list(itertools.accumulate(self.lengths))[:-1]
-        split = (mx.split(x, ends, axis=2) for x in (queries, keys, values))
+        parts_of = (heads.queries, heads.keys, heads.values)
+        split = (mx.split(x, ends, axis=2) for x in parts_of)
         parts = [attend(q, k, v, "causal") for q, k, v in zip(*split, strict=True)]
         return mx.concatenate(parts, axis=2)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PaddedSequences(TokenLayout):
     """One row holds N tokens, sequences and padding, in arrays of fixed shapes.
 
@@ -142,44 +134,38 @@ class PaddedSequences(TokenLayout):
     sources: mx.array
     segments: mx.array
 
+    @cached_property
+    def mask(self) -> mx.array:
+        """Which slots attend to which, (R, 1, S, S); the same in all layers."""
+        return _mask_segments(self.segments)
+
     def rotation(self, H: int, base: float, dtype: mx.Dtype) -> Rotation:
         return rotation_at(self.places, H, base)
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        cache: LayerCache | None,
-    ) -> mx.array:
+    def attend(self, heads: Heads, cache: LayerCache | None) -> mx.array:
         assert cache is None
+        assert heads.joined is not None
         R, S = self.segments.shape
-        _, Q, _, H = queries.shape
-        queries, keys, values = (
-            _move(x[0], self.sources.reshape(-1), self.slots)
-            .reshape(-1, R, S, H)
-            .swapaxes(0, 1)  # (R, heads, S, H)
-            for x in (queries, keys, values)
-        )
+        _, Q, _, H = heads.queries.shape
+        moved = _move(heads.joined.squeeze(0), self.sources.reshape(-1), self.slots)
+        rows = moved.reshape(-1, R, S, H).swapaxes(0, 1)  # (R, Q + 2 K, S, H)
+        own = Heads.of(rows, Q)
         at_once = max(1, SCORES_AT_ONCE // (Q * S * S))
         if at_once >= R:
-            attended = _attend_in_segments(queries, keys, values, self.segments)
+            attended = attend(own.queries, own.keys, own.values, self.mask)
         else:
             attended = _attend_in_parts(
-                queries, keys, values, self.segments, at_once=at_once
+                own.queries, own.keys, own.values, self.segments, at_once=at_once
             )
         flat = attended.swapaxes(0, 1).reshape(Q, R * S, H)
         return _move(flat, self.slots, self.sources.reshape(-1))[None]
 
 
-def _attend_in_segments(
-    queries: mx.array, keys: mx.array, values: mx.array, segments: mx.array
-) -> mx.array:
-    """Return the causal attention output (R, Q, S, H) inside of segments (R, S)."""
+def _mask_segments(segments: mx.array) -> mx.array:
+    """Return the causal mask inside of segments (R, S), (R, 1, S, S)."""
     S = segments.shape[1]
     causal = mx.arange(S)[:, None] >= mx.arange(S)
-    mask = (segments[:, :, None] == segments[:, None]) & causal  # (R, S, S)
-    return attend(queries, keys, values, mask[:, None])
+    return ((segments[:, :, None] == segments[:, None]) & causal)[:, None]
 
 
 def _attend_in_parts(
@@ -190,7 +176,7 @@ def _attend_in_parts(
     *,
     at_once: int,
 ) -> mx.array:
-    """Return `_attend_in_segments`, of which only the scores of a few rows exist.
+    """Return the attention output (R, Q, S, H); only scores of a few rows exist.
 
     The gradient computes the scores again, the same rows at a time.
     """
@@ -202,7 +188,7 @@ def _attend_in_parts(
         for part in rows:
             own = mx.depends(queries[part], parts[-1]) if parts else queries[part]
             parts.append(
-                _attend_in_segments(own, keys[part], values[part], segments[part])
+                attend(own, keys[part], values[part], _mask_segments(segments[part]))
             )
         return mx.concatenate(parts)
 
@@ -218,7 +204,7 @@ def _attend_in_parts(
             if gradients:
                 own[0] = mx.depends(own[0], gradients[-1])
             _, gradient = mx.vjp(
-                lambda q, k, v, part=part: _attend_in_segments(q, k, v, segments[part]),
+                partial(attend, mask=_mask_segments(segments[part])),
                 own,
                 [cotangent[part]],
             )

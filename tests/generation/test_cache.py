@@ -106,7 +106,7 @@ def test_a_text_longer_than_the_context_takes_no_more_memory():
     assert len(answer) == 200 > UNEVEN.max_context_length
     assert context.cache[0].offset == 202
     for layer, K in zip(context.cache, UNEVEN.num_kv_heads, strict=True):
-        assert [part.shape for part in layer.state] == [(1, K, 24, 16)] * 2
+        assert [part.shape for part in layer.state] == [(2, 1, K, 24, 16)]
 
 
 def test_a_cache_that_has_slid_is_rebuilt_instead_of_trimmed():

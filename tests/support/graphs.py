@@ -14,7 +14,7 @@ from unittest import mock
 
 import mlx.core as mx
 
-from mlx_openelm.model import kernels
+from mlx_openelm.model import joined_heads, kernels
 
 # They give a buffer another shape or other strides, or only order the work.
 VIEWS = {
@@ -52,6 +52,7 @@ def fused_operations() -> Iterator[None]:
     with (
         mock.patch.multiple(mx.fast, **stand_ins),
         mock.patch.object(kernels, "_compiled_swiglu", _one),
+        mock.patch.object(joined_heads, "_rotate_elements", _one),
     ):
         yield
 

@@ -129,7 +129,7 @@ def _target_losses(model: OpenELM, arrays: Tensors, z_loss: float = 0.0) -> mx.a
     layout = PaddedSequences(
         arrays["places"], arrays["slots"], arrays["sources"], arrays["segments"]
     )
-    hidden = model.transformer(arrays["tokens"][None], layout=layout)[0]  # (N, D)
+    hidden = model.transformer(arrays["tokens"][None], layout=layout).squeeze(0)
     losses = token_losses(
         hidden[arrays["positions"]],
         adapted_weight(model.head_module),
