@@ -4,13 +4,12 @@
 
 For one token, and one update of LoRA. No GPU is needed: a single primitive stands in
 for each of MLX's fused operations, and views (reshape, transpose, slices, ...) do not
-count. An update also has what `mx.compile` fuses later, in both programs.
+count. An update is counted as `mx.compile` fuses it, and each array that is copied into
+a concatenation as one primitive, in both programs.
 """
 
 import os
-import re
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,15 @@ from pathlib import Path
 os.environ["MLX_OPENELM_GPU_PATH"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
 
-from graphs import VIEWS, fused_operations, primitives_of, work_of
+from graphs import count_compiled, fused_operations, primitives_of, work_of
 from models import EVEN, build, weights_of
-from trainings import make_model, make_recipe, make_samples, make_training
+from trainings import (
+    make_model,
+    make_recipe,
+    make_samples,
+    make_training,
+    traced_update,
+)
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
@@ -31,8 +36,7 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.generation.cache import KVCache
 from mlx_openelm.generation.step import plain_step
 from mlx_openelm.tensor_names import to_folder
-from mlx_openelm.training.arrays import flatten, trained_tensors
-from mlx_openelm.training.compiled_step import CompiledStep
+from mlx_openelm.training.arrays import flatten
 
 
 def config(layers: int) -> OpenELMConfig:
@@ -75,29 +79,11 @@ def their_token(layers: int, bits: int | None) -> int:
     return token(layers, model, lambda t: model(t[None], cache)[0, -1], cache)
 
 
-def count_compiled(graph: Callable, *arguments: object) -> int:
-    with tempfile.NamedTemporaryFile(suffix=".dot") as file:
-        mx.export_to_dot(file.name, *mx.compile(graph)(*arguments))
-        names = re.findall(r'label ="([A-Za-z]+)', Path(file.name).read_text())
-    return sum(name not in VIEWS for name in names)
-
-
 def our_update(layers: int) -> int:
     recipe = make_recipe(rank=8, grad_accumulation_steps=1)
     samples = make_samples([20, 30, 25, 28])
     training = make_training(recipe, samples, make_model(recipe, config(layers)))
-    step = training.trainer._step
-    assert isinstance(step, CompiledStep)
-    batch = step._objective.pad(samples)
-    model, optimizer = training.model, training.context.state.optimizer
-    trained, state = trained_tensors(model), flatten(optimizer.state)
-
-    def graph(*arguments: object) -> list[mx.array]:
-        outputs = step._update_from_batch(*arguments)
-        return [array for _, array in tree_flatten(list(outputs))]
-
-    count, rate = mx.array(60.0), mx.array(1e-3)
-    return count_compiled(graph, trained, state, batch.arrays, [], count, rate)
+    return count_compiled(*traced_update(training, samples))
 
 
 def their_update(layers: int) -> int:

@@ -37,6 +37,12 @@ class Heads:
         queries, keys, values = mx.split(joined, [Q, (Q + joined.shape[1]) // 2], 1)
         return cls(queries, keys, values, joined)
 
+    def join(self) -> mx.array:
+        """Return all heads in one array, (B, Q + 2 K, T, H)."""
+        if self.joined is None:
+            return mx.concatenate([self.queries, self.keys, self.values], axis=1)
+        return self.joined
+
     @property
     def pair(self) -> mx.array:
         """Keys and values in one array, (2, B, K, T, H)."""

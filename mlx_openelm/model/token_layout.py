@@ -144,10 +144,9 @@ class PaddedSequences(TokenLayout):
 
     def attend(self, heads: Heads, cache: LayerCache | None) -> mx.array:
         assert cache is None
-        assert heads.joined is not None
         R, S = self.segments.shape
         _, Q, _, H = heads.queries.shape
-        moved = _move(heads.joined.squeeze(0), self.sources.reshape(-1), self.slots)
+        moved = _move(heads.join().squeeze(0), self.sources.reshape(-1), self.slots)
         rows = moved.reshape(-1, R, S, H).swapaxes(0, 1)  # (R, Q + 2 K, S, H)
         own = Heads.of(rows, Q)
         at_once = max(1, SCORES_AT_ONCE // (Q * S * S))

@@ -12,7 +12,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map_with_path, tree_unflatten
 
-from mlx_openelm.model.lora import LoRALinear
+from mlx_openelm.model.lora import InputLoRAEmbedding, LoRAEmbedding, LoRALinear
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.training.arrays import flatten, trained_tensors
 from mlx_openelm.training.objective import PaddedBatch, PaddedObjective, Totals
@@ -23,6 +23,10 @@ Tensors = Mapping[str, mx.array]
 
 class CompiledStep:
     """Updates the trainable weights of a model, as `Step` does, in one process.
+
+    The arrays of an adapter are many and small, so what counts is the number of
+    operations: their old values are kept until the host knows whether an update is
+    finite. Of larger ones the device selects them, and no copy exists.
 
     Args:
         clip_norm: maximum norm of the gradient of the mean loss; 0 or None: no limit.
@@ -43,6 +47,10 @@ class CompiledStep:
             for module in model.modules()
             if isinstance(module, LoRALinear) and module.dropout > 0
         ]
+        self._is_adapter = any(
+            isinstance(module, LoRALinear | LoRAEmbedding | InputLoRAEmbedding)
+            for module in model.modules()
+        )
         self._update_at_once = mx.compile(self._update_from_batch)
         self._add = mx.compile(self._add_part)
         self._finish = mx.compile(self._apply)
@@ -54,13 +62,10 @@ class CompiledStep:
         learning_rate: float,
         stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
-        """Make one update; see `Step.update`.
-
-        The device decides whether loss and gradient are finite, and keeps weights and
-        optimizer as they were if not.
-        """
+        """Make one update, unless it is not finite; see `Step.update`."""
         trained: Tensors = trained_tensors(self._model)
         state: Tensors = flatten(self._optimizer.state)
+        kept = (trained, state) if self._is_adapter else None
         rate = mx.array(learning_rate)
         indices, sums = list[tuple[int, ...]](), list[mx.array]()
         held: tuple[PaddedBatch, list[mx.array]] | None = None
@@ -86,12 +91,14 @@ class CompiledStep:
                 trained, state, gradients, mx.stack(sums), total, rate
             )
         self._set(trained, state)
-        del trained, state, gradients  # donates the old arrays
+        del trained, state, gradients  # donates the old arrays, unless they are kept
         requested = stop()
         mx.eval(
             *(self._model.trainable_parameters(), self._optimizer.state, report, sums)
         )
         norm, applied = np.array(report, np.float64).tolist()
+        if kept is not None and not applied:
+            self._set(*kept)
         rows = np.array([np.array(each) for each in sums], np.float64)  # (parts, 3)
         loss, wins, margin = rows.sum(axis=0).tolist()
         bad = [part for part, row in enumerate(rows) if not np.isfinite(row[0])]
@@ -182,11 +189,16 @@ class CompiledStep:
         count: mx.array,
         rate: mx.array,
     ) -> tuple[Tensors, Tensors, mx.array]:
-        """Return updated weights and state, or the old ones if not all is finite.
+        """Return updated weights and state.
 
-        The last array has the norm of the mean gradient, and 1 if all is finite.
+        Unless it is an adapter, these are the old ones if not all is finite. The last
+        array has the norm of the mean gradient, and 1 if all is finite.
         """
-        norm = gradient_norm(gradients) / count
+        if self._is_adapter:  # a copy instead of the operations of a sum, for each
+            parts = [array.flatten() for array in gradients.values()]
+            norm = gradient_norm([mx.concatenate(parts)]) / count
+        else:
+            norm = gradient_norm(gradients) / count
         finite = mx.isfinite(sums[:, 0].sum()) & mx.isfinite(norm)
         factor = 1 / count
         if self._clip_norm:
@@ -194,13 +206,13 @@ class CompiledStep:
         scaled = {name: array * factor for name, array in gradients.items()}
         self._optimizer.learning_rate = rate
         self._optimizer.update(self._model, tree_unflatten(list(scaled.items())))
-        updated, new_state = (
-            {name: mx.where(finite, array, old[name]) for name, array in new.items()}
-            for old, new in (
-                (trained, trained_tensors(self._model)),
-                (state, flatten(self._optimizer.state)),
+        updated: Tensors = trained_tensors(self._model)
+        new_state: Tensors = flatten(self._optimizer.state)
+        if not self._is_adapter:
+            updated, new_state = (
+                {name: mx.where(finite, new[name], old[name]) for name in new}
+                for old, new in ((trained, updated), (state, new_state))
             )
-        )
         return updated, new_state, mx.stack([norm, finite.astype(mx.float32)])
 
     # The model while a function is traced ----------------------------------------

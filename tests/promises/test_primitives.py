@@ -5,9 +5,16 @@ from dataclasses import replace
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from graphs import fused_operations, primitives_of, work_of
+from graphs import count_compiled, fused_operations, primitives_of, work_of
 from models import EVEN, build
-from trainings import make_model, make_pairs, make_recipe, make_samples, make_training
+from trainings import (
+    make_model,
+    make_pairs,
+    make_recipe,
+    make_samples,
+    make_training,
+    traced_update,
+)
 
 from mlx_openelm.device import FORCED_PATH
 from mlx_openelm.generation.cache import KVCache, SlotCache
@@ -38,14 +45,17 @@ def path_of_a_gpu(monkeypatch):
         yield
 
 
-def make(layers, *, bits=None):
-    config = replace(
+def make_config(layers):
+    return replace(
         EVEN,
         num_query_heads=(4,) * layers,
         num_kv_heads=(2,) * layers,
         ffn_dims=(128,) * layers,
     )
-    model = build(config)
+
+
+def make(layers, *, bits=None):
+    model = build(make_config(layers))
     model.set_dtype(mx.bfloat16)
     if bits:
         nn.quantize(model, 64, bits)
@@ -107,6 +117,21 @@ def test_a_token_takes_few_primitives_in_each_layer(make_step, bits, expected):
 def test_a_step_of_a_batch_takes_few_primitives_in_each_layer(bits, expected):
     count = per_layer(lambda m: decoded_in_batch(m, compiled_batch_step), bits=bits)
     assert count == expected
+
+
+def test_an_update_takes_few_primitives_in_each_layer():
+    """In products 32, in AdamW 8, in the gradient's norm 8, in the rest 29."""
+    recipe = make_recipe(rank=8, grad_accumulation_steps=1)
+    samples, counts = make_samples([20, 30, 25, 28]), []
+    mx.enable_compile()  # the graph is not evaluated, so no compiler is called
+    try:
+        for layers in (2, 3):
+            model = make_model(recipe, make_config(layers))
+            training = make_training(recipe, samples, model)
+            counts.append(count_compiled(*traced_update(training, samples)))
+    finally:
+        mx.disable_compile()
+    assert counts[1] - counts[0] == 77
 
 
 # Audit ---------------------------------------------------------------------------

@@ -6,6 +6,7 @@ primitive stands in for each of them, so the graphs have as many as those of a G
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,22 @@ def primitives_of(function: Callable, *arrays: mx.array) -> list[Primitive]:
             names = re.findall(r'label ="([A-Za-z]+)', Path(file.name).read_text())
         return [Primitive(name, frozenset()) for name in names]
     return found
+
+
+def count_compiled(graph: Callable, *arguments: object) -> int:
+    """Return how many primitives a graph has when it is compiled, without views.
+
+    A concatenation counts as a copy of each of its arrays.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".dot") as file:
+        mx.export_to_dot(file.name, *mx.compile(graph)(*arguments))
+        text = Path(file.name).read_text()
+    nodes = re.findall(r'(\d+) \[label ="([A-Za-z]+)', text)
+    inputs = Counter(re.findall(r"-> (\d+)", text))
+    return sum(
+        inputs[node] if name == "Concatenate" else name not in VIEWS
+        for node, name in nodes
+    )
 
 
 def work_of(primitives: list[Primitive]) -> int:

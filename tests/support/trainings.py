@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from models import UNEVEN, build
 
 from mlx_openelm.config import OpenELMConfig
@@ -24,7 +25,7 @@ from mlx_openelm.finetuning.trainer import Trainer
 from mlx_openelm.finetuning.validation import Validator
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.signals import Stop
-from mlx_openelm.training.arrays import flatten
+from mlx_openelm.training.arrays import flatten, trained_tensors
 from mlx_openelm.training.distributed import World
 from mlx_openelm.training.events import EventLog
 from mlx_openelm.training.optimizer import make_optimizer
@@ -172,3 +173,18 @@ def read_data(
         completion_key=completion_key,
     )
     return records.read_data(path, make_objective(recipe).formats())
+
+
+def traced_update(training: SmallRun, samples: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the function of one compiled update, and its arguments."""
+    step = training.trainer._step
+    batch = step._objective.pad(samples)
+    optimizer = training.context.state.optimizer
+    trained, state = trained_tensors(training.model), flatten(optimizer.state)
+
+    def graph(*arguments: Any) -> list[mx.array]:
+        outputs = step._update_from_batch(*arguments)
+        return [array for _, array in tree_flatten(list(outputs))]
+
+    count, rate = mx.array(60.0), mx.array(1e-3)
+    return graph, trained, state, batch.arrays, [], count, rate

@@ -91,8 +91,11 @@ def assert_close(ours, theirs):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion"])
 @pytest.mark.parametrize("sizes", [(6,), (3, 5)])
-def test_an_update_is_that_of_the_plain_step(optimizer, sizes):
-    (plain, state, step, _), (model, own_state, own_step, _) = make_steps(optimizer)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_an_update_is_that_of_the_plain_step(optimizer, sizes, adapter):
+    (plain, state, step, _), (model, own_state, own_step, _) = make_steps(
+        optimizer, adapter=adapter
+    )
     for i in range(3):
         expected = step.update(parts_of(i, *sizes), learning_rate=0.1 / (i + 1))
         result = own_step.update(parts_of(i, *sizes), learning_rate=0.1 / (i + 1))
@@ -125,8 +128,9 @@ def test_the_host_waits_once_for_an_update(monkeypatch):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("sizes", [(6,), (3, 5)])
-def test_a_batch_that_is_not_finite_changes_nothing(bad, sizes):
-    _, (model, optimizer, step, _) = make_steps()
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_batch_that_is_not_finite_changes_nothing(bad, sizes, adapter):
+    _, (model, optimizer, step, _) = make_steps(adapter=adapter)
     step.update(parts_of(0, *sizes), learning_rate=0.1)
     before = {n: np.array(a) for n, a in state_of(model, optimizer).items()}
     parts = list(parts_of(1, *sizes))
