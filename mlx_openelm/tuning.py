@@ -8,7 +8,7 @@ variables must be set before it.
 import dataclasses
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -69,8 +69,13 @@ def describe_host() -> dict[str, str]:
     }
 
 
-def read_tuning(path: Path | None = None) -> Tuning | None:
+def read_tuning(
+    path: Path | None = None, on_note: Callable[[str], None] = lambda note: None
+) -> Tuning | None:
     """Return the stored settings; None if there are none for this machine.
+
+    Args:
+        on_note: receives the reason why a file is not used.
 
     Raises:
         OpenELMError: the file is damaged.
@@ -81,6 +86,10 @@ def read_tuning(path: Path | None = None) -> Tuning | None:
     try:
         stored = read_json(path)
         if stored["format"] != _FORMAT or stored["host"] != describe_host():
+            on_note(
+                f"The settings in {path} are those of another machine or version of "
+                "MLX, and are not used; run `selfcheck` with `tune` again."
+            )
             return None
         return _checked(stored["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -140,7 +149,10 @@ def as_stored(tuning: Tuning) -> dict[str, Any]:
 
 
 def start_tuned(
-    *, ignored: bool = False, variables: Environment | None = None
+    *,
+    ignored: bool = False,
+    variables: Environment | None = None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Tuning:
     """Return the settings for this process, and set its environment variables.
 
@@ -148,8 +160,9 @@ def start_tuned(
 
     Args:
         variables: the environment of a run to resume, instead of this machine's.
+        on_note: see `read_tuning`.
     """
-    tuning = (None if ignored else read_tuning()) or DEFAULT
+    tuning = (None if ignored else read_tuning(on_note=on_note)) or DEFAULT
     environment = tuning.environment if variables is None else variables
     for name, value in environment.items():
         os.environ.setdefault(name, value)

@@ -50,6 +50,7 @@ from mlx_openelm.version import __version__
 MARGIN = 0.03  # a setting must be faster by this share
 ROUNDS, SECONDS = 5, 540
 CHUNKS = (128, 256, 512, 1024, 2048)
+_NO_TIME = "no time was left"
 TF32 = "MLX_ENABLE_TF32"  # reported, never applied: it changes results
 _ENVIRONMENTS: tuple[Mapping[str, str], ...] = (
     {},
@@ -222,25 +223,28 @@ def _compare(
     digests: dict[str, set[str]] = {name: set() for name in runs}
     for number in range(rounds + 1):  # the first one compiles and is not counted
         for name, run in runs.items():
-            if run is None or (number > 1 and time.perf_counter() > ends):
+            if run is None or time.perf_counter() > ends:
                 continue
             rate, digest = run()
             digests[name].add(digest)
             if number:
                 rates[name].append(rate)
     first = next(iter(digests.values()))
-    return [
-        Trial(group, name, settings[name], reason="not possible here")
-        if run is None
-        else Trial(
-            group,
-            name,
-            settings[name],
-            Figure.of(rates[name]),
-            identical=len(first) == 1 and digests[name] == first,
-        )
-        for name, run in runs.items()
-    ]
+    trials: list[Trial] = []
+    for name, run in runs.items():
+        trial = Trial(group, name, settings[name])
+        if run is None:
+            trial = replace(trial, reason="not possible here")
+        elif not rates[name]:
+            trial = replace(trial, reason=_NO_TIME)
+        else:
+            trial = replace(
+                trial,
+                tokens_per_second=Figure.of(rates[name]),
+                identical=len(first) == 1 and digests[name] == first,
+            )
+        trials.append(trial)
+    return trials
 
 
 def _winner(trials: Sequence[Trial]) -> Mapping[str, Any]:
@@ -396,9 +400,9 @@ def _try_environments(workload: Workload, ends: float) -> list[Trial]:
         if not workload.starts:
             reason = "has no effect on the CPU"
         elif time.perf_counter() > ends:
-            reason = "no time was left"
+            reason = _NO_TIME
         else:
-            rates, digest = _measure_in_process(workload, environment)
+            rates, digest = _measure_in_process(workload, environment, ends)
             if rates:
                 first = first or digest
                 trials.append(
@@ -417,7 +421,7 @@ def _try_environments(workload: Workload, ends: float) -> list[Trial]:
 
 
 def _measure_in_process(
-    workload: Workload, environment: Mapping[str, str]
+    workload: Workload, environment: Mapping[str, str], ends: float
 ) -> tuple[list[float], str]:
     settings = {
         "size": workload.size,
@@ -431,7 +435,7 @@ def _measure_in_process(
             env={**os.environ, **environment},
             capture_output=True,
             check=False,
-            timeout=workload.seconds,
+            timeout=max(0.0, ends - time.perf_counter()),
         )
         rates, digest = parse_json(result.stdout)
     except (ValueError, subprocess.TimeoutExpired):

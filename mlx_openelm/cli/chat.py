@@ -9,10 +9,12 @@ from mlx_openelm.cli.options import (
     Adapter,
     Json,
     Model,
+    NoTuning,
     Offline,
     Quiet,
     open_model,
     optional_path,
+    use_tuning,
 )
 from mlx_openelm.generation.options import (
     CacheOptions,
@@ -31,6 +33,7 @@ def chat_command(
     prompting: Annotated[GivenOptions, OptionsOf(PromptOptions)],
     drafting: Annotated[GivenOptions, OptionsOf(DraftOptions)],
     caching: Annotated[GivenOptions, OptionsOf(CacheOptions, without=("max_kv_size",))],
+    no_tuning: NoTuning = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
@@ -41,6 +44,7 @@ def chat_command(
     from the model's generation_config.json; without one, decoding is greedy.
     """
     console = Console(quiet=quiet)
+    tuning = use_tuning(console, no_tuning)
     prompt_options = PromptOptions(**prompting)
     check_sampling(sampling)
     check_utf8(prompt_options.system)
@@ -48,7 +52,7 @@ def chat_command(
     from mlx_openelm.generation.compact_caches import cache_maker
 
     folder, loaded, tokenizer = open_model(console, model, adapter_path, offline)
-    drafter = make_drafter(DraftOptions(**drafting), loaded, tokenizer, offline)
+    drafter = make_drafter(DraftOptions(**drafting), loaded, tokenizer, offline, tuning)
     run_chat(
         console,
         folder,
@@ -60,5 +64,6 @@ def chat_command(
         adapter=optional_path(adapter_path),
         drafter=drafter,
         make_cache=cache_maker(folder.config, CacheOptions(**caching)),
+        tuning=tuning,
         as_json=as_json,
     )

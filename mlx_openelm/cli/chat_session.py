@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mlx_openelm.model.openelm import OpenELM
     from mlx_openelm.storage.model_folder import ModelFolder
     from mlx_openelm.text.tokenizer import Tokenizer
+    from mlx_openelm.tuning import Tuning
 
 SIGN, MORE = ">>> ", "... "  # prompts for a message and for its further lines
 BLOCK = '"""'
@@ -62,13 +63,14 @@ def run_chat(
     adapter: Path | None,
     drafter: "Drafter | None",
     make_cache: "Callable[[], ModelCache]",
+    tuning: "Tuning",
     as_json: bool,
 ) -> None:
     """Hold a conversation until the input ends.
 
     Args:
         adapter: the folder of the model's adapter, for /save and /load.
-        drafter, make_cache: see `Conversation`.
+        drafter, make_cache, tuning: see `Conversation`.
         as_json: write one object for each answer, as `generate --json` does.
 
     Raises:
@@ -88,6 +90,7 @@ def run_chat(
         adapter=None if adapter is None else str(adapter.resolve()),
         drafter=drafter,
         make_cache=make_cache,
+        tuning=tuning,
     )
     _Chat(console, conversation, tokenizer, as_json).run()
 

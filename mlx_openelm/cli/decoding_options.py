@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mlx_openelm.generation.drafters import Drafter
     from mlx_openelm.model.openelm import OpenELM
     from mlx_openelm.text.tokenizer import Tokenizer
+    from mlx_openelm.tuning import Tuning
 
 
 def check_sampling(given: GivenOptions) -> None:
@@ -20,7 +21,11 @@ def check_sampling(given: GivenOptions) -> None:
 
 
 def make_drafter(
-    options: DraftOptions, model: "OpenELM", tokenizer: "Tokenizer", offline: bool
+    options: DraftOptions,
+    model: "OpenELM",
+    tokenizer: "Tokenizer",
+    offline: bool,
+    tuning: "Tuning",
 ) -> "Drafter | None":
     """Return the drafter of the options; None without speculative decoding."""
     lookup, draft_model = options.lookup, options.draft_model
@@ -41,7 +46,7 @@ def make_drafter(
 
     smaller, its_tokenizer = load(draft_model, offline=offline)
     check_draft(model, tokenizer, smaller, its_tokenizer)
-    return ModelDrafter(smaller)
+    return ModelDrafter(smaller, tuning=tuning)
 
 
 def check_utf8(*texts: str) -> None:

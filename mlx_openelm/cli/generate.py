@@ -125,7 +125,7 @@ def generate_command(
     is greedy. Prints the generated text.
     """
     console = Console(quiet=quiet)
-    tuning = use_tuning(no_tuning)
+    tuning = use_tuning(console, no_tuning)
     check_sampling(sampling)
     prompt_options = PromptOptions(**prompting)
     template, system = prompt_options.template, prompt_options.system
@@ -185,7 +185,7 @@ def generate_command(
     chosen = Sampling.from_defaults(folder.generation_defaults, sampling)
     constraint = _read_constraint(constraints, folder, tokenizer)
     make_cache = cache_maker(folder.config, CacheOptions(**caching))
-    drafter = make_drafter(DraftOptions(**drafting), loaded, tokenizer, offline)
+    drafter = make_drafter(DraftOptions(**drafting), loaded, tokenizer, offline, tuning)
     ids = prepare_prompt(tokenizer, text, template=template, system=system)
     shown: list[Piece] = []
     with ExitStack() as opened:

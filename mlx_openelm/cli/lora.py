@@ -114,7 +114,8 @@ def lora_command(
     rank = int(os.environ.get("MLX_RANK", "0"))  # set by mlx.launch; rank 0 reports
     console = Console(quiet=quiet or rank > 0)
     state = run_folder(chosen) / "state.safetensors"
-    tuning = use_tuning(no_tuning, environment_of_run(state) if resume else None)
+    variables = environment_of_run(state) if resume else None
+    tuning = use_tuning(console, no_tuning, variables)
     from mlx_openelm.cli.views.finetuning import (
         TrainingView,
         note_plan,

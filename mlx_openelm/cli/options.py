@@ -57,7 +57,9 @@ Force = Annotated[
 ]
 
 
-def use_tuning(no_tuning: bool, variables: "Environment | None" = None) -> "Tuning":
+def use_tuning(
+    console: Console, no_tuning: bool, variables: "Environment | None" = None
+) -> "Tuning":
     """Return the settings of this machine, and apply those of the whole process.
 
     Args:
@@ -65,7 +67,9 @@ def use_tuning(no_tuning: bool, variables: "Environment | None" = None) -> "Tuni
     """
     from mlx_openelm.tuning import start_tuned
 
-    tuning = start_tuned(ignored=no_tuning, variables=variables)
+    tuning = start_tuned(
+        ignored=no_tuning, variables=variables, on_note=console.note_once
+    )
     if tuning.wired:
         from mlx_openelm.device import wire_memory
 

@@ -151,7 +151,7 @@ def serve_command(
     generation_config.json. Prints the URL.
     """
     console = Console(quiet=quiet)
-    tuning = use_tuning(no_tuning)
+    tuning = use_tuning(console, no_tuning)
     from mlx_openelm.storage.loading import add_adapter
     from mlx_openelm.text.templates import RAW, TEMPLATE_NAMES
 

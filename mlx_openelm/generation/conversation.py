@@ -28,6 +28,7 @@ from mlx_openelm.storage.staging import replaced_file, staged_file
 from mlx_openelm.text.messages import check_messages
 from mlx_openelm.text.templates import RAW, TEMPLATE_NAMES, Turn, encode_turns
 from mlx_openelm.text.tokenizer import EOS_TEXT, Tokenizer
+from mlx_openelm.tuning import DEFAULT, Tuning
 
 
 class Conversation:
@@ -54,6 +55,7 @@ class Conversation:
         adapter: str | None = None,
         drafter: Drafter | None = None,
         make_cache: Callable[[], ModelCache] = KVCache,
+        tuning: Tuning = DEFAULT,
     ) -> None:
         """Start without turns.
 
@@ -62,6 +64,7 @@ class Conversation:
             name, adapter: names of model and adapter for the file.
             drafter: draft source of speculative decoding; see `stream`.
             make_cache: constructor of a layer's cache; see `cache_maker`.
+            tuning: how work is given to the device.
 
         Raises:
             OpenELMError: the template does not exist or takes no system text, or the
@@ -76,7 +79,8 @@ class Conversation:
         self.reserved = min(self.sampling.max_tokens, self.context_length // 2)
         self._model, self._tokenizer = model, tokenizer
         self._drafter, self._make_cache = drafter, make_cache
-        self._context = Context(model, make_cache)
+        self._tuning = tuning
+        self._context = Context(model, make_cache, tuning)
         self._name, self._adapter = name, adapter
         self.file: Path | None = None
         if self.sampling.seed is not None:  # once, so that a retry gives another answer
@@ -174,7 +178,7 @@ class Conversation:
         except GeneratorExit:
             raise
         except BaseException:  # in the middle of a step: the cache is undefined
-            self._context = Context(model, self._make_cache)
+            self._context = Context(model, self._make_cache, self._tuning)
             raise
         finally:
             if text or is_complete:

@@ -14,6 +14,7 @@ from mlx_openelm.generation.draft_pacing import Pace
 from mlx_openelm.generation.sampling import choose_tokens, distribution
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.tuning import DEFAULT, Tuning
 
 LONGEST = 32  # tokens per draft
 NGRAMS = (4, 3, 2)  # lengths of the tail that is looked up, longest first
@@ -139,7 +140,9 @@ class ModelDrafter(Drafter):
 
     is_free = False
 
-    def __init__(self, model: OpenELM, length: int = 4) -> None:
+    def __init__(
+        self, model: OpenELM, length: int = 4, tuning: Tuning = DEFAULT
+    ) -> None:
         """Draft up to `length` tokens at once.
 
         Raises:
@@ -148,7 +151,7 @@ class ModelDrafter(Drafter):
         super().__init__(length, "The draft's length")
         self.context_length = model.config.max_context_length
         self._model = model
-        self._context = Context(model)
+        self._context = Context(model, tuning=tuning)
 
     def begin(self, prompt: Sequence[int]) -> None:
         reused = self._context.reuse(prompt)

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 from commands import call
@@ -129,16 +131,41 @@ def test_variables_are_tried_in_processes_of_their_own(monkeypatch):
 
 @pytest.mark.proof
 def test_a_process_measures_and_writes_json():
-    rates, digest = tune._measure_in_process(Workload(**OPTIONS), {})
-    again, same = tune._measure_in_process(Workload(**OPTIONS), {tune.TF32: "1"})
+    ends = time.perf_counter() + 100
+    rates, digest = tune._measure_in_process(Workload(**OPTIONS), {}, ends)
+    again, same = tune._measure_in_process(Workload(**OPTIONS), {tune.TF32: "1"}, ends)
     assert rates
     assert again
     assert digest == same != ""
 
 
 def test_a_process_that_does_not_end_is_ended():
-    waits = Workload(**OPTIONS, seconds=0.01)
-    assert tune._measure_in_process(waits, {}) == ([], "")
+    ends = time.perf_counter() + 0.01
+    assert tune._measure_in_process(Workload(**OPTIONS), {}, ends) == ([], "")
+
+
+def test_nothing_is_started_after_the_time_limit():
+    runs = {"a": lambda: pytest.fail("started"), "b": None}
+    trials = tune._compare("x", runs, {name: {} for name in runs}, 2, 0.0)
+    assert [trial.tokens_per_second for trial in trials] == [None, None]
+    assert all(trial.reason for trial in trials)
+    assert tune._winner(trials) == {}
+
+
+def test_a_time_limit_inside_of_a_round_leaves_settings_unmeasured(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    runs = dict.fromkeys("abc", lambda: (1.0, "same"))
+    trials = tune._compare("x", runs, {name: {} for name in runs}, 2, 4)
+    assert [trial.tokens_per_second is not None for trial in trials] == [
+        *(True, True, False)
+    ]
+
+
+def test_a_report_without_time_has_no_settings():
+    report = tune_machine(replace(SMALL, seconds=0.0))
+    assert report.chosen == DEFAULT
+    assert all(trial.reason for trial in report.trials)
 
 
 # The file ------------------------------------------------------------------------
@@ -306,3 +333,38 @@ def test_commands_use_the_settings(stored, monkeypatch):
     ).stdout
     assert text == plain
     assert used == [Tuning(STAGED, prefill_chunk=3), DEFAULT]
+
+
+@pytest.mark.parametrize("options", [(), ("--no-tuning",)])
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_draft_model_and_a_chat_use_the_settings(
+    stored, monkeypatch, command, options
+):
+    tuning = Tuning(STAGED, prefill_chunk=3)
+    stored(tuning)
+    used = []
+    from mlx_openelm.generation import decoding
+
+    original = decoding.choose_step
+
+    def choose(model, chosen):
+        used.append(chosen)
+        return original(model, chosen)
+
+    monkeypatch.setattr(decoding, "choose_step", choose)
+    drafts = ("--draft-model", "demo", "-m", "8", "--temp", "0")
+    if command == "chat":
+        result = call("chat", *drafts, *options, input="Once upon a time\n")
+    else:
+        result = call("generate", "Once upon a time", *drafts, *options)
+    assert result.exit_code == 0, result.stderr
+    assert used == [DEFAULT if options else tuning] * 2  # of the model and the draft
+
+
+def test_settings_of_another_machine_are_noted_once(stored):
+    path = stored(Tuning(STAGED), host={"name": "another"})
+    shown = " ".join(run("generate", "Once", "-m", "2").stderr.split())
+    assert shown.count("another machine") == 1
+    assert str(path).rsplit("/", 1)[-1] in shown
+    ignored = run("generate", "Once", "-m", "2", "--no-tuning")
+    assert "another machine" not in ignored.stderr

@@ -14,13 +14,13 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.finetuning import records
 from mlx_openelm.finetuning.compiled.choice import chooses_compiled
 from mlx_openelm.finetuning.further_objectives.choice import make_objective
-from mlx_openelm.finetuning.plan import Order
+from mlx_openelm.finetuning.plan import Order, largest_batch, plan_memory
 from mlx_openelm.finetuning.preparation import make_trainable
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.records import Data
 from mlx_openelm.finetuning.run_context import RunContext
 from mlx_openelm.finetuning.run_saver import RunSaver
-from mlx_openelm.finetuning.samples import Pair, Sample, Samples, lengths_of
+from mlx_openelm.finetuning.samples import Pair, Sample, Samples, lengths_of, targets_of
 from mlx_openelm.finetuning.trainer import Trainer
 from mlx_openelm.finetuning.validation import Validator
 from mlx_openelm.model.openelm import OpenELM
@@ -188,3 +188,11 @@ def traced_update(training: SmallRun, samples: Sequence[Any]) -> tuple[Any, ...]
 
     count, rate = mx.array(60.0), mx.array(1e-3)
     return graph, trained, state, batch.arrays, [], count, rate
+
+
+def planned_memory(training: SmallRun, samples: Samples) -> int:
+    """Return the bytes that are planned for a step."""
+    recipe, lengths = training.context.recipe, lengths_of(samples)
+    parts = recipe.grad_accumulation_steps
+    batch = largest_batch(training.order, lengths, targets_of(samples), parts)
+    return plan_memory(training.model, recipe, batch).total
