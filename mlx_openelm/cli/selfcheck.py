@@ -23,14 +23,24 @@ def selfcheck_command(
             "keep those that change no output.",
         ),
     ] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Time limit of --tune, after which nothing more is started.",
+            min=1,
+            show_default="540",
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Check that this machine computes OpenELM correctly. Prints a report to send."""
     console = Console(quiet=quiet)
     if tune:
-        _tune(console, as_json=as_json)
+        _tune(console, seconds, as_json=as_json)
         return
+    if seconds is not None:
+        raise typer.BadParameter("is the limit of --tune", param_hint="--seconds")
     from mlx_openelm.bench.selfcheck import check_machine
     from mlx_openelm.cli.views.selfcheck import show_selfcheck
 
@@ -43,8 +53,8 @@ def selfcheck_command(
         )
 
 
-def _tune(console: Console, *, as_json: bool) -> None:
-    from mlx_openelm.bench.tune import tune_machine
+def _tune(console: Console, seconds: float | None, *, as_json: bool) -> None:
+    from mlx_openelm.bench.tune import Workload, tune_machine
     from mlx_openelm.cli.views.selfcheck import show_tuning
     from mlx_openelm.storage.shards import write_json
     from mlx_openelm.storage.staging import replaced_file
@@ -56,7 +66,10 @@ def _tune(console: Console, *, as_json: bool) -> None:
         settings.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=settings.parent):
             pass
-    report = tune_machine(on_trial=lambda name: console.note(f"measuring: {name} ..."))
+    workload = Workload.of_device()
+    if seconds is not None:
+        workload = dataclasses.replace(workload, seconds=seconds)
+    report = tune_machine(workload, lambda name: console.note(f"measuring: {name} ..."))
     console.answer_report(report, show_tuning, as_json=as_json)
     with _explain_errors(settings):
         with replaced_file(settings) as part:

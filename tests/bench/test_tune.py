@@ -284,7 +284,7 @@ def test_a_config_folder_that_cannot_be_written_is_an_error_at_once(
 ):
     (tmp_path / "config").write_text("a file")
     monkeypatch.setenv(FILE_VARIABLE, str(tmp_path / "config" / "tuning.json"))
-    monkeypatch.setattr(tune, "tune_machine", lambda on_trial: pytest.fail("measured"))
+    monkeypatch.setattr(tune, "tune_machine", lambda *_: pytest.fail("measured"))
     failed = run("selfcheck", "--tune", check=False)
     assert failed.exit_code == 1
     assert "Cannot write" in failed.stderr
@@ -302,6 +302,21 @@ def test_selfcheck_keeps_what_won(stored, tmp_path, monkeypatch):
     sent = json.loads(path.with_name("tuning-report.json").read_text())
     assert sent == report
     assert json.loads(path.read_text())["settings"]["queue"] == STAGED
+
+
+def test_the_time_limit_is_an_option(stored, monkeypatch):
+    stored(DEFAULT)
+    limits = []
+
+    def measure(workload, on_trial):
+        limits.append(workload.seconds)
+        raise OpenELMError("Enough.")
+
+    monkeypatch.setattr(tune, "tune_machine", measure)
+    run("selfcheck", "--tune", check=False)
+    run("selfcheck", "--tune", "--seconds", 30, check=False)
+    assert limits == [tune.SECONDS, 30]
+    assert run("selfcheck", "--seconds", 30, check=False).exit_code == 2
 
 
 def test_inspect_shows_the_settings_and_a_damaged_file_is_an_error(stored):
