@@ -20,6 +20,7 @@ FLAGS = {
         "--seed --json --quiet --offline"
     ),
     "chat": (
+        "--no-tuning "
         "--model --adapter-path -m --max-tokens --min-tokens --temp --top-p "
         "--top-k --min-p --repetition-penalty --presence-penalty "
         "--frequency-penalty --repetition-context "
@@ -41,7 +42,7 @@ FLAGS = {
     ),
     "verify": "--against --json --quiet --offline",
     "inspect": "--context --json --quiet --offline",
-    "selfcheck": "--tune --json --quiet",
+    "selfcheck": "--tune --seconds --json --quiet",
     "parity": "--num-tokens --seed --json --quiet",
     "evaluate": (
         "--text --tasks --suite --model --adapter-path --compare --checkpoints "
