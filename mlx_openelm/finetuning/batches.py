@@ -131,3 +131,22 @@ def collate_pairs(pairs: Sequence[Pair]) -> Batch:
 
 def _join(arrays: Iterable[npt.NDArray[np.integer]]) -> npt.NDArray[np.int32]:
     return np.concatenate([*arrays]).astype(np.int32)
+
+
+# Sizes of padded batches, for a compiled update ------------------------------------
+
+MULTIPLE = 64
+MOST_PLANNED = 16  # shapes; at most as many again are powers of two
+
+
+def choose_multiple(most: int) -> int:
+    """Return the multiple that batches of at most `most` tokens are padded to."""
+    multiple = MULTIPLE
+    while most > MOST_PLANNED * multiple:
+        multiple *= 2
+    return multiple
+
+
+def round_up(count: int, multiple: int) -> int:
+    """Return the smallest multiple that is `count` or more."""
+    return -(-count // multiple) * multiple

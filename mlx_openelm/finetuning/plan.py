@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_openelm.device import takes_gpu_path
-from mlx_openelm.finetuning.batches import plan_epoch, share_out
+from mlx_openelm.finetuning.batches import (
+    MULTIPLE,
+    choose_multiple,
+    plan_epoch,
+    round_up,
+    share_out,
+)
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.model.chunk_sizes import (
     QUERIES,
@@ -99,11 +105,13 @@ class BatchShape:
         tokens: N, input tokens of all sequences.
         targets: M, target tokens.
         longest: tokens of the longest sequence.
+        slots: for attention on a GPU; 0 if the batch is not padded.
     """
 
     tokens: int
     targets: int
     longest: int
+    slots: int = 0
 
 
 def largest_batch(
@@ -183,6 +191,8 @@ def plan_memory(
         batch: the largest micro-batch.
     """
     adapter = 4 * sum(array.size for array in trained_tensors(model).values())
+    if takes_gpu_path():
+        batch = _pad(batch)
     kept, work = _activation_bytes(model, recipe, batch)
     return MemoryPlan(
         weights=count_bytes(model) - adapter,
@@ -195,6 +205,14 @@ def plan_memory(
         # The temporary memory of the loss is freed before that of the blocks is used.
         loss=max(0, _loss_bytes(model, recipe, batch) - work),
     )
+
+
+def _pad(batch: BatchShape) -> BatchShape:
+    """Return the sizes of a batch that is padded for a compiled update."""
+    N = round_up(batch.tokens + 1, choose_multiple(batch.tokens + 1))
+    M, S = (round_up(count, MULTIPLE) for count in (batch.targets, batch.longest))
+    rows = math.ceil(batch.tokens / batch.longest)
+    return BatchShape(N, M, S, max(N, rows * S))
 
 
 def count_bytes(model: OpenELM) -> int:
@@ -221,8 +239,10 @@ def _activation_bytes(
         row = 4 * D + 3 * heads + 2 * Q * H + 3 * F
         row += dropout * (2 * D + Q * H + F)  # adapter inputs after dropout
         row += dora * (2 * D + heads + 2 * F)  # outputs before the magnitude
-        kept.append(N * row * size)
-        kept_scores, scores = _count_scores(Q, N, T)
+        if batch.slots:  # heads in slots, scaled queries, factors of SwiGLU
+            row += 2 * F - heads - Q * H
+        kept.append((N * row + batch.slots * (heads + Q * H)) * size)
+        kept_scores, scores = _count_scores(Q, batch.slots or N, T)
         kept[-1] += kept_scores * size
         scores *= _SCORES * (size if takes_gpu_path() else 4)
         widest = max(widest, N * (2 * heads + 5 * F) * size + scores)

@@ -12,6 +12,7 @@ from models import UNEVEN
 from trainings import make_model, make_recipe, make_samples, make_training, step
 
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.device import FORCED_PATH
 from mlx_openelm.finetuning.plan import (
     BatchShape,
     Order,
@@ -149,6 +150,23 @@ proof = pytest.mark.proof
 def test_the_planned_memory_is_close_to_that_of_a_step(config, lengths, options):
     planned, measured = measure(config, lengths, options)
     assert 0.9 * measured <= planned <= 1.4 * measured
+
+
+@pytest.mark.parametrize(
+    ("config", "lengths", "options"),
+    [
+        (SMALL, (40,) * 4, {}),
+        (SMALL, (300,) * 2, {}),
+        pytest.param(SMALL, (300,), {"fine_tune_type": "full"}, marks=proof),
+        pytest.param(DEMO, (250,) * 4, {}, marks=proof),
+    ],
+)
+def test_the_planned_memory_is_close_to_that_of_a_step_for_a_gpu(
+    monkeypatch, config, lengths, options
+):
+    monkeypatch.setenv(FORCED_PATH, "1")
+    planned, measured = measure(config, lengths, options)
+    assert 0.95 * measured <= planned <= 1.3 * measured
 
 
 def measure(config, lengths, options):

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mlx_openelm.finetuning.batches import Batch
-
-MULTIPLE = 64
-MOST_PLANNED = 16  # shapes; at most as many again are powers of two
+from mlx_openelm.finetuning.batches import (
+    MULTIPLE,
+    Batch,
+    choose_multiple,
+    round_up,
+)
 
 Arrays = Mapping[str, npt.NDArray[np.int32]]
 
@@ -42,12 +44,10 @@ class PaddedShapes:
     """
 
     def __init__(self, batches: Iterable[Batch], longest: int) -> None:
-        self._longest = _round_up(longest, MULTIPLE)
+        self._longest = round_up(longest, MULTIPLE)
         lengths = [(batch.lengths, len(batch.targets)) for batch in batches]
         most = max((sum(each) for each, _ in lengths), default=0) + 1
-        self._multiple = MULTIPLE
-        while _round_up(most, self._multiple) > MOST_PLANNED * self._multiple:
-            self._multiple *= 2
+        self._multiple = choose_multiple(most)
         grouped: dict[int, list[tuple[Sequence[int], int]]] = {}
         for each, targets in lengths:
             grouped.setdefault(self._tokens(each), []).append((each, targets))
@@ -66,14 +66,14 @@ class PaddedShapes:
         return PaddedShape(N, N, 2 * N // S + 1, S)
 
     def _tokens(self, lengths: Sequence[int]) -> int:
-        return _round_up(sum(lengths) + 1, self._multiple)  # the last one is padding
+        return round_up(sum(lengths) + 1, self._multiple)  # the last one is padding
 
 
 def _cover(N: int, group: Sequence[tuple[Sequence[int], int]]) -> PaddedShape:
     """Return a shape that holds all batches (lengths, targets) of a group."""
-    S = _round_up(max(max(lengths) for lengths, _ in group), MULTIPLE)
+    S = round_up(max(max(lengths) for lengths, _ in group), MULTIPLE)
     R = max(_count_rows(lengths, S) for lengths, _ in group)
-    M = _round_up(max(targets for _, targets in group), MULTIPLE)
+    M = round_up(max(targets for _, targets in group), MULTIPLE)
     return PaddedShape(N, min(M, N), max(R, -(-N // S)), S)
 
 
@@ -130,7 +130,3 @@ def pad(batch: Batch, shape: PaddedShape) -> Arrays:
         "is_target": np.arange(M) < targets,
     }
     return {name: array.astype(np.int32) for name, array in arrays.items()}
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
