@@ -210,10 +210,13 @@ GRAPHS = {
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_gpu_implements_every_primitive(name):
     graph = GRAPHS[name]()
-    assert len(graph) > 3
+    assert sum(bool(primitive.dtypes) for primitive in graph) > 3
     assert not {p.name for p in graph} & CPU_ONLY
     assert not any(p.dtypes & WIDE for p in graph)
     allowed = set()
     if name == "serve":  # MLX's indices of an assignment
         allowed = {"AsType", "Scatter"}
+    elif name.startswith("lora"):  # the steps that MLX's optimizers count
+        allowed = {"Add", "AsType", "Select"}
+        assert sum(bool(p.dtypes & LONG) for p in graph) <= 8
     assert {p.name for p in graph if p.dtypes & LONG} <= allowed
