@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import SCALED, TEXT, UNEVEN, build, small_tokenizer
 
+from mlx_openelm.device import FORCED_PATH
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.loglikelihood import (
     Request,
@@ -106,6 +107,15 @@ def test_an_adapter_is_applied_in_every_layer_and_the_embedding():
     request = Request((1, 40, 50), (60, 70))
     assert score_alone(with_adapter, request) != score_alone(model, request)
     assert_right(with_adapter, [request, Request((1, 40, 50), (60, 71, 8))])
+
+
+def test_scores_on_the_path_of_a_gpu_are_those_of_the_cpu(monkeypatch):
+    stems = [(1, 40, n) for n in range(50, 53)]
+    asked = [Request(s, (7, 8, n)) for s in stems for n in (4, 5)]
+    expected = [scored.nats for scored in score(model, asked)]
+    monkeypatch.setenv(FORCED_PATH, "1")
+    actual = [scored.nats for scored in score(model, asked)]
+    assert actual == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_bfloat16_model_scores_like_a_single_request():

@@ -11,6 +11,7 @@ from models import UNEVEN, build, read_golden
 import mlx_openelm  # noqa: F401 - loads OpenBLAS before mlx.core
 from mlx_openelm.bench.selfcheck import made_weight
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.device import FORCED_PATH
 from mlx_openelm.generation.cache import KVCache
 from mlx_openelm.model import head_norm, openelm, token_layout
 from mlx_openelm.model.openelm import OpenELM
@@ -31,7 +32,10 @@ def golden_difference() -> float:
     return float(np.abs(ours - logits).max())
 
 
-def test_logits_of_gpt_test_match_apples():
+@pytest.mark.parametrize("forced", [False, True])
+def test_logits_of_gpt_test_match_apples(monkeypatch, forced):
+    if forced:
+        monkeypatch.setenv(FORCED_PATH, "1")
     assert golden_difference() <= LIMIT
 
 
