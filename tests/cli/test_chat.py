@@ -26,6 +26,7 @@ from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.options import open_model
 from mlx_openelm.generation import conversation
 from mlx_openelm.generation.cache import KVCache
+from mlx_openelm.tuning import DEFAULT
 
 PROGRAM = (sys.executable, "-m", "mlx_openelm", "chat", "--model", "model")
 ENDLESS = "50000"  # tokens: about half a minute
@@ -365,6 +366,7 @@ def test_ctrl_c_before_the_first_token_removes_the_message(here, monkeypatch, ca
         adapter=None,
         drafter=None,
         make_cache=KVCache,
+        tuning=DEFAULT,
         as_json=False,
     )
     output = capsys.readouterr()
