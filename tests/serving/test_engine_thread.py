@@ -29,6 +29,5 @@ def test_an_idle_server_returns_freed_memory_to_the_system(server):
 
 def test_an_idle_server_empties_the_cache_of_mlx(server):
     mx.eval(mx.zeros(MIB) + 1)
-    assert mx.get_cache_memory() >= 4 * MIB
     post(server.url, {"prompt": "a", "max_tokens": 1})
     wait_until(lambda: mx.get_cache_memory() == 0, seconds=10)
