@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mlx_openelm.errors import OpenELMError
+from mlx_openelm.errors import OpenELMError, package_of_extra
 from mlx_openelm.text.line_ranges import count_lines_before, read_line_range
 from mlx_openelm.text.record_files import (
     JSON_SUFFIXES,
@@ -333,14 +333,9 @@ def _open_parquet(path: str) -> Any:
     Raises:
         EOFError: it is damaged.
     """
-    try:
+    with package_of_extra("pyarrow", "torch", f"Reading {path}"):
         import pyarrow  # type: ignore[import-untyped] # it has no stubs
         from pyarrow import parquet
-    except ImportError as error:
-        raise OpenELMError(
-            f"Reading {path} requires the package pyarrow: pip install "
-            "'mlx-openelm[torch]'."
-        ) from error
     try:
         return parquet.ParquetFile(path)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
