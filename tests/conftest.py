@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("converted")
     mlx_openelm.convert(make_source(folder / "source"), folder / "model")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_drawings() -> Iterator[None]:
+    """Leave out the drawings in reports of runs; modules that test them override it."""
+    from reports import draw_nothing
+
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch.setattr)
+        yield
 
 
 @pytest.fixture
