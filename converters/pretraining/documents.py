@@ -204,11 +204,6 @@ def is_plain_text(path: str) -> bool:
     return _suffix(path) not in (".parquet", *JSON_SUFFIXES)
 
 
-def is_compressed(path: str) -> bool:
-    """Whether a file's name is that of a file packed with gzip or zstd."""
-    return path.lower().endswith((".gz", ".zst"))
-
-
 def is_parquet(path: str) -> bool:
     """Whether a file's name is that of a parquet file."""
     return _suffix(path) == ".parquet"
