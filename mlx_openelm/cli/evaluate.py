@@ -2,7 +2,7 @@
 
 import gc
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -222,9 +222,13 @@ def evaluate_command(
         gc.collect()  # never two models in memory
         return scored
 
-    scoring: Iterator[ModelScores] = map(score, entrants)
-    if found:
-        scoring = score_checkpoints(
+    if not found:
+        scores = [score(entrant) for entrant in entrants]
+        report_scores(console, scores, plan.suite, csv, picture, as_json=as_json)
+        return
+    finished = list["ModelScores"]()
+    try:
+        for scores_of_one in score_checkpoints(
             console,
             found,
             plan,
@@ -235,18 +239,13 @@ def evaluate_command(
             tokenizer=tokenizer,
             force=force,
             offline=offline,
-        )
-    scores = list["ModelScores"]()
-    try:
-        for one in scoring:
-            scores.append(one)
+        ):
+            finished.append(scores_of_one)
     finally:  # after an error or Ctrl-C, the scores until then
-        if found and scores:
+        if finished:
             report_checkpoints(
-                console, found, scores, plan.suite, csv, picture, as_json=as_json
+                console, found, finished, plan.suite, csv, picture, as_json=as_json
             )
-        elif scores:
-            report_scores(console, scores, plan.suite, csv, picture, as_json=as_json)
 
 
 # The run -------------------------------------------------------------------------

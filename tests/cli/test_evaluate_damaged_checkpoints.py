@@ -92,7 +92,7 @@ def test_finished_scores_are_written_before_the_error(work, as_json):
     assert (work / "a.svg").is_file()
 
 
-def test_finished_scores_of_models_are_written_before_the_error(work):
+def test_the_model_that_fails_in_a_comparison_is_named(work):
     for name in NAMES[:2]:
         mlx_openelm.convert(name, name[:-3], dtype="float32", receipt=False)
     weights = work / "iter_2000" / "model.safetensors"
@@ -100,12 +100,7 @@ def test_finished_scores_of_models_are_written_before_the_error(work):
     content[-64:] = b"\xff" * 64  # NaN, which the header does not show
     weights.write_bytes(content)
     text = ("evaluate", "--text", "text.txt", "--model", "iter_1000")
-    alone = call(*text)
-    result = call(*text, "--compare", "iter_2000")
-    assert result.exit_code == 1, result.stdout
-    assert "iter_2000" in result.stderr.splitlines()[-1]
-    assert alone.stdout
-    assert result.stdout == alone.stdout
+    expect_error(work, *text, "--compare", "iter_2000", message="iter_2000")
 
 
 def test_force_replaces_stored_scores(work):
