@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from mlx_openelm.evaluation.results import ModelScores
     from mlx_openelm.storage.model_folder import ModelFolder
 
-_ITERATION = re.compile(r"(?:iter|step|checkpoint)[_-]?(\d+)")
+_ITERATION = re.compile(
+    r"(?:iter|iteration|step|checkpoint)s?[_-]?(\d+)", re.IGNORECASE
+)
 _WEIGHTS = "checkpoint_epoch_*_iter_*.pt"  # in the folder of a training run
 _SCORES = "scores.json"  # of a checkpoint that was evaluated as a whole
 
