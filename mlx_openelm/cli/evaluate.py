@@ -77,14 +77,14 @@ def evaluate_command(
         typer.Option(
             metavar="PATH...",
             help="Score checkpoints of a training run instead: model folders or .pt "
-            "files, converted one by one; a table and {picture} over the iterations.",
+            "files, converted one by one; a table and --picture over the iterations.",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="Tokenizer of {checkpoints}: a file, a folder, or a Hub repository.",
+            help="Tokenizer of --checkpoints: a file, a folder, or a Hub repository.",
             show_default="the one beside the checkpoint",
             rich_help_panel=MODEL_PANEL,
         ),
