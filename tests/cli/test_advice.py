@@ -173,6 +173,11 @@ def test_a_model_and_an_adapter_in_each_others_place(here, adapter):
     message = "it is an adapter; pass it as --adapter-path"
     expect_error(here, "generate", "Hi", "--model", adapter, message=message)
     assert call("generate", "Hi", "-m", "2", "--adapter-path", adapter).exit_code == 0
+    command = ("convert", str(adapter), "--merge")
+    for name in ("inspect", "verify"):  # have no --adapter-path
+        message = f"`mlx-openelm {shlex.join(command)}`"
+        expect_error(here, name, adapter, message=message)
+    assert call(*command, "--mlx-path", here / "merged").exit_code == 0
 
 
 def test_a_very_long_error_keeps_its_advice(here):
