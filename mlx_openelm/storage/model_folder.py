@@ -332,7 +332,8 @@ def _existing(path: Path) -> Path:
     if (folder / ADAPTER_CONFIG).is_file():
         raise OpenELMError(
             f"{absent}, it is an adapter; pass it as `adapter_path`, or merge it into "
-            f"its base with `mlx-openelm convert {shlex.quote(str(folder))} --merge`."
+            f"its base: `mlx-openelm fuse --adapter-path {shlex.quote(str(folder))} "
+            f"--save-path {shlex.quote(f'{folder.resolve().name}-fused')}`."
         )
     if any(folder.glob(SAFETENSORS.pattern)):
         raise OpenELMError(f"{absent}; copy it there from where the weights are from.")
