@@ -1,12 +1,13 @@
 """A student of a third of the demo's size, distilled from the demo or trained plainly.
 
     python benchmarks/distillation.py BOOKS [--pretrain-steps 600] [--steps 600]
-        [--seeds 0,1] [--weight 0.5] [--temperature 1] [--out DIR]
+        [--seeds 0,1] [--weight 0.5] [--temperature 1] [--bf16] [--out DIR]
 
 BOOKS is a folder of texts; the two held-out books of the demo are not trained on. For
 each seed: the student is pre-trained (PyTorch) with the demo's tokenizer, and then both
 runs continue from it with --fine-tune-type full, on the same samples in the same order.
-Prints nats per token on the held-out books.
+Prints nats per token on the held-out books. --bf16 pre-trains with torch.autocast, for
+processors that multiply bfloat16.
 """
 
 import argparse
@@ -45,6 +46,7 @@ optimizer:
 steps: {steps}
 batch_size: 16
 compile: true
+bf16: {bf16}
 report_every: 10
 eval_every: {steps}
 save_every: 100
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--weight", type=float, default=0.5)
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("distilled"))
     args = parser.parse_args()
     data, heldout = write_data(args.books, args.out)
@@ -108,6 +111,7 @@ def make_student(args, seed: int) -> Path:
             excluded=", ".join(f'"{name}.txt"' for name in HELDOUT),
             heldout=", ".join(f'"{books}/{name}.txt"' for name in HELDOUT),
             steps=args.pretrain_steps,
+            bf16=str(args.bf16).lower(),
         )
     )
     weights = pretrain(recipe, args.out / f"pretrained-{seed}", "--seed", str(seed))

@@ -1,5 +1,8 @@
 """The error type of the project."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 MAX_LENGTH = 2000  # characters of a message
 
 
@@ -13,6 +16,17 @@ class OpenELMError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(shorten(message))
+
+
+@contextmanager
+def package_of_extra(package: str, extra: str, use: str) -> Iterator[None]:
+    """Raise OpenELMError if the block cannot import a package, which has a `use`."""
+    try:
+        yield
+    except ImportError as error:
+        raise OpenELMError(
+            f"{use} requires the package {package}: pip install 'mlx-openelm[{extra}]'."
+        ) from error
 
 
 def shorten(text: str, most: int = MAX_LENGTH) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from converters.formats.pt_writer import TensorToWrite, read_checked, to_numpy
 from mlx_openelm.compatibility import describe_llama_cpp_limit
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.errors import OpenELMError
+from mlx_openelm.errors import OpenELMError, package_of_extra
 from mlx_openelm.tensor_names import to_module
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.text.tokenizer_json import describe
@@ -102,12 +102,8 @@ def import_gguf() -> Any:
     Raises:
         OpenELMError: it is not installed.
     """
-    try:
+    with package_of_extra("gguf", "gguf", "Writing GGUF"):
         import gguf
-    except ImportError as error:
-        raise OpenELMError(
-            "Writing GGUF requires the package gguf: pip install 'mlx-openelm[gguf]'."
-        ) from error
     return gguf
 
 

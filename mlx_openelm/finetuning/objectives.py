@@ -68,18 +68,29 @@ class FinetuneObjective(Objective, Protocol):
         """
 
     def precompute_reference(self, model: OpenELM, samples: Sequence[Any]) -> None:
-        """Compute what the loss needs of the model before training.
+        """Compute what the loss needs of the model before training, if anything.
 
         Args:
             samples: those of one split.
         """
 
+    def loss(
+        self, model: OpenELM, batch: Any, *, gradient: bool = True
+    ) -> tuple[mx.array, mx.array]:
+        """Return the summed loss and the margins of pairs.
 
-class Supervised:
-    """Supervised fine-tuning: the mean negative log-likelihood of target tokens."""
+        Args:
+            gradient: whether the loss will be differentiated.
+        """
 
-    name, label = "sft", ""
-    unit, pairwise, likelihood = "token", False, True
+    def evaluate(self, model: OpenELM, batch: Any) -> Totals:
+        return self.totals(batch, *self.loss(model, batch, gradient=False))
+
+
+class TokenObjective(FinetuneObjective):
+    """An objective over the target tokens of supervised records."""
+
+    unit, pairwise = "token", False
     default_length, default_rate = 2048, 3e-4
 
     def __init__(self, recipe: FinetuneRecipe) -> None:
@@ -106,55 +117,34 @@ class Supervised:
             on_progress=on_progress,
         )
 
-    def precompute_reference(self, model: OpenELM, samples: Sequence[Sample]) -> None:
-        """Do nothing: the loss depends on the trained model alone."""
+
+class Supervised(TokenObjective):
+    """Supervised fine-tuning: the mean negative log-likelihood of target tokens."""
+
+    name, label, likelihood = "sft", "", True
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         return collate(samples)
 
-    def loss(self, model: OpenELM, batch: Batch) -> tuple[mx.array, mx.array]:
-        losses = batch_losses(model, batch, z_loss=self._recipe.z_loss)
+    def loss(
+        self, model: OpenELM, batch: Batch, *, gradient: bool = True
+    ) -> tuple[mx.array, mx.array]:
+        z_loss = self._recipe.z_loss if gradient else 0.0
+        losses = batch_losses(model, batch, z_loss=z_loss, gradient=gradient)
         return losses.sum(), mx.zeros(0)
 
     def totals(self, batch: Batch, loss: mx.array, margins: mx.array) -> Totals:
         return Totals(to_float(loss), len(batch.positions))
 
-    def evaluate(self, model: OpenELM, batch: Batch) -> Totals:
-        loss = batch_losses(model, batch, gradient=False).sum()
-        return Totals(to_float(loss), len(batch.positions))
 
+class PairObjective(FinetuneObjective):
+    """An objective over pairs of answers: one chosen, one rejected."""
 
-@dataclass(frozen=True, slots=True)
-class PairBatch:
-    """A batch of P pairs with the log-likelihoods of the reference model.
-
-    Attributes:
-        batch: the chosen answers, then the rejected ones.
-        reference: log-likelihoods of these answers, (2 P,).
-    """
-
-    batch: Batch
-    reference: mx.array
-
-    @property
-    def num_pairs(self) -> int:
-        return self.reference.size // 2
-
-
-class Preference:
-    """Direct preference optimization (DPO; Rafailov et al., arXiv 2305.18290).
-
-    The reference model is the model before training. Its log-likelihoods are computed
-    once, by `precompute_reference`.
-    """
-
-    name, label = "dpo", "dpo"
     unit, pairwise, likelihood = "pair", True, False
     default_length, default_rate = 1024, 5e-5
 
     def __init__(self, recipe: FinetuneRecipe) -> None:
         self._recipe = recipe
-        self._references: dict[str, tuple[float, float]] = {}  # by place
 
     def formats(self) -> RecordFormats:
         return preference_formats(self.name, self._recipe.prompt_key)
@@ -176,6 +166,45 @@ class Preference:
             on_progress=on_progress,
         )
 
+    def totals(self, batch: Any, loss: mx.array, margins: mx.array) -> Totals:
+        return Totals(
+            to_float(loss),
+            margins.size,
+            wins=to_float((margins > 0).sum()),
+            margin=to_float(margins.sum()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PairBatch:
+    """A batch of P pairs with the log-likelihoods of the reference model.
+
+    Attributes:
+        batch: the chosen answers, then the rejected ones.
+        reference: log-likelihoods of these answers, (2 P,).
+    """
+
+    batch: Batch
+    reference: mx.array
+
+    @property
+    def num_pairs(self) -> int:
+        return self.reference.size // 2
+
+
+class Preference(PairObjective):
+    """Direct preference optimization (DPO; Rafailov et al., arXiv 2305.18290).
+
+    The reference model is the model before training. Its log-likelihoods are computed
+    once, by `precompute_reference`.
+    """
+
+    name, label = "dpo", "dpo"
+
+    def __init__(self, recipe: FinetuneRecipe) -> None:
+        super().__init__(recipe)
+        self._references: dict[str, tuple[float, float]] = {}  # by place
+
     def precompute_reference(self, model: OpenELM, samples: Sequence[Pair]) -> None:
         """Compute the log-likelihoods of all answers under the current model."""
         batch_size = self._recipe.batch_size
@@ -190,27 +219,11 @@ class Preference:
         references = mx.array([self._references[pair.place] for pair in samples])
         return PairBatch(collate_pairs(samples), references.T.reshape(-1))
 
-    def loss(self, model: OpenELM, batch: PairBatch) -> tuple[mx.array, mx.array]:
-        margins = self._margins(model, batch)
-        return preference_losses(margins, self._recipe.dpo_loss).sum(), margins
-
-    def totals(self, batch: PairBatch, loss: mx.array, margins: mx.array) -> Totals:
-        return Totals(
-            to_float(loss),
-            batch.num_pairs,
-            wins=to_float((margins > 0).sum()),
-            margin=to_float(margins.sum()),
-        )
-
-    def evaluate(self, model: OpenELM, batch: PairBatch) -> Totals:
-        margins = self._margins(model, batch, gradient=False)
-        loss = preference_losses(margins, self._recipe.dpo_loss).sum()
-        return self.totals(batch, loss, margins)
-
-    def _margins(
+    def loss(
         self, model: OpenELM, batch: PairBatch, *, gradient: bool = True
-    ) -> mx.array:
+    ) -> tuple[mx.array, mx.array]:
         likelihoods = sequence_likelihoods(model, batch.batch, gradient=gradient)
-        return preference_margins(
+        margins = preference_margins(
             likelihoods, batch.reference, beta=self._recipe.dpo_beta
         )
+        return preference_losses(margins, self._recipe.dpo_loss).sum(), margins

@@ -14,6 +14,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from mlx_openelm.model.chunk_sizes import training_logit_rows
+from mlx_openelm.model.chunked_losses import chunked_losses
 
 _TINY = 1e-30
 
@@ -98,8 +99,6 @@ def divergences(
         temperature: divides the student's logits.
         gradient: whether the gradient is needed.
     """
-    chunk = training_logit_rows(head.shape[0])
-    parts = [slice(at, at + chunk) for at in range(0, rows.shape[0], chunk)]
     rows, head = rows.astype(mx.float32), head.astype(mx.float32)
 
     def compare(
@@ -110,36 +109,18 @@ def divergences(
         divergence, target = teacher.compare(part, log_q)
         return divergence, (mx.exp(log_q) - target) / temperature
 
-    @mx.custom_function
-    def compute(rows: mx.array, head: mx.array) -> tuple[mx.array, mx.array]:
-        losses, row_gradients = list[mx.array](), list[mx.array]()
-        for part in parts:
-            hidden = rows[part]
-            if losses:  # computes the chunks one after another
-                hidden = mx.depends(hidden, (row_gradients if gradient else losses)[-1])
-            loss, by_logits = compare(part, hidden, head)
-            losses.append(loss)
-            if gradient:
-                row_gradients.append(by_logits @ head)
-        return mx.concatenate(losses), mx.concatenate(row_gradients or losses)
+    def forward(part: slice, hidden: mx.array, head: mx.array) -> tuple[mx.array, ...]:
+        divergence, by_logits = compare(part, hidden, head)
+        return (divergence, by_logits @ head) if gradient else (divergence,)
 
-    @compute.vjp
-    def compute_vjp(
-        primals: tuple[mx.array, mx.array],
-        cotangents: tuple[mx.array, mx.array],
-        outputs: tuple[mx.array, mx.array],
-    ) -> tuple[mx.array, mx.array]:
-        rows, head = primals
-        weights = cotangents[0][:, None]  # (M, 1)
-        d_head = mx.zeros_like(head)  # lazy: not computed unless the head is trained
-        for part in parts:
-            hidden = mx.depends(rows[part], d_head)
-            _, by_logits = compare(part, hidden, head)
-            d_head = d_head + (weights[part] * by_logits).T @ hidden
-        return weights * outputs[1], d_head
+    def head_gradient(
+        part: slice, hidden: mx.array, head: mx.array, weights: mx.array
+    ) -> mx.array:
+        _, by_logits = compare(part, hidden, head)
+        return (weights[:, None] * by_logits).T @ hidden
 
-    losses: mx.array = compute(rows, head)[0]  # type: ignore[index] # untyped
-    return losses
+    chunk = training_logit_rows(head.shape[0])
+    return chunked_losses(rows, head, chunk, forward, head_gradient)
 
 
 def log_probabilities(

@@ -9,6 +9,7 @@ from mlx_openelm.model.chunk_sizes import (
     fused_logit_rows,
     training_logit_rows,
 )
+from mlx_openelm.model.chunked_losses import chunked_losses
 from mlx_openelm.model.kernels import softmax_parts
 from mlx_openelm.model.openelm import OpenELM
 
@@ -46,9 +47,8 @@ def token_losses(
     """Return each position's loss, float32 (M,), in nats; differentiable.
 
     The loss is -log p(target) + z_loss * log(Z)^2, with Z the sum of exp(logit), as in
-    OpenELM's pre-training. The logits of only one chunk exist at a time: the gradient
-    is computed with the loss, and each chunk depends on the one before. On a GPU the
-    logits have the dtype of `rows`, and their softmax is computed in float32.
+    OpenELM's pre-training. On a GPU the logits have the dtype of `rows`, and their
+    softmax is computed in float32.
 
     Args:
         rows: normalised hidden states (M, D) of the positions with a loss.
@@ -58,46 +58,32 @@ def token_losses(
     """
     if takes_gpu_path():
         return _fused_losses(rows, head, targets, z_loss, gradient)
-    chunk = training_logit_rows(head.shape[0])
-    starts = range(0, rows.shape[0], chunk)
-    parts = [slice(start, start + chunk) for start in starts]
     rows, head = rows.astype(mx.float32), head.astype(mx.float32)
 
-    @mx.custom_function
-    def compute_losses(rows: mx.array, head: mx.array) -> tuple[mx.array, mx.array]:
-        losses, row_gradients = list[mx.array](), list[mx.array]()
-        for part in parts:
-            hidden = rows[part]  # (m, D)
-            if losses:  # computes the chunks one after another
-                hidden = mx.depends(hidden, (row_gradients if gradient else losses)[-1])
-            powers, total, log_z = softmax_parts(hidden, head)
-            target_rows = head[targets[part]]  # (m, D)
-            loss = log_z - (hidden * target_rows).sum(axis=-1)
-            losses.append(loss + z_loss * mx.square(log_z))
-            if gradient:
-                expected = (powers @ head) / total  # the softmax's mean row of the head
-                factor = (1 + 2 * z_loss * log_z)[:, None]
-                row_gradients.append(factor * expected - target_rows)
-        return mx.concatenate(losses), mx.concatenate(row_gradients or losses)
+    def forward(part: slice, hidden: mx.array, head: mx.array) -> tuple[mx.array, ...]:
+        powers, total, log_z = softmax_parts(hidden, head)
+        target_rows = head[targets[part]]  # (m, D)
+        loss = log_z - (hidden * target_rows).sum(axis=-1)
+        loss = loss + z_loss * mx.square(log_z)
+        if not gradient:
+            return (loss,)
+        expected = (powers @ head) / total  # the softmax's mean row of the head
+        factor = (1 + 2 * z_loss * log_z)[:, None]
+        return loss, factor * expected - target_rows
 
-    @compute_losses.vjp
-    def losses_vjp(
-        primals: tuple[mx.array, mx.array],
-        cotangents: tuple[mx.array, mx.array],
-        outputs: tuple[mx.array, mx.array],
-    ) -> tuple[mx.array, mx.array]:
-        rows, head = primals
-        weights = cotangents[0][:, None]  # (M, 1)
-        d_head = mx.zeros_like(head)  # lazy: not computed unless the head is trained
-        for part in parts:
-            hidden = mx.depends(rows[part], d_head)
-            powers, total, log_z = softmax_parts(hidden, head)
-            factor = weights[part] * (1 + 2 * z_loss * log_z)[:, None] / total
-            d_head = d_head + powers.T @ (factor * hidden)  # (V, D)
-        return weights * outputs[1], d_head.at[targets].add(-weights * rows)
+    def head_gradient(
+        part: slice, hidden: mx.array, head: mx.array, weights: mx.array
+    ) -> mx.array:
+        """Return the gradient without its part in the targets' rows."""
+        powers, total, log_z = softmax_parts(hidden, head)
+        factor = weights[:, None] * (1 + 2 * z_loss * log_z)[:, None] / total
+        return powers.T @ (factor * hidden)
 
-    losses: mx.array = compute_losses(rows, head)[0]  # type: ignore[index] # untyped
-    return losses
+    def add_targets(d_head: mx.array, rows: mx.array, weights: mx.array) -> mx.array:
+        return d_head.at[targets].add(-weights[:, None] * rows)
+
+    chunk = training_logit_rows(head.shape[0])
+    return chunked_losses(rows, head, chunk, forward, head_gradient, add_targets)
 
 
 def _fused_losses(
@@ -105,8 +91,6 @@ def _fused_losses(
 ) -> mx.array:
     """Return `token_losses` by MLX's fused cross-entropy, in large chunks."""
     head = head.astype(rows.dtype)
-    chunk = fused_logit_rows(head.shape[0])
-    parts = [slice(start, start + chunk) for start in range(0, rows.shape[0], chunk)]
 
     def losses_of(hidden: mx.array, head: mx.array, part: slice) -> mx.array:
         logits = hidden @ head.T  # (m, V)
@@ -116,42 +100,22 @@ def _fused_losses(
             losses = losses + z_loss * mx.square(log_z)
         return losses
 
-    @mx.custom_function
-    def compute_losses(rows: mx.array, head: mx.array) -> tuple[mx.array, mx.array]:
-        losses, row_gradients = list[mx.array](), list[mx.array]()
-        for part in parts:
-            hidden = rows[part]
-            if losses:  # computes the chunks one after another
-                hidden = mx.depends(hidden, (row_gradients if gradient else losses)[-1])
-            if gradient:  # rows are independent, so this is the gradient of each
-                ones = mx.ones((hidden.shape[0],))
-                (loss,), (d_hidden,) = mx.vjp(
-                    lambda x, part=part: losses_of(x, head, part), [hidden], [ones]
-                )
-                row_gradients.append(d_hidden)
-            else:
-                loss = losses_of(hidden, head, part)
-            losses.append(loss)
-        return mx.concatenate(losses), mx.concatenate(row_gradients or losses)
+    def forward(part: slice, hidden: mx.array, head: mx.array) -> tuple[mx.array, ...]:
+        if not gradient:
+            return (losses_of(hidden, head, part),)
+        ones = mx.ones((hidden.shape[0],))  # rows are independent
+        (loss,), (d_hidden,) = mx.vjp(
+            lambda hidden: losses_of(hidden, head, part), [hidden], [ones]
+        )
+        return loss, d_hidden
 
-    @compute_losses.vjp
-    def losses_vjp(
-        primals: tuple[mx.array, mx.array],
-        cotangents: tuple[mx.array, mx.array],
-        outputs: tuple[mx.array, mx.array],
-    ) -> tuple[mx.array, mx.array]:
-        rows, head = primals
-        weights = cotangents[0]  # (M,)
-        d_head = mx.zeros_like(head)  # lazy: not computed unless the head is trained
-        for part in parts:
-            hidden = mx.depends(rows[part], d_head)
-            _, (d_part,) = mx.vjp(
-                lambda head, hidden=hidden, part=part: losses_of(hidden, head, part),
-                [head],
-                [weights[part]],
-            )
-            d_head = d_head + d_part
-        return (weights[:, None] * outputs[1]).astype(rows.dtype), d_head
+    def head_gradient(
+        part: slice, hidden: mx.array, head: mx.array, weights: mx.array
+    ) -> mx.array:
+        _, (d_head,) = mx.vjp(
+            lambda head: losses_of(hidden, head, part), [head], [weights]
+        )
+        return d_head
 
-    losses: mx.array = compute_losses(rows, head)[0]  # type: ignore[index] # untyped
-    return losses
+    chunk = fused_logit_rows(head.shape[0])
+    return chunked_losses(rows, head, chunk, forward, head_gradient)

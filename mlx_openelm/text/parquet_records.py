@@ -6,7 +6,7 @@ pyarrow, which is an extra, is imported when a file is read.
 import io
 from collections.abc import Iterator
 
-from mlx_openelm.errors import OpenELMError
+from mlx_openelm.errors import package_of_extra
 from mlx_openelm.text.record_files import JsonValue
 
 PARQUET_SUFFIX = ".parquet"
@@ -29,14 +29,9 @@ def read_rows(file: io.BufferedReader) -> Iterator[JsonValue]:
     Raises:
         OpenELMError: pyarrow is not installed.
     """
-    try:
+    with package_of_extra("pyarrow", "parquet", f"Reading {file.name}"):
         import pyarrow  # type: ignore[import-untyped] # it has no stubs
         from pyarrow import parquet
-    except ImportError as error:
-        raise OpenELMError(
-            f"Reading {file.name} requires the package pyarrow: pip install "
-            "'mlx-openelm[parquet]'."
-        ) from error
     number = 0
     try:
         with parquet.ParquetFile(file) as opened:

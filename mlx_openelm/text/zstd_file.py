@@ -3,20 +3,15 @@
 import io
 from typing import Any
 
-from mlx_openelm.errors import OpenELMError
+from mlx_openelm.errors import package_of_extra
 
 
 class ZstdFile(io.RawIOBase):
     """Reader of concatenated zstd frames. Unlike zstandard's, it detects truncation."""
 
     def __init__(self, path: str, file: io.BufferedReader) -> None:
-        try:
+        with package_of_extra("zstandard", "torch", f"Reading {path}"):
             import zstandard
-        except ImportError as error:
-            raise OpenELMError(
-                f"Reading {path} requires the package zstandard: pip install "
-                "'mlx-openelm[torch]'."
-            ) from error
         self._errors = zstandard.ZstdError
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame: Any = None  # the current one

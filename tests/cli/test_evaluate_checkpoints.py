@@ -11,6 +11,7 @@ from models import TEXT, UNEVEN, small_tokenizer, weights_of, write_pt
 
 import mlx_openelm
 from converters.conversion import run as conversion
+from mlx_openelm.cli.evaluation.checkpoints import list_checkpoints
 from mlx_openelm.evaluation import scorer
 
 pytest.importorskip("torch", reason="needs PyTorch to write .pt files")
@@ -37,7 +38,7 @@ def work(tmp_path, monkeypatch):
         write_pt(tmp_path / name, weights_of(UNEVEN, seed))
     (tmp_path / "run" / "tokenizer.model").write_bytes(small_tokenizer().model_proto)
     (tmp_path / "tales.json").write_text(json.dumps(RECORDS))
-    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "text.txt").write_text(TEXT[:600])
     return tmp_path
 
 
@@ -81,17 +82,36 @@ def test_folders_and_files_are_mixed_and_repeated_options_work(work):
     assert scores[0]["bits_per_byte"] == pytest.approx(first[0]["bits_per_byte"])
 
 
+@pytest.mark.parametrize(
+    ("name", "iteration"),
+    [
+        ("checkpoint_epoch_0_iter_329999.pt", 329999),
+        ("checkpoint-500", 500),
+        ("global_step1000", 1000),
+        ("iteration_20.pt", 20),
+        ("Steps-7-mlx", 7),
+        ("checkpoint_average.pt", None),
+    ],
+)
+def test_the_iteration_is_that_of_the_name(work, name, iteration):
+    if name.endswith(".pt"):
+        write_pt(work / "run" / name, weights_of(UNEVEN))
+    else:
+        mlx_openelm.convert(NAMES[0], f"run/{name}", dtype="float32", receipt=False)
+    (found,) = list_checkpoints([work / "run" / name], None, offline=True)
+    assert found.iteration == iteration
+
+
 def test_the_folder_of_a_run_stands_for_its_checkpoints(work):
     scores = score_json("--text", "text.txt", "--checkpoints", "run")
     assert [one["checkpoint"] for one in scores] == NAMES
 
 
 def test_the_table_the_csv_and_the_picture_have_every_score(work):
-    args = ("--tasks", "tales.json", "--text", "text.txt", "--csv", "a.csv")
-    result = run(*args, "--picture", "a.svg", "--checkpoints", *NAMES)
-    scores = score_json(
-        "--tasks", "tales.json", "--text", "text.txt", "--checkpoints", *NAMES
-    )
+    args = ("--tasks", "tales.json", "--text", "text.txt", "--output", "kept")
+    args = (*args, "--checkpoints", *NAMES)
+    scores = score_json(*args)
+    result = run(*args, "--csv", "a.csv", "--picture", "a.svg")
     lines = result.stdout.splitlines()
     assert lines[0].split()[:2] == ["checkpoint", "iteration"]
     for line, one in zip(lines[1:], scores, strict=False):

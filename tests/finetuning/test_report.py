@@ -21,6 +21,11 @@ from mlx_openelm.reporting.training_report import render_training_report
 EVIL = "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'>\"'&\x00\x1b"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_drawings():
+    """Overridden: here the reports are complete."""
+
+
 def step(number, loss=2.0, **more):
     return {"event": "step", "step": number, "loss": loss, **more}
 

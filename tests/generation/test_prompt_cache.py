@@ -74,7 +74,7 @@ def stored(file):
 ids = st.lists(st.integers(3, UNEVEN.vocab_size - 1), min_size=1, max_size=24)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(ids, ids, st.integers(0, 24))
 def test_a_stored_prompt_changes_no_answer(tmp_path_factory, first, rest, shared):
     file = tmp_path_factory.getbasetemp() / "any.cache"
@@ -212,7 +212,7 @@ def whole(tmp_path_factory):
     return answer(PROMPT, file)[0], file.read_bytes()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**30), st.integers(0, 7), st.booleans())
 def test_a_flipped_bit_never_changes_the_answer(
     tmp_path_factory, whole, position, bit, in_header

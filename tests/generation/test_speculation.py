@@ -102,7 +102,7 @@ controls = st.builds(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(
     prompts,
     st.integers(1, 24),

@@ -2,6 +2,8 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 from places import ROOT
@@ -16,8 +18,9 @@ def is_private(name: str) -> bool:
 
 def foreign_private_names(source: str) -> Iterator[str]:
     """Yield private names that a module imports, or uses and does not define."""
-    defined = {*defined_names(source), *names_of_own_imports(source)}
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    defined = {*defined_names(tree), *names_of_own_imports(tree)}
+    for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
                 for name in names:
@@ -35,19 +38,24 @@ def foreign_private_names(source: str) -> Iterator[str]:
                 yield name
 
 
-def names_of_own_imports(source: str) -> Iterator[str]:
+def names_of_own_imports(tree: ast.Module) -> Iterator[str]:
     """Yield the names that the project's modules define which a module imports."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         match node:
             case ast.ImportFrom(module=str(module)) if module.startswith(OURS):
                 file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
                 if file.exists():
-                    yield from defined_names(file.read_text())
+                    yield from names_of(file)
 
 
-def defined_names(source: str) -> Iterator[str]:
+@cache
+def names_of(file: Path) -> set[str]:
+    return set(defined_names(ast.parse(file.read_text())))
+
+
+def defined_names(tree: ast.Module) -> Iterator[str]:
     """Yield the names that a module defines: functions, classes, fields, variables."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         match node:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
                 yield name

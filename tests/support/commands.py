@@ -1,9 +1,13 @@
 """Runs the command line in this process and checks its errors."""
 
 import re
+import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import typer
 from models import UNEVEN, small_tokenizer, weights_of, write_hugging_face
 from typer.testing import CliRunner, Result
 
@@ -11,8 +15,28 @@ from mlx_openelm.cli.main import app
 from mlx_openelm.config import OpenELMConfig
 
 
-def call(*args: object, **options) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args], **options)
+@cache
+def program() -> Any:
+    """The command line; `CliRunner.invoke` builds its commands for each call."""
+    return typer.main.get_command(app)
+
+
+def call(
+    *args: object, input: str | bytes | None = None, env: dict[str, str] | None = None
+) -> Result:
+    code, exception, runner = 0, None, CliRunner()
+    with runner.isolation(input=input, env=env) as outputs:
+        try:
+            program().main(args=[str(arg) for arg in args], prog_name="mlx-openelm")
+        except SystemExit as ended:
+            code = ended.code or 0
+            exception = ended if code else None
+        except Exception as error:
+            code, exception = 1, error
+        sys.stdout.flush()
+        sys.stderr.flush()
+        written = [output.getvalue() for output in outputs]
+    return Result(runner, *written, None, code, exception)
 
 
 def expect_error(here: Path, *args: object, message: str | list[str], **options) -> str:

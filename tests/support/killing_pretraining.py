@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 from pretrainings import small_recipe, streamed_data
+from reports import draw_nothing
 
-from converters.pretraining import report
 from converters.pretraining.checkpoints import AVERAGE, Resume
 from converters.pretraining.recipe import PretrainRecipe
 from converters.pretraining.run import pretrain
@@ -60,7 +60,7 @@ def curve(recipe: PretrainRecipe) -> list[tuple]:
 
 
 def main(folder: Path) -> None:
-    report.render_training_report = lambda contents: "a page"  # quick to draw
+    draw_nothing()
     recipe = replace(
         small_recipe(folder), steps=3, save_every=2, eval_every=2, report_every=2
     )

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from reports import draw_nothing
+
 from converters.pretraining.recipe import PretrainRecipe
 from converters.pretraining.run import pretrain
 from mlx_openelm.errors import OpenELMError
@@ -27,4 +29,5 @@ def main(jobs: Path) -> None:
 
 
 if __name__ == "__main__":
+    draw_nothing()
     main(Path(sys.argv[1]))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_openelm.finetuning.batches import Batch, collate
-from mlx_openelm.finetuning.data_table import SplitTable
 from mlx_openelm.finetuning.further_objectives.teacher import (
     Teacher,
     TeacherFolder,
@@ -14,17 +13,14 @@ from mlx_openelm.finetuning.further_objectives.teacher import (
 )
 from mlx_openelm.finetuning.further_objectives.teacher_cache import TeacherCache
 from mlx_openelm.finetuning.losses import target_rows
-from mlx_openelm.finetuning.objectives import Supervised
+from mlx_openelm.finetuning.objectives import TokenObjective
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
-from mlx_openelm.finetuning.record_formats import RecordFormats
-from mlx_openelm.finetuning.records import Dataset
 from mlx_openelm.finetuning.samples import Sample, Samples
 from mlx_openelm.model.divergence import TeacherTargets, divergences
 from mlx_openelm.model.likelihood import token_losses
 from mlx_openelm.model.lora import adapted_weight
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.paths import user_path
-from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.training.arrays import to_float
 from mlx_openelm.training.objective import Totals
 
@@ -37,7 +33,7 @@ class TaughtBatch:
     teacher: TeacherTargets
 
 
-class Distillation:
+class Distillation(TokenObjective):
     """(1 - w) times the loss of supervised training, plus w T^2 KL(teacher || model).
 
     w is `distill_weight`; the divergence is that of the distributions at temperature T,
@@ -45,12 +41,10 @@ class Distillation:
     bound: see `model.divergence.TopTargets`.
     """
 
-    name, label = "distill", "distill"
-    unit, pairwise, likelihood = "token", False, False
-    default_length, default_rate = Supervised.default_length, Supervised.default_rate
+    name, label, likelihood = "distill", "distill", False
 
     def __init__(self, recipe: FinetuneRecipe) -> None:
-        self._recipe, self._supervised = recipe, Supervised(recipe)
+        super().__init__(recipe)
         self._teacher: Teacher | None = None
 
     def load_teacher(
@@ -78,40 +72,14 @@ class Distillation:
             on_progress=on_progress,
         )
 
-    def formats(self) -> RecordFormats:
-        return self._supervised.formats()
-
-    def make_samples(
-        self,
-        dataset: Dataset,
-        tokenizer: Tokenizer,
-        template: str,
-        on_progress: Callable[[int], None] = lambda records: None,
-    ) -> tuple[Samples, SplitTable]:
-        return self._supervised.make_samples(dataset, tokenizer, template, on_progress)
-
-    def precompute_reference(self, model: OpenELM, samples: Sequence[Sample]) -> None:
-        """Do nothing: the reference is the teacher."""
-
     def collate(self, samples: Sequence[Sample]) -> TaughtBatch:
         assert self._teacher is not None, "load_teacher comes first"
         batch = collate(samples)
         return TaughtBatch(batch, self._teacher.targets(batch, samples))
 
-    def loss(self, model: OpenELM, batch: TaughtBatch) -> tuple[mx.array, mx.array]:
-        return self._losses(model, batch).sum(), mx.zeros(0)
-
-    def totals(self, batch: TaughtBatch, loss: mx.array, margins: mx.array) -> Totals:
-        return Totals(to_float(loss), len(batch.batch.positions))
-
-    def evaluate(self, model: OpenELM, batch: TaughtBatch) -> Totals:
-        loss = self._losses(model, batch, gradient=False).sum()
-        return self.totals(batch, loss, mx.zeros(0))
-
-    def _losses(
+    def loss(
         self, model: OpenELM, batch: TaughtBatch, *, gradient: bool = True
-    ) -> mx.array:
-        """Return the loss of each target, (M,)."""
+    ) -> tuple[mx.array, mx.array]:
         recipe = self._recipe
         rows, head = target_rows(model, batch.batch), adapted_weight(model.head_module)
         weight, temperature = recipe.distill_weight, recipe.temperature
@@ -126,4 +94,7 @@ class Distillation:
             losses = losses + (1 - weight) * token_losses(
                 rows, head, targets, z_loss=recipe.z_loss, gradient=gradient
             )
-        return losses
+        return losses.sum(), mx.zeros(0)
+
+    def totals(self, batch: TaughtBatch, loss: mx.array, margins: mx.array) -> Totals:
+        return Totals(to_float(loss), len(batch.batch.positions))

@@ -51,7 +51,7 @@ def write(path, texts=TEXTS, key="text"):
         data = data.replace("\n", "\n\n", 3)  # blank lines are skipped
     data = data.encode()
     if path.suffix == ".gz":
-        data = gzip.compress(data)
+        data = gzip.compress(data, compresslevel=1)
     if path.suffix == ".zst":
         half = len(data) // 2  # two frames, as parallel tools write
         data = b"".join(map(zstandard.compress, (data[:half], data[half:])))

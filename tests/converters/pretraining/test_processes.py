@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -34,39 +35,69 @@ from converters.pretraining.run import pretrain  # noqa: E402
 from mlx_openelm.errors import OpenELMError  # noqa: E402
 
 
+class Run(NamedTuple):
+    output: str
+    messages: tuple[str, str]  # of the two processes
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """All runs with two processes, in one start: recipes and messages, by name."""
-    folder = tmp_path_factory.mktemp("ranks")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def packed(folder):
+    """A recipe that one process has run."""
     recipe = replace(small_recipe(folder), batch_size=8, steps=8)
-    fsdp = replace(recipe, parallel="fsdp")
-    streamed = replace(recipe, data=streamed_data(folder), tokenizer=recipe.tokenizer)
-    (folder / "bad.jsonl").write_text('{"text": "whole"}\n{"text": "cut')
+    pretrain(recipe)
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def streamed(folder, packed):
+    """Another one, of streamed data."""
+    output = str(folder / "streamed")
+    recipe = replace(packed, data=streamed_data(folder), output=output)
+    pretrain(recipe)
+    return recipe
+
+
+def run_all(folder, recipes, jobs=None) -> dict[str, Run]:
+    """Run recipes with two processes, in one start; `jobs` changes those of names."""
     recipes = {
-        "ddp": recipe,
-        "accumulated": replace(recipe, micro_batch_size=2),
-        "fsdp": fsdp,
-        "fsdp accumulated": replace(
-            fsdp, micro_batch_size=2, activation_checkpointing=True
-        ),
-        "fsdp bf16": replace(fsdp, bf16=True, steps=3),
+        name: replace(recipe, output=str(folder / f"two-{name.replace(' ', '-')}"))
+        for name, recipe in recipes.items()
+    }
+    jobs = [{**job(r), **(jobs or {}).get(name, {})} for name, r in recipes.items()]
+    messages = zip(*run_ranks(folder, jobs), strict=True)
+    return {
+        name: Run(recipe.output, both)
+        for (name, recipe), both in zip(recipes.items(), messages, strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(folder, packed, streamed):
+    """Runs without shards: two that train, and three that cannot start."""
+    bad = folder / "bad.jsonl"
+    bad.write_text('{"text": "whole"}\n{"text": "cut')
+    recipes = {
+        "accumulated": replace(packed, micro_batch_size=2),
         "streamed": streamed,
-        "uneven batch": replace(recipe, batch_size=7),
+        "uneven batch": replace(packed, batch_size=7),
         "damaged": streamed,
         "other text": streamed,
     }
-    recipes = {
-        name: replace(r, output=str(folder / name.replace(" ", "-")))
-        for name, r in recipes.items()
+    jobs = {
+        "damaged": {"files": {"rank0": str(bad), "rank1": str(bad)}},
+        "other text": {"files": {"rank1": str(bad)}},
     }
-    jobs = {name: job(r) for name, r in recipes.items()}
-    jobs["damaged"]["files"] = {
-        f"rank{rank}": str(folder / "bad.jsonl") for rank in range(2)
-    }
-    jobs["other text"]["files"] = {"rank1": str(folder / "bad.jsonl")}
-    # Started by one process, resumed by two with FSDP.
-    single = replace(recipe, output=str(folder / "resumed"))
-    recipes["resumed"] = single
+    return run_all(folder, recipes, jobs)
+
+
+@pytest.fixture(scope="module")
+def sharded(folder, packed):
+    """Runs with FSDP; one of them was started by one process."""
 
     class Cut(Exception):
         pass
@@ -76,10 +107,15 @@ def runs(tmp_path_factory):
             raise Cut
 
     with pytest.raises(Cut):
-        pretrain(single, on_event=cut)
-    jobs["resumed"] = job(replace(single, parallel="fsdp"), resume=True)
-    messages = run_ranks(folder, list(jobs.values()))
-    return recipes, dict(zip(jobs, zip(*messages, strict=True), strict=True)), folder
+        pretrain(replace(packed, output=str(folder / "two-resumed")), on_event=cut)
+    fsdp = replace(packed, parallel="fsdp")
+    recipes = {
+        "plain": fsdp,
+        "accumulated": replace(fsdp, micro_batch_size=2, activation_checkpointing=True),
+        "bf16": replace(fsdp, bf16=True, steps=3),
+        "resumed": fsdp,
+    }
+    return run_all(folder, recipes, {"resumed": {"resume": True}})
 
 
 def kill_after_a_checkpoint(folder: Path, recipe) -> None:
@@ -97,36 +133,17 @@ def kill_after_a_checkpoint(folder: Path, recipe) -> None:
                 pass
 
 
-@pytest.fixture(scope="module")
-def alone(runs):
-    """The same runs in one process: output by name."""
-    recipes, _, folder = runs
-    outputs = {}
-    for name in ("ddp", "streamed"):
-        output = str(folder / f"alone-{name}")
-        pretrain(replace(recipes[name], output=output))
-        outputs[name] = output
-    return outputs
-
-
-@pytest.mark.parametrize(
-    "name", ["ddp", "accumulated", "fsdp", "fsdp accumulated", "streamed", "resumed"]
-)
-def test_two_processes_have_the_losses_of_one(runs, alone, name):
-    recipes, messages, _ = runs
-    assert messages[name] == ("done", "done")
-    losses = read_losses(recipes[name].output)
-    expected = read_losses(alone["streamed" if name == "streamed" else "ddp"])
+def assert_same_losses(run: Run, alone) -> None:
+    assert run.messages == ("done", "done")
+    losses = read_losses(run.output)
     assert len(losses) == 8
-    assert losses == pytest.approx(expected, abs=1e-5)
+    assert losses == pytest.approx(read_losses(alone.output), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "resumed"])
-def test_two_processes_have_the_checkpoints_of_one(runs, alone, name):
-    recipes, _, _ = runs
+def assert_same_checkpoints(run: Run, alone) -> None:
     one, two = (
         torch.load(Path(output) / LAST, weights_only=True)
-        for output in (alone["ddp"], recipes[name].output)
+        for output in (alone.output, run.output)
     )
     assert list(one) == list(two)
     for key, tensor in one["model_state_dict"].items():
@@ -136,11 +153,24 @@ def test_two_processes_have_the_checkpoints_of_one(runs, alone, name):
     assert one["optim_state_dict"]["state"].keys() == (
         two["optim_state_dict"]["state"].keys()
     )
-    scores = [
-        r["bits_per_byte"] for r in read_metrics(recipes[name].output, "evaluated")
-    ]
-    expected = [r["bits_per_byte"] for r in read_metrics(alone["ddp"], "evaluated")]
+    scores, expected = (
+        [r["bits_per_byte"] for r in read_metrics(output, "evaluated")]
+        for output in (run.output, alone.output)
+    )
     assert scores == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_processes_train_as_one(runs, packed, streamed):
+    assert_same_losses(runs["streamed"], streamed)
+    assert_same_losses(runs["accumulated"], packed)
+    assert_same_checkpoints(runs["accumulated"], packed)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", ["plain", "accumulated", "resumed"])
+def test_two_processes_with_shards_train_as_one(sharded, packed, name):
+    assert_same_losses(sharded[name], packed)
+    assert_same_checkpoints(sharded[name], packed)
 
 
 @pytest.mark.proof
@@ -158,38 +188,37 @@ def test_two_killed_processes_resume(tmp_path):
     assert losses == pytest.approx(read_losses(whole.output), abs=1e-6)
 
 
-def test_shards_compute_in_bf16_and_keep_float32(runs, alone):
-    recipes, messages, _ = runs
-    assert messages["fsdp bf16"] == ("done", "done")
-    losses = read_losses(recipes["fsdp bf16"].output)
-    expected = read_losses(alone["ddp"])[:3]
+@pytest.mark.proof
+def test_shards_compute_in_bf16_and_keep_float32(sharded, packed):
+    run = sharded["bf16"]
+    assert run.messages == ("done", "done")
+    losses, expected = read_losses(run.output), read_losses(packed.output)[:3]
     assert losses == pytest.approx(expected, abs=0.05)
     assert losses != pytest.approx(expected, abs=1e-5)
-    state = torch.load(Path(recipes["fsdp bf16"].output) / LAST, weights_only=True)
+    state = torch.load(Path(run.output) / LAST, weights_only=True)
     assert {t.dtype for t in state["model_state_dict"].values()} == {torch.float32}
 
 
 def test_an_error_in_one_process_is_raised_in_all(runs):
-    recipes, messages, _ = runs
-    first, second = messages["damaged"]
+    first, second = runs["damaged"].messages
     assert first == second
     assert "bad.jsonl" in first
     assert first.endswith(".")
     assert (
-        messages["other text"]
+        runs["other text"].messages
         == (
             "Process 1 (1 of 2 in all) would read different text than process 0: files "
             "are missing or differ there; give all of them the same files.",
         )
         * 2
     )
-    assert not (Path(recipes["other text"].output) / RECIPE).exists()
+    assert not (Path(runs["other text"].output) / RECIPE).exists()
     assert (
-        messages["uneven batch"]
+        runs["uneven batch"].messages
         == ("batch_size is 7; it must be a multiple of the number of processes (2).",)
         * 2
     )
-    assert not Path(recipes["uneven batch"].output).exists()
+    assert not Path(runs["uneven batch"].output).exists()
 
 
 @pytest.mark.proof

@@ -40,6 +40,11 @@ THEIRS = "\n".join(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_drawings():
+    """Overridden: here the reports are complete."""
+
+
 @pytest.fixture
 def recipe(tmp_path):
     recipe = small_recipe(tmp_path)

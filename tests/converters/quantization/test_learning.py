@@ -46,6 +46,22 @@ def quantize(source, target, learn="12steps", **options):
     return convert(source, target, learn=learn, **(chosen | options))
 
 
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """The folder of a run that was not stopped."""
+    folder = tmp_path_factory.mktemp("learned") / "whole"
+    quantize(source, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rounded(source, tmp_path_factory):
+    """The folder of the same quantization without learning."""
+    folder = tmp_path_factory.mktemp("learned") / "rounded"
+    quantize(source, folder, None)
+    return folder
+
+
 def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
@@ -191,24 +207,26 @@ def test_the_receipt_has_the_error_before_and_after(source, tmp_path, options):
     assert rounded.num_bytes == report.num_bytes
 
 
-def test_the_same_seed_gives_the_same_bytes(source, tmp_path):
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+def test_the_same_seed_gives_the_same_bytes(source, whole, tmp_path):
+    for name, seed in (("same", 0), ("other", 4)):
         quantize(source, tmp_path / name, seed=seed)
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
-    assert weights(tmp_path / "a") != weights(tmp_path / "c")
-    a, b = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("a", "b"))
+    same, other = tmp_path / "same", tmp_path / "other"
+    assert weights(same) == weights(whole)
+    assert weights(other) != weights(whole)
+    a, b = (json.loads((f / "config.json").read_text()) for f in (same, whole))
     assert a == b
-    assert not (tmp_path / "a" / "learning").exists()
+    assert not (same / "learning").exists()
 
 
-def test_learning_never_ends_worse_than_it_began(source, tmp_path, monkeypatch):
+def test_learning_never_ends_worse_than_it_began(
+    source, rounded, tmp_path, monkeypatch
+):
     monkeypatch.setattr(learning, "RATE", 3.0)
     report = quantize(source, tmp_path / "learned")
-    quantize(source, tmp_path / "rounded", None)
     assert report.learned.best_step == 0
     assert report.learned.mean_kl_after == report.learned.mean_kl_before
     assert "plain rounding were kept" in " ".join(report.notes)
-    assert weights(tmp_path / "learned") == weights(tmp_path / "rounded")
+    assert weights(tmp_path / "learned") == weights(rounded)
 
 
 def test_a_better_choice_that_measures_worse_in_the_receipt_is_not_kept(
@@ -268,13 +286,20 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("how", [KeyboardInterrupt, Killed, SystemExit])
-@pytest.mark.parametrize("at", [1, 7, 12])
+@pytest.mark.parametrize(
+    ("how", "at"),
+    [
+        (KeyboardInterrupt, 1),
+        (KeyboardInterrupt, 7),
+        (SystemExit, 7),
+        (Killed, 7),
+        (KeyboardInterrupt, 12),
+    ],
+)
 def test_a_stopped_run_resumes_with_the_same_bytes(
-    source, tmp_path, monkeypatch, how, at
+    source, whole, tmp_path, monkeypatch, how, at
 ):
     monkeypatch.setattr(learning, "SAVE_SECONDS", 0.0)
-    quantize(source, tmp_path / "whole")
     target, seen = tmp_path / "stopped", []
 
     def stop(progress):
@@ -289,11 +314,10 @@ def test_a_stopped_run_resumes_with_the_same_bytes(
         assert "resumes from its last save" in stopped.value.__notes__[0]
     seen.clear()
     quantize(source, target, on_progress=lambda p: stop_never(p, seen))
-    assert weights(target) == weights(tmp_path / "whole")
+    assert weights(target) == weights(whole)
     for name in ("config.json", "README.md"):
-        assert (target / name).read_text() == (
-            tmp_path / "whole" / name
-        ).read_text().replace("whole", "stopped")
+        text = (whole / name).read_text()
+        assert (target / name).read_text() == text.replace("whole", "stopped")
     if how is not Killed and at > 1:
         assert seen[0] >= at - 1  # the steps before were not repeated
 
@@ -303,8 +327,7 @@ def stop_never(progress, seen):
         seen.append(progress.done)
 
 
-def test_a_killed_run_resumes_with_the_same_bytes(source, tmp_path):
-    quantize(source, tmp_path / "whole")
+def test_a_killed_run_resumes_with_the_same_bytes(source, whole, tmp_path):
     script = f"""
 import os
 from pathlib import Path
@@ -324,7 +347,7 @@ convert({str(source)!r}, {str(tmp_path / "killed")!r}, learn="12steps", bits=3,
     seen = []
     quantize(source, tmp_path / "killed", on_progress=lambda p: stop_never(p, seen))
     assert seen[0] == 7  # step 6 was the last save
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "killed") == weights(whole)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -414,9 +437,8 @@ def test_what_cannot_be_learned_is_refused(here, options, message):
                  message=message)  # fmt: skip
 
 
-def test_a_source_of_these_packed_weights_has_nothing_to_learn(source, tmp_path):
-    quantize(source, tmp_path / "packed", None)
-    report = quantize(tmp_path / "packed", tmp_path / "again")
+def test_a_source_of_these_packed_weights_has_nothing_to_learn(rounded, tmp_path):
+    report = quantize(rounded, tmp_path / "again")
     assert report.learned is None
     assert "Nothing was learned" in " ".join(report.notes)
 
@@ -432,7 +454,7 @@ def test_amounts():
 
 
 @pytest.mark.interop
-def test_stock_mlx_lm_opens_the_folder(source, tmp_path):
+def test_stock_mlx_lm_opens_the_folder(whole):
     from mlx_lm.utils import dequantize_model
     from mlx_lm.utils import load_model as load_in_mlx_lm
 
@@ -440,11 +462,10 @@ def test_stock_mlx_lm_opens_the_folder(source, tmp_path):
         floating = mx.issubdtype(array.dtype, mx.floating)
         return array.astype(mx.float32) if floating else array
 
-    quantize(source, tmp_path / "learned")
-    theirs, _ = load_in_mlx_lm(tmp_path / "learned")
+    theirs, _ = load_in_mlx_lm(whole)
     theirs.update(tree_map(widen, theirs.parameters()))
     dequantize_model(theirs)
-    ours = load_model(open_folder(tmp_path / "learned"))
+    ours = load_model(open_folder(whole))
     tokens = mx.array([[1, 5, 80, 3, 44, 211]])
     want, got = np.array(ours(tokens)), np.array(theirs(tokens))
     assert np.abs(want - got).max() <= 1e-4 * np.abs(want).max()

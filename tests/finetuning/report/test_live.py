@@ -17,6 +17,11 @@ from mlx_openelm.reporting.run_history import Pace
 REFRESH = '<meta http-equiv="refresh" content="15">'
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_drawings():
+    """Overridden: here the reports are complete."""
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return make_source(tmp_path_factory.mktemp("base"))
