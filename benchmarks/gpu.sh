@@ -14,7 +14,7 @@
 set -u
 [ $# -ge 1 ] || { echo "usage: bash benchmarks/gpu.sh OUT [WHEELS]" >&2; exit 2; }
 OUT=$(mkdir -p "$1" && cd "$1" && pwd) || exit
-WHEELS=${2:+$(cd "$2" && pwd)}
+WHEELS=${2:+$(cd "$2" && pwd)} || exit
 cd "$(dirname "$0")/.." || exit
 PYTHON=${PYTHON:-python3}
 SIZES=${SIZES-270M 1.1B}
@@ -42,19 +42,19 @@ if [ -n "$WHEELS" ]; then
 fi
 export HF_HUB_OFFLINE=1 MLX_OPENELM_TUNING=$OUT/tuning.json
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-M="$PYTHON -m mlx_openelm"
+M=("$PYTHON" -m mlx_openelm)
 run device.txt 20 "$PYTHON" -c "import mlx.core as mx; print(mx.device_info())"
-run selfcheck.json 60 $M selfcheck --json
-run tune.json 170 $M selfcheck --tune --seconds 120 --json
+run selfcheck.json 60 "${M[@]}" selfcheck --json
+run tune.json 170 "${M[@]}" selfcheck --tune --seconds 120 --json
 run copies.txt 60 "$PYTHON" benchmarks/cache_copies.py ${COPIES:-}
-MODELS=demo
+MODELS=(demo)
 if [ -n "$SIZES" ]; then # in folders that mlx-lm opens, too
     run models.txt 60 "$PYTHON" benchmarks/random_models.py "$OUT/models" $SIZES
-    MODELS=
-    for size in $SIZES; do MODELS="$MODELS $OUT/models/$size $OUT/models/$size-4bit"; done
+    MODELS=()
+    for size in $SIZES; do MODELS+=("$OUT/models/$size" "$OUT/models/$size-4bit"); done
 fi
-for model in $MODELS; do
-    run "against-$(basename "$model").json" 90 $M bench --against mlx-lm \
+for model in "${MODELS[@]}"; do
+    run "against-$(basename "$model").json" 90 "${M[@]}" bench --against mlx-lm \
         --model "$model" --rounds "${ROUNDS:-2}" --json
 done
 exit $FAILED

@@ -402,7 +402,7 @@ def _try_environments(workload: Workload, ends: float) -> list[Trial]:
         elif time.perf_counter() > ends:
             reason = _NO_TIME
         else:
-            rates, digest = _measure_in_process(workload, environment, ends)
+            rates, digest, reason = _measure_in_process(workload, environment, ends)
             if rates:
                 first = first or digest
                 trials.append(
@@ -415,14 +415,14 @@ def _try_environments(workload: Workload, ends: float) -> list[Trial]:
                     )
                 )
                 continue
-            reason = "the process failed"
         trials.append(Trial(group, name, environment, reason=reason))
     return trials
 
 
 def _measure_in_process(
     workload: Workload, environment: Mapping[str, str], ends: float
-) -> tuple[list[float], str]:
+) -> tuple[list[float], str, str]:
+    """Return rates and the digest of the output, or neither and the reason."""
     settings = {
         "size": workload.size,
         "prompt_tokens": min(workload.prompt_tokens, 256),
@@ -438,6 +438,8 @@ def _measure_in_process(
             timeout=max(0.0, ends - time.perf_counter()),
         )
         rates, digest = parse_json(result.stdout)
-    except (ValueError, subprocess.TimeoutExpired):
-        return [], ""
-    return rates, digest
+    except subprocess.TimeoutExpired:
+        return [], "", _NO_TIME
+    except ValueError:
+        return [], "", "the process failed"
+    return rates, digest, ""

@@ -132,16 +132,28 @@ def test_variables_are_tried_in_processes_of_their_own(monkeypatch):
 @pytest.mark.proof
 def test_a_process_measures_and_writes_json():
     ends = time.perf_counter() + 100
-    rates, digest = tune._measure_in_process(Workload(**OPTIONS), {}, ends)
-    again, same = tune._measure_in_process(Workload(**OPTIONS), {tune.TF32: "1"}, ends)
+    results = [
+        tune._measure_in_process(Workload(**OPTIONS), environment, ends)
+        for environment in ({}, {tune.TF32: "1"})
+    ]
+    (rates, digest, reason), (again, same, _) = results
     assert rates
     assert again
     assert digest == same != ""
+    assert reason == ""
 
 
 def test_a_process_that_does_not_end_is_ended():
-    ends = time.perf_counter() + 0.01
-    assert tune._measure_in_process(Workload(**OPTIONS), {}, ends) == ([], "")
+    workload = Workload(**OPTIONS)
+    measured = tune._measure_in_process(workload, {}, time.perf_counter() + 0.01)
+    assert measured == ([], "", "no time was left")
+
+
+def test_the_reason_of_a_process_that_fails_is_not_the_time(monkeypatch):
+    monkeypatch.setattr(tune, "_PROCESS", "raise SystemExit({!r})")
+    workload = Workload(**OPTIONS)
+    measured = tune._measure_in_process(workload, {}, time.perf_counter() + 60)
+    assert measured == ([], "", "the process failed")
 
 
 def test_nothing_is_started_after_the_time_limit():
