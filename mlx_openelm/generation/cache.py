@@ -97,7 +97,7 @@ class PairCache(ABC):
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """Do as `update_pair` with keys and values (B, K, T, H)."""
+        """Call `update_pair` with keys and values (B, K, T, H)."""
         return self.update_pair(mx.stack([keys, values]))
 
 
@@ -186,7 +186,8 @@ class SlotCache(PairCache):
     def put(self, row: int, keys: mx.array, values: mx.array) -> None:
         """Set the content of a row to keys and values (1, K, T, H)."""
         pair, length = mx.stack([keys, values]), keys.shape[2]
-        self._reserve(pair, row + 1, length)[:, row : row + 1, :, :length] = pair
+        self._reserve(pair, row + 1, length)
+        self._slots[:, row : row + 1, :, :length] = pair
 
     def take(self, row: int, length: int) -> tuple[mx.array, mx.array]:
         """Return the first `length` keys and values of a row, (1, K, length, H)."""

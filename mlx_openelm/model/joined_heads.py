@@ -1,7 +1,7 @@
 """The heads of a layer; on a GPU, their norms and RoPE in one elementwise operation.
 
 Letters as in `openelm`; h is H / 2. RoPE rotates the pairs (i, i + h), so a head is two
-halves, (2, h), and each half of the result is a sum of both, with factors.
+halves, (2, h), and each half of the result is a weighted sum of both.
 """
 
 from dataclasses import dataclass
@@ -86,10 +86,12 @@ class JoinedRotation:
         num_query_heads: int,
     ) -> Heads:
         """Return the heads of qkv (B, T, Q + 2 K, H)."""
-        # Of the values, too, without use: so all heads are one array.
+        # Also of the values, where it is not used, so that all heads stay one array
         normed = mx.fast.rms_norm(qkv, None, q_norm.eps)
-        halves = (mx.unflatten(x.swapaxes(1, 2), -1, (2, -1)) for x in (qkv, normed))
-        weights = (mx.unflatten(n.weight, 0, (2, -1)) for n in (q_norm, k_norm))
+        heads = (x.swapaxes(1, 2) for x in (qkv, normed))  # (B, Q + 2 K, T, H)
+        halves = (mx.unflatten(x, -1, (2, -1)) for x in heads)  # (B, Q + 2 K, T, 2, h)
+        norms = (q_norm, k_norm)
+        weights = (mx.unflatten(norm.weight, 0, (2, -1)) for norm in norms)  # (2, h)
         kinds = _kinds(qkv.shape[2], num_query_heads)
         rotate = _rotate_in_training if q_norm.training else _rotate
         joined = rotate(self, kinds, *halves, *weights)  # (B, Q + 2 K, T, 2, h)
@@ -116,7 +118,7 @@ def _rotate(
 ) -> mx.array:
     """Return rotated queries and keys, and the raw values, (B, Q + 2 K, T, 2, h)."""
     others = normed, q_weight, k_weight
-    halves = [half for x in others for half in mx.split(x, 2, axis=-2)]
+    halves = [half for x in others for half in mx.split(x, 2, axis=-2)]  # (..., 1, h)
     return _rotate_elements(*[raw, *kinds, *halves, *rotation.factors])
 
 
@@ -137,7 +139,7 @@ def _rotate_in_training(
     ) -> tuple[mx.array, ...]:
         _, normed, q_weight, k_weight = primals
         is_query, is_value = kinds
-        halves = mx.split(cotangent, 2, axis=-2)
+        halves = mx.split(cotangent, 2, axis=-2)  # (B, Q + 2 K, T, 1, h)
         parts = zip(halves, rotation.inverse, strict=True)
         first, second = (half * factors for half, factors in parts)
         back = first + second  # float32
@@ -167,6 +169,7 @@ def _rotate_plain(
     factors_1: mx.array,
     factors_2: mx.array,
 ) -> mx.array:
+    """Return `_rotate`; _1 is the first half of each head, (..., 1, h), _2 the second."""
     first = normed_1 * mx.where(is_query, q_weight_1, k_weight_1)
     second = normed_2 * mx.where(is_query, q_weight_2, k_weight_2)
     rotated = first * factors_1 + second * factors_2

@@ -29,10 +29,13 @@ class LayerCache(Protocol):
 
 
 def _add_to(cache: LayerCache, heads: Heads) -> tuple[mx.array, mx.array]:
-    """Add the new keys and values; return all of them, (B, K, S, H) each."""
+    """Add the new keys and values; return all of them, (B, K, S, H) each.
+
+    In one array, where the heads are one and the cache takes it (mlx-lm's do not).
+    """
     if heads.joined is not None and hasattr(cache, "update_pair"):
-        both: tuple[mx.array, mx.array] = cache.update_pair(heads.pair)
-        return both
+        stored: tuple[mx.array, mx.array] = cache.update_pair(heads.pair)
+        return stored
     return cache.update_and_fetch(heads.keys, heads.values)
 
 
@@ -108,8 +111,8 @@ class Sequences(TokenLayout):
         if cache is not None:
             _add_to(cache, heads)
         ends = list(itertools.accumulate(self.lengths))[:-1]
-        parts_of = (heads.queries, heads.keys, heads.values)
-        split = (mx.split(x, ends, axis=2) for x in parts_of)
+        kinds = (heads.queries, heads.keys, heads.values)
+        split = (mx.split(x, ends, axis=2) for x in kinds)
         parts = [attend(q, k, v, "causal") for q, k, v in zip(*split, strict=True)]
         return mx.concatenate(parts, axis=2)
 
@@ -146,7 +149,8 @@ class PaddedSequences(TokenLayout):
         assert cache is None
         R, S = self.segments.shape
         _, Q, _, H = heads.queries.shape
-        moved = _move(heads.join().squeeze(0), self.sources.reshape(-1), self.slots)
+        joined = heads.join().squeeze(0)  # (Q + 2 K, N, H)
+        moved = _move(joined, self.sources.reshape(-1), self.slots)
         rows = moved.reshape(-1, R, S, H).swapaxes(0, 1)  # (R, Q + 2 K, S, H)
         own = Heads.of(rows, Q)
         at_once = max(1, SCORES_AT_ONCE // (Q * S * S))
@@ -156,7 +160,7 @@ class PaddedSequences(TokenLayout):
             attended = _attend_in_parts(
                 own.queries, own.keys, own.values, self.segments, at_once=at_once
             )
-        flat = attended.swapaxes(0, 1).reshape(Q, R * S, H)
+        flat = attended.swapaxes(0, 1).reshape(Q, R * S, H)  # from (R, Q, S, H)
         return _move(flat, self.slots, self.sources.reshape(-1))[None]
 
 

@@ -24,9 +24,9 @@ Tensors = Mapping[str, mx.array]
 class CompiledStep:
     """Updates the trainable weights of a model, as `Step` does, in one process.
 
-    The arrays of an adapter are many and small, so what counts is the number of
-    operations: their old values are kept until the host knows whether an update is
-    finite. Of larger ones the device selects them, and no copy exists.
+    An adapter has many small arrays, whose cost is the number of operations: the old
+    arrays are kept until the host has read whether the update is finite. In a full
+    fine-tuning the device chooses the old or the new values, so no copy is kept.
 
     Args:
         clip_norm: maximum norm of the gradient of the mean loss; 0 or None: no limit.
@@ -189,12 +189,13 @@ class CompiledStep:
         count: mx.array,
         rate: mx.array,
     ) -> tuple[Tensors, Tensors, mx.array]:
-        """Return updated weights and state.
+        """Return updated weights and state, and the report of the update.
 
-        Unless it is an adapter, these are the old ones if not all is finite. The last
-        array has the norm of the mean gradient, and 1 if all is finite.
+        If loss or gradient is not finite, weights and state are the old ones, except
+        those of an adapter. The report has the norm of the mean gradient, and 1 if both
+        are finite.
         """
-        if self._is_adapter:  # a copy instead of the operations of a sum, for each
+        if self._is_adapter:  # to copy a gradient is one operation, its norm several
             parts = [array.flatten() for array in gradients.values()]
             norm = gradient_norm([mx.concatenate(parts)]) / count
         else:

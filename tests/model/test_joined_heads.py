@@ -54,6 +54,28 @@ def test_heads_are_those_of_mlxs_operations(batch, tokens, training):
     assert mx.array_equal(heads.pair, mx.stack([heads.keys, heads.values]))
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("norm_dtype", [None, mx.float32])
+@pytest.mark.parametrize("training", [False, True])
+def test_16_bits_are_as_exact_as_mlxs_operations(dtype, norm_dtype, training):
+    exact, norms = random(2, 5, Q + 2 * K, H), make_norms(training)
+    for norm in norms:
+        norm.weight = norm.weight.astype(dtype).astype(norm_dtype or dtype)
+    qkv, offset = exact.astype(dtype), 2001  # not a number in 16 bits
+    rotation = JoinedRotation.at(offset + mx.arange(5), H, 10000.0)
+    joined = rotation(qkv, *norms, Q).joined
+    assert joined.dtype == dtype
+    weights = [norm.weight for norm in norms]
+    wide = [x.astype(mx.float32) for x in (qkv, *weights)]
+    narrow = [x.astype(dtype) for x in (qkv, *weights)]
+    expected = expected_heads(*wide, offset)
+    own, theirs = (
+        mx.linalg.norm(x.astype(mx.float32) - expected)
+        for x in (joined, expected_heads(*narrow, offset))
+    )
+    assert own < 1.2 * theirs
+
+
 def test_each_sequence_has_its_own_positions():
     qkv, norms, offsets = random(2, 1, Q + 2 * K, H), make_norms(), mx.array([3, 11])
     heads = JoinedRotation.at(offsets[:, None], H, 10000.0)(qkv, *norms, Q)
