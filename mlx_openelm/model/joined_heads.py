@@ -169,7 +169,7 @@ def _rotate_plain(
     factors_1: mx.array,
     factors_2: mx.array,
 ) -> mx.array:
-    """Return `_rotate`; _1 is the first half of each head, (..., 1, h), _2 the second."""
+    """Return `_rotate` from first halves of heads (..., 1, h), _1, and second, _2."""
     first = normed_1 * mx.where(is_query, q_weight_1, k_weight_1)
     second = normed_2 * mx.where(is_query, q_weight_2, k_weight_2)
     rotated = first * factors_1 + second * factors_2

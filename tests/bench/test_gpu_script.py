@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh, with a program in the place of Python that prints its arguments."""
+"""benchmarks/gpu.sh, with a program for Python that prints its arguments."""
 
 import os
 import shutil

@@ -20,6 +20,7 @@ from mlx_openelm.generation.options import Sampling
 from mlx_openelm.generation.streaming import Piece, stream
 from mlx_openelm.text.templates import Turn, encode_turns
 from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.tuning import Tuning
 
 MODEL = build(replace(UNEVEN, max_context_length=512))
 TEMPLATES = ("instruct", "alpaca", "openelm-peft")
@@ -229,6 +230,23 @@ def test_after_an_interrupted_step_the_context_is_rebuilt(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             send(chat, "Who wept?")
     assert send(chat, "Who wept?") == send(expected, "Who wept?")
+
+
+def test_every_answer_uses_the_settings_also_after_an_interrupted_step(monkeypatch):
+    tuning, used = Tuning(prefill_chunk=3), []
+
+    def interrupted(*args, context, **options):
+        used.append(context.tuning)
+        raise KeyboardInterrupt
+        yield  # as `stream`, a generator
+
+    chat = make_chat(tuning=tuning)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "stream", interrupted)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                send(chat, "Hi")
+    assert used == [tuning] * 2
 
 
 # Stopped answers -----------------------------------------------------------------
