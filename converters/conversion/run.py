@@ -41,6 +41,7 @@ from mlx_openelm.config import (
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.quantization import Packing, describe_packings
+from mlx_openelm.paths import user_path
 from mlx_openelm.storage.address_download import origin_of
 from mlx_openelm.storage.model_folder import spell_dtype
 from mlx_openelm.storage.staging import (
@@ -275,15 +276,22 @@ def _check_targets(job: Job) -> None:
     else:
         refuse_existing(job.target, force=job.force)
     refuse_replacing(job.target, job.source.files)
+    if job.options.teacher_cache is not None:
+        cache = user_path(job.options.teacher_cache)
+        _refuse_nested(job.target, "cache of the teacher", cache)
     if job.adapter_out is not None:
         refuse_existing(job.adapter_out, force=job.force)
         refuse_replacing(job.adapter_out, job.source.files)
-        one, other = job.target.resolve(), job.adapter_out.resolve()
-        if one.is_relative_to(other) or other.is_relative_to(one):
-            raise OpenELMError(
-                f"The model ({job.target}) and the adapter ({job.adapter_out}) need "
-                "separate folders, neither inside the other."
-            )
+        _refuse_nested(job.target, "adapter", job.adapter_out)
+
+
+def _refuse_nested(model: Path, what: str, other: Path) -> None:
+    one, two = model.resolve(), other.resolve()
+    if one.is_relative_to(two) or two.is_relative_to(one):
+        raise OpenELMError(
+            f"The model ({model}) and the {what} ({other}) need separate folders, "
+            "neither inside the other."
+        )
 
 
 def _cut_vocabulary(

@@ -7,6 +7,7 @@ import shutil
 import signal
 from dataclasses import replace
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from trainings import make_model, make_recipe, make_samples
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.further_objectives import teacher_cache
 from mlx_openelm.finetuning.further_objectives.choice import make_objective
+from mlx_openelm.finetuning.further_objectives.distillation import Distillation
 from mlx_openelm.finetuning.further_objectives.teacher import TeacherFolder
 from mlx_openelm.finetuning.preparation import prepare
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
@@ -303,11 +305,39 @@ def test_another_cache_is_noticed(there):
         (("--no-mask-prompt",), "with other data"),
     ):
         expect_error(there, *cached, "--adapter-path", "two", *options, message=message)
-    damaged = there / "cache" / "00000.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:200])
-    result = call(*cached, "--adapter-path", "three")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])
+def test_damaged_parts_of_a_cache_are_computed_again(there, damage):
+    cached = (*DISTILL, "--teacher-cache", "cache", "--quiet")
+    assert call(*cached, "--adapter-path", "one").exit_code == 0
+    part = there / "cache" / "00000.safetensors"
+    before = part.read_bytes()
+    if damage == "truncated":
+        part.write_bytes(before[:-1])
+    elif damage == "foreign":
+        mx.save_safetensors(str(part), {"tokens": mx.zeros((2, 2))}, {"format": "mlx"})
+    else:
+        part.unlink()
+    assert call(*cached, "--adapter-path", "two").exit_code == 0
+    assert part.read_bytes() == before
+    one, two = (there / name / "adapters.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_part_that_is_damaged_during_a_run_is_an_error(there, monkeypatch):
+    cached = (*DISTILL, "--teacher-cache", "cache", "--adapter-path", "one")
+    collate = Distillation.collate
+
+    def truncate(self, samples):
+        part = there / "cache" / "00000.safetensors"
+        part.write_bytes(part.read_bytes()[:-1])
+        return collate(self, samples)
+
+    monkeypatch.setattr(Distillation, "collate", truncate)
+    result = call(*cached)
     assert result.exit_code == 1
-    assert "damaged or missing; remove it" in result.stderr
+    assert "damaged or missing; repeat the command" in result.stderr
 
 
 def test_what_the_teacher_cannot_compute_is_skipped_and_named(folders, tmp_path):

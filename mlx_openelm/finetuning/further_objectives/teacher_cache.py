@@ -17,22 +17,23 @@ import mlx.core as mx
 import numpy as np
 import safetensors
 
-from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.batches import Batch, collate
 from mlx_openelm.finetuning.further_objectives.teacher import (
     TeacherFolder,
     TeacherModel,
 )
 from mlx_openelm.finetuning.samples import Sample
-from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.divergence import TopTargets, top_log_probabilities
 from mlx_openelm.storage.adapter_folder import save_tensors
-from mlx_openelm.storage.shards import write_json
-from mlx_openelm.storage.staging import lock_target, replaced_file
+from mlx_openelm.storage.staging import replaced_file
+from mlx_openelm.storage.teacher_caches import (
+    check_cache,
+    damaged,
+    holds_tensors,
+    written_cache,
+)
 
-DESCRIPTION = "cache.json"
 PART = 256  # samples in a file
-_FORMAT = 1
 
 
 class TeacherCache:
@@ -46,7 +47,7 @@ class TeacherCache:
         self._folder = folder
         self._places: dict[bytes, tuple[int, int, int]] = {}  # part, start, end
         for part, group in enumerate(_parts(samples)):
-            counts = [int(sample.loss_mask.sum()) for sample in group]
+            counts = [_count_targets(sample) for sample in group]
             ends = itertools.accumulate(counts)
             for sample, count, end in zip(group, counts, ends, strict=True):
                 self._places[_digest(sample)] = part, end - count, end
@@ -77,7 +78,7 @@ class TeacherCache:
         """
         top_k = min(top_k, teacher.num_ids)
         description = {
-            "format": _FORMAT,
+            "content": "the most likely tokens",
             "teacher": teacher.fingerprint(),
             "data": hashlib.sha256(b"".join(map(_digest, samples))).hexdigest(),
             "temperature": temperature,
@@ -86,10 +87,10 @@ class TeacherCache:
         compute = _PartComputation(
             folder, teacher, samples, temperature, top_k, batch_size, on_progress
         )
-        _check(folder, description)
+        check_cache(folder, description)
         if compute.missing():
-            with lock_target(folder):
-                compute.run(description)
+            with written_cache(folder, description):
+                compute.run()
         return cls(folder, samples)
 
     def targets(self, batch: Batch, samples: Sequence[Sample]) -> TopTargets:
@@ -109,30 +110,7 @@ class TeacherCache:
                     opened.get_slice("log_probs")[start:end],
                 )
         except (OSError, safetensors.SafetensorError) as error:
-            raise OpenELMError(
-                f"{path} is damaged or missing; remove it, and resume to compute it "
-                "again."
-            ) from error
-
-
-def _check(folder: Path, description: dict[str, Any]) -> None:
-    """Raise OpenELMError if a folder is not, or not this, cache."""
-    if not (folder / DESCRIPTION).is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise OpenELMError(
-                f"{folder} exists and is not a cache of a teacher; choose another "
-                "`teacher_cache`."
-            )
-        return
-    names = {"teacher": "another teacher", "data": "other data"}
-    found = read_mapping(folder / DESCRIPTION)
-    for key, value in description.items():
-        if found.get(key) != value:
-            other = names.get(key, f"another `{key}`")
-            raise OpenELMError(
-                f"The cache {folder} was computed with {other}; choose another "
-                "`teacher_cache`, or remove this one."
-            )
+            raise damaged(path) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,33 +126,29 @@ class _PartComputation:
     on_progress: Callable[[int, int, str], None]
 
     def missing(self) -> list[tuple[int, Sequence[Sample]]]:
-        """Return the parts that are not there: their numbers and samples."""
+        """Return the parts that are not there, or damaged: numbers and samples."""
         parts = enumerate(_parts(self.samples))
-        return [p for p in parts if not _part_path(self.folder, p[0]).is_file()]
+        return [(i, samples) for i, samples in parts if not self._has(i, samples)]
 
-    def run(self, description: dict[str, Any]) -> None:
+    def run(self) -> None:
         """Compute what is missing.
 
         Raises:
-            OpenELMError: the folder cannot be written.
+            OSError: the folder cannot be written.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with replaced_file(self.folder / DESCRIPTION) as path:
-                write_json(path, description)
-            missing = self.missing()
-            model = TeacherModel(self.teacher, self.temperature)
-            done = len(self.samples) - sum(len(samples) for _, samples in missing)
-            for part, samples in missing:
-                self._compute(model, part, samples, done)
-                done += len(samples)
-        except OSError as error:
-            raise OpenELMError(
-                f"Cannot write the teacher's cache {self.folder}: "
-                f"{error.strerror or error}; choose another `teacher_cache`."
-            ) from error
+        missing = self.missing()
+        model = TeacherModel(self.teacher, self.temperature)
+        done = len(self.samples) - sum(len(samples) for _, samples in missing)
+        for part, samples in missing:
+            self._compute(model, part, samples, done)
+            done += len(samples)
         del model
         mx.clear_cache()
+
+    def _has(self, part: int, samples: Sequence[Sample]) -> bool:
+        shape = (sum(map(_count_targets, samples)), self.top_k)
+        shapes = {"tokens": shape, "log_probs": shape}
+        return holds_tensors(_part_path(self.folder, part), shapes)
 
     def _compute(
         self, model: TeacherModel, part: int, samples: Sequence[Sample], done: int
@@ -201,6 +175,10 @@ class _PartComputation:
 
 def _parts(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
     return [samples[at : at + PART] for at in range(0, len(samples), PART)]
+
+
+def _count_targets(sample: Sample) -> int:
+    return int(sample.loss_mask.sum())
 
 
 def _part_path(folder: Path, part: int) -> Path:
