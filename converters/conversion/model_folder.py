@@ -38,6 +38,7 @@ from mlx_openelm.compatibility import check_tools
 from mlx_openelm.config import BOS_ID, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.quantization import Packing, describe_packings
 from mlx_openelm.paths import user_path
 from mlx_openelm.storage.chat_template_file import (
@@ -411,7 +412,8 @@ def _summarize(
         )
     if learned is not None and learned.best_step:
         facts.append(
-            f"Scales and biases trained for {learned.best_step} steps: mean KL "
+            f"Scales and biases trained for {count_of(learned.best_step, 'step')}: "
+            f"mean KL "
             f"{learned.mean_kl_before:.4f} nats before, {learned.mean_kl_after:.4f} "
             f"after, on {learned.tokens} tokens that were not learned from."
         )

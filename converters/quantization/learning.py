@@ -126,6 +126,7 @@ class ScaleLearner:
         self._steps: int | None = None
         self._saved_at = time.monotonic()
         self._skipped: list[int] = []
+        self._text = ""
 
     def learn(self, amount: LearningAmount, text: str) -> LearningRecord:
         """Train; the student has the best scales then, unless `best_step` is 0.
@@ -138,6 +139,7 @@ class ScaleLearner:
             KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; the state is saved.
         """
         progress = self._state.progress
+        self._text = text
         before = measure(self._student, self._report_on)
         _refuse_non_finite(before.kl, text)
         self._folder.mkdir(exist_ok=True)
@@ -150,7 +152,6 @@ class ScaleLearner:
             self._teacher.prepare(self._learn_from[self._windows_ahead()])
             with deferred_signals() as stop:
                 complete = self._train(amount, stop)
-        _refuse_non_finite(progress.best_loss, text)
         self._load(self._folder / _BEST)
         after = measure(self._student, self._report_on)
         best_step = progress.best_step
@@ -259,6 +260,8 @@ class ScaleLearner:
             return
         progress.evaluated_step, started = progress.step, time.perf_counter()
         kl = measure(self._student, self._choose_by).kl
+        if progress.best_loss == math.inf:  # the first evaluation
+            _refuse_non_finite(kl, self._text)
         self._evaluation_seconds = time.perf_counter() - started
         if kl < progress.best_loss:  # false for NaN
             progress.best_loss, progress.best_step = kl, progress.step

@@ -92,7 +92,8 @@ def test_loss_and_gradient_are_those_of_pytorch(
     reference, trained = in_torch(model, recipe.scale)
     objective = make_objective(recipe)
     teacher = TeacherFolder("large", open_folder(folders / "large"), 300)
-    objective.load_teacher(teacher, [samples])
+    objective.open_cache(teacher, [samples])
+    objective.load_teacher(teacher)
     theirs = ReferenceOpenELM(WIDE)
     theirs.load_state_dict(
         {n: torch.from_numpy(w) for n, w in weights_of(WIDE).items()}
@@ -258,6 +259,7 @@ def there(folders, tmp_path, monkeypatch):
 
 OPTIONS = ("lora", "--data", "train.jsonl", "--model", "small", "--iters", "2")
 DISTILL = (*OPTIONS, "--objective", "distill", "--teacher", "large")
+PAIRS = (*OPTIONS, "--objective")
 
 
 @pytest.mark.parametrize(
@@ -270,6 +272,14 @@ DISTILL = (*OPTIONS, "--objective", "distill", "--teacher", "large")
         ((*OPTIONS, "--distill-weight", "1"), "--distill-weight requires"),
         ((*OPTIONS, "--teacher-top-k", "9"), "--teacher-top-k requires --objective"),
         ((*OPTIONS, "--orpo-weight", "1"), "--orpo-weight requires --objective orpo"),
+        ((*OPTIONS, "--dpo-beta", "1"), "--dpo-beta requires --objective dpo, not sft"),
+        ((*DISTILL, "--dpo-loss", "hinge"), "--dpo-loss requires --objective dpo"),
+        ((*PAIRS, "dpo", "--z-loss", "1"), "--z-loss requires --objective sft or dist"),
+        ((*PAIRS, "orpo", "--z-loss", "1"), "or distill, not orpo"),
+        ((*PAIRS, "orpo", "--dpo-beta", "1"), "--dpo-beta requires --objective dpo"),
+        ((*PAIRS, "dpo", "--turns", "last"), "--turns requires --objective"),
+        ((*PAIRS, "dpo", "--no-mask-prompt"), "--mask-prompt requires --objective"),
+        ((*PAIRS, "orpo", "--completion-key", "a"), "--completion-key requires"),
         ((*DISTILL, "--teacher-top-k", "9"), "--teacher-top-k requires a --teacher-ca"),
         ((*DISTILL, "--teacher", "nowhere"), "--teacher: There is no folder nowhere"),
         ((*DISTILL, "--teacher", "demo"), "another vocabulary"),
@@ -305,6 +315,8 @@ def test_another_cache_is_noticed(there):
         (("--no-mask-prompt",), "with other data"),
     ):
         expect_error(there, *cached, "--adapter-path", "two", *options, message=message)
+        expect_error(there, *cached, *options, "--dry-run", message=message)
+    assert call(*cached, "--dry-run").exit_code == 0
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])

@@ -53,30 +53,37 @@ class Distillation:
         self._recipe, self._supervised = recipe, Supervised(recipe)
         self._teacher: Teacher | None = None
 
+    def open_cache(self, teacher: TeacherFolder, splits: Sequence[Samples]) -> None:
+        """Open the cache of the teacher, if there is to be one; compute nothing.
+
+        Raises:
+            OpenELMError: it belongs to other records or another teacher.
+        """
+        recipe = self._recipe
+        if recipe.teacher_cache is not None:
+            self._teacher = TeacherCache(
+                user_path(recipe.teacher_cache),
+                teacher,
+                [part for split in splits for s in split for part in s.sequences],
+                temperature=recipe.temperature,
+                top_k=recipe.teacher_top_k,
+                batch_size=recipe.batch_size,
+            )
+
     def load_teacher(
         self,
         teacher: TeacherFolder,
-        splits: Sequence[Samples],
         on_progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
     ) -> None:
         """Load the teacher, or compute what its cache does not have yet.
 
         Raises:
-            OpenELMError: the cache belongs to other records or another teacher.
+            OpenELMError: the cache cannot be written.
         """
-        recipe = self._recipe
-        if recipe.teacher_cache is None:
-            self._teacher = TeacherModel(teacher, recipe.temperature)
-            return
-        self._teacher = TeacherCache.open(
-            user_path(recipe.teacher_cache),
-            teacher,
-            [part for split in splits for s in split for part in s.sequences],
-            temperature=recipe.temperature,
-            top_k=recipe.teacher_top_k,
-            batch_size=recipe.batch_size,
-            on_progress=on_progress,
-        )
+        if isinstance(self._teacher, TeacherCache):
+            self._teacher.compute(on_progress)
+        else:
+            self._teacher = TeacherModel(teacher, self._recipe.temperature)
 
     def formats(self) -> RecordFormats:
         return self._supervised.formats()

@@ -370,8 +370,12 @@ def test_text_to_choose_by_that_is_not_finite_is_an_error(
         return found if len(calls) == 1 else replace(found, kl=math.nan)
 
     monkeypatch.setattr(learning, "measure", measure)
+    seen = []
     with pytest.raises(OpenELMError, match="is not finite, so the weights are damaged"):
-        quantize(source, tmp_path / "learned", learn="2steps")
+        quantize(
+            source, tmp_path / "learned", on_progress=lambda p: stop_never(p, seen)
+        )
+    assert not seen  # before the first step
 
 
 def test_a_batch_that_is_not_finite_is_skipped_and_named(source, tmp_path, monkeypatch):
