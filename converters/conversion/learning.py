@@ -169,8 +169,8 @@ def _build(
             packed.append((path, kind(packings[name], read_parts(name), dtype)))
         else:
             plain.append((f"{path}.weight", read(name).astype(dtype)))
+            mx.eval(plain[-1][1])  # frees the stored weight
     model.update_modules(tree_unflatten(packed))
     model.load_weights(plain, strict=False)
     model.eval()
-    mx.eval([weight for _, weight in plain])
     return model

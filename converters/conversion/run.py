@@ -47,6 +47,7 @@ from mlx_openelm.storage.model_folder import spell_dtype
 from mlx_openelm.storage.staging import (
     refuse_existing,
     refuse_existing_file,
+    refuse_nested,
     refuse_replacing,
     staged_file,
 )
@@ -236,7 +237,7 @@ def convert_model(job: Job) -> ConversionReport:
         plan, receipt, learned = written.plan, written.receipt, written.learned
         notes += written.notes
         num_bytes = plan.num_bytes
-        notes += _describe_learning(options, learned)
+        notes += _describe_learning(job, learned)
         if found_tokenizer is None:
             notes.append("No tokenizer was written; generate needs one in the folder.")
             if options.quantization is not None and options.receipt:
@@ -278,20 +279,11 @@ def _check_targets(job: Job) -> None:
     refuse_replacing(job.target, job.source.files)
     if job.options.teacher_cache is not None:
         cache = user_path(job.options.teacher_cache)
-        _refuse_nested(job.target, "cache of the teacher", cache)
+        refuse_nested("model", job.target, "cache of the teacher", cache)
     if job.adapter_out is not None:
         refuse_existing(job.adapter_out, force=job.force)
         refuse_replacing(job.adapter_out, job.source.files)
-        _refuse_nested(job.target, "adapter", job.adapter_out)
-
-
-def _refuse_nested(model: Path, what: str, other: Path) -> None:
-    one, two = model.resolve(), other.resolve()
-    if one.is_relative_to(two) or two.is_relative_to(one):
-        raise OpenELMError(
-            f"The model ({model}) and the {what} ({other}) need separate folders, "
-            "neither inside the other."
-        )
+        refuse_nested("model", job.target, "adapter", job.adapter_out)
 
 
 def _cut_vocabulary(
@@ -359,17 +351,17 @@ def _default_name(source: ModelSource, options: ConversionOptions) -> str:
     return f"{source.name}-{options.to}{options.suffix}"
 
 
-def _describe_learning(
-    options: ConversionOptions, learned: LearningRecord | None
-) -> list[str]:
+def _describe_learning(job: Job, learned: LearningRecord | None) -> list[str]:
     """Return notes on what `learn` did not do."""
-    if options.learn and learned is None:
+    if job.options.learn and learned is None:
         return ["Nothing was learned: the source already has these packed weights."]
     notes = []
+    # `fuse`, which has a proof, takes no text.
+    advice = "" if job.prove else "; a longer `calibration` text may help"
     if learned is not None and not learned.best_step:
         notes.append(
             "Learning did not lower the error on held-out text, so the scales of "
-            "plain rounding were kept; a longer `calibration` text may help."
+            f"plain rounding were kept{advice}."
         )
     if learned is not None and learned.skipped:
         numbers = ", ".join(str(i + 1) for i in learned.skipped)

@@ -86,30 +86,45 @@ class Comparison:
 def compare(student: Outputs, teacher: Outputs) -> Comparison:
     """Compare the distributions of both at each position."""
     parts, taught_parts = student.head.parts(), teacher.head.parts()
-    rows, sums = student.rows, list[mx.array]()
+    rows, taught_rows, sums = student.rows, teacher.rows, list[mx.array]()
     for block in _blocks(student.head):
         if sums:  # computes one block after another
-            rows = mx.depends(student.rows, sums[-1])
+            both = [student.rows, teacher.rows]
+            rows, taught_rows = mx.depends(both, sums[-1:])
         logits = _logits(rows, student.head, block, parts)
-        taught = _logits(teacher.rows, teacher.head, block, taught_parts)
-        log_z = mx.logsumexp(taught, axis=-1)
-        p = mx.exp(taught - log_z[:, None])  # within the block
-        of_block = (
-            mx.logsumexp(logits, axis=-1),
-            log_z,
-            (p * (taught - logits)).sum(axis=-1),
-            *(f(x, axis=-1) for x in (logits, taught) for f in (mx.max, mx.argmax)),
-        )
-        sums.append(mx.stack([x.astype(mx.float32) for x in of_block]))
-    log_zs, taught_log_zs, differences, *best = mx.stack(sums, axis=1)  # (blocks, M)
-    log_z, taught_log_z = (mx.logsumexp(z, axis=0) for z in (log_zs, taught_log_zs))
-    shares = mx.exp(taught_log_zs - taught_log_z)
-    divergence = (shares * differences).sum(axis=0) - taught_log_z + log_z
-    tokens = []
-    for largest, token in (best[:2], best[2:]):
-        at = mx.argmax(largest, axis=0)[None]
-        tokens.append(mx.take_along_axis(token, at, axis=0)[0] + at[0] * BLOCK)
-    return Comparison(divergence, tokens[0] == tokens[1], log_z, taught_log_z)
+        taught = _logits(taught_rows, teacher.head, block, taught_parts)
+        ours, theirs = _sum_up(logits, block), _sum_up(taught, block)
+        powers = mx.exp(taught - theirs[0][:, None])
+        difference = (powers * (taught - logits)).sum(axis=-1)
+        sums.append(mx.stack([*ours, *theirs, difference]))  # (7, M)
+    # Largest logits are subtracted first: they are exact, log(Z) is rounded.
+    *each, differences = mx.stack(sums, axis=1)  # (blocks, M)
+    top, token, total = _join(*each[:3])
+    taught_top, taught_token, taught_total = _join(*each[3:])
+    shares = mx.exp(each[3] - taught_top) / taught_total
+    mean = (shares * differences).sum(axis=0)
+    return Comparison(
+        mean - (taught_top - top) + mx.log(total / taught_total),
+        token == taught_token,
+        top + mx.log(total),
+        taught_top + mx.log(taught_total),
+    )
+
+
+def _sum_up(logits: mx.array, block: slice) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the largest logit, its token and the sum of exp(logit - largest): (M,)."""
+    largest = logits.max(axis=-1)
+    token = (logits.argmax(axis=-1) + block.start).astype(mx.float32)
+    return largest, token, mx.exp(logits - largest[:, None]).sum(axis=-1)
+
+
+def _join(
+    largest: mx.array, token: mx.array, powers: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the same of the whole vocabulary, (M,), from those of blocks."""
+    at = largest.argmax(axis=0)[None]
+    top, best = (mx.take_along_axis(x, at, axis=0)[0] for x in (largest, token))
+    return top, best, (mx.exp(largest - top) * powers).sum(axis=0)
 
 
 def total_divergence(student: Outputs, teacher: Outputs) -> mx.array:
@@ -126,9 +141,9 @@ def total_divergence(student: Outputs, teacher: Outputs) -> mx.array:
         by_rows, by_parts = mx.zeros_like(rows), [list[mx.array]() for _ in parts]
         done = [compared.divergence]
         for block in _blocks(head):
-            hidden = mx.depends(rows, done)
+            hidden, taught_rows = mx.depends([rows, teacher.rows], done)
             p = mx.exp(
-                _logits(teacher.rows, teacher.head, block, teacher.head.parts())
+                _logits(taught_rows, teacher.head, block, teacher.head.parts())
                 - compared.teacher_log_z[:, None]
             )
 

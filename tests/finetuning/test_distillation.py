@@ -292,6 +292,9 @@ PAIRS = (*OPTIONS, "--objective")
         ((*DISTILL, "--teacher-top-k", "0"), "--teacher-top-k is 0"),
         ((*DISTILL, "--teacher-cache", "small"), "is not a cache of a teacher"),
         ((*DISTILL, "--teacher-cache", "train.jsonl"), "is not a cache of a teacher"),
+        ((*DISTILL, "--adapter-path", "a", "--teacher-cache", "a"), "separate folders"),
+        ((*DISTILL, "--adapter-path", "a/b", "--teacher-cache", "a"), "separate folde"),
+        ((*DISTILL, "--teacher-cache", "adapters"), "need separate folders"),
     ],
     ids=lambda value: " ".join(value[7:]) if isinstance(value, tuple) else "",
 )
@@ -303,6 +306,13 @@ def test_a_teacher_of_a_shorter_context_is_refused(there):
     make_source(there / "short", config=replace(WIDE, max_context_length=32))
     message = ["short is 32 tokens", "--max-seq-length 64; pass 32 or less"]
     expect_error(there, *DISTILL, "--teacher", "short", message=message)
+
+
+def test_a_teacher_that_is_an_adapter_is_refused(there):
+    trained = call(*OPTIONS, "--adapter-path", "tuned", "--quiet")
+    assert trained.exit_code == 0
+    message = "tuned is an adapter; `fuse` it into a model first"
+    expect_error(there, *DISTILL, "--teacher", "tuned", message=message)
 
 
 def test_another_cache_is_noticed(there):

@@ -18,12 +18,14 @@ from mlx_openelm.finetuning.objectives import Supervised
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
 from mlx_openelm.finetuning.record_formats import RecordFormats
 from mlx_openelm.finetuning.records import Dataset
+from mlx_openelm.finetuning.run_folder import run_folder
 from mlx_openelm.finetuning.samples import Sample, Samples
 from mlx_openelm.model.divergence import TeacherTargets, divergences
 from mlx_openelm.model.likelihood import token_losses
 from mlx_openelm.model.lora import adapted_weight
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.paths import user_path
+from mlx_openelm.storage.staging import refuse_nested
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.training.arrays import to_float
 from mlx_openelm.training.objective import Totals
@@ -57,12 +59,15 @@ class Distillation:
         """Open the cache of the teacher, if there is to be one; compute nothing.
 
         Raises:
-            OpenELMError: it belongs to other records or another teacher.
+            OpenELMError: it belongs to other records or another teacher, or is in the
+                folder of the run.
         """
         recipe = self._recipe
         if recipe.teacher_cache is not None:
+            folder = user_path(recipe.teacher_cache)
+            refuse_nested("cache of the teacher", folder, "run", run_folder(recipe))
             self._teacher = TeacherCache(
-                user_path(recipe.teacher_cache),
+                folder,
                 teacher,
                 [part for split in splits for s in split for part in s.sequences],
                 temperature=recipe.temperature,
