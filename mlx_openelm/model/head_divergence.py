@@ -86,13 +86,10 @@ class Comparison:
 def compare(student: Outputs, teacher: Outputs) -> Comparison:
     """Compare the distributions of both at each position."""
     parts, taught_parts = student.head.parts(), teacher.head.parts()
-    rows, taught_rows, sums = student.rows, teacher.rows, list[mx.array]()
+    sums = list[mx.array]()
     for block in _blocks(student.head):
-        if sums:  # computes one block after another
-            both = [student.rows, teacher.rows]
-            rows, taught_rows = mx.depends(both, sums[-1:])
-        logits = _logits(rows, student.head, block, parts)
-        taught = _logits(taught_rows, teacher.head, block, taught_parts)
+        logits = _logits(student.rows, student.head, block, parts)
+        taught = _logits(teacher.rows, teacher.head, block, taught_parts)
         ours, theirs = _sum_up(logits, block), _sum_up(taught, block)
         powers = mx.exp(taught - theirs[0][:, None])
         difference = (powers * (taught - logits)).sum(axis=-1)
@@ -140,7 +137,7 @@ def total_divergence(student: Outputs, teacher: Outputs) -> mx.array:
         compared = compare(outputs, teacher)
         by_rows, by_parts = mx.zeros_like(rows), [list[mx.array]() for _ in parts]
         done = [compared.divergence]
-        for block in _blocks(head):
+        for block in _blocks(head):  # one after another
             hidden, taught_rows = mx.depends([rows, teacher.rows], done)
             p = mx.exp(
                 _logits(taught_rows, teacher.head, block, teacher.head.parts())
