@@ -308,6 +308,26 @@ def test_a_teacher_of_a_shorter_context_is_refused(there):
     expect_error(there, *DISTILL, "--teacher", "short", message=message)
 
 
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_a_cache_of_all_tokens_gives_the_whole_divergence(
+    folders, tmp_path, temperature
+):
+    teacher = TeacherFolder("large", open_folder(folders / "large"), 300)
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_top_k": 300}
+    losses = []
+    for options in ({}, cache):
+        recipe = make_recipe(
+            objective="distill", teacher="large", distill_weight=1.0,
+            temperature=temperature, **options,
+        )  # fmt: skip
+        model, samples = make_model(recipe), make_samples()[:6]
+        objective = make_objective(recipe)
+        objective.open_cache(teacher, [samples])
+        objective.load_teacher(teacher)
+        losses.append(objective.loss(model, objective.collate(samples))[0].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_a_teacher_that_is_an_adapter_is_refused(there):
     trained = call(*OPTIONS, "--adapter-path", "tuned", "--quiet")
     assert trained.exit_code == 0

@@ -143,7 +143,7 @@ class TeacherCache:
                 dense.rows, dense.head, self._top_k, self._temperature
             )
             tokens.append(np.array(best[0]).astype(narrow))
-            log_probs.append(np.array(best[1].astype(mx.float16)))
+            log_probs.append(np.array(best[1]))
             done += len(group)
             on_progress(done, len(self._samples), "records read by the teacher")
         arrays = {
