@@ -93,6 +93,7 @@ def read_hugging_face(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             qkv_multipliers=config.get("qkv_multipliers", QKV_MULTIPLIERS),
             ffn_multipliers=config.get("ffn_multipliers", FFN_MULTIPLIERS),
             ffn_dim_divisor=config.get("ffn_dim_divisor", FFN_DIM_DIVISOR),
+            pairs=False,
         ),
         "vocab_size": config["vocab_size"],
         "max_context_length": config.get("max_context_length", 2048),

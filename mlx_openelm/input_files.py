@@ -1,5 +1,6 @@
 """Readers of text and JSON files: limits of size and depth, and no byte order mark."""
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,12 @@ PLACEHOLDERS = {
     b"<!doctype html": _WEB_PAGE,
     b"<html": _WEB_PAGE,
 }
+_PARQUET = (
+    "is a Parquet file, not text; save its rows as JSON lines, or its texts as UTF-8 "
+    "(lora, and pretrain with the suffix .parquet, read it as it is)"
+)
 NOT_TEXT = {  # a web page is one
+    b"par1\x15": _PARQUET,  # its magic, and the type of the first field of a page
     b"\xff\xfe": UTF16,
     b"\xfe\xff": UTF16,
     b"version https://git-lfs": _LFS_POINTER,
@@ -114,17 +120,34 @@ def read_text(path: Path, refused: Mapping[bytes, str] = NOT_TEXT) -> str:
         ValueError: it is not UTF-8, refused, or larger than `MAX_BYTES`.
     """
     with path.open("rb") as opened:
-        if problem := describe_start(opened.peek(64), refused):
-            raise ValueError(f"it {problem}")
-        return read_text_of(opened, MAX_BYTES)
+        return read_text_of(opened, MAX_BYTES, refused)
 
 
-def read_text_of(file: IO[bytes], limit: int) -> str:
+def read_text_of(
+    file: IO[bytes], limit: int, refused: Mapping[bytes, str] = NOT_TEXT
+) -> str:
     """Return the rest of an open file of at most `limit` bytes; see `read_text`."""
-    parts, size = [], 0
+    parts, size = list[bytes](), 0
     while part := file.read(_PART_BYTES):  # read(n) reserves n bytes
+        if not parts and (problem := describe_start(part, refused)):
+            raise ValueError(f"it {problem}")
         parts.append(part)
         size += len(part)
         if size > limit:
             raise ValueError(f"it is larger than {limit >> 20} MiB")
     return b"".join(parts).decode("utf-8-sig")
+
+
+def open_text(file: IO[bytes], *, newline: str | None = None) -> io.TextIOWrapper:
+    """Return a reader of UTF-8 text, of which not all is read at once.
+
+    Args:
+        newline: as of `open`.
+
+    Raises:
+        ValueError: `file`, a buffered reader, starts as no text does; see `NOT_TEXT`.
+    """
+    buffered: Any = file
+    if problem := describe_start(buffered.peek(64), NOT_TEXT):
+        raise ValueError(f"it {problem}")
+    return io.TextIOWrapper(buffered, encoding="utf-8-sig", newline=newline)

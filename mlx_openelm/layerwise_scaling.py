@@ -62,11 +62,13 @@ def scaled_fields(
     ffn_multipliers: float | Sequence[float] = FFN_MULTIPLIERS,
     ffn_dim_divisor: int = FFN_DIM_DIVISOR,
     shape: str = "layerwise",
+    pairs: bool = True,
 ) -> dict[str, Any]:
     """Return the widths and per-layer lists of an OpenELMConfig, not validated.
 
-    The arguments are those of `OpenELMConfig.scaled`; the result holds model_dim,
-    head_dim, num_query_heads, num_kv_heads and ffn_dims.
+    The arguments are those of `OpenELMConfig.scaled` and, for the multipliers, of
+    `interpolate_multipliers`; the result holds model_dim, head_dim, num_query_heads,
+    num_kv_heads and ffn_dims.
 
     Raises:
         OpenELMError: an impossible number of layers or of multipliers.
@@ -77,7 +79,9 @@ def scaled_fields(
         )
     query_heads = tuple(
         make_divisible(model_dim * m, head_dim * num_gqa_groups) // head_dim
-        for m in interpolate_multipliers(qkv_multipliers, num_layers, shape)
+        for m in interpolate_multipliers(
+            qkv_multipliers, num_layers, shape, pairs=pairs
+        )
     )
     return {
         "model_dim": model_dim,
@@ -86,7 +90,9 @@ def scaled_fields(
         "num_kv_heads": tuple(q // num_gqa_groups for q in query_heads),
         "ffn_dims": tuple(
             make_divisible(m * model_dim, ffn_dim_divisor)
-            for m in interpolate_multipliers(ffn_multipliers, num_layers, shape)
+            for m in interpolate_multipliers(
+                ffn_multipliers, num_layers, shape, pairs=pairs
+            )
         ),
     }
 
@@ -98,7 +104,11 @@ def make_divisible(value: float, divisor: int) -> int:
 
 
 def interpolate_multipliers(
-    multipliers: float | Sequence[float], num_layers: int, shape: str = "layerwise"
+    multipliers: float | Sequence[float],
+    num_layers: int,
+    shape: str = "layerwise",
+    *,
+    pairs: bool = True,
 ) -> list[float]:
     """Return one multiplier per layer, from a scalar, a (first, last) pair or a list.
 
@@ -109,10 +119,12 @@ def interpolate_multipliers(
         shape: of a pair: "layerwise" from first to last, "reverse" from last to first,
             "crown" from first to last in the middle and back to first, "frame" from
             last to first in the middle and back to last.
+        pairs: two multipliers of two layers are a pair, as in CoreNet; else one for
+            each layer, as in mlx-lm.
     """
     if isinstance(multipliers, int | float):
         return [float(multipliers)] * num_layers
-    if len(multipliers) == num_layers:
+    if len(multipliers) == num_layers and not (num_layers == 2 and pairs):
         return [float(m) for m in multipliers]
     if len(multipliers) != 2:
         raise OpenELMError(

@@ -17,7 +17,8 @@ def test_multipliers_are_rounded_as_by_numpy():
         )
         for _ in range(3000)
     ]
-    for pair, layers in TIES + shapes:
+    fine = [((n / 1000, 2.0), int(n % 7 + 1)) for n in numbers.integers(1, 4000, 300)]
+    for pair, layers in TIES + shapes + fine:
         first, last = (float(m) for m in pair)
         expected = [round(m, 2) for m in np.linspace(first, last, layers)]
         assert interpolate_multipliers((first, last), layers) == expected

@@ -79,3 +79,17 @@ def test_the_environment_variable_overrides_the_choice(core_type):
     measured = measure(core_type)
     assert (measured["kernels"], measured["left"]) == (core_type, core_type)
     assert measured["error"] < 1e-4
+
+
+@NEEDS_OPENBLAS
+def test_converters_load_openblas_before_mlx():
+    """A script that imports the converters first does not get the reference BLAS."""
+    code = (
+        "from converters.quantization import learning\n"
+        "from mlx_openelm import openblas\n"
+        "print(openblas.ACTIVE)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, text=True
+    )
+    assert result.stdout.strip() == BLAS.OPENBLAS

@@ -26,7 +26,7 @@ from converters.conversion.model_folder import copy_generation_config, refuse_sm
 from converters.conversion.options import Progress
 from converters.conversion.plan import ConversionPlan
 from converters.formats.pt_writer import TensorToWrite, to_numpy, write_pt
-from converters.formats.sources import ModelSource, locate, open_path
+from converters.formats.sources import ModelSource, locate, open_without_adapter
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.message_parts import count_of
@@ -38,7 +38,6 @@ from mlx_openelm.storage.tokenizer_finder import (
     FoundTokenizer,
     find_tokenizer,
 )
-from mlx_openelm.storage.weight_files import is_adapter
 from mlx_openelm.tensor_names import EMBEDDING, HEAD
 from mlx_openelm.version import __version__
 
@@ -137,7 +136,8 @@ def grow(
     """
     started = time.perf_counter()
     growth = Growth(width, width if ffn is None else ffn, noise_db, seed)
-    opened = _open_without_adapter(str(source), offline=offline, revision=revision)
+    path = locate(str(source), offline=offline, revision=revision)
+    opened = open_without_adapter(path)
     target = Path(f"{opened.name}-grown" if output is None else output)
     if target.suffix == ".pt":
         raise OpenELMError(
@@ -182,20 +182,6 @@ def grow(
         notes=_notes(opened, config, growth, found_tokenizer),
         seconds=time.perf_counter() - started,
     )
-
-
-def _open_without_adapter(
-    name: str, *, offline: bool, revision: str | None
-) -> ModelSource:
-    path = locate(name, offline=offline, revision=revision)
-    source = None if is_adapter(path) else open_path(path)
-    if source is None or source.adapter is not None:
-        verb = "is" if source is None else "contains"
-        raise OpenELMError(
-            f"{name} {verb} an adapter, which would not fit the larger model; merge it "
-            f"first: mlx-openelm convert {name} --merge --to corenet."
-        )
-    return source
 
 
 def _notes(

@@ -26,6 +26,7 @@ from converters.formats.sources import (
     locate,
     name_folder,
     open_path,
+    open_without_adapter,
 )
 from mlx_openelm.config import OpenELMConfig, pad_vocabulary
 from mlx_openelm.errors import OpenELMError
@@ -125,14 +126,7 @@ def open_base(adapter: Adapter, base_name: str | None, *, offline: bool) -> Mode
     Raises:
         OpenELMError: it is missing, not an OpenELM, or contains an adapter itself.
     """
-    path = _locate_base(adapter, base_name, offline=offline)
-    base = open_path(path)
-    if base.adapter is not None:
-        raise OpenELMError(
-            f"The base {path} contains an adapter itself; convert it with `merge` "
-            "first."
-        )
-    return base
+    return open_without_adapter(_locate_base(adapter, base_name, offline=offline))
 
 
 def _locate_base(adapter: Adapter, base_name: str | None, *, offline: bool) -> Path:

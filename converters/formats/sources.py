@@ -1,5 +1,6 @@
 """Detect and open a model source: its config, and its tensors, read one at a time."""
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -44,6 +45,7 @@ from mlx_openelm.storage.weight_files import (
     WeightFiles,
     WeightLayout,
     find_weight_files,
+    is_adapter,
 )
 from mlx_openelm.storage.weight_reader import StoredTensor, check_stored, read_headers
 from mlx_openelm.tensor_names import (
@@ -193,6 +195,25 @@ def open_path(path: Path, weights: str | None = None) -> ModelSource:
     return _open_checkpoint(path, weights)
 
 
+def open_without_adapter(path: Path) -> ModelSource:
+    """Open a source as `open_path` does, if it neither is nor contains an adapter.
+
+    Raises:
+        OpenELMError: see `open_path`; the command that merges the adapter is named.
+    """
+    source = open_path(path)
+    if source.adapter is not None:
+        raise OpenELMError(_describe_adapter(path, "contains"))
+    return source
+
+
+def _describe_adapter(path: Path, verb: str) -> str:
+    return (
+        f"{path} {verb} an adapter, and a model is needed; `mlx-openelm convert "
+        f"{shlex.quote(str(path))} --merge` merges it into its base."
+    )
+
+
 # CoreNet's checkpoints -----------------------------------------------------------
 
 
@@ -259,6 +280,8 @@ def _from_pt(stored: PtTensor, name: str) -> SourceTensor:
 
 
 def _open_folder(path: Path, weights: str | None) -> ModelSource:
+    if is_adapter(path):
+        raise OpenELMError(_describe_adapter(path, "is"))
     config_path = path / "config.json"
     if not config_path.is_file():
         raise OpenELMError(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import open_text
 from mlx_openelm.text.line_ranges import count_lines_before, read_line_range
 from mlx_openelm.text.record_files import (
     JSON_SUFFIXES,
@@ -127,7 +128,7 @@ def read_documents(
             with _open(path) as opened:
                 yield from _read_json(unit, opened, text_key, start)
         else:
-            with _open(path) as opened, _decoded(opened) as text:
+            with _open(path) as opened, open_text(opened, newline="\n") as text:
                 documents = (
                     iter([text.read()])
                     if document_start is None
@@ -137,6 +138,8 @@ def read_documents(
     except UnicodeDecodeError as error:
         what = f"cannot be read as UTF-8 text ({error}); save it as UTF-8"
         yield Damage(what, is_rest=True)
+    except ValueError as error:  # of `open_text`
+        yield Damage(f"cannot be read as UTF-8 text: {error}", is_rest=True)
     except (EOFError, zlib.error, OSError) as error:
         number = getattr(error, "errno", None)
         if number in (errno.EMFILE, errno.ENFILE):
@@ -271,11 +274,6 @@ def _unpack(path: str, file: io.BufferedReader) -> IO[bytes]:
     if path.lower().endswith(".zst"):
         return io.BufferedReader(ZstdFile(path, file), 1 << 20)
     return decompress(file)
-
-
-def _decoded(opened: IO[bytes]) -> io.TextIOWrapper:
-    """Decode UTF-8; only a newline ends a line."""
-    return io.TextIOWrapper(opened, encoding="utf-8-sig", newline="\n")
 
 
 # JSON ----------------------------------------------------------------------------

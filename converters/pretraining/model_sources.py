@@ -35,11 +35,15 @@ def open_model(name: str) -> OpenedModel:
         OpenELMError: it is not a model, or mlx is not installed.
     """
     try:
-        from converters.formats.sources import locate, open_path, read_float32
+        from converters.formats.sources import (
+            locate,
+            open_without_adapter,
+            read_float32,
+        )
     except ImportError as error:
         raise OpenELMError(
             f"Reading the sizes of {name} needs MLX: pip install mlx."
         ) from error
-    source = open_path(locate(name))
+    source = open_without_adapter(locate(name))
     weights = ((n, read_float32(tensor)) for n, tensor in source.tensors.items())
     return OpenedModel(source.config, weights, source.folder, source.notes)

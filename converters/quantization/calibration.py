@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.input_files import open_text
 from mlx_openelm.message_parts import count_of, describe_error
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -42,9 +43,9 @@ def read_calibration(
         OpenELMError: the file cannot be read, or is not UTF-8.
     """
     try:
-        with (path or SAMPLE).open(encoding="utf-8-sig") as opened:
-            text = opened.read(max_characters)
-    except (OSError, UnicodeDecodeError) as error:
+        with (path or SAMPLE).open("rb") as opened, open_text(opened) as decoded:
+            text = decoded.read(max_characters)
+    except (OSError, ValueError) as error:
         raise OpenELMError(
             f"Cannot read {path or SAMPLE} as UTF-8 text: {describe_error(error)}; "
             "pass a plain text file as `calibration`."

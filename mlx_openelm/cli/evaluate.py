@@ -10,7 +10,6 @@ import typer
 
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.evaluation.checkpoints import (
-    Checkpoint,
     check_checkpoint_options,
     list_checkpoints,
     score_checkpoints,
@@ -19,8 +18,10 @@ from mlx_openelm.cli.evaluation.plan import (
     Entrant,
     EvaluationPlan,
     list_entrants,
+    named,
     plan_evaluation,
 )
+from mlx_openelm.cli.evaluation.reports import report_checkpoints, report_scores
 from mlx_openelm.cli.options import (
     Adapter,
     Force,
@@ -37,7 +38,6 @@ from mlx_openelm.options import MODEL_PANEL, OUTPUT_PANEL
 if TYPE_CHECKING:
     from mlx_openelm.evaluation.results import ModelScores, TaskResult
     from mlx_openelm.evaluation.scorer import Scorer
-    from mlx_openelm.evaluation.suites import Suite
 
 SCORING = "Texts and tasks"  # a heading in --help
 
@@ -77,14 +77,14 @@ def evaluate_command(
         typer.Option(
             metavar="PATH...",
             help="Score checkpoints of a training run instead: model folders or .pt "
-            "files, converted one by one; a table and {picture} over the iterations.",
+            "files, converted one by one; a table and --picture over the iterations.",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="Tokenizer of {checkpoints}: a file, a folder, or a Hub repository.",
+            help="Tokenizer of --checkpoints: a file, a folder, or a Hub repository.",
             show_default="the one beside the checkpoint",
             rich_help_panel=MODEL_PANEL,
         ),
@@ -191,7 +191,7 @@ def evaluate_command(
         from mlx_openelm.evaluation.texts import check_texts
 
         check_texts(text)
-    found = list_checkpoints(checkpoints or [])
+    found = list_checkpoints(checkpoints or [], tokenizer, offline=offline)
     entrants = []
     if not found:
         entrants = list_entrants(model, adapter_path, compare or [], offline)
@@ -207,38 +207,45 @@ def evaluate_command(
     )
 
     def score(entrant: Entrant) -> "ModelScores":
-        scored = _evaluate_one(
-            console,
-            entrant,
-            plan,
-            text or [],
-            window,
-            batch_size=batch_size,
-            output=output,
-            force=force,
-            offline=offline,
-        )
+        with named(entrant.label if len(entrants) > 1 else ""):
+            scored = _evaluate_one(
+                console,
+                entrant,
+                plan,
+                text or [],
+                window,
+                batch_size=batch_size,
+                output=output,
+                force=force,
+                offline=offline,
+            )
         gc.collect()  # never two models in memory
         return scored
 
     if not found:
         scores = [score(entrant) for entrant in entrants]
-        _report(console, scores, plan.suite, csv, picture, as_json=as_json)
+        report_scores(console, scores, plan.suite, csv, picture, as_json=as_json)
         return
-    scores = score_checkpoints(
-        console,
-        found,
-        plan,
-        score,
-        texts=text or [],
-        window=window,
-        make_folder=lambda label: _make_folder(output, label),
-        tokenizer=tokenizer,
-        offline=offline,
-    )
-    _report_checkpoints(
-        console, found, scores, plan.suite, csv, picture, as_json=as_json
-    )
+    finished = list["ModelScores"]()
+    try:
+        for scores_of_one in score_checkpoints(
+            console,
+            found,
+            plan,
+            score,
+            texts=text or [],
+            window=window,
+            make_folder=lambda label: _make_folder(output, label),
+            tokenizer=tokenizer,
+            force=force,
+            offline=offline,
+        ):
+            finished.append(scores_of_one)
+    finally:  # after an error or Ctrl-C, the scores until then
+        if finished:
+            report_checkpoints(
+                console, found, finished, plan.suite, csv, picture, as_json=as_json
+            )
 
 
 # The run -------------------------------------------------------------------------
@@ -379,66 +386,3 @@ def _make_folder(output: Path | None, label: str) -> Path | None:
             "path with --output."
         ) from error
     return folder
-
-
-def _report(
-    console: Console,
-    scores: Sequence["ModelScores"],
-    suite: "Suite | None",
-    csv: Path | None,
-    picture: Path | None,
-    *,
-    as_json: bool,
-) -> None:
-    from mlx_openelm.cli.views.evaluation import scores_json, show_scores, to_csv
-    from mlx_openelm.cli.views.evaluation_picture import draw_evaluation
-
-    if as_json:
-        console.answer_json(scores_json(scores, suite))
-    else:
-        show_scores(console, scores, suite)
-    _write_reports(
-        console,
-        (csv, to_csv(scores, suite) if csv else ""),
-        (picture, draw_evaluation(scores, suite) if picture else ""),
-    )
-
-
-def _report_checkpoints(
-    console: Console,
-    checkpoints: Sequence[Checkpoint],
-    scores: Sequence["ModelScores"],
-    suite: "Suite | None",
-    csv: Path | None,
-    picture: Path | None,
-    *,
-    as_json: bool,
-) -> None:
-    from mlx_openelm.cli.views.checkpoints import (
-        Curves,
-        checkpoints_json,
-        draw_checkpoints,
-        show_checkpoints,
-    )
-    from mlx_openelm.cli.views.evaluation import to_csv
-
-    curves = Curves([c.iteration for c in checkpoints], scores, suite)
-    if as_json:
-        console.answer_json(checkpoints_json(curves))
-    else:
-        show_checkpoints(console, curves)
-    _write_reports(
-        console,
-        (csv, to_csv(scores, suite) if csv else ""),
-        (picture, draw_checkpoints(curves) if picture else ""),
-    )
-
-
-def _write_reports(console: Console, *reports: tuple[Path | None, str]) -> None:
-    from mlx_openelm.storage.staging import replaced_file
-
-    for path, content in reports:
-        if path is not None:
-            with replaced_file(path) as part:
-                part.write_text(content, encoding="utf-8")
-            console.note(f"Written to {path}")

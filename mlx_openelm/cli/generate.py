@@ -347,4 +347,4 @@ def _read_stdin() -> str:
             f"The prompt on stdin is not UTF-8 text: {error}."
         ) from error
     except ValueError as error:
-        raise OpenELMError(f"The prompt on stdin is too long: {error}.") from error
+        raise OpenELMError(f"The prompt on stdin cannot be used: {error}.") from error

@@ -10,7 +10,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -170,6 +170,7 @@ class _MLXScorer:
             for number in members:
                 ids = self._tokenizer.encode(prompts[number][0])
                 ids = ids[-max(1, self._context - sampling.max_tokens) :]
+                _check_tokens(ids, self._rows)
                 mx.random.seed(sampling.seed or 0)
                 text, tokens = "", list[int]()
                 for piece in self._stream_generate(
@@ -187,6 +188,11 @@ class _MLXScorer:
                         break
                 ends = [text.find(stop) for stop in sampling.stop if stop in text]
                 yield number, text[: min(ends, default=len(text))]
+
+    @cached_property
+    def _rows(self) -> int:
+        """The rows of the vocabulary."""
+        return int(self._model(mx.array([[0]])).shape[-1])  # not computed
 
     @property
     def _start(self) -> int:
@@ -222,12 +228,7 @@ class _MLXScorer:
                 common, cache = 0, self._caches.make_prompt_cache(self._model)
             logits = self._model(mx.array([inputs[common:]]), cache=cache)
             logits = logits[0, first - common :].astype(mx.float32)  # (A, V)
-            largest, rows = max(whole[number]), logits.shape[-1]
-            if largest >= rows:  # MLX does not check the bounds of an index
-                raise OpenELMError(
-                    f"The tokenizer has the token {largest}, but the model only {rows} "
-                    "rows of the vocabulary: they do not belong together."
-                )
+            _check_tokens(whole[number], self._rows)
             expected = mx.array(targets)
             nats = nn.log_softmax(logits)[mx.arange(len(targets)), expected].sum()
             greedy = (logits.argmax(axis=-1) == expected).all()
@@ -239,6 +240,15 @@ class _MLXScorer:
                 )
             kept = inputs
             yield number, (value, bool(greedy.item()))
+
+
+def _check_tokens(ids: Sequence[int], rows: int) -> None:
+    """Raise OpenELMError for a token that the model lacks; MLX does not check it."""
+    if ids and max(ids) >= rows:
+        raise OpenELMError(
+            f"The tokenizer has the token {max(ids)}, but the model only {rows} rows "
+            "of the vocabulary: they do not belong together."
+        )
 
 
 def _describe_failure(name: str, reason: str) -> str:
@@ -258,11 +268,11 @@ class _HarnessScorer:
     """
 
     def __init__(self, name: str, *, offline: bool) -> None:
-        pretrained = name.removeprefix(HF)
+        self._name, pretrained = name, name.removeprefix(HF)
         path = user_path(pretrained)
         self._pretrained = str(path) if path.is_dir() else pretrained
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_explained(name))
+            stack.enter_context(_explained(f"{name} cannot be loaded"))
             stack.enter_context(quiet())
             stack.enter_context(network(allowed=not offline))
             if path.is_dir():  # a download shows its progress
@@ -279,6 +289,11 @@ class _HarnessScorer:
                 batch_size=_WIDE_BATCH,
                 add_bos_token=True,
             )
+            embedding = self._model.model.get_input_embeddings()
+            self._rows: int = embedding.weight.shape[0]
+            # Added to the tokenizer alone in some models; padding is masked
+            if self._model.tokenizer.pad_token_id >= self._rows:
+                self._model.tokenizer.pad_token_id = self._model.prefix_token_id
 
     @cached_property
     def key(self) -> str:
@@ -335,18 +350,29 @@ class _HarnessScorer:
                 )
                 for i, number in enumerate(chunk)
             ]
-            with quiet():
+            with quiet(), _explained(f"{self._name} failed"):
+                self._check_tokens(requests[number] for number in chunk)
                 answers = getattr(self._model, kind)(instances, disable_tqdm=True)
             yield from zip(chunk, answers, strict=True)
 
+    def _check_tokens(self, requests: Iterable[tuple[Any, ...]]) -> None:
+        """Raise OpenELMError for a token that the model lacks; a GPU may ignore it."""
+        if len(self._model.tokenizer) <= self._rows:
+            return
+        for request in requests:
+            text = "".join(part for part in request if isinstance(part, str))
+            _check_tokens(self._model.tok_encode(text), self._rows)
+
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn a failure of transformers to load a model into an OpenELMError."""
+def _explained(what: str) -> Iterator[None]:
+    """Turn a failure of transformers into an OpenELMError that names the model."""
     try:
         yield
+    except OpenELMError:
+        raise
     except Exception as error:  # a model's code may raise anything
         raise OpenELMError(
-            f"The model {name} cannot be loaded: {type(error).__name__}, "
-            f"{describe_error(error)}."
+            f"The model {what}: {type(error).__name__}, "
+            f"{describe_error(error).rstrip('.')}."
         ) from error

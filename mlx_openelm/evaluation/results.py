@@ -327,7 +327,7 @@ class SuiteDifference:
 
 @dataclass(frozen=True, slots=True)
 class SuiteComparison:
-    """Differences of two models, measured and published; the last is of averages.
+    """Differences of two models, measured and published; the last are of averages.
 
     Attributes:
         rows: the published rows of the first and the other model, if there are any.
@@ -342,7 +342,7 @@ class SuiteComparison:
 def compare_in_suite(
     suite: Suite, first: ModelScores, other: ModelScores
 ) -> SuiteComparison:
-    """Return other - first in each column, and in the average of the columns run."""
+    """Return other - first in each column, and in the averages of the columns run."""
     rows = _find_row(suite, first.card), _find_row(suite, other.card)
     paired = {(p.task, p.metric): p.difference for p in pair(first.tasks, other.tasks)}
     differences = []
@@ -357,21 +357,35 @@ def compare_in_suite(
                 difference.n if difference else None,
             )
         )
-    run = [one for one in differences if one.value is not None]
-    name = "average"
     published = _subtract(*(row.average if row else None for row in rows))
+    averages = [_average_difference("average", differences, published)]
+    if suite.name == "zero-shot":
+        others = [one for one in differences if one.column != "SciQ"]
+        averages.append(_average_difference("average without SciQ", others, None))
+    return SuiteComparison(
+        first.card.name, other.card.name, rows, (*differences, *averages)
+    )
+
+
+def _average_difference(
+    name: str, differences: Sequence[SuiteDifference], published: float | None
+) -> SuiteDifference:
+    """Average the measured differences, and the published ones of the same columns.
+
+    Args:
+        published: of the averages of all columns, if they are published.
+    """
+    run = [one for one in differences if one.value is not None]
     if len(run) < len(differences):
-        name = f"average of {len(run)} of {len(differences)}"
+        name, published = f"{name} of {len(run)} of {len(differences)}", None
+    if published is None:
         published = _mean([one.published for one in run])
-    average = SuiteDifference(
+    return SuiteDifference(
         name,
         _mean([one.value for one in run]),
         _mean_stderr([one.stderr for one in run]),
         published,
         None,
-    )
-    return SuiteComparison(
-        first.card.name, other.card.name, rows, (*differences, average)
     )
 
 

@@ -99,6 +99,7 @@ class DoRALinear(LoRALinear):
     def fix_lengths(self) -> None:
         """Compute the row lengths once, for weights that no longer change."""
         self._fixed_factor = self._compute_factor()
+        mx.eval(self._fixed_factor, self._base_squares)
 
     def _compute_factor(self) -> mx.array:
         """Return m / |W + scale (A B)^T| of each row, (O,).

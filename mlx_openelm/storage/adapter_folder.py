@@ -168,6 +168,8 @@ def find_weights(path: Path) -> Path:
 def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
     """Attach a LoRA, DoRA or full adapter to a model, in place.
 
+    The arrays are computed here, so that the model can run in another thread.
+
     Returns:
         Notes for the user, for example that the base is another version.
 
@@ -192,6 +194,7 @@ def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
         notes = adapter.check_base(base_weights(model))
         cast = {n: array.astype(parameters[n].dtype) for n, array in arrays.items()}
         model.load_weights(list(cast.items()), strict=False)
+        mx.eval(model.parameters())
         return (*left_out, *notes)
     scale = read_scale(adapter.raw, path)
     modules = dict(model.named_modules())
@@ -213,6 +216,7 @@ def attach(model: OpenELM, path: Path) -> tuple[str, ...]:
     check_shapes(expected_shapes, stored, where=str(path / WEIGHTS))
     notes = adapter.check_base(base_weights(model))
     model.update_modules(tree_unflatten(wrapped))
+    mx.eval(model.parameters())
     for _, module in wrapped:
         if isinstance(module, DoRALinear):
             module.fix_lengths()

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 from commands import call, expect_error
@@ -173,6 +174,13 @@ def test_a_model_and_an_adapter_in_each_others_place(here, adapter):
     message = "it is an adapter; pass it as --adapter-path"
     expect_error(here, "generate", "Hi", "--model", adapter, message=message)
     assert call("generate", "Hi", "-m", "2", "--adapter-path", adapter).exit_code == 0
+    fused = f"{Path(adapter).name}-fused"
+    command = ("fuse", "--adapter-path", str(adapter), "--save-path", fused)
+    for name in ("inspect", "verify"):  # have no --adapter-path
+        message = f"`mlx-openelm {shlex.join(command)}`"
+        expect_error(here, name, adapter, message=message)
+    assert call(*command).exit_code == 0
+    assert call("inspect", fused).exit_code == 0
 
 
 def test_a_very_long_error_keeps_its_advice(here):

@@ -11,6 +11,7 @@ from models import TEXT, UNEVEN, small_tokenizer, weights_of, write_pt
 
 import mlx_openelm
 from converters.conversion import run as conversion
+from mlx_openelm.cli.evaluation.checkpoints import list_checkpoints
 from mlx_openelm.evaluation import scorer
 
 pytest.importorskip("torch", reason="needs PyTorch to write .pt files")
@@ -79,6 +80,26 @@ def test_folders_and_files_are_mixed_and_repeated_options_work(work):
     assert [one["iteration"] for one in scores] == [4999, 9999, None]
     first = score_json("--text", "text.txt", "--checkpoints", NAMES[0])
     assert scores[0]["bits_per_byte"] == pytest.approx(first[0]["bits_per_byte"])
+
+
+@pytest.mark.parametrize(
+    ("name", "iteration"),
+    [
+        ("checkpoint_epoch_0_iter_329999.pt", 329999),
+        ("checkpoint-500", 500),
+        ("global_step1000", 1000),
+        ("iteration_20.pt", 20),
+        ("Steps-7-mlx", 7),
+        ("checkpoint_average.pt", None),
+    ],
+)
+def test_the_iteration_is_that_of_the_name(work, name, iteration):
+    if name.endswith(".pt"):
+        write_pt(work / "run" / name, weights_of(UNEVEN))
+    else:
+        mlx_openelm.convert(NAMES[0], f"run/{name}", dtype="float32", receipt=False)
+    (found,) = list_checkpoints([work / "run" / name], None, offline=True)
+    assert found.iteration == iteration
 
 
 def test_the_folder_of_a_run_stands_for_its_checkpoints(work):

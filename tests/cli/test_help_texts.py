@@ -43,6 +43,7 @@ def test_no_text_becomes_markup_or_emoji(name, monkeypatch):
     shown = flatten(show_help(name, monkeypatch, columns=1000))
     assert [text for text in texts if text not in shown] == []
     assert shown.isascii()
+    assert not re.search(r"\{[a-z_]+\}", shown)  # the name of another option
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -328,13 +328,6 @@ def test_a_cache_of_all_tokens_gives_the_whole_divergence(
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_a_teacher_that_is_an_adapter_is_refused(there):
-    trained = call(*OPTIONS, "--adapter-path", "tuned", "--quiet")
-    assert trained.exit_code == 0
-    message = "tuned is an adapter; `fuse` it into a model first"
-    expect_error(there, *DISTILL, "--teacher", "tuned", message=message)
-
-
 def test_another_cache_is_noticed(there):
     cached = (*DISTILL, "--teacher-cache", "cache", "--quiet")
     assert call(*cached, "--adapter-path", "one").exit_code == 0

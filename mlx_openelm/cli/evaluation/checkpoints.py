@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mlx_openelm.cli.console import Console
-from mlx_openelm.cli.evaluation.plan import Entrant, EvaluationPlan
+from mlx_openelm.cli.evaluation.plan import Entrant, EvaluationPlan, named
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.storage.weight_files import is_adapter
 
 if TYPE_CHECKING:
     from mlx_openelm.evaluation.results import ModelScores
+    from mlx_openelm.storage.model_folder import ModelFolder
 
-_ITERATION = re.compile(r"(?:iter|step|checkpoint)[_-]?(\d+)")
+_ITERATION = re.compile(
+    r"(?:iter|iteration|step|checkpoint)s?[_-]?(\d+)", re.IGNORECASE
+)
 _WEIGHTS = "checkpoint_epoch_*_iter_*.pt"  # in the folder of a training run
 _SCORES = "scores.json"  # of a checkpoint that was evaluated as a whole
 
@@ -44,18 +47,18 @@ class Checkpoint:
         return identify([file for file in files if file.is_file()])
 
 
-def list_checkpoints(paths: Sequence[Path]) -> list[Checkpoint]:
+def list_checkpoints(
+    paths: Sequence[Path], tokenizer: str | None, *, offline: bool
+) -> list[Checkpoint]:
     """Return the checkpoints by iteration; those without one come last.
 
     A folder of a training run stands for the weights in it.
 
     Raises:
-        OpenELMError: one is missing, named twice, or an adapter.
+        OpenELMError: one is named twice; or some are missing, adapters, or not a model
+            with a tokenizer, by their headers; all of them are named.
     """
     paths = [one for path in paths for one in sorted(path.glob(_WEIGHTS)) or [path]]
-    missing = [str(path) for path in paths if not path.exists()]
-    if missing:
-        raise OpenELMError(f"There is no checkpoint {', '.join(missing)}.")
     resolved = [path.resolve() for path in paths]
     for i, path in enumerate(paths):
         if resolved[i] in resolved[:i]:
@@ -64,12 +67,47 @@ def list_checkpoints(paths: Sequence[Path]) -> list[Checkpoint]:
     for path in paths:
         match = _ITERATION.search(path.name)
         found.append(Checkpoint(path, int(match[1]) if match else None))
-    adapters = [str(path) for path in paths if is_adapter(path)]
-    if adapters:
-        raise OpenELMError(
-            f"{', '.join(adapters)}: an adapter, not a model; score it with `compare`."
-        )
+    problems = []
+    for path in paths:
+        try:
+            with named(str(path)):
+                _check_checkpoint(path, tokenizer, offline=offline)
+        except OpenELMError as error:
+            problems.append(str(error))
+    if problems:
+        raise OpenELMError(" ".join(problems))
     return sorted(found, key=lambda c: (c.iteration is None, c.iteration or 0))
+
+
+def _check_checkpoint(path: Path, tokenizer: str | None, *, offline: bool) -> None:
+    """Open the headers and the tokenizer of a checkpoint.
+
+    Raises:
+        OpenELMError: it cannot be scored.
+    """
+    from converters.formats.sources import open_without_adapter
+    from mlx_openelm.storage.loading import load_tokenizer
+    from mlx_openelm.storage.tokenizer_finder import find_tokenizer
+
+    if not path.exists():
+        raise OpenELMError(f"There is no checkpoint {path}.")
+    if is_adapter(path):
+        raise OpenELMError(f"{path}: an adapter, not a model; score it with `compare`.")
+    if folder := _open_model_folder(path, tokenizer):
+        load_tokenizer(folder)
+        return
+    source = open_without_adapter(path)
+    find_tokenizer(source.folder, tokenizer, source.config.vocab_size, offline=offline)
+
+
+def _open_model_folder(path: Path, tokenizer: str | None) -> "ModelFolder | None":
+    """Open a checkpoint that can be scored without a conversion; None for others."""
+    from mlx_openelm.storage.model_folder import open_folder
+
+    if path.is_dir() and tokenizer is None:
+        with contextlib.suppress(OpenELMError):
+            return open_folder(path)
+    return None
 
 
 def check_checkpoint_options(
@@ -102,30 +140,33 @@ def score_checkpoints(
     window: int | None,
     make_folder: Callable[[str], Path | None],
     tokenizer: str | None,
+    force: bool,
     offline: bool,
-) -> list["ModelScores"]:
-    """Score each checkpoint whose scores are not stored yet.
+) -> Iterator["ModelScores"]:
+    """Yield the scores of each checkpoint; those that are stored are not computed.
 
     Args:
         score: loads a model folder and scores it.
         make_folder: returns the folder of a checkpoint's answers, or None.
+        force: replace stored scores.
     """
     evaluation = {
         **_describe_evaluation(plan, texts, window),
         "tokenizer": _describe_tokenizer(tokenizer),
     }
-    scores = []
     for checkpoint in checkpoints:
         where = make_folder(checkpoint.label)
-        done = _read_scores(where, checkpoint, evaluation)
+        done = None if force else _read_scores(where, checkpoint, evaluation)
         if done is None:
-            with _as_model_folder(
-                console, checkpoint, tokenizer, offline=offline
-            ) as folder:
+            with (
+                named(checkpoint.label),
+                _as_model_folder(
+                    console, checkpoint, tokenizer, offline=offline
+                ) as folder,
+            ):
                 done = score(Entrant(checkpoint.label, folder))
             _write_scores(where, checkpoint, evaluation, done)
-        scores.append(done)
-    return scores
+        yield done
 
 
 @contextlib.contextmanager
@@ -138,14 +179,11 @@ def _as_model_folder(
         OpenELMError: it is not an OpenELM, or has no tokenizer.
     """
     from converters.conversion.run import convert
-    from mlx_openelm.storage.model_folder import open_folder
 
     path = checkpoint.path
-    if path.is_dir() and tokenizer is None:
-        with contextlib.suppress(OpenELMError):
-            open_folder(path)
-            yield str(path)
-            return
+    if _open_model_folder(path, tokenizer):
+        yield str(path)
+        return
     with tempfile.TemporaryDirectory(prefix="mlx-openelm-") as folder:
         with console.progress(f"Converting {path.name}") as progress:
             convert(

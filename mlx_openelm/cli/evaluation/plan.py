@@ -3,7 +3,7 @@
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +72,17 @@ def _add(entrants: list[Entrant], entrant: Entrant) -> None:
     if entrant.label in (other.label for other in entrants):
         raise OpenELMError(f"{entrant.label} is named twice; leave one out.")
     entrants.append(entrant)
+
+
+@contextlib.contextmanager
+def named(label: str) -> Iterator[None]:
+    """Begin errors with the name of the model, unless they contain it or it is ""."""
+    try:
+        yield
+    except OpenELMError as error:
+        if label in str(error):
+            raise
+        raise OpenELMError(f"{label}: {error}") from error
 
 
 # Tasks ---------------------------------------------------------------------------

@@ -205,6 +205,8 @@ def _describe_published(comparison: "SuiteComparison") -> Iterator[str]:
     for row in comparison.rows:
         if row is not None:
             average = "" if row.average is None else f", average {row.average:.2f}"
+            if row.average is None and row.without_sciq is not None:
+                average = f", average without SciQ {row.without_sciq:.2f}"
             tokens = f" of {row.tokens} training tokens" if row.tokens else ""
             yield f"Published: {row.model}{tokens}{average} ({_source(row)})"
 

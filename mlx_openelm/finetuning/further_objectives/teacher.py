@@ -16,7 +16,6 @@ from mlx_openelm.model.lora import adapted_weight
 from mlx_openelm.storage.hub import find_model
 from mlx_openelm.storage.loading import load_model, load_tokenizer
 from mlx_openelm.storage.model_folder import ModelFolder, open_folder
-from mlx_openelm.storage.weight_files import is_adapter
 from mlx_openelm.text.tokenizer import Tokenizer
 
 
@@ -69,10 +68,7 @@ def open_teacher(
             context is shorter.
     """
     try:
-        path = find_model(name, offline=offline)
-        if is_adapter(path):
-            raise OpenELMError(f"{name} is an adapter; `fuse` it into a model first.")
-        folder = open_folder(path)
+        folder = open_folder(find_model(name, offline=offline))
         own = load_tokenizer(folder)
     except OpenELMError as error:
         raise OpenELMError(f"`teacher`: {error}") from error

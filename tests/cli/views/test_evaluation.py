@@ -67,3 +67,19 @@ def test_an_average_of_fewer_columns_has_their_published_mean():
     assert average["column"] == "average of 2 of 5"
     expected = ((36.69 - 34.47) + (65.71 - 63.81)) / 2
     assert average["published"] == pytest.approx(expected)
+
+
+def test_zero_shot_differences_have_an_average_without_sciq():
+    """TinyLlama has no other: 55.80; OpenELM 1.1B 58.91 (facts, 7.2 and 7.5)."""
+    scores = [made_scores("zero-shot", n) for n in ("TinyLlama 1.10B", "OpenELM-1_1B")]
+    document = scores_json(scores, SUITES["zero-shot"])["suite"]["comparisons"][0]
+    both, without = document["differences"][-2:]
+    assert (both["column"], both["published"]) == ("average", None)
+    assert without["column"] == "average without SciQ"
+    assert without["published"] == pytest.approx(58.91 - 55.80, abs=0.01)
+    assert without["value"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_published_average_without_sciq_is_named(capsys):
+    text = shown(capsys, "zero-shot", "TinyLlama 1.10B", "OpenELM-1_1B")
+    assert "TinyLlama 1.10B of 3.0T training tokens, average without SciQ 55.80" in text
