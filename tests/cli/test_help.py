@@ -31,8 +31,8 @@ FLAGS = {
         "--hf-path --model --mlx-path --to --dtype --allow-overflow -q --quantize "
         "--q-bits --q-group-size --q-mode --q-embed-bits --q-keep --dequantize "
         "--learn --teacher-bits --teacher-cache --seed --calibration --no-receipt "
-        "--merge --adapter-out --average --weights --tokenizer --revision --upload-repo "
-        "--public --force --json --quiet --offline"
+        "--merge --adapter-out --average --weights --tokenizer --revision "
+        "--upload-repo --public --force --json --quiet --offline"
     ),
     "fuse": (
         "--adapter-path --save-path --model --dequantize -q --quantize --q-bits "
