@@ -110,7 +110,7 @@ def test_an_untied_head_does_not_open_in_llama_cpp() -> None:
         ({"ffn_multipliers": ["x"] * 3}, "ffn_multipliers in config.json is not a"),
         ({"ffn_dim_divisor": None}, "config.json lacks ffn_dim_divisor"),
         ({"ffn_multipliers": [0.5, 4.0, 2.0]}, "it computes an FFN width of"),
-        ({"ffn_multipliers": [0.5]}, "config.json has 1 layers of 3"),
+        ({"ffn_multipliers": [0.5]}, "config.json has 1 layer of 3"),
         ({"model_type": "other"}, "model_type in config.json is not openelm"),
     ],
 )

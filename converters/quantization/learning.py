@@ -47,7 +47,7 @@ from mlx_openelm.training.state import STATE, TrainingState, load_state
 from mlx_openelm.training.step import Part, Step, StepResult
 
 BATCH = 2  # windows
-RATE, BETAS, EPS = 5e-3, (0.9, 0.95), 1e-8  # peak learning rate; Adam
+RATE, BETAS, EPS = 0.0175, (0.9, 0.95), 1e-8  # peak learning rate, in steps; Adam
 WARMUP = 3  # steps; their time is what minutes are converted to steps by
 SAVE_SECONDS = 30.0  # between two saves
 STEPS_PER_EVALUATION = 10  # at least

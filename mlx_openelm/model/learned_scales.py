@@ -1,12 +1,13 @@
 """Layers with packed weights whose scales and biases can be trained.
 
-The packed integers stay. With q the integers of a group, m their mean, and s0 and b0
-the scale and bias of rounding:
+The packed integers stay. With q the integers of a group, 0 to 2^bits - 1, m their mean,
+and s0 and b0 the scale and bias of rounding:
 
-    scale = s0 (1 + a)        bias = b0 + (s0 - scale) m + s0 c
+    scale = s0 (1 + 2 a / (2^bits - 1))        bias = b0 + (s0 - scale) m + s0 c
 
-so a stretches the group about its mean and c shifts it, both in proportion to the step
-between two integers. Both start at 0. Letters:
+so a stretches the group about its mean, which moves its ends by about a steps, and c
+shifts it by c steps; a step, s0, is the distance of two integers. So one learning rate
+suits all bits. Both start at 0. Letters:
 
     O  outputs (of an embedding: its rows)    I  inputs    G  groups in a row
 """
@@ -41,6 +42,7 @@ class LearnedScales(nn.Module):
         one, zero = mx.ones_like(self._scales), mx.zeros_like(self._scales)
         integers = self._unpack(self._packed, one, zero)  # (O, I)
         self._mean = integers.reshape(*one.shape, packing.group_size).mean(axis=-1)
+        self._stretch = 2 / (2**packing.bits - 1)
         self.a, self.c = zero, zero
         mx.eval(self._mean, self.a, self.c)
 
@@ -68,7 +70,7 @@ class LearnedScales(nn.Module):
         return self._unpack(self._packed[block], scales, biases)
 
     def _exact_parts(self) -> tuple[mx.array, mx.array]:
-        scales = self._scales * (1 + self.a)
+        scales = self._scales * (1 + self._stretch * self.a)
         shift = (self._scales - scales) * self._mean + self._scales * self.c
         return scales, self._biases + shift
 

@@ -167,7 +167,8 @@ def test_prompts_that_do_not_fit_are_refused(here, prompt, message):
 
 def test_a_prompt_on_stdin_must_be_text(here):
     args = ("generate", "-", "--model", "model")
-    expect_error(here, *args, input=b"\xff\xfe\0", message="not UTF-8 text")
+    expect_error(here, *args, input=b"\xff\xfe\0", message="not UTF-8 but UTF-16")
+    expect_error(here, *args, input=b"\xfa\xfb", message="not UTF-8")
 
 
 @pytest.mark.parametrize("prompt", ["  ", "\U0001f642日", "a\0b", "\n\n", "</s>"])

@@ -146,7 +146,7 @@ def test_what_is_missing_is_listed_by_corpus_without_training(tmp_path, monkeypa
     assert first["source"].startswith("Hub data set")
     assert {*tmp_path.rglob("*")} == before
     dry = call("pretrain", "-c", path, "--dry-run")
-    assert "Missing: RefinedWeb: 1 files" in dry.stderr
+    assert "Missing: RefinedWeb: 1 file" in dry.stderr
 
 
 DAMAGES = {

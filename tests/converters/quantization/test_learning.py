@@ -33,6 +33,7 @@ from mlx_openelm.model.packed_weights import pack_weight, unpack_weight
 from mlx_openelm.model.quantization import Packing
 from mlx_openelm.storage.loading import load_model
 from mlx_openelm.storage.model_folder import open_folder
+from mlx_openelm.tensor_names import to_module
 
 UNEVEN_GROUPS = ("-q", "--q-group-size", "32", "--learn", "2steps")
 
@@ -104,7 +105,7 @@ def test_gradients_of_scales_and_biases_are_those_of_pytorch(
             self.a, self.c = torch.nn.Parameter(a), torch.nn.Parameter(c)
 
         def forward(self, weight):
-            scale = self.scales * (1 + self.a)
+            scale = self.scales * (1 + 2 * self.a / (2**bits - 1))
             bias = self.biases + (self.scales - scale) * self.mean
             bias = bias + self.scales * self.c
             return (scale[..., None] * self.integers + bias[..., None]).flatten(1)
@@ -208,7 +209,12 @@ def test_the_receipt_has_the_error_before_and_after(source, tmp_path, options):
     )
     names = {n: open_folder(tmp_path / n).read() for n in ("learned", "rounded")}
     same = {n for n, a in names["learned"].items() if (a == names["rounded"][n]).all()}
-    assert same == {n for n in names["rounded"] if n.endswith(".weight")}
+    weights = {n for n in names["rounded"] if n.endswith(".weight")}
+    assert weights <= same
+    # In 12 steps, scales of 8 bits move by less than the rounding of their dtype.
+    packings = open_folder(tmp_path / "learned").packings
+    fine = {to_module(n) for n, packing in packings.items() if packing.bits == 8}
+    assert {n.rsplit(".", 1)[0] for n in same - weights} <= fine
     metadata = open_folder(tmp_path / "learned").metadata
     assert metadata["receipt"]["mean_kl_rounded"] == record.mean_kl_before
     assert metadata["learned"]["best_step"] == record.best_step
