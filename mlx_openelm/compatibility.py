@@ -19,6 +19,7 @@ from mlx_openelm.layerwise_scaling import (
     is_size,
     make_divisible,
 )
+from mlx_openelm.message_parts import count_of
 
 MLX_LM, LM_STUDIO, MLX_SWIFT = "mlx-lm", "LM Studio", "mlx-swift"
 LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
@@ -184,7 +185,7 @@ def _compare(
         ("an FFN width of", ffn_dims, config.ffn_dims),
     ):
         if len(theirs) != len(ours):
-            return f"config.json has {len(theirs)} layers of {len(ours)}"
+            return f"config.json has {count_of(len(theirs), 'layer')} of {len(ours)}"
         for layer, (their, our) in enumerate(zip(theirs, ours, strict=True)):
             if their != our:
                 sizes = f"{their} {what}" if "heads" in what else f"{what} {their}"

@@ -122,6 +122,7 @@ def fuse(
     bits: int | None = None,
     group_size: int | None = None,
     learn: str | None = None,
+    teacher_cache: str | None = None,
     force: bool = False,
     offline: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -139,6 +140,8 @@ def fuse(
         bits: quantize the linear layers to this number, in groups of `group_size`.
         learn: then train scales and biases to match the base with its adapter, so many
             minutes ("10") or steps ("200steps").
+        teacher_cache: folder in which the outputs of base and adapter are kept for
+            `learn`, so that they are not in memory meanwhile.
         force: replace an existing model.
 
     Raises:
@@ -156,6 +159,7 @@ def fuse(
         bits=None if bits is None else str(bits),
         group_size=group_size,
         learn=learn,
+        teacher_cache=teacher_cache,
         dequantize=dequantize,
         receipt=False,  # the proof replaces it
         merge=True,

@@ -29,6 +29,7 @@ from converters.formats.pt_writer import TensorToWrite, to_numpy, write_pt
 from converters.formats.sources import ModelSource, locate, open_without_adapter
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.storage.model_folder import METADATA_KEY
 from mlx_openelm.storage.shards import write_json
 from mlx_openelm.storage.staging import refuse_existing, refuse_replacing, staged_folder
@@ -192,7 +193,7 @@ def _notes(
     notes = [*source.notes, *(found_tokenizer.notes if found_tokenizer else ())]
     packed = sum(tensor.packing is not None for tensor in source.tensors.values())
     if packed:
-        notes.append(f"Dequantized {packed} tensors.")
+        notes.append(f"Dequantized {count_of(packed, 'tensor')}.")
     if config.share_input_output_layers != source.config.share_input_output_layers:
         notes.append(
             f"Untied the output head: it is the embedding divided by {growth.width}."

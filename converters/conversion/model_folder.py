@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from converters.conversion.adapters import stage_adapter
-from converters.conversion.learning import learn_scales
+from converters.conversion.learning import LearningOptions, learn_scales
 from converters.conversion.merging import refuse_lost_adapter
 from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.plan import ConversionPlan
@@ -38,7 +38,9 @@ from mlx_openelm.compatibility import check_tools
 from mlx_openelm.config import BOS_ID, OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.mapping_files import read_mapping
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.quantization import Packing, describe_packings
+from mlx_openelm.paths import user_path
 from mlx_openelm.storage.chat_template_file import (
     read_chat_template,
     write_chat_template,
@@ -331,17 +333,18 @@ def _learn(
 ) -> tuple[ConversionPlan, LearningRecord]:
     options, amount = job.options, job.options.learning_amount
     assert amount is not None
+    cache = options.teacher_cache
+    folder = None if cache is None else user_path(cache)
     return learn_scales(
         plan,
         windows,
-        amount,
+        LearningOptions(amount, options.seed, options.teacher_bits, folder),
         text=text,
         folder=staging / SAVED_STATE,
-        seed=options.seed,
-        teacher_bits=options.teacher_bits,
         on_step=lambda done, total, kl: job.on_progress(
             Progress(done, total, f"steps, KL {kl:.4f}")
         ),
+        on_cached=_progress(job, "windows read by the teacher"),
     )
 
 
@@ -409,7 +412,8 @@ def _summarize(
         )
     if learned is not None and learned.best_step:
         facts.append(
-            f"Scales and biases trained for {learned.best_step} steps: mean KL "
+            f"Scales and biases trained for {count_of(learned.best_step, 'step')}: "
+            f"mean KL "
             f"{learned.mean_kl_before:.4f} nats before, {learned.mean_kl_after:.4f} "
             f"after, on {learned.tokens} tokens that were not learned from."
         )

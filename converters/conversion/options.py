@@ -109,6 +109,12 @@ class ConversionOptions:
         panel=QUANTIZATION,
         shown_default="16",
     )
+    teacher_cache: str | Path | None = option(
+        None,
+        "Folder in which the outputs of the model that {learn} learns from are kept, "
+        "so that it is not in memory meanwhile.",
+        panel=QUANTIZATION,
+    )
     seed: int = option(
         0, "Seed of {learn}.", panel=QUANTIZATION, least=0, most=2**31 - 1
     )
@@ -178,11 +184,12 @@ class ConversionOptions:
 
     def _check_learning(self) -> None:
         if self.learn is None:
-            if self.teacher_bits is not None:
-                raise OpenELMError("`teacher_bits` requires `learn`.")
-            if self.seed:
-                raise OpenELMError("`seed` requires `learn`.")
+            for name in ("teacher_bits", "teacher_cache", "seed"):
+                if getattr(self, name) not in (None, 0):
+                    raise OpenELMError(f"`{name}` requires `learn`.")
             return
+        if self.teacher_cache == "":
+            raise OpenELMError("`teacher_cache` is empty; pass a folder.")
         _ = self.learning_amount
         if reason := UNLEARNABLE.get(self.mode):
             raise OpenELMError(
@@ -274,7 +281,8 @@ class ConversionOptions:
     def changed(self) -> Mapping[str, Any]:
         """Return the options that differ from their defaults, as JSON values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        texts = {name: str(values[name]) for name in ("bits", "calibration")}
+        paths = ("calibration", "teacher_cache")
+        texts = {name: str(values[name]) for name in ("bits", *paths)}
         return {
             field.name: texts.get(field.name, values[field.name])
             for field in fields(self)

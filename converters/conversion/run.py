@@ -41,11 +41,13 @@ from mlx_openelm.config import (
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.quantization import Packing, describe_packings
+from mlx_openelm.paths import user_path
 from mlx_openelm.storage.address_download import origin_of
 from mlx_openelm.storage.model_folder import spell_dtype
 from mlx_openelm.storage.staging import (
     refuse_existing,
     refuse_existing_file,
+    refuse_nested,
     refuse_replacing,
     staged_file,
 )
@@ -235,7 +237,7 @@ def convert_model(job: Job) -> ConversionReport:
         plan, receipt, learned = written.plan, written.receipt, written.learned
         notes += written.notes
         num_bytes = plan.num_bytes
-        notes += _describe_learning(options, learned)
+        notes += _describe_learning(job, learned)
         if found_tokenizer is None:
             notes.append("No tokenizer was written; generate needs one in the folder.")
             if options.quantization is not None and options.receipt:
@@ -275,15 +277,13 @@ def _check_targets(job: Job) -> None:
     else:
         refuse_existing(job.target, force=job.force)
     refuse_replacing(job.target, job.source.files)
+    if job.options.teacher_cache is not None:
+        cache = user_path(job.options.teacher_cache)
+        refuse_nested("model", job.target, "cache of the teacher", cache)
     if job.adapter_out is not None:
         refuse_existing(job.adapter_out, force=job.force)
         refuse_replacing(job.adapter_out, job.source.files)
-        one, other = job.target.resolve(), job.adapter_out.resolve()
-        if one.is_relative_to(other) or other.is_relative_to(one):
-            raise OpenELMError(
-                f"The model ({job.target}) and the adapter ({job.adapter_out}) need "
-                "separate folders, neither inside the other."
-            )
+        refuse_nested("model", job.target, "adapter", job.adapter_out)
 
 
 def _cut_vocabulary(
@@ -351,17 +351,17 @@ def _default_name(source: ModelSource, options: ConversionOptions) -> str:
     return f"{source.name}-{options.to}{options.suffix}"
 
 
-def _describe_learning(
-    options: ConversionOptions, learned: LearningRecord | None
-) -> list[str]:
+def _describe_learning(job: Job, learned: LearningRecord | None) -> list[str]:
     """Return notes on what `learn` did not do."""
-    if options.learn and learned is None:
+    if job.options.learn and learned is None:
         return ["Nothing was learned: the source already has these packed weights."]
     notes = []
+    # `fuse`, which has a proof, takes no text.
+    advice = "" if job.prove else "; a longer `calibration` text may help"
     if learned is not None and not learned.best_step:
         notes.append(
             "Learning did not lower the error on held-out text, so the scales of "
-            "plain rounding were kept; a longer `calibration` text may help."
+            f"plain rounding were kept{advice}."
         )
     if learned is not None and learned.skipped:
         numbers = ", ".join(str(i + 1) for i in learned.skipped)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import count_of
 
 _MOST_SHOWN = 5  # missing files in a message
 _MAX_RANGE = 10_000_000  # files of one range; more is a typing error
@@ -35,9 +36,10 @@ def find_files(patterns: Sequence[str], exclude: Sequence[str] = ()) -> tuple[st
         shown = ", ".join(missing[:_MOST_SHOWN])
         more = len(missing) - _MOST_SHOWN
         rest = f" and {more} more" if more > 0 else ""
+        verb = "is" if len(missing) == 1 else "are"
         raise OpenELMError(
-            f"{len(missing)} files of the recipe's data are missing: {shown}{rest}; "
-            "download them, or correct the range."
+            f"{count_of(len(missing), 'file')} of the recipe's data {verb} missing: "
+            f"{shown}{rest}; download them, or correct the range."
         )
     names = [name for pattern in exclude for name in expand_ranges(pattern)]
     excluded = {_identify(path) for name in names for path in _match(name)}

@@ -26,6 +26,7 @@ from converters.pretraining.documents import (
 )
 from converters.pretraining.recipe import DataRecipe, TokenizerRecipe, list_corpora
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.text.tokenizer import Tokenizer
 
 IGNORED = -100  # a target without a loss
@@ -185,8 +186,8 @@ class PackedSequences:
         self.checksum = zlib.crc32(self._stream.tobytes())
         if len(self) < 1:
             raise OpenELMError(
-                f"The corpus has {self.num_tokens} tokens, too few for one sequence of "
-                f"{length}."
+                f"The corpus has {count_of(self.num_tokens, 'token')}, too few for one "
+                f"sequence of {length}."
             )
 
     def __len__(self) -> int:

@@ -20,7 +20,7 @@ import mlx.core as mx
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.input_files import open_text
-from mlx_openelm.message_parts import describe_error
+from mlx_openelm.message_parts import count_of, describe_error
 from mlx_openelm.text.tokenizer import Tokenizer
 
 SAMPLE = Path(__file__).with_name("calibration.txt")
@@ -123,6 +123,6 @@ def learning_windows(
 
 def _too_short(num_tokens: int, needed: int) -> OpenELMError:
     return OpenELMError(
-        f"The calibration text has {num_tokens} tokens, but needs at least {needed}; "
-        "pass a longer one as `calibration`."
+        f"The calibration text has {count_of(num_tokens, 'token')}, but needs at "
+        f"least {needed}; pass a longer one as `calibration`."
     )

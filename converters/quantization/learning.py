@@ -10,6 +10,7 @@ The state is saved in a folder, from which a stopped run resumes with the same r
     best.safetensors    the weights with the least divergence so far
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,13 +24,16 @@ from mlx.utils import tree_unflatten
 
 from converters.quantization.calibration import LearningWindows
 from converters.quantization.learning_amount import LearningAmount
+from converters.quantization.teachers import Teacher
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model.divergence import (
-    DenseTargets,
-    divergences,
-    log_probabilities,
+from mlx_openelm.model.head_divergence import (
+    Head,
+    Outputs,
+    compare,
+    head_of,
+    hidden_rows,
+    total_divergence,
 )
-from mlx_openelm.model.learned_scales import head_weight
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.signals import Stop, deferred_signals
 from mlx_openelm.storage.adapter_folder import save_tensors
@@ -49,7 +53,6 @@ SAVE_SECONDS = 30.0  # between two saves
 STEPS_PER_EVALUATION = 10  # at least
 EVALUATIONS = 10  # about, in a long run
 _BEST = "best.safetensors"
-_CHUNK = 128  # positions whose logits are compared at a time
 
 OnStep = Callable[[int, int, float], None]  # steps done, all steps, KL of a token
 
@@ -98,17 +101,18 @@ class ScaleLearner:
     def __init__(
         self,
         student: OpenELM,
-        teacher: OpenELM,
+        teacher: Teacher,
         windows: LearningWindows,
         folder: Path,
         *,
         seed: int = 0,
         on_step: OnStep = lambda done, total, kl: None,
     ) -> None:
-        teacher.freeze()
         student.freeze()
         student.unfreeze(keys=["a", "c"])
-        self._student, self._learn_from = student, windows.learn
+        self._student, self._teacher = student, teacher
+        self._learn_from = windows.learn
+        teacher.prepare(mx.concatenate([windows.choose, windows.report]))
         self._choose_by, self._report_on = (
             Reference.of(teacher, part) for part in (windows.choose, windows.report)
         )
@@ -122,6 +126,7 @@ class ScaleLearner:
         self._steps: int | None = None
         self._saved_at = time.monotonic()
         self._skipped: list[int] = []
+        self._text = ""
 
     def learn(self, amount: LearningAmount, text: str) -> LearningRecord:
         """Train; the student has the best scales then, unless `best_step` is 0.
@@ -134,6 +139,7 @@ class ScaleLearner:
             KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; the state is saved.
         """
         progress = self._state.progress
+        self._text = text
         before = measure(self._student, self._report_on)
         _refuse_non_finite(before.kl, text)
         self._folder.mkdir(exist_ok=True)
@@ -141,9 +147,11 @@ class ScaleLearner:
         if (self._folder / STATE).is_file():
             self._restore()
             progress = self._state.progress
-        with deferred_signals() as stop:
-            self._train(amount, stop)
-        _refuse_non_finite(progress.best_loss, text)
+        complete = False
+        while not complete:
+            self._teacher.prepare(self._learn_from[self._windows_ahead()])
+            with deferred_signals() as stop:
+                complete = self._train(amount, stop)
         self._load(self._folder / _BEST)
         after = measure(self._student, self._report_on)
         best_step = progress.best_step
@@ -162,7 +170,16 @@ class ScaleLearner:
             skipped=tuple(self._skipped),
         )
 
-    def _train(self, amount: LearningAmount, stop: Stop) -> None:
+    def _windows_ahead(self) -> mx.array:
+        """Return the windows of all steps left whose number is known."""
+        steps = range(self._state.progress.step, self._steps or WARMUP)
+        return mx.array([i for step in steps for i in self._choose(step)], mx.int32)
+
+    def _train(self, amount: LearningAmount, stop: Stop) -> bool:
+        """Train up to the last step, or to that which determines their number.
+
+        Return whether it was the last.
+        """
         progress = self._state.progress
         while True:
             last = progress.step == self._steps
@@ -170,14 +187,15 @@ class ScaleLearner:
                 self._evaluate()
             if last:
                 self._save()
-                return
+                return True
             if stop.number is not None:
                 self._interrupt(stop.number)
             self._update()
             if self._steps is None and progress.step == WARMUP:
                 self._steps = self._plan_steps(amount)
                 self._save()
-            elif time.monotonic() - self._saved_at > SAVE_SECONDS:
+                return False
+            if time.monotonic() - self._saved_at > SAVE_SECONDS:
                 self._save()
 
     @property
@@ -232,9 +250,7 @@ class ScaleLearner:
         chosen = []
         for place in range(step * BATCH, (step + 1) * BATCH):
             epoch, index = divmod(place, count)
-            raw = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
-            order = np.argsort(raw.random_raw(count), kind="stable")
-            chosen.append(int(order[index]))
+            chosen.append(int(_shuffle(count, self._seed, epoch)[index]))
         return chosen
 
     def _evaluate(self) -> None:
@@ -244,6 +260,8 @@ class ScaleLearner:
             return
         progress.evaluated_step, started = progress.step, time.perf_counter()
         kl = measure(self._student, self._choose_by).kl
+        if progress.best_loss == math.inf:  # the first evaluation
+            _refuse_non_finite(kl, self._text)
         self._evaluation_seconds = time.perf_counter() - started
         if kl < progress.best_loss:  # false for NaN
             progress.best_loss, progress.best_step = kl, progress.step
@@ -272,12 +290,19 @@ class ScaleLearner:
         self._student.update(tree_unflatten(list(arrays.items())))
 
 
+@functools.lru_cache(maxsize=2)
+def _shuffle(count: int, seed: int, epoch: int) -> "np.ndarray[Any, Any]":
+    """Return the order of the windows in an epoch."""
+    raw = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    return np.argsort(raw.random_raw(count), kind="stable")
+
+
 class _Divergence:
     """The objective: KL(teacher || student) at each position of the windows."""
 
     unit, pairwise = "token", False
 
-    def __init__(self, teacher: OpenELM) -> None:
+    def __init__(self, teacher: Teacher) -> None:
         self._teacher = teacher
 
     def collate(self, samples: Sequence[mx.array]) -> mx.array:
@@ -285,9 +310,9 @@ class _Divergence:
         return mx.stack(list(samples))[:, :-1]
 
     def loss(self, model: OpenELM, batch: mx.array) -> tuple[mx.array, mx.array]:
-        targets = DenseTargets(_rows(self._teacher, batch), head_weight(self._teacher))
-        losses = divergences(_rows(model, batch), head_weight(model), targets)
-        return losses.sum(), mx.zeros(0)
+        taught = Outputs(self._teacher.rows(batch), self._teacher.head)
+        student = Outputs(hidden_rows(model, batch), head_of(model))
+        return total_divergence(student, taught), mx.zeros(0)
 
     def totals(self, batch: mx.array, loss: mx.array, margins: mx.array) -> Totals:
         return Totals(to_float(loss), batch.size)
@@ -325,15 +350,15 @@ class Reference:
 
     windows: mx.array
     rows: tuple[mx.array, ...]
-    head: mx.array
+    head: Head
 
     @classmethod
-    def of(cls, teacher: OpenELM, windows: mx.array) -> "Reference":
+    def of(cls, teacher: Teacher, windows: mx.array) -> "Reference":
         rows = []
         for window in windows:
-            rows.append(_rows(teacher, window[None, :-1]))
+            rows.append(teacher.rows(window[None, :-1]))
             mx.eval(rows[-1])
-        return cls(windows, tuple(rows), head_weight(teacher))
+        return cls(windows, tuple(rows), teacher.head)
 
     @property
     def num_tokens(self) -> int:
@@ -342,22 +367,12 @@ class Reference:
 
 def measure(student: OpenELM, reference: Reference) -> Divergence:
     """Compare a model with the teacher, window by window."""
-    head, sums = head_weight(student), np.zeros(2)
+    sums = np.zeros(2)
     for window, taught in zip(reference.windows, reference.rows, strict=True):
-        rows = _rows(student, window[None, :-1])
-        mx.eval(rows)
-        for start in range(0, rows.shape[0], _CHUNK):
-            part = slice(start, start + _CHUNK)
-            p = log_probabilities(taught[part], reference.head)
-            q = log_probabilities(rows[part], head)
-            agrees = p.argmax(axis=-1) == q.argmax(axis=-1)
-            kl = (mx.exp(p) * (p - q)).sum(axis=-1)
-            sums += np.array(mx.stack([kl, agrees.astype(mx.float32)])).sum(axis=1)
+        rows = hidden_rows(student, window[None, :-1])
+        found = compare(
+            Outputs(rows, head_of(student)), Outputs(taught, reference.head)
+        )
+        sums += [to_float(found.divergence.sum()), to_float(found.agrees.sum())]
     kl, top1 = (sums / reference.num_tokens).tolist()
     return Divergence(kl, top1)
-
-
-def _rows(model: OpenELM, tokens: mx.array) -> mx.array:
-    """Return the normalised hidden states (N * T, D) of tokens (N, T)."""
-    hidden: mx.array = model.transformer(tokens)
-    return hidden.reshape(-1, hidden.shape[-1])

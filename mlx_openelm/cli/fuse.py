@@ -75,6 +75,14 @@ def fuse_command(
             rich_help_panel=QUANTIZATION,
         ),
     ] = None,
+    teacher_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder in which the outputs of base and adapter are kept, so that "
+            "--learn does not have them in memory.",
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = None,
     upload_repo: UploadRepo = None,
     public: Public = False,
     force: Force = False,
@@ -103,6 +111,7 @@ def fuse_command(
             bits=bits,
             group_size=group_size,
             learn=learn,
+            teacher_cache=teacher_cache,
             force=force,
             offline=offline,
             on_progress=lambda p: progress.update(p.done, p.total, p.units),

@@ -15,6 +15,7 @@ from mlx_openelm.device import compute_dtype, describe_machine
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.data_table import DataTable, SplitTable, tabulate
 from mlx_openelm.finetuning.further_objectives.choice import make_objective
+from mlx_openelm.finetuning.further_objectives.distillation import Distillation
 from mlx_openelm.finetuning.further_objectives.teacher import (
     TeacherFolder,
     open_teacher,
@@ -169,6 +170,9 @@ def _read_and_plan(
         )
         if prepared.plan.fits:
             break
+    if isinstance(prepared.objective, Distillation) and teacher is not None:
+        test = prepared.test if resolved.test else ()
+        prepared.objective.open_cache(teacher, (prepared.train, prepared.valid, test))
     return prepared
 
 

@@ -151,13 +151,9 @@ def _load_teacher(prepared: Prepared, world: World, on_progress: OnProgress) -> 
     objective, teacher = prepared.objective, prepared.teacher
     if not isinstance(objective, Distillation) or teacher is None:
         return
-    test = prepared.test if prepared.recipe.test else ()
-    splits = (prepared.train, prepared.valid, test)
-    run_on_first_rank(
-        world, lambda: objective.load_teacher(teacher, splits, on_progress)
-    )
+    run_on_first_rank(world, lambda: objective.load_teacher(teacher, on_progress))
     if world.rank > 0:
-        objective.load_teacher(teacher, splits, on_progress)
+        objective.load_teacher(teacher, on_progress)
 
 
 def _load_run(

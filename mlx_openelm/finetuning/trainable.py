@@ -11,6 +11,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.refinements.noise import EmbeddingNoise
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.lora import (
     A_NAMES,
     B_NAMES,
@@ -60,8 +61,8 @@ def choose_modules(
     L = len(model.layers)
     if num_layers != -1 and not 1 <= num_layers <= L:
         raise OpenELMError(
-            f"`num_layers` is {num_layers}, but the model has {L} layers; use 1 to "
-            f"{L}, or -1 for all."
+            f"`num_layers` is {num_layers}, but the model has {count_of(L, 'layer')}; "
+            f"use 1 to {L}, or -1 for all."
         )
     first = 0 if num_layers == -1 else L - num_layers
     in_blocks = {

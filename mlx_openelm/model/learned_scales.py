@@ -11,12 +11,11 @@ between two integers. Both start at 0. Letters:
     O  outputs (of an embedding: its rows)    I  inputs    G  groups in a row
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.model.quantization import Packing
 
 
@@ -53,22 +52,32 @@ class LearnedScales(nn.Module):
             "biases": biases.astype(self._stored),
         }
 
+    @property
+    def num_tokens(self) -> int:
+        """O: the tokens of an output head."""
+        rows: int = self._packed.shape[0]
+        return rows
+
     def weight(self) -> mx.array:
         """Return the unpacked weight, float32 (O, I)."""
-        return self._unpack(self._packed, *self._rounded_parts())
+        return self._unpack(self._packed, *self.parts())
+
+    def unpack(self, block: slice, parts: Sequence[mx.array]) -> mx.array:
+        """Return rows of the weight, float32, from the same rows of `parts()`."""
+        scales, biases = parts
+        return self._unpack(self._packed[block], scales, biases)
 
     def _exact_parts(self) -> tuple[mx.array, mx.array]:
         scales = self._scales * (1 + self.a)
         shift = (self._scales - scales) * self._mean + self._scales * self.c
         return scales, self._biases + shift
 
-    def _rounded_parts(self) -> tuple[mx.array, mx.array]:
+    def parts(self) -> list[mx.array]:
         """Return scales and biases as stored; the gradient ignores the rounding."""
-        scales, biases = (
+        return [
             exact + mx.stop_gradient(exact.astype(self._stored) - exact)
             for exact in self._exact_parts()
-        )
-        return scales, biases
+        ]
 
     def _unpack(self, packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
         return mx.dequantize(
@@ -111,7 +120,7 @@ class LearnedScales(nn.Module):
             by_x = mx.depends(by_x, [by_scales, by_biases])
             return by_x, by_scales, by_biases
 
-        product: mx.array = multiply(x, *self._rounded_parts())  # type: ignore[assignment] # untyped
+        product: mx.array = multiply(x, *self.parts())  # type: ignore[assignment] # untyped
         return product
 
 
@@ -126,18 +135,10 @@ class LearnedEmbedding(LearnedScales):
     """Rows of the weight; `as_linear` is the tied output head."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        scales, biases = self._rounded_parts()
+        scales, biases = self.parts()
         rows = tokens.reshape(-1)
         unpacked = self._unpack(self._packed[rows], scales[rows], biases[rows])
         return unpacked.reshape(*tokens.shape, -1).astype(self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         return self._multiply(x)
-
-
-def head_weight(model: OpenELM) -> mx.array:
-    """Return the unpacked weight (V, D) of a model's output head."""
-    head = model.head_module
-    packed = isinstance(head, LearnedScales)
-    weight: mx.array = head.weight() if packed else head.weight
-    return weight

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.reporting.charts import Point
 from mlx_openelm.reporting.training_report import Sample, Table
 
@@ -83,7 +84,8 @@ def group_samples(
 def _caption(step: float, best: float | None) -> str:
     if not step:
         return "Before training"
-    return f"After {step:,.0f} steps{', the best' if step == best else ''}"
+    best_one = ", the best" if step == best else ""
+    return f"After {count_of(round(step), 'step')}{best_one}"
 
 
 class Pace:

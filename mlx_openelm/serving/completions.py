@@ -14,6 +14,7 @@ from mlx_openelm.generation.batching.sequences import (
 )
 from mlx_openelm.generation.constraints import GrammarCompiler
 from mlx_openelm.generation.options import Sampling
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.serving.api import (
     MOST_CHOICES,
     ChatRequest,
@@ -134,8 +135,8 @@ def check_completion(
 
     if len(prompts) * (request.n or 1) > MOST_CHOICES:
         raise RequestError(
-            f"{len(prompts)} prompts with n = {request.n} are more than "
-            f"{MOST_CHOICES} answers.",
+            f"{count_of(len(prompts), 'prompt')} with n = {request.n} would be more "
+            f"than {MOST_CHOICES} answers.",
             param="n",
         )
     return Completion(

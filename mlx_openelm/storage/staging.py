@@ -167,6 +167,16 @@ def refuse_replacing(target: Path, files: Iterable[Path]) -> None:
             )
 
 
+def refuse_nested(what: str, path: Path, other: str, other_path: Path) -> None:
+    """Raise OpenELMError if one of two folders to write is the other or inside it."""
+    one, two = path.resolve(), other_path.resolve()
+    if one.is_relative_to(two) or two.is_relative_to(one):
+        raise OpenELMError(
+            f"The {what} ({path}) and the {other} ({other_path}) need separate "
+            "folders, neither inside the other."
+        )
+
+
 def refuse_existing(target: Path, *, force: bool) -> None:
     """Raise OpenELMError if `target` exists and must not be replaced by a folder.
 

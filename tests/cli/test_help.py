@@ -31,13 +31,13 @@ FLAGS = {
     "convert": (
         "--hf-path --model --mlx-path --to --dtype --allow-overflow -q --quantize "
         "--q-bits --q-group-size --q-mode --q-embed-bits --q-keep --dequantize "
-        "--learn --teacher-bits --seed --calibration --no-receipt --merge "
-        "--adapter-out --average --weights --tokenizer --revision --upload-repo "
-        "--public --force --json --quiet --offline"
+        "--learn --teacher-bits --teacher-cache --seed --calibration --no-receipt "
+        "--merge --adapter-out --average --weights --tokenizer --revision "
+        "--upload-repo --public --force --json --quiet --offline"
     ),
     "fuse": (
         "--adapter-path --save-path --model --dequantize -q --quantize --q-bits "
-        "--q-group-size --learn --upload-repo --public --force --json "
+        "--q-group-size --learn --teacher-cache --upload-repo --public --force --json "
         "--quiet --offline"
     ),
     "verify": "--against --json --quiet --offline",

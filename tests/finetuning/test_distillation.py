@@ -7,6 +7,7 @@ import shutil
 import signal
 from dataclasses import replace
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from trainings import make_model, make_recipe, make_samples
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.further_objectives import teacher_cache
 from mlx_openelm.finetuning.further_objectives.choice import make_objective
+from mlx_openelm.finetuning.further_objectives.distillation import Distillation
 from mlx_openelm.finetuning.further_objectives.teacher import TeacherFolder
 from mlx_openelm.finetuning.preparation import prepare
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
@@ -90,7 +92,8 @@ def test_loss_and_gradient_are_those_of_pytorch(
     reference, trained = in_torch(model, recipe.scale)
     objective = make_objective(recipe)
     teacher = TeacherFolder("large", open_folder(folders / "large"), 300)
-    objective.load_teacher(teacher, [samples])
+    objective.open_cache(teacher, [samples])
+    objective.load_teacher(teacher)
     theirs = ReferenceOpenELM(WIDE)
     theirs.load_state_dict(
         {n: torch.from_numpy(w) for n, w in weights_of(WIDE).items()}
@@ -106,7 +109,7 @@ def test_loss_and_gradient_are_those_of_pytorch(
         log_p, log_q = taught.log_softmax(-1), (logits / temperature).log_softmax(-1)
         if cached:
             best = log_p.topk(5, dim=-1)
-            p = best.values.half().float().exp()  # as stored
+            p = best.values.exp()
             known = (p * (p.log() - log_q.gather(1, best.indices))).sum(-1)
             outside = torch.ones_like(log_q).scatter(1, best.indices, 0.0)
             rest_q, rest_p = (log_q.exp() * outside).sum(-1), 1 - p.sum(-1)
@@ -256,6 +259,7 @@ def there(folders, tmp_path, monkeypatch):
 
 OPTIONS = ("lora", "--data", "train.jsonl", "--model", "small", "--iters", "2")
 DISTILL = (*OPTIONS, "--objective", "distill", "--teacher", "large")
+PAIRS = (*OPTIONS, "--objective")
 
 
 @pytest.mark.parametrize(
@@ -268,6 +272,14 @@ DISTILL = (*OPTIONS, "--objective", "distill", "--teacher", "large")
         ((*OPTIONS, "--distill-weight", "1"), "--distill-weight requires"),
         ((*OPTIONS, "--teacher-top-k", "9"), "--teacher-top-k requires --objective"),
         ((*OPTIONS, "--orpo-weight", "1"), "--orpo-weight requires --objective orpo"),
+        ((*OPTIONS, "--dpo-beta", "1"), "--dpo-beta requires --objective dpo, not sft"),
+        ((*DISTILL, "--dpo-loss", "hinge"), "--dpo-loss requires --objective dpo"),
+        ((*PAIRS, "dpo", "--z-loss", "1"), "--z-loss requires --objective sft or dist"),
+        ((*PAIRS, "orpo", "--z-loss", "1"), "or distill, not orpo"),
+        ((*PAIRS, "orpo", "--dpo-beta", "1"), "--dpo-beta requires --objective dpo"),
+        ((*PAIRS, "dpo", "--turns", "last"), "--turns requires --objective"),
+        ((*PAIRS, "dpo", "--no-mask-prompt"), "--mask-prompt requires --objective"),
+        ((*PAIRS, "orpo", "--completion-key", "a"), "--completion-key requires"),
         ((*DISTILL, "--teacher-top-k", "9"), "--teacher-top-k requires a --teacher-ca"),
         ((*DISTILL, "--teacher", "nowhere"), "--teacher: There is no folder nowhere"),
         ((*DISTILL, "--teacher", "demo"), "another vocabulary"),
@@ -280,6 +292,9 @@ DISTILL = (*OPTIONS, "--objective", "distill", "--teacher", "large")
         ((*DISTILL, "--teacher-top-k", "0"), "--teacher-top-k is 0"),
         ((*DISTILL, "--teacher-cache", "small"), "is not a cache of a teacher"),
         ((*DISTILL, "--teacher-cache", "train.jsonl"), "is not a cache of a teacher"),
+        ((*DISTILL, "--adapter-path", "a", "--teacher-cache", "a"), "separate folders"),
+        ((*DISTILL, "--adapter-path", "a/b", "--teacher-cache", "a"), "separate folde"),
+        ((*DISTILL, "--teacher-cache", "adapters"), "need separate folders"),
     ],
     ids=lambda value: " ".join(value[7:]) if isinstance(value, tuple) else "",
 )
@@ -293,6 +308,26 @@ def test_a_teacher_of_a_shorter_context_is_refused(there):
     expect_error(there, *DISTILL, "--teacher", "short", message=message)
 
 
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_a_cache_of_all_tokens_gives_the_whole_divergence(
+    folders, tmp_path, temperature
+):
+    teacher = TeacherFolder("large", open_folder(folders / "large"), 300)
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_top_k": 300}
+    losses = []
+    for options in ({}, cache):
+        recipe = make_recipe(
+            objective="distill", teacher="large", distill_weight=1.0,
+            temperature=temperature, **options,
+        )  # fmt: skip
+        model, samples = make_model(recipe), make_samples()[:6]
+        objective = make_objective(recipe)
+        objective.open_cache(teacher, [samples])
+        objective.load_teacher(teacher)
+        losses.append(objective.loss(model, objective.collate(samples))[0].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_another_cache_is_noticed(there):
     cached = (*DISTILL, "--teacher-cache", "cache", "--quiet")
     assert call(*cached, "--adapter-path", "one").exit_code == 0
@@ -303,11 +338,41 @@ def test_another_cache_is_noticed(there):
         (("--no-mask-prompt",), "with other data"),
     ):
         expect_error(there, *cached, "--adapter-path", "two", *options, message=message)
-    damaged = there / "cache" / "00000.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:200])
-    result = call(*cached, "--adapter-path", "three")
+        expect_error(there, *cached, *options, "--dry-run", message=message)
+    assert call(*cached, "--dry-run").exit_code == 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])
+def test_damaged_parts_of_a_cache_are_computed_again(there, damage):
+    cached = (*DISTILL, "--teacher-cache", "cache", "--quiet")
+    assert call(*cached, "--adapter-path", "one").exit_code == 0
+    part = there / "cache" / "00000.safetensors"
+    before = part.read_bytes()
+    if damage == "truncated":
+        part.write_bytes(before[:-1])
+    elif damage == "foreign":
+        mx.save_safetensors(str(part), {"tokens": mx.zeros((2, 2))}, {"format": "mlx"})
+    else:
+        part.unlink()
+    assert call(*cached, "--adapter-path", "two").exit_code == 0
+    assert part.read_bytes() == before
+    one, two = (there / name / "adapters.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_part_that_is_damaged_during_a_run_is_an_error(there, monkeypatch):
+    cached = (*DISTILL, "--teacher-cache", "cache", "--adapter-path", "one")
+    collate = Distillation.collate
+
+    def truncate(self, samples):
+        part = there / "cache" / "00000.safetensors"
+        part.write_bytes(part.read_bytes()[:-1])
+        return collate(self, samples)
+
+    monkeypatch.setattr(Distillation, "collate", truncate)
+    result = call(*cached)
     assert result.exit_code == 1
-    assert "damaged or missing; remove it" in result.stderr
+    assert "damaged or missing; repeat the command" in result.stderr
 
 
 def test_what_the_teacher_cannot_compute_is_skipped_and_named(folders, tmp_path):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from converters.conversion.fusing import FusionReport
     from converters.conversion.run import ConversionReport
     from converters.conversion.verification import Verification
+    from converters.quantization.learning import LearningRecord
     from mlx_openelm.storage.inspection import Inspection
 
 
@@ -28,6 +29,8 @@ def show_converted(console: Console, report: "ConversionReport") -> None:
     )
     if report.receipt is not None:
         console.note(f"Receipt: {describe_receipt(dataclasses.asdict(report.receipt))}")
+    elif report.learned is not None:
+        _note_learned(console, report.learned)
     if report.tokenizer:
         console.note(f"Tokenizer from {report.tokenizer}")
     if report.adapter_path:
@@ -82,22 +85,28 @@ def show_fused(console: Console, report: "FusionReport") -> None:
         f"Loss on the sample: {proof.loss_fused:.4f} nats per token fused, "
         f"{proof.loss_adapter:.4f} base with adapter, {proof.loss_base:.4f} base alone"
     )
+    verdict = "The adapter's effect is preserved"
+    if proof.lost:
+        verdict = "The adapter was trained with this rounding, which changes its effect"
     console.note(
-        f"The adapter's effect is preserved: mean KL from the base with adapter is "
+        f"{verdict}: mean KL from the base with adapter is "
         f"{proof.kl_fused:.2g} nats for the fused model and {proof.kl_adapter:.2g} for "
         f"the base alone; same top token {proof.top1_agreement:.1%}, on "
         f"{proof.tokens} tokens of {proof.text}"
     )
     if report.learned is not None:
-        console.note(
-            f"Learned for {count_of(report.learned.steps, 'step')}: mean KL "
-            f"{report.learned.mean_kl_before:.4f} -> "
-            f"{report.learned.mean_kl_after:.4f} nats, same top token "
-            f"{report.learned.top1_before:.1%} -> {report.learned.top1_after:.1%}, on "
-            f"{report.learned.tokens} other tokens of {report.learned.text}"
-        )
+        _note_learned(console, report.learned)
     console.answer(str(report.path))
     console.note_next("generate", "--model", report.path, PROMPT)
+
+
+def _note_learned(console: Console, learned: "LearningRecord") -> None:
+    console.note(
+        f"Learned for {count_of(learned.steps, 'step')}: mean KL "
+        f"{learned.mean_kl_before:.4f} -> {learned.mean_kl_after:.4f} nats, same top "
+        f"token {learned.top1_before:.1%} -> {learned.top1_after:.1%}, on "
+        f"{learned.tokens} other tokens of {learned.text}"
+    )
 
 
 _FIGURES = (

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mlx_openelm.cli.console import Console
+from mlx_openelm.message_parts import count_of
 
 if TYPE_CHECKING:
     from converters.parity import ParityReport
@@ -18,7 +19,8 @@ def show_parity(console: Console, report: "ParityReport") -> None:
     console.answer_table(table)
     verdict = "equal" if report.equal else "NOT EQUAL"
     console.answer(
-        f"{report.size}, {report.num_tokens} tokens: PyTorch and MLX are {verdict} "
+        f"{report.size}, {count_of(report.num_tokens, 'token')}: PyTorch and MLX are "
+        f"{verdict} "
         f"(logits within {report.limit:.0e}: {report.places[-1].difference:.1e}; same "
         f"top token at {report.same_top_token:.0%})"
     )

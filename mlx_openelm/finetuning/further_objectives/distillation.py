@@ -15,12 +15,14 @@ from mlx_openelm.finetuning.further_objectives.teacher_cache import TeacherCache
 from mlx_openelm.finetuning.losses import target_rows
 from mlx_openelm.finetuning.objectives import TokenObjective
 from mlx_openelm.finetuning.recipe import FinetuneRecipe
+from mlx_openelm.finetuning.run_folder import run_folder
 from mlx_openelm.finetuning.samples import Sample, Samples
 from mlx_openelm.model.divergence import TeacherTargets, divergences
 from mlx_openelm.model.likelihood import token_losses
 from mlx_openelm.model.lora import adapted_weight
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.paths import user_path
+from mlx_openelm.storage.staging import refuse_nested
 from mlx_openelm.training.arrays import to_float
 from mlx_openelm.training.objective import Totals
 
@@ -47,30 +49,40 @@ class Distillation(TokenObjective):
         super().__init__(recipe)
         self._teacher: Teacher | None = None
 
+    def open_cache(self, teacher: TeacherFolder, splits: Sequence[Samples]) -> None:
+        """Open the cache of the teacher, if there is to be one; compute nothing.
+
+        Raises:
+            OpenELMError: it belongs to other records or another teacher, or is in the
+                folder of the run.
+        """
+        recipe = self._recipe
+        if recipe.teacher_cache is not None:
+            folder = user_path(recipe.teacher_cache)
+            refuse_nested("cache of the teacher", folder, "run", run_folder(recipe))
+            self._teacher = TeacherCache(
+                folder,
+                teacher,
+                [part for split in splits for s in split for part in s.sequences],
+                temperature=recipe.temperature,
+                top_k=recipe.teacher_top_k,
+                batch_size=recipe.batch_size,
+            )
+
     def load_teacher(
         self,
         teacher: TeacherFolder,
-        splits: Sequence[Samples],
         on_progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
     ) -> None:
         """Load the teacher, or compute what its cache does not have yet.
 
         Raises:
-            OpenELMError: the cache belongs to other records or another teacher.
+            OpenELMError: the cache cannot be written.
         """
-        recipe = self._recipe
-        if recipe.teacher_cache is None:
-            self._teacher = TeacherModel(teacher, recipe.temperature)
-            return
-        self._teacher = TeacherCache.open(
-            user_path(recipe.teacher_cache),
-            teacher,
-            [part for split in splits for s in split for part in s.sequences],
-            temperature=recipe.temperature,
-            top_k=recipe.teacher_top_k,
-            batch_size=recipe.batch_size,
-            on_progress=on_progress,
-        )
+        if isinstance(self._teacher, TeacherCache):
+            self._teacher.compute(on_progress)
+        else:
+            self._teacher = TeacherModel(teacher, self._recipe.temperature)
 
     def collate(self, samples: Sequence[Sample]) -> TaughtBatch:
         assert self._teacher is not None, "load_teacher comes first"

@@ -9,30 +9,30 @@ A part is written atomically, so a computation that was stopped resumes after it
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import safetensors
 
-from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.batches import Batch, collate
 from mlx_openelm.finetuning.further_objectives.teacher import (
     TeacherFolder,
     TeacherModel,
 )
 from mlx_openelm.finetuning.samples import Sample
-from mlx_openelm.mapping_files import read_mapping
 from mlx_openelm.model.divergence import TopTargets, top_log_probabilities
 from mlx_openelm.storage.adapter_folder import save_tensors
-from mlx_openelm.storage.shards import write_json
-from mlx_openelm.storage.staging import lock_target, replaced_file
+from mlx_openelm.storage.staging import replaced_file
+from mlx_openelm.storage.teacher_caches import (
+    check_cache,
+    damaged,
+    holds_tensors,
+    written_cache,
+)
 
-DESCRIPTION = "cache.json"
 PART = 256  # samples in a file
-_FORMAT = 1
 
 
 class TeacherCache:
@@ -40,20 +40,16 @@ class TeacherCache:
 
     Args:
         samples: all samples, in the order of the parts.
+        temperature: divides the teacher's logits.
+        top_k: tokens of each position.
+        batch_size: samples that the teacher reads at a time.
+
+    Raises:
+        OpenELMError: the folder is another cache, or no cache.
     """
 
-    def __init__(self, folder: Path, samples: Sequence[Sample]) -> None:
-        self._folder = folder
-        self._places: dict[bytes, tuple[int, int, int]] = {}  # part, start, end
-        for part, group in enumerate(_parts(samples)):
-            counts = [int(sample.loss_mask.sum()) for sample in group]
-            ends = itertools.accumulate(counts)
-            for sample, count, end in zip(group, counts, ends, strict=True):
-                self._places[_digest(sample)] = part, end - count, end
-
-    @classmethod
-    def open(
-        cls,
+    def __init__(
+        self,
         folder: Path,
         teacher: TeacherFolder,
         samples: Sequence[Sample],
@@ -61,36 +57,45 @@ class TeacherCache:
         temperature: float,
         top_k: int,
         batch_size: int,
-        on_progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
-    ) -> Self:
-        """Open a cache; compute the parts that it does not have.
-
-        Args:
-            temperature: divides the teacher's logits.
-            top_k: tokens of each position.
-            batch_size: samples that the teacher reads at a time.
-            on_progress: receives the samples done, all samples, and the unit.
-
-        Raises:
-            OpenELMError: the folder is another cache, or no cache, or cannot be
-                written.
-        """
-        top_k = min(top_k, teacher.num_ids)
-        description = {
-            "format": _FORMAT,
+    ) -> None:
+        self._folder, self._teacher, self._samples = folder, teacher, samples
+        self._temperature, self._top_k = temperature, min(top_k, teacher.num_ids)
+        self._batch_size = batch_size
+        self._description = {
+            "content": "the most likely tokens",
             "teacher": teacher.fingerprint(),
             "data": hashlib.sha256(b"".join(map(_digest, samples))).hexdigest(),
             "temperature": temperature,
-            "teacher_top_k": top_k,
+            "teacher_top_k": self._top_k,
         }
-        compute = _PartComputation(
-            folder, teacher, samples, temperature, top_k, batch_size, on_progress
-        )
-        _check(folder, description)
-        if compute.missing():
-            with lock_target(folder):
-                compute.run(description)
-        return cls(folder, samples)
+        check_cache(folder, self._description)
+        self._places: dict[bytes, tuple[int, int, int]] = {}  # part, start, end
+        for part, group in enumerate(_parts(samples)):
+            counts = [_count_targets(sample) for sample in group]
+            ends = itertools.accumulate(counts)
+            for sample, count, end in zip(group, counts, ends, strict=True):
+                self._places[_digest(sample)] = part, end - count, end
+
+    def compute(self, on_progress: Callable[[int, int, str], None]) -> None:
+        """Compute the parts that are not there, or damaged.
+
+        Args:
+            on_progress: receives the samples done, all samples, and the unit.
+
+        Raises:
+            OpenELMError: the folder cannot be written.
+        """
+        if not self._missing():
+            return
+        with written_cache(self._folder, self._description):
+            missing = self._missing()  # another process may have written it meanwhile
+            model = TeacherModel(self._teacher, self._temperature)
+            done = len(self._samples) - sum(len(samples) for _, samples in missing)
+            for part, samples in missing:
+                self._compute_part(model, part, samples, done, on_progress)
+                done += len(samples)
+        del model
+        mx.clear_cache()
 
     def targets(self, batch: Batch, samples: Sequence[Sample]) -> TopTargets:
         tokens, log_probs = zip(*map(self._read, samples), strict=True)
@@ -109,98 +114,52 @@ class TeacherCache:
                     opened.get_slice("log_probs")[start:end],
                 )
         except (OSError, safetensors.SafetensorError) as error:
-            raise OpenELMError(
-                f"{path} is damaged or missing; remove it, and resume to compute it "
-                "again."
-            ) from error
+            raise damaged(path) from error
 
+    def _missing(self) -> list[tuple[int, Sequence[Sample]]]:
+        """Return the numbers and samples of parts that are not there, or damaged."""
+        parts = enumerate(_parts(self._samples))
+        return [(i, samples) for i, samples in parts if not self._has(i, samples)]
 
-def _check(folder: Path, description: dict[str, Any]) -> None:
-    """Raise OpenELMError if a folder is not, or not this, cache."""
-    if not (folder / DESCRIPTION).is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise OpenELMError(
-                f"{folder} exists and is not a cache of a teacher; choose another "
-                "`teacher_cache`."
-            )
-        return
-    names = {"teacher": "another teacher", "data": "other data"}
-    found = read_mapping(folder / DESCRIPTION)
-    for key, value in description.items():
-        if found.get(key) != value:
-            other = names.get(key, f"another `{key}`")
-            raise OpenELMError(
-                f"The cache {folder} was computed with {other}; choose another "
-                "`teacher_cache`, or remove this one."
-            )
+    def _has(self, part: int, samples: Sequence[Sample]) -> bool:
+        shape = (sum(map(_count_targets, samples)), self._top_k)
+        shapes = {"tokens": shape, "log_probs": shape}
+        return holds_tensors(_part_path(self._folder, part), shapes)
 
-
-@dataclass(frozen=True, slots=True)
-class _PartComputation:
-    """The arguments of `TeacherCache.open`."""
-
-    folder: Path
-    teacher: TeacherFolder
-    samples: Sequence[Sample]
-    temperature: float
-    top_k: int
-    batch_size: int
-    on_progress: Callable[[int, int, str], None]
-
-    def missing(self) -> list[tuple[int, Sequence[Sample]]]:
-        """Return the parts that are not there: their numbers and samples."""
-        parts = enumerate(_parts(self.samples))
-        return [p for p in parts if not _part_path(self.folder, p[0]).is_file()]
-
-    def run(self, description: dict[str, Any]) -> None:
-        """Compute what is missing.
-
-        Raises:
-            OpenELMError: the folder cannot be written.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with replaced_file(self.folder / DESCRIPTION) as path:
-                write_json(path, description)
-            missing = self.missing()
-            model = TeacherModel(self.teacher, self.temperature)
-            done = len(self.samples) - sum(len(samples) for _, samples in missing)
-            for part, samples in missing:
-                self._compute(model, part, samples, done)
-                done += len(samples)
-        except OSError as error:
-            raise OpenELMError(
-                f"Cannot write the teacher's cache {self.folder}: "
-                f"{error.strerror or error}; choose another `teacher_cache`."
-            ) from error
-        del model
-        mx.clear_cache()
-
-    def _compute(
-        self, model: TeacherModel, part: int, samples: Sequence[Sample], done: int
+    def _compute_part(
+        self,
+        model: TeacherModel,
+        part: int,
+        samples: Sequence[Sample],
+        done: int,
+        on_progress: Callable[[int, int, str], None],
     ) -> None:
         tokens, log_probs = [], []
-        narrow = np.uint16 if self.teacher.num_ids <= 2**16 else np.uint32
-        for start in range(0, len(samples), self.batch_size):
-            group = samples[start : start + self.batch_size]
+        narrow = np.uint16 if self._teacher.num_ids <= 2**16 else np.uint32
+        for start in range(0, len(samples), self._batch_size):
+            group = samples[start : start + self._batch_size]
             dense = model.targets(collate(group), group)
             best = top_log_probabilities(
-                dense.rows, dense.head, self.top_k, self.temperature
+                dense.rows, dense.head, self._top_k, self._temperature
             )
             tokens.append(np.array(best[0]).astype(narrow))
-            log_probs.append(np.array(best[1].astype(mx.float16)))
+            log_probs.append(np.array(best[1]))
             done += len(group)
-            self.on_progress(done, len(self.samples), "records read by the teacher")
+            on_progress(done, len(self._samples), "records read by the teacher")
         arrays = {
             "tokens": mx.array(np.concatenate(tokens)),
             "log_probs": mx.array(np.concatenate(log_probs)),
         }
-        with replaced_file(_part_path(self.folder, part)) as path:
+        with replaced_file(_part_path(self._folder, part)) as path:
             save_tensors(path, arrays, format="mlx")
 
 
 def _parts(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
     return [samples[at : at + PART] for at in range(0, len(samples), PART)]
+
+
+def _count_targets(sample: Sample) -> int:
+    return int(sample.loss_mask.sum())
 
 
 def _part_path(folder: Path, part: int) -> Path:

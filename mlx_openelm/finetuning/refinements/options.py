@@ -15,13 +15,13 @@ TEACHER_PANEL = "Teacher"
 _OPTIMIZATION = "Optimization"
 TEACHER_TOP_K = 64
 _BIG = 2**31 - 1
-_OBJECTIVES = {  # option -> the objective that uses it
-    "teacher": "distill",
-    "distill_weight": "distill",
-    "temperature": "distill",
-    "teacher_cache": "distill",
-    "teacher_top_k": "distill",
-    "orpo_weight": "orpo",
+_ANSWERS = ("sft", "distill")
+_USED_BY = {  # option -> the objectives that use it; others are used by all
+    **dict.fromkeys(("z_loss", "mask_prompt", "turns", "completion_key"), _ANSWERS),
+    **dict.fromkeys(("dpo_loss", "dpo_beta"), ("dpo",)),
+    **dict.fromkeys(("teacher", "distill_weight", "temperature"), ("distill",)),
+    **dict.fromkeys(("teacher_cache", "teacher_top_k"), ("distill",)),
+    "orpo_weight": ("orpo",),
 }
 
 
@@ -110,10 +110,13 @@ def check_refinements(
             raise OpenELMError(f"`{name}` is empty; pass a name, or leave it out.")
     if distills and options.teacher is None:
         raise OpenELMError("`objective` distill needs a `teacher`.")
-    for field in fields(RefinementOptions):
-        required = _OBJECTIVES.get(field.name, objective)
-        if required != objective and getattr(options, field.name) != field.default:
-            raise OpenELMError(f"`{field.name}` requires `objective` {required}.")
+    for field in fields(options):
+        users = _USED_BY.get(field.name, (objective,))
+        if objective not in users and getattr(options, field.name) != field.default:
+            raise OpenELMError(
+                f"`{field.name}` requires `objective` {' or '.join(users)}, not "
+                f"{objective}."
+            )
     if options.teacher_top_k != TEACHER_TOP_K and options.teacher_cache is None:
         raise OpenELMError("`teacher_top_k` requires a `teacher_cache`.")
     if options.quantize_aware not in (None, *AFFINE_BITS):

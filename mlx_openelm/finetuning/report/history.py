@@ -102,11 +102,12 @@ def describe_end(history: History, failure: str | None = None) -> str:
         failure: why the run failed, if it did.
     """
     step = f"{history.last_step:,.0f}"
+    trained = "1 step was" if step == "1" else f"All {step} steps were"
     reason = None if history.end is None else str(history.end.get("reason"))
     description = {
         None: f"No end was recorded: the run is in progress, or was killed after step "
         f"{step}.",
-        "done": f"All {step} steps were trained.",
+        "done": f"{trained} trained.",
         "patience": f"Stopped early, at step {step}: no better validation loss.",
         "interrupted": f"Interrupted at step {step}; --resume continues from there.",
     }.get(reason, f"Ended at step {step}: {reason}.")
