@@ -15,9 +15,10 @@ def plain_number(value: float) -> str:
 
 
 def describe_error(error: Exception) -> str:
-    """Return the reason of an error, without Python's error number and path."""
+    """Return the reason of an error in one line, without Python's number and path."""
     reason = error.strerror if isinstance(error, OSError) else None
-    return f"{reason[:1].lower()}{reason[1:]}" if reason else str(error)
+    text = f"{reason[:1].lower()}{reason[1:]}" if reason else str(error)
+    return " ".join(text.split())
 
 
 def cannot_access(path: object, error: Exception, verb: str = "read") -> str:

@@ -242,6 +242,8 @@ def evaluate_command(
         ):
             finished.append(scores_of_one)
     finally:  # after an error or Ctrl-C, the scores until then
+        if output is not None and len(finished) < len(found):
+            csv = picture = None  # else the same command could not resume
         if finished:
             report_checkpoints(
                 console, found, finished, plan.suite, csv, picture, as_json=as_json

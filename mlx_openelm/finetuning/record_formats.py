@@ -141,7 +141,7 @@ def supervised_formats(
 
     def advise(fields: set[str]) -> str:
         if {"chosen", "rejected"} <= fields:
-            return "for preferences use `objective` dpo"
+            return "for preferences use `objective` dpo or orpo"
         return "pass the names of other fields as `prompt_key` and `completion_key`"
 
     completions = {COMPLETION: RecordFormat((prompt, completion), read_completion)}

@@ -227,7 +227,8 @@ def _refuse_missing(path: Path) -> None:
         hint = f"Did you mean {parent / close[0]}?"
     else:
         files = sorted(name for name in names if is_data_file(name))
-        hint = f"{parent} contains {', '.join(files[:5]) or 'no record file'}."
+        where = "This folder" if parent == Path() else f"The folder {parent}"
+        hint = f"{where} contains {', '.join(files[:5]) or 'no record file'}."
     raise OpenELMError(
         f"There is no file or folder {path}. {hint} Pass a record file, or a folder "
         "with train.jsonl, as `data`."

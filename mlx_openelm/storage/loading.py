@@ -29,6 +29,7 @@ from mlx_openelm.storage.tokenizer_finder import (
     find_tokenizer_file,
     read_tokenizer,
 )
+from mlx_openelm.storage.weight_files import is_adapter
 from mlx_openelm.tensor_names import to_module
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -69,8 +70,12 @@ def choose_model(
         path = adapter.find_base(offline=offline)
         return ModelChoice(adapter.base or "", open_folder(path), adapter, is_base=True)
     name = str(name or DEMO)
-    folder = open_folder(find_model(name, offline=offline))
-    return ModelChoice(name, folder, adapter, is_base=False)
+    path = find_model(name, offline=offline)
+    if is_adapter(path):
+        raise OpenELMError(
+            f"{name} is an adapter, not a model; pass it as `adapter_path`."
+        )
+    return ModelChoice(name, open_folder(path), adapter, is_base=False)
 
 
 def load(

@@ -331,8 +331,8 @@ def _existing(path: Path) -> Path:
     absent = f"{folder} holds no {path.name}"
     if (folder / ADAPTER_CONFIG).is_file():
         raise OpenELMError(
-            f"{absent}, it is an adapter; pass it as `adapter_path`, or merge it into "
-            f"its base: `mlx-openelm fuse --adapter-path {shlex.quote(str(folder))} "
+            f"{absent}, it is an adapter; merge it into its base: "
+            f"`mlx-openelm fuse --adapter-path {shlex.quote(str(folder))} "
             f"--save-path {shlex.quote(f'{folder.resolve().name}-fused')}`."
         )
     if any(folder.glob(SAFETENSORS.pattern)):

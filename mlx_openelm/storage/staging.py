@@ -197,16 +197,16 @@ def refuse_existing_file(target: Path, *, force: bool) -> None:
 def _refuse(target: Path, force: bool, describe: Callable[[Path], str]) -> None:
     if not os.path.lexists(target):
         return
+    foreign = describe(target)
+    if foreign:
+        raise OpenELMError(
+            f"{target} exists already; it {foreign}, so `force` does not replace it; "
+            "choose another path or remove it yourself."
+        )
     if not force:
         raise OpenELMError(
             f"{target} exists already; choose another path, or pass `force` to replace "
             "it."
-        )
-    foreign = describe(target)
-    if foreign:
-        raise OpenELMError(
-            f"{target} {foreign}, so `force` does not replace it; choose another path "
-            "or remove it yourself."
         )
 
 

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator
 
 from mlx_openelm.errors import package_of_extra
+from mlx_openelm.message_parts import describe_error
 from mlx_openelm.text.record_files import JsonValue
 
 PARQUET_SUFFIX = ".parquet"
@@ -51,5 +52,5 @@ def read_rows(file: io.BufferedReader) -> Iterator[JsonValue]:
         LookupError,  # an unknown time zone there
         OSError,
     ) as error:
-        described = " ".join(str(error).split()).rstrip(".")
+        described = describe_error(error).rstrip(".")
         yield JsonValue(number + 1, problem=f"cannot be read as Parquet ({described})")

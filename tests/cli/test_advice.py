@@ -171,14 +171,16 @@ def test_an_adapter_that_is_not_there(here, adapter, command):
 def test_a_model_and_an_adapter_in_each_others_place(here, adapter):
     message = "it is a model, pass it as --model"
     expect_error(here, "generate", "Hi", "--adapter-path", "model", message=message)
-    message = "it is an adapter; pass it as --adapter-path"
+    message = "is an adapter, not a model; pass it as --adapter-path."
     expect_error(here, "generate", "Hi", "--model", adapter, message=message)
     assert call("generate", "Hi", "-m", "2", "--adapter-path", adapter).exit_code == 0
     fused = f"{Path(adapter).name}-fused"
     command = ("fuse", "--adapter-path", str(adapter), "--save-path", fused)
-    for name in ("inspect", "verify"):  # have no --adapter-path
-        message = f"`mlx-openelm {shlex.join(command)}`"
-        expect_error(here, name, adapter, message=message)
+    message = f"adapter; merge it into its base: `mlx-openelm {shlex.join(command)}`"
+    (here / "x.jsonl").write_text('{"text": "Once upon a time"}')
+    lora = ("lora", "--data", "x.jsonl", "--model", adapter)  # writes --adapter-path
+    for args in (("inspect", adapter), ("verify", adapter), lora):
+        expect_error(here, *args, message=message)
     assert call(*command).exit_code == 0
     assert call("inspect", fused).exit_code == 0
 
@@ -188,3 +190,10 @@ def test_a_very_long_error_keeps_its_advice(here):
     error = expect_error(here, "inspect", name, message="There is no folder no/no")
     assert MAX_LENGTH - 100 < len(error) < MAX_LENGTH + 40
     assert "apple/OpenELM-3B-Instruct" in error
+
+
+def test_data_that_is_not_there(here):
+    message = "There is no file or folder x.jsonl. This folder contains no record file."
+    expect_error(here, "lora", "--data", "x.jsonl", message=message)
+    message = "model/x.jsonl. The folder model contains config.json, "
+    expect_error(here, "lora", "--data", "model/x.jsonl", message=message)

@@ -47,6 +47,12 @@ def test_all_bad_checkpoints_are_named_before_one_is_scored(work, monkeypatch):
     assert NAMES[2] not in error
 
 
+def test_a_folder_without_checkpoints_is_an_error(work):
+    (work / "run").mkdir()
+    message = "run has neither checkpoint_epoch_*_iter_*.pt nor config.json; pass a"
+    expect_error(work, *ARGS, "run", message=message)
+
+
 def test_a_checkpoint_without_a_tokenizer_is_named_before_one_is_scored(work):
     mlx_openelm.convert(NAMES[0], "a", dtype="float32", receipt=False)
     mlx_openelm.convert(NAMES[1], "b", dtype="float32", receipt=False)
@@ -89,6 +95,20 @@ def test_finished_scores_are_written_before_the_error(work, as_json):
     else:
         assert f"{expected['bits_per_byte']:.4f}" in result.stdout
     assert NAMES[0] in (work / "a.csv").read_text()
+    assert (work / "a.svg").is_file()
+
+
+def test_the_same_command_resumes_after_an_error(work):
+    damage_a_weight(work / NAMES[1])
+    reports = ("--csv", "a.csv", "--picture", "a.svg")
+    command = (*ARGS, *NAMES, "--output", "kept", *reports)
+    result = call(*command)
+    assert result.exit_code == 1
+    assert NAMES[0] in result.stdout  # the scores until then
+    write_pt(work / NAMES[1], weights_of(UNEVEN, 5))
+    result = call(*command)
+    assert result.exit_code == 0, result.stderr
+    assert NAMES[2] in (work / "a.csv").read_text()
     assert (work / "a.svg").is_file()
 
 

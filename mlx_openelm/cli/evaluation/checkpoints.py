@@ -14,7 +14,7 @@ import typer
 from mlx_openelm.cli.console import Console
 from mlx_openelm.cli.evaluation.plan import Entrant, EvaluationPlan, named
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.storage.weight_files import is_adapter
+from mlx_openelm.storage.weight_files import CONFIG, is_adapter
 
 if TYPE_CHECKING:
     from mlx_openelm.evaluation.results import ModelScores
@@ -93,6 +93,11 @@ def _check_checkpoint(path: Path, tokenizer: str | None, *, offline: bool) -> No
         raise OpenELMError(f"There is no checkpoint {path}.")
     if is_adapter(path):
         raise OpenELMError(f"{path}: an adapter, not a model; score it with `compare`.")
+    if path.is_dir() and not (path / CONFIG).is_file():
+        raise OpenELMError(
+            f"{path} has neither {_WEIGHTS} nor {CONFIG}; pass a model folder or .pt "
+            "files."
+        )
     if folder := _open_model_folder(path, tokenizer):
         load_tokenizer(folder)
         return
