@@ -199,9 +199,10 @@ def _refuse(target: Path, force: bool, describe: Callable[[Path], str]) -> None:
         return
     foreign = describe(target)
     if foreign:
+        found = f"{target} {'' if force else 'exists already; it '}{foreign}"
         raise OpenELMError(
-            f"{target} exists already; it {foreign}, so `force` does not replace it; "
-            "choose another path or remove it yourself."
+            f"{found}, so `force` does not replace it; choose another path or remove "
+            "it yourself."
         )
     if not force:
         raise OpenELMError(
