@@ -62,9 +62,10 @@ def a_file(path):
 def test_only_a_model_folder_is_replaced(here, make, reason):
     make(here / "out")
     args = (*CONVERT, "--mlx-path", "out")
-    message = [f"out exists already; it {reason}", "so --force does not replace it"]
+    refused = "so --force does not replace it"
+    message = [f"out exists already; it {reason}", refused]
     expect_error(here, *args, message=message)  # --force is not proposed
-    expect_error(here, *args, "--force", message=message)
+    expect_error(here, *args, "--force", message=[f"out {reason}", refused])
     assert os.path.lexists("out")
 
 
