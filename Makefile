@@ -1,6 +1,6 @@
 # make demo       a story from the built-in model (installs into .venv first)
 # make install    the package in .venv
-# make test       the test suite, 6 minutes on two cores
+# make test       the test suite, 4.5 minutes on two cores
 # make proof      the tests that take longer
 # make soak       the longest tests, after a change of what they cover (see CONTRIBUTING.md)
 # make clients    the clients that proof and soak ask the server with, in .venv-clients
