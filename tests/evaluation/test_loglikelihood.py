@@ -111,10 +111,10 @@ def test_an_adapter_is_applied_in_every_layer_and_the_embedding():
 
 def test_scores_on_the_path_of_a_gpu_are_those_of_the_cpu(monkeypatch):
     stems = [(1, 40, n) for n in range(50, 53)]
-    asked = [Request(s, (7, 8, n)) for s in stems for n in (4, 5)]
-    expected = [scored.nats for scored in score(model, asked)]
+    requests = [Request(s, (7, 8, n)) for s in stems for n in (4, 5)]
+    expected = [scored.nats for scored in score(model, requests)]
     monkeypatch.setenv(FORCED_PATH, "1")
-    actual = [scored.nats for scored in score(model, asked)]
+    actual = [scored.nats for scored in score(model, requests)]
     assert actual == pytest.approx(expected, abs=1e-4)
 
 
