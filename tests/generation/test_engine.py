@@ -197,6 +197,24 @@ def test_prompts_of_one_token_can_be_cancelled_before_their_first_step(count):
     assert_as_alone(answers, again)
 
 
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("gone", range(3))
+def test_one_of_several_prompts_of_one_token_is_cancelled_before_its_step(before, gone):
+    answers = Answers(make_engine())
+    earlier = [ask(make_ids(9), LONG) for _ in range(before)]
+    for request in earlier:
+        answers.add(request)
+        answers.step()
+    requests = [ask([7], LONG) for _ in range(3)]  # more rows than the cache has
+    answers.add(*requests)
+    while answers.engine.waiting:
+        answers.step()
+    answers.engine.cancel([requests.pop(gone)])
+    answers.run()
+    for request in earlier + requests:
+        assert_as_alone(answers, request)
+
+
 def test_a_short_request_is_answered_before_long_prompts():
     answers = Answers(make_engine())
     long_ones = [ask(make_ids(500, seed=n)) for n in range(6)]

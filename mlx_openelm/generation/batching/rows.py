@@ -125,9 +125,9 @@ class DecodeRows:
         kept = list(range(len(self.sequences)))
         for row in reversed(ended):
             last = len(self.sequences) - 1
-            if row < last:
-                for layer in self._cache:
-                    layer.move(last, row, self.sequences[last].offset)
+            length = self.sequences[last].offset  # 0 before the first step of one id
+            for layer in self._cache if row < last and length else ():
+                layer.move(last, row, length)
             kept[row], self.sequences[row] = kept[last], self.sequences[last]
             del kept[last], self.sequences[last]
         self._tokens = self._tokens[mx.array(kept)]
