@@ -57,10 +57,18 @@ class SlidingKVCache(KVCache):
         offset: number of tokens processed, including those no longer stored.
     """
 
+    _joined = True
+
     def __init__(self, max_size: int, keep: int = KEPT_FIRST) -> None:
         super().__init__()
         self.max_size, self.keep = max_size, keep
         self._ring = max_size - keep
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Call `update_pair` with keys and values (B, K, T, H)."""
+        return self.update_pair(mx.stack([keys, values]))
 
     def update_pair(self, pair: mx.array) -> tuple[mx.array, mx.array]:
         """Add keys and values (2, B, K, T, H); return what the T tokens attend to.

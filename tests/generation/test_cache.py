@@ -135,6 +135,27 @@ def test_a_trimmed_sliding_cache_slides_correctly():
     np.testing.assert_allclose(actual, expected, atol=2e-4)
 
 
+# In one array --------------------------------------------------------------------
+
+
+def test_tokens_given_apart_and_in_one_array_are_stored_in_order(monkeypatch):
+    monkeypatch.setattr(KVCache, "step", 8)
+    cache, (keys, values) = KVCache(), random_kv(40)
+    pieces = (mx.split(x, [6, 7, 20, 21], axis=2) for x in (keys, values))
+    for given_apart, *part in zip((1, 0, 1, 0, 1), *pieces, strict=True):
+        if given_apart:
+            seen = cache.update_and_fetch(*part)
+        else:
+            seen = cache.update_pair(mx.stack(part))
+        cache.append(*part)
+        cache.trim(part[0].shape[2])
+        end = cache.offset
+        for own, expected in zip((keys, values), cache.stored(), strict=True):
+            assert mx.array_equal(own[:, :, :end], expected)
+        for own, expected in zip((keys, values), seen, strict=True):
+            assert mx.array_equal(own[:, :, :end], expected)
+
+
 # Quantized -----------------------------------------------------------------------
 
 
