@@ -238,6 +238,8 @@ def bench_command(
         console.note(f"Chart: {chart}")
     if stopped is not None:
         raise stopped
+    if not any(cell.rounds for cell in report.cells):
+        raise OpenELMError("Nothing was measured; the table has the reasons.")
 
 
 def _compare(

@@ -183,8 +183,9 @@ def evaluate_command(
     if window is not None and not text:
         raise typer.BadParameter("needs --text", param_hint="--window")
     check_checkpoint_options(checkpoints, tokenizer, (model, adapter_path, compare))
-    if batch_size < 1:
-        raise OpenELMError(f"--batch-size is {batch_size}; it must be at least 1.")
+    for flag, value in {"--batch-size": batch_size, "--window": window}.items():
+        if value is not None and value < 1:
+            raise OpenELMError(f"{flag} is {value}; it must be at least 1.")
     check_report_file(csv, "--csv", ".csv", force=force)
     check_report_file(picture, "--picture", ".svg", force=force)
     if text:
@@ -195,6 +196,7 @@ def evaluate_command(
     entrants = []
     if not found:
         entrants = list_entrants(model, adapter_path, compare or [], offline)
+    _check_folders(output, [one.label for one in found or entrants])
     plan = plan_evaluation(
         console,
         tasks or [],
@@ -222,13 +224,8 @@ def evaluate_command(
         gc.collect()  # never two models in memory
         return scored
 
-    if not found:
-        scores = [score(entrant) for entrant in entrants]
-        report_scores(console, scores, plan.suite, csv, picture, as_json=as_json)
-        return
-    finished = list["ModelScores"]()
-    try:
-        for scores_of_one in score_checkpoints(
+    if found:
+        scored = score_checkpoints(
             console,
             found,
             plan,
@@ -239,15 +236,22 @@ def evaluate_command(
             tokenizer=tokenizer,
             force=force,
             offline=offline,
-        ):
+        )
+    else:
+        scored = map(score, entrants)
+    finished = list["ModelScores"]()
+    try:
+        for scores_of_one in scored:
             finished.append(scores_of_one)
     finally:  # after an error or Ctrl-C, the scores until then
-        if output is not None and len(finished) < len(found):
+        if output is not None and len(finished) < len(found or entrants):
             csv = picture = None  # else the same command could not resume
-        if finished:
+        if finished and found:
             report_checkpoints(
                 console, found, finished, plan.suite, csv, picture, as_json=as_json
             )
+        elif finished:
+            report_scores(console, finished, plan.suite, csv, picture, as_json=as_json)
 
 
 # The run -------------------------------------------------------------------------
@@ -375,11 +379,30 @@ def _run_named(
 # Files ---------------------------------------------------------------------------
 
 
+def _check_folders(output: Path | None, labels: Sequence[str]) -> None:
+    """Raise OpenELMError if the answers of two models would be in the same folder."""
+    if output is None:
+        return
+    owners: dict[Path, str] = {}
+    for label in labels:
+        folder = _folder_of(output, label)
+        if folder in owners:
+            raise OpenELMError(
+                f"The answers of {owners[folder]} and {label} would both be in "
+                f"{folder}; evaluate one of them with another --output."
+            )
+        owners[folder] = label
+
+
+def _folder_of(output: Path, label: str) -> Path:
+    return output / re.sub(r"[^\w.-]+", "_", label.strip("/.~"))
+
+
 def _make_folder(output: Path | None, label: str) -> Path | None:
     """Make and return the folder for one model's answers."""
     if output is None:
         return None
-    folder = output / re.sub(r"[^\w.-]+", "_", label.strip("/.~"))
+    folder = _folder_of(output, label)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -235,6 +235,14 @@ def test_a_case_that_does_not_fit_is_skipped_with_its_reason(monkeypatch):
     assert "takes about" in cells[1].skipped
 
 
+def test_a_bench_without_a_measured_case_shows_why_and_fails(monkeypatch):
+    monkeypatch.setattr(measure, "available_memory", lambda: 10**6)
+    result = call("bench", "--size", "3B", *QUICK)
+    assert "are free" in result.stdout
+    assert result.exit_code == 1
+    assert result.stderr.endswith("Nothing was measured; the table has the reasons.\n")
+
+
 def test_bits_that_no_group_divides_are_skipped():
     odd = Subject("odd", replace(UNEVEN, ffn_dims=(90, 160, 64)))
     cells = dict(measure_cases(plan_cases([odd], Workload(bits=(4,))), SMALL))

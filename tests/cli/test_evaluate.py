@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import weakref
 from pathlib import Path
 from xml.etree import ElementTree
@@ -314,6 +315,7 @@ def test_wrong_usage_is_code_2(here, args):
         (("--tasks", "tales.json", "--limit", "0"), "--limit is 0"),
         (("--tasks", "x", "--num-fewshot", "-1"), "--num-fewshot is -1"),
         (("--tasks", "x", "--batch-size", "0"), "--batch-size is 0"),
+        (("--text", "text.txt", "--window", "0"), "--window is 0"),
         (("--tasks", "none.json"), "none.json"),
         (("--tasks", "tales.json", "--tasks", "./tales.json"), "the name tales"),
         (("--tasks", "tales.json", "--compare", "nowhere"), "no folder nowhere"),
@@ -325,6 +327,14 @@ def test_bad_input_is_one_sentence_and_changes_nothing(
 ):
     monkeypatch.setattr(evaluate_module, "open_model", None)  # nothing is loaded
     expect_error(work, "evaluate", "--model", "model", *args, message=message)
+
+
+def test_two_models_do_not_share_a_folder_of_answers(work):
+    shutil.copytree(work / "model", work / "a" / "model")
+    (work / "model").rename(work / "a_model")
+    args = ("--model", "a_model", "--compare", "a/model", "--tasks", "tales.json")
+    message = "both be in kept/a_model"
+    expect_error(work, "evaluate", *args, "--output", "kept", message=message)
 
 
 def test_a_harness_that_is_not_installed_is_one_sentence(work, monkeypatch):

@@ -112,15 +112,18 @@ def test_the_same_command_resumes_after_an_error(work):
     assert (work / "a.svg").is_file()
 
 
-def test_the_model_that_fails_in_a_comparison_is_named(work):
+def test_a_model_that_fails_is_named_after_the_scores_before_it(work):
     for name in NAMES[:2]:
         mlx_openelm.convert(name, name[:-3], dtype="float32", receipt=False)
     weights = work / "iter_2000" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-64:] = b"\xff" * 64  # NaN, which the header does not show
     weights.write_bytes(content)
-    text = ("evaluate", "--text", "text.txt", "--model", "iter_1000")
-    expect_error(work, *text, "--compare", "iter_2000", message="iter_2000")
+    alone = ("evaluate", "--text", "text.txt", "--json", "--model", "iter_1000")
+    result = call(*alone, "--compare", "iter_2000")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: iter_2000: ")
+    assert json.loads(result.stdout) == json.loads(call(*alone).stdout)
 
 
 def test_force_replaces_stored_scores(work):
