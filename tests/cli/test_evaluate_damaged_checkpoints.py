@@ -112,6 +112,13 @@ def test_the_same_command_resumes_after_an_error(work):
     assert (work / "a.svg").is_file()
 
 
+def test_a_problem_of_all_checkpoints_is_told_once(work):
+    (work / "tokenizer.model").unlink()
+    message = f"{', '.join(NAMES)}: There is no file or folder nowhere."
+    error = expect_error(work, *ARGS, *NAMES, "--tokenizer", "nowhere", message=message)
+    assert error.count("--tokenizer FILE") == 1
+
+
 def test_a_model_that_fails_is_named_after_the_scores_before_it(work):
     for name in NAMES[:2]:
         mlx_openelm.convert(name, name[:-3], dtype="float32", receipt=False)

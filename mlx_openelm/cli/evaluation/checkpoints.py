@@ -67,15 +67,19 @@ def list_checkpoints(
     for path in paths:
         match = _ITERATION.search(path.name)
         found.append(Checkpoint(path, int(match[1]) if match else None))
-    problems = []
+    problems: dict[str, list[str]] = {}
     for path in paths:
         try:
-            with named(str(path)):
-                _check_checkpoint(path, tokenizer, offline=offline)
+            _check_checkpoint(path, tokenizer, offline=offline)
         except OpenELMError as error:
-            problems.append(str(error))
+            problems.setdefault(str(error), []).append(str(path))
     if problems:
-        raise OpenELMError(" ".join(problems))
+        raise OpenELMError(
+            " ".join(
+                problem if labels[0] in problem else f"{', '.join(labels)}: {problem}"
+                for problem, labels in problems.items()
+            )
+        )
     return sorted(found, key=lambda c: (c.iteration is None, c.iteration or 0))
 
 
