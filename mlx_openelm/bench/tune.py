@@ -147,7 +147,7 @@ def tune_machine(
     chosen = DEFAULT
     groups = (
         ("decode", _decode_settings(workload)),
-        ("prompt", _prompt_settings(workload)),
+        ("prompt", _prompt_settings()),
         ("training", _training_settings(workload)),
         ("wired memory", _wired_settings()),
     )
@@ -281,7 +281,7 @@ def _decode_settings(workload: Workload) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def _prompt_settings(workload: Workload) -> dict[str, dict[str, Any]]:
+def _prompt_settings() -> dict[str, dict[str, Any]]:
     chunks = [c for c in CHUNKS if c != PREFILL_CHUNK]
     settings: dict[str, dict[str, Any]] = {f"chunks of {PREFILL_CHUNK}": {}}
     return settings | {f"chunks of {c}": {"prefill_chunk": c} for c in chunks}
