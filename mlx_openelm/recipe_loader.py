@@ -66,7 +66,7 @@ def find_recipe(name: str) -> Path:
         return known[name]
     raise OpenELMError(
         f"No recipe file {name!r}, and no bundled recipe of that name"
-        f"{_did_you_mean(name, known)}; `mlx-openelm recipes` lists them."
+        f"{_suggest_recipe(name, known)}; `mlx-openelm recipes` lists them."
     )
 
 
@@ -188,6 +188,14 @@ def _suggest(word: str, hints: Mapping[str, Any]) -> str:
         if word in {field.name for field in fields}:
             return f" (did you mean {name}.{word}?)"
     return _did_you_mean(word, hints)
+
+
+def _suggest_recipe(name: str, known: typing.Iterable[str]) -> str:
+    """Suggest the recipes of all sizes, or else one with a similar name."""
+    sizes = [recipe for recipe in known if recipe.startswith(f"{name}-")]
+    if sizes:
+        return f" (did you mean {', '.join(sizes)}?)"
+    return _did_you_mean(name, known)
 
 
 def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:

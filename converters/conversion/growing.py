@@ -209,7 +209,10 @@ def _notes(
             "of the others have no copies in which it would cancel."
         )
     if found_tokenizer is None:
-        notes.append("No tokenizer was written: pretraining from it needs `tokenizer`.")
+        notes.append(
+            "No tokenizer was written: set tokenizer.path in the recipe of "
+            "`mlx-openelm pretrain --init`."
+        )
     return tuple(notes)
 
 

@@ -32,11 +32,13 @@ from mlx_openelm.message_parts import describe_error
 from mlx_openelm.model.fingerprint import fingerprint_arrays
 from mlx_openelm.paths import user_path
 from mlx_openelm.storage.hub import find_model
+from mlx_openelm.storage.weight_files import CONFIG
 
 HF = "hf:"  # prefix of names of models that the harness loads
 
 _CONTEXT = 2048  # of a model whose config has no length: OpenELM's
 _CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions")
+_MLX_LM_WEIGHTS = "model*.safetensors"  # that it reads
 _CHUNK = 64  # requests to the harness's model together; at most these are lost
 _WIDE_BATCH = 8  # sequences in a forward pass of the harness's model
 
@@ -49,7 +51,7 @@ def is_other_model(name: str, *, offline: bool = False) -> bool:
     """
     if name.startswith(HF):
         return True
-    config = find_model(name, offline=offline) / "config.json"
+    config = find_model(name, offline=offline) / CONFIG
     raw = read_mapping(config) if config.is_file() else {}
     kind = raw.get("model_type")
     return isinstance(kind, str) and kind != "openelm"
@@ -59,9 +61,16 @@ def check_other_model(name: str) -> None:
     """Check what `open_scorer` needs, before other models are scored.
 
     Raises:
-        OpenELMError: a package is missing, or there is no such folder.
+        OpenELMError: a package is missing, or it is not the folder of a model.
     """
+    path = user_path(name.removeprefix(HF))
     if not name.startswith(HF):
+        if path.is_dir() and not any(path.glob(_MLX_LM_WEIGHTS)):
+            raise OpenELMError(
+                _describe_failure(name, f"it has no {_MLX_LM_WEIGHTS}")
+                if any(path.glob("*.bin"))
+                else f"{name} has no {_MLX_LM_WEIGHTS}; pass a complete model folder."
+            )
         return
     require_harness()
     if find_spec("torch") is None or find_spec("transformers") is None:
@@ -69,11 +78,16 @@ def check_other_model(name: str) -> None:
             f"{name} needs PyTorch, which is not installed; run pip install "
             "'mlx-openelm[eval,torch]'."
         )
-    path = name.removeprefix(HF)
-    if not path or (path.startswith((".", "/", "~")) and not user_path(path).is_dir()):
+    given = name.removeprefix(HF).strip()
+    if not given or (given.startswith((".", "/", "~")) and not path.exists()):
         raise OpenELMError(
-            f"There is no folder {path or 'without a name'}; give hf: and a folder or "
+            f"There is no folder {given or 'without a name'}; give hf: and a folder or "
             "a Hub id."
+        )
+    if path.exists() and not (path / CONFIG).is_file():
+        raise OpenELMError(
+            f"{given} is not a model folder, as it has no {CONFIG}; give hf: and a "
+            "folder or a Hub id."
         )
 
 
@@ -99,7 +113,7 @@ class _MLXScorer:
     """
 
     def __init__(self, name: str, path: Path) -> None:
-        raw = read_mapping(path / "config.json")
+        raw = read_mapping(path / CONFIG)
         try:
             # mlx-lm's OLMo prints which package it needs, before it exits.
             with contextlib.redirect_stdout(io.StringIO()):

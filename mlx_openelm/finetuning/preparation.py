@@ -220,6 +220,8 @@ def _prepare(
             "test.jsonl as `data`, or leave out `test`."
         )
     order = Order(lengths_of(splits["train"]), recipe)
+    if note := describe_warmup(recipe, order.steps):
+        table = dataclasses.replace(table, warnings=(*table.warnings, note))
     plan = _plan(recipe, folder, teacher, splits["train"], order, world)
     return Prepared(
         recipe,
@@ -235,6 +237,19 @@ def _prepare(
         plan=plan,
         example=shorten_prompt(data.train.records),
         teacher=teacher,
+    )
+
+
+def describe_warmup(recipe: FinetuneRecipe, steps: int) -> str:
+    """Return a note if a run ends before its learning rate has reached the peak."""
+    warmup = recipe.warmup_steps or 0
+    if warmup < steps:
+        return ""
+    share = recipe.rate_at(steps - 1, steps) / (recipe.learning_rate or 1.0)
+    return (
+        f"`warmup_steps` is {warmup}, but the run has {count_of(steps, 'step')}: its "
+        f"learning rate reaches {share:.1%} of {recipe.learning_rate:g}; set it to a "
+        "tenth of the steps."
     )
 
 

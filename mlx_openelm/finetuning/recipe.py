@@ -393,7 +393,7 @@ class FinetuneRecipe(RefinementOptions):
         if longest > context_length:
             raise OpenELMError(
                 f"`max_seq_length` is {longest}, more than the model's context of "
-                f"{context_length} tokens."
+                f"{context_length} tokens; set it to {context_length} or less."
             )
         rate = default_rate if self.learning_rate is None else self.learning_rate
         return dataclasses.replace(

@@ -62,7 +62,9 @@ class RecordFormats:
     def describe_unknown(self, records: list[dict[str, Any]]) -> str:
         """Describe the error that no record of a file has a known format."""
         fields = set(records[0])
-        listed = ", ".join(sorted(map(str, fields))[:10]) or "no fields"
+        nulls = {key for key, value in records[0].items() if value is None}
+        named = [f"{key}{' (null)' if key in nulls else ''}" for key in sorted(fields)]
+        listed = ", ".join(named[:10]) or "no fields"
         known = dict.fromkeys(format.fields for format in self.known.values())
         expected = "; or ".join(" and ".join(names) for names in known)
         count = f" (as all {len(records)} records)" if len(records) > 1 else ""

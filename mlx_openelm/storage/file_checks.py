@@ -1,4 +1,4 @@
-"""Checks of a file before it is read: missing, not readable, or not the file itself."""
+"""Checks of paths before they are read or written."""
 
 import os
 from pathlib import Path
@@ -26,3 +26,12 @@ def refuse_unreadable(path: Path) -> os.stat_result:
     if problem := describe_start(start, PLACEHOLDERS):
         raise OpenELMError(f"{path} {problem}.")
     return stat
+
+
+def refuse_file_above(path: Path) -> None:
+    """Raise OpenELMError if a folder above a path that will be written is a file."""
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise OpenELMError(
+                f"Cannot write {path}: {folder} is not a folder; choose another path."
+            )

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.message_parts import count_of
+from mlx_openelm.message_parts import cannot_access, count_of
+from mlx_openelm.storage.file_checks import refuse_file_above
 
 SHARD_FILES = "model*.safetensors"  # files with such a name are complete
 SAVED_STATE = "learning"  # folder of a computation that resumes; removed before the end
@@ -362,6 +363,7 @@ def _remove_with_lock(lock: Path) -> None:
 @contextlib.contextmanager
 def _parents(target: Path) -> Iterator[None]:
     """Create the folders above the target; remove those that stay empty."""
+    refuse_file_above(target)
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -386,7 +388,7 @@ def _explain_errors(target: Path) -> Iterator[None]:
             ) from error
         if isinstance(error, OpenELMError):
             raise
-        raise OpenELMError(f"Cannot write {target}: {error}.") from error
+        raise OpenELMError(cannot_access(target, error, "write")) from error
 
 
 # The disk ------------------------------------------------------------------------

@@ -24,6 +24,7 @@ def is_parquet(file: io.BufferedReader) -> bool:
 def read_rows(file: io.BufferedReader) -> Iterator[JsonValue]:
     """Yield the rows as dictionaries; `line` is the number of the row, from 1.
 
+    Maps become dictionaries, too; of equal keys the last one counts, as in JSON.
     Columns of dates and times are left out: they are no text, and Python has no value
     for some of them. A row that cannot be read is a problem, and the last value.
 
@@ -42,7 +43,7 @@ def read_rows(file: io.BufferedReader) -> Iterator[JsonValue]:
                 if not pyarrow.types.is_temporal(field.type)
             ]
             for batch in opened.iter_batches(_ROWS, columns=columns, use_threads=False):
-                for row in batch.to_pylist():
+                for row in batch.to_pylist(maps_as_pydicts="lossy"):
                     number += 1
                     yield JsonValue(number, value=row)
     except (

@@ -294,6 +294,24 @@ def test_a_model_that_is_not_there_is_one_sentence(work, name, message):
     assert "Traceback" not in result.stderr
 
 
+def test_what_cannot_be_a_model_is_named_before_one_is_scored(work, tmp_path):
+    for name, content in (("empty", None), ("bare", {}), ("torch", {})):
+        (tmp_path / name).mkdir()
+        if content is not None:
+            config = tmp_path / name / "config.json"
+            config.write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "torch" / "pytorch_model.bin").write_bytes(b"")
+    args = ("evaluate", "--model", "OpenELM-1_1B", "--tasks", "tales.json")
+    torchs = tmp_path / "torch"
+    for name, message in (
+        (f"hf:{tmp_path}/empty", f"{tmp_path}/empty is not a model folder"),
+        ("hf:tales.json", "tales.json is not a model folder"),
+        (tmp_path / "bare", "bare has no model*.safetensors"),
+        (torchs, f"it has no model*.safetensors; hf:{torchs} loads it"),
+    ):
+        expect_error(work, *args, "--compare", name, "--quiet", message=message)
+
+
 def test_missing_torch_is_named(work, monkeypatch):
     monkeypatch.setattr(other_models, "find_spec", lambda name: None)
     message = "pip install 'mlx-openelm[eval,torch]'"

@@ -31,6 +31,16 @@ def test_lora_names_the_folder_that_it_cannot_write(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("path", ["d.txt/grown", "d.txt/deeper/grown"])
+def test_a_file_in_place_of_a_folder_is_named(tmp_path, monkeypatch, path):
+    (tmp_path / "d.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    message = f"error: Cannot write {path}: d.txt is not a folder; choose another path."
+    expect_error(
+        *(tmp_path, "convert", "demo", "--mlx-path", path, "--quiet"), message=message
+    )
+
+
 def test_an_error_while_the_target_is_locked_is_not_changed(tmp_path):
     with pytest.raises(OSError, match="of the body"), lock_target(tmp_path / "run"):
         raise OSError("of the body")

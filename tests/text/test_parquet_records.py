@@ -86,6 +86,30 @@ def test_other_formats_are_read_too(tmp_path, row):
     assert len(data.train.records) == len(data.valid.records) == 3
 
 
+@pytest.mark.parametrize("row_group_size", [2, 100])
+def test_message_lists_of_other_types_are_read(tmp_path, row_group_size):
+    """Long strings, and maps instead of structures."""
+    text = pyarrow.large_string()
+    structure = pyarrow.struct([("role", text), ("content", text)])
+    messages = [row["chosen"] for row in ROWS[:5]]
+    expected = read_data(write(tmp_path / "a.parquet", [{"messages": messages[0]}] * 5))
+    for kind, values in (
+        (pyarrow.large_list(structure), messages),
+        (
+            pyarrow.list_(pyarrow.map_(pyarrow.string(), pyarrow.string())),
+            [[list(message.items()) for message in row] for row in messages],
+        ),
+    ):
+        table = pyarrow.table({"messages": pyarrow.array(values, kind)})
+        parquet.write_table(
+            table, tmp_path / "b.parquet", row_group_size=row_group_size
+        )
+        data = read_data(tmp_path / "b.parquet")
+        records = [*data.train.records, *data.valid.records]
+        assert len(records) == 5
+        assert expected.train.records[0].turns in [record.turns for record in records]
+
+
 def test_problems_have_the_number_of_their_row(tmp_path):
     rows = [*ROWS[:3], preference(3) | {"rejected": None}]
     with pytest.raises(OpenELMError, match=r"a\.parquet:4 has no rejected"):
