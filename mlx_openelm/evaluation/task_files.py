@@ -64,7 +64,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The questions of a file; `name` is its file name without suffixes."""
+    """The questions of a file; `name` is that of the file, or of the suite's task."""
 
     name: str
     questions: tuple[Question, ...]
@@ -79,13 +79,14 @@ class Task:
         return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
-def read_task(path: Path, *, limit: int | None = None) -> Task:
+def read_task(path: Path, *, limit: int | None = None, name: str = "") -> Task:
     """Read a file and check every record.
 
     The questions are shuffled with a fixed seed, so that the first ones are a sample.
 
     Args:
         limit: number of questions to keep after shuffling.
+        name: of the task; default: the file name without suffixes.
 
     Raises:
         OpenELMError: the file cannot be read, or records are invalid; each problem has
@@ -106,7 +107,7 @@ def read_task(path: Path, *, limit: int | None = None) -> Task:
     if not questions:
         raise OpenELMError(f"{path} holds no questions; it is empty.")
     random.Random(SEED).shuffle(questions)
-    return Task(_name_of(path), tuple(questions[:limit]))
+    return Task(name or _name_of(path), tuple(questions[:limit]))
 
 
 def read_tasks(paths: Sequence[Path], *, limit: int | None = None) -> list[Task]:

@@ -257,6 +257,17 @@ def test_a_suite_is_shown_beside_the_published_scores(peft):
         assert any(word.lstrip("+") == f"{value:.2f}" for word in words)
 
 
+def test_the_folders_of_llm_adapters_are_the_same_tasks(peft):
+    """Each task is TASK/test.json, so all files have the same name."""
+    args = ("--suite", "peft", "--adapter-path", "adapter", "--tasks-dir")
+    expected = score_json(*args, "peft")
+    for name in ("boolq", "openbookqa"):
+        (peft / "adapters" / name).mkdir(parents=True)
+        file = peft / "peft" / f"{name}.json"
+        file.rename(peft / "adapters" / name / "test.json")
+    assert score_json(*args, "adapters") == expected
+
+
 def test_a_base_without_its_row_and_an_adapter_with_one_are_compared(peft):
     args = ("--suite", "peft", "--tasks-dir", "peft", "--compare", "adapter")
     result = run(*args, "--picture", "suite.svg", "--csv", "suite.csv")

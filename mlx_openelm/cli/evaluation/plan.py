@@ -123,26 +123,26 @@ def plan_evaluation(
 
     _check_numbers(limit, num_fewshot)
     suite = _find_suite(suite_name, num_fewshot, tasks_dir)
-    files: list[Path] = []
+    files: list[tuple[Path, str]] = []  # with the name of the task, if given
     named: list[tuple[str, int | None]] = []
     if suite is None:
         for task in dict.fromkeys(tasks):
             path = Path(task)
             if path.is_file() or is_record_file(path.name):
-                files.append(path)
+                files.append((path, ""))
             else:
                 named.append((task, num_fewshot))
         if files and num_fewshot:
             raise OpenELMError(
-                f"--num-fewshot is for tasks of the harness, and {files[0]} is a file; "
-                "leave it out."
+                f"--num-fewshot is for tasks of the harness, and {files[0][0]} is a "
+                "file; leave it out."
             )
     elif suite.local:
         assert tasks_dir is not None
         files = _find_files(console, suite, tasks_dir)
     else:
         named = [(task.task, task.num_fewshot) for task in suite.tasks]
-    local = [read_task(path) for path in files]
+    local = [read_task(path, name=name) for path, name in files]
     names = [task.name for task in local] + [name for name, _ in named]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -196,7 +196,9 @@ def _find_suite(
     return suite
 
 
-def _find_files(console: Console, suite: "Suite", folder: Path) -> list[Path]:
+def _find_files(
+    console: Console, suite: "Suite", folder: Path
+) -> list[tuple[Path, str]]:
     from mlx_openelm.evaluation.suites import find_suite_file
 
     files = {task.task: find_suite_file(folder, task) for task in suite.tasks}
@@ -208,4 +210,4 @@ def _find_files(console: Console, suite: "Suite", folder: Path) -> list[Path]:
         )
     if missing:
         console.note(f"note: {folder} lacks {', '.join(missing)}; skipping them")
-    return [path for path in files.values() if path is not None]
+    return [(path, name) for name, path in files.items() if path is not None]
