@@ -122,8 +122,9 @@ class Context:
         """
         if len(ids) > FEW:
             return model.head(self.read(model, ids)[:, -1])
-        self.tokens += ids
-        return self.step(model)(mx.array(list(ids)), self.cache)[-1:]
+        logits = self.step(model)(mx.array(list(ids)), self.cache)
+        self.tokens += ids  # no more than the cache holds, if the step fails
+        return logits[-1:]
 
 
 class Sampler:

@@ -12,7 +12,11 @@ import mlx.core as mx
 from mlx_openelm.device import release_memory
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.batching.engine import Engine
-from mlx_openelm.generation.batching.sequences import BatchRequest, Output
+from mlx_openelm.generation.batching.sequences import (
+    BatchRequest,
+    Output,
+    as_request_error,
+)
 
 log = logging.getLogger(__name__)
 
@@ -158,8 +162,8 @@ class EngineThread:
         for request in added:
             try:
                 engine.add(request)
-            except OpenELMError as error:
-                failed.append(Output(request, error=error))
+            except Exception as error:  # must not end the other requests
+                failed.append(Output(request, error=as_request_error(error)))
         if cancelled:
             engine.cancel(cancelled)
         return failed

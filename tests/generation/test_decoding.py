@@ -188,3 +188,17 @@ def test_the_first_token_is_yielded_before_a_step_is_built():
     assert not steps_made
     assert len([*drawn]) == 2
     assert len(steps_made) == 2
+
+
+def test_a_context_is_reused_after_an_interrupted_step(monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    context, prompt = Context(model), [3, 4, 5, 6, 7, 8]
+    context.read(model, prompt[:3])
+    with monkeypatch.context() as changes:
+        changes.setattr(context, "_step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            context.extend(model, prompt[3:5])
+    assert context.reuse(prompt) == 3
+    assert draw(prompt, 5, context=context) == uncached(prompt, 5)

@@ -1,24 +1,25 @@
 """A request of the engine that fails ends alone."""
 
-import numpy as np
 import pytest
 from engines import (
     LONG,
     NEVER,
+    POISON,
     Answers,
+    Failing,
+    Poisoned,
     ask,
     assert_as_alone,
     make_engine,
     make_ids,
-    model,
 )
 
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.generation.batching import prompts as batch_prompts
 from mlx_openelm.generation.batching.rows import DecodeRows
+from mlx_openelm.generation.cache import SlotCache
 from mlx_openelm.generation.options import Sampling
-
-POISON = 299  # a token id
+from mlx_openelm.text.tokenizer import StreamDecoder
 
 MEDIUM = Sampling(max_tokens=25, logit_bias=NEVER)
 
@@ -26,21 +27,6 @@ MEDIUM = Sampling(max_tokens=25, logit_bias=NEVER)
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(batch_prompts, "PREFILL_CHUNK", 40)
-
-
-class Poisoned:
-    """A model that fails at one token id, or where a batch is too large."""
-
-    def __init__(self, most_rows=99):
-        self.config, self.layers, self.head = model.config, model.layers, model.head
-        self.most_rows = most_rows
-
-    def transformer(self, tokens, cache, **layout):
-        if POISON in tokens.flatten().tolist():
-            raise ValueError("poison")
-        if tokens.shape[0] > self.most_rows:
-            raise MemoryError("too many rows")
-        return model.transformer(tokens, cache, **layout)
 
 
 def others(count=4):
@@ -129,23 +115,6 @@ def test_a_failing_draw_ends_its_own_request():
     assert len(answers.tokens(same_group)) == 25
 
 
-class Failing:
-    """A constraint that allows all, and fails at a token."""
-
-    def __init__(self, place, step, error):
-        self.place, self.step, self.error, self.count = place, step, error, 0
-
-    def allowed(self, vocab_size):
-        if self.place == "allowed" and self.count == self.step:
-            raise self.error
-        return np.ones(vocab_size, np.bool_)
-
-    def accept(self, token):
-        self.count += 1
-        if self.place == "accept" and self.count == self.step:
-            raise self.error
-
-
 @pytest.mark.parametrize(
     ("place", "step", "error"),
     [
@@ -188,3 +157,73 @@ def test_a_row_that_cannot_be_given_ends_its_own_request(monkeypatch):
     answers.step()
     answers.add(failing)
     check(answers, [failing], "MemoryError: no row", others=innocent)
+
+
+def test_a_constraint_and_a_draw_fail_in_the_same_step():
+    def keys(position):
+        if position == 2:
+            raise ZeroDivisionError("no key")
+        return [position, 0]
+
+    stuck = ask([1, 5], MEDIUM, constraint=Failing("allowed", 2, OpenELMError("")))
+    failing = ask([1, 6], Sampling(max_tokens=25, temp=1.0, logit_bias=NEVER))
+    object.__setattr__(failing, "keys", keys)
+    answers = Answers(make_engine())
+    innocent = others()
+    answers.add(stuck, failing, *innocent)
+    check(answers, [failing], "no key", others=innocent)
+    assert isinstance(answers.end(stuck).error, OpenELMError)
+    assert len(answers.tokens(stuck)) == len(answers.tokens(failing)) == 2
+
+
+def test_a_token_that_cannot_be_decoded_ends_its_own_request(monkeypatch):
+    decode = StreamDecoder.add
+
+    def fail(self, token):
+        if token == POISON:
+            raise IndexError("no piece")
+        return decode(self, token)
+
+    monkeypatch.setattr(StreamDecoder, "add", fail)
+    bias = ((POISON, 1e6),)
+    failing = [ask(make_ids(9), Sampling(logit_bias=bias)) for _ in range(2)]
+    answers = Answers(make_engine())
+    innocent = others()
+    answers.add(failing[0], *innocent, failing[1])
+    check(answers, failing, "IndexError: no piece", others=innocent)
+
+
+def test_requests_survive_a_row_that_cannot_be_moved(monkeypatch):
+    move = SlotCache.move
+    errors = [MemoryError("no memory")]
+
+    def fail(self, *arguments):
+        if errors:
+            raise errors.pop()
+        move(self, *arguments)
+
+    monkeypatch.setattr(SlotCache, "move", fail)
+    answers = Answers(make_engine())
+    innocent = others()
+    cancelled = answers.add(ask(make_ids(9), LONG), *innocent)
+    for _ in range(4):
+        answers.step()
+    answers.engine.cancel([cancelled])
+    assert not errors
+    check(answers, [], "", others=innocent)
+
+
+@pytest.mark.parametrize("length", [1, 50])
+def test_a_prompt_is_scored_once_in_spite_of_failures(length):
+    sampling = Sampling(max_tokens=25, logit_bias=NEVER, logprobs=2)
+    scored = ask(make_ids(length), sampling, scores_prompt=True)
+    poison = ask([1, POISON], MEDIUM)
+    answers = Answers(make_engine({"": Poisoned()}))
+    answers.add(scored)
+    while len(answers.tokens(scored)) < 3:
+        answers.step()
+    answers.add(poison)
+    check(answers, [poison], "poison", others=[scored])
+    first, *later = answers.outputs[scored]
+    assert [token.id for token in first.prompt_tokens] == list(scored.ids[1:])
+    assert not any(output.prompt_tokens for output in later)

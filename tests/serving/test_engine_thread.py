@@ -8,6 +8,8 @@ import mlx.core as mx
 import pytest
 from servers import post, wait_until
 
+from mlx_openelm.generation.batching.engine import Engine
+
 MIB = 1 << 20
 
 
@@ -31,3 +33,20 @@ def test_an_idle_server_empties_the_cache_of_mlx(server):
     mx.eval(mx.zeros(MIB) + 1)
     post(server.url, {"prompt": "a", "max_tokens": 1})
     wait_until(lambda: mx.get_cache_memory() == 0, seconds=10)
+
+
+def test_a_request_that_cannot_be_added_ends_alone(server, monkeypatch):
+    add, errors = Engine.add, [IndexError("no piece")]
+
+    def fail(self, request):
+        if errors:
+            raise errors.pop()
+        add(self, request)
+
+    monkeypatch.setattr(Engine, "add", fail)
+    body = {"prompt": "a", "max_tokens": 1}
+    status, answer = post(server.url, body)
+    assert status == 500
+    assert "IndexError: no piece" in answer["error"]["message"]
+    status, _ = post(server.url, body)
+    assert status == 200

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from models import UNEVEN, build, small_tokenizer
 
@@ -18,6 +19,46 @@ EOS = tokenizer.eos_id
 NEVER = ((EOS, -1e6),)
 LONG = Sampling(max_tokens=400, logit_bias=NEVER)
 SHORT = Sampling(max_tokens=4, logit_bias=NEVER)
+
+
+POISON = 299  # a token id
+
+
+class Poisoned:
+    """A model that fails at one token id, or where a batch is too large."""
+
+    def __init__(self, own=model, *, most_rows=99):
+        self.config, self.layers, self.head = own.config, own.layers, own.head
+        self.own, self.most_rows = own, most_rows
+
+    def transformer(self, tokens, cache, **layout):
+        if POISON in tokens.flatten().tolist():
+            raise ValueError("poison")
+        if tokens.shape[0] > self.most_rows:
+            raise MemoryError("too many rows")
+        return self.own.transformer(tokens, cache, **layout)
+
+
+class Failing:
+    """A constraint that allows all, and fails at a token."""
+
+    def __init__(self, place, step, error):
+        self.place, self.step, self.error, self.count = place, step, error, 0
+
+    def allowed(self, vocab_size):
+        if self.place == "allowed" and self.count == self.step:
+            raise self.error
+        return np.ones(vocab_size, np.bool_)
+
+    def accept(self, token):
+        self.count += 1
+        if self.place == "accept" and self.count == self.step:
+            raise self.error
+
+    def copy(self):
+        return Failing(self.place, self.step, self.error)
+
+    restarted = copy
 
 
 def make_engine(models=None, **limits):
@@ -81,7 +122,12 @@ def answer(*requests, **limits):
 
 
 def alone(request, own_model=model):
-    return list(stream(own_model, tokenizer, request.ids, request.sampling))
+    constraint = request.constraint
+    return list(
+        stream(
+            own_model, tokenizer, request.ids, request.sampling, constraint=constraint
+        )
+    )
 
 
 def assert_as_alone(answers, request, own_model=model):

@@ -6,6 +6,7 @@ prompts are processed in chunks between the steps.
 """
 
 import itertools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from mlx_openelm.generation.streaming import check_length
 from mlx_openelm.model.openelm import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.tuning import DEFAULT, Tuning
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,7 @@ class Engine:
 
     def _decode(self, rows: DecodeRows) -> list[Output]:
         outputs: list[Output] = []
+        sequences = [s for s in rows.sequences if not s.has_ended]
         try:
             for output in rows.step():
                 outputs.append(output)
@@ -164,9 +168,10 @@ class Engine:
             with suppress(Exception):  # the step before may have failed itself
                 for output in rows.read_queued():
                     outputs.append(output)
-            sequences = [s for s in rows.sequences if not s.has_ended]
             rows.reset()
-            outputs += self._recover(sequences, error)
+            ended = {output.request for output in outputs if output.is_last}
+            continuing = [s for s in sequences if s.request not in ended]
+            outputs += self._recover(continuing, error)
         return outputs
 
     def _remove_ended(self) -> None:
@@ -177,7 +182,13 @@ class Engine:
                 for sequence, parts in rows.ended():
                     ids = [*sequence.request.ids, *sequence.answer.tokens][:-1]
                     self._tree.insert(sequence.request.model, np.array(ids), parts)
-            rows.remove_ended()
+            continuing = [s for s in rows.sequences if not s.has_ended]
+            try:
+                rows.remove_ended()
+            except Exception:  # must not end the other requests
+                log.exception("A row was not removed.")
+                rows.reset()
+                self._restart(continuing)
 
     def _read_prompts(self) -> list[Output]:
         """Process a chunk; give rows to the sequences whose prompts are complete."""
@@ -227,10 +238,7 @@ class Engine:
             alone = {sequence: error for sequence in sequences if sequence.has_failed}
             for sequence in sequences:
                 sequence.has_failed = True
-        for sequence in sequences:
-            if sequence not in alone:
-                sequence.restart()
-                self._queue.add(sequence)
+        self._restart([s for s in sequences if s not in alone])
         return [sequence.fail(failure) for sequence, failure in alone.items()]
 
     def _try_alone(self, sequence: SequenceState) -> Exception | None:
@@ -248,6 +256,12 @@ class Engine:
         except Exception as error:
             return error
         return None
+
+    def _restart(self, sequences: Sequence[SequenceState]) -> None:
+        """Process sequences without rows again; their answers stay as they are."""
+        for sequence in sequences:
+            sequence.restart()
+            self._queue.add(sequence)
 
     def _sequences(self) -> list[SequenceState]:
         decoding = (rows.sequences for rows in self._rows.values())

@@ -155,7 +155,7 @@ class PromptQueue:
     def _cached(self, sequence: SequenceState) -> int:
         """Return how many of its tokens the tree holds now."""
         is_known = sequence.matched_version == self.tree.version
-        if not (is_known or sequence.request.scores_prompt):
+        if not (is_known or sequence.scores_prompt):
             model = sequence.request.model
             sequence.cached = self.tree.match(model, sequence.array[:-1])
             sequence.matched_version = self.tree.version
@@ -178,7 +178,7 @@ class PromptQueue:
 
     def _is_plain(self, sequence: SequenceState) -> bool:
         """Whether all of the prompt is to be processed, and nothing else computed."""
-        return not sequence.request.scores_prompt and not self._cached(sequence)
+        return not sequence.scores_prompt and not self._cached(sequence)
 
     # Work ------------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ class PromptQueue:
         model = self._models[sequence.request.model]
         if ids:
             hidden = model.transformer(mx.array([ids]), started.cache)
-            if sequence.request.scores_prompt:
+            if sequence.scores_prompt:
                 following = sequence.ids[started.done + 1 :][: len(ids)]
                 padding = find_padding(self._tokenizer, model.config.vocab_size)
                 logits = mask_padding(model.head(hidden[0]), padding)

@@ -125,6 +125,11 @@ class SequenceState:
         return self.answer.finish_reason is not None or self.error is not None
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities are still to be computed."""
+        return self.request.scores_prompt and not self.answer.tokens
+
+    @property
     def cached_tokens(self) -> int:
         """Number of prompt tokens that were not processed again."""
         return min(self.cached, len(self.request.ids))
@@ -133,6 +138,7 @@ class SequenceState:
         """Return to the state before its prompt was processed, keeping its answer."""
         self.ids = [*self.request.ids, *self.answer.tokens]
         self.cached, self.matched_version = 0, -1
+        self.error = None  # a constraint may have failed in the failed step
         self.array = np.array(self.ids, np.int64)
         self.written = len(self.answer.tokens)
         self.parts, self.history = [], None
@@ -140,14 +146,14 @@ class SequenceState:
     def add(self, token: Token) -> Output:
         """Append the next token to the answer."""
         self.has_failed = False
-        text = self.answer.add(token.id)
-        reason = self.answer.finish_reason
         constraint = self.request.constraint
-        if constraint is not None and reason is None:
-            try:
+        try:
+            text = self.answer.add(token.id)
+            reason = self.answer.finish_reason
+            if constraint is not None and reason is None:
                 constraint.accept(token.id)
-            except Exception as error:  # must not end the other requests
-                return self.fail(error)
+        except Exception as error:  # must not end the other requests
+            return self.fail(error)
         prompt_tokens, self.prompt_tokens = self.prompt_tokens, ()
         return Output(
             self.request,
@@ -167,13 +173,19 @@ class SequenceState:
 
     def fail(self, error: Exception) -> Output:
         """End the sequence with an error."""
-        if not isinstance(error, OpenELMError):
-            log.error("A request has failed.", exc_info=error)
-            kind = type(error).__name__
-            named = OpenELMError(f"The request failed: {kind}: {str(error)[:500]}")
-            named.__cause__, error = error, named
-        self.error = error
+        self.error = error = as_request_error(error)
         return Output(self.request, error=error, cached_tokens=self.cached_tokens)
+
+
+def as_request_error(error: Exception) -> OpenELMError:
+    """Return why a request has failed; another error than ours is the cause of it."""
+    if isinstance(error, OpenELMError):
+        return error
+    log.error("A request has failed.", exc_info=error)
+    kind = type(error).__name__
+    named = OpenELMError(f"The request failed: {kind}: {str(error)[:500]}")
+    named.__cause__ = error
+    return named
 
 
 def hashed_keys(seed: int, number: int) -> TokenKeys:
