@@ -288,6 +288,7 @@ PAIRS = (*OPTIONS, "--objective")
         ((*DISTILL, "--teacher-cache", ""), "--teacher-cache is empty"),
         ((*DISTILL, "--distill-weight", "1.5"), "--distill-weight is 1.5"),
         ((*DISTILL, "--distill-weight", "nan"), "--distill-weight is nan"),
+        ((*DISTILL, "--distill-weight", "1", "--z-loss", "1"), "--z-loss is a part of"),
         ((*DISTILL, "--temperature", "0"), "--temperature is 0"),
         ((*DISTILL, "--teacher-top-k", "0"), "--teacher-top-k is 0"),
         ((*DISTILL, "--teacher-cache", "small"), "is not a cache of a teacher"),
