@@ -207,8 +207,10 @@ def test_the_cache_is_computed_once_and_resumes(folders, tmp_path, monkeypatch):
             if len(seen) == 7:
                 raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         finetune(recipe, on_progress=stop)
+    note = f"{tmp_path / 'cache'} keeps 15 records that the teacher has read."
+    assert stopped.value.__notes__ == [note]
     parts = sorted((tmp_path / "cache").glob("*.safetensors"))
     assert len(parts) == 3  # of 5 samples in two batches each
     kept = [part.read_bytes() for part in parts]
