@@ -30,7 +30,7 @@ from converters.conversion.options import ConversionOptions, Progress
 from converters.conversion.run import convert_model
 from converters.formats.adapter_reader import Adapter, with_rows
 from converters.formats.adapter_tensors import TABLE, AdapterModule
-from converters.formats.sources import SourceTensor, open_path
+from converters.formats.sources import ModelSource, SourceTensor, open_path
 from converters.quantization.calibration import calibration_windows, read_calibration
 from converters.quantization.learning import LearningRecord
 from converters.quantization.receipt import (
@@ -42,7 +42,7 @@ from converters.quantization.receipt import (
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.model.openelm import Block
-from mlx_openelm.model.quantization import Quantization
+from mlx_openelm.model.quantization import AFFINE_BITS, Quantization
 from mlx_openelm.storage.adapter_folder import find_adapter, wrap
 from mlx_openelm.storage.loading import load_tokenizer
 from mlx_openelm.storage.model_folder import open_folder, spell_dtype
@@ -171,17 +171,19 @@ def fuse(
     merged = merge_adapter(base_model, adapter)
     proofs: list[FusionProof] = []
     aware = adapter.metadata.get("quantize_aware")
-    trained_for = (  # training included the rounding
-        aware is not None
-        and bits == aware
-        and group_size in (None, Quantization(bits).linear.group_size)
-    )
+    aware = aware if aware in AFFINE_BITS else None
+    trained_for = aware is not None and _rounds_alike(aware, options, base_model)
 
     def prove(staging: Path) -> Mapping[str, Any]:
         tensors = {**merged.tensors, **merged.before_merging}
         proof = prove_fused(staging, tensors, adapter, merged.config, on_progress)
         if proof.lost and not (trained_for and math.isfinite(proof.kl_fused)):
             remedy = _advise_storage(base_model.tensors.values(), options)
+            if aware is not None and not trained_for:
+                remedy = (
+                    f"it was trained for `bits` {aware} without `group_size`, so use "
+                    f"these, or {remedy}"
+                )
             raise OpenELMError(_describe_loss(proof, staging, remedy))
         proofs.append(proof)
         entry = {"base": base_model.name, "method": adapter.method, **asdict(proof)}
@@ -213,7 +215,11 @@ def fuse(
         template=open_folder(target).template,
         proof=proof,
         learned=written.learned,
-        notes=(*adapter.notes, *written.notes, *_advise_bits(aware, bits)),
+        notes=(
+            *adapter.notes,
+            *written.notes,
+            *([] if aware is None or trained_for else [_advise_bits(aware)]),
+        ),
         seconds=time.perf_counter() - started,
     )
 
@@ -230,12 +236,23 @@ def _describe_loss(proof: FusionProof, staging: Path, remedy: str) -> str:
     )
 
 
-def _advise_bits(aware: Any, bits: int | None) -> tuple[str, ...]:
-    if aware is None or bits == aware:
-        return ()
+def _rounds_alike(aware: int, options: ConversionOptions, base: ModelSource) -> bool:
+    """Whether training with `quantize_aware` included the rounding of these options."""
+    chosen = options.quantization
+    if chosen is not None:
+        packings = chosen.packings(base.config)
+    elif options.dequantize:
+        return False
+    else:
+        tensors = base.tensors.items()
+        packings = {name: t.packing for name, t in tensors if t.packing is not None}
+    return packings == Quantization(aware).packings(base.config)
+
+
+def _advise_bits(aware: int) -> str:
     return (
         f"The adapter was trained with `quantize_aware` {aware}, for a model fused "
-        f"with `bits` {aware}.",
+        f"with `bits` {aware} without `group_size`."
     )
 
 

@@ -77,14 +77,19 @@ class Job:
     on_progress: Callable[[Progress], None]
     prove: Callable[[Path], Mapping[str, Any]] | None = None
 
-    def identity(self) -> dict[str, Any]:
+    def identity(
+        self, config: OpenELMConfig, found_tokenizer: FoundTokenizer | None
+    ) -> dict[str, Any]:
         """Return what must be equal for a run to resume a killed one."""
         calibration = self.options.calibration
         texts = [Path(calibration)] if calibration else []
         texts = [path for path in texts if path.is_file()]  # else reported later
+        if found_tokenizer is not None:
+            texts.append(found_tokenizer.path)
         return {
             "version": __version__,
             "options": dict(self.options.changed()),
+            "config": config.to_dict(),
             "files": identify([*self.source.files, *texts]),
         }
 
@@ -125,10 +130,16 @@ def write_folder(
     if options.auto_bits and calibration:
         refuse_small_disk(job.target, plan.estimate_bytes(options.auto_bits))
         plan = replace(plan, packings=_allocate_bits(job, plan, calibration))
+    if options.learn:
+        options.check_learned_modes(plan.packings.values())
     if source.before_merging and plan.packings and job.prove is None:
         refuse_lost_adapter(plan)
     with (
-        staged_folder(job.target, force=job.force, job=job.identity()) as staging,
+        staged_folder(
+            job.target,
+            force=job.force,
+            job=job.identity(plan.config, found_tokenizer),
+        ) as staging,
         hashing(source.files) as source_hashes,
     ):
         written_before = sum(file.stat().st_size for file in staging.iterdir())

@@ -1,6 +1,6 @@
 """Options of a conversion, checked before anything is read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,13 @@ from typing import Any
 from converters.quantization.learning_amount import LearningAmount
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.model.quantization import AFFINE_BITS, EMBED_BITS, MODES, Quantization
+from mlx_openelm.model.quantization import (
+    AFFINE_BITS,
+    EMBED_BITS,
+    MODES,
+    Packing,
+    Quantization,
+)
 from mlx_openelm.options import MODEL_PANEL, check_options, option
 
 AUTO = "auto:"
@@ -270,6 +276,15 @@ class ConversionOptions:
     def check_keep(self, config: OpenELMConfig) -> None:
         """Raise OpenELMError if `keep` matches no module."""
         Quantization(keep=self.keep).check_keep(config)
+
+    def check_learned_modes(self, packings: Iterable[Packing]) -> None:
+        """Raise OpenELMError if tensors keep a mode of the source without `learn`."""
+        for mode in {packing.mode for packing in packings} & UNLEARNABLE.keys():
+            advice = "add `bits`" if self.keep is None else "leave out `keep`"
+            raise OpenELMError(
+                f"`learn` cannot train the scales of {mode}, in which tensors of the "
+                f"source stay: {UNLEARNABLE[mode]}; {advice}."
+            )
 
     def ignored(self) -> list[str]:
         """Return the given options without effect, as nothing is quantized for MLX."""

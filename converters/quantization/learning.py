@@ -142,7 +142,6 @@ class ScaleLearner:
         self._text = text
         before = measure(self._student, self._report_on)
         _refuse_non_finite(before.kl, text)
-        self._folder.mkdir(exist_ok=True)
         self._steps = amount.steps
         if (self._folder / STATE).is_file():
             self._restore()
@@ -150,6 +149,7 @@ class ScaleLearner:
         complete = False
         while not complete:
             self._teacher.prepare(self._learn_from[self._windows_ahead()])
+            self._folder.mkdir(exist_ok=True)  # from here on, signals save a state
             with deferred_signals() as stop:
                 complete = self._train(amount, stop)
         self._load(self._folder / _BEST)
@@ -171,9 +171,13 @@ class ScaleLearner:
         )
 
     def _windows_ahead(self) -> mx.array:
-        """Return the windows of all steps left whose number is known."""
-        steps = range(self._state.progress.step, self._steps or WARMUP)
-        return mx.array([i for step in steps for i in self._choose(step)], mx.int32)
+        """Return the windows of all steps left whose number is known, each once."""
+        windows = dict[int, None]()  # ordered
+        for step in range(self._state.progress.step, self._steps or WARMUP):
+            windows |= dict.fromkeys(self._choose(step))
+            if len(windows) == self._learn_from.shape[0]:
+                break
+        return mx.array(list(windows), mx.int32)
 
     def _train(self, amount: LearningAmount, stop: Stop) -> bool:
         """Train up to the last step, or to that which determines their number.

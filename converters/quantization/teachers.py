@@ -94,7 +94,6 @@ class CachedTeacher:
                 missing[path] = tokens
         if not missing:
             return
-        done = 0
         try:
             with written_cache(self._folder, self._description):
                 teacher = LoadedTeacher(self._load())
@@ -104,7 +103,7 @@ class CachedTeacher:
                     with replaced_file(path) as part:
                         save_tensors(part, {_ROWS: rows}, format="mlx")
         except (KeyboardInterrupt, SystemExit) as stopped:
-            kept = count_of(done, "window")
+            kept = count_of(len(list(self._folder.glob("*.safetensors"))), "window")
             stopped.add_note(f"{self._folder} keeps {kept} that the teacher has read.")
             raise
         del teacher

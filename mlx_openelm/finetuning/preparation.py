@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from mlx_openelm.finetuning.trainable import (
 )
 from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.openelm import OpenELM
+from mlx_openelm.model.quantization import Packing
 from mlx_openelm.paths import user_path
 from mlx_openelm.storage.hub import DEMO, find_model
 from mlx_openelm.storage.loading import load_tokenizer, make_quantized, stored_dtype
@@ -285,7 +286,7 @@ def _plan(
             f"`batch_size` or `grad_accumulation_steps`."
         )
     model = _build_lazy_model(folder, training_dtype(folder, recipe))
-    make_trainable(model, recipe, stored_dtype(folder))
+    make_trainable(model, recipe, stored_dtype(folder), folder.packings)
     teacher_bytes = 0
     if teacher is not None and recipe.teacher_cache is None:
         dtype = compute_dtype(stored_dtype(teacher.folder))
@@ -335,12 +336,16 @@ def training_dtype(folder: ModelFolder, recipe: FinetuneRecipe) -> mx.Dtype:
 
 
 def make_trainable(
-    model: OpenELM, recipe: FinetuneRecipe, stored: mx.Dtype = mx.bfloat16
+    model: OpenELM,
+    recipe: FinetuneRecipe,
+    stored: mx.Dtype = mx.bfloat16,
+    packed: Mapping[str, Packing] | None = None,
 ) -> None:
     """Make the recipe's weights trainable: those of a new adapter, or the model's own.
 
     Args:
         stored: dtype of the model's files.
+        packed: the packings in them, by CoreNet name; None: nothing is packed.
 
     Raises:
         OpenELMError: the recipe's layers, keys or ranks do not fit the model.
@@ -370,7 +375,7 @@ def make_trainable(
     )
     if recipe.quantize_aware is not None:
         narrow = mx.bfloat16 if stored == mx.float32 else stored  # as `fuse` writes it
-        round_layers(model, recipe.quantize_aware, narrow)
+        round_layers(model, recipe.quantize_aware, narrow, packed or {})
 
 
 def _absolute_model(name: str) -> str:

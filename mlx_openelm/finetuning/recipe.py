@@ -335,6 +335,7 @@ class FinetuneRecipe(RefinementOptions):
             fine_tune_type=self.fine_tune_type,
             dropout=self.dropout,
             rank_by_width=self.rank_by_width,
+            z_loss=self.z_loss,
         )
 
     @property

@@ -166,7 +166,8 @@ def _load_run(
     recipe, order = prepared.recipe, prepared.order
     full = recipe.fine_tune_type == "full"
     model = load_model(prepared.folder, mx.float32 if full else None)
-    make_trainable(model, recipe, stored_dtype(prepared.folder))
+    stored = stored_dtype(prepared.folder)
+    make_trainable(model, recipe, stored, prepared.folder.packings)
     optimizer = make_optimizer(
         model,
         recipe.optimizer,

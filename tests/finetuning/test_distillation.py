@@ -207,8 +207,10 @@ def test_the_cache_is_computed_once_and_resumes(folders, tmp_path, monkeypatch):
             if len(seen) == 7:
                 raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         finetune(recipe, on_progress=stop)
+    note = f"{tmp_path / 'cache'} keeps 15 records that the teacher has read."
+    assert stopped.value.__notes__ == [note]
     parts = sorted((tmp_path / "cache").glob("*.safetensors"))
     assert len(parts) == 3  # of 5 samples in two batches each
     kept = [part.read_bytes() for part in parts]
@@ -288,6 +290,7 @@ PAIRS = (*OPTIONS, "--objective")
         ((*DISTILL, "--teacher-cache", ""), "--teacher-cache is empty"),
         ((*DISTILL, "--distill-weight", "1.5"), "--distill-weight is 1.5"),
         ((*DISTILL, "--distill-weight", "nan"), "--distill-weight is nan"),
+        ((*DISTILL, "--distill-weight", "1", "--z-loss", "1"), "--z-loss is a part of"),
         ((*DISTILL, "--temperature", "0"), "--temperature is 0"),
         ((*DISTILL, "--teacher-top-k", "0"), "--teacher-top-k is 0"),
         ((*DISTILL, "--teacher-cache", "small"), "is not a cache of a teacher"),

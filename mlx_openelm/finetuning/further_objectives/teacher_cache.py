@@ -22,6 +22,7 @@ from mlx_openelm.finetuning.further_objectives.teacher import (
     TeacherModel,
 )
 from mlx_openelm.finetuning.samples import Sample
+from mlx_openelm.message_parts import count_of
 from mlx_openelm.model.divergence import TopTargets, top_log_probabilities
 from mlx_openelm.storage.adapter_folder import save_tensors
 from mlx_openelm.storage.staging import replaced_file
@@ -87,13 +88,21 @@ class TeacherCache:
         """
         if not self._missing():
             return
-        with written_cache(self._folder, self._description):
-            missing = self._missing()  # another process may have written it meanwhile
-            model = TeacherModel(self._teacher, self._temperature)
-            done = len(self._samples) - sum(len(samples) for _, samples in missing)
-            for part, samples in missing:
-                self._compute_part(model, part, samples, done, on_progress)
-                done += len(samples)
+        try:
+            with written_cache(self._folder, self._description):
+                missing = (
+                    self._missing()
+                )  # another process may have written it meanwhile
+                model = TeacherModel(self._teacher, self._temperature)
+                done = len(self._samples) - sum(len(samples) for _, samples in missing)
+                for part, samples in missing:
+                    self._compute_part(model, part, samples, done, on_progress)
+                    done += len(samples)
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            left = sum(len(samples) for _, samples in self._missing())
+            kept = count_of(len(self._samples) - left, "record")
+            stopped.add_note(f"{self._folder} keeps {kept} that the teacher has read.")
+            raise
         del model
         mx.clear_cache()
 

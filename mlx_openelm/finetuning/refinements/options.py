@@ -102,6 +102,7 @@ def check_refinements(
     fine_tune_type: str,
     dropout: float,
     rank_by_width: bool,
+    z_loss: float,
 ) -> None:
     """Raise OpenELMError if these options do not fit the others of a recipe."""
     distills, adapts = objective == "distill", fine_tune_type != "full"
@@ -117,6 +118,11 @@ def check_refinements(
                 f"`{field.name}` requires `objective` {' or '.join(users)}, not "
                 f"{objective}."
             )
+    if distills and z_loss and options.distill_weight == 1:
+        raise OpenELMError(
+            "`z_loss` is a part of the plain loss, which has no weight if "
+            "`distill_weight` is 1; leave one of them out."
+        )
     if options.teacher_top_k != TEACHER_TOP_K and options.teacher_cache is None:
         raise OpenELMError("`teacher_top_k` requires a `teacher_cache`.")
     if options.quantize_aware not in (None, *AFFINE_BITS):

@@ -18,15 +18,20 @@ from mlx_openelm.model.quantization import Packing, Quantization
 from mlx_openelm.tensor_names import to_module
 
 
-def round_layers(model: OpenELM, bits: int, stored: mx.Dtype) -> None:
+def round_layers(
+    model: OpenELM, bits: int, stored: mx.Dtype, packed: Mapping[str, Packing]
+) -> None:
     """Replace all layers that `fuse` will quantize by layers that round.
 
-    An adapted embedding is not rounded: it has 8 bits, whose error is small.
+    An adapted embedding is not rounded: it has 8 bits, whose error is small. Nor is a
+    layer without adapter that the base has in this packing: `fuse` copies it, and to
+    round it again would change it.
 
     Args:
         model: has its adapter, without dropout.
         bits: of the linear layers; the embedding has the default of quantization.
         stored: dtype of the weights before they are quantized.
+        packed: packings of the base, by CoreNet name.
 
     Raises:
         OpenELMError: the rows of a tensor cannot be divided into groups.
@@ -46,6 +51,8 @@ def round_layers(model: OpenELM, bits: int, stored: mx.Dtype) -> None:
             layer = _RoundedDoRALinear(module, rounding)
         elif isinstance(module, LoRALinear):
             layer = _RoundedLoRALinear(module, rounding)
+        elif packed.get(name) == packing:
+            continue
         elif isinstance(module, nn.Linear | nn.QuantizedLinear):
             layer = _RoundedLinear(module, rounding)
         elif isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
