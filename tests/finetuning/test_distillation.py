@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -309,6 +310,21 @@ def test_a_teacher_of_a_shorter_context_is_refused(there):
     make_source(there / "short", config=replace(WIDE, max_context_length=32))
     message = ["short is 32 tokens", "--max-seq-length 64; pass 32 or less"]
     expect_error(there, *DISTILL, "--teacher", "short", message=message)
+
+
+@pytest.mark.parametrize("cache", [(), ("--teacher-cache", "c")])
+def test_a_teacher_with_nan_is_refused(there, cache):
+    make_source(there / "bad", config=WIDE)
+    file = there / "bad" / "model.safetensors"
+    weights = mx.load(str(file))
+    name = next(name for name in weights if name.endswith("norm.weight"))
+    weights[name] = weights[name] * math.nan
+    mx.save_safetensors(str(file), weights, {"format": "pt"})
+    message = ["bad are damaged: transformer.norm.weight", "use another --teacher"]
+    result = call(*DISTILL, "--teacher", "bad", *cache)
+    assert (result.exit_code, result.stdout) == (1, "")
+    for words in message:
+        assert words in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("temperature", [0.2, 1.0])

@@ -197,33 +197,3 @@ def test_noise_changes_training_and_resumes(tmp_path):
 def test_negative_noise_is_refused():
     with pytest.raises(OpenELMError, match="`neftune_noise` is -1"):
         make_recipe(neftune_noise=-1.0)
-
-
-DISTILL = {"objective": "distill", "teacher": "demo"}
-
-
-@pytest.mark.parametrize(
-    ("option", "users"),
-    [
-        ({"z_loss": 0.1}, ("sft", "distill")),
-        ({"mask_prompt": False}, ("sft", "distill")),
-        ({"turns": "last"}, ("sft", "distill")),
-        ({"completion_key": "reply"}, ("sft", "distill")),
-        ({"dpo_loss": "hinge"}, ("dpo",)),
-        ({"dpo_beta": 0.5}, ("dpo",)),
-        ({"orpo_weight": 0.5}, ("orpo",)),
-        ({"teacher": "demo"}, ("distill",)),
-        ({"distill_weight": 0.1}, ("distill",)),
-        ({"temperature": 2.0}, ("distill",)),
-        ({"teacher_cache": "cache"}, ("distill",)),
-    ],
-)
-def test_options_of_other_objectives_are_refused(option, users):
-    (name,) = option
-    for objective in ("sft", "dpo", "orpo", "distill"):
-        chosen = DISTILL if objective == "distill" else {"objective": objective}
-        if objective in users:
-            make_recipe(**chosen | option)
-        else:
-            with pytest.raises(OpenELMError, match=f"`{name}` requires `objective`"):
-                make_recipe(**chosen | option)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import mlx.core as mx
+
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.finetuning.batches import Batch
 from mlx_openelm.finetuning.losses import target_rows
@@ -17,6 +19,7 @@ from mlx_openelm.storage.hub import find_model
 from mlx_openelm.storage.loading import load_model, load_tokenizer
 from mlx_openelm.storage.model_folder import ModelFolder, open_folder
 from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.training.arrays import flatten
 
 
 class Teacher(Protocol):
@@ -100,11 +103,21 @@ def _list_pieces(tokenizer: Tokenizer) -> list[str]:
 
 
 class TeacherModel:
-    """A teacher in memory, which gives whole distributions."""
+    """A teacher in memory, which gives whole distributions.
+
+    Raises:
+        OpenELMError: some of its weights are not finite.
+    """
 
     def __init__(self, teacher: TeacherFolder, temperature: float) -> None:
         self._model = load_model(teacher.folder)
         self._model.freeze()
+        for name, array in flatten(self._model.parameters()).items():
+            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
+                raise OpenELMError(
+                    f"The weights of the teacher {teacher.name} are damaged: {name} "
+                    "has values that are not finite; use another `teacher`."
+                )
         self._num_ids, self._temperature = teacher.num_ids, temperature
 
     def targets(self, batch: Batch, samples: Sequence[Sample]) -> DenseTargets:
