@@ -54,16 +54,21 @@ def test_layers_without_adapter_have_the_weights_of_the_fused_model(
     assert compared == len(folder.packings) - 2
 
 
-@pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 3, "group_size": 32}])
-@pytest.mark.parametrize("lost", [True, False])
-def test_fuse_names_the_rounding_of_the_training(tmp_path, monkeypatch, options, lost):
-    make_source(tmp_path / "base", config=EVEN)
+def train_for_three_bits(tmp_path):
+    """Train the adapter "tuned" of "base"."""
     (tmp_path / "train.jsonl").write_text('{"text": "the king said"}\n' * 4)
     recipe = FinetuneRecipe(
         data=str(tmp_path / "train.jsonl"), model=str(tmp_path / "base"),
         adapter_path=str(tmp_path / "tuned"), iters=1, quantize_aware=3,
     )  # fmt: skip
     finetune(recipe)
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 3, "group_size": 32}])
+@pytest.mark.parametrize("lost", [True, False])
+def test_fuse_names_the_rounding_of_the_training(tmp_path, monkeypatch, options, lost):
+    make_source(tmp_path / "base", config=EVEN)
+    train_for_three_bits(tmp_path)
     monkeypatch.setattr(FusionProof, "lost", lost)
     if lost:
         with pytest.raises(OpenELMError, match="trained for `bits` 3 without `group_"):
@@ -78,12 +83,7 @@ def test_the_packing_of_the_base_can_be_the_rounding_of_the_training(
 ):
     make_source(tmp_path / "source", config=EVEN)
     convert(tmp_path / "source", tmp_path / "base", bits=3, receipt=False)
-    (tmp_path / "train.jsonl").write_text('{"text": "the king said"}\n' * 4)
-    recipe = FinetuneRecipe(
-        data=str(tmp_path / "train.jsonl"), model=str(tmp_path / "base"),
-        adapter_path=str(tmp_path / "tuned"), iters=1, quantize_aware=3,
-    )  # fmt: skip
-    finetune(recipe)
+    train_for_three_bits(tmp_path)
     monkeypatch.setattr(FusionProof, "lost", True)
     report = fuse(tmp_path / "tuned", tmp_path / "fused")  # in 3 bits, as the base
     assert report.bits == 3

@@ -146,9 +146,9 @@ def answer_alone(number, path):
             text = "".join(piece.text for piece in pieces)
             return Answered(tokens, logprobs, text, pieces[-1].finish_reason, "", [])
     answers = Answers(make_engine({request.model: Poisoned(own_model)}))
-    asked = answers.add(renewed(request))
+    added = answers.add(renewed(request))
     answers.run()
-    expected = Answered.of(answers, asked)
+    expected = Answered.of(answers, added)
     assert expected.scored == (request.ids[1:] if request.scores_prompt else [])
     return expected
 

@@ -90,9 +90,8 @@ class TeacherCache:
             return
         try:
             with written_cache(self._folder, self._description):
-                missing = (
-                    self._missing()
-                )  # another process may have written it meanwhile
+                # Again, as another process may have written some meanwhile
+                missing = self._missing()
                 model = TeacherModel(self._teacher, self._temperature)
                 done = len(self._samples) - sum(len(samples) for _, samples in missing)
                 for part, samples in missing:
